@@ -1,0 +1,56 @@
+# Keel-Megatron. `make` lists what there is.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip
+# Extra arguments of every pip install, e.g. another index for torch's CPU build:
+#   make train PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_ARGS ?=
+PROCESSES ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-all test-gpu check format bench-kernel clean
+
+help: ## List the targets.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
+		awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed ## Make .venv with pinned dependencies (CPU torch is enough).
+
+# torch first and pinned: an unpinned torch, asked for by another package, would bring CUDA along.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS) torch setuptools
+	$(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS) --no-build-isolation \
+		--editable '.[dev]'
+	touch $@
+
+train: setup ## Train the demo: 128 Keel sub-layers on real text, two pipeline stages.
+	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m keel_megatron train yaml/demo.yaml
+
+test: setup ## Run the tests (the quick ones: below 15 minutes on 2 cores).
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-all: setup ## Run every test that needs no GPU.
+	$(BIN)/python -m pytest -m 'not gpu'
+
+test-gpu: ## Run the GPU suite with the python3 at hand (torch with CUDA, megatron-core).
+	$(PYTHON) -m pytest -m gpu
+
+bench-kernel: ## Measure the fused kernel's bandwidth with the python3 at hand.
+	$(PYTHON) tools/bench/kernel.py
+
+check: setup ## Lint, format, types, floors, spelling.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: setup ## Format the code.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove .venv and caches; data/ and runs/ stay.
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info

@@ -1,0 +1,88 @@
+"""Which run a folder belongs to: what of its configuration may change, and what may not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from keel_megatron.config.errors import UserError
+from keel_megatron.config.load import dump_config, load_config
+from keel_megatron.config.run import RunConfig
+
+CONFIG_FILE = "config.yaml"
+
+# What a run may change between two starts; everything else is the run's identity.
+CHANGEABLE = (
+    "parallel.",
+    "optimizer.",
+    "schedule.",
+    "checkpoint.",
+    "tracking.",
+    "data.cache",
+    "training.name",
+    "training.runs_dir",
+    "training.steps",
+    "training.micro_batch_size",
+    "training.device",
+    "training.threads",
+    "training.validate_every",
+    "training.validation_sequences",
+)
+
+
+def claim(config: RunConfig) -> None:
+    """Make the run's folder this run's, keeping its resolved configuration there.
+
+    Raises:
+        UserError: the folder holds another run, or cannot be written.
+    """
+    folder = config.training.folder
+    saved = folder / CONFIG_FILE
+    if saved.is_file():
+        changes = list(identity_changes(load_config(saved), config))
+        if changes:
+            lines = "\n".join(f"  {path}: {old} there, {new} now" for path, old, new in changes)
+            raise UserError(
+                f"{folder} holds a run of another configuration:\n{lines}\n"
+                "give this one another training.name, or move that folder away"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = saved.with_suffix(".partial")
+        partial.write_text(dump_config(config), encoding="utf-8")
+        partial.replace(saved)
+    except OSError as error:
+        raise UserError(
+            f"training.runs_dir: cannot write the run's folder {folder}: {error.strerror}"
+        ) from error
+
+
+def identity_changes(saved: RunConfig, current: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Settings that differ and may not: (path, saved value, current value)."""
+    old, new = flatten(saved), flatten(current)
+    for path in sorted(old.keys() | new.keys()):
+        if old.get(path) != new.get(path) and not path.startswith(CHANGEABLE):
+            yield path, old.get(path), new.get(path)
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """The configuration as {"section.key": value}."""
+    sections = config.model_dump(mode="json")
+    return {
+        f"{section}.{key}": value
+        for section, values in sections.items()
+        for key, value in values.items()
+    }
+
+
+def saved_config(folder: Path) -> RunConfig:
+    """The configuration of the run in a folder.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    saved = folder / CONFIG_FILE
+    if not saved.is_file():
+        raise UserError(f"{folder} holds no run: there is no {CONFIG_FILE} in it")
+    return load_config(saved)

@@ -1,0 +1,1 @@
+"""The `keel` command: one thin file a verb."""

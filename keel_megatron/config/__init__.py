@@ -1,0 +1,1 @@
+"""What a run is: one frozen pydantic model a section, loaded from YAML and dotted overrides."""

@@ -1,0 +1,71 @@
+"""`training`, `checkpoint` and `tracking`: the run itself, what it keeps, what it reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from keel_megatron.config.base import Section
+
+
+class TrainingConfig(Section):
+    """Name, length, batch and precision of a run."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="The run's name: its folder is runs_dir/name, its MLflow run is called so.",
+    )
+    steps: int = Field(gt=0, description="Optimizer steps of the whole run.")
+    global_batch_size: int = Field(gt=0, description="Sequences of one optimizer step.")
+    micro_batch_size: int = Field(
+        default=1, gt=0, description="Sequences of one forward pass on one replica."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16",
+        description="Type of the matrix products; the residual stream is fp32 in both.",
+    )
+    seed: int = Field(default=1234, ge=0, description="Seed of weights, data order and dropout.")
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        default="auto", description="auto = CUDA with NCCL where present, else CPU with gloo."
+    )
+    threads: int = Field(
+        default=0, ge=0, description="CPU threads of a process; 0 = cores / processes per node."
+    )
+    validate_every: int = Field(
+        default=0, ge=0, description="Steps between validations; 0 = only at the end."
+    )
+    validation_sequences: int = Field(
+        default=64, gt=0, description="Sequences of one validation (fewer if the set is smaller)."
+    )
+    runs_dir: Path = Field(default=Path("runs"), description="Parent of the run's folder.")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.runs_dir / self.name
+
+
+class CheckpointConfig(Section):
+    """When a run is saved and how many saves are kept."""
+
+    every: int = Field(
+        default=0, ge=0, description="Steps between checkpoints; 0 = only at the end."
+    )
+    keep: int = Field(default=2, gt=0, description="Newest checkpoints that are kept.")
+
+
+class TrackingConfig(Section):
+    """What a run reports, and where."""
+
+    mlflow: bool = Field(default=True, description="Report to MLflow.")
+    uri: str | None = Field(
+        default=None,
+        description="MLflow tracking URI; null = a sqlite file, mlflow.db in the run's folder.",
+    )
+    experiment: str = Field(default="keel", description="MLflow experiment.")
+    log_every: int = Field(default=1, gt=0, description="Steps between lines of the progress.")
+    sample_prompt: str | None = Field(
+        default=None, description="Text that the trained model continues at the end of the run."
+    )

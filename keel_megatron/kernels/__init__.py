@@ -1,0 +1,1 @@
+"""The fused scaled add + RMSNorm: its definition, its Triton kernel, the choice between them."""

@@ -1,0 +1,1 @@
+"""The mathematics: residual rules, norm, attention, layer, specs, initialization."""

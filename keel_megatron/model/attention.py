@@ -1,0 +1,94 @@
+"""Causal grouped-query self-attention on torch's scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
+from torch import Tensor, nn
+from torch.nn import functional
+
+from keel_megatron.model.rotary import apply_rotary
+
+
+class SdpaAttention(nn.Module):
+    """softmax(Q K^T / sqrt(d), causal) V without ever holding the s x s matrix.
+
+    Stands in the place of Megatron-core's DotProductAttention, with its constructor's arguments.
+    """
+
+    def __init__(self, config: Any, **_: Any) -> None:
+        super().__init__()
+        self.dropout = float(config.attention_dropout)
+        self.sequence_parallel = bool(config.sequence_parallel)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [s, b, heads, d].
+            key: [s, b, groups, d]; heads is a multiple of groups.
+            value: [s, b, groups, d].
+
+        Returns:
+            [s, b, heads x d].
+        """
+        s, b, heads, d = query.shape
+        dropout = self.dropout if self.training else 0.0
+        # Heads are split over the tensor group: their masks must differ there. Under sequence
+        # parallelism the whole block already draws from that generator.
+        tracker = tensor_parallel.get_cuda_rng_tracker()
+        fork = tracker.fork() if dropout and not self.sequence_parallel else nullcontext()
+        with fork:
+            out = functional.scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                dropout_p=dropout,
+                is_causal=True,
+                enable_gqa=key.size(2) != heads,
+            )
+        return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
+
+
+class SelfAttention(MegatronSelfAttention):
+    """Megatron-core's self-attention with the forward of a plain training step.
+
+    The modules (linear_qkv, core_attention, linear_proj) and their sharding are Megatron-core's;
+    what its forward does for inference engines, packed sequences and offloading is not needed.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of hidden_states [s, b, h]; [s/TP, b, h] under sequence parallelism.
+
+        Args:
+            hidden_states: the branch's input, normalised.
+            attention_mask: unused; attention is causal.
+            rotary_pos_emb: the table of model/rotary.py, [2, s, 1, 1, d].
+
+        Returns:
+            The branch's output, shaped like the input, and its bias (None).
+        """
+        groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        per_group = self.num_attention_heads_per_partition // groups
+        mixed, _bias = self.linear_qkv(hidden_states)
+        s, b = mixed.shape[:2]
+        query, key, value = torch.split(
+            mixed.view(s, b, groups, (per_group + 2) * d), [per_group * d, d, d], dim=3
+        )
+        query = query.reshape(s, b, groups * per_group, d)
+        query = apply_rotary(query, rotary_pos_emb)
+        key = apply_rotary(key, rotary_pos_emb)
+        context = self.core_attention(
+            query, key, value, attention_mask, attn_mask_type=self.attn_mask_type
+        )
+        return self.linear_proj(context)

@@ -1,0 +1,69 @@
+"""Initial weights that depend on the seed, the global block number and the parameter's name alone.
+
+Every matrix is drawn whole from a generator of its own, on the device that will hold it, and the
+rank keeps its shard; so any parallel layout starts from the same model. No scaling of any
+projection: N(0, init_std^2) everywhere (keel_paper.md, section 1), gains at 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from keel_megatron.config.model import ModelConfig
+from keel_megatron.runtime.seeds import derive_seed
+
+
+def global_parameters(chunk: nn.Module, *, tied: bool) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a model chunk under their layout-independent names.
+
+    `decoder.layers.<number within the chunk>` becomes the global block number, from 0, and the
+    last stage's copy of a tied embedding carries the embedding's name.
+    """
+    layers: nn.ModuleList = chunk.decoder.layers  # type: ignore[union-attr, assignment]
+
+    def numbered(match: re.Match[str]) -> str:
+        layer = layers[int(match[1])]
+        return f"decoder.layers.{layer.layer_number - 1}."  # type: ignore[operator]
+
+    for name, parameter in chunk.named_parameters():
+        name = re.sub(r"^decoder\.layers\.(\d+)\.", numbered, name)
+        if tied and name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"
+        yield name, parameter
+
+
+@torch.no_grad()
+def initialize(
+    chunk: nn.Module, model: ModelConfig, seed: int, tensor_rank: int, tensor_size: int
+) -> None:
+    """Set the weights of a model chunk in place; norm gains keep the 1 they were built with."""
+    for name, parameter in global_parameters(chunk, tied=model.tie_embeddings):
+        if parameter.dim() == 1:
+            continue
+        whole_shape = list(parameter.shape)
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        if sharded:
+            whole_shape[parameter.partition_dim] *= tensor_size  # type: ignore[attr-defined]
+        generator = torch.Generator(device=parameter.device)
+        generator.manual_seed(derive_seed(seed, "weight", name))
+        whole = torch.empty(whole_shape, dtype=torch.float32, device=parameter.device)
+        whole.normal_(0.0, model.init_std, generator=generator)
+        if sharded:
+            whole = _shard(
+                whole,
+                parameter.partition_dim,  # type: ignore[attr-defined]
+                parameter.partition_stride,  # type: ignore[attr-defined]
+                tensor_rank,
+                tensor_size,
+            )
+        parameter.copy_(whole)
+
+
+def _shard(whole: Tensor, dim: int, stride: int, rank: int, size: int) -> Tensor:
+    """A rank's part of a matrix: of each of its `stride` equal pieces, the rank's slice."""
+    pieces = whole.chunk(stride, dim=dim)
+    return torch.cat([piece.chunk(size, dim=dim)[rank] for piece in pieces], dim=dim)

@@ -1,0 +1,152 @@
+"""The stage's share of the model: Megatron-core's GPTModel over Keel layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional
+
+from keel_megatron.config.run import RunConfig
+from keel_megatron.model.initialization import initialize
+from keel_megatron.model.norm import stream_dtype
+from keel_megatron.model.rotary import RotaryTable
+from keel_megatron.model.specs import chunk_spec
+from keel_megatron.partition.layout import Layout, even_layout
+from keel_megatron.runtime.distributed import Runtime
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(
+    config: RunConfig, layout: Layout, compute_dtype: torch.dtype, device: torch.device
+) -> TransformerConfig:
+    """Megatron-core's configuration of the run's model.
+
+    Args:
+        config: the run.
+        layout: which blocks live on which stage.
+        compute_dtype: type of the matrix products and of their weights.
+        device: where the run happens.
+    """
+    model, parallel = config.model, config.parallel
+    pipelined: dict[str, Any] = {}
+    if parallel.pipeline > 1:
+        pipelined["pipeline_model_parallel_layout"] = layout.to_megatron()
+        if layout.virtual_pipeline > 1:
+            # Two stages are each other's next and previous one: in one batch of messages the
+            # four between them would be matched in the wrong order. Unbatched, they are not.
+            pipelined["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
+            pipelined["overlap_p2p_comm"] = True
+            pipelined["batch_p2p_comm"] = False
+    return TransformerConfig(
+        num_layers=model.blocks,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        bias_activation_fusion=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        hidden_dropout=model.dropout,
+        attention_dropout=model.dropout,
+        # Weights are drawn afterwards by model/initialization.py.
+        init_method=_keep,
+        output_layer_init_method=_keep,
+        embedding_init_method=_keep,
+        params_dtype=compute_dtype,
+        bf16=compute_dtype == torch.bfloat16,
+        # The stream is fp32 from the embedding to the head, between stages too.
+        fp32_residual_connection=compute_dtype != torch.float64,
+        pipeline_dtype=stream_dtype(compute_dtype),
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence,
+        # An output may be freed once it is sent. Interleaving frees it as soon as the message is
+        # queued, which CUDA's stream order makes safe and gloo does not: it would send garbage.
+        deallocate_pipeline_outputs=device.type == "cuda" or layout.virtual_pipeline == 1,
+        transformer_impl="local",
+        gradient_accumulation_fusion=False,
+        # The first block differs from the rest: checkpoints keep one key a block.
+        hetereogenous_dist_checkpoint=True,
+        **pipelined,
+    )
+
+
+class LanguageModel(GPTModel):
+    """GPTModel with this project's rotary table; a chunk of it on a pipeline stage."""
+
+    def __init__(self, config: TransformerConfig, run: RunConfig, **kwargs: Any) -> None:
+        model = run.model
+        super().__init__(
+            config=config,
+            vocab_size=run.data.vocab_size,
+            max_sequence_length=run.data.seq_length,
+            position_embedding_type="rope",
+            rotary_base=model.rope_theta,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            **kwargs,
+        )
+        self.rotary_pos_emb = RotaryTable(model.head_dim, model.rope_theta, config.params_dtype)
+
+
+def build_model(
+    config: RunConfig, runtime: Runtime, *, compute_dtype: torch.dtype | None = None
+) -> list[nn.Module]:
+    """This rank's model chunks, on its device, with their initial weights.
+
+    Args:
+        config: the run.
+        runtime: this rank's place.
+        compute_dtype: overrides `training.precision` (exactness tests use fp64).
+
+    Returns:
+        One chunk, or `parallel.virtual_pipeline` chunks in order.
+
+    Raises:
+        ValueError: the stages' blocks do not add up to the model's.
+    """
+    dtype = compute_dtype or COMPUTE_DTYPES[config.training.precision]
+    layout = even_layout(
+        config.model.blocks, config.parallel.pipeline, config.parallel.virtual_pipeline
+    )
+    layout.check(config.model.blocks)
+    megatron_config = transformer_config(config, layout, dtype, runtime.device)
+    interleaved = layout.virtual_pipeline > 1
+    chunks = []
+    for number, part in enumerate(layout.stage(runtime.pipeline_rank)):
+        chunk = LanguageModel(
+            megatron_config,
+            config,
+            transformer_layer_spec=chunk_spec(config.model, part.blocks),
+            pre_process=part.embedding,
+            post_process=part.head,
+            vp_stage=number if interleaved else None,
+        )
+        chunk.to(runtime.device)
+        _check_blocks(chunk, part.first_block, part.blocks)
+        initialize(
+            chunk, config.model, config.training.seed, runtime.tensor_rank, runtime.tensor_size
+        )
+        chunks.append(chunk)
+    return chunks
+
+
+def _check_blocks(chunk: nn.Module, first_block: int, blocks: int) -> None:
+    """Assert that Megatron-core built the blocks that the layout gives this chunk."""
+    layers: Any = chunk.decoder.layers  # type: ignore[union-attr]
+    built = [layer.layer_number - 1 for layer in layers]
+    expected = list(range(first_block, first_block + blocks))
+    if built != expected:
+        raise ValueError(f"the layout gives this stage blocks {expected}, it holds {built}")
+
+
+def _keep(weight: Tensor) -> Tensor:
+    """An init_method that leaves the weight for model/initialization.py to draw."""
+    return weight

@@ -1,0 +1,59 @@
+"""RMSNorm over the fp32 residual stream."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+def stream_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """Type of the residual stream: fp32 (fp64 when the whole model is fp64, in exactness tests)."""
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension.
+
+    The statistics and the gain are in the stream's type (fp32). Under sequence parallelism the
+    gain is marked so that Megatron-core sums its gradient over the tensor group.
+
+    Args:
+        config: Megatron-core's TransformerConfig.
+        hidden_size: h.
+        eps: epsilon inside the square root.
+        output: `branch` gives the type of the matrix products, `stream` that of the stream.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        hidden_size: int,
+        eps: float = 1e-5,
+        output: Literal["branch", "stream"] = "branch",
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        gain_dtype = stream_dtype(config.params_dtype)
+        self.output_dtype = config.params_dtype if output == "branch" else gain_dtype
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=gain_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x: [..., h] in the stream's type, to [..., h] in the output's."""
+        y = torch.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+        return y.to(self.output_dtype)
+
+
+class BranchCast(nn.Module):
+    """No norm where a norm could be: the stream in the type of the matrix products."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:  # noqa: ARG002
+        super().__init__()
+        self.output_dtype = config.params_dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X: [..., h] in the type of the matrix products."""
+        return x.to(self.output_dtype)

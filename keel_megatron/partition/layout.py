@@ -1,0 +1,93 @@
+"""The cut of a stack of blocks into pipeline stages and their chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A contiguous run of blocks that one stage computes in one piece."""
+
+    first_block: int
+    """Global number, from 0, of the chunk's first block."""
+    blocks: int
+    """How many blocks; 0 is allowed (a chunk with the embedding or head alone)."""
+    embedding: bool = False
+    head: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All chunks in the order in which a micro-batch passes them.
+
+    Chunk i belongs to stage i % pipeline, as its (i // pipeline)-th model chunk.
+    """
+
+    pipeline: int
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def virtual_pipeline(self) -> int:
+        """Model chunks per stage."""
+        return len(self.chunks) // self.pipeline
+
+    def stage(self, pipeline_rank: int) -> tuple[Chunk, ...]:
+        """The chunks of one stage, in order."""
+        return self.chunks[pipeline_rank :: self.pipeline]
+
+    def check(self, blocks: int) -> None:
+        """Assert that the chunks hold every block of the model once and in order.
+
+        Raises:
+            ValueError: a block would be lost, doubled or out of order.
+        """
+        if not self.chunks or len(self.chunks) % self.pipeline:
+            raise ValueError(
+                f"{len(self.chunks)} chunks do not spread over {self.pipeline} stages evenly"
+            )
+        expected = 0
+        for number, chunk in enumerate(self.chunks):
+            if chunk.first_block != expected or chunk.blocks < 0:
+                raise ValueError(
+                    f"chunk {number} starts at block {chunk.first_block}, not at {expected}"
+                )
+            expected += chunk.blocks
+        if expected != blocks:
+            raise ValueError(f"the chunks hold {expected} blocks, the model has {blocks}")
+        if [c.embedding for c in self.chunks] != [True] + [False] * (len(self.chunks) - 1):
+            raise ValueError("the embedding must be in the first chunk and nowhere else")
+        if [c.head for c in self.chunks] != [False] * (len(self.chunks) - 1) + [True]:
+            raise ValueError("the head must be in the last chunk and nowhere else")
+
+    def to_megatron(self) -> list[list[str]]:
+        """Megatron-core's `pipeline_model_parallel_layout`: the layers of every chunk."""
+        return [
+            ["embedding"] * chunk.embedding + ["decoder"] * chunk.blocks + ["loss"] * chunk.head
+            for chunk in self.chunks
+        ]
+
+
+def from_counts(counts: list[int], pipeline: int) -> Layout:
+    """The layout whose i-th chunk holds counts[i] blocks."""
+    chunks = []
+    first = 0
+    for number, count in enumerate(counts):
+        chunks.append(Chunk(first, count, number == 0, number == len(counts) - 1))
+        first += count
+    return Layout(pipeline, tuple(chunks))
+
+
+def even_layout(blocks: int, pipeline: int, virtual_pipeline: int = 1) -> Layout:
+    """Blocks spread as evenly as whole numbers allow; nothing is dropped.
+
+    The remainder goes to the chunks in the middle first: the first holds the embedding and the
+    last the head.
+    """
+    count = pipeline * virtual_pipeline
+    base, extra = divmod(blocks, count)
+    by_distance = sorted(range(count), key=lambda chunk: abs(2 * chunk + 1 - count))
+    more = set(by_distance[:extra])
+    layout = from_counts([base + (chunk in more) for chunk in range(count)], pipeline)
+    layout.check(blocks)
+    return layout

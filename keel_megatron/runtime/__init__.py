@@ -1,0 +1,1 @@
+"""Where a run happens: device, process groups, seeds."""

@@ -1,0 +1,196 @@
+"""The process groups of a run, from the configuration, and what a rank knows of itself."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from keel_megatron.config.errors import UserError
+from keel_megatron.config.parallel import ParallelConfig
+from keel_megatron.config.training import TrainingConfig
+from keel_megatron.runtime import cpu
+from keel_megatron.runtime.device import Launch, choose_device, set_threads
+from keel_megatron.runtime.seeds import seed_dropout
+
+T = TypeVar("T")
+
+
+class CollectiveTimeout(RuntimeError):
+    """A collective or message did not complete in `parallel.timeout_seconds`."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands: its device and its place in the parallel layout."""
+
+    device: torch.device
+    launch: Launch
+    threads: int
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int
+    tensor_size: int
+    pipeline_size: int
+    data_size: int
+
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        return self.launch.rank
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is global rank 0, the one that reports."""
+        return self.launch.rank == 0
+
+    def describe(self) -> str:
+        """This rank's place, for messages."""
+        return (
+            f"rank {self.rank} (pipeline stage {self.pipeline_rank}, tensor rank "
+            f"{self.tensor_rank}, replica {self.data_rank})"
+        )
+
+    def barrier(self) -> None:
+        """Wait for every rank of the run."""
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; the same answer on all."""
+        vote = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+        return bool(vote)
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on global rank 0, on every rank; it is called there alone.
+
+        Raises:
+            UserError: rank 0's, on every rank; marked as reported on all but rank 0.
+        """
+        answer: list[Any] = [None, None]
+        failure: BaseException | None = None
+        if self.is_main:
+            try:
+                answer[0] = make()
+            except UserError as error:
+                failure = error
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer, src=0)
+        if failure is not None:
+            raise failure
+        if answer[1] is not None:
+            raise UserError(answer[1], reported=True)
+        return answer[0]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def start(
+    parallel: ParallelConfig, training: TrainingConfig, launch: Launch | None = None
+) -> Iterator[Runtime]:
+    """Start this process's device and process groups, and take them down at the end.
+
+    Args:
+        parallel: the layout.
+        training: the device, its threads and the seed.
+        launch: this process's place; None = as torchrun says.
+
+    Raises:
+        CollectiveTimeout: inside the block a rank waited longer than `parallel.timeout_seconds`;
+            names the rank that waited.
+        UserError: the device that is asked for is not there.
+    """
+    launch = launch or Launch.from_environment()
+    device = choose_device(training.device, launch.local_rank)
+    _quiet()
+    if device.type == "cpu":
+        cpu.install()
+    else:
+        torch.cuda.set_device(device)
+    threads = set_threads(training.threads, launch.local_world_size)
+    _init_process_group(launch, device, parallel.timeout_seconds)
+    try:
+        runtime = _model_parallel(parallel, launch, device, threads)
+        seed_dropout(training.seed, runtime.pipeline_rank, runtime.data_rank)
+        with _named_timeouts(runtime, parallel.timeout_seconds):
+            yield runtime
+    finally:
+        _take_down()
+
+
+def _init_process_group(launch: Launch, device: torch.device, timeout_seconds: float) -> None:
+    timeout = timedelta(seconds=timeout_seconds)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if launch.world_size == 1:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def _model_parallel(
+    parallel: ParallelConfig, launch: Launch, device: torch.device, threads: int
+) -> Runtime:
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        distributed_timeout_minutes=parallel.timeout_seconds / 60,
+        create_gloo_process_groups=device.type == "cuda",
+    )
+    return Runtime(
+        device=device,
+        launch=launch,
+        threads=threads,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        tensor_size=parallel.tensor,
+        pipeline_size=parallel.pipeline,
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+@contextmanager
+def _named_timeouts(runtime: Runtime, timeout_seconds: float) -> Iterator[None]:
+    """Say which rank waited when a collective times out."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        if "timed out" in text or "timeout" in text:
+            raise CollectiveTimeout(
+                f"{runtime.describe()} waited more than parallel.timeout_seconds = "
+                f"{timeout_seconds:g} for another rank: {error}"
+            ) from error
+        if "connection closed" in text or "connection reset" in text:
+            raise CollectiveTimeout(
+                f"{runtime.describe()} lost the connection to another rank: {error}"
+            ) from error
+        raise
+
+
+def _take_down() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _quiet() -> None:
+    """Megatron-core's and torch's remarks on what is deliberate here."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine).*not installed.*")
+    warnings.filterwarnings("ignore", message=r".*torch.distributed.* is deprecated.*")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)

@@ -1,0 +1,29 @@
+"""Seeds: of the weights, of dropout, each derived from the run's one seed by what it is for."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def derive_seed(seed: int, *purpose: object) -> int:
+    """A 63-bit seed that depends on the run's seed and on the purpose alone.
+
+    Independent of Python's hash randomization, of the parallel layout and of call order.
+    """
+    text = "/".join(str(part) for part in (seed, *purpose))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def seed_dropout(seed: int, pipeline_rank: int, data_rank: int, *, step: int = 0) -> None:
+    """Seed the generators that dropout draws from: different masks on every stage and replica.
+
+    Within a tensor-parallel group the default generator is the same on every rank (whole
+    activations) and the tracked `model-parallel-rng` differs (split activations).
+    """
+    from megatron.core import tensor_parallel
+
+    mine = derive_seed(seed, "dropout", pipeline_rank, data_rank, step) % 2**31
+    torch.manual_seed(mine)
+    tensor_parallel.model_parallel_cuda_manual_seed(mine, force_reset_rng=True)

@@ -1,0 +1,110 @@
+"""The Megatron engine: one optimizer step, or one validation, under a pipeline schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from keel_megatron.config.run import RunConfig
+from keel_megatron.data.batches import Batch
+from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.training.optimizer import (
+    build_optimizer,
+    set_learning_rate,
+    wrap_data_parallel,
+)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step found, the same on every rank."""
+
+    loss: float
+    """Mean cross entropy of the global batch, in nats per token."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+
+
+class MegatronEngine:
+    """Megatron-core's schedules (none, 1F1B, interleaved 1F1B), DDP and optimizer.
+
+    Args:
+        config: the run.
+        runtime: this rank's place.
+        chunks: this rank's model chunks, as built by `model.language_model.build_model`.
+    """
+
+    def __init__(self, config: RunConfig, runtime: Runtime, chunks: list[nn.Module]) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.chunks = chunks
+        self.model = wrap_data_parallel(config, chunks)
+        self.optimizer = build_optimizer(config, self.model, runtime)
+        self._schedule: Callable[..., list[Tensor]] = get_forward_backward_func()
+        megatron_config: Any = chunks[0].config
+        megatron_config.grad_scale_func = self.optimizer.scale_loss
+        megatron_config.finalize_model_grads_func = finalize_model_grads
+
+    def train_step(
+        self, micro_batches: Iterable[Batch], count: int, learning_rate: float
+    ) -> StepResult:
+        """Forward, backward and update on this replica's `count` micro-batches."""
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss = self._run(micro_batches, count, forward_only=False)
+        set_learning_rate(self.optimizer, self.config, learning_rate)
+        _updated, grad_norm, _zeros = self.optimizer.step()
+        return StepResult(loss, float(grad_norm))
+
+    @torch.no_grad()
+    def validate(self, micro_batches: Iterable[Batch], count: int) -> float:
+        """Mean cross entropy in nats per token over `count` micro-batches a replica."""
+        for chunk in self.model:
+            chunk.eval()
+        return self._run(micro_batches, count, forward_only=True)
+
+    def _run(self, micro_batches: Iterable[Batch], count: int, *, forward_only: bool) -> float:
+        """Run the schedule; the mean loss over micro-batches and replicas, on every rank."""
+        # Every chunk of this stage walks the same micro-batches at its own pace.
+        batches = [batch.to(self.runtime.device) for batch in micro_batches]
+        iterators = [iter(batches) for _ in self.model]
+        losses = self._schedule(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.model,
+            num_microbatches=count,
+            seq_length=self.config.data.seq_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+            forward_only=forward_only,
+        )
+        # Only the last stage has losses, and each of its tensor ranks has the same.
+        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        if losses and self.runtime.tensor_rank == 0:
+            total += torch.stack(losses).double().sum()
+        dist.all_reduce(total)
+        return float(total) / (count * self.runtime.data_size)
+
+
+def _forward_step(
+    batches: Iterator[Batch], model: Any
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """What a schedule calls for one micro-batch on one chunk: its output and how to reduce it."""
+    batch = next(batches)
+    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    return output, partial(_mean_loss, batch.loss_mask)
+
+
+def _mean_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of the token losses [b, s] under the mask, to differentiate and to report."""
+    loss = (losses * loss_mask).sum() / loss_mask.sum()
+    return loss, loss.detach().clone()

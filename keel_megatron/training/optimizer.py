@@ -1,0 +1,61 @@
+"""Megatron-core's DDP and (distributed) AdamW over the model chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from torch import nn
+
+from keel_megatron.config.run import RunConfig
+from keel_megatron.runtime.distributed import Runtime
+
+
+def wrap_data_parallel(config: RunConfig, chunks: list[nn.Module]) -> list[Any]:
+    """Each chunk in Megatron-core's DDP: contiguous fp32 gradients, reduced over the replicas."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_grad_reduce=False,
+    )
+    return [
+        DistributedDataParallel(
+            chunk.config,
+            ddp_config,
+            chunk,
+            # Only the first chunk's reduction is worth overlapping with the backward pass.
+            disable_bucketing=number > 0,
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> Any:
+    """AdamW over the wrapped chunks; fp32 masters under bf16; norm gains without decay."""
+    settings, precision = config.optimizer, config.training.precision
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.epsilon,
+            clip_grad=settings.clip_grad,
+            bf16=precision == "bf16",
+            params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+        ),
+        chunks,
+        use_gloo_process_groups=runtime.device.type == "cuda",
+    )
+
+
+def set_learning_rate(optimizer: Any, config: RunConfig, value: float) -> None:
+    """Give every parameter group this learning rate, and its decay (none for norm gains)."""
+    for group in optimizer.param_groups:
+        group["lr"] = value * group["lr_mult"]
+        group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]

@@ -1,0 +1,32 @@
+"""The learning rate as a function of the step: no state, so a resumed run cannot lose any."""
+
+from __future__ import annotations
+
+import math
+
+from keel_megatron.config.optimizer import OptimizerConfig, ScheduleConfig
+
+
+def learning_rate(
+    step: int, steps: int, optimizer: OptimizerConfig, schedule: ScheduleConfig
+) -> float:
+    """Learning rate of step `step` (1 .. steps).
+
+    Rises linearly to the peak at `warmup_steps`, then decays to the minimum at `steps`: along a
+    half cosine (`cosine`), linearly over the last `decay_fraction` of the steps (`wsd`), or not at
+    all (`constant`).
+    """
+    peak, low = optimizer.learning_rate, schedule.min_learning_rate
+    if step <= schedule.warmup_steps:
+        return peak * step / schedule.warmup_steps
+    if schedule.decay == "constant":
+        return peak
+    start = schedule.warmup_steps
+    if schedule.decay == "wsd":
+        start = max(start, round(steps * (1.0 - schedule.decay_fraction)))
+    if step <= start:
+        return peak
+    progress = min(1.0, (step - start) / max(1, steps - start))
+    if schedule.decay == "wsd":
+        return peak + (low - peak) * progress
+    return low + (peak - low) * 0.5 * (1.0 + math.cos(math.pi * progress))

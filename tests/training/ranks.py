@@ -1,0 +1,52 @@
+"""What the ranks of the training tests run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from keel_megatron.config.run import RunConfig
+from keel_megatron.data.batches import Batch
+from keel_megatron.runtime.distributed import Runtime, start
+
+
+def made_up_batches(config: RunConfig, runtime: Runtime, step: int) -> list[Batch]:
+    """This replica's micro-batches of a step's global batch of random tokens."""
+    training, s = config.training, config.data.seq_length
+    generator = torch.Generator().manual_seed(1000 + step)
+    shape = (training.global_batch_size, s + 1)
+    rows = torch.randint(0, config.data.vocab_size, shape, generator=generator)
+    size = training.micro_batch_size
+    count = training.global_batch_size // (size * runtime.data_size)
+    batches = []
+    for number in range(count):
+        first = (number * runtime.data_size + runtime.data_rank) * size
+        part = rows[first : first + size]
+        batches.append(
+            Batch(
+                tokens=part[:, :-1].contiguous(),
+                labels=part[:, 1:].contiguous(),
+                loss_mask=torch.ones(size, s),
+                position_ids=torch.arange(s).expand(size, s).contiguous(),
+            )
+        )
+    return batches
+
+
+def train_steps(sections: dict[str, dict[str, Any]], steps: int) -> list[tuple[float, float]]:
+    """Losses and gradient norms of some steps, then the validation loss twice."""
+    from keel_megatron.model.language_model import build_model
+    from keel_megatron.training.engine import MegatronEngine
+
+    config = RunConfig.model_validate(sections)
+    with start(config.parallel, config.training) as runtime:
+        engine = MegatronEngine(config, runtime, build_model(config, runtime))
+        found = []
+        for step in range(steps):
+            batches = made_up_batches(config, runtime, step)
+            result = engine.train_step(batches, len(batches), config.optimizer.learning_rate)
+            found.append((result.loss, result.grad_norm))
+        batches = made_up_batches(config, runtime, 99)
+        loss = engine.validate(batches, len(batches))
+        return [*found, (loss, loss)]
