@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def run_ranks(
         for _ in processes:
             rank, value, error = results.get(timeout=timeout_seconds)
             assert error is None, f"rank {rank} of {world_size} failed:\n{error}"
-            answers[rank] = value
+            answers[rank] = pickle.loads(value)
     except Empty:
         missing = sorted(set(range(world_size)) - set(answers))
         raise AssertionError(f"ranks {missing} gave no answer in {timeout_seconds} s") from None
@@ -81,6 +82,7 @@ def _rank(
         MASTER_PORT=str(port),
     )
     try:
-        results.put((rank, function(*args), None))
+        # Pickled here: the queue itself would share tensors' memory with a process that ends.
+        results.put((rank, pickle.dumps(function(*args)), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))

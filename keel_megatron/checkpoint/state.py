@@ -26,8 +26,6 @@ from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.runtime.seeds import seed_dropout
 
 
-
-
 @dataclass(frozen=True)
 class Position:
     """How far a run has come."""

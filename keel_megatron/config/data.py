@@ -6,14 +6,15 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from keel_megatron.config.base import Section
+from keel_megatron.config.base import Section, TextPath
 
 
 class DataConfig(Section):
     """Text files, the tokenizer trained on them, and the sequences cut from them."""
 
-    text: tuple[Path, ...] | None = Field(
+    text: tuple[TextPath, ...] | None = Field(
         default=None,
+        min_length=1,
         description=(
             "Text files or folders to train on (one path or a list); "
             "null = the demo corpus, the sources of Python's standard library."
@@ -23,7 +24,7 @@ class DataConfig(Section):
     vocab_size: int = Field(
         ge=320, description="Size of the SentencePiece vocabulary (256 of them are raw bytes)."
     )
-    tokenizer: Path | None = Field(
+    tokenizer: TextPath | None = Field(
         default=None,
         description="A SentencePiece model to use instead of one trained on the text.",
     )
@@ -33,7 +34,7 @@ class DataConfig(Section):
         lt=0.5,
         description="Share of the documents (of a single file: of its text) kept for validation.",
     )
-    cache: Path = Field(
+    cache: TextPath = Field(
         default=Path("data"),
         description="Folder of prepared data: tokenizers and indexed tokens, by content.",
     )
@@ -42,4 +43,6 @@ class DataConfig(Section):
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         """Accept a single path where a list is meant."""
-        return [value] if isinstance(value, (str, Path)) else value
+        if isinstance(value, (str, Path)):
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value

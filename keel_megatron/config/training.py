@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from keel_megatron.config.base import Section
+from keel_megatron.config.base import Section, TextPath
 
 
 class TrainingConfig(Section):
@@ -39,7 +39,7 @@ class TrainingConfig(Section):
     validation_sequences: int = Field(
         default=64, gt=0, description="Sequences of one validation (fewer if the set is smaller)."
     )
-    runs_dir: Path = Field(default=Path("runs"), description="Parent of the run's folder.")
+    runs_dir: TextPath = Field(default=Path("runs"), description="Parent of the run's folder.")
 
     @property
     def folder(self) -> Path:

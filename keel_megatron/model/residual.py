@@ -27,7 +27,7 @@ class SubLayer:
     """N_out, after the addition."""
 
 
-def keel(l: int, model: ModelConfig) -> SubLayer:  # noqa: E741
+def keel(l: int, model: ModelConfig) -> SubLayer:
     """Keel (arXiv 2601.19895, sections 3 and 4, version 2); alpha = L unless configured.
 
     x_1     = x_0 + F_0(N_in(x_0))
@@ -41,7 +41,7 @@ def keel(l: int, model: ModelConfig) -> SubLayer:  # noqa: E741
     return SubLayer(alpha=model.skip_scale, inner_norm=True, outer_norm=True)
 
 
-def pre_ln(l: int, model: ModelConfig) -> SubLayer:  # noqa: ARG001, E741
+def pre_ln(l: int, model: ModelConfig) -> SubLayer:  # noqa: ARG001
     """Pre-norm (Xiong et al. 2020, arXiv 2002.04745): x_{l+1} = x_l + F_l(N_in(x_l))."""
     return SubLayer(inner_norm=True)
 
@@ -49,6 +49,6 @@ def pre_ln(l: int, model: ModelConfig) -> SubLayer:  # noqa: ARG001, E741
 RULES = {"keel": keel, "pre_ln": pre_ln}
 
 
-def sub_layer(l: int, model: ModelConfig) -> SubLayer:  # noqa: E741
+def sub_layer(l: int, model: ModelConfig) -> SubLayer:
     """What `model.residual` says of sub-layer l (from 0, over the whole model)."""
     return RULES[model.residual](l, model)

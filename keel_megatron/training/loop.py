@@ -107,7 +107,7 @@ class Loop:
     def _validate(self) -> None:
         self.validation_loss = self.engine.validate(self.validation, len(self.validation))
         position = self.position
-        self.tracker.validation(
+        self.tracker.step(
             ValidationRecord(
                 step=position.step,
                 validation_loss=self.validation_loss,
@@ -123,4 +123,3 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-

@@ -25,7 +25,7 @@ from keel_megatron.partition.layout import even_layout
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.tracking.plot import plot_loss
-from keel_megatron.tracking.tracker import Tracker, open_tracker
+from keel_megatron.tracking.tracker import Tracker, open_tracker, where
 from keel_megatron.training.engine import MegatronEngine
 from keel_megatron.training.loop import Loop
 from keel_megatron.training.stop import StopRequest, stop_requests
@@ -190,5 +190,5 @@ def _conclude(
         picture = config.training.folder / "loss.png"
         plot_loss(config.training.folder, picture, data.unigram_entropy)
         tracker.artifact(picture)
-        for line in tracker.where():
+        for line in where(config):
             tracker.say(line)

@@ -1,0 +1,27 @@
+"""`keel config`."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from keel_megatron.cli.arguments import ConfigPath, Overrides
+
+app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
+
+
+@app.command("show")
+def show(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the resolved configuration, or everything that is wrong with it."""
+    from keel_megatron.config.load import dump_config, load_config
+
+    print(dump_config(load_config(config, overrides or ())), end="")
+
+
+@app.command("schema")
+def schema() -> None:
+    """Print the JSON schema that editors complete configurations with."""
+    from keel_megatron.config.schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))

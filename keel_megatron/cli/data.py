@@ -1,0 +1,20 @@
+"""`keel data`."""
+
+from __future__ import annotations
+
+import typer
+
+from keel_megatron.cli.arguments import ConfigPath, Overrides
+
+app = typer.Typer(help="Prepare data.", no_args_is_help=True)
+
+
+@app.command("build")
+def build(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Turn a run's text into Megatron's indexed tokens, or say that they are there."""
+    from keel_megatron.config.load import load_config
+    from keel_megatron.data.prepare import prepare
+
+    data = prepare(load_config(config, overrides or ()), print)
+    print(f"training    {data.train_prefix}.bin  {data.train_tokens:,} tokens")
+    print(f"validation  {data.validation_prefix}.bin  {data.validation_tokens:,} tokens")

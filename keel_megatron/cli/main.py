@@ -1,0 +1,64 @@
+"""The `keel` command: what its verbs share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from keel_megatron import __version__
+from keel_megatron.cli import config, data, generate, tokenizer, train
+from keel_megatron.config.errors import ConfigError, UserError
+
+USER_ERROR = 2
+
+app = typer.Typer(
+    name="keel",
+    help="Train extremely deep (Keel) language models on Megatron-core.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("train")(train.train)
+app.command("generate")(generate.generate)
+app.add_typer(config.app, name="config")
+app.add_typer(data.app, name="data")
+app.add_typer(tokenizer.app, name="tokenizer")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"keel-megatron {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Train extremely deep (Keel) language models on Megatron-core."""
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one message and exit code 2, no traceback."""
+    try:
+        app()
+    except UserError as error:
+        if not _said_by_another_rank(error):
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _said_by_another_rank(error: UserError) -> bool:
+    """Every rank of a launch reads the same configuration: one of them says what is wrong."""
+    alike = isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"
+    return alike or error.reported

@@ -1,0 +1,206 @@
+"""Prepared data: a tokenizer and indexed tokens, made once for a text and reused.
+
+Lies under `data.cache`/KEY, where KEY names everything that determines it. A folder is built
+beside its place and renamed, so it is complete or absent, and a lock lets one process build while
+the others wait.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from keel_megatron.config.errors import UserError
+from keel_megatron.config.run import RunConfig
+from keel_megatron.data.corpus import Corpus, find_corpus, split
+
+FORMAT = 1
+_TOKENIZER, _TRAIN, _VALIDATION, _MANIFEST = "tokenizer.model", "train", "validation", "data.json"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Where a run's tokens are, and what is known of them."""
+
+    folder: Path
+    fingerprint: str
+    """SHA-256 of everything that determined them."""
+    unigram_entropy: float
+    """Of the training tokens, in nats per token."""
+    train_tokens: int
+    validation_tokens: int
+    train_documents: int
+    validation_documents: int
+    files: dict[str, int]
+    """Names and sizes in bytes of the folder's data files."""
+    reused: bool = False
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The SentencePiece model."""
+        return self.folder / _TOKENIZER
+
+    @property
+    def train_prefix(self) -> Path:
+        """Training tokens: this path with .bin and .idx."""
+        return self.folder / _TRAIN
+
+    @property
+    def validation_prefix(self) -> Path:
+        """Validation tokens: this path with .bin and .idx."""
+        return self.folder / _VALIDATION
+
+
+def prepare(config: RunConfig, log: Callable[[str], None]) -> PreparedData:
+    """Make, or find, a run's tokenizer and tokens.
+
+    Args:
+        config: its `data` section decides; seq_length only has to fit the tokens.
+        log: told what happens, a line at a time.
+
+    Raises:
+        UserError: the text, tokenizer or cache is not as the configuration says.
+    """
+    corpus = find_corpus(config.data.text, log)
+    fingerprint = _fingerprint(config, corpus)
+    folder = config.data.cache / fingerprint[:16]
+    with _locked(config.data.cache, folder.name):
+        prepared = _find(folder, log)
+        if prepared is None:
+            log(f"preparing {corpus.description}: {corpus.size / 1e6:.1f} MB")
+            prepared = _build(config, corpus, folder, fingerprint, log)
+        else:
+            log(f"reusing the prepared data in {folder}")
+    _check_length(config, prepared)
+    return prepared
+
+
+def _fingerprint(config: RunConfig, corpus: Corpus) -> str:
+    data = config.data
+    parts = {
+        "format": FORMAT,
+        "corpus": corpus.fingerprint(),
+        "vocab_size": data.vocab_size,
+        "validation_fraction": data.validation_fraction,
+        "tokenizer": _file_hash(data.tokenizer) if data.tokenizer else None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"data.tokenizer: {path} cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def _locked(cache: Path, name: str) -> Iterator[None]:
+    """Hold the cache's lock of one folder; whoever comes later waits."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with (cache / f".{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise UserError(
+            f"data.cache: cannot write {error.filename or cache}: {error.strerror}"
+        ) from error
+
+
+def _find(folder: Path, log: Callable[[str], None]) -> PreparedData | None:
+    """The complete folder, or None if it is absent or damaged."""
+    manifest = folder / _MANIFEST
+    if not manifest.is_file():
+        return None
+    content: dict[str, Any] = json.loads(manifest.read_text())
+    for name, size in content["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            log(f"{path} is missing or not as it was written: preparing the data anew")
+            return None
+    return PreparedData(folder=folder, reused=True, **content)
+
+
+def _build(
+    config: RunConfig,
+    corpus: Corpus,
+    folder: Path,
+    fingerprint: str,
+    log: Callable[[str], None],
+) -> PreparedData:
+    from keel_megatron.data.indexed import write_indexed
+    from keel_megatron.data.tokenizer import Tokenizer
+
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    training, validation = split(corpus, config.data.validation_fraction)
+    (partial / _TOKENIZER).write_bytes(_tokenizer_model(config, training, log))
+    tokenizer = Tokenizer(partial / _TOKENIZER)
+    if tokenizer.vocab_size != config.data.vocab_size:
+        raise UserError(
+            f"data.vocab_size: {config.data.vocab_size} is not the {tokenizer.vocab_size} pieces "
+            f"of data.tokenizer = {config.data.tokenizer}"
+        )
+    train = write_indexed(training(), tokenizer, partial / _TRAIN, log)
+    held_out = write_indexed(validation(), tokenizer, partial / _VALIDATION, log)
+    prepared = PreparedData(
+        folder=folder,
+        fingerprint=fingerprint,
+        unigram_entropy=train.unigram_entropy,
+        train_tokens=train.tokens,
+        validation_tokens=held_out.tokens,
+        train_documents=train.documents,
+        validation_documents=held_out.documents,
+        files={path.name: path.stat().st_size for path in sorted(partial.iterdir())},
+    )
+    _publish(partial, folder, prepared)
+    log(f"{train.tokens:,} training and {held_out.tokens:,} validation tokens in {folder}")
+    return prepared
+
+
+def _tokenizer_model(
+    config: RunConfig, training: Callable[[], Iterator[Any]], log: Callable[[str], None]
+) -> bytes:
+    from keel_megatron.data.tokenizer import train_tokenizer
+
+    if config.data.tokenizer is not None:
+        return config.data.tokenizer.read_bytes()
+    log(f"training a tokenizer of {config.data.vocab_size} pieces")
+    return train_tokenizer((document.text for document in training()), config.data.vocab_size)
+
+
+def _publish(partial: Path, folder: Path, prepared: PreparedData) -> None:
+    content = asdict(prepared)
+    del content["folder"], content["reused"]
+    (partial / _MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+    for path in partial.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _check_length(config: RunConfig, prepared: PreparedData) -> None:
+    """A sequence needs seq_length tokens and the one that follows the last."""
+    needed = config.data.seq_length + 1
+    for side, tokens in (
+        ("training", prepared.train_tokens),
+        ("validation", prepared.validation_tokens),
+    ):
+        if tokens < needed:
+            raise UserError(
+                f"data.text: its {side} part has {tokens} tokens, fewer than the {needed} of one "
+                f"sequence (data.seq_length + 1); give more text, a shorter data.seq_length or "
+                f"another data.validation_fraction"
+            )

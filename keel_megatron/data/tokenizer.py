@@ -1,0 +1,122 @@
+"""SentencePiece BPE with byte fallback: any text survives the round trip."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from keel_megatron.config.errors import UserError
+
+# Training sees at most this many characters, from the corpus's beginning on: merges of a BPE of
+# usual size do not change noticeably beyond.
+SAMPLE_CHARACTERS = 50_000_000
+_PIECE_CHARACTERS = 4000
+_EOD_ID = 0
+# SentencePiece writes spaces as this character, so one in the text must go in as its bytes.
+_SPACE_MARK = "\u2581"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Train a SentencePiece model and return its file's content.
+
+    Raises:
+        UserError: the text has too few distinct pieces for the vocabulary.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_pieces(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            # Text in, the same text out.
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=8 * _PIECE_CHARACTERS,
+            # One control token, the end of a document; its name is never matched in text.
+            eos_id=_EOD_ID,
+            eos_piece="<eod>",
+            unk_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=4,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(f"data.vocab_size: {vocab_size} {_reason(error)}") from error
+    return model.getvalue()
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    """The texts in pieces of bounded length, cut after line ends where there are any."""
+    left = SAMPLE_CHARACTERS
+    for text in texts:
+        start = 0
+        while start < len(text) and left > 0:
+            end = min(len(text), start + _PIECE_CHARACTERS)
+            if end < len(text):
+                end = text.rfind("\n", start, end) + 1 or end
+            left -= end - start
+            yield text[start:end]
+            start = end
+
+
+def _reason(error: RuntimeError) -> str:
+    """SentencePiece's complaint in the user's words."""
+    text = str(error).strip().splitlines()[-1].rsplit("] ", 1)[-1].strip()
+    limit = re.search(r"value <= (\d+)", text)
+    if limit:
+        return f"is too large for so little text; it gives {limit[1]} pieces at most"
+    return f"does not suit this text: {text}"
+
+
+class Tokenizer:
+    """A trained SentencePiece model.
+
+    Also what Megatron-core's GPTDataset asks of a tokenizer: `eod`, `pad`, `vocab_size` and
+    `unique_identifiers`.
+
+    Raises:
+        UserError: the file is missing or no SentencePiece model.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(path.read_bytes())
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"data.tokenizer: {path} cannot be read as a SentencePiece model"
+            ) from error
+        self.vocab_size = int(self._model.get_piece_size())
+        self.eod = int(self._model.eos_id())
+        if self.eod < 0:
+            raise UserError(f"data.tokenizer: {path} has no end-of-sentence piece")
+        self._space_mark = [
+            int(self._model.piece_to_id(f"<0x{byte:02X}>")) for byte in _SPACE_MARK.encode()
+        ]
+        # No token stands for padding: sequences are cut from a stream and always full.
+        self.pad = -1
+        self.unique_identifiers = {"class": type(self).__name__, "vocab_size": self.vocab_size}
+
+    def encode(self, text: str) -> list[int]:
+        """The text's tokens."""
+        parts = self._model.encode(text.split(_SPACE_MARK))
+        tokens: list[int] = parts[0]
+        for part in parts[1:]:
+            tokens += self._space_mark + part
+        return tokens
+
+    def decode(self, tokens: list[int]) -> str:
+        """The tokens' text; the end of a document has none."""
+        return str(self._model.decode([token for token in tokens if token != self.eod]))
