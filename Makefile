@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 train: setup ## Train the demo: 128 Keel sub-layers on real text, two pipeline stages.
-	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m keel_megatron train yaml/demo.yaml
+	$(BIN)/keel train yaml/demo.yaml --processes $(PROCESSES)
 
 test: setup ## Run the tests (the quick ones: below 15 minutes on 2 cores).
 	$(BIN)/python -m pytest -m 'not slow and not gpu'

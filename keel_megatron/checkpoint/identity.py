@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from keel_megatron.checkpoint.folder import steps
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import dump_config, load_config
 from keel_megatron.config.run import RunConfig
@@ -34,12 +35,14 @@ CHANGEABLE = (
 def claim(config: RunConfig) -> None:
     """Make the run's folder this run's, keeping its resolved configuration there.
 
+    A folder in which no step was made yet is free to be taken over.
+
     Raises:
         UserError: the folder holds another run, or cannot be written.
     """
     folder = config.training.folder
     saved = folder / CONFIG_FILE
-    if saved.is_file():
+    if saved.is_file() and _has_steps(folder):
         changes = list(identity_changes(load_config(saved), config))
         if changes:
             lines = "\n".join(f"  {path}: {old} there, {new} now" for path, old, new in changes)
@@ -56,6 +59,11 @@ def claim(config: RunConfig) -> None:
         raise UserError(
             f"training.runs_dir: cannot write the run's folder {folder}: {error.strerror}"
         ) from error
+
+
+def _has_steps(folder: Path) -> bool:
+    metrics = folder / "metrics.jsonl"
+    return bool(steps(folder)) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def identity_changes(saved: RunConfig, current: RunConfig) -> Iterator[tuple[str, Any, Any]]:

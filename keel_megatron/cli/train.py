@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
+
+import typer
 
 from keel_megatron.cli.arguments import ConfigPath, Overrides
 
 
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    processes: Annotated[
+        int, typer.Option(min=0, help="Start so many processes on this machine, as torchrun does.")
+    ] = 0,
+) -> None:
     """Train a run, or go on with it from its newest checkpoint.
 
-    One process by itself; for more, start it with torchrun:
-    torchrun --standalone --nproc-per-node N -m keel_megatron train CONFIG
+    Several processes: --processes N on this machine, or
+    torchrun ... -m keel_megatron train CONFIG on one or many.
     """
+    settings = tuple(overrides or ())
+    if processes:
+        from keel_megatron.config.load import load_config
+        from keel_megatron.runtime.local_launch import launch
+
+        load_config(config, settings, world_size=processes)
+        sys.exit(launch(processes, ["train", str(config), *settings]))
     from keel_megatron.training.run import run_training
 
-    outcome = run_training(config, tuple(overrides or ()))
+    outcome = run_training(config, settings)
     if outcome.is_main and outcome.exit_code == 0:
         from keel_megatron.inference.sample import sample_run
 

@@ -192,7 +192,9 @@ def _translate(error: ErrorDetails) -> Problem:
 def _section(name: str) -> type[BaseModel] | None:
     field = RunConfig.model_fields.get(name)
     annotation = field.annotation if field else None
-    return annotation if isinstance(annotation, type) else None
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return None
 
 
 def _choices(location: list[str]) -> str:

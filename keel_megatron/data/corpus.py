@@ -170,10 +170,7 @@ def split(corpus: Corpus, fraction: float) -> tuple[Callable[[], Iterator[Docume
     validation and at least one; the only document of a corpus is cut at a line near its end.
     """
     if len(corpus.files) == 1:
-        return tuple(
-            lambda part=part: iter([_cut(corpus, fraction)[part]])  # type: ignore[misc]
-            for part in (0, 1)
-        )
+        return tuple(lambda part=part: iter([_cut(corpus, fraction)[part]]) for part in (0, 1))
     ordered = sorted(corpus.files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
     count = min(len(ordered) - 1, max(1, round(fraction * len(ordered))))
     chosen = {file.name for file in ordered[:count]}

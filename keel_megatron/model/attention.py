@@ -64,8 +64,8 @@ class SelfAttention(MegatronSelfAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotary_pos_emb: Tensor | None = None,
+        attention_mask: Tensor | None,
+        rotary_pos_emb: Tensor,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of hidden_states [s, b, h]; [s/TP, b, h] under sequence parallelism.

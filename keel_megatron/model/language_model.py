@@ -93,7 +93,9 @@ class LanguageModel(GPTModel):
             share_embeddings_and_output_weights=model.tie_embeddings,
             **kwargs,
         )
-        self.rotary_pos_emb = RotaryTable(model.head_dim, model.rope_theta, config.params_dtype)
+        self.rotary_pos_emb = RotaryTable(
+            model.head_dim, model.rope_theta, run.data.seq_length, config.params_dtype
+        )
 
 
 def build_model(
@@ -119,7 +121,7 @@ def build_model(
     layout.check(config.model.blocks)
     megatron_config = transformer_config(config, layout, dtype, runtime.device)
     interleaved = layout.virtual_pipeline > 1
-    chunks = []
+    chunks: list[nn.Module] = []
     for number, part in enumerate(layout.stage(runtime.pipeline_rank)):
         chunk = LanguageModel(
             megatron_config,

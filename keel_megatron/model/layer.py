@@ -75,8 +75,8 @@ class KeelLayer(TransformerLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotary_pos_emb: Tensor | None = None,
+        attention_mask: Tensor | None,
+        rotary_pos_emb: Tensor,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """The stream after both sub-layers.

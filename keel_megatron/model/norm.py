@@ -37,8 +37,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         gain_dtype = stream_dtype(config.params_dtype)
         self.output_dtype = config.params_dtype if output == "branch" else gain_dtype
-        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=gain_dtype, device=device))
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=gain_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:

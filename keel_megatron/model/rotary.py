@@ -9,18 +9,28 @@ from torch import Tensor, nn
 
 
 class RotaryTable(nn.Module):
-    """cos and sin of every position, computed once a sequence length and shared by all blocks.
+    """cos and sin of every position, computed once and shared by all blocks.
 
     Stands where Megatron-core's GPTModel keeps its `rotary_pos_emb`, which hands every block the
     angles and lets each compute their cosines again.
+
+    Args:
+        head_dim: d, even.
+        theta: base of the geometric series of frequencies.
+        seq_length: longest sequence.
+        dtype: the compute type, of the table.
     """
 
-    def __init__(self, head_dim: int, theta: float, dtype: torch.dtype) -> None:
+    table: Tensor
+
+    def __init__(self, head_dim: int, theta: float, seq_length: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.theta = theta
-        self.dtype = dtype
-        self._table: Tensor | None = None
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+        positions = torch.arange(seq_length, dtype=torch.float64)
+        angles = torch.outer(positions, theta**-exponents)
+        cos, sin = angles.cos(), angles.sin()
+        table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
+        self.register_buffer("table", table.to(dtype)[:, :, None, None, :], persistent=False)
 
     def get_rotary_seq_len(
         self,
@@ -37,15 +47,7 @@ class RotaryTable(nn.Module):
 
     def forward(self, seq_length: int, **_: Any) -> Tensor:
         """Table [2, s, 1, 1, d]: cos, then sin (its first half negated), in the compute type."""
-        if self._table is None or self._table.size(1) != seq_length:
-            device = torch.cuda.current_device() if torch.cuda.is_initialized() else "cpu"
-            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device)
-            positions = torch.arange(seq_length, dtype=torch.float64, device=device)
-            angles = torch.outer(positions, self.theta ** (-exponents / self.head_dim))
-            cos, sin = angles.cos(), angles.sin()
-            table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
-            self._table = table.to(self.dtype)[:, :, None, None, :]
-        return self._table
+        return self.table[:, :seq_length]
 
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:

@@ -54,12 +54,12 @@ def install() -> None:
         warnings.simplefilter("ignore")  # Apex and Transformer Engine are absent: expected here
         for name in _MODULES:
             importlib.import_module(f"megatron.core.{name}")
-    if isinstance(sys.modules["megatron.core.parallel_state"].torch, _CpuTorch):
+    if isinstance(vars(sys.modules["megatron.core.parallel_state"])["torch"], _CpuTorch):
         return
     substitute = _CpuTorch()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
-            module.torch = substitute
+            vars(module)["torch"] = substitute
     _adapt_generator()
     _adapt_tensor()
 

@@ -23,7 +23,7 @@ from keel_megatron.runtime.seeds import seed_dropout
 T = TypeVar("T")
 
 
-class CollectiveTimeout(RuntimeError):
+class CollectiveTimeoutError(RuntimeError):
     """A collective or message did not complete in `parallel.timeout_seconds`."""
 
 
@@ -87,7 +87,7 @@ class Runtime:
             raise failure
         if answer[1] is not None:
             raise UserError(answer[1], reported=True)
-        return answer[0]  # type: ignore[no-any-return]
+        return answer[0]
 
 
 @contextmanager
@@ -102,8 +102,8 @@ def start(
         launch: this process's place; None = as torchrun says.
 
     Raises:
-        CollectiveTimeout: inside the block a rank waited longer than `parallel.timeout_seconds`;
-            names the rank that waited.
+        CollectiveTimeoutError: a rank waited longer than `parallel.timeout_seconds`; names the
+            rank that waited.
         UserError: the device that is asked for is not there.
     """
     launch = launch or Launch.from_environment()
@@ -128,7 +128,7 @@ def _init_process_group(launch: Launch, device: torch.device, timeout_seconds: f
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if launch.world_size == 1:
-        store = dist.HashStore()
+        store = torch._C._distributed_c10d.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
@@ -169,12 +169,12 @@ def _named_timeouts(runtime: Runtime, timeout_seconds: float) -> Iterator[None]:
     except RuntimeError as error:
         text = str(error).lower()
         if "timed out" in text or "timeout" in text:
-            raise CollectiveTimeout(
+            raise CollectiveTimeoutError(
                 f"{runtime.describe()} waited more than parallel.timeout_seconds = "
                 f"{timeout_seconds:g} for another rank: {error}"
             ) from error
         if "connection closed" in text or "connection reset" in text:
-            raise CollectiveTimeout(
+            raise CollectiveTimeoutError(
                 f"{runtime.describe()} lost the connection to another rank: {error}"
             ) from error
         raise

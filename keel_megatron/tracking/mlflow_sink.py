@@ -113,10 +113,12 @@ class _Session:
     """A client and the MLflow run that it writes to."""
 
     def __init__(self, config: RunConfig) -> None:
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
+
+        # Importing MLflow sets its loggers to tell of every table that it makes.
+        for name in ("alembic", "mlflow", "mlflow.store"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
         self._metric = Metric
         # Always given: a stray mlruns folder would change MLflow's own default.

@@ -116,7 +116,7 @@ def _open_data(
     seed, training = config.training.seed, config.training
 
     def datasets() -> tuple[Any, Any]:
-        return tuple(  # type: ignore[return-value]
+        return tuple(
             build_dataset(prefix, tokenizer, config.data.seq_length, seed, data.folder)
             for prefix in (data.train_prefix, data.validation_prefix)
         )

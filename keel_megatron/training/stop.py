@@ -35,7 +35,7 @@ def stop_requests() -> Iterator[StopRequest]:
         return
     previous = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def remember(number: int, frame: FrameType | None) -> None:
+    def remember(number: int, _frame: FrameType | None) -> None:
         if request.signal is signal.Signals(number):
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -28,7 +29,7 @@ def test_cosine_passes_the_middle_halfway_and_ends_at_the_minimum() -> None:
     assert rates[59] == pytest.approx((PEAK + 1e-4) / 2)
     assert rates[34] == pytest.approx(1e-4 + (PEAK - 1e-4) * 0.5 * (1 + math.cos(math.pi / 4)))
     assert rates[-1] == pytest.approx(1e-4)
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_wsd_is_stable_then_falls_linearly() -> None:
