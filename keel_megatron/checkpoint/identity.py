@@ -15,7 +15,11 @@ CONFIG_FILE = "config.yaml"
 
 # What a run may change between two starts; everything else is the run's identity.
 CHANGEABLE = (
-    "parallel.",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.virtual_pipeline",
+    "parallel.sequence",
+    "parallel.timeout_seconds",
     "optimizer.",
     "schedule.",
     "checkpoint.",

@@ -86,7 +86,7 @@ def load(
         state["rng"] = _rng_state(runtime)
     loaded = dist_checkpointing.load(state, str(path))
     _load_chunks(chunks, loaded)
-    optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(optimizer, loaded["optimizer"])
     position = Position(run["step"], run["consumed_samples"])
     if same_layout:
         _restore_rng(loaded["rng"])
@@ -135,6 +135,26 @@ def _sharded_state(chunks: list[nn.Module], optimizer: Any, *, is_loading: bool)
 def _load_chunks(chunks: list[nn.Module], loaded: dict[str, Any]) -> None:
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[_chunk_key(number)])
+
+
+def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """Restore the optimizer's groups and step, then masters and moments.
+
+    Two traps of megatron-core 0.16.1 with torch's AdamW, which counts its steps per parameter: in
+    one call it looks for `step` among the sharded tensors, where it is not, so it is set aside
+    while those are loaded; and it gives all parameters one and the same counter, which each of them
+    would then advance.
+    """
+    sharded = loaded.pop("param_state", None)
+    optimizer.load_state_dict(loaded)
+    if sharded is None:
+        return
+    (inner,) = optimizer.chained_optimizers
+    states = inner.optimizer.state.values()
+    steps = [state.pop("step") for state in states]
+    inner.load_parameter_state_from_fully_reshardable(sharded)
+    for state, step in zip(states, steps, strict=True):
+        state["step"] = step.clone()
 
 
 def _chunk_key(number: int) -> str:

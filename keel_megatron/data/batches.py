@@ -122,22 +122,32 @@ def validation_batches(
     micro_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
+    multiple: int = 1,
 ) -> Iterator[Batch]:
     """This replica's share of the first `sequences` samples, fewer if the set is smaller.
 
     Whole micro-batches on every replica, so the number is rounded down to a multiple of
     micro_batch_size x replicas.
 
+    Args:
+        dataset: the validation set.
+        sequences: how many to take at most.
+        micro_batch_size: sequences of a micro-batch.
+        data_parallel_rank: this replica.
+        data_parallel_size: replicas.
+        multiple: every replica's number of micro-batches must be a multiple of this; an
+            interleaved schedule wants its number of stages.
+
     Raises:
         UserError: not one micro-batch a replica can be filled.
     """
     stride = micro_batch_size * data_parallel_size
-    count = min(sequences, len(dataset)) // stride * stride
+    count = min(sequences, len(dataset)) // (stride * multiple) * (stride * multiple)
     if count == 0:
         raise UserError(
             f"training.validation_sequences: {sequences} (the validation text has "
-            f"{len(dataset)}) do not fill one micro-batch on each replica: {stride} are needed "
-            "(training.micro_batch_size x replicas)"
+            f"{len(dataset)}) do not fill {multiple} micro-batch(es) on each replica: "
+            f"{stride * multiple} are needed (training.micro_batch_size x replicas x {multiple})"
         )
     for start in range(0, count, stride):
         first = start + data_parallel_rank * micro_batch_size

@@ -34,9 +34,13 @@ def wrap_data_parallel(config: RunConfig, chunks: list[nn.Module]) -> list[Any]:
 
 
 def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> Any:
-    """AdamW over the wrapped chunks; fp32 masters under bf16; norm gains without decay."""
+    """AdamW over the wrapped chunks; fp32 masters under bf16; norm gains without decay.
+
+    Its moments are allocated here, so memory runs out now or never, and a checkpoint finds where
+    to go.
+    """
     settings, precision = config.optimizer, config.training.precision
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=settings.learning_rate,
@@ -52,6 +56,22 @@ def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> A
         chunks,
         use_gloo_process_groups=runtime.device.type == "cuda",
     )
+    for inner in optimizer.chained_optimizers:
+        _allocate_moments(inner.optimizer)
+    return optimizer
+
+
+def _allocate_moments(adam: Any) -> None:
+    """What torch's AdamW would allocate in its first step; Apex's and TE's do it themselves."""
+    if not isinstance(adam, torch.optim.AdamW):
+        return
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            adam.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def set_learning_rate(optimizer: Any, config: RunConfig, value: float) -> None:

@@ -140,6 +140,7 @@ def _open_data(
         training.micro_batch_size,
         runtime.data_rank,
         runtime.data_size,
+        multiple=config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,
     )
     return source, list(fixed)
 

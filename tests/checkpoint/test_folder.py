@@ -1,0 +1,90 @@
+"""The folder of checkpoints: complete or absent, newest first, the oldest leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from keel_megatron.checkpoint import folder
+from keel_megatron.checkpoint.identity import claim, identity_changes, saved_config
+from keel_megatron.config import UserError
+from tests.settings import small_config
+
+
+def write(run: Path, step: int) -> Path:
+    partial = folder.begin(run, step)
+    (partial / "data").write_text(str(step))
+    return folder.publish(partial)
+
+
+def test_a_checkpoint_appears_when_it_is_published(tmp_path: Path) -> None:
+    partial = folder.begin(tmp_path, 20)
+    (partial / "data").write_text("half")
+    assert folder.steps(tmp_path) == []
+    assert folder.latest(tmp_path) is None
+    folder.publish(partial)
+    assert folder.latest(tmp_path) == tmp_path / "checkpoints" / "step_00000020"
+
+
+def test_a_half_written_one_is_started_anew(tmp_path: Path) -> None:
+    (folder.begin(tmp_path, 5) / "old").write_text("")
+    assert list(folder.begin(tmp_path, 5).iterdir()) == []
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (10, 5, 100_000_000, 20):
+        write(tmp_path, step)
+    assert folder.steps(tmp_path) == [5, 10, 20, 100_000_000]
+    removed = folder.prune(tmp_path, keep=2)
+    assert [path.name for path in removed] == ["step_00000005", "step_00000010"]
+    assert folder.steps(tmp_path) == [20, 100_000_000]
+
+
+def test_a_published_one_replaces_an_older_of_its_step(tmp_path: Path) -> None:
+    write(tmp_path, 7)
+    partial = folder.begin(tmp_path, 7)
+    (partial / "new").write_text("")
+    assert [path.name for path in folder.publish(partial).iterdir()] == ["new"]
+
+
+def test_a_folder_of_another_run_is_refused_with_the_difference(tmp_path: Path) -> None:
+    run = small_config(training__runs_dir=str(tmp_path))
+    claim(run)
+    claim(small_config(training__runs_dir=str(tmp_path), model__blocks=4))
+    claim(run)
+    write(run.training.folder, 3)
+    other = small_config(
+        training__runs_dir=str(tmp_path), model__blocks=4, training__steps=99, training__seed=5
+    )
+    with pytest.raises(UserError) as caught:
+        claim(other)
+    message = str(caught.value)
+    assert "model.blocks: 8 there, 4 now" in message
+    assert "training.seed: 1234 there, 5 now" in message
+    assert "training.steps" not in message
+    assert saved_config(run.training.folder) == run
+
+
+def test_what_a_run_may_change(tmp_path: Path) -> None:
+    run = small_config(training__runs_dir=str(tmp_path))
+    changed = small_config(
+        training__runs_dir=str(tmp_path),
+        training__steps=99,
+        optimizer__learning_rate=1.0,
+        parallel__tensor=2,
+        training__micro_batch_size=1,
+        tracking__log_every=7,
+    )
+    assert list(identity_changes(run, changed)) == []
+
+
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no run: there is no config.yaml"):
+        saved_config(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"training.runs_dir: cannot write"):
+        claim(small_config(training__runs_dir=str(tmp_path / "file")))

@@ -1,0 +1,121 @@
+"""Prepared data: made once, complete or absent."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from keel_megatron.config import UserError
+from keel_megatron.config.run import RunConfig
+from keel_megatron.data.corpus import find_corpus, split
+from keel_megatron.data.prepare import PreparedData, prepare
+from keel_megatron.data.tokenizer import Tokenizer
+from tests.settings import small_config
+
+
+def ignore(_text: str) -> None:
+    pass
+
+
+def test_the_indexed_tokens_are_the_texts(prepared: PreparedData, data_config: RunConfig) -> None:
+    tokenizer = Tokenizer(prepared.tokenizer_path)
+    for prefix, side in zip(
+        (prepared.train_prefix, prepared.validation_prefix),
+        split(find_corpus(data_config.data.text, ignore), data_config.data.validation_fraction),
+        strict=True,
+    ):
+        indexed = IndexedDataset(str(prefix))
+        texts = [document.text for document in side()]
+        assert len(indexed) == len(texts)
+        for row, text in zip(indexed, texts, strict=True):
+            assert row[-1] == tokenizer.eod
+            assert tokenizer.decode(row.tolist()) == text
+
+
+def test_the_unigram_entropy_is_that_of_the_counts(prepared: PreparedData) -> None:
+    """Against H = log n - (1/n) sum c log c, another way to write it."""
+    tokens = [int(t) for row in IndexedDataset(str(prepared.train_prefix)) for t in row]
+    counts = Counter(tokens)
+    n = len(tokens)
+    expected = math.log(n) - sum(c * math.log(c) for c in counts.values()) / n
+    assert prepared.train_tokens == n
+    assert prepared.unigram_entropy == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_second_time_it_is_reused(prepared: PreparedData, data_config: RunConfig) -> None:
+    said: list[str] = []
+    again = prepare(data_config, said.append)
+    assert again.reused
+    assert again.folder == prepared.folder
+    assert said == [f"reusing the prepared data in {prepared.folder}"]
+
+
+def _prepare_folder(config: RunConfig) -> tuple[str, bool]:
+    prepared = prepare(config, ignore)
+    return str(prepared.folder), prepared.reused
+
+
+def test_three_processes_build_it_once(text: Path, tmp_path: Path) -> None:
+    config = small_config(data__text=str(text), data__cache=str(tmp_path))
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        found = pool.map(_prepare_folder, [config] * 3)
+    assert len({folder for folder, _reused in found}) == 1
+    assert sorted(reused for _folder, reused in found) == [False, True, True]
+
+
+@pytest.mark.parametrize("damage", ["shrunk", "gone"])
+def test_damaged_data_is_made_anew(text: Path, tmp_path: Path, damage: str) -> None:
+    config = small_config(data__text=str(text), data__cache=str(tmp_path))
+    first = prepare(config, ignore)
+    victim = first.folder / "train.bin"
+    whole = victim.read_bytes()
+    if damage == "gone":
+        victim.unlink()
+    else:
+        victim.write_bytes(whole[:100])
+    said: list[str] = []
+    again = prepare(config, said.append)
+    assert not again.reused
+    assert victim.read_bytes() == whole
+    assert "train.bin is missing or not as it was written" in said[0]
+
+
+def test_a_half_built_folder_is_not_used(text: Path, tmp_path: Path) -> None:
+    config = small_config(data__text=str(text), data__cache=str(tmp_path))
+    first = prepare(config, ignore)
+    (first.folder / "data.json").unlink()
+    assert not prepare(config, ignore).reused
+
+
+def test_another_tokenizer_may_be_given(prepared: PreparedData, text: Path, tmp_path: Path) -> None:
+    overrides = {"data__text": str(text), "data__cache": str(tmp_path)}
+    path = str(prepared.tokenizer_path)
+    given = prepare(small_config(**overrides, data__tokenizer=path), ignore)
+    assert given.tokenizer_path.read_bytes() == prepared.tokenizer_path.read_bytes()
+    with pytest.raises(UserError, match=r"data.vocab_size: 640 is not the 512 pieces"):
+        prepare(small_config(**overrides, data__tokenizer=path, data__vocab_size=640), ignore)
+
+
+def test_text_shorter_than_a_sequence(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("".join(f"{word} {word * 3}\n" for word in map(chr, range(97, 123))) * 4)
+    config = small_config(
+        data__text=str(path), data__cache=str(tmp_path / "cache"), data__vocab_size=320
+    )
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"seq_length": 100_000})}
+    )
+    with pytest.raises(UserError, match=r"data.text: its training part has \d+ tokens, fewer"):
+        prepare(config, ignore)
+
+
+def test_a_cache_that_cannot_be_written(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = small_config(data__text=str(text), data__cache=str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=r"data.cache: cannot write .*Not a directory"):
+        prepare(config, ignore)

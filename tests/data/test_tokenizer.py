@@ -1,0 +1,57 @@
+"""Any text survives the tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keel_megatron.config import UserError
+from keel_megatron.data.prepare import PreparedData
+from keel_megatron.data.tokenizer import Tokenizer, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(prepared: PreparedData) -> Tokenizer:
+    return Tokenizer(prepared.tokenizer_path)
+
+
+@given(st.text())
+def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text
+    assert tokenizer.eod not in tokens
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        "\tdef f():\r\n\n  ",
+        "<eod></s><unk><0x41>",
+        "\u2581a\u2581 \u2581",
+        "\U0001f600 café",
+        "\x00",
+    ],
+)
+def test_difficult_text_comes_back(tokenizer: Tokenizer, sample: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(sample)) == sample
+
+
+def test_training_is_repeatable_and_useful(text: Path, tokenizer: Tokenizer) -> None:
+    sources = [path.read_text() for path in sorted(text.iterdir())]
+    assert train_tokenizer(sources, 512) == train_tokenizer(sources, 512)
+    assert len(tokenizer.encode(sources[0])) < 0.5 * len(sources[0])
+
+
+def test_too_little_text_for_the_vocabulary() -> None:
+    with pytest.raises(UserError, match=r"data.vocab_size: 2048 is too large .* pieces at most"):
+        train_tokenizer(["hello world"], 2048)
+
+
+def test_a_file_that_is_no_tokenizer(tmp_path: Path) -> None:
+    path = tmp_path / "not.model"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="cannot be read as a SentencePiece model"):
+        Tokenizer(path)

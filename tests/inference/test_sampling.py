@@ -1,0 +1,56 @@
+"""How the next token is chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from keel_megatron.config import UserError
+from keel_megatron.inference.generate import Sampling, choose, continue_tokens
+
+
+def draw(logits: list[float], count: int, **settings: float) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    sampling = Sampling(**settings)  # type: ignore[arg-type]
+    return [choose(torch.tensor(logits), sampling, generator) for _ in range(count)]
+
+
+def test_no_temperature_takes_the_likeliest() -> None:
+    assert set(draw([0.0, 3.0, 2.9], 50, temperature=0.0)) == {1}
+
+
+def test_frequencies_follow_the_softmax() -> None:
+    logits = [0.0, 1.0, 2.0]
+    drawn = torch.tensor(draw(logits, 20_000, temperature=0.5, top_p=1.0))
+    found = torch.bincount(drawn, minlength=3) / len(drawn)
+    expected = torch.softmax(torch.tensor(logits) / 0.5, -1)
+    assert torch.allclose(found, expected, atol=0.01)
+
+
+def test_the_nucleus_leaves_out_the_unlikely() -> None:
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).tolist()
+    assert set(draw(logits, 2000, temperature=1.0, top_p=0.8)) == {0, 1}
+    assert set(draw(logits, 2000, temperature=1.0, top_p=0.81)) == {0, 1, 2}
+    assert set(draw(logits, 100, temperature=1.0, top_p=0.01)) == {0}
+
+
+def test_a_document_ends_at_its_end() -> None:
+    def next_logits(tokens: list[int]) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(min(len(tokens), 4)), 6).float()
+
+    sampling = Sampling(max_new_tokens=10, temperature=0.0)
+    assert continue_tokens([1, 1], 4, sampling, next_logits) == [1, 1, 2, 3]
+    assert continue_tokens([1, 1], 5, Sampling(3, 0.0), next_logits) == [1, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_new_tokens": 0}, "--max-new-tokens"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"top_p": 0.0}, "--top-p"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, float], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        Sampling(**settings)  # type: ignore[arg-type]

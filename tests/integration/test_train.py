@@ -1,0 +1,202 @@
+"""Whole runs by the command line: train, stop, go on, generate; and what users get wrong."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keel_megatron.checkpoint import folder
+from keel_megatron.tracking.metrics import read_metrics
+from tests.integration.commands import environment, keel, write_config
+
+
+@pytest.fixture(scope="module")
+def text() -> Path:
+    """One real source file."""
+    return Path(argparse.__file__)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A folder in which a small run was trained to its end, with dropout, on two stages."""
+    home = tmp_path_factory.mktemp("finished")
+    config = write_config(
+        home,
+        text,
+        model__dropout=0.1,
+        parallel__pipeline=2,
+        checkpoint__every=3,
+        training__validate_every=3,
+        tracking__sample_prompt="def ",
+    )
+    done = keel(home, "train", str(config), "--processes", "2")
+    assert done.returncode == 0, done.stderr
+    assert "unigram entropy" in done.stdout
+    assert "sample (runs/test/samples.txt)" in done.stdout
+    return home
+
+
+def losses(home: Path) -> list[tuple[int, float, float]]:
+    return [
+        (line["step"], line["loss"], line["grad_norm"])
+        for line in read_metrics(home / "runs" / "test" / "metrics.jsonl")
+        if "loss" in line
+    ]
+
+
+def copy_with_checkpoint(finished: Path, tmp_path: Path, step: int) -> Path:
+    """The finished run as it stood after `step`."""
+    home = tmp_path / "copy"
+    shutil.copytree(finished, home)
+    for later in folder.steps(home / "runs" / "test"):
+        if later > step:
+            shutil.rmtree(folder.step_folder(home / "runs" / "test", later))
+    return home
+
+
+def test_a_run_leaves_its_folder_complete(finished: Path) -> None:
+    run = finished / "runs" / "test"
+    assert {path.name for path in run.iterdir()} >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "samples.txt",
+        "log.txt",
+        "loss.png",
+    }
+    assert folder.steps(run) == [3, 6]
+    assert (folder.latest(run) / "config.yaml").read_text() == (run / "config.yaml").read_text()
+    assert [step for step, _loss, _norm in losses(finished)] == [1, 2, 3, 4, 5, 6]
+    held_out = [m["step"] for m in read_metrics(run / "metrics.jsonl") if "validation_loss" in m]
+    assert held_out == [3, 6]
+
+
+def test_a_finished_run_is_left_as_it_is(finished: Path) -> None:
+    before = losses(finished)
+    again = keel(finished, "train", "run.yaml", "--processes", "2")
+    assert again.returncode == 0
+    assert "runs/test is complete: 6 steps" in again.stdout
+    assert "sample (runs/test/samples.txt)" in again.stdout
+    assert losses(finished) == before
+
+
+def test_resuming_on_the_same_layout_is_bit_identical(finished: Path, tmp_path: Path) -> None:
+    """Dropout is on: the generators go on too."""
+    home = copy_with_checkpoint(finished, tmp_path, 3)
+    again = keel(home, "train", "run.yaml", "--processes", "2")
+    assert again.returncode == 0, again.stderr
+    assert "going on from runs/test/checkpoints/step_00000003" in again.stdout
+    assert losses(home) == losses(finished)
+
+
+@pytest.mark.parametrize(
+    ("processes", "overrides"),
+    [
+        (1, []),
+        (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+        (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+        (2, []),
+    ],
+)
+def test_resuming_on_another_layout_agrees(
+    tmp_path: Path, text: Path, processes: int, overrides: list[str]
+) -> None:
+    config = write_config(tmp_path, text, parallel__pipeline=2)
+    first = keel(tmp_path, "train", str(config), "--processes", "2")
+    assert first.returncode == 0, first.stderr
+    expected = keel(tmp_path, "train", str(config), "training.steps=8", "--processes", "2")
+    assert expected.returncode == 0, expected.stderr
+    undisturbed = losses(tmp_path)
+    shutil.rmtree(folder.step_folder(tmp_path / "runs" / "test", 8))
+    settings = ["training.steps=8", "parallel.pipeline=1", *overrides]
+    again = keel(tmp_path, "train", str(config), *settings, "--processes", str(processes))
+    assert again.returncode == 0, again.stderr
+    assert len(losses(tmp_path)) == 8
+    for here, there in zip(losses(tmp_path), undisturbed, strict=True):
+        assert here == pytest.approx(there, rel=1e-5)
+
+
+def test_generation_is_repeatable_and_continues_the_prompt(finished: Path) -> None:
+    arguments = ["generate", "runs/test", "--prompt", "class A:", "--max-new-tokens", "8"]
+    first = keel(finished, *arguments)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("class A:")
+    assert keel(finished, *arguments).stdout == first.stdout
+    assert keel(finished, *arguments, "--seed", "1").stdout != first.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--prompt", "x " * 100], "leave no room in sequences of data.seq_length = 32"),
+        (["--prompt", "x", "--max-new-tokens", "100"], "at most"),
+        (["--prompt", "x", "--top-p", "2"], "--top-p: 2.0 must be above 0"),
+    ],
+)
+def test_generation_says_what_does_not_fit(
+    finished: Path, arguments: list[str], expected: str
+) -> None:
+    wrong = keel(finished, "generate", "runs/test", *arguments)
+    assert wrong.returncode == 2
+    assert expected in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def test_another_configuration_is_refused_and_nothing_is_lost(finished: Path) -> None:
+    before = losses(finished)
+    wrong = keel(finished, "train", "run.yaml", "model.alpha=3", "--processes", "2")
+    assert wrong.returncode == 2
+    assert "model.alpha: auto there, 3.0 now" in wrong.stderr
+    assert wrong.stderr.count("holds a run of another configuration") == 1
+    assert "Traceback" not in wrong.stderr
+    assert losses(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (None, "data.text: missing.txt does not exist"),
+        (b"", "there is no text in missing.txt"),
+        (b"\xff\xfe", "missing.txt is not UTF-8 text"),
+        (b"too short", "data.vocab_size: 512 is too large for so little text"),
+    ],
+)
+def test_unusable_text_is_named(tmp_path: Path, text: Path, make: Any, expected: str) -> None:
+    if make is not None:
+        (tmp_path / "missing.txt").write_bytes(make)
+    config = write_config(tmp_path, text)
+    wrong = keel(tmp_path, "train", str(config), "data.text=missing.txt")
+    assert wrong.returncode == 2
+    assert expected in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    # With the text mended, the same run folder serves.
+    assert "data.text" in (tmp_path / "runs" / "test" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
+    tmp_path: Path, text: Path, number: signal.Signals
+) -> None:
+    config = write_config(tmp_path, text)
+    command = [sys.executable, "-m", "keel_megatron", "train", str(config), "training.steps=100000"]
+    metrics = tmp_path / "runs" / "test" / "metrics.jsonl"
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while len(read_metrics(metrics)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    done = losses(tmp_path)[-1][0]
+    assert f"stopped after step {done} of 100000, checkpoint written" in shown
+    assert folder.steps(tmp_path / "runs" / "test") == [done]
