@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
+import yaml
 from keel_megatron.config import ConfigError, RunConfig, dump_config, load_config, parse_config
 from keel_megatron.config.schema import json_schema
 from tests.settings import settings

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from tests.settings import settings
 
 Completed = subprocess.CompletedProcess[str]

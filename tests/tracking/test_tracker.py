@@ -122,7 +122,17 @@ def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
     display.step(record(4))
     display.close()
     lines = stream.getvalue().splitlines()
-    assert lines[0].split() == "step loss grad norm learning rate tokens/s time left".split()
+    assert lines[0].split() == [
+        "step",
+        "loss",
+        "grad",
+        "norm",
+        "learning",
+        "rate",
+        "tokens/s",
+        "time",
+        "left",
+    ]
     assert lines[1].split()[:5] == ["2/4", "1.0000", "0.500", "1.000e-03", "1,000"]
     assert lines[2].split()[0] == "4/4"
     logged = (tmp_path / "log.txt").read_text().splitlines()
