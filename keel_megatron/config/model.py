@@ -23,7 +23,16 @@ class ModelConfig(Section):
         gt=0,
         description="Key/value heads (grouped-query attention); null = num_attention_heads.",
     )
-    residual: Literal["keel", "pre_ln"] = Field(
+    residual: Literal[
+        "keel",
+        "pre_ln",
+        "post_ln",
+        "deepnorm",
+        "hybrid_norm",
+        "mix_ln",
+        "scaled_post_ln",
+        "scaled_post_ln_beta",
+    ] = Field(
         default="keel", description="How a branch joins the residual stream (model/residual.py)."
     )
     first_block: Literal["v2", "v1"] = Field(
@@ -36,8 +45,8 @@ class ModelConfig(Section):
     alpha: Literal["auto"] | float = Field(
         default="auto",
         description=(
-            "Scale of the skip path; auto = the number of sub-layers, 2 x blocks. "
-            "Used by residual: keel."
+            "Scale of the skip path; auto = the number of sub-layers L = 2 x blocks, and L^0.25 "
+            "for deepnorm. The rules without a scale refuse any other value."
         ),
     )
     final_norm: bool = Field(
@@ -69,8 +78,3 @@ class ModelConfig(Section):
     def query_groups(self) -> int:
         """Key/value heads, with the default resolved."""
         return self.num_query_groups or self.num_attention_heads
-
-    @property
-    def skip_scale(self) -> float:
-        """Keel's alpha with `auto` resolved to 2 x blocks (keel_paper: alpha = L)."""
-        return float(self.sub_layers) if self.alpha == "auto" else float(self.alpha)

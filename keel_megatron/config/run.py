@@ -82,8 +82,16 @@ def _model_problems(config: RunConfig) -> Iterator[tuple[str, str]]:
             f"{model.query_groups} must divide model.num_attention_heads = "
             f"{model.num_attention_heads}",
         )
-    if model.alpha != "auto" and model.alpha <= 0:
-        yield "model.alpha", f"{model.alpha} must be auto or a positive number"
+    if model.alpha != "auto":
+        if model.alpha <= 0:
+            yield "model.alpha", f"{model.alpha} must be auto or a positive number"
+        elif model.residual in ("pre_ln", "post_ln", "hybrid_norm", "mix_ln"):
+            yield "model.alpha", f"{model.alpha} has no place in {model.residual}; leave it at auto"
+    if model.first_block != "v2" and model.residual != "keel":
+        yield (
+            "model.first_block",
+            f"{model.first_block} has no place in {model.residual}; keel only",
+        )
 
 
 def _parallel_problems(config: RunConfig) -> Iterator[tuple[str, str]]:

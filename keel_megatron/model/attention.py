@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
+from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -59,7 +60,19 @@ class SelfAttention(MegatronSelfAttention):
 
     The modules (linear_qkv, core_attention, linear_proj) and their sharding are Megatron-core's;
     what its forward does for inference engines, packed sequences and offloading is not needed.
+    With q_layernorm and k_layernorm in its submodules, value is normalised too (HybridNorm).
     """
+
+    def __init__(self, config: Any, submodules: Any, layer_number: int, **kwargs: Any) -> None:
+        super().__init__(config, submodules, layer_number, **kwargs)
+        self.v_layernorm = None
+        if submodules.q_layernorm is not None:
+            self.v_layernorm = build_module(
+                submodules.q_layernorm,
+                hidden_size=self.hidden_size_per_attention_head,
+                config=config,
+                eps=config.layernorm_epsilon,
+            )
 
     def forward(
         self,
@@ -86,6 +99,9 @@ class SelfAttention(MegatronSelfAttention):
             mixed.view(s, b, groups, (per_group + 2) * d), [per_group * d, d, d], dim=3
         )
         query = query.reshape(s, b, groups * per_group, d)
+        if self.v_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+            value = self.v_layernorm(value)
         query = apply_rotary(query, rotary_pos_emb)
         key = apply_rotary(key, rotary_pos_emb)
         context = self.core_attention(

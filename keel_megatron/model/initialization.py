@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from keel_megatron.config.model import ModelConfig
+from keel_megatron.model.residual import branch_init_scale
 from keel_megatron.runtime.seeds import derive_seed
 
 
@@ -52,6 +53,7 @@ def initialize(
         generator.manual_seed(derive_seed(seed, "weight", name))
         whole = torch.empty(whole_shape, dtype=torch.float32, device=parameter.device)
         whole.normal_(0.0, model.init_std, generator=generator)
+        _scale_branch(whole, name, model)
         if sharded:
             whole = _shard(
                 whole,
@@ -61,6 +63,19 @@ def initialize(
                 tensor_size,
             )
         parameter.copy_(whole)
+
+
+def _scale_branch(whole: Tensor, name: str, model: ModelConfig) -> None:
+    """Scale value, output and FFN weights as the residual rule wants (model/residual.py)."""
+    scale = branch_init_scale(model)
+    if scale == 1.0 or ".layers." not in name:
+        return
+    if name.endswith("linear_qkv.weight"):
+        # Rows of a group: its queries, its key, its value.
+        groups = whole.view(model.query_groups, -1, model.head_dim, whole.size(1))
+        groups[:, -1] *= scale
+    else:
+        whole *= scale
 
 
 def _shard(whole: Tensor, dim: int, stride: int, rank: int, size: int) -> Tensor:

@@ -20,10 +20,11 @@ from keel_megatron.model.residual import SubLayer, sub_layer
 
 @dataclass
 class KeelLayerSubmodules(TransformerLayerSubmodules):
-    """Megatron-core's submodules, the outer norm, and what stands where a norm is absent."""
+    """Megatron-core's submodules, the outer norm, and what stands where an inner norm does not."""
 
     outer_norm: ModuleSpec | type = IdentityOp
-    no_inner_norm: ModuleSpec | type = IdentityOp
+    inner_vector: ModuleSpec | type = IdentityOp
+    no_inner: ModuleSpec | type = IdentityOp
 
 
 class KeelLayer(TransformerLayer):
@@ -53,10 +54,11 @@ class KeelLayer(TransformerLayer):
         block = self.layer_number - 1
         self.attention_rule = sub_layer(2 * block, model)
         self.mlp_rule = sub_layer(2 * block + 1, model)
-        if not self.attention_rule.inner_norm:
-            self.input_layernorm = self._build(submodules.no_inner_norm)
-        if not self.mlp_rule.inner_norm:
-            self.pre_mlp_layernorm = self._build(submodules.no_inner_norm)
+        instead = {"vector": submodules.inner_vector, "none": submodules.no_inner}
+        if self.attention_rule.inner != "norm":
+            self.input_layernorm = self._build(instead[self.attention_rule.inner])
+        if self.mlp_rule.inner != "norm":
+            self.pre_mlp_layernorm = self._build(instead[self.mlp_rule.inner])
         self.attention_outer_norm = (
             self._build(submodules.outer_norm) if self.attention_rule.outer_norm else None
         )

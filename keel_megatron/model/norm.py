@@ -1,10 +1,11 @@
-"""RMSNorm over the fp32 residual stream."""
+"""RMSNorm over the fp32 residual stream, and what may stand in a norm's place."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 import torch
+from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 
@@ -44,6 +45,37 @@ class RMSNorm(nn.Module):
         """Normalise x: [..., h] in the stream's type, to [..., h] in the output's."""
         y = torch.rms_norm(x, (x.size(-1),), self.weight, self.eps)
         return y.to(self.output_dtype)
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of every attention head [s, b, heads, d] over d, one gain for all heads.
+
+    The heads are split over the tensor group and the gain is not: its gradient is summed there.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.weight.sequence_parallel = False  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x in the stream's type; back in the type of the matrix products."""
+        gain = tensor_parallel.copy_to_tensor_model_parallel_region(self.weight)
+        y = torch.rms_norm(x.to(gain.dtype), (x.size(-1),), gain, self.eps)
+        return y.to(self.output_dtype)
+
+
+class BranchVector(nn.Module):
+    """A learned vector in a norm's place: beta * x, beta from 1, in the branch's type."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:  # noqa: ARG002
+        super().__init__()
+        self.output_dtype = config.params_dtype
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=stream_dtype(config.params_dtype)))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Beta * x for x: [..., h] in the stream's type."""
+        return (self.weight * x).to(self.output_dtype)
 
 
 class BranchCast(nn.Module):

@@ -12,11 +12,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from keel_megatron.config.model import ModelConfig
 from keel_megatron.model.attention import SdpaAttention, SelfAttention
 from keel_megatron.model.layer import KeelLayer, KeelLayerSubmodules
-from keel_megatron.model.norm import BranchCast, RMSNorm
+from keel_megatron.model.norm import BranchCast, BranchVector, HeadNorm, RMSNorm
+from keel_megatron.model.residual import sub_layer
 
 
 def local_layer_spec(model: ModelConfig) -> ModuleSpec:
     """A block of torch and Megatron-core alone: SDPA, our norms, Column/RowParallelLinear."""
+    head_norm = HeadNorm if sub_layer(0, model).qkv_norm else None
     return ModuleSpec(
         module=KeelLayer,
         params={"model": model},
@@ -29,6 +31,8 @@ def local_layer_spec(model: ModelConfig) -> ModuleSpec:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=SdpaAttention,
                     linear_proj=RowParallelLinear,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             pre_mlp_layernorm=RMSNorm,
@@ -39,7 +43,8 @@ def local_layer_spec(model: ModelConfig) -> ModuleSpec:
                 ),
             ),
             outer_norm=ModuleSpec(module=RMSNorm, params={"output": "stream"}),
-            no_inner_norm=BranchCast,
+            inner_vector=BranchVector,
+            no_inner=BranchCast,
         ),
     )
 

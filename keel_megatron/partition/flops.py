@@ -32,17 +32,22 @@ def training_flops_per_token(model: ModelConfig, seq_length: int, vocab_size: in
 
 
 def parameter_count(model: ModelConfig, vocab_size: int) -> int:
-    """Weights and gains of the whole model (an outer norm everywhere but where v1/v2 drop it)."""
+    """Weights and gains of the whole model."""
     h, d = model.hidden_size, model.head_dim
     attention = h * d * (2 * model.num_attention_heads + 2 * model.query_groups)
     matrices = attention + 3 * h * model.ffn_hidden_size
     embeddings = vocab_size * h * (1 if model.tie_embeddings else 2)
-    return model.blocks * matrices + embeddings + _gain_count(model) * h
+    return model.blocks * matrices + embeddings + _vector_parameters(model)
 
 
-def _gain_count(model: ModelConfig) -> int:
-    inner = model.sub_layers
-    outer = 0
+def _vector_parameters(model: ModelConfig) -> int:
+    """Parameters of the norms (and learned vectors) that the residual rule has."""
+    final = model.hidden_size if model.final_norm else 0
+    if model.residual == "hybrid_norm":
+        return final + model.blocks * (model.hidden_size + 3 * model.head_dim)
+    vectors = model.sub_layers
     if model.residual == "keel":
-        outer = model.sub_layers - (1 if model.first_block == "v2" else 2)
-    return inner + outer + int(model.final_norm)
+        vectors += model.sub_layers - (1 if model.first_block == "v2" else 2)
+    elif model.residual == "scaled_post_ln_beta":
+        vectors += model.sub_layers
+    return final + vectors * model.hidden_size

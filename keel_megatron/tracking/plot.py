@@ -19,6 +19,7 @@ def plot_loss(run_folder: Path, out: Path, unigram_entropy: float | None = None)
         unigram_entropy: nats per token that counting tokens alone reaches; drawn as a line.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     records = read_metrics(run_folder / "metrics.jsonl")
     steps = [record for record in records if "loss" in record]
@@ -51,6 +52,7 @@ def plot_loss(run_folder: Path, out: Path, unigram_entropy: float | None = None)
     top.legend(frameon=False)
     bottom.plot(*_series(steps, "grad_norm"), color=_NORM, linewidth=0.8)
     bottom.set_yscale("log")
+    bottom.yaxis.set_minor_formatter(NullFormatter())
     bottom.set_ylabel("grad norm")
     bottom.set_xlabel("million tokens")
     for axes in (top, bottom):

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from keel_megatron.config import ConfigError, RunConfig, dump_config, load_config, parse_config
 from keel_megatron.config.schema import json_schema
+from keel_megatron.model.residual import sub_layer
 from tests.settings import settings
 
 
@@ -36,12 +37,14 @@ def complaints(path: Path, *overrides: str, world_size: int | None = None) -> li
         ("training.seed=true", "training.seed: True is not a whole number"),
         ("model.blocks=0", "model.blocks: 0 must be greater than 0"),
         ("model.dropout=1", "model.dropout: 1 must be less than 1.0"),
-        ("model.residual=kel", "model.residual: 'kel' must be one of keel, pre_ln"),
+        ("model.residual=kel", "model.residual: 'kel' must be one of keel, pre_ln, post_ln"),
+        ("model.alpha=2 model.residual=pre_ln", "2.0 has no place in pre_ln"),
+        ("model.first_block=v1 model.residual=post_ln", "v1 has no place in post_ln; keel only"),
         ("model.alpha=big", "model.alpha: 'big' must be one of auto, a number"),
         ("model.alpha=-1", "model.alpha: -1.0 must be auto or a positive number"),
         ("model.block=3", "model.block: is unknown; did you mean model.blocks?"),
         ("training.dropout=0.1", "training.dropout: is unknown; did you mean model.dropout?"),
-        ("modle.blocks=3", "modle: is unknown; did you mean the section model?"),
+        ("mode.blocks=3", "mode: is unknown; did you mean the section model?"),
         ("model.num_attention_heads=7", "7 must divide model.hidden_size = 64"),
         ("model.num_query_groups=3", "3 must divide model.num_attention_heads = 4"),
         ("parallel.tensor=3", "model.num_attention_heads: 4 must be a multiple of parallel.tensor"),
@@ -61,7 +64,8 @@ def complaints(path: Path, *overrides: str, world_size: int | None = None) -> li
     ],
 )
 def test_a_wrong_setting_is_named(config_file: Path, override: str, expected: str) -> None:
-    assert any(expected in complaint for complaint in complaints(config_file, override))
+    found = complaints(config_file, *override.split(" "))
+    assert any(expected in complaint for complaint in found)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +148,9 @@ def test_a_dumped_configuration_reads_back_equal(config_file: Path) -> None:
 
 
 def test_alpha_is_twice_the_blocks_unless_it_is_given(config_file: Path) -> None:
-    assert load_config(config_file).model.skip_scale == 16.0
-    assert load_config(config_file, ["model.alpha=3"]).model.skip_scale == 3.0
+    assert sub_layer(5, load_config(config_file).model).alpha == 16.0
+    assert sub_layer(5, load_config(config_file, ["model.alpha=3"]).model).alpha == 3.0
+    assert sub_layer(5, load_config(config_file, ["model.residual=deepnorm"]).model).alpha == 2.0
 
 
 def test_every_setting_is_described_in_the_schema() -> None:

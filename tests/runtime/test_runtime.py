@@ -1,0 +1,121 @@
+"""Devices, seeds, process groups: what a rank is told, and how waiting ends."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from keel_megatron.config import UserError
+from keel_megatron.config.run import RunConfig
+from keel_megatron.runtime.device import Launch, choose_device
+from keel_megatron.runtime.seeds import derive_seed
+from tests.distributed import run_ranks
+from tests.settings import settings
+
+
+def test_a_seed_depends_on_its_purpose_alone() -> None:
+    """The golden value is what Python's hashlib gave for "1234/weight/a" on 2026-11-24."""
+    digest = hashlib.sha256(b"1234/weight/a").digest()
+    assert derive_seed(1234, "weight", "a") == int.from_bytes(digest[:8], "big") // 2
+    assert derive_seed(1234, "weight", "a") == 734131588244179554
+    assert len({derive_seed(s, p) for s in (1, 2) for p in ("a", "b")}) == 4
+
+
+def test_cuda_is_not_invented(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto", 0) == torch.device("cpu")
+    with pytest.raises(UserError, match=r"training.device: cuda is asked for, but torch sees no"):
+        choose_device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", 1) == torch.device("cuda", 1)
+    assert choose_device("cpu", 1) == torch.device("cpu")
+    with pytest.raises(UserError, match=r"there are 2: start at most 2 processes a node"):
+        choose_device("auto", 2)
+
+
+def test_a_launch_is_read_from_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert Launch.from_environment() == Launch(0, 1, 0, 1)
+    monkeypatch.setenv("RANK", "five")
+    with pytest.raises(UserError, match="RANK='five' must be a whole number"):
+        Launch.from_environment()
+
+
+def place(sections: dict) -> tuple:
+    from keel_megatron.runtime.distributed import start
+
+    config = RunConfig.model_validate(sections)
+    with start(config.parallel, config.training) as runtime:
+        flags = (runtime.any(runtime.rank == 2), runtime.any(False))
+        told = runtime.from_main(lambda: f"made on {runtime.rank}")
+        try:
+            runtime.from_main(lambda: complain("wrong text"))
+            complaint = None
+        except UserError as error:
+            complaint = (str(error), error.reported)
+        return (
+            (runtime.tensor_rank, runtime.pipeline_rank, runtime.data_rank),
+            flags,
+            told,
+            complaint,
+        )
+
+
+def complain(text: str) -> None:
+    raise UserError(text)
+
+
+def test_ranks_find_their_place_and_agree() -> None:
+    found = run_ranks(4, place, settings(parallel__tensor=2, parallel__pipeline=2))
+    assert [row[0] for row in found] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)]
+    assert all(row[1] == (True, False) for row in found)
+    assert all(row[2] == "made on 0" for row in found)
+    assert [row[3] for row in found] == [("wrong text", rank != 0) for rank in range(4)]
+
+
+def wait_in_vain(sections: dict) -> str:
+    """Rank 1 stays away from a barrier; rank 0 must say that it waited, and who it is."""
+    from keel_megatron.runtime.distributed import CollectiveTimeoutError, start
+
+    config = RunConfig.model_validate(sections)
+    try:
+        with start(config.parallel, config.training) as runtime:
+            if runtime.rank == 1:
+                time.sleep(8)
+                return "stayed away"
+            runtime.barrier()
+    except CollectiveTimeoutError as error:
+        return str(error)
+    return "no time-out"
+
+
+def test_a_collective_that_never_completes_names_the_rank() -> None:
+    sections = settings(parallel__pipeline=2, parallel__timeout_seconds=2.0)
+    waited, _away = run_ranks(2, wait_in_vain, sections)
+    assert waited.startswith("rank 0 (pipeline stage 0, tensor rank 0, replica 0) waited more than")
+    assert "parallel.timeout_seconds = 2" in waited
+
+
+def test_torch_itself_is_left_alone_on_a_cpu() -> None:
+    """Only Megatron-core's modules see the substitute; what they see stays on the CPU."""
+    probe = """
+import torch
+before = torch.cuda.current_device, torch.zeros
+from keel_megatron.runtime import cpu
+cpu.install(); cpu.install()
+assert (torch.cuda.current_device, torch.zeros) == before
+from megatron.core.optimizer import clip_grads
+assert clip_grads.torch.zeros(1, device="cuda").device.type == "cpu"
+assert clip_grads.torch.cuda.current_device() == torch.device("cpu")
+assert torch.ones(1).type() == "torch.cuda.FloatTensor"
+assert torch.ones(1).cuda().device.type == "cpu"
+assert torch.ones(1).type(torch.int64).dtype == torch.int64
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", probe], check=True)
