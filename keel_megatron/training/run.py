@@ -184,7 +184,7 @@ def _conclude(
     below = data.unigram_entropy - loop.validation_loss
     tracker.say(
         f"validation loss {loop.validation_loss:.3f} nats per token; unigram entropy "
-        f"{data.unigram_entropy:.3f}: {below:.3f} nats "
+        f"{data.unigram_entropy:.3f}: {abs(below):.3f} nats "
         f"{'below' if below >= 0 else 'ABOVE'} it"
     )
     if runtime.is_main:
