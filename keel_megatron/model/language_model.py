@@ -80,7 +80,7 @@ def transformer_config(
 
 
 class LanguageModel(GPTModel):
-    """GPTModel with this project's rotary table; a chunk of it on a pipeline stage."""
+    """GPTModel with this project's rotary table and loss; a chunk of it on a pipeline stage."""
 
     def __init__(self, config: TransformerConfig, run: RunConfig, **kwargs: Any) -> None:
         model = run.model
@@ -96,6 +96,25 @@ class LanguageModel(GPTModel):
         self.rotary_pos_emb = RotaryTable(
             model.head_dim, model.rope_theta, run.data.seq_length, config.params_dtype
         )
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross entropy of every token, in the stream's type.
+
+        Args:
+            labels: [b, s].
+            logits: [s, b, vocabulary / TP], in the compute type.
+
+        Returns:
+            [b, s], nats.
+        """
+        if self.config.tensor_model_parallel_size > 1:
+            return super().compute_language_model_loss(labels, logits)
+        losses = functional.cross_entropy(
+            logits.flatten(0, 1).to(stream_dtype(logits.dtype)),
+            labels.transpose(0, 1).flatten(),
+            reduction="none",
+        )
+        return losses.view(logits.shape[:2]).transpose(0, 1).contiguous()
 
 
 def build_model(
