@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from keel_megatron import __version__
 from keel_megatron.cli import config, data, generate, tokenizer, train
 from keel_megatron.config.errors import ConfigError, UserError
 
 USER_ERROR = 2
+INTERRUPTED = 130
+
+
+class _Root(TyperGroup):
+    """The verbs; Ctrl-C ends any of them with one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb. Typer itself would end in silence, before `main` sees the interrupt."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
 
 app = typer.Typer(
     name="keel",
+    cls=_Root,
     help="Train extremely deep (Keel) language models on Megatron-core.",
     no_args_is_help=True,
     add_completion=False,
@@ -53,9 +69,6 @@ def main() -> None:
         if not _said_by_another_rank(error):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def _said_by_another_rank(error: UserError) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from pydantic import Field
 
 from keel_megatron.config.base import Section
 from keel_megatron.config.data import DataConfig
+from keel_megatron.config.kernels import KernelsConfig
 from keel_megatron.config.model import ModelConfig
 from keel_megatron.config.optimizer import OptimizerConfig, ScheduleConfig
 from keel_megatron.config.parallel import ParallelConfig
@@ -20,6 +22,9 @@ class RunConfig(Section):
     model: ModelConfig = Field(description="The network.")
     parallel: ParallelConfig = Field(
         default_factory=ParallelConfig, description="Its spread over devices."
+    )
+    kernels: KernelsConfig = Field(
+        default_factory=KernelsConfig, description="Whose modules it is made of."
     )
     data: DataConfig = Field(description="The text.")
     optimizer: OptimizerConfig = Field(description="AdamW.")
@@ -46,25 +51,29 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[tuple
         config: a configuration whose single values are valid.
         world_size: processes of the run; None leaves out the checks that need it.
     """
-    yield from _model_problems(config)
-    yield from _parallel_problems(config)
-    if config.schedule.warmup_steps >= config.training.steps and config.schedule.warmup_steps:
-        yield (
-            "schedule.warmup_steps",
-            f"{config.schedule.warmup_steps} must be smaller than training.steps = "
-            f"{config.training.steps}",
-        )
-    if config.schedule.min_learning_rate > config.optimizer.learning_rate:
-        yield (
-            "schedule.min_learning_rate",
-            f"{config.schedule.min_learning_rate} must not exceed optimizer.learning_rate = "
-            f"{config.optimizer.learning_rate}",
-        )
+    for check in _CHECKS:
+        yield from check(config)
     if world_size is not None:
-        yield from _world_problems(config, world_size)
+        yield from _world(config, world_size)
 
 
-def _model_problems(config: RunConfig) -> Iterator[tuple[str, str]]:
+def known_problems(partial: RunConfig, world_size: int | None = None) -> Iterator[tuple[str, str]]:
+    """The contradictions that can be seen while some settings are missing or wrong.
+
+    Args:
+        partial: a configuration without its wrong settings; to ask for one is an AttributeError,
+            and a check that does so says nothing.
+        world_size: as in `problems`.
+    """
+    for check in _CHECKS:
+        with suppress(AttributeError):
+            yield from check(partial)
+    if world_size is not None:
+        with suppress(AttributeError):
+            yield from _world(partial, world_size)
+
+
+def _heads(config: RunConfig) -> Iterator[tuple[str, str]]:
     model = config.model
     if model.hidden_size % model.num_attention_heads:
         yield (
@@ -76,17 +85,30 @@ def _model_problems(config: RunConfig) -> Iterator[tuple[str, str]]:
             "model.num_attention_heads",
             f"hidden_size / heads = {model.head_dim} must be even for the rotary embedding",
         )
+
+
+def _query_groups(config: RunConfig) -> Iterator[tuple[str, str]]:
+    model = config.model
     if model.num_attention_heads % model.query_groups:
         yield (
             "model.num_query_groups",
             f"{model.query_groups} must divide model.num_attention_heads = "
             f"{model.num_attention_heads}",
         )
-    if model.alpha != "auto":
-        if model.alpha <= 0:
-            yield "model.alpha", f"{model.alpha} must be auto or a positive number"
-        elif model.residual in ("pre_ln", "post_ln", "hybrid_norm", "mix_ln"):
-            yield "model.alpha", f"{model.alpha} has no place in {model.residual}; leave it at auto"
+
+
+def _alpha(config: RunConfig) -> Iterator[tuple[str, str]]:
+    model = config.model
+    if model.alpha == "auto":
+        return
+    if model.alpha <= 0:
+        yield "model.alpha", f"{model.alpha} must be auto or a positive number"
+    elif model.residual in ("pre_ln", "post_ln", "hybrid_norm", "mix_ln"):
+        yield "model.alpha", f"{model.alpha} has no place in {model.residual}; leave it at auto"
+
+
+def _first_block(config: RunConfig) -> Iterator[tuple[str, str]]:
+    model = config.model
     if model.first_block != "v2" and model.residual != "keel":
         yield (
             "model.first_block",
@@ -94,39 +116,58 @@ def _model_problems(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
-def _parallel_problems(config: RunConfig) -> Iterator[tuple[str, str]]:
-    model, parallel, training = config.model, config.parallel, config.training
-    for path, value in (
-        ("model.num_attention_heads", model.num_attention_heads),
-        ("model.num_query_groups", model.query_groups),
-        ("model.ffn_hidden_size", model.ffn_hidden_size),
-        ("data.vocab_size", config.data.vocab_size),
-    ):
-        if value % parallel.tensor:
+def _multiple_of_tensor(
+    path: str, size: Callable[[RunConfig], int]
+) -> Callable[[RunConfig], Iterator[tuple[str, str]]]:
+    """The check that tensor parallelism can cut a size evenly."""
+
+    def check(config: RunConfig) -> Iterator[tuple[str, str]]:
+        if size(config) % config.parallel.tensor:
             yield (
                 path,
-                f"{value} must be a multiple of parallel.tensor = {parallel.tensor}",
+                f"{size(config)} must be a multiple of parallel.tensor = {config.parallel.tensor}",
             )
-    if parallel.sequence and parallel.tensor == 1:
+
+    return check
+
+
+def _sequence(config: RunConfig) -> Iterator[tuple[str, str]]:
+    if config.parallel.sequence and config.parallel.tensor == 1:
         yield "parallel.sequence", "true needs parallel.tensor > 1 (set it to false or raise TP)"
-    if parallel.sequence and config.data.seq_length % parallel.tensor:
+
+
+def _sequence_length(config: RunConfig) -> Iterator[tuple[str, str]]:
+    parallel, seq_length = config.parallel, config.data.seq_length
+    if parallel.sequence and seq_length % parallel.tensor:
         yield (
             "data.seq_length",
-            f"{config.data.seq_length} must be a multiple of parallel.tensor = "
-            f"{parallel.tensor} under parallel.sequence",
+            f"{seq_length} must be a multiple of parallel.tensor = {parallel.tensor} under "
+            "parallel.sequence",
         )
+
+
+def _virtual_pipeline(config: RunConfig) -> Iterator[tuple[str, str]]:
+    parallel = config.parallel
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         yield (
             "parallel.virtual_pipeline",
             f"{parallel.virtual_pipeline} needs parallel.pipeline > 1 (or set it to 1)",
         )
+
+
+def _chunks(config: RunConfig) -> Iterator[tuple[str, str]]:
+    parallel, blocks = config.parallel, config.model.blocks
     chunks = parallel.pipeline * parallel.virtual_pipeline
-    if chunks > model.blocks:
+    if chunks > blocks:
         yield (
             "parallel.pipeline",
             f"{parallel.pipeline} stages x {parallel.virtual_pipeline} chunks need at least "
-            f"{chunks} blocks; model.blocks = {model.blocks}",
+            f"{chunks} blocks; model.blocks = {blocks}",
         )
+
+
+def _micro_batch(config: RunConfig) -> Iterator[tuple[str, str]]:
+    training = config.training
     if training.global_batch_size % training.micro_batch_size:
         yield (
             "training.global_batch_size",
@@ -135,7 +176,56 @@ def _parallel_problems(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
-def _world_problems(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
+def _warmup(config: RunConfig) -> Iterator[tuple[str, str]]:
+    warmup, steps = config.schedule.warmup_steps, config.training.steps
+    if warmup >= steps and warmup:
+        yield "schedule.warmup_steps", f"{warmup} must be smaller than training.steps = {steps}"
+
+
+def _decay_after_warmup(config: RunConfig) -> Iterator[tuple[str, str]]:
+    schedule, steps = config.schedule, config.training.steps
+    if schedule.decay != "wsd" or schedule.warmup_steps >= steps:
+        return
+    if round(steps * (1.0 - schedule.decay_fraction)) < schedule.warmup_steps:
+        yield (
+            "schedule.decay_fraction",
+            f"{schedule.decay_fraction} reaches back into schedule.warmup_steps = "
+            f"{schedule.warmup_steps}; of training.steps = {steps} it may be at most "
+            f"{1.0 - schedule.warmup_steps / steps:.4g}",
+        )
+
+
+def _lowest_rate(config: RunConfig) -> Iterator[tuple[str, str]]:
+    low, peak = config.schedule.min_learning_rate, config.optimizer.learning_rate
+    if low > peak and config.schedule.decay != "constant":
+        yield (
+            "schedule.min_learning_rate",
+            f"{low} must not exceed optimizer.learning_rate = {peak}",
+        )
+
+
+_CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
+    _heads,
+    _query_groups,
+    _alpha,
+    _first_block,
+    _multiple_of_tensor("model.num_attention_heads", lambda run: run.model.num_attention_heads),
+    _multiple_of_tensor("model.num_query_groups", lambda run: run.model.query_groups),
+    _multiple_of_tensor("model.ffn_hidden_size", lambda run: run.model.ffn_hidden_size),
+    _multiple_of_tensor("data.vocab_size", lambda run: run.data.vocab_size),
+    _sequence,
+    _sequence_length,
+    _virtual_pipeline,
+    _chunks,
+    _micro_batch,
+    _warmup,
+    _decay_after_warmup,
+    _lowest_rate,
+)
+"""One contradiction each, so that a wrong setting hides no other's."""
+
+
+def _world(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
     parallel, training = config.parallel, config.training
     replica = parallel.model_parallel_size
     if world_size % replica:

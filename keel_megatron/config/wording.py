@@ -1,0 +1,171 @@
+"""Pydantic's errors in the words of the user: the setting, the value, and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from keel_megatron.config.errors import Problem
+from keel_megatron.config.run import RunConfig
+from keel_megatron.config.yaml_text import read_yaml, shown
+
+_INTEGER, _NUMBER, _SWITCH = "is not a whole number", "is not a number", "is not true or false"
+_TEXT, _PATH = "is not text", "is not a path"
+_SECTION = "is not a section of key: value lines"
+_KINDS = {
+    "int_type": _INTEGER,
+    "int_from_float": _INTEGER,
+    "int_parsing": _INTEGER,
+    "float_type": _NUMBER,
+    "float_parsing": _NUMBER,
+    "finite_number": "is not a finite number",
+    "bool_type": _SWITCH,
+    "bool_parsing": _SWITCH,
+    "string_type": _TEXT,
+    "path_type": _PATH,
+    "is_instance_of": _PATH,
+    "tuple_type": "is not a path or a list of paths",
+    "too_short": "is empty; name at least one, or null for the default",
+    "model_type": _SECTION,
+    "model_attributes_type": _SECTION,
+    "dict_type": _SECTION,
+    "string_pattern_mismatch": (
+        "must begin with a letter or digit and hold letters, digits, '.', '_' and '-' only"
+    ),
+}
+_BOUNDS = {
+    "greater_than": ("gt", "must be greater than"),
+    "greater_than_equal": ("ge", "must be at least"),
+    "less_than": ("lt", "must be less than"),
+    "less_than_equal": ("le", "must be at most"),
+}
+
+
+def translate(errors: Sequence[ErrorDetails]) -> list[Problem]:
+    """One problem a setting, in the order of the errors."""
+    found: dict[str, Problem] = {}
+    for error in errors:
+        problem = _translate(error)
+        # A setting of several kinds fails once for each: the first says it all, but for infinity.
+        if problem.path not in found or error["type"] == "finite_number":
+            found[problem.path] = problem
+    return list(found.values())
+
+
+def suggestion(section: str, key: str) -> str:
+    """The nearest known setting to an unknown one, as the end of a message.
+
+    The same key in another section first, then what is like it in its own, then in the others.
+    """
+    own = _section(section)
+    if own is None:
+        return ""
+    everywhere = {name: f"{other}.{name}" for other, name in _settings()}
+    near: str | None = everywhere.get(key)
+    if near is None:
+        near = _nearest(key, {name: f"{section}.{name}" for name in own.model_fields}, 0.6)
+    near = near or _nearest(key, everywhere, 0.8)
+    return f"; did you mean {near}?" if near else _known(own)
+
+
+def section_suggestion(name: str) -> str:
+    """The nearest known section or setting to an unknown section, as the end of a message."""
+    everywhere = {key: f"{section}.{key}" for section, key in _settings()}
+    if name in everywhere:
+        return f"; did you mean {everywhere[name]}?"
+    near = _nearest(name, {section: f"the section {section}" for section in _sections()}, 0.6)
+    near = near or _nearest(name, everywhere, 0.8)
+    return f"; did you mean {near}?" if near else _known(RunConfig)
+
+
+def _translate(error: ErrorDetails) -> Problem:
+    location, kind, value = [str(part) for part in error["loc"]], error["type"], error["input"]
+    if kind == "invalid_key":  # such as `on`, which is true in YAML; the input is the key
+        location[-1] = shown(value)
+    path = ".".join(location[:2])
+    if kind in ("extra_forbidden", "invalid_key"):
+        near = suggestion(*location[:2]) if len(location) > 1 else section_suggestion(location[0])
+        return Problem(path, f"is unknown{near}")
+    if kind == "missing":
+        return Problem(path, f"is missing: {_description(location)}")
+    if kind in _BOUNDS:
+        key, words = _BOUNDS[kind]
+        return Problem(path, f"{shown(value)} {words} {error['ctx'][key]}")
+    if kind == "literal_error":
+        return Problem(path, f"{shown(value)} must be {_choices(location)}{_quotes(value)}")
+    words = _KINDS.get(kind, error["msg"])
+    if words == _INTEGER and isinstance(value, float) and value.is_integer():
+        words += f" (write {value:.0f})"
+    if words == _TEXT and value is not None and not isinstance(value, (list, dict)):
+        words += " (put it in quotes)"
+    if words in (_INTEGER, _NUMBER, _SWITCH):
+        words += _quotes(value)
+    return Problem(path, f"{shown(str(value) if isinstance(value, Path) else value)} {words}")
+
+
+def _quotes(value: Any) -> str:
+    """A hint, if the value is text only because it stands in quotes."""
+    if not isinstance(value, str):
+        return ""
+    try:
+        bare = read_yaml(value)
+    except ValueError:
+        return ""
+    return " (remove the quotes)" if isinstance(bare, (bool, int, float)) else ""
+
+
+def _sections() -> Iterator[str]:
+    yield from RunConfig.model_fields
+
+
+def _settings() -> Iterator[tuple[str, str]]:
+    """Every setting as (section, key)."""
+    for name in _sections():
+        section = _section(name)
+        for key in section.model_fields if section else ():
+            yield name, key
+
+
+def _section(name: str) -> type[BaseModel] | None:
+    field = RunConfig.model_fields.get(name)
+    annotation = field.annotation if field else None
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return None
+
+
+def _nearest(name: str, known: dict[str, str], cutoff: float) -> str | None:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return known[near[0]] if near else None
+
+
+def _known(model: type[BaseModel]) -> str:
+    return f"; known are {', '.join(model.model_fields)}"
+
+
+def _description(location: list[str]) -> str:
+    section = _section(location[0])
+    return str(section.model_fields[location[1]].description) if section else ""
+
+
+def _choices(location: list[str]) -> str:
+    """The words that a setting takes, from its annotation."""
+    section = _section(location[0])
+    annotation = section.model_fields[location[1]].annotation if section else None
+    words = [str(choice) for choice in _literals(annotation)]
+    return " or ".join(words) if len(words) < 3 else f"one of {', '.join(words)}"
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    for argument in get_args(annotation):
+        if isinstance(argument, (str, int)):
+            yield argument
+        elif argument is float:
+            yield "a number"
+        else:
+            yield from _literals(argument)
