@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from keel_megatron.config.errors import UserError
 
@@ -27,7 +29,7 @@ class TextFile:
     """One file of a corpus: a document."""
 
     name: str
-    """Stable name: relative to the folder that was given, or the file's own."""
+    """Stable and unique: relative to the folder that was given, or the file's own."""
     path: Path
     size: int
     """Bytes."""
@@ -54,7 +56,11 @@ class Corpus:
         return sum(file.size for file in self.files)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names and contents of all files."""
+        """SHA-256 over the names and contents of all files.
+
+        Contents, not times, however large they are: a copy of the text on another machine finds
+        the same prepared data, and hashing takes less than a hundredth of encoding's time.
+        """
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(f"{file.name}\0{file.size}\0".encode())
@@ -70,9 +76,7 @@ class Corpus:
             UserError: a file vanished, changed its size or is not UTF-8.
         """
         for file in self.files:
-            text = _decoded(file.path)
-            if text.strip():
-                yield Document(file.name, text)
+            yield Document(file.name, _read(file))
 
 
 def find_corpus(text: tuple[Path, ...] | None, log: Callable[[str], None]) -> Corpus:
@@ -81,7 +85,7 @@ def find_corpus(text: tuple[Path, ...] | None, log: Callable[[str], None]) -> Co
     A file that is named must be text; in a folder, what is not UTF-8 text is left out and counted.
 
     Raises:
-        UserError: a path is missing or unreadable, or there is no text in any of them.
+        UserError: a path is missing or unreadable, or all of them hold nothing but white space.
     """
     if text is None:
         root = Path(sysconfig.get_path("stdlib"))
@@ -92,8 +96,8 @@ def find_corpus(text: tuple[Path, ...] | None, log: Callable[[str], None]) -> Co
         files = []
         for path in text:
             files.extend(_user_files(path, log))
+        files = _each_once(files)
         description = ", ".join(str(path) for path in text)
-    files = [file for file in files if file.size]
     if not files:
         raise UserError(
             f"data.text: there is no text in {description}; name files or folders with UTF-8 text"
@@ -106,32 +110,53 @@ def _is_demo(relative: Path) -> bool:
 
 
 def _user_files(path: Path, log: Callable[[str], None]) -> list[TextFile]:
-    if path.is_dir():
+    try:
+        is_folder, is_file, exists = path.is_dir(), path.is_file(), path.exists()
+    except OSError as error:
+        raise UserError(f"data.text: {path} cannot be read: {error.strerror}") from error
+    if is_folder:
         found = [
             entry
             for entry in sorted(path.rglob("*"))
             if entry.is_file() and not any(p.startswith(".") for p in entry.relative_to(path).parts)
         ]
         return _text_files(path, found, log)
-    if not path.exists():
+    if not exists:
         raise UserError(f"data.text: {path} does not exist")
-    if not path.is_file():
+    if not is_file:
         raise UserError(f"data.text: {path} is neither a file nor a folder")
-    _decoded(path)
-    return [TextFile(path.name, path, path.stat().st_size)]
+    return [TextFile(path.name, path, path.stat().st_size)] if _has_text(path) else []
+
+
+def _each_once(files: list[TextFile]) -> list[TextFile]:
+    """The files without repetitions, and with numbers after names that several of them have.
+
+    Else one text could be on both sides of the split, or all texts of one name on one side.
+    """
+    unique = {file.path.resolve(): file for file in reversed(files)}
+    taken: set[str] = set()
+    named = []
+    for file in reversed(unique.values()):
+        name, number = file.name, 1
+        while name in taken:
+            number += 1
+            name = f"{file.name}~{number}"
+        taken.add(name)
+        named.append(replace(file, name=name))
+    return named
 
 
 def _text_files(root: Path, paths: list[Path], log: Callable[[str], None]) -> list[TextFile]:
-    """Those of a folder's files that are text."""
+    """Those of a folder's files that are text; blank ones hold none."""
     files = []
     skipped: list[Path] = []
     for path in paths:
         try:
-            _decoded(path)
+            if _has_text(path):
+                name = path.relative_to(root).as_posix()
+                files.append(TextFile(name, path, path.stat().st_size))
         except UserError:
             skipped.append(path)
-            continue
-        files.append(TextFile(path.relative_to(root).as_posix(), path, path.stat().st_size))
     if skipped:
         log(
             f"data.text: left out {len(skipped)} files of {root} that are not readable UTF-8 "
@@ -140,27 +165,57 @@ def _text_files(root: Path, paths: list[Path], log: Callable[[str], None]) -> li
     return files
 
 
-def _opened(path: Path):  # type: ignore[no-untyped-def]
+def _opened(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
         raise UserError(f"data.text: {path} cannot be read: {error.strerror}") from error
 
 
-def _decoded(path: Path) -> str:
-    """The file's text, its line ends untouched."""
+def _has_text(path: Path) -> bool:
+    """Whether a file holds more than white space, read a block at a time.
+
+    Raises:
+        UserError: it cannot be read or is not UTF-8 text.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset, found = 0, False
     try:
         with _opened(path) as stream:
-            content: bytes = stream.read()
-        if b"\0" in content:
-            raise UserError(f"data.text: {path} is not text: it holds NUL bytes")
-        return content.decode("utf-8")
+            while block := stream.read(1 << 20):
+                if b"\0" in block:
+                    raise UserError(f"data.text: {path} is not text: it holds NUL bytes")
+                begun = len(decoder.getstate()[0])  # of a character that the last block began
+                found |= bool(decoder.decode(block).strip())
+                offset += len(block)
+            begun = len(decoder.getstate()[0])
+            decoder.decode(b"", final=True)
     except OSError as error:
         raise UserError(f"data.text: {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"data.text: {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8"
-        ) from error
+        raise _not_utf8(path, offset - begun + error.start) from error
+    return found
+
+
+def _read(file: TextFile) -> str:
+    """The file's text, its line ends untouched."""
+    try:
+        with _opened(file.path) as stream:
+            content = stream.read()
+        if len(content) != file.size:
+            raise UserError(
+                f"data.text: {file.path} changed while it was prepared ({file.size} bytes, then "
+                f"{len(content)}); start again when it is complete"
+            )
+        return content.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"data.text: {file.path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise _not_utf8(file.path, error.start) from error
+
+
+def _not_utf8(path: Path, byte: int) -> UserError:
+    return UserError(f"data.text: {path} is not UTF-8 text (byte {byte}); convert it to UTF-8")
 
 
 def split(corpus: Corpus, fraction: float) -> tuple[Callable[[], Iterator[Document]], ...]:
@@ -184,9 +239,11 @@ def split(corpus: Corpus, fraction: float) -> tuple[Callable[[], Iterator[Docume
 
 
 def _cut(corpus: Corpus, fraction: float) -> tuple[Document, Document]:
-    """A single document's beginning and end, cut after a line's end."""
+    """A single document's beginning and end, cut after a line's end where one is near."""
     (document,) = corpus.documents()
-    at = int(len(document.text) * (1.0 - fraction))
-    at = document.text.rfind("\n", 0, at) + 1 or at
     name, text = document.name, document.text
+    at = int(len(text) * (1.0 - fraction))
+    # A long line is cut within: the end of the one before could be at the text's beginning.
+    nearest = max(at - (len(text) - at), 0)
+    at = text.rfind("\n", nearest, at) + 1 or at
     return Document(f"{name}[:{at}]", text[:at]), Document(f"{name}[{at}:]", text[at:])

@@ -76,7 +76,8 @@ def prepare(config: RunConfig, log: Callable[[str], None]) -> PreparedData:
         prepared = _find(folder, log)
         if prepared is None:
             log(f"preparing {corpus.description}: {corpus.size / 1e6:.1f} MB")
-            prepared = _build(config, corpus, folder, fingerprint, log)
+            with _partial(folder) as partial:
+                prepared = _build(config, corpus, partial, folder, fingerprint, log)
         else:
             log(f"reusing the prepared data in {folder}")
     _check_length(config, prepared)
@@ -121,18 +122,36 @@ def _find(folder: Path, log: Callable[[str], None]) -> PreparedData | None:
     manifest = folder / _MANIFEST
     if not manifest.is_file():
         return None
-    content: dict[str, Any] = json.loads(manifest.read_text())
-    for name, size in content["files"].items():
+    try:
+        content: dict[str, Any] = json.loads(manifest.read_text())
+        prepared = PreparedData(folder=folder, reused=True, **content)
+    except (ValueError, TypeError):
+        log(f"{manifest} is not as it was written: preparing the data anew")
+        return None
+    for name, size in prepared.files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             log(f"{path} is missing or not as it was written: preparing the data anew")
             return None
-    return PreparedData(folder=folder, reused=True, **content)
+    return prepared
+
+
+@contextmanager
+def _partial(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, of which nothing is left if the building fails."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _build(
     config: RunConfig,
     corpus: Corpus,
+    partial: Path,
     folder: Path,
     fingerprint: str,
     log: Callable[[str], None],
@@ -140,9 +159,6 @@ def _build(
     from keel_megatron.data.indexed import write_indexed
     from keel_megatron.data.tokenizer import Tokenizer
 
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     training, validation = split(corpus, config.data.validation_fraction)
     (partial / _TOKENIZER).write_bytes(_tokenizer_model(config, training, log))
     tokenizer = Tokenizer(partial / _TOKENIZER)

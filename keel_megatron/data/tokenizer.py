@@ -24,7 +24,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """Train a SentencePiece model and return its file's content.
 
     Raises:
-        UserError: the text has too few distinct pieces for the vocabulary.
+        UserError: there is no text, or the vocabulary is too large or too small for it.
     """
     model = io.BytesIO()
     try:
@@ -52,7 +52,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(f"data.vocab_size: {vocab_size} {_reason(error)}") from error
+        raise UserError(_reason(error, vocab_size)) from error
     return model.getvalue()
 
 
@@ -70,13 +70,17 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
             start = end
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: RuntimeError, vocab_size: int) -> str:
     """SentencePiece's complaint in the user's words."""
     text = str(error).strip().splitlines()[-1].rsplit("] ", 1)[-1].strip()
-    limit = re.search(r"value <= (\d+)", text)
-    if limit:
-        return f"is too large for so little text; it gives {limit[1]} pieces at most"
-    return f"does not suit this text: {text}"
+    setting = f"data.vocab_size: {vocab_size}"
+    if "sentences_.empty()" in str(error):
+        return "data.text: its training part is too short to train a tokenizer on; give more text"
+    if limit := re.search(r"value <= (\d+)", text):
+        return f"{setting} is too large for so little text; it gives {limit[1]} pieces at most"
+    if need := re.search(r"required_chars. \d+ vs (\d+)", text):
+        return f"{setting} is too small for this text's characters; they need {need[1]} at least"
+    return f"{setting} does not suit this text: {text}"
 
 
 class Tokenizer:

@@ -54,7 +54,7 @@ def test_a_folder_gives_its_text_files_and_counts_the_rest(tmp_path: Path) -> No
     (tmp_path / "one.txt").write_text("one")
     (tmp_path / ".hidden").write_text("no")
     (tmp_path / "image.bin").write_bytes(b"\0\1")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "latin.txt").write_bytes(b"abc\xe9")
     (tmp_path / "empty.txt").write_text("")
     said: list[str] = []
     corpus = find_corpus((tmp_path,), said.append)
@@ -67,7 +67,7 @@ def test_a_folder_gives_its_text_files_and_counts_the_rest(tmp_path: Path) -> No
     ("content", "expected"),
     [
         (None, "does not exist"),
-        (b"caf\xe9", "is not UTF-8 text (byte 3)"),
+        (b"abc\xe9", "is not UTF-8 text (byte 3)"),
         (b"a\0b", "holds NUL bytes"),
         (b"", "there is no text in"),
     ],
@@ -89,3 +89,74 @@ def test_the_fingerprint_follows_names_and_contents(tmp_path: Path) -> None:
     assert find_corpus((path,), ignore).fingerprint() == first
     path.write_text("two")
     assert find_corpus((path,), ignore).fingerprint() != first
+
+
+def test_blank_files_take_no_part(tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / f"blank{number}.txt").write_text(" \n\t\n")
+    with pytest.raises(UserError, match=r"data.text: there is no text in"):
+        find_corpus((tmp_path,), ignore)
+    (tmp_path / "one.txt").write_text("a line\n" * 100)
+    corpus = find_corpus((tmp_path,), ignore)
+    assert [file.name for file in corpus.files] == ["one.txt"]
+    training, validation = sides(corpus, 0.1)
+    assert training[0].text + validation[0].text == "a line\n" * 100
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text(f"of {folder}")
+    corpus = find_corpus((tmp_path / "a", tmp_path / "b" / "text.txt"), ignore)
+    assert [file.name for file in corpus.files] == ["text.txt", "text.txt~2"]
+    training, validation = sides(corpus, 0.1)
+    assert {training[0].text, validation[0].text} == {"of a", "of b"}
+
+
+def test_a_file_reached_twice_is_one_document(tmp_path: Path) -> None:
+    """Else the same text would be trained on and validated with."""
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    for number in range(4):
+        (inner / f"{number}.txt").write_text(f"text {number}")
+    (tmp_path / "link.txt").symlink_to(inner / "0.txt")
+    corpus = find_corpus((tmp_path, inner, inner / "0.txt"), ignore)
+    assert len(corpus.files) == 4
+    training, validation = sides(corpus, 0.25)
+    assert not {d.text for d in training} & {d.text for d in validation}
+
+
+@pytest.mark.parametrize("title", ["Title\n", ""])
+def test_a_long_line_is_cut_where_the_fraction_says(tmp_path: Path, title: str) -> None:
+    text = title + "many words and no end of the line " * 1000
+    (tmp_path / "one.txt").write_text(text)
+    training, validation = sides(find_corpus((tmp_path,), ignore), 0.02)
+    assert training[0].text + validation[0].text == text
+    assert len(validation[0].text) == pytest.approx(0.02 * len(text), rel=0.01)
+
+
+@pytest.mark.parametrize("character", ["é", "\U0001f600"])
+def test_characters_across_blocks_of_reading(tmp_path: Path, character: str) -> None:
+    path = tmp_path / "long.txt"
+    encoded = character.encode()
+    path.write_bytes(b"a" * ((1 << 20) - 1) + encoded + b"b")
+    (document,) = find_corpus((path,), ignore).documents()
+    assert document.text.endswith(f"a{character}b")
+    for wrong in (encoded[:-1] + b"b", encoded[:-1]):
+        path.write_bytes(b"a" * ((1 << 20) - 1) + wrong)
+        with pytest.raises(UserError, match=r"not UTF-8 text \(byte 1048575\)"):
+            find_corpus((path,), ignore)
+
+
+def test_a_file_that_grows_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_text("one")
+    corpus = find_corpus((path,), ignore)
+    path.write_text("one, two")
+    with pytest.raises(UserError, match=r"data.text: .*log.txt changed .*3 bytes, then 8"):
+        list(corpus.documents())
+
+
+def test_a_path_that_cannot_be_one() -> None:
+    with pytest.raises(UserError, match=r"data.text: a+ cannot be read: File name too long"):
+        find_corpus((Path("a" * 300),), ignore)

@@ -85,6 +85,26 @@ def test_damaged_data_is_made_anew(text: Path, tmp_path: Path, damage: str) -> N
     assert "train.bin is missing or not as it was written" in said[0]
 
 
+@pytest.mark.parametrize("manifest", ['{"fingerprint": "12', "{}", "null"])
+def test_a_damaged_manifest_is_made_anew(text: Path, tmp_path: Path, manifest: str) -> None:
+    config = small_config(data__text=str(text), data__cache=str(tmp_path))
+    first = prepare(config, ignore)
+    (first.folder / "data.json").write_text(manifest)
+    said: list[str] = []
+    assert not prepare(config, said.append).reused
+    assert "data.json is not as it was written" in said[0]
+    assert prepare(config, ignore).reused
+
+
+def test_a_failed_build_leaves_nothing_behind(text: Path, tmp_path: Path) -> None:
+    config = small_config(
+        data__text=str(text), data__cache=str(tmp_path), data__vocab_size=1_000_000
+    )
+    with pytest.raises(UserError, match=r"data.vocab_size: 1000000 is too large"):
+        prepare(config, ignore)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
 def test_a_half_built_folder_is_not_used(text: Path, tmp_path: Path) -> None:
     config = small_config(data__text=str(text), data__cache=str(tmp_path))
     first = prepare(config, ignore)
