@@ -4,39 +4,55 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from keel_megatron.config.errors import UserError
 from keel_megatron.tracking.records import Record
 
 
 class MetricsFile:
-    """Appends records, each flushed when it is written.
+    """Appends records, each with the system as soon as it is written.
 
-    A not-finite loss is written as JSON's unofficial NaN or Infinity, which Python's, MLflow's and
-    pandas' readers take.
+    Floats are written as Python's repr, so that they come back to the last bit. A loss that is not
+    finite is written as NaN, Infinity or -Infinity: not strict JSON, but what Python's and pandas'
+    readers take, and a null would hide which of the three it was.
 
     Args:
-        path: the file.
-        resume_step: keep the records up to this step and drop later ones, which the run is about
-            to compute again; None starts an empty file.
+        path: the file; it is made if it is not there. A last line that a kill cut short is dropped.
+
+    Raises:
+        UserError: a line in the middle of the file is no record.
     """
 
-    def __init__(self, path: Path, resume_step: int | None) -> None:
-        kept = [] if resume_step is None else _upto(read_metrics(path), resume_step)
-        partial = path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(record) + "\n" for record in kept)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-        self._stream = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        if path.is_file() and not _ends_cleanly(path):
+            _keep(path, last_step=None)
+        self._stream = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, record: Record) -> None:
         """Append a record."""
-        self._stream.write(json.dumps(record.values()) + "\n")
-        self._stream.flush()
+        self._stream.write(json.dumps(record.to_json()) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the records after `step`, which the run is about to compute again.
+
+        The file is replaced in one move: a kill leaves either the old one or the new one.
+
+        Raises:
+            UserError: a line in the middle of the file is no record.
+        """
+        self._stream.close()
+        _keep(self._path, last_step=step)
+        self._stream = self._path.open("a", encoding="utf-8", buffering=1)
+
+    def clear(self) -> None:
+        """Drop everything: the run starts from its beginning."""
+        self._stream.close()
+        self._stream = self._path.open("w", encoding="utf-8", buffering=1)
 
     def close(self) -> None:
         """Close the file."""
@@ -55,17 +71,50 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that a kill cut short is left out."""
+    """The records of a metrics file; a last line that a kill cut short is left out.
+
+    Raises:
+        UserError: a line in the middle of the file is no record.
+    """
     if not path.is_file():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    return [record for _line, record in _records(path)]
 
 
-def _upto(records: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
-    return [record for record in records if record["step"] <= step]
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Lines as they stand in the file, without their end, and what they say."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                    raise ValueError("no object with a step")
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise UserError(
+                    f"{path}, line {number}: no record of a step; "
+                    "remove the line, or move the file away"
+                ) from error
+            yield line.rstrip(b"\n"), record
+
+
+def _keep(path: Path, last_step: int | None) -> None:
+    """Replace the file by one with its whole records up to a step, byte for byte."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as stream:
+        for line, record in _records(path):
+            if last_step is None or record["step"] <= last_step:
+                stream.write(line + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def _ends_cleanly(path: Path) -> bool:
+    """Whether the file is empty or its last line has its end."""
+    with path.open("rb") as stream:
+        if stream.seek(0, os.SEEK_END) == 0:
+            return True
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) == b"\n"

@@ -2,172 +2,214 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from keel_megatron.config.run import RunConfig
+from keel_megatron.tracking.mlflow_run import (
+    METRICS_PER_CALL,
+    Metrics,
+    MlflowRun,
+    Status,
+    tracking_uri,
+    without_credentials,
+)
 from keel_megatron.tracking.records import Record
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-
-RUN_ID_FILE = "mlflow_run_id"
-_METRICS_PER_CALL = 1000
-_PARAMS_PER_CALL = 100
-_PARAM_LENGTH = 6000
-_SECONDS_PER_CALL = 0.5
-_CLOSE_SECONDS = 30.0
-_PACKAGES = ("keel-megatron", "torch", "megatron-core", "numpy", "sentencepiece")
+_SECONDS_PER_BATCH = 0.5
+_PATIENCE = 3.0
+"""Seconds of waiting without a word."""
 
 
-def tracking_uri(config: RunConfig) -> str:
-    """`tracking.uri`, or the sqlite file in the run's folder."""
-    return config.tracking.uri or f"sqlite:///{(config.training.folder / 'mlflow.db').resolve()}"
+@dataclass(frozen=True)
+class Artifact:
+    """A file, as it waits to be delivered."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of the run, after which nothing comes."""
+
+    status: Status
+
+
+Item = Metrics | Artifact | Finish
+"""What the queue holds: plain values that could as well be written to a file."""
 
 
 class MlflowSink:
     """Delivers a run's parameters, metrics and files to MLflow.
 
-    Nothing here stops or slows training: even MLflow's import happens in the thread. What goes
-    wrong is said once and counted.
+    Nothing here stops or slows training: even MLflow's import (1 to 2 s) happens in the thread.
+    What goes wrong is said once and counted.
 
     Args:
         config: the run.
-        warn: told when MLflow fails.
+        warn: told once when MLflow fails and, at the end, what was not delivered; called from the
+            thread or from `finish`.
+        run_id: MLflow run to go on with; None makes a new one.
+        close_seconds: longest wait of `finish`.
+
+    Attributes:
+        opened: set once MLflow has the run and `run_id` is known.
     """
 
-    def __init__(self, config: RunConfig, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        warn: Callable[[str], None],
+        run_id: str | None = None,
+        close_seconds: float = 30.0,
+    ) -> None:
+        # A training job tells MLflow's makers nothing unless its user says so, and the run's
+        # address is said by us, without the password that it may hold.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         self._config = config
         self._warn = warn
-        self._queue: queue.SimpleQueue[Record | Path | Status] = queue.SimpleQueue()
+        self._resume_id = run_id
+        self._close_seconds = close_seconds
+        self._queue: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        self._run: MlflowRun | None = None
+        self.opened = threading.Event()
+        self._ended = False
+        self._silent = False
+        self._handed = [0, 0]
+        self._delivered = [0, 0]
         self._failures = 0
-        self._delivered = threading.Event()
-        self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run, once it is open."""
+        return self._run.run_id if self._run is not None else None
+
+    @property
+    def failures(self) -> int:
+        """Deliveries that failed so far."""
+        return self._failures
 
     def record(self, record: Record) -> None:
         """Hand over a record's values."""
-        self._queue.put(record)
+        values = record.to_json()
+        del values["step"]
+        self._handed[0] += 1
+        self._queue.put(Metrics(record.step, time.time_ns() // 1_000_000, values))
 
     def artifact(self, path: Path) -> None:
         """Hand over a file, copied when its turn comes."""
-        self._queue.put(path)
+        self._handed[1] += 1
+        self._queue.put(Artifact(str(path)))
 
     def finish(self, status: Status) -> None:
-        """End the MLflow run with a status, waiting a bounded time for what is on its way."""
-        self._queue.put(status)
-        self._thread.join(_CLOSE_SECONDS)
-        if not self._delivered.is_set():
+        """End the MLflow run, waiting a bounded time for what is on its way; nothing may follow."""
+        self._queue.put(Finish(status))
+        # A server that never answered is not worth the whole wait.
+        hopeless = self._run is None and self._failures > 0
+        longest = min(_PATIENCE, self._close_seconds) if hopeless else self._close_seconds
+        try:
+            self._thread.join(min(_PATIENCE, longest))
+            if self._thread.is_alive() and longest > _PATIENCE:
+                self._warn(f"waiting up to {longest:.0f} s for MLflow ({self._shown_uri})")
+                self._thread.join(longest - _PATIENCE)
+        finally:
+            self._silent = True
+        missing = [
+            f"{handed - delivered} of {handed} {name}"
+            for name, handed, delivered in zip(
+                ("records", "files"), self._handed, self._delivered, strict=True
+            )
+            if handed > delivered
+        ]
+        if not self._ended:
+            missing.append(f"the status {status}")
+        if missing:
             self._warn(
-                f"MLflow ({tracking_uri(self._config)}) did not take everything: the run's "
-                "metrics.jsonl has it"
+                f"MLflow ({self._shown_uri}) did not get {', '.join(missing)}; "
+                "metrics.jsonl has every record"
             )
 
-    def _deliver(self) -> None:
-        session: _Session | None = None
-        status: Status | None = None
-        while status is None:
-            metrics, files, status = self._collect()
-            try:
-                session = session or _Session(self._config)
-                session.send(metrics, files)
-                if status is not None:
-                    session.client.set_terminated(session.run_id, status)
-                    self._delivered.set()
-            except Exception as error:
-                self._fail(error)
+    @property
+    def _shown_uri(self) -> str:
+        return without_credentials(tracking_uri(self._config))
 
-    def _collect(self) -> tuple[list[Record], list[Path], Status | None]:
-        """What came in until a batch is full or its time is over."""
-        metrics: list[Record] = []
-        files: list[Path] = []
-        deadline = time.monotonic() + _SECONDS_PER_CALL
-        while len(metrics) < _METRICS_PER_CALL:
+    def _work(self) -> None:
+        self._try(self._open)  # at once, so that the run is there before its first step
+        finished = False
+        while not finished:
+            batch = self._collect()
+            metrics = [item for item in batch if isinstance(item, Metrics)]
+            if metrics:
+                self._try(self._send_metrics, metrics)
+            for item in batch:
+                if isinstance(item, Artifact):
+                    self._try(self._send_artifact, item)
+                elif isinstance(item, Finish):
+                    self._try(self._end, item)
+                    finished = True
+
+    def _collect(self) -> list[Item]:
+        """Wait for an item, then take what comes until a batch is full or its time is over."""
+        batch = [self._queue.get()]
+        points = 0
+        deadline = time.monotonic() + _SECONDS_PER_BATCH
+        while points < METRICS_PER_CALL and not isinstance(batch[-1], Finish):
+            if isinstance(batch[-1], Metrics):
+                points += len(batch[-1].values)
             try:
-                item = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
+                batch.append(self._queue.get(timeout=max(0.0, deadline - time.monotonic())))
             except queue.Empty:
                 break
-            if isinstance(item, str):
-                return metrics, files, item
-            if isinstance(item, Path):
-                files.append(item)
-            else:
-                metrics.append(item)
-        return metrics, files, None
+        return batch
 
-    def _fail(self, error: Exception) -> None:
-        self._failures += 1
-        if self._failures == 1:
-            self._warn(
-                f"MLflow ({tracking_uri(self._config)}) does not answer: "
-                f"{str(error).splitlines()[0][:200]}; training goes on, metrics.jsonl has it all"
+    def _open(self) -> MlflowRun:
+        if self._run is None:
+            self._run = MlflowRun(self._config, self._resume_id)
+            self.opened.set()
+            if self._run.remark is not None:
+                self._say(self._run.remark)
+        return self._run
+
+    def _send_metrics(self, metrics: list[Metrics]) -> None:
+        self._open().log_metrics(metrics)
+        self._delivered[0] += len(metrics)
+
+    def _send_artifact(self, item: Artifact) -> None:
+        self._open().log_artifact(item.path)
+        self._delivered[1] += 1
+
+    def _end(self, item: Finish) -> None:
+        self._open().end(item.status)
+        self._ended = True
+
+    def _try(self, action: Callable[..., object], *arguments: object) -> None:
+        try:
+            action(*arguments)
+        except Exception as error:
+            self._failures += 1
+            if self._failures == 1:
+                self._say(self._explained(error))
+
+    def _explained(self, error: Exception) -> str:
+        if isinstance(error, ImportError):
+            return (
+                f"MLflow cannot be imported ({error}): install mlflow-skinny, sqlalchemy and "
+                "alembic, or set tracking.mlflow=false; training goes on, metrics.jsonl has it all"
             )
+        reason = without_credentials((str(error).splitlines() or [""])[0])[:200]
+        return (
+            f"MLflow ({self._shown_uri}) failed: {type(error).__name__}: {reason}; "
+            "training goes on, metrics.jsonl has it all (tracking.uri, tracking.mlflow)"
+        )
 
-
-class _Session:
-    """A client and the MLflow run that it writes to."""
-
-    def __init__(self, config: RunConfig) -> None:
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
-
-        # Importing MLflow sets its loggers to tell of every table that it makes.
-        for name in ("alembic", "mlflow", "mlflow.store"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-        self._metric = Metric
-        # Always given: a stray mlruns folder would change MLflow's own default.
-        self.client: Any = MlflowClient(tracking_uri=tracking_uri(config))
-        marker = config.training.folder / RUN_ID_FILE
-        if marker.is_file():
-            self.run_id = marker.read_text().strip()
-            self.client.update_run(self.run_id, status="RUNNING")
-        else:
-            self.run_id = self._create(config)
-            marker.write_text(self.run_id + "\n")
-        params = [Param(key, value[:_PARAM_LENGTH]) for key, value in _flat(config).items()]
-        known = self.client.get_run(self.run_id).data.params
-        params = [param for param in params if param.key not in known]
-        for start in range(0, len(params), _PARAMS_PER_CALL):
-            self.client.log_batch(self.run_id, params=params[start : start + _PARAMS_PER_CALL])
-
-    def _create(self, config: RunConfig) -> str:
-        name = config.tracking.experiment
-        experiment = self.client.get_experiment_by_name(name)
-        if experiment is not None:
-            experiment_id = experiment.experiment_id
-        else:
-            location = None
-            if config.tracking.uri is None:
-                location = (config.training.folder / "mlflow_artifacts").resolve().as_uri()
-            experiment_id = self.client.create_experiment(name, artifact_location=location)
-        tags = {f"version.{package}": importlib.metadata.version(package) for package in _PACKAGES}
-        run = self.client.create_run(experiment_id, run_name=config.training.name, tags=tags)
-        return str(run.info.run_id)
-
-    def send(self, records: list[Record], files: list[Path]) -> None:
-        now = int(time.time() * 1000)
-        metrics = [
-            self._metric(key, float(value), now, int(record.step))
-            for record in records
-            for key, value in record.values().items()
-            if key != "step"
-        ]
-        for start in range(0, len(metrics), _METRICS_PER_CALL):
-            self.client.log_batch(self.run_id, metrics=metrics[start : start + _METRICS_PER_CALL])
-        for path in files:
-            self.client.log_artifact(self.run_id, str(path))
-
-
-def _flat(config: RunConfig) -> dict[str, str]:
-    sections = config.model_dump(mode="json")
-    return {
-        f"{section}.{key}": str(value)
-        for section, values in sections.items()
-        for key, value in values.items()
-    }
+    def _say(self, text: str) -> None:
+        if not self._silent:
+            self._warn(text)

@@ -2,68 +2,201 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from keel_megatron.config.errors import UserError
 from keel_megatron.tracking.metrics import read_metrics
 
-_LOSS, _HELD_OUT, _NORM, _GREY = "#2563a8", "#d9541e", "#4a7c59", "#777777"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_TRAINING, _VALIDATION, _NORM = "#2b6cb0", "#dd6b20", "#4a5568"
+_TEXT, _QUIET, _GRID = "#1a202c", "#718096", "#e2e8f0"
+_SMOOTHED_FROM = 50
+_UNITS = ((1e12, "trillion tokens"), (1e9, "billion tokens"), (1e6, "million tokens"))
+
+Series = tuple[list[float], list[float]]
 
 
-def plot_loss(run_folder: Path, out: Path, unigram_entropy: float | None = None) -> None:
+def plot_loss(run_folder: Path, out: Path, unigram_entropy: float | None) -> None:
     """Draw metrics.jsonl of a run's folder into a PNG.
 
     Args:
         run_folder: the run's folder.
         out: the picture.
         unigram_entropy: nats per token that counting tokens alone reaches; drawn as a line.
+
+    Raises:
+        UserError: there is nothing to draw.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    records = read_metrics(run_folder / "metrics.jsonl")
+    path = run_folder / "metrics.jsonl"
+    records = read_metrics(path)
     steps = [record for record in records if "loss" in record]
-    held_out = [record for record in records if "validation_loss" in record]
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    top.plot(*_series(steps, "loss"), color=_LOSS, linewidth=1, label="training loss")
-    top.plot(
-        *_series(held_out, "validation_loss"),
-        color=_HELD_OUT,
-        marker="o",
-        markersize=5,
-        linewidth=1.2,
-        label="validation loss",
-    )
+    if not steps:
+        raise UserError(f"{path} has no steps to draw")
+    validations = [record for record in records if "validation_loss" in record]
+    scale, unit = _unit(steps[-1]["consumed_tokens"])
+    validation = _series(validations, "validation_loss", scale)
+
+    layout = ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.08, hspace=0.04)
+    figure = Figure(figsize=(8.4, 5.4), dpi=150, facecolor="white", layout=layout)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
+    training = _series(steps, "loss", scale)
+    _draw_loss(top, training, validation)
     if unigram_entropy is not None:
-        top.axhline(unigram_entropy, color=_GREY, linestyle="--", linewidth=1)
-        top.annotate(
-            f"unigram entropy {unigram_entropy:.2f}",
-            (1.0, unigram_entropy),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, 4),
-            textcoords="offset points",
-            ha="right",
-            color=_GREY,
-            fontsize=9,
-        )
-    top.set_ylabel("nats per token")
-    top.set_title(run_folder.name, loc="left", fontweight="bold")
-    top.legend(frameon=False)
-    bottom.plot(*_series(steps, "grad_norm"), color=_NORM, linewidth=0.8)
-    bottom.set_yscale("log")
-    bottom.yaxis.set_minor_formatter(NullFormatter())
-    bottom.set_ylabel("grad norm")
-    bottom.set_xlabel("million tokens")
+        _draw_entropy(top, unigram_entropy, training, validation)
+    top.legend(loc="upper right", frameon=False, fontsize=9.5, labelcolor=_TEXT)
+    _draw_norm(bottom, _series(steps, "grad_norm", scale))
+    bottom.set_xlabel(unit, color=_TEXT)
+    bottom.set_xlim(0, steps[-1]["consumed_tokens"] / scale * 1.02)
     for axes in (top, bottom):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out)
+        _dress(axes)
+    figure.align_ylabels()
+    _title(figure, run_folder.resolve().name, steps[-1], validation[1], unigram_entropy)
+
+    partial = out.with_name(out.name + ".partial")
+    figure.savefig(partial, format="png")
+    partial.replace(out)
 
 
-def _series(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Million tokens and values."""
+def smoothed(values: list[float]) -> list[float]:
+    """The mean over a window of about a twentieth of the run, centred, so that it does not lag.
+
+    At the start it narrows; at the end it only looks back. A value that is not finite counts in no
+    mean and has none.
+    """
+    half = max(1, len(values) // 40)
+    sums, counts = [0.0], [0]
+    for value in values:
+        finite = math.isfinite(value)
+        sums.append(sums[-1] + (value if finite else 0.0))
+        counts.append(counts[-1] + finite)
+    means = []
+    for index, value in enumerate(values):
+        back = min(half, index)
+        first, end = index - back, index + min(back, len(values) - 1 - index) + 1
+        mean = (sums[end] - sums[first]) / max(1, counts[end] - counts[first])
+        means.append(mean if math.isfinite(value) else math.nan)
+    return means
+
+
+def _draw_loss(axes: Axes, training: Series, validation: Series) -> None:
+    tokens, losses = training
+    if len(losses) >= _SMOOTHED_FROM:
+        axes.plot(tokens, losses, color=_TRAINING, linewidth=0.8, alpha=0.3)
+        axes.plot(
+            tokens,
+            smoothed(losses),
+            color=_TRAINING,
+            linewidth=2,
+            label="training (faint: each step)",
+        )
+    else:
+        axes.plot(tokens, losses, color=_TRAINING, linewidth=2, label="training")
+    if validation[1]:
+        axes.plot(
+            *validation,
+            color=_VALIDATION,
+            linewidth=1.4,
+            marker="o",
+            markersize=6.5,
+            markeredgecolor="white",
+            markeredgewidth=1.2,
+            label="validation",
+            zorder=4,
+        )
+    axes.set_ylabel("loss (nats per token)", color=_TEXT)
+
+
+def _draw_entropy(axes: Axes, entropy: float, training: Series, validation: Series) -> None:
+    """The line, its words where the curves leave room: above its right or below its left end."""
+    axes.axhline(entropy, color=_TEXT, linestyle=(0, (5, 3)), linewidth=1.1, zorder=3)
+    cut = 0.7 * training[0][-1]
+    right_is_free = all(
+        loss < entropy
+        for tokens, losses in (training, validation)
+        for loss in losses[max(0, bisect(tokens, cut) - 1) :]  # with the segment that crosses it
+    )
+    axes.annotate(
+        f"unigram entropy {entropy:.3f}",
+        (1 if right_is_free else 0, entropy),
+        xycoords=("axes fraction", "data"),
+        xytext=(-6, 5) if right_is_free else (6, -5),
+        textcoords="offset points",
+        ha="right" if right_is_free else "left",
+        va="bottom" if right_is_free else "top",
+        fontsize=9.5,
+        color=_TEXT,
+    )
+
+
+def _draw_norm(axes: Axes, norms: Series) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.plot(*norms, color=_NORM, linewidth=0.9)
+    positive = [norm for norm in norms[1] if 0 < norm < math.inf]
+    if positive:  # whole decades, so that a flat curve looks flat
+        low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
+        axes.set_yscale("log")
+        axes.set_ylim(10.0**low, 10.0 ** max(high, low + 1))
+        axes.yaxis.set_major_locator(LogLocator(numticks=4))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("gradient norm", color=_TEXT)
+
+
+def _dress(axes: Axes) -> None:
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_QUIET)
+    axes.tick_params(color=_QUIET, labelcolor=_TEXT, labelsize=9.5)
+    axes.tick_params(which="minor", length=0)
+
+
+def _title(
+    figure: Figure,
+    name: str,
+    last: dict[str, Any],
+    validation: list[float],
+    entropy: float | None,
+) -> None:
+    """The run's name, and where it got to."""
+    facts = [f"{last['step']:,} steps"]
+    if validation:
+        facts.append(f"validation loss {validation[-1]:.3f}")
+        if entropy is not None and math.isfinite(validation[-1]):
+            distance = entropy - validation[-1]
+            where = "below" if distance >= 0 else "above"
+            facts.append(f"{abs(distance):.2f} nats {where} the unigram entropy")
+    axes = figure.axes[0]
+    axes.set_title(name, loc="left", fontsize=14, fontweight="bold", color=_TEXT, pad=24)
+    axes.annotate(
+        ",  ".join(facts),
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(0, 9),
+        textcoords="offset points",
+        fontsize=10,
+        color=_QUIET,
+    )
+
+
+def _series(records: list[dict[str, Any]], key: str, scale: float) -> Series:
+    """Tokens in units of `scale`, and values."""
     return (
-        [record["consumed_tokens"] / 1e6 for record in records],
+        [record["consumed_tokens"] / scale for record in records],
         [record[key] for record in records],
     )
+
+
+def _unit(tokens: float) -> tuple[float, str]:
+    """The unit in which so many tokens are read most easily."""
+    return next((unit for unit in _UNITS if tokens >= unit[0]), (1e3, "thousand tokens"))

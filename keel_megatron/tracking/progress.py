@@ -1,113 +1,221 @@
-"""What rank 0 shows: a live line on a terminal, plain lines elsewhere; and log.txt."""
+"""What rank 0 shows: a live display on a terminal, plain lines elsewhere; and log.txt."""
 
 from __future__ import annotations
 
 import datetime
 import sys
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
 
-_HEADER = "      step      loss  grad norm  learning rate   tokens/s  time left"
 _LINES_PER_HEADER = 20
+_SECONDS_PER_REFRESH = 0.1
 
 
-class Display:
+class Progress:
     """Progress of a run and everything that is said about it.
+
+    On a terminal two live lines stay at the bottom and messages go above them. Elsewhere a plain
+    line comes every `log_every` steps. The log has the messages and the plain lines either way.
+    Any thread may speak.
 
     Args:
         steps: steps of the whole run.
-        log: file to which everything that is said is added, with the time.
+        log: file to which everything is added, with the time in UTC.
         log_every: steps between plain lines.
-        stream: where to show it; live if it is a terminal.
+        stream: where to show it; standard output if None.
+        clock: seconds that only go forward, for the time left.
     """
 
-    def __init__(self, steps: int, log: Path, log_every: int, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        steps: int,
+        log: Path,
+        log_every: int,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream: TextIO | None = stream or sys.stdout
         self._steps = steps
         self._every = log_every
-        self._log = log.open("a", encoding="utf-8")
-        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
-        self._rate = _Rate()
+        self._lock = threading.RLock()
+        self._log: TextIO | None = log.open("a", encoding="utf-8")
+        # Not as rich would guess: a variable such as FORCE_COLOR makes no terminal of a file.
+        terminal = self._stream.isatty()
+        self._console = Console(
+            file=self._stream,
+            force_terminal=terminal,
+            markup=False,
+            emoji=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        self._is_live = terminal and not self._console.is_dumb_terminal
+        self._live: Live | None = None
+        self._shown_at = 0.0
+        self._clock = clock
+        self._rate = _Rate(clock)
+        self._width = max(10, 2 * len(str(steps)) + 2)
         self._lines = 0
+        self._last: StepRecord | None = None
         self._validation_loss: float | None = None
-        self._live: Progress | None = None
 
     def say(self, text: str) -> None:
-        """Show a line, above the live display if there is one, and keep it in the log."""
-        self._console.print(text, markup=False)
+        """Show a message, above the live display if there is one, and keep it in the log."""
+        with self._lock:
+            self._show(text)
+            self.note(text)
+
+    def note(self, text: str) -> None:
+        """Keep a message in the log only."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        self._log.write(f"{now} {text}\n")
-        self._log.flush()
+        with self._lock:
+            if self._log is not None:
+                self._log.writelines(f"{now} {line}\n" for line in text.splitlines() or [""])
+                self._log.flush()
 
     def step(self, record: StepRecord) -> None:
         """Show a finished step."""
-        left = _duration(self._rate.seconds_a_step(record) * (self._steps - record.step))
-        if self._console.is_terminal:
-            self._show_live(record, left)
-        elif record.step % self._every == 0 or record.step == self._steps:
-            self._show_line(record, left)
+        with self._lock:
+            self._last = record
+            left = self._rate.seconds_a_step(record) * (self._steps - record.step)
+            if record.step % self._every == 0 or record.step == self._steps:
+                out = self.note if self._is_live else self.say
+                if self._lines % _LINES_PER_HEADER == 0:
+                    out(self._header())
+                self._lines += 1
+                out(self._line(record, left))
+            if self._is_live:
+                self._refresh(record, left)
 
     def validation(self, record: ValidationRecord) -> None:
         """Show a validation."""
         self._validation_loss = record.validation_loss
         self.say(f"step {record.step}: validation loss {record.validation_loss:.4f}")
 
+    def stop(self) -> None:
+        """Give the terminal back; messages go on as plain lines."""
+        with self._lock:
+            live, self._live, self._is_live = self._live, None, False
+            if live is not None:
+                if self._last is not None:
+                    left = self._rate.last * (self._steps - self._last.step)
+                    live.update(self._picture(self._last, left))
+                with suppress(OSError):
+                    live.stop()
+
     def close(self) -> None:
-        """Give the terminal back."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-        self._log.close()
+        """Give the terminal back and close the log; later messages are shown only."""
+        with self._lock:
+            try:
+                self.stop()
+            finally:
+                if self._log is not None:
+                    self._log.close()
+                    self._log = None
 
-    def _show_line(self, record: StepRecord, left: str) -> None:
-        if self._lines % _LINES_PER_HEADER == 0:
-            self.say(_HEADER)
-        self._lines += 1
-        self.say(
-            f"{f'{record.step}/{self._steps}':>10}{record.loss:>10.4f}{record.grad_norm:>11.3f}"
-            f"{record.learning_rate:>15.3e}{record.tokens_per_second:>11,.0f}{left:>11}"
+    def _show(self, text: str) -> None:
+        if self._stream is None:
+            return
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "replace").decode(encoding)
+        try:
+            if self._live is not None:
+                self._console.print(text)
+            else:
+                # Not through rich, which ends the whole program when a pipe is closed.
+                self._stream.write(text + "\n")
+                self._stream.flush()
+        except OSError:
+            self._go_silent()
+
+    def _go_silent(self) -> None:
+        """Nobody reads any longer (a closed pipe or terminal): the log and the run go on."""
+        self._stream = self._live = None
+        self._is_live = False
+
+    def _header(self) -> str:
+        return f"{'step':>{self._width}}      loss  grad norm  learning rate   tokens/s  time left"
+
+    def _line(self, record: StepRecord, left: float) -> str:
+        return (
+            f"{f'{record.step}/{self._steps}':>{self._width}} {record.loss:>9.4f}"
+            f" {record.grad_norm:>10.3f} {record.learning_rate:>14.3e}"
+            f" {record.tokens_per_second:>10,.0f} {duration(left):>10}"
         )
 
-    def _show_live(self, record: StepRecord, left: str) -> None:
-        if self._live is None:
-            self._live = Progress(
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[facts]}"),
-                console=self._console,
-            )
-            self._live.add_task("", total=self._steps, facts="")
-            self._live.start()
-        known = self._validation_loss
-        held_out = "" if known is None else f"  valid {known:.4f}"
-        facts = (
-            f"loss {record.loss:.4f}{held_out}  lr {record.learning_rate:.2e}  "
-            f"grad {record.grad_norm:.2f}  {record.tokens_per_second:,.0f} tok/s  {left} left"
+    def _refresh(self, record: StepRecord, left: float) -> None:
+        now = time.monotonic()
+        if self._live is not None and now - self._shown_at < _SECONDS_PER_REFRESH:
+            return
+        self._shown_at = now
+        picture = self._picture(record, left)
+        try:
+            if self._live is None:
+                # No refreshing thread: between steps there is nothing new.
+                self._live = Live(picture, console=self._console, auto_refresh=False)
+                self._live.start()
+            self._live.update(picture, refresh=True)
+        except OSError:
+            self._go_silent()
+
+    def _picture(self, record: StepRecord, left: float) -> RenderableType:
+        bar = Table.grid(padding=(0, 1), expand=True)
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True)
+        bar.add_row(
+            Text(f"step {record.step}/{self._steps}", style="bold"),
+            ProgressBar(self._steps, record.step, complete_style="cyan"),
+            Text(f"{duration(left)} left", style="bold"),
         )
-        self._live.update(self._live.task_ids[0], completed=record.step, facts=facts)
+        facts = [("loss", f"{record.loss:.4f}")]
+        if self._validation_loss is not None:
+            facts.append(("validation", f"{self._validation_loss:.4f}"))
+        facts += [
+            ("grad norm", f"{record.grad_norm:.3f}"),
+            ("lr", f"{record.learning_rate:.2e}"),
+            ("tokens/s", f"{record.tokens_per_second:,.0f}"),
+        ]
+        line = Text("  ", no_wrap=True, overflow="ellipsis").join(
+            Text.assemble((name, "dim"), " ", value) for name, value in facts
+        )
+        line.no_wrap, line.overflow = True, "ellipsis"
+        return Group(bar, line)
 
 
 class _Rate:
     """Seconds a step, as the clock on the wall sees it: validations and saves included."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._first: tuple[float, int] | None = None
+        self.last = 0.0
 
     def seconds_a_step(self, record: StepRecord) -> float:
-        now = time.monotonic()
+        now = self._clock()
         if self._first is None:
+            # The first step has compilation and allocation in it: it starts the measurement.
             self._first = (now, record.step)
-            return record.seconds
-        start, step = self._first
-        return (now - start) / max(1, record.step - step)
+            self.last = record.seconds
+        elif record.step > self._first[1]:
+            start, step = self._first
+            self.last = (now - start) / (record.step - step)
+        return self.last
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Days, hours, minutes and seconds, the two largest."""
     whole = round(seconds)
     minutes, hours, days = whole // 60, whole // 3600, whole // 86400

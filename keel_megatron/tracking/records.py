@@ -10,25 +10,28 @@ class StepRecord:
     """One optimizer step."""
 
     step: int
+    """Number of the step; the first is 1."""
     loss: float
     """Mean cross entropy of the global batch, nats per token."""
     grad_norm: float
-    """Global gradient norm before clipping."""
+    """Global L2 norm of the gradient before clipping."""
     learning_rate: float
+    """Rate that the step was taken with."""
     consumed_samples: int
-    """Sequences seen so far in the run."""
+    """Sequences seen so far in the run, this step's included."""
     consumed_tokens: int
+    """Tokens seen so far in the run, this step's included."""
     tokens_per_second: float
-    """Of the whole run, all devices together."""
+    """Tokens a second of the whole run, all devices together."""
     tflops_per_device: float
-    """Model FLOPs (partition/flops.py) in 1e12 a second and device."""
+    """Model FLOPs in 1e12 a second and device."""
     memory_gb: float
     """Peak memory of the reporting rank in 1e9 bytes."""
     seconds: float
-    """Duration of the step."""
+    """Duration of the step in seconds."""
 
-    def values(self) -> dict[str, float]:
-        """The record as one flat object."""
+    def to_json(self) -> dict[str, float]:
+        """The record as one flat object, with the fields' names as keys."""
         return asdict(self)
 
 
@@ -37,13 +40,16 @@ class ValidationRecord:
     """One validation."""
 
     step: int
+    """Last step before the validation."""
     validation_loss: float
     """Mean cross entropy of the validation sequences, nats per token."""
     consumed_samples: int
+    """Training sequences seen so far in the run."""
     consumed_tokens: int
+    """Training tokens seen so far in the run."""
 
-    def values(self) -> dict[str, float]:
-        """The record as one flat object."""
+    def to_json(self) -> dict[str, float]:
+        """The record as one flat object, with the fields' names as keys."""
         return asdict(self)
 
 

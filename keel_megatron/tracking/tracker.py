@@ -2,30 +2,105 @@
 
 from __future__ import annotations
 
+import shlex
+import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.tracking.metrics import MetricsFile
-from keel_megatron.tracking.mlflow_sink import MlflowSink, Status, tracking_uri
-from keel_megatron.tracking.progress import Display
-from keel_megatron.tracking.records import Record, StepRecord
+from keel_megatron.tracking.mlflow_run import (
+    Status,
+    remembered_run_id,
+    without_credentials,
+)
+from keel_megatron.tracking.mlflow_sink import MlflowSink
+from keel_megatron.tracking.progress import Progress
+from keel_megatron.tracking.records import Record, StepRecord, ValidationRecord
 
 
 class Tracker:
-    """A rank that does not report: takes everything, shows nothing."""
+    """Rank 0's: the progress, log.txt, metrics.jsonl and MLflow.
+
+    As a context manager it ends the MLflow run truly: FINISHED, KILLED after Ctrl-C, FAILED after
+    any other error, which log.txt then has too.
+
+    Args:
+        config: the run.
+        resume_step: step of the checkpoint that the run goes on from; None starts it anew.
+
+    Raises:
+        UserError: metrics.jsonl cannot be gone on with.
+    """
+
+    def __init__(self, config: RunConfig, resume_step: int | None) -> None:
+        self._config = config
+        self._closed = False
+        folder = self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as undo:
+            self._metrics = undo.enter_context(MetricsFile(folder / "metrics.jsonl"))
+            if resume_step is None:
+                self._metrics.clear()
+            else:
+                self._metrics.rewind(resume_step)
+            self._progress = Progress(
+                config.training.steps, folder / "log.txt", config.tracking.log_every
+            )
+            undo.callback(self._progress.close)
+            self._mlflow: MlflowSink | None = None
+            if config.tracking.mlflow:
+                run_id = None if resume_step is None else remembered_run_id(folder)
+                self._mlflow = MlflowSink(config, self._progress.say, run_id)
+            undo.pop_all()
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self._config.training.folder
 
     def step(self, record: Record) -> None:
-        """Report a step or a validation."""
+        """Report a step; a validation is taken too."""
+        if isinstance(record, ValidationRecord):
+            self.validation(record)
+            return
+        self._write(record)
+        self._progress.step(record)
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Report a validation."""
+        self._write(record)
+        self._progress.validation(record)
 
     def say(self, text: str) -> None:
-        """Say something to whoever watches."""
+        """Show a message and keep it in log.txt."""
+        self._progress.say(text)
 
     def artifact(self, path: Path) -> None:
-        """Keep a file with the run."""
+        """Hand a file of the run's folder to MLflow."""
+        if self._mlflow is not None:
+            self._mlflow.artifact(path)
+
+    def where(self) -> list[str]:
+        """Lines that say where the run's files and its dashboard are."""
+        return where(self._config)
 
     def close(self, status: Status) -> None:
-        """End the report; later calls do nothing."""
+        """Deliver what is on its way and end the MLflow run with this status.
+
+        The first call counts; later ones do nothing.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        with ExitStack() as ending:  # in reverse, each whatever becomes of the others
+            ending.callback(self._progress.close)
+            ending.callback(self._metrics.close)
+            if self._mlflow is not None:
+                ending.callback(self._mlflow.finish, status)
+            ending.callback(self._progress.stop)
 
     def __enter__(self) -> Tracker:
         return self
@@ -38,62 +113,62 @@ class Tracker:
     ) -> None:
         if kind is None:
             self.close("FINISHED")
-        else:
-            self.close("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+            return
+        self._note_end(error)
+        self.close("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
 
-
-class MainTracker(Tracker):
-    """Rank 0's: the display, log.txt, metrics.jsonl and MLflow.
-
-    Args:
-        config: the run.
-        resume_step: step of the checkpoint that the run goes on from; None for a new run.
-    """
-
-    def __init__(self, config: RunConfig, resume_step: int | None) -> None:
-        folder = config.training.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._config = config
-        self._closed = False
-        self._display = Display(
-            config.training.steps, folder / "log.txt", config.tracking.log_every
-        )
-        self._metrics = MetricsFile(folder / "metrics.jsonl", resume_step)
-        self._mlflow = MlflowSink(config, self.say) if config.tracking.mlflow else None
-
-    def step(self, record: Record) -> None:
-        """Report a step or a validation everywhere."""
+    def _write(self, record: StepRecord | ValidationRecord) -> None:
         self._metrics.write(record)
-        if isinstance(record, StepRecord):
-            self._display.step(record)
-        else:
-            self._display.validation(record)
         if self._mlflow is not None:
             self._mlflow.record(record)
 
+    def _note_end(self, error: BaseException | None) -> None:
+        """Keep in log.txt what ended the run; standard error has it anyway."""
+        if self._closed or error is None:
+            return
+        if isinstance(error, KeyboardInterrupt):
+            self._progress.note("interrupted")
+        elif isinstance(error, UserError):
+            self._progress.note(f"error: {error}")
+        else:
+            self._progress.note("".join(traceback.format_exception(error)))
+
+
+class NullTracker(Tracker):
+    """A rank that does not report: takes everything, shows and writes nothing."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+
+    def step(self, record: Record) -> None:
+        """Nothing."""
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Nothing."""
+
     def say(self, text: str) -> None:
-        """Show a line and keep it in log.txt."""
-        self._display.say(text)
+        """Nothing."""
 
     def artifact(self, path: Path) -> None:
-        """Hand a file of the run's folder to MLflow."""
-        if self._mlflow is not None:
-            self._mlflow.artifact(path)
+        """Nothing."""
 
     def close(self, status: Status) -> None:
-        """Deliver what is on its way and end the MLflow run with this status."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._mlflow is not None:
-            self._mlflow.finish(status)
-        self._metrics.close()
-        self._display.close()
+        """Nothing."""
+
+    def _note_end(self, error: BaseException | None) -> None:
+        """Nothing."""
 
 
 def open_tracker(config: RunConfig, rank: int, resume_step: int | None) -> Tracker:
-    """The tracker of a rank."""
-    return MainTracker(config, resume_step) if rank == 0 else Tracker()
+    """The tracker of a rank.
+
+    Args:
+        config: the run.
+        rank: global rank; 0 reports.
+        resume_step: step of the checkpoint that the run goes on from: later records of
+            metrics.jsonl are dropped and the MLflow run goes on. None starts both anew.
+    """
+    return Tracker(config, resume_step) if rank == 0 else NullTracker(config)
 
 
 def where(config: RunConfig) -> list[str]:
@@ -101,9 +176,11 @@ def where(config: RunConfig) -> list[str]:
     folder = config.training.folder
     lines = [f"files      {folder}/ (metrics.jsonl, loss.png, log.txt, checkpoints/)"]
     if config.tracking.mlflow:
-        if config.tracking.uri is None:
-            show = f"mlflow ui --backend-store-uri {tracking_uri(config)}  (extra: dashboard)"
+        uri = config.tracking.uri or f"sqlite:///{folder / 'mlflow.db'}"
+        if uri.startswith(("http://", "https://", "databricks")):
+            show = without_credentials(uri)
         else:
-            show = config.tracking.uri
+            shown = shlex.quote(without_credentials(uri))
+            show = f"mlflow ui --backend-store-uri {shown}  (extra: dashboard)"
         lines.append(f"dashboard  {show}")
     return lines

@@ -1,0 +1,52 @@
+"""Records and configurations that the tests of tracking share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+
+from keel_megatron.config.run import RunConfig
+from keel_megatron.tracking.mlflow_run import tracking_uri
+from keel_megatron.tracking.records import StepRecord
+from tests.settings import small_config
+
+
+def record(step: int, loss: float = 1.0, **values: float) -> StepRecord:
+    fields: dict[str, Any] = {
+        "grad_norm": 0.5,
+        "learning_rate": 1e-3,
+        "consumed_samples": 16 * step,
+        "consumed_tokens": 512 * step,
+        "tokens_per_second": 1000.0,
+        "tflops_per_device": 0.1,
+        "memory_gb": 1.5,
+        "seconds": 0.5,
+    }
+    return StepRecord(step=step, loss=loss, **(fields | values))
+
+
+def config(tmp_path: Path, **overrides: Any) -> RunConfig:
+    wanted: dict[str, Any] = {
+        "training__runs_dir": str(tmp_path),
+        "training__steps": 4,
+        "tracking__mlflow": True,
+    }
+    return small_config(**(wanted | overrides))
+
+
+def mlflow_client(run: RunConfig) -> Any:
+    return MlflowClient(tracking_uri=tracking_uri(run))
+
+
+def mlflow_runs(run: RunConfig) -> list[Any]:
+    """The MLflow runs of a run's experiment, oldest first."""
+    client = mlflow_client(run)
+    experiment = client.get_experiment_by_name(run.tracking.experiment)
+    return list(client.search_runs([experiment.experiment_id], order_by=["start_time ASC"]))
+
+
+def history(run: RunConfig, run_id: str, key: str) -> list[tuple[int, float]]:
+    points = mlflow_client(run).get_metric_history(run_id, key)
+    return [(point.step, point.value) for point in points]
