@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from keel_megatron.config.base import Section
@@ -21,6 +23,10 @@ class ParallelConfig(Section):
     )
     distributed_optimizer: bool = Field(
         default=True, description="Shard the optimizer's state over the data-parallel group."
+    )
+    recompute: Literal["none", "full"] = Field(
+        default="none",
+        description="full = keep a block's input only and compute the block again going back.",
     )
     timeout_seconds: float = Field(
         default=600.0, gt=0.0, description="Longest wait of a collective before the run ends."

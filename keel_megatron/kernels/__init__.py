@@ -1,1 +1,105 @@
-"""The fused scaled add + RMSNorm: its definition, its Triton kernel, the choice between them."""
+"""The fused scaled add + RMSNorm (+ the next inner RMSNorm): one operation, chosen by device."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from keel_megatron.kernels import fused, reference
+
+MAX_TRITON_HIDDEN_SIZE = 16384
+
+Backend = Literal["auto", "torch", "triton"]
+
+__all__ = ["Backend", "bytes_per_token", "scaled_add_norm", "triton_is_installed"]
+
+
+def scaled_add_norm(
+    x: Tensor,
+    f: Tensor,
+    alpha: float,
+    outer_gain: Tensor | None,
+    inner_gain: Tensor | None,
+    eps: float,
+    z_dtype: torch.dtype,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """X' = N_out(alpha x + f) and z = N_in(x'); `kernels.reference.scaled_add_norm` defines it.
+
+    `auto` is one Triton kernel each way on CUDA (`triton_norm.py`) and otherwise, as on CUDA for
+    fp64, for h > 16384 or without Triton, the definition itself (`reference.py`). `torch` is the
+    same operators with a hand-written backward pass (`fused.py`): cheaper on a CPU, and with other
+    last bits.
+
+    A token moves `bytes_per_token` bytes forward and backward: every input and every output is
+    read or written once, the minimum of an operation given x and f that leaves x' and z.
+
+    Args:
+        x: see `kernels.reference.scaled_add_norm`, as for all that follow.
+        f: branch output, of x's shape.
+        alpha: scale of the skip path.
+        outer_gain: gain of N_out, or None.
+        inner_gain: gain of N_in, or None.
+        eps: epsilon.
+        z_dtype: type of z.
+        backend: `auto` chooses by device; the others are the caller's choice.
+
+    Raises:
+        ValueError: f is not shaped like x, or `triton` is asked for what it cannot do.
+    """
+    if f.shape != x.shape:
+        raise ValueError(f"f has the shape {tuple(f.shape)}, x {tuple(x.shape)}: they must agree")
+    arguments = (x, f, alpha, outer_gain, inner_gain, eps, z_dtype)
+    operation: Any
+    if backend == "triton" or (backend == "auto" and x.is_cuda and _triton_fits(x)):
+        # Imported late: Triton takes a second, and a CPU run never needs it.
+        from keel_megatron.kernels import triton_norm
+
+        operation = triton_norm.ScaledAddNorm
+    elif backend == "torch":
+        operation = fused.ScaledAddNorm
+    else:
+        return reference.scaled_add_norm(*arguments)
+    return operation.apply(*arguments)
+
+
+def bytes_per_token(
+    hidden_size: int, f_dtype: torch.dtype, z_dtype: torch.dtype | None
+) -> tuple[int, int]:
+    """Bytes of device memory that a token moves, forward and backward.
+
+    Forward: read x (fp32) and f, write x' (fp32) and z. Backward: read x, f and the gradients of
+    x' and z, write those of x (fp32) and f. The statistics, 4 bytes a norm, and the gains, which
+    stay in cache, are left out.
+
+    Backward could read x' alone in place of x and f, if n were recovered as x' / gain; that fails
+    where a gain is 0 and loses digits near it, so it is not done.
+
+    Args:
+        hidden_size: h.
+        f_dtype: type of the branch's output.
+        z_dtype: type of the next branch's input; None if there is none.
+    """
+    stream, f = torch.float32.itemsize, f_dtype.itemsize
+    z = z_dtype.itemsize if z_dtype is not None else 0
+    forward = stream + f + stream + z
+    backward = stream + f + stream + z + stream + f
+    return forward * hidden_size, backward * hidden_size
+
+
+@cache
+def triton_is_installed() -> bool:
+    """Whether Triton can be imported."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _triton_fits(x: Tensor) -> bool:
+    fits = x.dtype == torch.float32 and x.size(-1) <= MAX_TRITON_HIDDEN_SIZE
+    return fits and triton_is_installed()

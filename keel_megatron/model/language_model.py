@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.model.initialization import initialize
+from keel_megatron.model.layer import link
 from keel_megatron.model.norm import stream_dtype
 from keel_megatron.model.rotary import RotaryTable
 from keel_megatron.model.specs import chunk_spec
@@ -42,6 +43,13 @@ def transformer_config(
             pipelined["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
             pipelined["overlap_p2p_comm"] = True
             pipelined["batch_p2p_comm"] = False
+    recompute: dict[str, Any] = {}
+    if parallel.recompute == "full":
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     return TransformerConfig(
         num_layers=model.blocks,
         hidden_size=model.hidden_size,
@@ -76,6 +84,7 @@ def transformer_config(
         # The first block differs from the rest: checkpoints keep one key a block.
         hetereogenous_dist_checkpoint=True,
         **pipelined,
+        **recompute,
     )
 
 
@@ -145,12 +154,13 @@ def build_model(
         chunk = LanguageModel(
             megatron_config,
             config,
-            transformer_layer_spec=chunk_spec(config.model, part.blocks),
+            transformer_layer_spec=chunk_spec(config, part.blocks),
             pre_process=part.embedding,
             post_process=part.head,
             vp_stage=number if interleaved else None,
         )
         chunk.to(runtime.device)
+        link(chunk.decoder.layers)
         _check_blocks(chunk, part.first_block, part.blocks)
         initialize(
             chunk, config.model, config.training.seed, runtime.tensor_rank, runtime.tensor_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keel_megatron.config.model import ModelConfig
+from keel_megatron.kernels import scaled_add_norm
+from keel_megatron.model.norm import RMSNorm
 from keel_megatron.model.residual import SubLayer, sub_layer
 
 
@@ -59,6 +62,7 @@ class KeelLayer(TransformerLayer):
             self.input_layernorm = self._build(instead[self.attention_rule.inner])
         if self.mlp_rule.inner != "norm":
             self.pre_mlp_layernorm = self._build(instead[self.mlp_rule.inner])
+        self.following: tuple[KeelLayer, ...] = ()
         self.attention_outer_norm = (
             self._build(submodules.outer_norm) if self.attention_rule.outer_norm else None
         )
@@ -79,32 +83,69 @@ class KeelLayer(TransformerLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         rotary_pos_emb: Tensor,
+        context: Tensor | None = None,
         **_: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """The stream after both sub-layers.
 
         Args:
             hidden_states: the stream x, fp32 [s, b, h] ([s/TP, b, h] under sequence parallelism).
             attention_mask: unused; attention is causal.
             rotary_pos_emb: the table of model/rotary.py.
+            context: this block's attention input, where the block before has computed it with its
+                own last norm. Megatron-core's blocks hand it on for cross-attention.
 
         Returns:
-            The stream, shaped and typed as it came, and None (no cross-attention context).
+            The stream, shaped and typed as it came, and the next block's attention input, or None
+            after a chunk's last block.
         """
         x = hidden_states
-        branch, _bias = self.self_attention(
-            self.input_layernorm(x), attention_mask, rotary_pos_emb=rotary_pos_emb
+        z = self.input_layernorm(x) if context is None else context
+        branch, _bias = self.self_attention(z, attention_mask, rotary_pos_emb=rotary_pos_emb)
+        x, z = self.join(
+            x, branch, self.attention_rule, self.attention_outer_norm, self.pre_mlp_layernorm
         )
-        x = self._join(x, branch, self.attention_rule, self.attention_outer_norm)
-        branch, _bias = self.mlp(self.pre_mlp_layernorm(x))
-        x = self._join(x, branch, self.mlp_rule, self.mlp_outer_norm)
-        return x, None
+        branch, _bias = self.mlp(z)
+        following = self.following[0].input_layernorm if self.following else None
+        return self.join(x, branch, self.mlp_rule, self.mlp_outer_norm, following)
 
-    def _join(
-        self, x: Tensor, branch: Tensor, rule: SubLayer, outer_norm: nn.Module | None
-    ) -> Tensor:
-        """N_out(alpha * x + F) in the stream's type (model/residual.py)."""
+    def join(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        rule: SubLayer,
+        outer_norm: nn.Module | None,
+        following: nn.Module | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream after a sub-layer, N_out(alpha x + F), and the following branch's input.
+
+        Where the following branch has an inner norm, that is one kernel (kernels/__init__.py).
+
+        Args:
+            x: the stream before it.
+            branch: F, in the compute type.
+            rule: the sub-layer's rule.
+            outer_norm: N_out, or None.
+            following: what stands before the following branch, or None if it is not known here.
+        """
         if self.hidden_dropout and self.training:
             branch = functional.dropout(branch, self.hidden_dropout)
-        x = rule.alpha * x + branch if rule.alpha != 1.0 else x + branch
-        return x if outer_norm is None else outer_norm(x)
+        inner_norm = following if isinstance(following, RMSNorm) else None
+        x, z = scaled_add_norm(
+            x,
+            branch,
+            rule.alpha,
+            None if outer_norm is None else outer_norm.weight,  # type: ignore[arg-type]
+            None if inner_norm is None else inner_norm.weight,
+            self.config.layernorm_epsilon,
+            self.config.params_dtype,
+        )
+        if following is not None and inner_norm is None:
+            z = following(x)
+        return x, z
+
+
+def link(layers: nn.ModuleList) -> None:
+    """Tell every block of a chunk which one follows; not as a submodule, which would be a cycle."""
+    for layer, following in itertools.pairwise(layers):
+        layer.following = (following,)  # type: ignore[assignment]

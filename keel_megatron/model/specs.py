@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -9,15 +11,53 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from keel_megatron.config.errors import UserError
 from keel_megatron.config.model import ModelConfig
+from keel_megatron.config.run import RunConfig
 from keel_megatron.model.attention import SdpaAttention, SelfAttention
 from keel_megatron.model.layer import KeelLayer, KeelLayerSubmodules
 from keel_megatron.model.norm import BranchCast, BranchVector, HeadNorm, RMSNorm
 from keel_megatron.model.residual import sub_layer
 
 
-def local_layer_spec(model: ModelConfig) -> ModuleSpec:
-    """A block of torch and Megatron-core alone: SDPA, our norms, Column/RowParallelLinear."""
+@dataclass(frozen=True)
+class Family:
+    """The modules whose behaviour is the same and whose kernels differ."""
+
+    column_linear: type
+    row_linear: type
+    core_attention: type
+
+
+LOCAL = Family(ColumnParallelLinear, RowParallelLinear, SdpaAttention)
+"""torch and Megatron-core alone."""
+
+
+def transformer_engine() -> Family:
+    """Transformer Engine's linears and attention, in Megatron-core's wrappers.
+
+    The norms stay ours: their statistics and the stream are fp32, and they are fused with the sum.
+
+    Raises:
+        UserError: Transformer Engine is not installed, or only its empty meta package is.
+    """
+    from megatron.core.extensions import transformer_engine as wrappers
+
+    if not wrappers.HAVE_TE:
+        raise UserError(
+            "kernels.backend: transformer_engine is asked for, but Transformer Engine cannot be "
+            "imported; use an image that has it, install transformer-engine[pytorch], or choose "
+            "torch"
+        )
+    return Family(
+        wrappers.TEColumnParallelLinear,
+        wrappers.TERowParallelLinear,
+        wrappers.TEDotProductAttention,
+    )
+
+
+def layer_spec(model: ModelConfig, family: Family) -> ModuleSpec:
+    """A block under the configured residual rule, made of a family's modules."""
     head_norm = HeadNorm if sub_layer(0, model).qkv_norm else None
     return ModuleSpec(
         module=KeelLayer,
@@ -28,9 +68,9 @@ def local_layer_spec(model: ModelConfig) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=SdpaAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_qkv=family.column_linear,
+                    core_attention=family.core_attention,
+                    linear_proj=family.row_linear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
@@ -39,7 +79,7 @@ def local_layer_spec(model: ModelConfig) -> ModuleSpec:
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+                    linear_fc1=family.column_linear, linear_fc2=family.row_linear
                 ),
             ),
             outer_norm=ModuleSpec(module=RMSNorm, params={"output": "stream"}),
@@ -49,9 +89,11 @@ def local_layer_spec(model: ModelConfig) -> ModuleSpec:
     )
 
 
-def chunk_spec(model: ModelConfig, blocks: int) -> TransformerBlockSubmodules:
+def chunk_spec(config: RunConfig, blocks: int) -> TransformerBlockSubmodules:
     """The spec of a chunk of `blocks` blocks, with what precedes the head after its last one."""
+    model = config.model
+    family = transformer_engine() if config.kernels.backend == "transformer_engine" else LOCAL
     return TransformerBlockSubmodules(
-        layer_specs=[local_layer_spec(model)] * blocks,
+        layer_specs=[layer_spec(model, family)] * blocks,
         layer_norm=RMSNorm if model.final_norm else BranchCast,
     )

@@ -34,6 +34,11 @@ def made_up_batches(config: RunConfig, runtime: Runtime, step: int) -> list[Batc
     return batches
 
 
+def train_all(runs: list[dict[str, dict[str, Any]]], steps: int) -> list[list[tuple[float, float]]]:
+    """`train_steps` of several runs, one after the other in the same processes."""
+    return [train_steps(sections, steps) for sections in runs]
+
+
 def train_steps(sections: dict[str, dict[str, Any]], steps: int) -> list[tuple[float, float]]:
     """Losses and gradient norms of some steps, then the validation loss twice."""
     from keel_megatron.model.language_model import build_model
