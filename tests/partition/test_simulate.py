@@ -120,7 +120,9 @@ def test_any_pipeline_keeps_the_rules(case: tuple[PipelineTimes, int]) -> None:
     for (forward, chunk, micro_batch), (start, _end) in ends.items():
         # Each pass starts once the one it depends on is done and its message is here.
         if forward and chunk > 0:
-            needed = ends[True, chunk - 1, micro_batch][1] + times.link[(chunk - 1) % times.pipeline]
+            needed = (
+                ends[True, chunk - 1, micro_batch][1] + times.link[(chunk - 1) % times.pipeline]
+            )
         elif not forward and chunk < last:
             needed = ends[False, chunk + 1, micro_batch][1] + times.link[chunk % times.pipeline]
         elif not forward:
