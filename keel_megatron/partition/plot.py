@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keel_megatron.partition.simulate import Span, Timeline
+from keel_megatron.partition.simulate import MemoryTrace, Span, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,16 +23,6 @@ _SAMPLES = 1200
 _PASSES_ACROSS = 110
 _DIGIT = 0.0052
 """Width of a digit, as a share of the picture's columns."""
-
-
-@dataclass(frozen=True)
-class MemoryTrace:
-    """What a stage holds, in bytes: the picture adds what is in flight to what stays."""
-
-    constant: float
-    """Parameters, gradients, optimizer, buffers, logits."""
-    chunks: tuple[float, ...]
-    """Activations of one micro-batch in each chunk of the stage."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +141,9 @@ def _number(
         if end - start < digit * (0.2 + len(str(micro_batch))):
             continue
         middle = 0.5 * (start + end) * scale
-        axes.text(middle, rank, str(micro_batch), ha="center", va="center", fontsize=6.5, color=_TEXT)
+        axes.text(
+            middle, rank, str(micro_batch), ha="center", va="center", fontsize=6.5, color=_TEXT
+        )
 
 
 def _shades(ends: tuple[str, str], count: int) -> list[Any]:

@@ -10,7 +10,7 @@ pass (`overlap_p2p_comm`, as `model/language_model.py` sets it).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,6 +71,16 @@ class Timeline:
         """Idle time relative to the work of the busiest stage: (p - 1) / m in the even case."""
         busiest = max(self.busy_seconds(rank) for rank in range(len(self.stages)))
         return self.seconds / busiest - 1.0
+
+
+@dataclass(frozen=True)
+class MemoryTrace:
+    """What a stage holds, in bytes: the picture adds what is in flight to what stays."""
+
+    constant: float
+    """Parameters, gradients, optimizer, buffers, logits."""
+    chunks: tuple[float, ...]
+    """Activations of one micro-batch in each chunk of the stage."""
 
 
 class _Message(NamedTuple):
