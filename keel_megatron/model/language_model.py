@@ -16,20 +16,26 @@ from keel_megatron.model.layer import link
 from keel_megatron.model.norm import stream_dtype
 from keel_megatron.model.rotary import RotaryTable
 from keel_megatron.model.specs import chunk_spec
-from keel_megatron.partition.layout import Layout, even_layout
+from keel_megatron.partition.layout import Layout
+from keel_megatron.partition.stages import Partition, own_partition
 from keel_megatron.runtime.distributed import Runtime
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(
-    config: RunConfig, layout: Layout, compute_dtype: torch.dtype, device: torch.device
+    config: RunConfig,
+    layout: Layout,
+    recomputed: int,
+    compute_dtype: torch.dtype,
+    device: torch.device,
 ) -> TransformerConfig:
-    """Megatron-core's configuration of the run's model.
+    """Megatron-core's configuration of one chunk of the run's model.
 
     Args:
         config: the run.
         layout: which blocks live on which stage.
+        recomputed: how many of the chunk's blocks, its first, are computed again going back.
         compute_dtype: type of the matrix products and of their weights.
         device: where the run happens.
     """
@@ -44,11 +50,11 @@ def transformer_config(
             pipelined["overlap_p2p_comm"] = True
             pipelined["batch_p2p_comm"] = False
     recompute: dict[str, Any] = {}
-    if parallel.recompute == "full":
+    if recomputed:
         recompute = {
             "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
+            "recompute_method": "block",
+            "recompute_num_layers": recomputed,
         }
     return TransformerConfig(
         num_layers=model.blocks,
@@ -127,13 +133,18 @@ class LanguageModel(GPTModel):
 
 
 def build_model(
-    config: RunConfig, runtime: Runtime, *, compute_dtype: torch.dtype | None = None
+    config: RunConfig,
+    runtime: Runtime,
+    partition: Partition | None = None,
+    *,
+    compute_dtype: torch.dtype | None = None,
 ) -> list[nn.Module]:
     """This rank's model chunks, on its device, with their initial weights.
 
     Args:
         config: the run.
         runtime: this rank's place.
+        partition: which blocks live where; None = as `own_partition` decides.
         compute_dtype: overrides `training.precision` (exactness tests use fp64).
 
     Returns:
@@ -143,16 +154,15 @@ def build_model(
         ValueError: the stages' blocks do not add up to the model's.
     """
     dtype = compute_dtype or COMPUTE_DTYPES[config.training.precision]
-    layout = even_layout(
-        config.model.blocks, config.parallel.pipeline, config.parallel.virtual_pipeline
-    )
+    partition = partition or own_partition(config, runtime)
+    layout = partition.layout
     layout.check(config.model.blocks)
-    megatron_config = transformer_config(config, layout, dtype, runtime.device)
+    stage = partition.stages[runtime.pipeline_rank]
     interleaved = layout.virtual_pipeline > 1
     chunks: list[nn.Module] = []
     for number, part in enumerate(layout.stage(runtime.pipeline_rank)):
         chunk = LanguageModel(
-            megatron_config,
+            transformer_config(config, layout, stage.recomputed[number], dtype, runtime.device),
             config,
             transformer_layer_spec=chunk_spec(config, part.blocks),
             pre_process=part.embedding,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from keel_megatron.config.errors import UserError
 
 
@@ -70,3 +72,17 @@ def device_named(name: str, **overrides: Any) -> Device:
     if unknown:
         raise UserError(f"a device has no {', '.join(unknown)}")
     return replace(DEVICES[name], **overrides)
+
+
+def this_device(device: torch.device) -> Device:
+    """What is known of the device of this process; a GPU without an entry is taken for an H100.
+
+    Args:
+        device: CUDA (its own memory is taken) or CPU.
+    """
+    if device.type == "cpu":
+        return DEVICES["cpu"]
+    properties = torch.cuda.get_device_properties(device)
+    title = properties.name.lower()
+    name = next((name for name in DEVICES if name != "cpu" and name in title), "h100")
+    return device_named(name, memory_gb=properties.total_memory / 1e9)

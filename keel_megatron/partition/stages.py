@@ -9,10 +9,11 @@ from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.partition.costs import Costs, UnitTimes, model_costs, predicted_times
 from keel_megatron.partition.cut import StageShare, cut
-from keel_megatron.partition.devices import Device
+from keel_megatron.partition.devices import Device, this_device
 from keel_megatron.partition.flops import block_vector_parameters
 from keel_megatron.partition.layout import Chunk, Layout, from_counts
 from keel_megatron.partition.memory import GB, MemoryModel, StageMemory
+from keel_megatron.runtime.distributed import Runtime
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ class Partition:
         """The slowest stage's time relative to an ideal cut's: all time spread evenly."""
         mean = sum(stage.seconds for stage in self.stages) / len(self.stages)
         return self.slowest.seconds / mean
+
+
+def own_partition(config: RunConfig, runtime: Runtime) -> Partition:
+    """The partition of the run that this process is part of; the same on each of its ranks."""
+    return partition(config, runtime.data_size, this_device(runtime.device))
 
 
 def memory_limit(config: RunConfig, device: Device) -> float | None:
