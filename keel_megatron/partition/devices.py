@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from keel_megatron.config.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ DEVICES: dict[str, Device] = {
         Device("h100", 989.0, 80.0, 4.0, 3350.0, 450.0, 8.0, 50.0, 20.0, 8, 0.65, 0.85, 6.0),
         Device("a100", 312.0, 80.0, 4.0, 2039.0, 300.0, 8.0, 25.0, 20.0, 8, 0.75, 0.85, 6.0),
         Device("b200", 2250.0, 180.0, 4.0, 8000.0, 900.0, 8.0, 50.0, 20.0, 8, 0.65, 0.85, 6.0),
-        Device("cpu", 0.06, None, 0.0, 10.0, 1.0, 100.0, 1.0, 200.0, 1, 0.8, 0.5, 4.0),
+        Device("cpu", 0.06, None, 0.0, 10.0, 1.0, 100.0, 1.0, 200.0, 64, 0.8, 0.5, 4.0),
     )
 }
 """By name.
@@ -82,6 +83,8 @@ def this_device(device: torch.device) -> Device:
     """
     if device.type == "cpu":
         return DEVICES["cpu"]
+    import torch  # late: a plan needs none
+
     properties = torch.cuda.get_device_properties(device)
     title = properties.name.lower()
     name = next((name for name in DEVICES if name != "cpu" and name in title), "h100")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +13,7 @@ from keel_megatron.partition.flops import parameter_count, training_flops_per_to
 from keel_megatron.partition.memory import GB
 from keel_megatron.partition.simulate import MemoryTrace, PipelineTimes, Timeline, simulate
 from keel_megatron.partition.stages import Partition, Stage, partition
+from keel_megatron.partition.table import stage_rows
 from keel_megatron.partition.traffic import closing_seconds, link_seconds
 
 
@@ -22,8 +22,10 @@ class Measured:
     """Seconds measured on a device, of one micro-batch, instead of predicted ones."""
 
     times: UnitTimes
-    closing: UnitTimes
-    """What one embedding, block and head add to clipping and updating (as `forward`)."""
+    update_block: float
+    """What a block adds to clipping, updating and emptying the gradients."""
+    update_embedding: float
+    """What the embedding adds, and the head as much."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Plan:
             "virtual_pipeline": parallel.virtual_pipeline,
             "data_parallel": self.data_parallel,
             "micro_batches": self.micro_batches,
-            "stages": [_stage_object(self.partition, stage) for stage in self.partition.stages],
+            "stages": stage_rows(self.partition),
             "slowest_stage": self.partition.slowest.number,
             "balance": self.partition.balance,
             "bubble": self.bubble,
@@ -153,9 +155,7 @@ def make_plan(
     replicas = config.data_parallel_size(gpus)
     parts = partition(config, replicas, device, times=measured.times if measured else None)
     links = link_seconds(config, device, replicas)
-    closing = closing_seconds(config, device, replicas, parts)
-    if measured is not None:
-        closing = max(_piece_seconds(stage, measured.closing) for stage in parts.stages)
+    closing = closing_seconds(config, device, replicas, parts, _update(parts, measured))
     return Plan(config, gpus, device, parts, _pass_times(parts, links), closing, bool(measured))
 
 
@@ -175,11 +175,15 @@ def _pass_times(parts: Partition, links: tuple[float, ...]) -> PipelineTimes:
     return PipelineTimes(pipeline, tuple(forward), tuple(backward), links)
 
 
-def _piece_seconds(stage: Stage, times: UnitTimes) -> float:
-    """Forward seconds of a stage's pieces."""
-    seconds = stage.blocks * times.block.forward
-    seconds += times.embedding.forward if stage.embedding else 0.0
-    return seconds + (times.head.forward if stage.head else 0.0)
+def _update(parts: Partition, measured: Measured | None) -> float | None:
+    """The slowest stage's update as measured, its state unshared."""
+    if measured is None:
+        return None
+    return max(
+        stage.blocks * measured.update_block
+        + (stage.embedding + stage.head) * measured.update_embedding
+        for stage in parts.stages
+    )
 
 
 def _trace(plan: Plan, stage: Stage) -> MemoryTrace:
@@ -193,31 +197,3 @@ def _trace(plan: Plan, stage: Stage) -> MemoryTrace:
         chunks.append(float(kept))
     logits = costs.head.logits_bytes if stage.head else 0
     return MemoryTrace(float(memory.total - memory.activations - logits), tuple(chunks))
-
-
-def _stage_object(parts: Partition, stage: Stage) -> dict[str, Any]:
-    memory = stage.memory
-    return {
-        "stage": stage.number,
-        "blocks": stage.blocks,
-        "chunks": [chunk.blocks for chunk in stage.chunks],
-        "embedding": stage.embedding,
-        "head": stage.head,
-        "recomputed": sum(stage.recomputed),
-        "parameters": stage.parameters,
-        "memory_gb": memory.total / GB,
-        "memory_by_kind_gb": {name: size / GB for name, size in memory_kinds(memory)},
-        "time_share": parts.time_share(stage),
-        "forward_seconds": stage.forward_seconds,
-        "backward_seconds": stage.backward_seconds,
-    }
-
-
-def memory_kinds(memory: Any) -> Iterator[tuple[str, int]]:
-    """A stage's memory by kind, in the table's words."""
-    yield "parameters", memory.parameters
-    yield "gradients", memory.gradients
-    yield "optimizer", memory.optimizer
-    yield "activations", memory.activations
-    yield "logits", memory.logits
-    yield "buffers", memory.communication + memory.working

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from keel_megatron.partition.memory import GB
-from keel_megatron.partition.plan import Plan, memory_kinds
+from keel_megatron.partition.memory import GB, StageMemory
+from keel_megatron.partition.plan import Plan
 from keel_megatron.partition.search import Candidate, Found
 from keel_megatron.partition.stages import Stage
 
 _GROUP_FROM = 9
+_COLUMNS = ("stage", "blocks", "holds", "recomputed", "parameters", "time")
+_MEMORY = ("weights", "grads", "optim", "activ", "logits", "buffers", "GB")
 
 
 def describe(plan: Plan) -> str:
@@ -53,28 +55,35 @@ def _headline(plan: Plan) -> str:
 def _stage_table(plan: Plan) -> str:
     stages = plan.partition.stages
     groups = _groups(stages) if len(stages) >= _GROUP_FROM else [[stage] for stage in stages]
-    kinds = [name for name, _size in memory_kinds(stages[0].memory)]
-    header = ["stage", "blocks", "holds", "recomputed", "parameters", "time", *kinds, "GB in all"]
-    rows = [header]
+    rows = [[*_COLUMNS, *_MEMORY]]
     for group in groups:
-        # Of equal stages the first holds the most micro-batches: its memory is shown.
+        # Of equal stages the first holds the most micro-batches: the largest is shown.
         stage = max(group, key=lambda one: one.memory.total)
-        sizes = [size / GB for _name, size in memory_kinds(stage.memory)]
-        rows.append(
-            [
-                _span(group),
-                "+".join(str(chunk.blocks) for chunk in stage.chunks)
-                if len(stage.chunks) <= 4
-                else f"{stage.blocks} in {len(stage.chunks)}",
-                " + ".join(["embedding"] * stage.embedding + ["head"] * stage.head),
-                str(sum(stage.recomputed) or "-"),
-                si(stage.parameters),
-                f"{plan.partition.time_share(stage):.1%}",
-                *(f"{size:.2f}" for size in sizes),
-                f"{stage.memory.total / GB:.1f}",
-            ]
-        )
+        rows.append([*_cells(plan, group), *_memory_cells(stage.memory)])
     return table(rows, left=(2,))
+
+
+def _cells(plan: Plan, group: Sequence[Stage]) -> list[str]:
+    """What equal stages hold, and the time of a micro-batch relative to the slowest stage's."""
+    stage = group[0]
+    chunks = [str(chunk.blocks) for chunk in stage.chunks]
+    again = sum(stage.recomputed)
+    return [
+        _span(group),
+        "+".join(chunks) if len(chunks) <= 4 else f"{stage.blocks} in {len(chunks)}",
+        " + ".join(["embedding"] * stage.embedding + ["head"] * stage.head),
+        str(again) if again else "-",
+        si(stage.parameters),
+        f"{plan.partition.time_share(stage):.1%}",
+    ]
+
+
+def _memory_cells(memory: StageMemory) -> list[str]:
+    """GB by kind, and in all."""
+    kinds = (memory.parameters, memory.gradients, memory.optimizer, memory.activations)
+    buffers = memory.communication + memory.working
+    sizes = (*kinds, memory.logits, buffers, memory.total)
+    return [f"{size / GB:.4g}" if size >= 100 * GB else f"{size / GB:.2f}" for size in sizes]
 
 
 def _groups(stages: Sequence[Stage]) -> list[list[Stage]]:
@@ -105,12 +114,16 @@ def _pieces(plan: Plan) -> str:
     times, parts = plan.partition.times, plan.partition
     slowest = parts.slowest
     how = "measured here" if plan.measured else "predicted"
+    cut = ""
+    if plan.measured and plan.config.parallel.layout is None:
+        counts = ",".join(str(chunk.blocks) for chunk in parts.layout.chunks)
+        cut = f"\nA run cuts by predicted times; this cut is parallel.layout=[{counts}]."
     return (
         f"A block takes {seconds(times.block.total)} a micro-batch ({how}), the head as long as "
         f"{times.head.total / times.block.total:.1f} blocks, the embedding as "
         f"{times.embedding.total / times.block.total:.1f}.\n"
         f"Slowest: stage {slowest.number} with {seconds(slowest.seconds)} a micro-batch, "
-        f"{parts.balance - 1.0:.1%} above an ideally even cut."
+        f"{parts.balance - 1.0:.1%} above an ideally even cut.{cut}"
     )
 
 
@@ -214,20 +227,29 @@ def _why(best: Candidate, second: Candidate) -> str:
     def closing(one: Candidate) -> float:
         return one.plan.closing_seconds
 
-    differences = [
-        (work(second) - work(best), "the slowest stage's work", _pair(best, second, work)),
-        (idle(second) - idle(best), "waiting (bubble, messages)", _pair(best, second, idle)),
-        (closing(second) - closing(best), "gradients and update", _pair(best, second, closing)),
-    ]
-    differences.sort(key=lambda one: -abs(one[0]))
-    words = "; ".join(f"{name} {pair}" for _gain, name, pair in differences)
+    parts = (
+        ("the slowest stage's work", work),
+        ("waiting (bubble, messages)", idle),
+        ("gradients and update", closing),
+    )
+    saved = sorted(
+        ((of(second) - of(best), name, _pair(best, second, of)) for name, of in parts), reverse=True
+    )
+    words = "; ".join(
+        f"{'saves' if gain >= 0 else 'costs'} {seconds(abs(gain))} of {name} ({pair})"
+        for gain, name, pair in saved
+        if abs(gain) > 1e-4 * best.step_seconds
+    )
     gain = second.step_seconds / best.step_seconds - 1.0
     memory = [one.plan.partition.worst_memory.memory.total / GB for one in (best, second)]
-    return f"1 is {gain:.2%} faster than 2: {words}; memory {memory[0]:.1f} GB against {memory[1]:.1f}."
+    return (
+        f"1 is {gain:.2%} faster than 2{': it ' + words if words else ''}.\n"
+        f"Memory: {memory[0]:.1f} GB, not {memory[1]:.1f}."
+    )
 
 
 def _pair(best: Candidate, second: Candidate, of: Callable[[Candidate], float]) -> str:
-    return f"{seconds(of(best))} against {seconds(of(second))}"
+    return f"{seconds(of(best))}, not {seconds(of(second))}"
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig, problems
-from keel_megatron.partition.costs import Costs, UnitTimes, model_costs, predicted_times
+from keel_megatron.partition.costs import Costs, Kernel, UnitTimes, model_costs, predicted_times
 from keel_megatron.partition.devices import Device
 from keel_megatron.partition.memory import MemoryModel
 from keel_megatron.partition.plan import Plan, make_plan
@@ -65,7 +65,8 @@ class Candidate:
         """What it comes to: none, full, or how many blocks."""
         stages = self.plan.partition.stages
         again, blocks = sum(sum(s.recomputed) for s in stages), sum(s.blocks for s in stages)
-        return {0: "none", blocks: "full"}.get(again, f"{again} blocks")
+        words = f"{again} block{'' if again == 1 else 's'}"
+        return {0: "none", blocks: "full"}.get(again, words)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -104,7 +105,8 @@ def search(config: RunConfig, gpus: int, device: Device) -> Found:
     Raises:
         UserError: nothing fits.
     """
-    tried, ranked = 0, []
+    tried = 0
+    ranked: list[tuple[float, int, _Layout]] = []
     limit = memory_limit(config, device)
     for layout in _layouts(config, gpus, device):
         tried += 1
@@ -159,7 +161,7 @@ def _layouts(config: RunConfig, gpus: int, device: Device) -> Iterator[_Layout]:
     """Every layout that the configuration's checks allow; recompute as much as memory asks for."""
     batch = config.training.global_batch_size
     tensors = [size for size in (1, 2, 4, 8) if size <= min(gpus, device.devices_per_node)]
-    kernel = "reference" if device.name == "cpu" else "triton"
+    kernel: Kernel = "reference" if device.name == "cpu" else "triton"
     for tensor in tensors:
         for micro_batch in _MICRO_BATCHES:
             if batch % micro_batch:
@@ -236,7 +238,7 @@ class _Bound:
         last = self._recomputed(pipeline - 1, self._beside_the_head(slowest))
         if again is None or last is None:
             return None
-        # What is in flight, and so what is recomputed, falls evenly from the first stage to the last.
+        # What is in flight, and so what is recomputed, falls evenly from stage to stage.
         extra = 0.5 * (again + last) * unit.forward
         slowest, total = slowest + extra, total + pipeline * extra
         micro_batches = self.memory.micro_batches

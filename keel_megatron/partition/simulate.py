@@ -1,8 +1,8 @@
 """The time of a pipeline's step, by following every pass and every message of every stage.
 
-A stage's program is what Megatron-core's schedule issues: it computes, offers a message to or
-from a neighbour, and waits for a message. A message passes once both ends have offered it, and takes
-its link's time. 1F1B waits for each message at once, so a sender is held up until its receiver is
+A stage's program is what Megatron-core's schedule issues: it computes, offers a message to or from
+a neighbour, and waits for a message. A message passes once both ends have offered it, and takes its
+link's time. 1F1B waits for each message at once, so a sender is held up until its receiver is
 ready; interleaving does so while it warms up and drains, and in between computes while messages
 pass (`overlap_p2p_comm`, as `model/language_model.py` sets it).
 """
@@ -21,7 +21,7 @@ from keel_megatron.partition.schedule import Operation, stage_order, warmup_forw
 class PipelineTimes:
     """What a step consists of, in seconds.
 
-    The chunks are in the order in which a micro-batch passes them; chunk i is on stage i % pipeline.
+    Chunks are in the order in which a micro-batch passes them; chunk i is on stage i % pipeline.
     """
 
     pipeline: int

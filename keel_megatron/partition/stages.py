@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
@@ -13,7 +13,9 @@ from keel_megatron.partition.devices import Device, this_device
 from keel_megatron.partition.flops import block_vector_parameters
 from keel_megatron.partition.layout import Chunk, Layout, from_counts
 from keel_megatron.partition.memory import GB, MemoryModel, StageMemory
-from keel_megatron.runtime.distributed import Runtime
+
+if TYPE_CHECKING:  # a plan starts without torch
+    from keel_megatron.runtime.distributed import Runtime
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The time of what a step does besides computing: messages between stages, gradients, the update."""
+"""The time of what a step does besides computing: messages, gradients, the update."""
 
 from __future__ import annotations
 
@@ -78,12 +78,26 @@ def update_seconds(config: RunConfig, device: Device, data_parallel: int, parame
 
 
 def closing_seconds(
-    config: RunConfig, device: Device, data_parallel: int, partition: Partition
+    config: RunConfig,
+    device: Device,
+    data_parallel: int,
+    partition: Partition,
+    update: float | None = None,
 ) -> float:
-    """From the last backward pass to the next step: nothing of it overlaps with computation."""
+    """From the last backward pass to the next step: nothing of it overlaps with computation.
+
+    Args:
+        config: the run.
+        device: what it runs on.
+        data_parallel: replicas.
+        partition: its stages.
+        update: seconds of the update on one replica alone, if known by measurement.
+    """
     parameters = max(stage.parameters for stage in partition.stages)
     seconds = gradient_seconds(config, device, data_parallel, parameters)
     if config.model.tie_embeddings and config.parallel.pipeline > 1:
         shared = config.data.vocab_size * config.model.hidden_size // config.parallel.tensor
         seconds += 4 * shared / (device.inter_node_gb * 1e9)
-    return seconds + update_seconds(config, device, data_parallel, parameters)
+    if update is None:
+        return seconds + update_seconds(config, device, data_parallel, parameters)
+    return seconds + update / (data_parallel if config.parallel.distributed_optimizer else 1)

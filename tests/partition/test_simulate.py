@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -112,7 +113,7 @@ def test_any_pipeline_keeps_the_rules(case: tuple[PipelineTimes, int]) -> None:
         assert timeline.busy_seconds(rank) == pytest.approx(
             micro_batches * times.stage_seconds(rank)
         )
-        for before, after in zip(spans, spans[1:], strict=False):
+        for before, after in itertools.pairwise(spans):
             assert after.start >= before.end
         for (forward, chunk, micro_batch), start, end in spans:
             ends[forward, chunk * times.pipeline + rank, micro_batch] = start, end
