@@ -17,12 +17,30 @@ from typing import Any
 
 TIMEOUT_SECONDS = 300
 
+_meeting: tuple[Any, Any] | None = None
+"""A rank's barrier with the others, and the port that they agree on there."""
+
 
 def free_port() -> int:
     """A TCP port of this machine that nobody uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def meet() -> None:
+    """Within a rank: wait for the others, and agree on another port.
+
+    To be called before process groups are started again in the same processes. The store of the
+    last time may live on in rank 0, kept by garbage, and would answer with what was said then.
+    """
+    assert _meeting is not None
+    barrier, port = _meeting
+    barrier.wait(timeout=TIMEOUT_SECONDS)
+    if os.environ["RANK"] == "0":
+        port.value = free_port()
+    barrier.wait(timeout=TIMEOUT_SECONDS)
+    os.environ["MASTER_PORT"] = str(port.value)
 
 
 def run_ranks(
@@ -39,9 +57,12 @@ def run_ranks(
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
     port = free_port()
+    meeting = (context.Barrier(world_size), context.Value("i", port))
     processes = [
         context.Process(
-            target=_rank, args=(rank, world_size, port, results, function, args), daemon=False
+            target=_rank,
+            args=(rank, world_size, port, meeting, results, function, args),
+            daemon=False,
         )
         for rank in range(world_size)
     ]
@@ -69,10 +90,13 @@ def _rank(
     rank: int,
     world_size: int,
     port: int,
+    meeting: tuple[Any, Any],
     results: Any,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    global _meeting
+    _meeting = meeting
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
