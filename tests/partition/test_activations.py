@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 import pytest
 import torch
 
 from keel_megatron.partition.costs import Cost, model_costs
-from tests.distributed import meet, run_ranks
+from tests.distributed import run_ranks, use_launch
 from tests.settings import settings, small_config
 
 SHAPE: dict[str, Any] = {
@@ -68,19 +67,18 @@ def kept_bytes(sections: dict[str, Any], runtime: Any) -> int:
 
 def measure(cases: list[dict[str, Any]]) -> list[list[int]]:
     """For every case the bytes that models of 2, 3 and 4 blocks keep."""
-    os.environ["TRITON_INTERPRET"] = "1"
     from keel_megatron.config.run import RunConfig
     from keel_megatron.kernels import scaled_add_norm
     from keel_megatron.model import layer
     from keel_megatron.runtime.distributed import start
 
     found = []
-    for case in cases:
+    for number, case in enumerate(cases):
         overrides = {**SHAPE, **case}
         backend = overrides.pop("kernel", "auto")
         layer.scaled_add_norm = functools.partial(scaled_add_norm, backend=backend)
         config = RunConfig.model_validate(settings(**overrides))
-        meet()
+        use_launch(number)
         with start(config.parallel, config.training) as runtime:
             found.append(
                 [
@@ -93,7 +91,8 @@ def measure(cases: list[dict[str, Any]]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def measured() -> list[tuple[dict[str, Any], list[int]]]:
-    found = run_ranks(1, measure, CASES)[0] + run_ranks(2, measure, TENSOR_CASES)[0]
+    found = run_ranks(1, measure, CASES, launches=len(CASES))[0]
+    found += run_ranks(2, measure, TENSOR_CASES, launches=len(TENSOR_CASES))[0]
     return list(zip(CASES + TENSOR_CASES, found, strict=True))
 
 

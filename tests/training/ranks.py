@@ -9,7 +9,7 @@ import torch
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
 from keel_megatron.runtime.distributed import Runtime, start
-from tests.distributed import meet
+from tests.distributed import use_launch
 
 
 def made_up_batches(config: RunConfig, runtime: Runtime, step: int) -> list[Batch]:
@@ -38,8 +38,8 @@ def made_up_batches(config: RunConfig, runtime: Runtime, step: int) -> list[Batc
 def train_all(runs: list[dict[str, dict[str, Any]]], steps: int) -> list[list[tuple[float, float]]]:
     """`train_steps` of several runs, one after the other in the same processes."""
     found = []
-    for sections in runs:
-        meet()
+    for number, sections in enumerate(runs):
+        use_launch(number)
         found.append(train_steps(sections, steps))
     return found
 
