@@ -138,6 +138,10 @@ class _Shape:
         """What a device sends for one all-gather or reduce-scatter of whole activations."""
         return self.tokens * self.model.hidden_size * self.c * (self.tp - 1) / self.tp
 
+    def statistic_bytes(self) -> int:
+        """One norm's 1 / rms of every token."""
+        return 4 * self.tokens * self.h // self.model.hidden_size
+
     def gradient_bytes(self, parameters: int) -> int:
         """Write a gradient in the compute type, and add it to the fp32 one."""
         return parameters * (2 * self.c + 8)
@@ -170,14 +174,13 @@ def _norms(model: ModelConfig) -> tuple[bool, bool]:
 def _join_bytes(shape: _Shape, kernel: Kernel) -> int:
     """Kept by one scaled add + norms, and by the product that reads the next branch's input."""
     inner, outer = _norms(shape.model)
-    h, c = shape.h, shape.c
-    z = c * h
-    if kernel == "triton":
-        return STREAM_BYTES * h + c * h + 2 * 4 + z
-    norms = (2 * STREAM_BYTES * h + 4) * (int(inner) + int(outer))
-    if not inner and c == STREAM_BYTES:
-        return norms + (0 if outer else z)
-    return norms + z
+    t, h, c = shape.tokens, shape.h, shape.c
+    if kernel == "triton":  # x, f, z; both statistics
+        return t * (STREAM_BYTES + 2 * c) * h + 2 * shape.statistic_bytes()
+    # Every norm keeps its input and x / rms. Uncast, the branch's input is the outer norm's result
+    # or, without one, the sum, which nothing else keeps.
+    norms = int(inner) + int(outer)
+    return norms * (2 * t * STREAM_BYTES * h + shape.statistic_bytes()) + t * c * h
 
 
 def join_bytes(hidden_size: int, c: int) -> tuple[int, int]:
@@ -192,8 +195,8 @@ def _block(shape: _Shape, kernel: Kernel) -> Cost:
     scores = attention_score_flops(model, shape.seq_length) * t / tp
     flops = block_forward_flops(model, shape.seq_length) * t / tp
     operands = t * c * (4 * h + 2 * a + 2 * g + 3 * f) + c * parameters
-    kept = 2 * _join_bytes(shape, kernel)
-    kept += c * (2 * a + g + (a + 2 * g)) + 4 * shape.heads  # context, q, k, qkv; statistics
+    kept = 4 * shape.heads  # attention's statistics
+    kept += c * (2 * a + g + (a + 2 * g))  # context, q, k; qkv, of which value is a view
     kept += c * 5 * f  # both halves of fc1's output, silu, the other half + 0, their product
     join_forward, join_backward = join_bytes(shape.h, c)
     rotary = 9 * c * (a + g) + 2 * c * a
@@ -223,7 +226,7 @@ def _block(shape: _Shape, kernel: Kernel) -> Cost:
         ),
         parameters=parameters,
         vector_parameters=block_vector_parameters(model, 1),
-        activation_bytes=t * kept,
+        activation_bytes=t * kept + 2 * _join_bytes(shape, kernel),
         recompute_bytes=t * (STREAM_BYTES + c) * shape.h,
         working_bytes=t * (2 * STREAM_BYTES * h + 3 * c * f),
     )
@@ -238,10 +241,11 @@ def _head(shape: _Shape, kernel: Kernel) -> Cost:
     # fp32 copy, log-softmax; its gradient, back in the compute type.
     loss = t * v * (c + STREAM_BYTES + 2 * STREAM_BYTES)
     loss_backward = t * v * (2 * STREAM_BYTES + STREAM_BYTES + c)
-    kept = c * shape.h
+    kept = t * c * shape.h
     if vectors:
         # torch's rms_norm is one operation on CUDA, and several that keep x / rms on a CPU.
-        kept += STREAM_BYTES * shape.h * (1 if kernel == "triton" else 2) + 4
+        kept += t * STREAM_BYTES * shape.h * (1 if kernel == "triton" else 2)
+        kept += shape.statistic_bytes()
     own = v * h
     tied_here = shape.model.tie_embeddings and shape.pipeline == 1
     return Cost(
@@ -255,8 +259,8 @@ def _head(shape: _Shape, kernel: Kernel) -> Cost:
         ),
         parameters=0 if tied_here else own,
         vector_parameters=vectors,
-        activation_bytes=t * kept,
-        recompute_bytes=t * kept,
+        activation_bytes=kept,
+        recompute_bytes=kept,
         # Logits (and under bf16 their fp32 copy) beside the log-softmax; its gradient going back.
         working_bytes=t * v * (c + STREAM_BYTES if c != STREAM_BYTES else STREAM_BYTES),
         logits_bytes=t * (STREAM_BYTES * v + 8 + (1 if shape.tp > 1 else 0)),

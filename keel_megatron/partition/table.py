@@ -51,7 +51,7 @@ def stage_table(partition: Partition) -> list[str]:
 
     Such a line has the largest memory among its stages. Chunks of a stage are joined by `+`.
     """
-    lines = [COLUMNS]
+    lines: list[tuple[str, ...]] = [COLUMNS]
     for _, group in itertools.groupby(partition.stages, key=lambda stage: _cells(partition, stage)):
         stages = list(group)
         first, last = stages[0].number, stages[-1].number
