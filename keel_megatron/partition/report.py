@@ -12,7 +12,7 @@ from keel_megatron.partition.stages import Stage
 
 _GROUP_FROM = 9
 _COLUMNS = ("stage", "blocks", "holds", "recomputed", "parameters", "time")
-_MEMORY = ("weights", "grads", "optim", "activ", "logits", "buffers", "GB")
+_MEMORY = ("weights", "grads", "optim", "activations", "logits", "buffers", "GB")
 
 
 def describe(plan: Plan) -> str:
