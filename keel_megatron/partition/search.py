@@ -58,7 +58,7 @@ class Candidate:
     @property
     def bubble(self) -> float:
         """Idle time of the slowest stage, relative to its work."""
-        return self.pipeline_seconds / self.work_seconds - 1.0
+        return max(0.0, self.pipeline_seconds / self.work_seconds - 1.0)
 
     @property
     def recompute(self) -> str:

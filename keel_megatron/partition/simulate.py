@@ -70,7 +70,7 @@ class Timeline:
     def bubble(self) -> float:
         """Idle time relative to the work of the busiest stage: (p - 1) / m in the even case."""
         busiest = max(self.busy_seconds(rank) for rank in range(len(self.stages)))
-        return self.seconds / busiest - 1.0
+        return max(0.0, self.seconds / busiest - 1.0)  # a lone stage's sum rounds differently
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.model.language_model import transformer_config
-from keel_megatron.partition.stages import own_partition
 from keel_megatron.partition.simulate import PipelineTimes, simulate
+from keel_megatron.partition.stages import own_partition
 from keel_megatron.runtime.distributed import start
 from tests.distributed import run_ranks, use_launch
 from tests.settings import settings
