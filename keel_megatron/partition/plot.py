@@ -138,7 +138,7 @@ def _number(
     """The micro-batch's number, where what is seen of a pass is wide enough for its digits."""
     for (_forward, _chunk, micro_batch), start, end in seen:
         start, end = max(start, window.start), min(end, window.end)
-        if end - start < digit * (0.2 + len(str(micro_batch))):
+        if end - start < digit * (0.9 + len(str(micro_batch))):
             continue
         middle = 0.5 * (start + end) * scale
         axes.text(
@@ -197,7 +197,8 @@ def _draw_memory(
         axes.plot(moments * scale, line, color=colour, linewidth=1.5, label=f"stage {rank}")
     top = peaks.max()
     if limit is not None and limit / 1e9 < 2.5 * top:
-        axes.axhline(limit / 1e9, color=_TEXT, linestyle=(0, (5, 3)), linewidth=1.1)
+        dashes = (0, (5, 3))
+        axes.axhline(limit / 1e9, color=_TEXT, linestyle=dashes, linewidth=1.1, label="limit")
         top = max(top, limit / 1e9)
     axes.set_ylim(0, 1.12 * top)
     return None
