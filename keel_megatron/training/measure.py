@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from keel_megatron.config.errors import UserError
@@ -139,6 +140,7 @@ def _update(clock: _Clock, engine: MegatronEngine) -> tuple[float]:
     """What comes after the passes: gradients finished, clipped and applied, buffers emptied."""
 
     def update() -> None:
+        finalize_model_grads(engine.model)
         engine.optimizer.step()
         for chunk in engine.model:
             chunk.zero_grad_buffer()
