@@ -21,16 +21,9 @@ def wrap_data_parallel(config: RunConfig, chunks: list[nn.Module]) -> list[Any]:
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_grad_reduce=False,
     )
-    return [
-        DistributedDataParallel(
-            chunk.config,
-            ddp_config,
-            chunk,
-            # Only the first chunk's reduction is worth overlapping with the backward pass.
-            disable_bucketing=number > 0,
-        )
-        for number, chunk in enumerate(chunks)
-    ]
+    # Never in a single group of buckets (disable_bucketing): gloo gathers a group's parameters as
+    # if all had the first one's type, and gains are fp32 beside bf16 matrices.
+    return [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
 
 
 def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> Any:
