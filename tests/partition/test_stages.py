@@ -16,6 +16,7 @@ from keel_megatron.partition.memory import GB
 from keel_megatron.partition.stages import Partition, memory_limit, partition, require_fit
 from keel_megatron.partition.table import stage_rows, stage_table, write_stages
 from tests.settings import small_config
+from tests.training.matrix import AUTO_RECOMPUTE
 
 PAPER: dict[str, Any] = {
     "model__blocks": 512,
@@ -78,6 +79,13 @@ def test_recompute_auto_fits_with_less_recomputation_than_full() -> None:
     assert again == sorted(again, reverse=True)
     assert again[0] > again[-1]
     assert all(stage.memory.total <= 50 * GB for stage in auto.stages)
+
+
+def test_the_parity_run_with_auto_recompute_recomputes_some_blocks() -> None:
+    found = partition(small_config(**AUTO_RECOMPUTE), 1, DEVICES["cpu"])
+    again = [sum(stage.recomputed) for stage in found.stages]
+    assert found.fits
+    assert 0 < sum(again) < 8
 
 
 def test_memory_limits() -> None:
