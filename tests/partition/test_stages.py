@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from keel_megatron.config.errors import UserError
-from keel_megatron.partition.devices import DEVICES, device_named
+from keel_megatron.partition.devices import DEVICES, device_named, this_device
 from keel_megatron.partition.flops import parameter_count
 from keel_megatron.partition.layout import even_layout
 from keel_megatron.partition.memory import GB
@@ -149,3 +151,12 @@ def test_a_device_can_be_described_otherwise() -> None:
         device_named("h300")
     with pytest.raises(UserError, match="a device has no memory"):
         device_named("h200", memory=1.0)
+
+
+def test_a_gpu_is_known_by_its_name_and_has_its_own_memory(monkeypatch: Any) -> None:
+    for title, name in (("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100"), ("X", "h100")):
+        properties = SimpleNamespace(name=title, total_memory=75 * 10**9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device, p=properties: p)
+        found = this_device(torch.device("cuda", 0))
+        assert (found.name, found.memory_gb) == (name, 75.0)
+    assert this_device(torch.device("cpu")) is DEVICES["cpu"]
