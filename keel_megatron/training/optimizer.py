@@ -21,8 +21,8 @@ def wrap_data_parallel(config: RunConfig, chunks: list[nn.Module]) -> list[Any]:
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_grad_reduce=False,
     )
-    # Never in a single group of buckets (disable_bucketing): gloo gathers a group's parameters as
-    # if all had the first one's type, and gains are fp32 beside bf16 matrices.
+    # Every type of parameter is a bucket group of its own, on later chunks too (`disable_bucketing`
+    # would make them one): gloo mixes up an all-gather of bf16 and fp32 parameters in one batch.
     return [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
 
 
