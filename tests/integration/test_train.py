@@ -114,7 +114,7 @@ def test_resuming_on_the_same_layout_is_bit_identical(finished: Path, tmp_path: 
     [
         (1, []),
         (2, ["parallel.tensor=2", "parallel.sequence=true"]),
-        (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+        (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.layout=[1,3,4,0]"]),
         (2, []),
     ],
 )
