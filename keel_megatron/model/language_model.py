@@ -40,22 +40,6 @@ def transformer_config(
         device: where the run happens.
     """
     model, parallel = config.model, config.parallel
-    pipelined: dict[str, Any] = {}
-    if parallel.pipeline > 1:
-        pipelined["pipeline_model_parallel_layout"] = layout.to_megatron()
-        if layout.virtual_pipeline > 1:
-            # Two stages are each other's next and previous one: in one batch of messages the
-            # four between them would be matched in the wrong order. Unbatched, they are not.
-            pipelined["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
-            pipelined["overlap_p2p_comm"] = True
-            pipelined["batch_p2p_comm"] = False
-    recompute: dict[str, Any] = {}
-    if recomputed:
-        recompute = {
-            "recompute_granularity": "full",
-            "recompute_method": "block",
-            "recompute_num_layers": recomputed,
-        }
     return TransformerConfig(
         num_layers=model.blocks,
         hidden_size=model.hidden_size,
@@ -89,9 +73,34 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         # The first block differs from the rest: checkpoints keep one key a block.
         hetereogenous_dist_checkpoint=True,
-        **pipelined,
-        **recompute,
+        **_pipelined(layout),
+        **_recompute(recomputed),
     )
+
+
+def _pipelined(layout: Layout) -> dict[str, Any]:
+    """The stages, in Megatron-core's settings."""
+    if layout.pipeline == 1:
+        return {}
+    settings: dict[str, Any] = {"pipeline_model_parallel_layout": layout.to_megatron()}
+    if layout.virtual_pipeline > 1:
+        settings["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
+        # Two stages are each other's next and previous one: in one batch of messages the four
+        # between them would be matched in the wrong order. Unbatched, they are not.
+        settings["overlap_p2p_comm"] = True
+        settings["batch_p2p_comm"] = False
+    return settings
+
+
+def _recompute(blocks: int) -> dict[str, Any]:
+    """Recomputation of a chunk's first blocks, in Megatron-core's settings."""
+    if not blocks:
+        return {}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "block",
+        "recompute_num_layers": blocks,
+    }
 
 
 class LanguageModel(GPTModel):

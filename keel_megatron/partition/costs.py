@@ -31,6 +31,9 @@ Kernel = Literal["triton", "reference"]
 STREAM_BYTES = 4
 """The residual stream is fp32."""
 
+BLOCK_KERNELS, HEAD_KERNELS, EMBEDDING_KERNELS = 30, 8, 4
+"""Kernels that a forward pass launches, roughly; backward passes launch twice as many."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -104,7 +107,7 @@ class _Shape:
     c: int
     tp: int
     h: int
-    """Hidden size of this device's share of the stream: h/TP under SP (as if, per token)."""
+    """Hidden size h; h/TP under SP, where a device has so many elements per token on average."""
     attention: int
     """a d / TP."""
     groups: int
@@ -154,8 +157,15 @@ def _embedding(shape: _Shape) -> Cost:
     reduce = shape.collective_bytes() * STREAM_BYTES / c
     moved = t * (3 * c * h + STREAM_BYTES * h)
     return Cost(
-        forward=Work(0.0, 0.0, moved, reduce, int(shape.tp > 1), 4),
-        backward=Work(0.0, 0.0, moved + shape.gradient_bytes(parameters), 0.0, 0, 4),
+        forward=Work(
+            other_bytes=moved,
+            communication_bytes=reduce,
+            collectives=int(shape.tp > 1),
+            kernels=EMBEDDING_KERNELS,
+        ),
+        backward=Work(
+            other_bytes=moved + shape.gradient_bytes(parameters), kernels=EMBEDDING_KERNELS
+        ),
         parameters=parameters,
         vector_parameters=0,
         activation_bytes=t * (1 + 8) if shape.tp > 1 else 0,
@@ -207,22 +217,22 @@ def _block(shape: _Shape, kernel: Kernel) -> Cost:
     backward_messages = forward_messages + (2 if shape.h != h else 0)
     return Cost(
         forward=Work(
-            flops,
-            operands,
-            t * (2 * join_forward + rotary + attention + swiglu),
-            forward_messages * shape.collective_bytes(),
-            forward_messages,
-            30,
+            flops=flops,
+            matmul_bytes=operands,
+            other_bytes=t * (2 * join_forward + rotary + attention + swiglu),
+            communication_bytes=forward_messages * shape.collective_bytes(),
+            collectives=forward_messages,
+            kernels=BLOCK_KERNELS,
         ),
         backward=Work(
             # Flash attention computes the scores again: 5 products for the forward pass's 2.
-            2 * flops + 0.5 * scores,
-            2 * operands,
-            t * (2 * join_backward + 2 * (rotary + attention + swiglu))
+            flops=2 * flops + 0.5 * scores,
+            matmul_bytes=2 * operands,
+            other_bytes=t * (2 * join_backward + 2 * (rotary + attention + swiglu))
             + shape.gradient_bytes(parameters),
-            backward_messages * shape.collective_bytes(),
-            backward_messages,
-            60,
+            communication_bytes=backward_messages * shape.collective_bytes(),
+            collectives=backward_messages,
+            kernels=2 * BLOCK_KERNELS,
         ),
         parameters=parameters,
         vector_parameters=block_vector_parameters(model, 1),
@@ -247,15 +257,25 @@ def _head(shape: _Shape, kernel: Kernel) -> Cost:
         kept += t * STREAM_BYTES * shape.h * (1 if kernel == "triton" else 2)
         kept += shape.statistic_bytes()
     own = v * h
+    # The input of the output projection, or its gradient.
+    message = shape.collective_bytes() if shape.tp > 1 else 0.0
     tied_here = shape.model.tie_embeddings and shape.pipeline == 1
     return Cost(
-        forward=Work(flops, operands, norm + loss, *_head_messages(shape), 10),
+        forward=Work(
+            flops=flops,
+            matmul_bytes=operands,
+            other_bytes=norm + loss,
+            communication_bytes=message,
+            collectives=int(shape.tp > 1),
+            kernels=HEAD_KERNELS,
+        ),
         backward=Work(
-            2 * flops,
-            2 * operands,
-            2 * norm + loss_backward + shape.gradient_bytes(own),
-            *_head_messages(shape),
-            15,
+            flops=2 * flops,
+            matmul_bytes=2 * operands,
+            other_bytes=2 * norm + loss_backward + shape.gradient_bytes(own),
+            communication_bytes=message,
+            collectives=int(shape.tp > 1),
+            kernels=2 * HEAD_KERNELS,
         ),
         parameters=0 if tied_here else own,
         vector_parameters=vectors,
@@ -265,11 +285,6 @@ def _head(shape: _Shape, kernel: Kernel) -> Cost:
         working_bytes=t * v * (c + STREAM_BYTES if c != STREAM_BYTES else STREAM_BYTES),
         logits_bytes=t * (STREAM_BYTES * v + 8 + (1 if shape.tp > 1 else 0)),
     )
-
-
-def _head_messages(shape: _Shape) -> tuple[float, int]:
-    """The input (or its gradient) of the output projection."""
-    return (shape.collective_bytes(), 1) if shape.tp > 1 else (0.0, 0)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """The exact cut of a stack of equal blocks into stages.
 
 A stage's time is that of all of its chunks, forward and backward, with the embedding (first stage)
-or the head (last stage) and what it recomputes. It never falls when a block is added, and any count
-of blocks on each stage can be laid out in order. So handing out the blocks one by one, always to
-the stage that is then the least slow, minimizes the slowest stage: a cut whose slowest stage is
-faster would leave some stage less than it got here, its last block having been the least slow
-choice at that time. It also makes the second slowest stage as fast as it can be, and so on: among
-cuts with the same slowest stage it is the most even one.
+or the head (last stage) and what it recomputes. It grows with every block, and any count of blocks
+on each stage can be laid out in order. So hand out the blocks one by one, always to the stage that
+is then the least slow. Let T be that stage's time for the last block. Every stage has then all the
+blocks with which it stays below T, and a cut that is faster than T has no more of them: too few.
+
+It is the most even of the cuts as fast, too: each of those gives as many stages the time T, or
+more; and if as many, the rest is the same but for which of the stages that can be at T are. Taking
+those that would be the slowest otherwise leaves the fastest rest.
 """
 
 from __future__ import annotations
@@ -63,20 +65,19 @@ def cut(
     if any(stage.share is None for stage in stages):
         return None
     left = blocks - sum(sum(stage.counts) for stage in stages)
-    # Among equals to the latest stage: it holds the fewest micro-batches.
-    following = [(stage.next.seconds, -stage.number) for stage in stages if stage.next]
+    if left < 0:
+        raise ValueError(f"{blocks} blocks are too few for {pipeline} x {virtual_pipeline} chunks")
+    following = [entry for stage in stages if (entry := stage.entry())]
     heapq.heapify(following)
     for _ in range(left):
         if not following:
             return None
-        stage = stages[-following[0][1]]
+        stage = stages[-following[0][2]]
         stage.advance()
-        if stage.next:
-            heapq.heapreplace(following, (stage.next.seconds, -stage.number))
+        if entry := stage.entry():
+            heapq.heapreplace(following, entry)
         else:
             heapq.heappop(following)
-    if left < 0:
-        raise ValueError(f"{blocks} blocks are too few for {pipeline} x {virtual_pipeline} chunks")
     return [stage.share for stage in stages if stage.share]
 
 
@@ -109,6 +110,16 @@ class _Stage:
         self.counts = tuple(least)
         self.share = self._share(self.counts)
         self.next = self._share(self._with_one_more())
+
+    def entry(self) -> tuple[float, float, int] | None:
+        """What orders the stages that can take one more block: the least is the next to get it.
+
+        Among equals that is the slowest without it, then the latest, which holds the fewest
+        micro-batches.
+        """
+        if self.share is None or self.next is None:
+            return None
+        return self.next.seconds, -self.share.seconds, -self.number
 
     def advance(self) -> None:
         """Take one more block."""

@@ -93,7 +93,7 @@ class Partition:
 
 
 def own_partition(config: RunConfig, runtime: Runtime) -> Partition:
-    """The partition of the run that this process is part of; the same on each of its ranks."""
+    """The partition of the run that this process is part of; the same on equal devices."""
     return partition(config, runtime.data_size, this_device(runtime.device))
 
 

@@ -94,8 +94,7 @@ def _train(
     newest: Path | None,
     stop: StopRequest,
 ) -> None:
-    partition = own_partition(config, runtime)
-    require_fit(partition, config)
+    partition = runtime.from_main(lambda: _decided(config, runtime))
     data = runtime.from_main(lambda: prepare(config, tracker.say))
     batches, validation = _open_data(config, runtime, data)
     _announce(config, runtime, tracker, data)
@@ -110,6 +109,13 @@ def _train(
     )
     loop.run(stop)
     _conclude(config, runtime, tracker, data, loop)
+
+
+def _decided(config: RunConfig, runtime: Runtime) -> Partition:
+    """Which blocks live where: rank 0's decision, should devices differ in memory."""
+    partition = own_partition(config, runtime)
+    require_fit(partition, config)
+    return partition
 
 
 def _open_data(

@@ -119,6 +119,18 @@ def test_a_large_head_gets_a_stage_of_its_own_and_so_may_the_embedding() -> None
     assert counts(cut(3, 2, 2, unit_times(0.0, 1.0, 9.0))) == [(1, 1), (1, 0)]
 
 
+def test_among_equally_fast_cuts_the_most_even_one_is_taken() -> None:
+    """The fifth block makes stage 0 or stage 2 take 3.25; stage 0 would be the slower otherwise."""
+
+    def recompute(stage: int, counts: Sequence[int]) -> tuple[int, ...] | None:
+        total, most = sum(counts), (1, 1, 3, 1)[stage]
+        return None if total > most else (int(total == 3),)
+
+    found = cut(5, 4, 1, unit_times(2.25, 1.0, 0.0), recompute)
+    assert found is not None
+    assert [share.seconds for share in found] == [3.25, 1.0, 2.0, 1.0]
+
+
 def test_what_does_not_fit_is_said() -> None:
     def two_a_stage(_stage: int, counts: Sequence[int]) -> tuple[int, ...] | None:
         return (0,) if sum(counts) <= 2 else None

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from keel_megatron.config.errors import UserError
-from keel_megatron.partition.devices import DEVICES, device_named
+from keel_megatron.partition.devices import DEVICES, device_named, this_device
 from keel_megatron.partition.flops import parameter_count
 from keel_megatron.partition.layout import even_layout
 from keel_megatron.partition.memory import GB
 from keel_megatron.partition.stages import Partition, memory_limit, partition, require_fit
 from keel_megatron.partition.table import stage_rows, stage_table, write_stages
 from tests.settings import small_config
+from tests.training.matrix import AUTO_RECOMPUTE
 
 PAPER: dict[str, Any] = {
     "model__blocks": 512,
@@ -80,6 +83,13 @@ def test_recompute_auto_fits_with_less_recomputation_than_full() -> None:
     assert all(stage.memory.total <= 50 * GB for stage in auto.stages)
 
 
+def test_the_parity_run_with_auto_recompute_recomputes_some_blocks() -> None:
+    found = partition(small_config(**AUTO_RECOMPUTE), 1, DEVICES["cpu"])
+    again = [sum(stage.recomputed) for stage in found.stages]
+    assert found.fits
+    assert 0 < sum(again) < 8
+
+
 def test_memory_limits() -> None:
     assert memory_limit(small_config(), DEVICES["cpu"]) is None
     assert memory_limit(small_config(), H200) == (141 - 4) * GB
@@ -141,3 +151,12 @@ def test_a_device_can_be_described_otherwise() -> None:
         device_named("h300")
     with pytest.raises(UserError, match="a device has no memory"):
         device_named("h200", memory=1.0)
+
+
+def test_a_gpu_is_known_by_its_name_and_has_its_own_memory(monkeypatch: Any) -> None:
+    for title, name in (("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100"), ("X", "h100")):
+        properties = SimpleNamespace(name=title, total_memory=75 * 10**9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device, p=properties: p)
+        found = this_device(torch.device("cuda", 0))
+        assert (found.name, found.memory_gb) == (name, 75.0)
+    assert this_device(torch.device("cpu")) is DEVICES["cpu"]
