@@ -6,7 +6,6 @@ Source: `megatron/core/pipeline_parallel/schedules.py` (`get_schedule_table`,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -73,24 +72,3 @@ def _forward_order(pipeline: int, virtual_pipeline: int, micro_batches: int) -> 
         for chunk in range(virtual_pipeline)
         for micro_batch in range(first, first + pipeline)
     ]
-
-
-def in_flight(order: Iterable[Operation], virtual_pipeline: int) -> list[tuple[int, ...]]:
-    """Micro-batches whose activations each chunk of a stage keeps, after every pass of an order."""
-    kept = [0] * virtual_pipeline
-    history = []
-    for forward, chunk, _micro_batch in order:
-        kept[chunk] += 1 if forward else -1
-        history.append(tuple(kept))
-    return history
-
-
-def peak_in_flight(
-    pipeline: int, virtual_pipeline: int, micro_batches: int, pipeline_rank: int
-) -> int:
-    """Most chunks' activations that a stage holds at once: all those of its warm-up and one more.
-
-    Of equal chunks; where they are uneven, weigh `in_flight`.
-    """
-    warmup = warmup_forwards(pipeline, virtual_pipeline, micro_batches, pipeline_rank)
-    return min(warmup + 1, micro_batches * virtual_pipeline)

@@ -12,13 +12,8 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer import TransformerConfig
 
-from keel_megatron.partition.schedule import (
-    Operation,
-    in_flight,
-    peak_in_flight,
-    stage_order,
-    warmup_forwards,
-)
+from keel_megatron.partition.memory import in_flight
+from keel_megatron.partition.schedule import Operation, stage_order, warmup_forwards
 from keel_megatron.partition.simulate import _Message, _program
 from keel_megatron.runtime import cpu
 
@@ -192,17 +187,11 @@ def test_warmup_is_megatrons(pipeline: int, virtual: int, micro_batches: int) ->
         assert warmup_forwards(pipeline, virtual, micro_batches, rank) == counts[2]
 
 
-def test_in_flight_by_hand() -> None:
-    """Four stages of 1F1B, written down: the first stage keeps four micro-batches, the last one."""
+def test_an_order_by_hand() -> None:
+    """The third of four stages runs one micro-batch ahead."""
     assert [name(operation) for operation in stage_order(4, 1, 5, 2)] == [
         *("F0", "F1", "B0", "F2", "B1", "F3", "B2", "F4", "B3", "B4")
     ]
-    kept = in_flight(stage_order(4, 1, 5, 2), 1)
-    assert [count for (count,) in kept] == [1, 2, 1, 2, 1, 2, 1, 2, 1, 0]
-    assert [peak_in_flight(4, 1, 5, rank) for rank in range(4)] == [4, 3, 2, 1]
-    # arXiv 2205.05198, appendix C: (p - 1) 2 + (v - 1) p + 1 chunks on the first stage.
-    assert peak_in_flight(4, 2, 8, 0) == 11
-    assert peak_in_flight(4, 2, 4, 0) == 8  # there are no more
 
 
 def name(operation: Operation) -> str:
@@ -210,11 +199,27 @@ def name(operation: Operation) -> str:
 
 
 @pytest.mark.parametrize(("pipeline", "virtual", "micro_batches"), CASES)
-def test_nothing_stays_in_flight(pipeline: int, virtual: int, micro_batches: int) -> None:
+def test_the_memory_model_counts_what_the_order_keeps(
+    pipeline: int, virtual: int, micro_batches: int
+) -> None:
+    """Two ways to what is in flight: following the order, and memory.py's closed form."""
     for rank in range(pipeline):
-        kept = in_flight(stage_order(pipeline, virtual, micro_batches, rank), virtual)
-        assert kept[-1] == (0,) * virtual
-        assert max(map(sum, kept)) == peak_in_flight(pipeline, virtual, micro_batches, rank)
+        kept = [0] * virtual
+        moments = set()
+        for forward, chunk, _micro_batch in stage_order(pipeline, virtual, micro_batches, rank):
+            kept[chunk] += 1 if forward else -1
+            moments.add(tuple(kept))
+        assert kept == [0] * virtual
+        fullest = in_flight(pipeline, virtual, rank, micro_batches)
+        assert set(fullest) <= moments
+        for weights in [(1,) * virtual, (1, 5, 2, 7)[:virtual]]:
+            assert max(weighed(one, weights) for one in fullest) == max(
+                weighed(one, weights) for one in moments
+            )
+
+
+def weighed(counts: tuple[int, ...], weights: tuple[int, ...]) -> int:
+    return sum(count * weight for count, weight in zip(counts, weights, strict=True))
 
 
 def test_interleaving_refuses_a_remainder() -> None:
