@@ -75,11 +75,8 @@ class Chunk(torch.nn.Module):
         self.config, self.number, self.model_type = config, number, None
 
 
-def recorded(
-    monkeypatch: pytest.MonkeyPatch, pipeline: int, virtual: int, micro_batches: int, rank: int
-) -> Recorder:
-    """Megatron-core's schedule, run on one rank with passes and messages that only get noted."""
-    cpu.install()
+def megatron_config(pipeline: int, virtual: int) -> TransformerConfig:
+    """As model/language_model.py sets it, where it matters to a schedule."""
     interleaved: dict[str, Any] = {}
     if virtual > 1:
         interleaved = {
@@ -87,7 +84,7 @@ def recorded(
             "overlap_p2p_comm": True,
             "batch_p2p_comm": False,
         }
-    config = TransformerConfig(
+    return TransformerConfig(
         num_layers=pipeline * virtual,
         hidden_size=8,
         num_attention_heads=1,
@@ -96,6 +93,14 @@ def recorded(
         deallocate_pipeline_outputs=False,
         **interleaved,
     )
+
+
+def recorded(
+    monkeypatch: pytest.MonkeyPatch, pipeline: int, virtual: int, micro_batches: int, rank: int
+) -> Recorder:
+    """Megatron-core's schedule, run on one rank with passes and messages that only get noted."""
+    cpu.install()
+    config = megatron_config(pipeline, virtual)
     group = Group(pipeline, rank)
     recorder = Recorder(group, config)
     models = [Chunk(config, number) for number in range(virtual)]
