@@ -1,4 +1,9 @@
-"""Very deep models on four CPU stages."""
+"""Very deep models on four CPU stages.
+
+The learning rate is one at which the deep run is stable from the first step on, without a warm-up.
+At 1e-3 its gradient norm jumps, and rounding grows from step to step: there the same comparison of
+50 steps is off by 1.7e-4 in losses.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +24,8 @@ DEEP: dict[str, Any] = {
     "model__num_query_groups": 2,
     "data__seq_length": 16,
     "data__vocab_size": 320,
-    "optimizer__learning_rate": 1e-3,
-    "training__global_batch_size": 8,
+    "optimizer__learning_rate": 1e-4,
+    "training__global_batch_size": 4,
     "training__micro_batch_size": 2,
 }
 TIMEOUT_SECONDS = 3600.0
@@ -34,8 +39,7 @@ def test_1024_sub_layers_train_on_four_stages_like_on_one() -> None:
     apart = deviation(spread, alone)
     print(f"1024 sub-layers, 50 steps, 4 stages: {apart}")
     assert len({norm for _loss, norm in alone}) == len(alone) == 51  # something moves
-    assert apart.loss <= 1e-5
-    assert apart.grad_norm <= 1e-4
+    assert max(apart.loss, apart.grad_norm) <= 1e-5
 
 
 @pytest.mark.slow
