@@ -144,7 +144,12 @@ def _prediction(plan: Plan) -> list[str]:
     elif plan.fits:
         lines.append(f"Memory: fits; {need} of {parts.limit_bytes / GB:.4g}.")
     else:
-        lines.append(f"Memory: DOES NOT FIT; {need}, {parts.limit_bytes / GB:.4g} are there.")
+        limit = parts.limit_bytes
+        over = sum(stage.memory.total > limit for stage in parts.stages)
+        lines.append(
+            f"Memory: DOES NOT FIT; {need}, {limit / GB:.4g} are there; {over} of "
+            f"{count(len(parts.stages), 'stage')} need more."
+        )
     return lines
 
 
@@ -222,14 +227,18 @@ def _why(best: Candidate, second: Candidate) -> str:
         return one.work_seconds
 
     def idle(one: Candidate) -> float:
-        return one.pipeline_seconds - one.work_seconds
+        return one.pipeline_seconds - one.work_seconds - one.message_seconds
+
+    def messages(one: Candidate) -> float:
+        return one.message_seconds
 
     def closing(one: Candidate) -> float:
         return one.plan.closing_seconds
 
     parts = (
         ("the slowest stage's work", work),
-        ("waiting (bubble, messages)", idle),
+        ("bubble", idle),
+        ("messages between stages", messages),
         ("gradients and update", closing),
     )
     saved = sorted(

@@ -7,7 +7,7 @@ stages and simulated.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -54,6 +54,13 @@ class Candidate:
     def work_seconds(self) -> float:
         """In which the slowest stage computes, in a step."""
         return self.plan.partition.slowest.seconds * self.plan.micro_batches
+
+    @cached_property
+    def message_seconds(self) -> float:
+        """By which messages between stages lengthen the passes of a step."""
+        plan = self.plan
+        silent = replace(plan.times, link=(0.0,) * plan.times.pipeline)
+        return self.pipeline_seconds - _pipeline_seconds(silent, plan.micro_batches)
 
     @property
     def bubble(self) -> float:

@@ -57,6 +57,7 @@ def test_ten_thousand_devices_take_seconds() -> None:
     found = search(config, 10_000, H200)
     assert time.process_time() - started < 10.0
     assert found.tried > 1000
+    assert all(0.0 <= one.message_seconds < one.pipeline_seconds for one in found.best)
     words = describe_search(found, 10_000)
     assert "faster than 2" in words
     assert f"leaves {10_000 - found.best[0].plan.gpus:,} devices idle" in words
