@@ -34,7 +34,7 @@ def measure_pieces(config: RunConfig, samples: int = 12) -> Measured:
 
     Args:
         config: the run; its depth and layout do not matter.
-        samples: timed passes of each; the median counts.
+        samples: timed passes of each; the lower quartile counts, as other work only adds.
 
     Raises:
         UserError: tensor parallelism, which one process cannot time.
@@ -59,7 +59,7 @@ def measure_pieces(config: RunConfig, samples: int = 12) -> Measured:
             for _ in range(samples)
         ]
     few, many, embedding = (
-        [statistics.median(column) for column in zip(*one, strict=True)]
+        [statistics.quantiles(column, n=4)[0] for column in zip(*one, strict=True)]
         for one in zip(*rows, strict=True)
     )
     block = [(b - a) / (_MANY - _FEW) for a, b in zip(few, many, strict=True)]
