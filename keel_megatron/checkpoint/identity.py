@@ -25,6 +25,7 @@ CHANGEABLE = (
     "optimizer.",
     "schedule.",
     "checkpoint.",
+    "guard.",
     "tracking.",
     "data.cache",
     "training.name",
@@ -33,6 +34,8 @@ CHANGEABLE = (
     "training.micro_batch_size",
     "training.device",
     "training.threads",
+    "training.exit_after",
+    "training.hang_timeout",
     "training.validate_every",
     "training.validation_sequences",
 )

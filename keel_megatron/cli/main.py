@@ -12,9 +12,7 @@ from typer.core import TyperGroup
 from keel_megatron import __version__
 from keel_megatron.cli import config, data, generate, tokenizer, train
 from keel_megatron.config.errors import ConfigError, UserError
-
-USER_ERROR = 2
-INTERRUPTED = 130
+from keel_megatron.runtime.exit_codes import INTERRUPTED, USER_ERROR
 
 
 class _Root(TyperGroup):

@@ -74,6 +74,10 @@ class Tracker:
         self._write(record)
         self._progress.validation(record)
 
+    def rewind(self, step: int) -> None:
+        """Drop the records after `step`: the run goes on from there."""
+        self._metrics.rewind(step)
+
     def say(self, text: str) -> None:
         """Show a message and keep it in log.txt."""
         self._progress.say(text)
@@ -144,6 +148,9 @@ class NullTracker(Tracker):
         """Nothing."""
 
     def validation(self, record: ValidationRecord) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int) -> None:
         """Nothing."""
 
     def say(self, text: str) -> None:

@@ -22,12 +22,15 @@ from keel_megatron.data.tokenizer import Tokenizer
 from keel_megatron.model.language_model import build_model
 from keel_megatron.partition.flops import parameter_count
 from keel_megatron.partition.layout import even_layout
+from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
+from keel_megatron.runtime.watchdog import Watchdog
 from keel_megatron.tracking.plot import plot_loss
 from keel_megatron.tracking.tracker import Tracker, open_tracker, where
 from keel_megatron.training.engine import MegatronEngine
-from keel_megatron.training.loop import Loop
+from keel_megatron.training.guard import Guard
+from keel_megatron.training.loop import BeforeStep, Loop
 from keel_megatron.training.stop import StopRequest, stop_requests
 
 
@@ -37,17 +40,24 @@ class Outcome:
 
     folder: Path
     exit_code: int
-    """0, or 128 + the signal that asked it to stop."""
+    """0, or that of the request to stop (runtime/exit_codes.py)."""
     is_main: bool
     """Whether this process is global rank 0."""
     trained: bool
     """False if the run was complete before."""
 
 
-def run_training(config_path: Path, overrides: tuple[str, ...] = ()) -> Outcome:
+def run_training(
+    config_path: Path, overrides: tuple[str, ...] = (), before_step: BeforeStep | None = None
+) -> Outcome:
     """Train the run that a YAML file and overrides describe, in this process of a torchrun group.
 
     A run folder with a checkpoint goes on from it; a complete one is left as it is.
+
+    Args:
+        config_path: the YAML file.
+        overrides: `section.key=value` each.
+        before_step: called before every step; tests make faults there.
 
     Raises:
         ConfigError: the configuration is wrong, or does not fit the number of processes.
@@ -55,7 +65,11 @@ def run_training(config_path: Path, overrides: tuple[str, ...] = ()) -> Outcome:
     """
     launch = Launch.from_environment()
     config = load_config(config_path, overrides, world_size=launch.world_size)
-    with stop_requests() as stop, start(config.parallel, config.training) as runtime:
+    code = exit_codes.DONE
+    with (
+        stop_requests(config.training.exit_after) as stop,
+        start(config.parallel, config.training) as runtime,
+    ):
         newest = runtime.from_main(lambda: _claimed(config))
         done = _step_of(newest) >= config.training.steps
         if done:
@@ -69,16 +83,20 @@ def run_training(config_path: Path, overrides: tuple[str, ...] = ()) -> Outcome:
             with open_tracker(
                 config, runtime.rank, resume_step=_step_of(newest) if newest else None
             ) as tracker:
-                _train(config, runtime, tracker, newest, stop)
-                if stop:
+                code = _train(config, runtime, tracker, newest, stop, before_step)
+                if code != exit_codes.DONE:
                     tracker.close("KILLED")
-        code = stop.exit_code if stop else 0
+            # Together: a launcher takes the first that leaves for the sign to end the others.
+            runtime.barrier()
+        if runtime.is_main:
+            exit_codes.write(config.training.folder, code)
         return Outcome(config.training.folder, code, runtime.is_main, trained=not done)
 
 
 def _claimed(config: RunConfig) -> Path | None:
     """Take the run's folder; its newest checkpoint."""
     claim(config)
+    exit_codes.clear(config.training.folder)
     return folder.latest(config.training.folder)
 
 
@@ -92,7 +110,9 @@ def _train(
     tracker: Tracker,
     newest: Path | None,
     stop: StopRequest,
-) -> None:
+    before_step: BeforeStep | None,
+) -> int:
+    """Build, resume, train, conclude; the exit code."""
     data = runtime.from_main(lambda: prepare(config, tracker.say))
     batches, validation = _open_data(config, runtime, data)
     _announce(config, runtime, tracker, data)
@@ -101,11 +121,23 @@ def _train(
     if newest is not None:
         position = state.load(newest, config, runtime, engine.chunks, engine.optimizer)
         tracker.say(f"going on from {newest}")
-    loop = Loop(
-        config, runtime, engine, batches, validation, tracker, position, saved_step=position.step
-    )
-    loop.run(stop)
+    with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:
+        loop = Loop(
+            config,
+            runtime,
+            engine,
+            batches,
+            validation,
+            tracker,
+            Guard(config.guard, reported=not runtime.is_main),
+            watchdog,
+            position,
+            saved_step=position.step if newest is not None else None,
+            before_step=before_step,
+        )
+        code = loop.run(stop)
     _conclude(config, runtime, tracker, data, loop)
+    return code
 
 
 def _open_data(
