@@ -204,6 +204,15 @@ def _lowest_rate(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
+def _keep_every(config: RunConfig) -> Iterator[tuple[str, str]]:
+    kept, every = config.checkpoint.keep_every, config.checkpoint.every
+    if kept and not (every and kept % every == 0):
+        yield (
+            "checkpoint.keep_every",
+            f"{kept} must be a multiple of checkpoint.every = {every}, or 0",
+        )
+
+
 _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _heads,
     _query_groups,
@@ -221,6 +230,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _warmup,
     _decay_after_warmup,
     _lowest_rate,
+    _keep_every,
 )
 """One contradiction each, so that a wrong setting hides no other's."""
 

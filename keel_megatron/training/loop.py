@@ -5,21 +5,39 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from keel_megatron.checkpoint import state
+from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.checkpoint.state import Position
+from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch, BatchSource
 from keel_megatron.partition.flops import training_flops_per_token
 from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.tracking.mlflow_run import remembered_run_id
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
 from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training.engine import MegatronEngine, StepResult
 from keel_megatron.training.schedule import learning_rate
 from keel_megatron.training.stop import StopRequest
+
+MLFLOW_RUN_ID = "mlflow_run_id"
+"""Name of the MLflow run's id among a checkpoint's extras."""
+
+
+class Stateful(Protocol):
+    """A part of the run whose state goes into every checkpoint and comes back from it."""
+
+    def state(self) -> Any:
+        """Its state, the same on every rank; `checkpoint.plain.to_json` says of what."""
+
+    def restore(self, state: Any) -> None:
+        """Go on from what `state` returned."""
 
 
 @dataclass
@@ -28,7 +46,7 @@ class Loop:
 
     A step takes the next `global_batch_size` sequences, trains on them at the step's learning
     rate, and is reported; at their intervals come a validation and a checkpoint; a request to
-    stop ends the loop after the step, with a checkpoint.
+    stop ends the loop after the step, with a checkpoint, which keeps the state of `parts` too.
     """
 
     config: RunConfig
@@ -38,7 +56,9 @@ class Loop:
     validation: list[Batch]
     tracker: Tracker
     position: Position
+    saver: Saver
     saved_step: int = 0
+    parts: dict[str, Stateful] = field(default_factory=dict)
     validation_loss: float = float("nan")
 
     def run(self, stop: StopRequest) -> None:
@@ -46,6 +66,7 @@ class Loop:
         steps = self.config.training.steps
         while self.position.step < steps:
             self._step()
+            self.saver.poll()
             stopping = self.runtime.any(bool(stop))
             last = self.position.step == steps
             if last or (self._due(self.config.training.validate_every) and not stopping):
@@ -54,20 +75,35 @@ class Loop:
                 self.save()
             if stopping:
                 break
+        self.saver.finish()
+        if self.saver.failure is not None:
+            raise UserError(
+                f"the run ends unsaved: {self.saver.failure}", reported=not self.runtime.is_main
+            )
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go back, or on, to a checkpoint: all of its state, and the position.
+
+        Raises:
+            UserError: it does not fit this run, or is not as it was written.
+        """
+        loaded = state.load(
+            checkpoint, self.config, self.runtime, self.engine.chunks, self.engine.optimizer
+        )
+        for name, part in self.parts.items():
+            if name in loaded.extras:
+                part.restore(loaded.extras[name])
+        self.position = loaded.position
+        self.saved_step = loaded.position.step
 
     def save(self) -> None:
-        """Write a checkpoint of the current position, unless it is there already."""
+        """Begin a checkpoint of the current position, unless there is one already."""
         if self.saved_step == self.position.step:
             return
-        path = state.save(
-            self.config,
-            self.runtime,
-            self.engine.chunks,
-            self.engine.optimizer,
-            self.position,
-        )
+        extras = {name: part.state() for name, part in self.parts.items()}
+        extras[MLFLOW_RUN_ID] = remembered_run_id(self.config.training.folder)
+        self.saver.save(self.engine.chunks, self.engine.optimizer, self.position, extras)
         self.saved_step = self.position.step
-        self.tracker.say(f"saved {path}")
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.position.step % every == 0
