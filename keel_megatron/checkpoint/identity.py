@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from keel_megatron.checkpoint.folder import steps
+from keel_megatron.checkpoint.folder import latest, steps
+from keel_megatron.checkpoint.manifest import CONFIG as CONFIG_FILE
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import dump_config, load_config
 from keel_megatron.config.run import RunConfig
-
-CONFIG_FILE = "config.yaml"
 
 # What a run may change between two starts; everything else is the run's identity.
 CHANGEABLE = (
@@ -28,6 +27,8 @@ CHANGEABLE = (
     "guard.",
     "tracking.",
     "data.cache",
+    "data.text",  # where it lies: its contents are fingerprinted
+    "data.tokenizer",
     "training.name",
     "training.runs_dir",
     "training.steps",
@@ -52,13 +53,7 @@ def claim(config: RunConfig) -> None:
     folder = config.training.folder
     saved = folder / CONFIG_FILE
     if saved.is_file() and _has_steps(folder):
-        changes = list(identity_changes(load_config(saved), config))
-        if changes:
-            lines = "\n".join(f"  {path}: {old} there, {new} now" for path, old, new in changes)
-            raise UserError(
-                f"{folder} holds a run of another configuration:\n{lines}\n"
-                "give this one another training.name, or move that folder away"
-            )
+        check_identity(saved, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial = saved.with_suffix(".partial")
@@ -68,6 +63,27 @@ def claim(config: RunConfig) -> None:
         raise UserError(
             f"training.runs_dir: cannot write the run's folder {folder}: {error.strerror}"
         ) from error
+
+
+def check_identity(saved: Path, config: RunConfig) -> None:
+    """Refuse to go on with a run under a configuration that makes it another run.
+
+    Raises:
+        UserError: with every difference, and what may differ.
+    """
+    changes = list(identity_changes(load_config(saved), config))
+    if changes:
+        lines = "\n".join(f"  {path}: {old} there, {new} now" for path, old, new in changes)
+        raise UserError(
+            f"{saved.parent} holds a run of another configuration:\n{lines}\n"
+            "give this one another training.name, or move that folder away\n"
+            f"(a run may change: {changeable()})"
+        )
+
+
+def changeable() -> str:
+    """The settings that a run may change between two starts, as text."""
+    return ", ".join(f"{path}*" if path.endswith(".") else path for path in CHANGEABLE)
 
 
 def _has_steps(folder: Path) -> bool:
@@ -100,6 +116,9 @@ def saved_config(folder: Path) -> RunConfig:
         UserError: the folder holds no run.
     """
     saved = folder / CONFIG_FILE
+    newest = latest(folder)
+    if not saved.is_file() and newest is not None:
+        saved = newest / CONFIG_FILE
     if not saved.is_file():
         raise UserError(f"{folder} holds no run: there is no {CONFIG_FILE} in it")
     return load_config(saved)

@@ -230,6 +230,15 @@ def _guard_window(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "guard.min_steps", f"{least} must not exceed guard.window = {window}"
 
 
+def _keep_every(config: RunConfig) -> Iterator[tuple[str, str]]:
+    kept, every = config.checkpoint.keep_every, config.checkpoint.every
+    if kept and not (every and kept % every == 0):
+        yield (
+            "checkpoint.keep_every",
+            f"{kept} must be a multiple of checkpoint.every = {every}, or 0",
+        )
+
+
 _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _heads,
     _query_groups,
@@ -249,6 +258,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _lowest_rate,
     _hang_timeout,
     _guard_window,
+    _keep_every,
 )
 """One contradiction each, so that a wrong setting hides no other's."""
 

@@ -66,6 +66,23 @@ class CheckpointConfig(Section):
         default=0, ge=0, description="Steps between checkpoints; 0 = only at the end."
     )
     keep: int = Field(default=2, gt=0, description="Newest checkpoints that are kept.")
+    keep_every: int = Field(
+        default=0,
+        ge=0,
+        description="Checkpoints of multiples of so many steps are kept for good; 0 = none.",
+    )
+    asynchronous: bool = Field(
+        default=True,
+        description=(
+            "Training goes on while files are written; takes host memory for a copy of the state."
+        ),
+    )
+    on_error: Literal["stop", "continue"] = Field(
+        default="stop",
+        description=(
+            "When a checkpoint cannot be written: stop the run, or go on and try again at the next."
+        ),
+    )
 
 
 class TrackingConfig(Section):

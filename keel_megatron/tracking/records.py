@@ -55,4 +55,22 @@ class ValidationRecord:
         return asdict(self)
 
 
-Record = StepRecord | ValidationRecord
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """One checkpoint, once it is complete."""
+
+    step: int
+    """Its step."""
+    checkpoint_stall_seconds: float
+    """Time for which training waited: the copy to the host, and what could not be overlapped."""
+    checkpoint_seconds: float
+    """From its beginning to its publication."""
+    checkpoint_bytes: int
+    """About what all ranks wrote."""
+
+    def to_json(self) -> dict[str, float]:
+        """The record as one flat object, with the fields' names as keys."""
+        return asdict(self)
+
+
+Record = StepRecord | ValidationRecord | CheckpointRecord

@@ -6,19 +6,24 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
-from keel_megatron.checkpoint import folder, state
+from keel_megatron.checkpoint import state
+from keel_megatron.checkpoint.find import newest_good
+from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.checkpoint.state import Position
+from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch, BatchSource
 from keel_megatron.partition.flops import training_flops_per_token
 from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.runtime.watchdog import Watchdog
+from keel_megatron.tracking.mlflow_run import remembered_run_id
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
 from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training import locate
@@ -29,6 +34,18 @@ from keel_megatron.training.stop import StopRequest
 
 BeforeStep = Callable[[Position, MegatronEngine], None]
 """Is called before every step with where the run stands; a test makes a fault there."""
+MLFLOW_RUN_ID = "mlflow_run_id"
+"""Name of the MLflow run's id among a checkpoint's extras."""
+
+
+class Stateful(Protocol):
+    """A part of the run whose state goes into every checkpoint and comes back from it."""
+
+    def state(self) -> Any:
+        """Its state, the same on every rank; `checkpoint.plain.to_json` says of what."""
+
+    def restore(self, state: Any) -> None:
+        """Go on from what `state` returned."""
 
 
 @dataclass
@@ -37,7 +54,8 @@ class Loop:
 
     A step takes the next `global_batch_size` sequences, trains on them at the step's learning
     rate unless the guard objects, and is reported; at their intervals come a validation and a
-    checkpoint; a request to stop ends the loop after the step, with a checkpoint.
+    checkpoint; a request to stop ends the loop after the step, with a checkpoint, which keeps the
+    state of `parts` too.
     """
 
     config: RunConfig
@@ -46,11 +64,13 @@ class Loop:
     batches: BatchSource
     validation: list[Batch]
     tracker: Tracker
+    position: Position
+    saver: Saver
     guard: Guard
     watchdog: Watchdog
-    position: Position
-    saved_step: int | None = None
     before_step: BeforeStep | None = None
+    saved_step: int | None = None
+    parts: dict[str, Stateful] = field(default_factory=dict)
     validation_loss: float = float("nan")
 
     def run(self, stop: StopRequest) -> int:
@@ -66,6 +86,7 @@ class Loop:
         while self.position.step < steps:
             if not self._step():
                 continue
+            self.saver.poll()
             stopping = self.runtime.max(stop.exit_code)
             last = self.position.step == steps
             if last or (self._due(self.config.training.validate_every) and not stopping):
@@ -74,28 +95,36 @@ class Loop:
                 self.save()
             if stopping:
                 break
+        self.saver.finish()
+        if self.saver.failure is not None:
+            raise UserError(
+                f"the run ends unsaved: {self.saver.failure}", reported=not self.runtime.is_main
+            )
         return stopping
 
-    def restore(self, checkpoint: Path) -> Position:
-        """Go back, or on, to a checkpoint."""
-        return state.load(
+    def restore(self, checkpoint: Path) -> None:
+        """Go back, or on, to a checkpoint: all of its state, and the position.
+
+        Raises:
+            UserError: it does not fit this run, or is not as it was written.
+        """
+        loaded = state.load(
             checkpoint, self.config, self.runtime, self.engine.chunks, self.engine.optimizer
         )
+        for name, part in self.parts.items():
+            if name in loaded.extras:
+                part.restore(loaded.extras[name])
+        self.position = loaded.position
+        self.saved_step = loaded.position.step
 
     def save(self) -> None:
-        """Write a checkpoint of the current position, unless it is there already."""
+        """Begin a checkpoint of the current position, unless there is one already."""
         if self.saved_step == self.position.step:
             return
-        path = state.save(
-            self.config,
-            self.runtime,
-            self.engine.chunks,
-            self.engine.optimizer,
-            self.position,
-        )
+        extras = {name: part.state() for name, part in self.parts.items()}
+        extras[MLFLOW_RUN_ID] = remembered_run_id(self.config.training.folder)
+        self.saver.save(self.engine.chunks, self.engine.optimizer, self.position, extras)
         self.saved_step = self.position.step
-        self.watchdog.mark(f"the save of step {self.position.step}")
-        self.tracker.say(f"saved {path}")
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.position.step % every == 0
@@ -145,12 +174,23 @@ class Loop:
         """
         self.guard.roll_back(step, finding)
         rollbacks, consumed = self.guard.rollbacks, self.position.consumed_samples
-        checkpoint = folder.latest(self.config.training.folder)
-        assert checkpoint is not None
-        restored = self.restore(checkpoint)
+        self.saver.finish()
+        run_folder, every = self.config.training.folder, self.config.checkpoint.every
+        # Not one that a signal made: whether there was a signal must make no difference.
+        found = newest_good(run_folder, self.runtime, multiple_of=every)
+        if found.path is None:
+            found = newest_good(run_folder, self.runtime)
+        if found.path is None:
+            raise UserError(
+                f"guard.action: rollback finds no checkpoint in {run_folder}",
+                reported=not self.runtime.is_main,
+            )
+        for remark in found.remarks:
+            self.tracker.say(remark)
+        self.saver.set_aside(found.damaged)
+        self.restore(found.path)
         self.guard.rollbacks = rollbacks
-        self.position = Position(restored.step, consumed)
-        self.saved_step = restored.step
+        restored, self.position = self.position, Position(self.position.step, consumed)
         self.tracker.rewind(restored.step)
         self.watchdog.mark(f"the rollback to step {restored.step}")
         self.tracker.say(

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from keel_megatron.checkpoint import folder, state
-from keel_megatron.checkpoint.identity import claim
+from keel_megatron.checkpoint.find import Found, newest_good
+from keel_megatron.checkpoint.identity import check_identity, claim
+from keel_megatron.checkpoint.manifest import CONFIG
+from keel_megatron.checkpoint.plain import from_json
+from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import (
@@ -26,11 +30,12 @@ from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.runtime.watchdog import Watchdog
+from keel_megatron.tracking.mlflow_run import remember_run_id, remembered_run_id
 from keel_megatron.tracking.plot import plot_loss
 from keel_megatron.tracking.tracker import Tracker, open_tracker, where
 from keel_megatron.training.engine import MegatronEngine
 from keel_megatron.training.guard import Guard
-from keel_megatron.training.loop import BeforeStep, Loop
+from keel_megatron.training.loop import MLFLOW_RUN_ID, BeforeStep, Loop
 from keel_megatron.training.stop import StopRequest, stop_requests
 
 
@@ -70,7 +75,8 @@ def run_training(
         stop_requests(config.training.exit_after) as stop,
         start(config.parallel, config.training) as runtime,
     ):
-        newest = runtime.from_main(lambda: _claimed(config))
+        found = _take_folder(config, runtime)
+        newest = found.path
         done = _step_of(newest) >= config.training.steps
         if done:
             if runtime.is_main:
@@ -83,7 +89,7 @@ def run_training(
             with open_tracker(
                 config, runtime.rank, resume_step=_step_of(newest) if newest else None
             ) as tracker:
-                code = _train(config, runtime, tracker, newest, stop, before_step)
+                code = _train(config, runtime, tracker, found, stop, before_step)
                 if code != exit_codes.DONE:
                     tracker.close("KILLED")
             # Together: a launcher takes the first that leaves for the sign to end the others.
@@ -93,34 +99,47 @@ def run_training(
         return Outcome(config.training.folder, code, runtime.is_main, trained=not done)
 
 
-def _claimed(config: RunConfig) -> Path | None:
-    """Take the run's folder; its newest checkpoint."""
-    claim(config)
-    exit_codes.clear(config.training.folder)
-    return folder.latest(config.training.folder)
+def _take_folder(config: RunConfig, runtime: Runtime) -> Found:
+    """Make the run's folder this run's; the checkpoint to go on from. Collective."""
+    run_folder = config.training.folder
+    runtime.from_main(lambda: claim(config))
+    if runtime.is_main:
+        exit_codes.clear(run_folder)
+    found = newest_good(run_folder, runtime)
+    runtime.from_main(lambda: _check_checkpoint(config, found))
+    return found
+
+
+def _check_checkpoint(config: RunConfig, found: Found) -> None:
+    """Refuse a checkpoint of another configuration; keep the MLflow run that it names."""
+    if found.path is None:
+        return
+    check_identity(found.path / CONFIG, config)
+    run_id = from_json(found.state["extras"]).get(MLFLOW_RUN_ID)
+    if run_id is not None and remembered_run_id(config.training.folder) is None:
+        remember_run_id(config.training.folder, run_id)
 
 
 def _step_of(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
+    return folder.step_of(checkpoint) if checkpoint else 0
 
 
 def _train(
     config: RunConfig,
     runtime: Runtime,
     tracker: Tracker,
-    newest: Path | None,
+    found: Found,
     stop: StopRequest,
     before_step: BeforeStep | None,
 ) -> int:
     """Build, resume, train, conclude; the exit code."""
-    data = runtime.from_main(lambda: prepare(config, tracker.say))
+    for remark in found.remarks:
+        tracker.say(remark)
+    data = runtime.from_main(lambda: prepare(config, tracker.say, found.state.get("data")))
     batches, validation = _open_data(config, runtime, data)
     _announce(config, runtime, tracker, data)
     engine = MegatronEngine(config, runtime, build_model(config, runtime))
-    position = state.Position()
-    if newest is not None:
-        position = state.load(newest, config, runtime, engine.chunks, engine.optimizer)
-        tracker.say(f"going on from {newest}")
+    guard = Guard(config.guard, reported=not runtime.is_main)
     with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:
         loop = Loop(
             config,
@@ -129,15 +148,31 @@ def _train(
             batches,
             validation,
             tracker,
-            Guard(config.guard, reported=not runtime.is_main),
+            state.Position(),
+            Saver(config, runtime, tracker, data.identity(), found.damaged, watchdog.mark),
+            guard,
             watchdog,
-            position,
-            saved_step=position.step if newest is not None else None,
-            before_step=before_step,
+            before_step,
+            parts={"guard": guard},
         )
+        if found.path is not None:
+            loop.restore(found.path)
+            tracker.say(f"going on from {found.path}")
+            _note_versions(tracker, found)
         code = loop.run(stop)
     _conclude(config, runtime, tracker, data, loop)
     return code
+
+
+def _note_versions(tracker: Tracker, found: Found) -> None:
+    """Other versions may compute other last bits."""
+    then, now = found.state["packages"], state.package_versions()
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            tracker.say(
+                f"{name} was {then.get(name, 'absent')} when it was written, is "
+                f"{now.get(name, 'absent')} now: the last bits may differ"
+            )
 
 
 def _open_data(
