@@ -4,12 +4,12 @@ python tools/chaos.py --faults 100 --seed 1
 
 A small Keel model with dropout is trained twice on several CPU ranks. The second time a seeded
 sequence of faults is injected; the launcher, the watchdog, the guard and the checkpoints have to
-carry the run to its end. Then the loss curves and the final checkpoints must be the same to the last
-bit, and no start may go on from an older checkpoint than the newest good one.
+carry the run to its end. Then the loss curves and the final checkpoints must be the same to the
+last bit, and no start may go on from an older checkpoint than the newest good one.
 
 Both runs have the same poisoned batches, in which one rank's gradient is not a number: the guard
-skips their updates, and must do so the same whatever else happens. When a rank is hit depends on the
-machine's pace; which fault comes next, on which rank and after how many steps, on the seed alone.
+skips their updates, and must do so the same whatever else happens. When a rank is hit depends on
+the machine's pace; which fault comes next, on which rank and after how many steps, on the seed alone.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def chaos(folder: Path, arguments: argparse.Namespace) -> int:
     disturbed = Disturbed(folder, worker(folder, "hurt"), arguments.processes, chance)
     injected = disturbed.run(faults)
     calm, hurt = folder / "runs" / "calm", folder / "runs" / "hurt"
-    report(injected, poisoned, hurt)
-    return verdict(injected, differences(calm, hurt), len(faults))
+    skipped = report(injected, poisoned, hurt)
+    return verdict(injected, skipped, differences(calm, hurt), arguments.faults)
 
 
 def worker(folder: Path, name: str) -> list[str]:
@@ -182,8 +182,8 @@ def differences(calm: Path, hurt: Path) -> dict[str, int]:
     return {"steps": steps, "bits": bits}
 
 
-def report(injected: list[Injected], poisoned: list[int], run: Path) -> None:
-    """A line a fault."""
+def report(injected: list[Injected], poisoned: list[int], run: Path) -> int:
+    """A line a fault; how many poisoned batches the guard has found."""
     print("\n|  # | fault | rank | at step | went on from | steps repeated | seconds |")
     print("|---:|---|---:|---:|---:|---:|---:|")
     for number, fault in enumerate(injected, start=1):
@@ -191,24 +191,25 @@ def report(injected: list[Injected], poisoned: list[int], run: Path) -> None:
             f"| {number} | {fault.kind} | {fault.rank} | {fault.step} | {fault.resumed} "
             f"| {fault.repeated} | {fault.seconds:.1f} |"
         )
-    log = (run / "log.txt").read_text()
-    for batch in poisoned:
-        line = next(
-            (line for line in log.splitlines() if f"guard, step {batch + 1} (skip)" in line),
-            "MISSED",
-        )
-        print(f"|  | {GRADIENT}: {line} | | {batch + 1} | {batch + 1} | 0 | 0 |")
+    log = (run / "log.txt").read_text().splitlines()
+    found = 0
+    for number, batch in enumerate(poisoned, start=len(injected) + 1):
+        told = [line for line in log if f"guard, step {batch + 1} (skip)" in line]
+        where = told[-1].rpartition("; ")[2] if told else "MISSED"
+        print(f"| {number} | {GRADIENT}: {where} | - | {batch} | - | 0 | - |")
+        found += bool(told)
+    return found
 
 
-def verdict(injected: list[Injected], found: dict[str, int], wanted: int) -> int:
+def verdict(injected: list[Injected], skipped: int, found: dict[str, int], wanted: int) -> int:
     """The sums, and the exit code."""
     lost = sum(fault.lost for fault in injected)
-    recovered = sum(fault.recovered for fault in injected)
+    recovered = len(injected) + skipped
     print(
-        f"\n{len(injected)} faults of {wanted} injected, {recovered} recovered from; "
-        f"{sum(fault.repeated for fault in injected)} steps repeated; "
-        f"{lost} checkpoints lost; {found['steps']} steps of the loss curve and {found['bits']} bits "
-        "of the final checkpoint (weights, optimizer, generators) different"
+        f"\n{wanted} faults, {recovered} recovered from; "
+        f"{sum(fault.repeated for fault in injected)} steps repeated; {lost} checkpoints lost; "
+        f"{found['steps']} steps of the loss curve and {found['bits']} bits of the final checkpoint "
+        "(weights, optimizer, generators) different"
     )
     good = recovered == wanted and not lost and not any(found.values())
     print("nothing was lost" if good else "SOMETHING WAS LOST")

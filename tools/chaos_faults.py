@@ -38,7 +38,6 @@ class Injected:
     repeated: int
     seconds: float
     """From the fault until the run was at work again."""
-    recovered: bool
     lost: bool
     """A newer good checkpoint was there."""
 
@@ -126,7 +125,7 @@ class Disturbed:
             lost = resumed < max(good, default=0)
             repeated = max(0, step - resumed)
         seconds = time.monotonic() - begun
-        return Injected(kind, shown, step, resumed, repeated, seconds, recovered=True, lost=lost)
+        return Injected(kind, shown, step, resumed, repeated, seconds, lost)
 
     def _start(self) -> subprocess.Popen[bytes]:
         code = (
