@@ -9,7 +9,7 @@ last bit, and no start may go on from an older checkpoint than the newest good o
 
 Both runs have the same poisoned batches, in which one rank's gradient is not a number: the guard
 skips their updates, and must do so the same whatever else happens. When a rank is hit depends on
-the machine's pace; which fault comes next, on which rank and after how many steps, on the seed alone.
+the machine's pace; which fault comes next, on which rank and after how many steps, on the seed.
 """
 
 from __future__ import annotations
@@ -208,8 +208,8 @@ def verdict(injected: list[Injected], skipped: int, found: dict[str, int], wante
     print(
         f"\n{wanted} faults, {recovered} recovered from; "
         f"{sum(fault.repeated for fault in injected)} steps repeated; {lost} checkpoints lost; "
-        f"{found['steps']} steps of the loss curve and {found['bits']} bits of the final checkpoint "
-        "(weights, optimizer, generators) different"
+        f"{found['steps']} steps of the loss curve and {found['bits']} bits of the final "
+        "checkpoint (weights, optimizer, generators) different"
     )
     good = recovered == wanted and not lost and not any(found.values())
     print("nothing was lost" if good else "SOMETHING WAS LOST")
