@@ -6,23 +6,18 @@ runs it in a process of its own, with torchrun's variables set, and returns some
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from queue import Empty
 from typing import Any
 
+import torch.distributed as dist
+
 TIMEOUT_SECONDS = 300
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_ranks(
@@ -38,10 +33,11 @@ def run_ranks(
     """
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
-    port = free_port()
+    # Here rather than on rank 0: it outlives any rank, and its port is nobody else's.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
         context.Process(
-            target=_rank, args=(rank, world_size, port, results, function, args), daemon=False
+            target=_rank, args=(rank, world_size, store.port, results, function, args), daemon=False
         )
         for rank in range(world_size)
     ]
@@ -65,6 +61,24 @@ def run_ranks(
     return [answers[rank] for rank in range(world_size)]
 
 
+def _separate_starts(rank: int, world_size: int, port: int) -> None:
+    """Give each start of the process groups its own keys in the parent's store.
+
+    A function may start and end them several times. With the same keys, a rank that is ahead would
+    find what the others wrote for the groups before, and wait for them in vain.
+    """
+    start, starts = dist.init_process_group, itertools.count()
+
+    def start_anew(*args: Any, **kwargs: Any) -> None:
+        if "store" not in kwargs:
+            client = dist.TCPStore("127.0.0.1", port, is_master=False)
+            kwargs["store"] = dist.PrefixStore(f"start_{next(starts)}", client)
+            kwargs.update(rank=rank, world_size=world_size)
+        start(*args, **kwargs)
+
+    dist.init_process_group = start_anew
+
+
 def _rank(
     rank: int,
     world_size: int,
@@ -81,6 +95,7 @@ def _rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    _separate_starts(rank, world_size, port)
     try:
         # Pickled here: the queue itself would share tensors' memory with a process that ends.
         results.put((rank, pickle.dumps(function(*args)), None))

@@ -57,7 +57,7 @@ def main() -> None:
 def chaos(folder: Path, arguments: argparse.Namespace) -> int:
     """Both runs and their comparison; 0 if nothing was lost."""
     chance = random.Random(arguments.seed)
-    kinds = [*Disturbed.KINDS, GRADIENT]
+    kinds = [GRADIENT, *Disturbed.KINDS]
     plan = [kinds[number % len(kinds)] for number in range(arguments.faults)]
     chance.shuffle(plan)
     steps = STEPS_PER_FAULT * (arguments.faults + 2)
@@ -175,7 +175,7 @@ def differences(calm: Path, hurt: Path) -> dict[str, int]:
     bits = 0
     names = {path.name for checkpoint in newest for path in checkpoint.glob("*.safetensors")}
     assert names, f"no tensors in {newest[0]}"
-    for name in names:
+    for name in names | {"state.json"}:
         first, second = ((checkpoint / name).read_bytes() for checkpoint in newest)
         bits += 8 * abs(len(first) - len(second))
         bits += sum((a ^ b).bit_count() for a, b in zip(first, second, strict=False) if a != b)
@@ -209,7 +209,7 @@ def verdict(injected: list[Injected], skipped: int, found: dict[str, int], wante
         f"\n{wanted} faults, {recovered} recovered from; "
         f"{sum(fault.repeated for fault in injected)} steps repeated; {lost} checkpoints lost; "
         f"{found['steps']} steps of the loss curve and {found['bits']} bits of the final "
-        "checkpoint (weights, optimizer, generators) different"
+        "checkpoint (weights, optimizer, generators, guard) different"
     )
     good = recovered == wanted and not lost and not any(found.values())
     print("nothing was lost" if good else "SOMETHING WAS LOST")
