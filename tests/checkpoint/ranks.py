@@ -22,7 +22,7 @@ from keel_megatron.tracking.records import CheckpointRecord, Record, StepRecord
 from keel_megatron.tracking.tracker import NullTracker
 from keel_megatron.training.loop import Loop
 from keel_megatron.training.stop import StopRequest
-from tests.distributed import free_port, run_ranks
+from tests.distributed import run_ranks, use_launch
 from tests.training.ranks import made_up_batches
 
 Sections = dict[str, dict[str, Any]]
@@ -92,12 +92,11 @@ class Ran:
 
 def run_in_turn(size: int, runs: list[Sections], *, unseen_full: bool = False) -> list[list[Ran]]:
     """What `run` gives on each of `size` ranks, run by run, all in the same processes."""
-    # A port each: a rank that is ahead must not find the last run's store.
-    ranks = run_ranks(size, _run_all, runs, [free_port() for _ in runs], unseen_full)
+    ranks = run_ranks(size, _run_all, runs, unseen_full, launches=len(runs))
     return [list(run) for run in zip(*ranks, strict=True)]
 
 
-def _run_all(runs: list[Sections], ports: list[int], unseen_full: bool) -> list[Ran]:
+def _run_all(runs: list[Sections], unseen_full: bool) -> list[Ran]:
     if unseen_full:
         # As under a quota: the file system says that there is room, and writing fails.
         import shutil
@@ -109,8 +108,8 @@ def _run_all(runs: list[Sections], ports: list[int], unseen_full: bool) -> list[
 
         shutil.disk_usage = usage
     found = []
-    for sections, port in zip(runs, ports, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
+    for number, sections in enumerate(runs):
+        use_launch(number)
         found.append(run(sections))
     return found
 
