@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from keel_megatron.checkpoint import manifest
 from keel_megatron.checkpoint.find import newest_good
 from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.checkpoint.state import Position
@@ -26,6 +30,7 @@ from tests.distributed import run_ranks, use_launch
 from tests.training.ranks import made_up_batches
 
 Sections = dict[str, dict[str, Any]]
+Faults = dict[str, Callable[[pytest.MonkeyPatch], None]]
 
 
 @dataclass(frozen=True)
@@ -90,28 +95,71 @@ class Ran:
     """Message of the UserError that ended it."""
 
 
-def run_in_turn(size: int, runs: list[Sections], *, unseen_full: bool = False) -> list[list[Ran]]:
-    """What `run` gives on each of `size` ranks, run by run, all in the same processes."""
-    ranks = run_ranks(size, _run_all, runs, unseen_full, launches=len(runs))
+def run_in_turn(size: int, runs: list[Sections], faults: Faults | None = None) -> list[list[Ran]]:
+    """What `run` gives on each of `size` ranks, run by run, all in the same processes.
+
+    Args:
+        size: ranks.
+        runs: configurations.
+        faults: of some runs, by name, what is done to each rank before.
+    """
+    ranks = run_ranks(size, _run_all, runs, faults or {}, launches=len(runs))
     return [list(run) for run in zip(*ranks, strict=True)]
 
 
-def _run_all(runs: list[Sections], unseen_full: bool) -> list[Ran]:
-    if unseen_full:
-        # As under a quota: the file system says that there is room, and writing fails.
-        import shutil
-
-        real = shutil.disk_usage
-
-        def usage(path: Any) -> Any:
-            return real(path)._replace(free=1 << 50)
-
-        shutil.disk_usage = usage
+def _run_all(runs: list[Sections], faults: Faults) -> list[Ran]:
     found = []
     for number, sections in enumerate(runs):
         use_launch(number)
-        found.append(run(sections))
+        with pytest.MonkeyPatch.context() as patch:
+            faults.get(sections["training"]["name"], _no_fault)(patch)
+            found.append(run(sections))
     return found
+
+
+def _no_fault(patch: pytest.MonkeyPatch) -> None:
+    pass
+
+
+def unseen_full(patch: pytest.MonkeyPatch) -> None:
+    """As under a quota: the file system says that there is room, and writing fails."""
+    real = shutil.disk_usage
+    patch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1 << 50))
+
+
+def quota_of_rank_1(patch: pytest.MonkeyPatch) -> None:
+    """Rank 1 runs into its quota in the middle of its second file."""
+    write, begun = manifest.write_checked, []
+
+    def limited(path: Path, blocks: Any) -> Any:
+        begun.append(path)
+        if os.environ["RANK"] == "1" and len(begun) == 2:
+            path.write_bytes(bytes(next(iter(blocks))))
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
+        return write(path, blocks)
+
+    patch.setattr(manifest, "write_checked", limited)
+
+
+def die_while_saving(patch: pytest.MonkeyPatch) -> None:
+    """As kill -9 does, when a part of the second checkpoint is written."""
+    write, begun = manifest.write_checked, []
+
+    def dying(path: Path, blocks: Any) -> Any:
+        begun.append(path)
+        if len([path for path in begun if manifest.rank_of(path.name) is not None]) == 2:
+            path.write_bytes(bytes(next(iter(blocks))))
+            os._exit(9)
+        return write(path, blocks)
+
+    patch.setattr(manifest, "write_checked", dying)
+
+
+def run_and_die(sections: Sections) -> None:
+    """`run` in this process, which does not live to its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        die_while_saving(patch)
+        run(sections)
 
 
 def run(sections: Sections) -> Ran:
@@ -177,22 +225,3 @@ def digest(engine: Any) -> str:
                 for name, value in sorted(inner.optimizer.state[parameter].items()):
                     take(name, torch.as_tensor(value).reshape(-1))
     return found.hexdigest()
-
-
-def die_while_saving(sections: Sections) -> None:
-    """End without a word, as kill -9 does, when a part of the second checkpoint is written."""
-    from keel_megatron.checkpoint import manifest
-
-    config = RunConfig.model_validate(sections)
-    last = config.training.folder / "checkpoints" / f"step_{config.training.steps:08d}.partial"
-    write = manifest.write_checked
-
-    def dying(path: Path, blocks: Any) -> Any:
-        if path.parent == last:
-            first = next(iter(blocks))
-            path.write_bytes(bytes(first))
-            os._exit(9)
-        return write(path, blocks)
-
-    manifest.write_checked = dying
-    run(sections)
