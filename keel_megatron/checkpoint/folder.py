@@ -113,12 +113,12 @@ def prune(
 
 def remove(path: Path) -> None:
     """Remove a checkpoint; a kill on the way leaves a half-written one, never a damaged one."""
-    partial = path.with_suffix(".partial")
-    if path != partial:
+    if not path.suffix:
+        partial = path.with_suffix(".partial")
         if partial.exists():
             shutil.rmtree(partial)
-        path.rename(partial)
-    shutil.rmtree(partial)
+        path = path.rename(partial)
+    shutil.rmtree(path)
 
 
 def sync(path: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from keel_megatron.checkpoint import shard_file
+from keel_megatron.config.yaml_text import read_yaml
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
@@ -88,7 +89,7 @@ def write_manifest(folder: Path, step: int, files: dict[str, FileRecord]) -> Non
         "step": step,
         "files": {name: asdict(record) for name, record in sorted(files.items())},
     }
-    write_json(folder / MANIFEST, content)
+    write_checked(folder / MANIFEST, [_sealed(content)])
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
@@ -99,6 +100,8 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     """
     content = read_json(folder / MANIFEST)
     try:
+        if _sealed(content) != (folder / MANIFEST).read_bytes():
+            raise DamagedError(f"{MANIFEST} is not as it was written")
         known = content["format"] == FORMAT
         files = {
             str(name): FileRecord(int(entry["bytes"]), str(entry["crc32"]))
@@ -134,7 +137,9 @@ def check_file(folder: Path, name: str, record: FileRecord) -> None:
         raise DamagedError(f"{name} has checksum {found.crc32}, was written with {record.crc32}")
     if rank_of(name) is not None:
         open_shards(path)
-    elif name.endswith(".json"):
+    elif name == CONFIG:
+        _check_yaml(path)
+    else:
         read_json(path)
 
 
@@ -176,6 +181,22 @@ def read_json(path: Path) -> Any:
         raise DamagedError(f"{path.name} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise DamagedError(f"{path.name} is not JSON") from None
+
+
+def _sealed(content: dict[str, Any]) -> bytes:
+    """The manifest's text, with a checksum of its own content."""
+    rest = {key: value for key, value in content.items() if key != "crc32"}
+    checksum = zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+    return (json.dumps({**rest, "crc32": f"{checksum:08x}"}, indent=1) + "\n").encode()
+
+
+def _check_yaml(path: Path) -> None:
+    try:
+        is_mapping = isinstance(read_yaml(path.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        is_mapping = False
+    if not is_mapping:
+        raise DamagedError(f"{path.name} is not a configuration")
 
 
 def _belongs(name: str) -> bool:

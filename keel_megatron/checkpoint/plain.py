@@ -73,7 +73,7 @@ def from_json(value: Any) -> Any:
         if tag in _READERS:
             try:
                 return _READERS[tag](content)
-            except (TypeError, KeyError, ValueError):
+            except (TypeError, KeyError, ValueError, RuntimeError, OverflowError):
                 raise ValueError(f"not a valid {tag[1:]}") from None
     return {key: from_json(item) for key, item in value.items()}
 

@@ -71,7 +71,7 @@ class _Pending:
     writer: _Writer
     begun: float
     bytes: int
-    """Of all ranks."""
+    """Of all ranks; known on rank 0."""
     stall: float = 0.0
     """Seconds for which training has waited."""
 

@@ -78,7 +78,22 @@ def split_state(
             part, place = _part(item, copy)
             parts.append(part)
             places[part.name] = place
-    return parts, places, common
+    return parts, places, _without_shells(common)
+
+
+def _without_shells(common: dict[str, Any]) -> dict[str, Any]:
+    """Without the empty lists that held sharded tensors: they do not merge with filled ones."""
+    kept = {}
+    for key, value in common.items():
+        if isinstance(value, dict):
+            value = _without_shells(value)
+        if not _is_shell(value):
+            kept[key] = value
+    return kept
+
+
+def _is_shell(value: Any) -> bool:
+    return isinstance(value, (dict, list)) and (not value or all(map(_is_shell, value)))
 
 
 def _refuse_content(item: Any) -> None:

@@ -31,6 +31,7 @@ from keel_megatron.checkpoint.manifest import (
     read_json,
     shards_name,
 )
+from keel_megatron.checkpoint.optimizer_state import load_optimizer, sharded_optimizer_state
 from keel_megatron.checkpoint.plain import from_json, to_json
 from keel_megatron.checkpoint.shard_file import Part
 from keel_megatron.checkpoint.sharding import Place, load_state, split_state
@@ -141,7 +142,7 @@ def load(
     state = _sharded_state(chunks, optimizer, is_loading=True)
     loaded = _load_sharded(path, runtime, state, saved["common"])
     _load_chunks(chunks, loaded)
-    _load_optimizer(optimizer, loaded["optimizer"])
+    load_optimizer(optimizer, loaded["optimizer"])
     position = Position(saved["step"], saved["consumed_samples"])
     if saved["rng"] is not None:
         _restore_rng(saved["rng"])
@@ -235,35 +236,13 @@ def _sharded_state(chunks: list[nn.Module], optimizer: Any, *, is_loading: bool)
         state[_chunk_key(number)] = chunk.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
     if optimizer is not None:
         models = state[_chunk_key(0)] if len(chunks) == 1 else dict(state)
-        state["optimizer"] = optimizer.sharded_state_dict(
-            models, is_loading=is_loading, metadata=metadata
-        )
+        state["optimizer"] = sharded_optimizer_state(optimizer, models, metadata, is_loading)
     return state
 
 
 def _load_chunks(chunks: list[nn.Module], loaded: dict[str, Any]) -> None:
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[_chunk_key(number)])
-
-
-def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
-    """Restore the optimizer's groups and step, then masters and moments.
-
-    Two traps of megatron-core 0.16.1 with torch's AdamW, which counts its steps per parameter: in
-    one call it looks for `step` among the sharded tensors, where it is not, so it is set aside
-    while those are loaded; and it gives all parameters one and the same counter, which each of them
-    would then advance.
-    """
-    sharded = loaded.pop("param_state", None)
-    optimizer.load_state_dict(loaded)
-    if sharded is None:
-        return
-    (inner,) = optimizer.chained_optimizers
-    states = inner.optimizer.state.values()
-    steps = [state.pop("step") for state in states]
-    inner.load_parameter_state_from_fully_reshardable(sharded)
-    for state, step in zip(states, steps, strict=True):
-        state["step"] = step.clone()
 
 
 def _chunk_key(number: int) -> str:

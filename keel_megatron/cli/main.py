@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from keel_megatron import __version__
-from keel_megatron.cli import config, data, generate, tokenizer, train
+from keel_megatron.cli import checkpoint, config, data, generate, study, tokenizer, train
 from keel_megatron.config.errors import ConfigError, UserError
 from keel_megatron.runtime.exit_codes import INTERRUPTED, USER_ERROR
 
@@ -38,8 +38,10 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
+app.add_typer(study.app, name="study")
 app.add_typer(tokenizer.app, name="tokenizer")
 
 

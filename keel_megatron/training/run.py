@@ -8,7 +8,7 @@ from typing import Any
 
 from keel_megatron.checkpoint import folder, state
 from keel_megatron.checkpoint.find import Found, newest_good
-from keel_megatron.checkpoint.identity import check_identity, claim
+from keel_megatron.checkpoint.identity import check_folder, check_identity, claim
 from keel_megatron.checkpoint.manifest import CONFIG
 from keel_megatron.checkpoint.plain import from_json
 from keel_megatron.checkpoint.saver import Saver
@@ -100,12 +100,11 @@ def run_training(
 
 
 def _take_folder(config: RunConfig, runtime: Runtime) -> Found:
-    """Make the run's folder this run's; the checkpoint to go on from. Collective."""
-    run_folder = config.training.folder
-    runtime.from_main(lambda: claim(config))
+    """See that the run's folder is this run's; the checkpoint to go on from. Collective."""
+    runtime.from_main(lambda: check_folder(config))
     if runtime.is_main:
-        exit_codes.clear(run_folder)
-    found = newest_good(run_folder, runtime)
+        exit_codes.clear(config.training.folder)
+    found = newest_good(config.training.folder, runtime)
     runtime.from_main(lambda: _check_checkpoint(config, found))
     return found
 
@@ -136,6 +135,7 @@ def _train(
     for remark in found.remarks:
         tracker.say(remark)
     data = runtime.from_main(lambda: prepare(config, tracker.say, found.state.get("data")))
+    runtime.from_main(lambda: claim(config))  # not before: another text may have been refused
     batches, validation = _open_data(config, runtime, data)
     _announce(config, runtime, tracker, data)
     engine = MegatronEngine(config, runtime, build_model(config, runtime))

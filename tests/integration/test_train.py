@@ -99,18 +99,7 @@ def test_resuming_on_the_same_layout_is_bit_identical(finished: Path, tmp_path: 
     assert losses(home) == losses(finished)
 
 
-@pytest.mark.parametrize(
-    ("processes", "overrides"),
-    [
-        (1, []),
-        (2, ["parallel.tensor=2", "parallel.sequence=true"]),
-        (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
-        (2, []),
-    ],
-)
-def test_resuming_on_another_layout_agrees(
-    tmp_path: Path, text: Path, processes: int, overrides: list[str]
-) -> None:
+def test_resuming_on_another_layout_agrees(tmp_path: Path, text: Path) -> None:
     config = write_config(tmp_path, text, parallel__pipeline=2)
     first = keel(tmp_path, "train", str(config), "--processes", "2")
     assert first.returncode == 0, first.stderr
@@ -118,12 +107,46 @@ def test_resuming_on_another_layout_agrees(
     assert expected.returncode == 0, expected.stderr
     undisturbed = losses(tmp_path)
     shutil.rmtree(folder.step_folder(tmp_path / "runs" / "test", 8))
-    settings = ["training.steps=8", "parallel.pipeline=1", *overrides]
-    again = keel(tmp_path, "train", str(config), *settings, "--processes", str(processes))
+    again = keel(tmp_path, "train", str(config), "training.steps=8", "parallel.pipeline=1")
     assert again.returncode == 0, again.stderr
     assert len(losses(tmp_path)) == 8
     for here, there in zip(losses(tmp_path), undisturbed, strict=True):
         assert here == pytest.approx(there, rel=1e-5)
+
+
+def test_a_checkpoint_rebuilds_its_run(finished: Path, tmp_path: Path) -> None:
+    """Without the YAML, the run's own configuration and MLflow's marker."""
+    home = copy_with_checkpoint(finished, tmp_path, 3)
+    run = home / "runs" / "test"
+    (home / "run.yaml").unlink()
+    (run / "config.yaml").unlink()
+    saved = folder.step_folder(run, 3) / "config.yaml"
+    again = keel(home, "train", str(saved.relative_to(home)), "--processes", "2")
+    assert again.returncode == 0, again.stderr
+    assert losses(home) == losses(finished)
+
+
+def test_other_text_is_refused_and_nothing_is_lost(finished: Path, tmp_path: Path) -> None:
+    other = tmp_path / "argparse.py"
+    other.write_text(Path(argparse.__file__).read_text()[:-1000])
+    before = losses(finished)
+    wrong = keel(
+        finished, "train", "run.yaml", "training.steps=8", f"data.text={other}", "--processes", "2"
+    )
+    assert wrong.returncode == 2
+    assert "data.text: it is not the text that the run was trained on: argparse.py changed (" in (
+        wrong.stderr
+    )
+    assert wrong.stderr.count("error: ") == 1
+    assert losses(finished) == before
+    assert str(other) not in (finished / "runs" / "test" / "config.yaml").read_text()
+
+
+def test_checkpoints_are_reported(finished: Path) -> None:
+    metrics = read_metrics(finished / "runs" / "test" / "metrics.jsonl")
+    saves = [record for record in metrics if "checkpoint_stall_seconds" in record]
+    assert [record["step"] for record in saves] == [3, 6]
+    assert all(0 < r["checkpoint_stall_seconds"] <= r["checkpoint_seconds"] for r in saves)
 
 
 def test_generation_is_repeatable_and_continues_the_prompt(finished: Path) -> None:
