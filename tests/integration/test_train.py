@@ -206,9 +206,11 @@ def test_unusable_text_is_named(tmp_path: Path, text: Path, make: Any, expected:
     claim(load_config(config, [f"training.runs_dir={tmp_path / 'runs'}"]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)]
+)
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
-    tmp_path: Path, text: Path, number: signal.Signals
+    tmp_path: Path, text: Path, number: signal.Signals, code: int
 ) -> None:
     config = write_config(tmp_path, text)
     command = [sys.executable, "-m", "keel_megatron", "train", str(config), "training.steps=100000"]
@@ -221,7 +223,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
             time.sleep(0.1)
         process.send_signal(number)
         shown, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    assert process.returncode == code
     done = losses(tmp_path)[-1][0]
     assert f"stopped after step {done} of 100000, checkpoint written" in shown
     assert folder.steps(tmp_path / "runs" / "test") == [done]

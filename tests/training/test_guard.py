@@ -181,7 +181,9 @@ def test_a_rollback_jumps_over_the_batches_since_the_checkpoint(tmp_path: Path) 
         checkpoint__every=2,
         guard__action="rollback",
     )
-    (reported, expected, log), _ = run_ranks(2, faults.roll_back, str(tmp_path), sections, launches=2)
+    (reported, expected, log), _ = run_ranks(
+        2, faults.roll_back, str(tmp_path), sections, launches=2
+    )
     assert reported == expected
     assert "guard, step 4 (rollback): grad_norm is nan; gradients are not finite in" in log
     assert "guard: back at step 2; the data goes on after sequence 64" in log
