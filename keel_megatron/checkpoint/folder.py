@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 _NAME = re.compile(r"^step_(\d{8,})$")
+_PARTIAL = re.compile(r"^step_\d{8,}\.partial$")
+_ASIDE = re.compile(r"^step_\d{8,}\.(damaged|replaced)(-\d+)?$")
 
 
 def root(run_folder: Path) -> Path:
@@ -20,8 +23,13 @@ def step_folder(run_folder: Path, step: int) -> Path:
     return root(run_folder) / f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def steps(run_folder: Path) -> list[int]:
-    """Steps of the complete checkpoints, ascending. A half-written one has another name."""
+    """Steps of the published checkpoints, ascending. A half-written one has another name."""
     if not root(run_folder).is_dir():
         return []
     names = (_NAME.match(entry.name) for entry in root(run_folder).iterdir() if entry.is_dir())
@@ -29,44 +37,102 @@ def steps(run_folder: Path) -> list[int]:
 
 
 def latest(run_folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
+    """The newest published checkpoint, or None; `find` says whether it is good."""
     found = steps(run_folder)
     return step_folder(run_folder, found[-1]) if found else None
 
 
+def remains(run_folder: Path) -> list[Path]:
+    """Folders of saves that never ended, and of checkpoints whose step was saved again."""
+    if not root(run_folder).is_dir():
+        return []
+    return sorted(
+        entry
+        for entry in root(run_folder).iterdir()
+        if entry.is_dir() and (_PARTIAL.match(entry.name) or _ASIDE.match(entry.name))
+    )
+
+
+def partial_folder(run_folder: Path, step: int) -> Path:
+    """Where a checkpoint is written until it is complete."""
+    return step_folder(run_folder, step).with_suffix(".partial")
+
+
 def begin(run_folder: Path, step: int) -> Path:
     """An empty folder beside the checkpoint's own, to write into."""
-    partial = step_folder(run_folder, step).with_suffix(".partial")
+    partial = partial_folder(run_folder, step)
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
+    sync(root(run_folder))
     return partial
 
 
-def publish(partial: Path) -> Path:
-    """Sync a written folder and give it its final name; an older one of that name is replaced."""
+def publish(partial: Path, *, damaged: bool = False) -> Path:
+    """Give a folder whose files are written and synced its final name.
+
+    Args:
+        partial: the folder.
+        damaged: a folder that has the name already is a damaged checkpoint, which is set aside as
+            NAME.damaged; else it is an older one of the same step, and replaced.
+    """
     final = partial.with_suffix("")
-    for path in sorted(partial.rglob("*")):
-        _sync(path)
-    _sync(partial)
+    sync(partial)
+    old = None
     if final.exists():
-        shutil.rmtree(final)
+        old = _free_name(final, "damaged" if damaged else "replaced")
+        final.rename(old)
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
+    if old is not None and not damaged:
+        shutil.rmtree(old)
     return final
 
 
-def prune(run_folder: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints; the removed ones."""
-    removed = [step_folder(run_folder, step) for step in steps(run_folder)[:-keep]]
-    for path in removed:
-        shutil.rmtree(path)
+def prune(
+    run_folder: Path, keep: int, keep_every: int = 0, spare: Collection[int] = ()
+) -> list[Path]:
+    """Remove all but the newest `keep` checkpoints and those kept for good; the removed ones.
+
+    Args:
+        run_folder: the run's folder.
+        keep: how many of the newest stay.
+        keep_every: checkpoints of multiples of so many steps stay too; 0 = none.
+        spare: steps of damaged ones: neither counted nor removed.
+    """
+    good = [step for step in steps(run_folder) if step not in spare]
+    removed = []
+    for step in good[:-keep]:
+        if keep_every and step % keep_every == 0:
+            continue
+        path = step_folder(run_folder, step)
+        remove(path)
+        removed.append(path)
     return removed
 
 
-def _sync(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a checkpoint; a kill on the way leaves a half-written one, never a damaged one."""
+    if not path.suffix:
+        partial = path.with_suffix(".partial")
+        if partial.exists():
+            shutil.rmtree(partial)
+        path = path.rename(partial)
+    shutil.rmtree(path)
+
+
+def sync(path: Path) -> None:
+    """Bring a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _free_name(final: Path, kind: str) -> Path:
+    aside, number = final.with_name(f"{final.name}.{kind}"), 1
+    while aside.exists():
+        number += 1
+        aside = final.with_name(f"{final.name}.{kind}-{number}")
+    return aside

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from keel_megatron.checkpoint.folder import steps
+from keel_megatron.checkpoint.folder import latest, steps
+from keel_megatron.checkpoint.manifest import CONFIG as CONFIG_FILE
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import dump_config, load_config
 from keel_megatron.config.run import RunConfig
-
-CONFIG_FILE = "config.yaml"
 
 # What a run may change between two starts; everything else is the run's identity.
 CHANGEABLE = (
@@ -27,14 +26,19 @@ CHANGEABLE = (
     "optimizer.",
     "schedule.",
     "checkpoint.",
+    "guard.",
     "tracking.",
     "data.cache",
+    "data.text",  # where it lies: its contents are fingerprinted
+    "data.tokenizer",
     "training.name",
     "training.runs_dir",
     "training.steps",
     "training.micro_batch_size",
     "training.device",
     "training.threads",
+    "training.exit_after",
+    "training.hang_timeout",
     "training.validate_every",
     "training.validation_sequences",
 )
@@ -48,25 +52,55 @@ def claim(config: RunConfig) -> None:
     Raises:
         UserError: the folder holds another run, or cannot be written.
     """
-    folder = config.training.folder
-    saved = folder / CONFIG_FILE
-    if saved.is_file() and _has_steps(folder):
-        changes = list(identity_changes(load_config(saved), config))
-        if changes:
-            lines = "\n".join(f"  {path}: {old} there, {new} now" for path, old, new in changes)
-            raise UserError(
-                f"{folder} holds a run of another configuration:\n{lines}\n"
-                "give this one another training.name, or move that folder away"
-            )
+    check_folder(config)
+    saved = config.training.folder / CONFIG_FILE
+    partial = saved.with_suffix(".partial")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = saved.with_suffix(".partial")
         partial.write_text(dump_config(config), encoding="utf-8")
         partial.replace(saved)
     except OSError as error:
+        raise _unwritable(config.training.folder, error) from error
+
+
+def check_folder(config: RunConfig) -> None:
+    """See that the run's folder can be this run's, and make it; what it holds stays as it is.
+
+    Raises:
+        UserError: as `claim`.
+    """
+    folder = config.training.folder
+    saved = folder / CONFIG_FILE
+    if saved.is_file() and _has_steps(folder):
+        check_identity(saved, config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"training.runs_dir: cannot write the run's folder {folder}: {error.strerror}")
+
+
+def check_identity(saved: Path, config: RunConfig) -> None:
+    """Refuse to go on with a run under a configuration that makes it another run.
+
+    Raises:
+        UserError: with every difference, and what may differ.
+    """
+    changes = list(identity_changes(load_config(saved), config))
+    if changes:
+        lines = "\n".join(f"  {path}: {old} there, {new} now" for path, old, new in changes)
         raise UserError(
-            f"training.runs_dir: cannot write the run's folder {folder}: {error.strerror}"
-        ) from error
+            f"{saved.parent} holds a run of another configuration:\n{lines}\n"
+            "give this one another training.name, or move that folder away\n"
+            f"(a run may change: {changeable()})"
+        )
+
+
+def changeable() -> str:
+    """The settings that a run may change between two starts, as text."""
+    return ", ".join(f"{path}*" if path.endswith(".") else path for path in CHANGEABLE)
 
 
 def _has_steps(folder: Path) -> bool:
@@ -99,6 +133,9 @@ def saved_config(folder: Path) -> RunConfig:
         UserError: the folder holds no run.
     """
     saved = folder / CONFIG_FILE
+    newest = latest(folder)
+    if not saved.is_file() and newest is not None:
+        saved = newest / CONFIG_FILE
     if not saved.is_file():
         raise UserError(f"{folder} holds no run: there is no {CONFIG_FILE} in it")
     return load_config(saved)

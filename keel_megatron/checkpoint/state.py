@@ -1,29 +1,46 @@
-"""Save and load the whole state of a run with Megatron-core's sharded checkpoints.
+"""The whole state of a run as a snapshot to write, and back.
 
 A checkpoint holds the weights, the optimizer (fp32 masters and moments), the generators of every
-rank, the position in the data and the resolved configuration. Weights and optimizer state are
-stored under layout-independent names, so a run may go on at another layout.
+rank, the position in the data, the state of other parts of the run, what the data was, the resolved
+configuration and the versions of the packages. The schedule has no state: its position is the step.
+Weights and optimizer state are stored under layout-independent names, so a run may go on at another
+layout.
 """
 
 from __future__ import annotations
 
+import json
+import platform
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core import parallel_state, tensor_parallel
 from torch import nn
 
-from keel_megatron.checkpoint import folder
-from keel_megatron.checkpoint.identity import CONFIG_FILE
-from keel_megatron.config.load import dump_config
+from keel_megatron import __version__
+from keel_megatron.checkpoint.manifest import (
+    INDEX,
+    STATE,
+    DamagedError,
+    open_shards,
+    read_json,
+    shards_name,
+)
+from keel_megatron.checkpoint.optimizer_state import load_optimizer, sharded_optimizer_state
+from keel_megatron.checkpoint.plain import from_json, to_json
+from keel_megatron.checkpoint.shard_file import Part
+from keel_megatron.checkpoint.sharding import Place, load_state, split_state
+from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.runtime.seeds import seed_dropout
+
+_PACKAGES = ("torch", "megatron-core", "numpy", "sentencepiece", "transformer-engine", "triton")
 
 
 @dataclass(frozen=True)
@@ -36,35 +53,73 @@ class Position:
     """Sequences seen; the position in the data."""
 
 
-def save(
+@dataclass(frozen=True)
+class Snapshot:
+    """What this rank writes of a checkpoint."""
+
+    position: Position
+    parts: list[Part]
+    places: dict[str, Place]
+    rank_state: str
+    """JSON of this rank's generators."""
+    run_state: dict[str, Any]
+    """What state.json will hold; rank 0's is written."""
+
+    @property
+    def bytes(self) -> int:
+        """About what this rank's file and its part of the index will take."""
+        names = sum(512 + 2 * len(part.name) for part in self.parts)
+        return sum(part.bytes for part in self.parts) + names + len(self.rank_state) + 4096
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint said beside the tensors and generators that were restored."""
+
+    position: Position
+    extras: dict[str, Any] = field(default_factory=dict)
+    """The state of other parts, by name, as it was given to `snapshot`."""
+
+
+def snapshot(
     config: RunConfig,
     runtime: Runtime,
     chunks: list[nn.Module],
     optimizer: Any,
     position: Position,
-) -> Path:
-    """Write the checkpoint of `position.step`; collective over all ranks.
+    *,
+    extras: dict[str, Any],
+    data: dict[str, Any],
+    copy: bool,
+    validate: bool,
+) -> Snapshot:
+    """The run's state at `position`; collective over all ranks.
 
-    Written beside its place, synced and renamed, so that it exists whole or not at all.
-
-    Returns:
-        The checkpoint's folder.
+    Args:
+        config: the run.
+        runtime: this rank's place.
+        chunks: its model chunks.
+        optimizer: Megatron-core's.
+        position: steps done and samples seen.
+        extras: state of other parts by name, the same on every rank: numbers, text, None, lists,
+            tuples, dicts, tensors and arrays.
+        data: what the run is trained on (`data.prepare.PreparedData.identity`).
+        copy: take the values now; else they must not change before they are written.
+        validate: have Megatron-core check that the ranks' parts fill every tensor exactly.
     """
-    run_folder = config.training.folder
-    partial = folder.step_folder(run_folder, position.step).with_suffix(".partial")
-    if runtime.is_main:
-        folder.begin(run_folder, position.step)
-    runtime.barrier()
     state = _sharded_state(chunks, optimizer, is_loading=False)
-    state["rng"] = _rng_state(runtime)
-    state["run"] = {"layout": _layout(config, runtime), **asdict(position)}
-    dist_checkpointing.save(state, str(partial), content_metadata=_content_metadata())
-    if runtime.is_main:
-        (partial / CONFIG_FILE).write_text(dump_config(config))
-        folder.publish(partial)
-        folder.prune(run_folder, config.checkpoint.keep)
-    runtime.barrier()
-    return folder.step_folder(run_folder, position.step)
+    parts, places, common = split_state(state, copy=copy, validate=validate)
+    run_state = {
+        "step": position.step,
+        "consumed_samples": position.consumed_samples,
+        "layout": _layout(config, runtime),
+        "device": runtime.device.type,
+        "packages": package_versions(),
+        "data": data,
+        "extras": to_json(extras),
+        "common": to_json(common),
+    }
+    return Snapshot(position, parts, places, json.dumps(to_json(_rng_state(runtime))), run_state)
 
 
 def load(
@@ -73,40 +128,95 @@ def load(
     runtime: Runtime,
     chunks: list[nn.Module],
     optimizer: Any,
-) -> Position:
+) -> Loaded:
     """Restore weights, optimizer and generators from a checkpoint; collective over all ranks.
 
     On the layout that saved it every generator continues; on another one they start anew from
     the seed and the step.
+
+    Raises:
+        UserError: it does not fit this run, or is not as it was written; on every rank.
     """
-    run = dist_checkpointing.load_common_state_dict(str(path))["run"]
-    same_layout = run["layout"] == _layout(config, runtime)
+    saved, problem = _read_run_state(path, config, runtime)
+    _agree(path, runtime, problem)
     state = _sharded_state(chunks, optimizer, is_loading=True)
-    if same_layout:
-        state["rng"] = _rng_state(runtime)
-    loaded = dist_checkpointing.load(state, str(path))
+    loaded = _load_sharded(path, runtime, state, saved["common"])
     _load_chunks(chunks, loaded)
-    _load_optimizer(optimizer, loaded["optimizer"])
-    position = Position(run["step"], run["consumed_samples"])
-    if same_layout:
-        _restore_rng(loaded["rng"])
+    load_optimizer(optimizer, loaded["optimizer"])
+    position = Position(saved["step"], saved["consumed_samples"])
+    if saved["rng"] is not None:
+        _restore_rng(saved["rng"])
     else:
         seed_dropout(
             config.training.seed, runtime.pipeline_rank, runtime.data_rank, step=position.step
         )
-    return position
+    return Loaded(position, saved["extras"])
 
 
-def load_weights(path: Path, chunks: list[nn.Module]) -> None:
-    """Restore the weights alone, from a checkpoint of any layout."""
+def load_weights(path: Path, runtime: Runtime, chunks: list[nn.Module]) -> None:
+    """Restore the weights alone, from a checkpoint of any layout.
+
+    Raises:
+        UserError: as `load`.
+    """
     state = _sharded_state(chunks, None, is_loading=True)
-    _load_chunks(chunks, dist_checkpointing.load(state, str(path)))
+    _load_chunks(chunks, _load_sharded(path, runtime, state, {}))
 
 
-def read_position(path: Path) -> Position:
-    """How far a checkpoint's run had come."""
-    run = dist_checkpointing.load_common_state_dict(str(path))["run"]
-    return Position(run["step"], run["consumed_samples"])
+def _read_run_state(
+    path: Path, config: RunConfig, runtime: Runtime
+) -> tuple[dict[str, Any], str | None]:
+    """What is not sharded, and this rank's generators if they can go on; or what is wrong."""
+    try:
+        saved = read_json(path / STATE)
+        saved["common"], saved["extras"] = from_json(saved["common"]), from_json(saved["extras"])
+        saved["rng"] = None
+        if saved["layout"] == _layout(config, runtime) and saved["device"] == runtime.device.type:
+            file = open_shards(path / shards_name(runtime.rank))
+            saved["rng"] = from_json(json.loads(file.metadata["rank_state"]))
+        return saved, None
+    except DamagedError as error:
+        return {}, str(error)
+    except (TypeError, KeyError, ValueError):
+        return {}, f"{STATE} is not the state of a run"
+
+
+def _load_sharded(
+    path: Path, runtime: Runtime, state: dict[str, Any], common: dict[str, Any]
+) -> dict[str, Any]:
+    loaded, problem = {}, None
+    try:
+        loaded = load_state(path, state, read_json(path / INDEX), common)
+    except DamagedError as error:
+        problem = str(error)
+    _agree(path, runtime, problem)
+    return loaded
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on."""
+    found = {"keel-megatron": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _agree(path: Path, runtime: Runtime, problem: str | None) -> None:
+    """Raise the first rank's problem on every rank."""
+    problems = runtime.gather(problem)
+
+    def judge() -> None:
+        first = next((text for text in problems if text is not None), None)
+        if first is not None:
+            raise UserError(
+                f"{path} cannot be loaded: {first}\n"
+                "move that folder away and start again: the run goes on from the one before"
+            )
+
+    runtime.from_main(judge)
 
 
 def _content_metadata() -> dict[str, Any]:
@@ -126,35 +236,13 @@ def _sharded_state(chunks: list[nn.Module], optimizer: Any, *, is_loading: bool)
         state[_chunk_key(number)] = chunk.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
     if optimizer is not None:
         models = state[_chunk_key(0)] if len(chunks) == 1 else dict(state)
-        state["optimizer"] = optimizer.sharded_state_dict(
-            models, is_loading=is_loading, metadata=metadata
-        )
+        state["optimizer"] = sharded_optimizer_state(optimizer, models, metadata, is_loading)
     return state
 
 
 def _load_chunks(chunks: list[nn.Module], loaded: dict[str, Any]) -> None:
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[_chunk_key(number)])
-
-
-def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
-    """Restore the optimizer's groups and step, then masters and moments.
-
-    Two traps of megatron-core 0.16.1 with torch's AdamW, which counts its steps per parameter: in
-    one call it looks for `step` among the sharded tensors, where it is not, so it is set aside
-    while those are loaded; and it gives all parameters one and the same counter, which each of them
-    would then advance.
-    """
-    sharded = loaded.pop("param_state", None)
-    optimizer.load_state_dict(loaded)
-    if sharded is None:
-        return
-    (inner,) = optimizer.chained_optimizers
-    states = inner.optimizer.state.values()
-    steps = [state.pop("step") for state in states]
-    inner.load_parameter_state_from_fully_reshardable(sharded)
-    for state, step in zip(states, steps, strict=True):
-        state["step"] = step.clone()
 
 
 def _chunk_key(number: int) -> str:
@@ -171,22 +259,15 @@ def _layout(config: RunConfig, runtime: Runtime) -> dict[str, int]:
     }
 
 
-def _rng_state(runtime: Runtime) -> ShardedObject:
-    """Every generator of this rank, at the rank's place in a grid of all ranks."""
-    state = {
+def _rng_state(runtime: Runtime) -> dict[str, Any]:
+    """Every generator of this rank."""
+    return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if runtime.device.type == "cuda" else None,
         "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
-    return ShardedObject(
-        "rng",
-        state,
-        (runtime.pipeline_size, runtime.tensor_size, runtime.data_size),
-        (runtime.pipeline_rank, runtime.tensor_rank, runtime.data_rank),
-        replica_id=0,
-    )
 
 
 def _restore_rng(state: dict[str, Any]) -> None:

@@ -10,11 +10,9 @@ import typer
 from typer.core import TyperGroup
 
 from keel_megatron import __version__
-from keel_megatron.cli import config, data, generate, plan, study, tokenizer, train
+from keel_megatron.cli import checkpoint, config, data, generate, plan, study, tokenizer, train
 from keel_megatron.config.errors import ConfigError, UserError
-
-USER_ERROR = 2
-INTERRUPTED = 130
+from keel_megatron.runtime.exit_codes import INTERRUPTED, USER_ERROR
 
 
 class _Root(TyperGroup):
@@ -41,6 +39,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(study.app, name="study")

@@ -39,6 +39,18 @@ class TrainingConfig(Section):
     validation_sequences: int = Field(
         default=64, gt=0, description="Sequences of one validation (fewer if the set is smaller)."
     )
+    exit_after: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="Minutes from the start of the launch after which the run finishes its step, "
+        "saves and exits with 75; null = never. Leave time for a step and a save.",
+    )
+    hang_timeout: float | None = Field(
+        default=None,
+        ge=0.0,
+        description="Seconds without a completed step, validation or save after which the watchdog "
+        "ends the run with 70; null = half of parallel.timeout_seconds; 0 = no watchdog.",
+    )
     runs_dir: TextPath = Field(default=Path("runs"), description="Parent of the run's folder.")
 
     @property
@@ -54,6 +66,23 @@ class CheckpointConfig(Section):
         default=0, ge=0, description="Steps between checkpoints; 0 = only at the end."
     )
     keep: int = Field(default=2, gt=0, description="Newest checkpoints that are kept.")
+    keep_every: int = Field(
+        default=0,
+        ge=0,
+        description="Checkpoints of multiples of so many steps are kept for good; 0 = none.",
+    )
+    asynchronous: bool = Field(
+        default=True,
+        description=(
+            "Training goes on while files are written; takes host memory for a copy of the state."
+        ),
+    )
+    on_error: Literal["stop", "continue"] = Field(
+        default="stop",
+        description=(
+            "When a checkpoint cannot be written: stop the run, or go on and try again at the next."
+        ),
+    )
 
 
 class TrackingConfig(Section):

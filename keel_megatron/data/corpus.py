@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import json
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from keel_megatron.config.errors import UserError
 
@@ -55,19 +57,21 @@ class Corpus:
         """Bytes of all files."""
         return sum(file.size for file in self.files)
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the names and contents of all files.
+    def contents(self) -> dict[str, list[Any]]:
+        """Of each file its bytes and the SHA-256 of its contents, by name.
 
         Contents, not times, however large they are: a copy of the text on another machine finds
         the same prepared data, and hashing takes less than a hundredth of encoding's time.
         """
-        digest = hashlib.sha256()
+        found: dict[str, list[Any]] = {}
         for file in self.files:
-            digest.update(f"{file.name}\0{file.size}\0".encode())
             with _opened(file.path) as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-        return digest.hexdigest()
+                found[file.name] = [file.size, hashlib.file_digest(stream, "sha256").hexdigest()]
+        return found
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, sizes and contents of all files, in their order."""
+        return contents_fingerprint(self.contents())
 
     def documents(self) -> Iterator[Document]:
         """The texts, one file at a time.
@@ -77,6 +81,11 @@ class Corpus:
         """
         for file in self.files:
             yield Document(file.name, _read(file))
+
+
+def contents_fingerprint(contents: Mapping[str, list[Any]]) -> str:
+    """One SHA-256 of what `Corpus.contents` returns."""
+    return hashlib.sha256(json.dumps(list(contents.items())).encode()).hexdigest()
 
 
 def find_corpus(text: tuple[Path, ...] | None, log: Callable[[str], None]) -> Corpus:
@@ -165,7 +174,7 @@ def _text_files(root: Path, paths: list[Path], log: Callable[[str], None]) -> li
     return files
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> BufferedReader:
     try:
         return path.open("rb")
     except OSError as error:

@@ -20,9 +20,17 @@ from typing import Any
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
-from keel_megatron.data.corpus import Corpus, find_corpus, split
+from keel_megatron.data.corpus import Corpus, contents_fingerprint, find_corpus, split
+from keel_megatron.data.fingerprint import (
+    SOURCES,
+    Sources,
+    file_record,
+    is_unchanged,
+    refuse_other_files,
+    refuse_other_text,
+)
 
-FORMAT = 1
+FORMAT = 2
 _TOKENIZER, _TRAIN, _VALIDATION, _MANIFEST = "tokenizer.model", "train", "validation", "data.json"
 
 
@@ -33,14 +41,18 @@ class PreparedData:
     folder: Path
     fingerprint: str
     """SHA-256 of everything that determined them."""
+    corpus: str
+    """SHA-256 of the text."""
+    tokenizer: str | None
+    """SHA-256 of the tokenizer that was given."""
     unigram_entropy: float
     """Of the training tokens, in nats per token."""
     train_tokens: int
     validation_tokens: int
     train_documents: int
     validation_documents: int
-    files: dict[str, int]
-    """Names and sizes in bytes of the folder's data files."""
+    files: dict[str, dict[str, Any]]
+    """Of each of the folder's data files its bytes, SHA-256 and time of change."""
     reused: bool = False
 
     @property
@@ -58,42 +70,70 @@ class PreparedData:
         """Validation tokens: this path with .bin and .idx."""
         return self.folder / _VALIDATION
 
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same between two starts of a run; kept in its checkpoints."""
+        return {
+            "fingerprint": self.fingerprint,
+            "corpus": self.corpus,
+            "tokenizer": self.tokenizer,
+            "files": {
+                name: {"bytes": record["bytes"], "sha256": record["sha256"]}
+                for name, record in self.files.items()
+            },
+        }
 
-def prepare(config: RunConfig, log: Callable[[str], None]) -> PreparedData:
+
+def prepare(
+    config: RunConfig, log: Callable[[str], None], expected: dict[str, Any] | None = None
+) -> PreparedData:
     """Make, or find, a run's tokenizer and tokens.
 
     Args:
         config: its `data` section decides; seq_length only has to fit the tokens.
         log: told what happens, a line at a time.
+        expected: the identity that the data must have; None = none is known yet.
 
     Raises:
-        UserError: the text, tokenizer or cache is not as the configuration says.
+        UserError: the text, tokenizer or cache is not as the configuration says, or not what is
+            expected.
     """
     corpus = find_corpus(config.data.text, log)
-    fingerprint = _fingerprint(config, corpus)
-    folder = config.data.cache / fingerprint[:16]
+    sources = corpus.contents()
+    origin = _origin(config, sources)
+    if expected is not None:
+        refuse_other_text(expected, origin, config.data.cache, sources)
+    folder = config.data.cache / origin["fingerprint"][:16]
     with _locked(config.data.cache, folder.name):
         prepared = _find(folder, log)
         if prepared is None:
             log(f"preparing {corpus.description}: {corpus.size / 1e6:.1f} MB")
             with _partial(folder) as partial:
-                prepared = _build(config, corpus, partial, folder, fingerprint, log)
+                (partial / SOURCES).write_text(json.dumps(sources))
+                prepared = _build(config, corpus, partial, folder, origin, log)
         else:
             log(f"reusing the prepared data in {folder}")
+    if expected is not None:
+        refuse_other_files(expected, prepared.identity(), folder)
     _check_length(config, prepared)
     return prepared
 
 
-def _fingerprint(config: RunConfig, corpus: Corpus) -> str:
+def _origin(config: RunConfig, sources: Sources) -> dict[str, Any]:
+    """The fingerprint of everything that determines the data, and two of its parts."""
     data = config.data
     parts = {
         "format": FORMAT,
-        "corpus": corpus.fingerprint(),
+        "corpus": contents_fingerprint(sources),
         "vocab_size": data.vocab_size,
         "validation_fraction": data.validation_fraction,
         "tokenizer": _file_hash(data.tokenizer) if data.tokenizer else None,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return {
+        "fingerprint": fingerprint,
+        "corpus": parts["corpus"],
+        "tokenizer": parts["tokenizer"],
+    }
 
 
 def _file_hash(path: Path) -> str:
@@ -128,9 +168,9 @@ def _find(folder: Path, log: Callable[[str], None]) -> PreparedData | None:
     except (ValueError, TypeError):
         log(f"{manifest} is not as it was written: preparing the data anew")
         return None
-    for name, size in prepared.files.items():
+    for name, record in prepared.files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
+        if not is_unchanged(path, record):
             log(f"{path} is missing or not as it was written: preparing the data anew")
             return None
     return prepared
@@ -153,7 +193,7 @@ def _build(
     corpus: Corpus,
     partial: Path,
     folder: Path,
-    fingerprint: str,
+    origin: dict[str, Any],
     log: Callable[[str], None],
 ) -> PreparedData:
     from keel_megatron.data.indexed import write_indexed
@@ -171,13 +211,13 @@ def _build(
     held_out = write_indexed(validation(), tokenizer, partial / _VALIDATION, log)
     prepared = PreparedData(
         folder=folder,
-        fingerprint=fingerprint,
+        **origin,
         unigram_entropy=train.unigram_entropy,
         train_tokens=train.tokens,
         validation_tokens=held_out.tokens,
         train_documents=train.documents,
         validation_documents=held_out.documents,
-        files={path.name: path.stat().st_size for path in sorted(partial.iterdir())},
+        files={path.name: file_record(path) for path in sorted(partial.iterdir())},
     )
     _publish(partial, folder, prepared)
     log(f"{train.tokens:,} training and {held_out.tokens:,} validation tokens in {folder}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from keel_megatron.checkpoint import folder, state
+from keel_megatron.checkpoint import state
+from keel_megatron.checkpoint.find import newest_good
 from keel_megatron.checkpoint.identity import saved_config
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.parallel import ParallelConfig
@@ -78,9 +80,6 @@ def generate_from_run(
 def _loaded(run: Path) -> Iterator[tuple[RunConfig, Tokenizer, Callable[[list[int]], Tensor]]]:
     """The run's configuration, tokenizer and next-token logits, in this process alone."""
     config = saved_config(run)
-    newest = folder.latest(run)
-    if newest is None:
-        raise UserError(f"{run} has no complete checkpoint yet; train it first")
     alone = config.model_copy(
         update={
             "parallel": ParallelConfig(timeout_seconds=config.parallel.timeout_seconds),
@@ -88,9 +87,14 @@ def _loaded(run: Path) -> Iterator[tuple[RunConfig, Tokenizer, Callable[[list[in
         }
     )
     with start(alone.parallel, alone.training, Launch(0, 1, 0, 1)) as runtime:
-        data = prepare(alone, lambda _text: None)
+        newest = newest_good(run, runtime)
+        if newest.path is None:
+            raise UserError(f"{run} has no complete checkpoint yet; train it first")
+        for remark in newest.remarks:
+            print(remark, file=sys.stderr)
+        data = prepare(alone, lambda _text: None, newest.state.get("data"))
         (chunk,) = build_model(alone, runtime)
-        state.load_weights(newest, [chunk])
+        state.load_weights(newest.path, runtime, [chunk])
         chunk.eval()
 
         @torch.inference_mode()

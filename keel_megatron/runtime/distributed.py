@@ -64,9 +64,19 @@ class Runtime:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; the same answer on all."""
-        vote = torch.tensor(int(flag), device=self.device)
+        return bool(self.max(int(flag)))
+
+    def max(self, value: int) -> int:
+        """The largest value of any rank; the same answer on all."""
+        vote = torch.tensor(value, device=self.device)
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-        return bool(vote)
+        return int(vote)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value in rank order, on global rank 0; empty elsewhere."""
+        values: list[Any] = [None] * self.launch.world_size
+        dist.gather_object(value, values if self.is_main else None, dst=0)
+        return values if self.is_main else []
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on global rank 0, on every rank; it is called there alone.

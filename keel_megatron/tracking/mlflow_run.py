@@ -49,6 +49,13 @@ def remembered_run_id(folder: Path) -> str | None:
     return (marker.read_text(encoding="utf-8").strip() or None) if marker.is_file() else None
 
 
+def remember_run_id(folder: Path, run_id: str) -> None:
+    """Make this the MLflow run of a run's folder."""
+    partial = folder / f"{RUN_ID_FILE}.partial"
+    partial.write_text(run_id + "\n", encoding="utf-8")
+    partial.replace(folder / RUN_ID_FILE)
+
+
 class MlflowRun:
     """A client and the MLflow run that it writes to.
 
@@ -140,10 +147,7 @@ class MlflowRun:
         )
 
     def _remember(self) -> None:
-        marker = self._config.training.folder / RUN_ID_FILE
-        partial = marker.with_name(marker.name + ".partial")
-        partial.write_text(self.run_id + "\n", encoding="utf-8")
-        partial.replace(marker)
+        remember_run_id(self._config.training.folder, self.run_id)
 
     def _log_params(self, known: dict[str, str]) -> None:
         """The configuration. A param never changes, so what a resumed run changes is a tag."""

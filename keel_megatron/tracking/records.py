@@ -29,6 +29,8 @@ class StepRecord:
     """Peak memory of the reporting rank in 1e9 bytes."""
     seconds: float
     """Duration of the step in seconds."""
+    skipped_steps: int = 0
+    """Steps so far in the run whose update the guard has left out."""
 
     def to_json(self) -> dict[str, float]:
         """The record as one flat object, with the fields' names as keys."""
@@ -53,4 +55,22 @@ class ValidationRecord:
         return asdict(self)
 
 
-Record = StepRecord | ValidationRecord
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """One checkpoint, once it is complete."""
+
+    step: int
+    """Its step."""
+    checkpoint_stall_seconds: float
+    """Time for which training waited: the copy to the host, and what could not be overlapped."""
+    checkpoint_seconds: float
+    """From its beginning to its publication."""
+    checkpoint_bytes: int
+    """About what all ranks wrote."""
+
+    def to_json(self) -> dict[str, float]:
+        """The record as one flat object, with the fields' names as keys."""
+        return asdict(self)
+
+
+Record = StepRecord | ValidationRecord | CheckpointRecord

@@ -18,7 +18,7 @@ from keel_megatron.tracking.mlflow_run import (
 )
 from keel_megatron.tracking.mlflow_sink import MlflowSink
 from keel_megatron.tracking.progress import Progress
-from keel_megatron.tracking.records import Record, StepRecord, ValidationRecord
+from keel_megatron.tracking.records import CheckpointRecord, Record, ValidationRecord
 
 
 class Tracker:
@@ -62,9 +62,12 @@ class Tracker:
         return self._config.training.folder
 
     def step(self, record: Record) -> None:
-        """Report a step; a validation is taken too."""
+        """Report a step; a validation or a checkpoint is taken too."""
         if isinstance(record, ValidationRecord):
             self.validation(record)
+            return
+        if isinstance(record, CheckpointRecord):
+            self.checkpoint(record)
             return
         self._write(record)
         self._progress.step(record)
@@ -73,6 +76,14 @@ class Tracker:
         """Report a validation."""
         self._write(record)
         self._progress.validation(record)
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        """Report a complete checkpoint."""
+        self._write(record)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records after `step`: the run goes on from there."""
+        self._metrics.rewind(step)
 
     def say(self, text: str) -> None:
         """Show a message and keep it in log.txt."""
@@ -117,7 +128,7 @@ class Tracker:
         self._note_end(error)
         self.close("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
 
-    def _write(self, record: StepRecord | ValidationRecord) -> None:
+    def _write(self, record: Record) -> None:
         self._metrics.write(record)
         if self._mlflow is not None:
             self._mlflow.record(record)
@@ -144,6 +155,12 @@ class NullTracker(Tracker):
         """Nothing."""
 
     def validation(self, record: ValidationRecord) -> None:
+        """Nothing."""
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int) -> None:
         """Nothing."""
 
     def say(self, text: str) -> None:

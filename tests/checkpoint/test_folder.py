@@ -41,6 +41,28 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert folder.steps(tmp_path) == [20, 100_000_000]
 
 
+def test_some_are_kept_for_good_and_damaged_ones_do_not_count(tmp_path: Path) -> None:
+    for step in range(10, 80, 10):
+        write(tmp_path, step)
+    folder.prune(tmp_path, keep=2, keep_every=30, spare={50, 70})
+    assert folder.steps(tmp_path) == [30, 40, 50, 60, 70]
+
+
+def test_a_damaged_one_is_set_aside_when_its_step_comes_again(tmp_path: Path) -> None:
+    for step in (7, 7):
+        write(tmp_path, step)
+    for number in (1, 2):
+        partial = folder.begin(tmp_path, 7)
+        (partial / "data").write_text(f"again {number}")
+        folder.publish(partial, damaged=True)
+    assert folder.steps(tmp_path) == [7]
+    assert [path.name for path in folder.remains(tmp_path)] == [
+        "step_00000007.damaged",
+        "step_00000007.damaged-2",
+    ]
+    assert (folder.root(tmp_path) / "step_00000007" / "data").read_text() == "again 2"
+
+
 def test_a_published_one_replaces_an_older_of_its_step(tmp_path: Path) -> None:
     write(tmp_path, 7)
     partial = folder.begin(tmp_path, 7)
@@ -62,7 +84,8 @@ def test_a_folder_of_another_run_is_refused_with_the_difference(tmp_path: Path) 
     message = str(caught.value)
     assert "model.blocks: 8 there, 4 now" in message
     assert "training.seed: 1234 there, 5 now" in message
-    assert "training.steps" not in message
+    assert "training.steps: " not in message
+    assert "a run may change: parallel.tensor" in message
     assert saved_config(run.training.folder) == run
 
 
@@ -77,6 +100,15 @@ def test_what_a_run_may_change(tmp_path: Path) -> None:
         tracking__log_every=7,
     )
     assert list(identity_changes(run, changed)) == []
+
+
+def test_a_checkpoint_alone_still_knows_its_configuration(tmp_path: Path) -> None:
+    run = small_config(training__runs_dir=str(tmp_path))
+    claim(run)
+    partial = folder.begin(run.training.folder, 3)
+    (run.training.folder / "config.yaml").rename(partial / "config.yaml")
+    folder.publish(partial)
+    assert saved_config(run.training.folder) == run
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:

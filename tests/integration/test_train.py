@@ -109,18 +109,7 @@ def test_resuming_on_the_same_layout_is_bit_identical(finished: Path, tmp_path: 
     assert losses(home) == losses(finished)
 
 
-@pytest.mark.parametrize(
-    ("processes", "overrides"),
-    [
-        (1, []),
-        (2, ["parallel.tensor=2", "parallel.sequence=true"]),
-        (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.layout=[1,3,4,0]"]),
-        (2, []),
-    ],
-)
-def test_resuming_on_another_layout_agrees(
-    tmp_path: Path, text: Path, processes: int, overrides: list[str]
-) -> None:
+def test_resuming_on_another_layout_agrees(tmp_path: Path, text: Path) -> None:
     config = write_config(tmp_path, text, parallel__pipeline=2)
     first = keel(tmp_path, "train", str(config), "--processes", "2")
     assert first.returncode == 0, first.stderr
@@ -128,12 +117,46 @@ def test_resuming_on_another_layout_agrees(
     assert expected.returncode == 0, expected.stderr
     undisturbed = losses(tmp_path)
     shutil.rmtree(folder.step_folder(tmp_path / "runs" / "test", 8))
-    settings = ["training.steps=8", "parallel.pipeline=1", *overrides]
-    again = keel(tmp_path, "train", str(config), *settings, "--processes", str(processes))
+    again = keel(tmp_path, "train", str(config), "training.steps=8", "parallel.pipeline=1")
     assert again.returncode == 0, again.stderr
     assert len(losses(tmp_path)) == 8
     for here, there in zip(losses(tmp_path), undisturbed, strict=True):
         assert here == pytest.approx(there, rel=1e-5)
+
+
+def test_a_checkpoint_rebuilds_its_run(finished: Path, tmp_path: Path) -> None:
+    """Without the YAML, the run's own configuration and MLflow's marker."""
+    home = copy_with_checkpoint(finished, tmp_path, 3)
+    run = home / "runs" / "test"
+    (home / "run.yaml").unlink()
+    (run / "config.yaml").unlink()
+    saved = folder.step_folder(run, 3) / "config.yaml"
+    again = keel(home, "train", str(saved.relative_to(home)), "--processes", "2")
+    assert again.returncode == 0, again.stderr
+    assert losses(home) == losses(finished)
+
+
+def test_other_text_is_refused_and_nothing_is_lost(finished: Path, tmp_path: Path) -> None:
+    other = tmp_path / "argparse.py"
+    other.write_text(Path(argparse.__file__).read_text()[:-1000])
+    before = losses(finished)
+    wrong = keel(
+        finished, "train", "run.yaml", "training.steps=8", f"data.text={other}", "--processes", "2"
+    )
+    assert wrong.returncode == 2
+    assert "data.text: it is not the text that the run was trained on: argparse.py changed (" in (
+        wrong.stderr
+    )
+    assert wrong.stderr.count("error: ") == 1
+    assert losses(finished) == before
+    assert str(other) not in (finished / "runs" / "test" / "config.yaml").read_text()
+
+
+def test_checkpoints_are_reported(finished: Path) -> None:
+    metrics = read_metrics(finished / "runs" / "test" / "metrics.jsonl")
+    saves = [record for record in metrics if "checkpoint_stall_seconds" in record]
+    assert [record["step"] for record in saves] == [3, 6]
+    assert all(0 < r["checkpoint_stall_seconds"] <= r["checkpoint_seconds"] for r in saves)
 
 
 def test_generation_is_repeatable_and_continues_the_prompt(finished: Path) -> None:
@@ -193,9 +216,11 @@ def test_unusable_text_is_named(tmp_path: Path, text: Path, make: Any, expected:
     claim(load_config(config, [f"training.runs_dir={tmp_path / 'runs'}"]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)]
+)
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
-    tmp_path: Path, text: Path, number: signal.Signals
+    tmp_path: Path, text: Path, number: signal.Signals, code: int
 ) -> None:
     config = write_config(tmp_path, text)
     command = [sys.executable, "-m", "keel_megatron", "train", str(config), "training.steps=100000"]
@@ -208,7 +233,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
             time.sleep(0.1)
         process.send_signal(number)
         shown, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    assert process.returncode == code
     done = losses(tmp_path)[-1][0]
     assert f"stopped after step {done} of 100000, checkpoint written" in shown
     assert folder.steps(tmp_path / "runs" / "test") == [done]

@@ -1,0 +1,101 @@
+"""Which checkpoint a run goes on from: the newest whose every file is as it was written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from keel_megatron.checkpoint import folder
+from keel_megatron.checkpoint.manifest import (
+    STATE,
+    DamagedError,
+    FileRecord,
+    check_file,
+    rank_of,
+    read_json,
+    read_manifest,
+)
+from keel_megatron.config.errors import UserError
+from keel_megatron.runtime.distributed import Runtime
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is to go on from; the same on every rank."""
+
+    path: Path | None = None
+    """The newest good checkpoint; None if there is none at all."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """Its state.json."""
+    remarks: tuple[str, ...] = ()
+    """What was passed over and why."""
+    damaged: frozenset[int] = frozenset()
+    """Steps of the damaged ones that were passed over; they are left where they are."""
+
+
+def newest_good(run_folder: Path, runtime: Runtime, multiple_of: int = 1) -> Found:
+    """The newest good checkpoint of a run; collective over all ranks.
+
+    The ranks share the reading, rank 0 judges and tells the others.
+
+    Args:
+        run_folder: the run's folder.
+        runtime: this rank's place.
+        multiple_of: look only at those of multiples of so many steps; 0 = at that of step 0.
+
+    Raises:
+        UserError: there are checkpoints, and every one is damaged; on every rank.
+    """
+    steps = runtime.from_main(lambda: folder.steps(run_folder))
+    remarks = runtime.from_main(lambda: [_unfinished(path) for path in folder.remains(run_folder)])
+    damaged: list[int] = []
+    for step in reversed(steps):
+        if step % multiple_of if multiple_of else step:
+            continue
+        path = folder.step_folder(run_folder, step)
+        problem, state = _judge(path, runtime)
+        if problem is None:
+            return Found(path, state, tuple(remarks), frozenset(damaged))
+        damaged.append(step)
+        remarks.append(f"{path} is damaged and left for inspection: {problem}")
+    if damaged:
+        raise UserError(
+            "\n".join(remarks)
+            + f"\nno checkpoint of {run_folder} is good; to start the run anew, move that folder "
+            "away or give training.name another name",
+            reported=not runtime.is_main,
+        )
+    return Found(remarks=tuple(remarks))
+
+
+def _unfinished(path: Path) -> str:
+    if path.suffix == ".partial":
+        return f"{path} was never finished: it is not used, and left until its step is saved again"
+    return f"{path} was set aside when its step was saved again: it is not used"
+
+
+def _judge(path: Path, runtime: Runtime) -> tuple[str | None, dict[str, Any]]:
+    """What is wrong with a checkpoint, if anything, and its state.json."""
+    problem, files, state = runtime.from_main(lambda: _outline(path))
+    if problem is not None:
+        return problem, {}
+    mine = None
+    try:
+        for name, record in files.items():
+            # A rank's own file is then at hand when it is loaded.
+            if (rank_of(name) or 0) % runtime.launch.world_size == runtime.rank:
+                check_file(path, name, record)
+    except DamagedError as error:
+        mine = str(error)
+    problems = runtime.gather(mine)
+    problem = runtime.from_main(lambda: next((text for text in problems if text), None))
+    return problem, state
+
+
+def _outline(path: Path) -> tuple[str | None, dict[str, FileRecord], dict[str, Any]]:
+    """The first look: names and sizes."""
+    try:
+        return None, read_manifest(path), read_json(path / STATE)
+    except DamagedError as error:
+        return str(error), {}, {}

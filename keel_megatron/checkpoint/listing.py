@@ -1,0 +1,154 @@
+"""What a run's checkpoints are, for people: no torch, nothing is loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keel_megatron.checkpoint import folder
+from keel_megatron.checkpoint.identity import changeable
+from keel_megatron.checkpoint.manifest import (
+    CONFIG,
+    MANIFEST,
+    STATE,
+    DamagedError,
+    check,
+    read_json,
+    read_manifest,
+)
+from keel_megatron.config.errors import UserError
+
+_LAYOUT = (
+    ("TP", "tensor"),
+    ("PP", "pipeline"),
+    ("VPP", "virtual_pipeline"),
+    ("DP", "data"),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One folder among a run's checkpoints."""
+
+    path: Path
+    step: int | None
+    """None if it is no checkpoint: half-written, or set aside."""
+    bytes: int
+    problem: str | None
+    """What is wrong with it; None if nothing is, as far as was looked."""
+
+    def line(self) -> str:
+        """Name, size, time and condition."""
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.path.stat().st_mtime))
+        condition = f"DAMAGED: {self.problem}" if self.problem else "good"
+        if self.step is None:
+            condition = str(self.problem)
+        return f"{self.path.name:24} {self.bytes / 1e6:12,.2f} MB  {when}  {condition}"
+
+
+def entries(run_folder: Path, *, read_all: bool) -> list[Entry]:
+    """A run's checkpoints by step, then what is no checkpoint.
+
+    Args:
+        run_folder: the run's folder.
+        read_all: read every file and compare checksums; else look at names and sizes alone.
+
+    Raises:
+        UserError: the folder holds no checkpoints.
+    """
+    if not folder.root(run_folder).is_dir():
+        raise UserError(f"{run_folder} holds no checkpoints: there is no {folder.root(run_folder)}")
+    look: Callable[[Path], Any] = check if read_all else read_manifest
+    found = []
+    for step in folder.steps(run_folder):
+        path = folder.step_folder(run_folder, step)
+        problem = None
+        try:
+            look(path)
+        except DamagedError as error:
+            problem = str(error)
+        found.append(Entry(path, step, _size(path), problem))
+    for path in folder.remains(run_folder):
+        kind = "half-written" if path.suffix == ".partial" else "set aside"
+        found.append(Entry(path, None, _size(path), kind))
+    return found
+
+
+def describe(run_folder: Path, step: int | None) -> list[str]:
+    """What a checkpoint holds, a line each.
+
+    Args:
+        run_folder: the run's folder.
+        step: the checkpoint's step; None = the newest whose names and sizes are right.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged.
+    """
+    good = [
+        entry.step
+        for entry in entries(run_folder, read_all=False)
+        if entry.step is not None and entry.problem is None
+    ]
+    if step is None and not good:
+        raise UserError(f"{run_folder} has no good checkpoint")
+    path = folder.step_folder(run_folder, good[-1] if step is None else step)
+    if not path.is_dir():
+        raise UserError(f"--step: there is no {path}; there are {folder.steps(run_folder)}")
+    try:
+        files, state = read_manifest(path), read_json(path / STATE)
+        return list(_description(path, len(files), state))
+    except DamagedError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(f"{path} is damaged: {STATE} is not the state of a run") from None
+
+
+def prune_run(run_folder: Path, keep: int, keep_every: int, *, damaged: bool) -> list[Path]:
+    """Remove old checkpoints, judged by reading all of them; the removed ones.
+
+    Not for a run that is being trained now: what it writes at this moment looks half-written.
+
+    Args:
+        run_folder: the run's folder.
+        keep: newest good ones that stay.
+        keep_every: good ones of multiples of so many steps stay too; 0 = none.
+        damaged: remove damaged, half-written and set-aside ones too; else they stay.
+
+    Raises:
+        UserError: the folder holds no checkpoints, or a folder cannot be removed.
+    """
+    bad = [entry for entry in entries(run_folder, read_all=True) if entry.problem is not None]
+    spare = {entry.step for entry in bad if entry.step is not None}
+    try:
+        removed = folder.prune(run_folder, keep, keep_every, spare)
+        for entry in reversed(bad) if damaged else []:
+            folder.remove(entry.path)
+            removed.append(entry.path)
+    except OSError as error:
+        raise UserError(f"cannot remove {error.filename}: {error.strerror}") from None
+    return removed
+
+
+def _description(path: Path, files: int, state: dict[str, Any]) -> list[str]:
+    layout = " x ".join(f"{name} {state['layout'][key]}" for name, key in _LAYOUT)
+    packages = ", ".join(f"{name} {version}" for name, version in state["packages"].items())
+    parts = ", ".join(name for name, value in state["extras"].items() if value is not None)
+    return [
+        f"checkpoint  {path}",
+        f"step        {state['step']}",
+        f"samples     {state['consumed_samples']}",
+        f"layout      {layout} on {state['device']} (any other can go on from it)",
+        f"files       {files} and {MANIFEST}, {_size(path) / 1e6:,.2f} MB",
+        f"data        {state['data'].get('fingerprint', 'unknown')}",
+        f"also keeps  {parts or 'nothing'}",
+        f"packages    {packages}",
+        f"settings    {path / CONFIG} (keel train takes it as CONFIG)",
+        f"may change  {changeable()}",
+    ]
+
+
+def _size(path: Path) -> int:
+    return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())

@@ -1,0 +1,53 @@
+"""The optimizer's sharded state, around the traps of megatron-core 0.16.1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+
+def sharded_optimizer_state(
+    optimizer: Any, models: dict[str, Any], metadata: dict[str, Any], is_loading: bool
+) -> dict[str, Any]:
+    """Masters, moments and groups with their places in the global tensors.
+
+    Args:
+        optimizer: a chain of one Megatron-core optimizer.
+        models: the sharded state of the model chunks.
+        metadata: how they are sharded.
+        is_loading: whether the state will be filled.
+    """
+    (inner,) = optimizer.chained_optimizers
+    if not isinstance(inner, Float16OptimizerWithFloat16Params):
+        return optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+    # It looks up the half-precision parameters alone, and fails on those that are fp32 in a
+    # bf16 model: the norms' gains, which make up groups of their own.
+    half = inner.float16_groups
+    inner.float16_groups = [
+        [*low, *full] for low, full in zip(half, inner.fp32_from_fp32_groups, strict=True)
+    ]
+    try:
+        return optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+    finally:
+        inner.float16_groups = half
+
+
+def load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """Restore the optimizer's groups and step, then masters and moments.
+
+    With torch's AdamW, which counts its steps per parameter, the distributed optimizer looks in one
+    call for `step` among the sharded tensors, where it is not, so it is set aside while those are
+    loaded; and it gives all parameters one and the same counter, which each of them would then
+    advance.
+    """
+    sharded = loaded.pop("param_state", None)
+    optimizer.load_state_dict(loaded)
+    if sharded is None:
+        return
+    (inner,) = optimizer.chained_optimizers
+    states = inner.optimizer.state.values()
+    steps = [state.pop("step") for state in states]
+    inner.load_parameter_state_from_fully_reshardable(sharded)
+    for state, step in zip(states, steps, strict=True):
+        state["step"] = step.clone()

@@ -1,0 +1,75 @@
+"""`keel checkpoint`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from keel_megatron.cli.arguments import RunFolder
+
+DAMAGED = 1
+
+app = typer.Typer(help="Look at a run's checkpoints.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_(run: RunFolder) -> None:
+    """List a run's checkpoints, looking at names and sizes alone."""
+    from keel_megatron.checkpoint.listing import entries
+
+    for entry in entries(run, read_all=False):
+        print(entry.line())
+
+
+@app.command("verify")
+def verify(run: RunFolder) -> None:
+    """Read every file of every checkpoint; exit with 1 if one is damaged."""
+    from keel_megatron.checkpoint.listing import entries
+
+    found = entries(run, read_all=True)
+    for entry in found:
+        print(entry.line())
+    if any(entry.step is not None and entry.problem for entry in found):
+        raise typer.Exit(DAMAGED)
+
+
+@app.command("show")
+def show(
+    run: RunFolder,
+    step: Annotated[int | None, typer.Option(help="Its step; the newest if left out.")] = None,
+) -> None:
+    """Show what a checkpoint holds, and what a run may change when it goes on from it."""
+    from keel_megatron.checkpoint.listing import describe
+
+    for line in describe(run, step):
+        print(line)
+
+
+@app.command("prune")
+def prune(
+    run: RunFolder,
+    keep: Annotated[int | None, typer.Option(min=1, help="Newest good ones to keep.")] = None,
+    keep_every: Annotated[
+        int | None, typer.Option(min=0, help="Multiples of so many steps to keep too; 0 = none.")
+    ] = None,
+    damaged: Annotated[
+        bool,
+        typer.Option(help="Damaged and half-written ones too; not while it trains."),
+    ] = False,
+) -> None:
+    """Remove old checkpoints; what is not said is as in the run's checkpoint.* settings."""
+    from keel_megatron.checkpoint.identity import saved_config
+    from keel_megatron.checkpoint.listing import prune_run
+
+    settings = saved_config(run).checkpoint
+    removed = prune_run(
+        run,
+        settings.keep if keep is None else keep,
+        settings.keep_every if keep_every is None else keep_every,
+        damaged=damaged,
+    )
+    for path in removed:
+        print(f"removed {path}")
+    if not removed:
+        print("nothing to remove")

@@ -1,0 +1,115 @@
+"""What a run's data is, to the byte: no run goes on with other data unnoticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keel_megatron.config.errors import UserError
+
+SOURCES = "sources.json"
+_SHOWN = 5
+
+Sources = Mapping[str, list[Any]]
+"""Of each text file its bytes and SHA-256, by name."""
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Size, SHA-256 and time of change of a file."""
+    state = path.stat()
+    return {"bytes": state.st_size, "sha256": _sha256(path), "mtime_ns": state.st_mtime_ns}
+
+
+def is_unchanged(path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a file is as it was recorded.
+
+    It is read only if its time of change is another one, as git does: hashing terabytes of tokens
+    at every start would take hours.
+    """
+    if not path.is_file() or path.stat().st_size != record["bytes"]:
+        return False
+    return path.stat().st_mtime_ns == record["mtime_ns"] or _sha256(path) == record["sha256"]
+
+
+def refuse_other_text(
+    expected: Mapping[str, Any], found: Mapping[str, Any], cache: Path, sources: Sources
+) -> None:
+    """Refuse text or a given tokenizer that differ from what a run was trained on so far.
+
+    Args:
+        expected: the identity that its checkpoint holds.
+        found: the same of what is there now; its files need not be known.
+        cache: where the expected data was prepared; its list of texts tells what differs.
+        sources: the texts that are there now.
+
+    Raises:
+        UserError: they differ.
+    """
+    if expected["fingerprint"] == found["fingerprint"]:
+        return
+    if expected["corpus"] == found["corpus"]:
+        raise UserError(
+            "data.tokenizer: it is not the one that the run was trained with (SHA-256 "
+            f"{expected['tokenizer']} then, {found['tokenizer']} now); give that one again, or "
+            "start another run under another training.name"
+        )
+    raise UserError(
+        "data.text: it is not the text that the run was trained on: "
+        f"{_text_difference(expected, found, cache, sources)}; restore it, or start another run "
+        "under another training.name"
+    )
+
+
+def refuse_other_files(expected: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> None:
+    """Refuse prepared files that differ from those that a run was trained on so far.
+
+    Args:
+        expected: the identity that its checkpoint holds.
+        found: that of the prepared data.
+        folder: where it lies.
+
+    Raises:
+        UserError: they differ.
+    """
+    for name, then in expected["files"].items():
+        now = found["files"].get(name)
+        if now != then:
+            raise UserError(
+                f"data.cache: {folder / name} is not what the run was trained on: "
+                f"{_file_text(then)} then, {_file_text(now)} now, from the same text; other "
+                "versions of sentencepiece or megatron-core may prepare it otherwise. Restore that "
+                "folder, or start another run under another training.name"
+            )
+
+
+def _file_text(record: Mapping[str, Any] | None) -> str:
+    if record is None:
+        return "absent"
+    return f"{record['bytes']} bytes with SHA-256 {record['sha256'][:12]}"
+
+
+def _text_difference(
+    expected: Mapping[str, Any], found: Mapping[str, Any], cache: Path, sources: Sources
+) -> str:
+    try:
+        before: Sources = json.loads((cache / expected["fingerprint"][:16] / SOURCES).read_text())
+    except (OSError, ValueError):
+        return f"SHA-256 {expected['corpus'][:12]} then, {found['corpus'][:12]} now"
+    lines = [f"{name} is missing" for name in before.keys() - sources.keys()]
+    lines += [f"{name} is new" for name in sources.keys() - before.keys()]
+    lines += [
+        f"{name} changed ({before[name][0]} bytes then, {sources[name][0]} now)"
+        for name in before.keys() & sources.keys()
+        if before[name] != sources[name]
+    ]
+    lines.sort()
+    more = f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return ", ".join(lines[:_SHOWN]) + more
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,227 @@
+"""What the ranks of the checkpoint tests run: whole loops on made-up tokens."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from keel_megatron.checkpoint import manifest
+from keel_megatron.checkpoint.find import newest_good
+from keel_megatron.checkpoint.saver import Saver
+from keel_megatron.checkpoint.state import Position
+from keel_megatron.config import UserError
+from keel_megatron.config.run import RunConfig
+from keel_megatron.data.batches import Batch
+from keel_megatron.runtime.distributed import Runtime, start
+from keel_megatron.tracking.records import CheckpointRecord, Record, StepRecord
+from keel_megatron.tracking.tracker import NullTracker
+from keel_megatron.training.loop import Loop
+from keel_megatron.training.stop import StopRequest
+from tests.distributed import run_ranks, use_launch
+from tests.training.ranks import made_up_batches
+
+Sections = dict[str, dict[str, Any]]
+Faults = dict[str, Callable[[pytest.MonkeyPatch], None]]
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """A batch source without files: the step decides the tokens."""
+
+    config: RunConfig
+    runtime: Runtime
+
+    def micro_batches(self, consumed_samples: int, global_batch_size: int) -> Iterator[Batch]:
+        step = consumed_samples // global_batch_size
+        return iter(made_up_batches(self.config, self.runtime, step))
+
+
+class Recorder(NullTracker):
+    """Keeps what it is told."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self.records: list[Record] = []
+        self.said: list[str] = []
+
+    def step(self, record: Record) -> None:
+        self.records.append(record)
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        self.records.append(record)
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+class Counter:
+    """A part with state: counts what it was asked."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def state(self) -> Any:
+        self.seen.append(1 / 3 + len(self.seen))
+        return {"seen": tuple(self.seen)}
+
+    def restore(self, state: Any) -> None:
+        self.seen = list(state["seen"])
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a run went on a rank."""
+
+    losses: list[tuple[int, float, float]]
+    """Step, loss, gradient norm of the steps of this start."""
+    digest: str
+    """SHA-256 of this rank's weights, masters, moments and step counts."""
+    resumed: str | None
+    """Name of the checkpoint that it went on from."""
+    remarks: tuple[str, ...]
+    said: list[str]
+    saves: list[CheckpointRecord]
+    counted: list[float] = field(default_factory=list)
+    error: str | None = None
+    """Message of the UserError that ended it."""
+
+
+def run_in_turn(size: int, runs: list[Sections], faults: Faults | None = None) -> list[list[Ran]]:
+    """What `run` gives on each of `size` ranks, run by run, all in the same processes.
+
+    Args:
+        size: ranks.
+        runs: configurations.
+        faults: of some runs, by name, what is done to each rank before.
+    """
+    ranks = run_ranks(size, _run_all, runs, faults or {}, launches=len(runs))
+    return [list(run) for run in zip(*ranks, strict=True)]
+
+
+def _run_all(runs: list[Sections], faults: Faults) -> list[Ran]:
+    found = []
+    for number, sections in enumerate(runs):
+        use_launch(number)
+        with pytest.MonkeyPatch.context() as patch:
+            faults.get(sections["training"]["name"], _no_fault)(patch)
+            found.append(run(sections))
+    return found
+
+
+def _no_fault(patch: pytest.MonkeyPatch) -> None:
+    pass
+
+
+def unseen_full(patch: pytest.MonkeyPatch) -> None:
+    """As under a quota: the file system says that there is room, and writing fails."""
+    real = shutil.disk_usage
+    patch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1 << 50))
+
+
+def quota_of_rank_1(patch: pytest.MonkeyPatch) -> None:
+    """Rank 1 runs into its quota in the middle of its second file."""
+    write, begun = manifest.write_checked, []
+
+    def limited(path: Path, blocks: Any) -> Any:
+        begun.append(path)
+        if os.environ["RANK"] == "1" and len(begun) == 2:
+            path.write_bytes(bytes(next(iter(blocks))))
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
+        return write(path, blocks)
+
+    patch.setattr(manifest, "write_checked", limited)
+
+
+def die_while_saving(patch: pytest.MonkeyPatch) -> None:
+    """As kill -9 does, when a part of the second checkpoint is written."""
+    write, begun = manifest.write_checked, []
+
+    def dying(path: Path, blocks: Any) -> Any:
+        begun.append(path)
+        if len([path for path in begun if manifest.rank_of(path.name) is not None]) == 2:
+            path.write_bytes(bytes(next(iter(blocks))))
+            os._exit(9)
+        return write(path, blocks)
+
+    patch.setattr(manifest, "write_checked", dying)
+
+
+def run_and_die(sections: Sections) -> None:
+    """`run` in this process, which does not live to its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        die_while_saving(patch)
+        run(sections)
+
+
+def run(sections: Sections) -> Ran:
+    """Train a run to its end, going on from its newest good checkpoint."""
+    from keel_megatron.model.language_model import build_model
+    from keel_megatron.training.engine import MegatronEngine
+
+    config = RunConfig.model_validate(sections)
+    with start(config.parallel, config.training) as runtime:
+        try:
+            found = newest_good(config.training.folder, runtime)
+        except UserError as error:
+            return Ran([], "", None, (), [], [], error=str(error))
+        engine = MegatronEngine(config, runtime, build_model(config, runtime))
+        tracker, part = Recorder(config), Counter()
+        saver = Saver(config, runtime, tracker, {"fingerprint": "made up"}, found.damaged)
+        loop = Loop(
+            config,
+            runtime,
+            engine,
+            MadeUp(config, runtime),
+            made_up_batches(config, runtime, 99),
+            tracker,
+            Position(),
+            saver,
+            parts={"counter": part},
+        )
+        error = None
+        try:
+            if found.path is not None:
+                loop.restore(found.path)
+            loop.run(StopRequest())
+        except UserError as caught:
+            error = str(caught)
+        steps = [record for record in tracker.records if isinstance(record, StepRecord)]
+        return Ran(
+            losses=[(record.step, record.loss, record.grad_norm) for record in steps],
+            digest=digest(engine),
+            resumed=found.path.name if found.path else None,
+            remarks=found.remarks,
+            said=tracker.said,
+            saves=[record for record in tracker.records if isinstance(record, CheckpointRecord)],
+            counted=part.seen,
+            error=error,
+        )
+
+
+def digest(engine: Any) -> str:
+    """SHA-256 of everything that the next step would start from."""
+    found = hashlib.sha256()
+
+    def take(name: str, tensor: torch.Tensor) -> None:
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+
+    for chunk in engine.chunks:
+        for name, parameter in chunk.named_parameters():
+            take(name, parameter)
+    for inner in engine.optimizer.chained_optimizers:
+        for group in inner.optimizer.param_groups:
+            for number, parameter in enumerate(group["params"]):  # the fp32 masters under bf16
+                take(f"master {number}", parameter)
+                for name, value in sorted(inner.optimizer.state[parameter].items()):
+                    take(name, torch.as_tensor(value).reshape(-1))
+    return found.hexdigest()

@@ -1,0 +1,106 @@
+"""`keel checkpoint`: what it shows of good and damaged checkpoints, and what it removes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from keel_megatron.checkpoint import folder
+from keel_megatron.checkpoint.identity import claim
+from keel_megatron.checkpoint.listing import describe, entries
+from keel_megatron.cli.main import app
+from keel_megatron.config import UserError
+from tests.checkpoint.samples import write_checkpoint
+from tests.settings import small_config
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Steps 10 to 50; 40 has a flipped bit, 50 is cut short, 60 is half-written."""
+    config = small_config(training__runs_dir=str(tmp_path), checkpoint__keep=1)
+    claim(config)
+    run = config.training.folder
+    for step in (10, 20, 30, 40, 50):
+        write_checkpoint(run, step)
+    path = folder.step_folder(run, 40) / "rank_00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    path = folder.step_folder(run, 50) / "state.json"
+    path.write_bytes(path.read_bytes()[:-1])
+    (folder.begin(run, 60) / "rank_00000.safetensors").write_bytes(b"half")
+    return run
+
+
+def keel(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["checkpoint", *arguments])
+    return done.exit_code, done.output
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in folder.root(run).iterdir())
+
+
+def test_list_looks_at_sizes_and_verify_reads(run: Path) -> None:
+    code, listed = keel("list", str(run))
+    assert code == 0
+    lines = listed.splitlines()
+    assert [line.split()[0] for line in lines] == names(run)
+    assert [line.split()[-1] for line in lines[:4]] == ["good"] * 4
+    assert "DAMAGED: state.json has" in lines[4]
+    assert lines[5].endswith("half-written")
+    code, verified = keel("verify", str(run))
+    assert code == 1
+    assert "DAMAGED: rank_00001.safetensors has checksum" in verified.splitlines()[3]
+
+
+def test_verify_is_content_with_good_ones(run: Path) -> None:
+    for step in (40, 50):
+        folder.remove(folder.step_folder(run, step))
+    assert keel("verify", str(run))[0] == 0
+
+
+def test_show_tells_what_is_kept_and_what_may_change(run: Path) -> None:
+    code, shown = keel("show", str(run))
+    assert code == 0
+    assert "step        40\nsamples     640\n" in shown
+    assert "TP 1 x PP 2 x VPP 1 x DP 1 on cpu" in shown
+    assert "also keeps  guard\n" in shown
+    assert "may change  parallel.tensor, " in shown
+    assert "optimizer.*" in shown
+    assert "step        10\n" in keel("show", str(run), "--step", "10")[1]
+
+
+def test_show_says_what_is_not_there(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--step: there is no .*step_00000011; there are \[10"):
+        describe(run, 11)
+    with pytest.raises(UserError, match=r"step_00000050 is damaged: state\.json"):
+        describe(run, 50)
+    with pytest.raises(UserError, match="holds no checkpoints"):
+        entries(tmp_path, read_all=False)
+
+
+def test_prune_counts_good_ones_and_leaves_damaged_ones(run: Path) -> None:
+    code, said = keel("prune", str(run), "--keep", "1", "--keep-every", "20")
+    assert code == 0
+    assert said.splitlines() == [f"removed {folder.step_folder(run, 10)}"]
+    assert names(run) == [
+        "step_00000020",
+        "step_00000030",
+        "step_00000040",
+        "step_00000050",
+        "step_00000060.partial",
+    ]
+
+
+def test_prune_takes_the_runs_settings_and_the_damaged_if_asked(run: Path) -> None:
+    assert keel("prune", str(run), "--damaged")[0] == 0
+    assert names(run) == ["step_00000030"]
+    assert keel("prune", str(run)) == (0, "nothing to remove\n")
+
+
+def test_it_does_not_wait_for_torch() -> None:
+    code = "import sys, keel_megatron.checkpoint.listing; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

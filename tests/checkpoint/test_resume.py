@@ -1,0 +1,152 @@
+"""Going on from a checkpoint: to the last bit on its layout, closely on any other."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keel_megatron.checkpoint import folder
+from tests.checkpoint.ranks import Ran, Sections, run_in_turn
+from tests.settings import settings
+
+STEPS, SAVED = 4, 2
+# Name -> (processes, overrides); all with dropout.
+SAME: dict[str, tuple[int, dict[str, Any]]] = {
+    "fp32-dp2": (2, {}),
+    "bf16-dp2": (2, {"training__precision": "bf16"}),
+    "bf16-dp2-replicated-optimizer": (
+        2,
+        {"training__precision": "bf16", "parallel__distributed_optimizer": False},
+    ),
+    "fp32-pp2-vpp2-waiting": (
+        2,
+        {
+            "parallel__pipeline": 2,
+            "parallel__virtual_pipeline": 2,
+            "checkpoint__asynchronous": False,
+        },
+    ),
+    "bf16-tp2-sp": (
+        2,
+        {"training__precision": "bf16", "parallel__tensor": 2, "parallel__sequence": True},
+    ),
+}
+# Name -> (processes, overrides) of the layouts that go on from one of two stages.
+OTHER: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {"parallel__pipeline": 1}),
+    "tp2-sp": (
+        2,
+        {"parallel__pipeline": 1, "parallel__tensor": 2, "parallel__sequence": True},
+    ),
+    "pp2-vpp2": (2, {"parallel__virtual_pipeline": 2}),
+    "dp2": (2, {"parallel__pipeline": 1}),
+    "tp2-pp2-vpp2": (4, {"parallel__tensor": 2, "parallel__virtual_pipeline": 2}),
+    "pp2-dp2": (4, {}),
+}
+
+
+def sections(runs: Path, name: str, **overrides: Any) -> Sections:
+    return settings(
+        training__runs_dir=str(runs),
+        training__name=name,
+        training__steps=STEPS,
+        model__blocks=4,
+        checkpoint__every=SAVED,
+        **overrides,
+    )
+
+
+def forget_the_end(run: Path) -> None:
+    shutil.rmtree(folder.step_folder(run, STEPS))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def same(runs: Path) -> dict[str, tuple[list[Ran], list[Ran]]]:
+    """Of each run both ranks undisturbed, and from the middle on in other processes."""
+    configs = [sections(runs, n, model__dropout=0.1, **o) for n, (_size, o) in SAME.items()]
+    whole = run_in_turn(2, configs)
+    for name in SAME:
+        forget_the_end(runs / name)
+    again = run_in_turn(2, configs)
+    return dict(zip(SAME, zip(whole, again, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_same_layout_goes_on_to_the_last_bit(
+    name: str, same: dict[str, tuple[list[Ran], list[Ran]]]
+) -> None:
+    """Losses and gradient norms; then weights, masters, moments and counts of both ranks."""
+    for whole, again in zip(*same[name], strict=True):
+        assert whole.error is None
+        assert again.error is None
+        assert again.resumed == f"step_{SAVED:08d}"
+        assert [step for step, _loss, _norm in again.losses] == [3, 4]
+        assert again.losses == whole.losses[SAVED:]
+        assert again.digest == whole.digest
+
+
+def test_dropout_was_on_and_the_generators_count(
+    runs: Path, same: dict[str, tuple[list[Ran], list[Ran]]]
+) -> None:
+    """The runs above would agree without the generators if dropout drew nothing."""
+    name = "fp32-dp2"
+    forget_the_end(runs / name)
+    state = folder.step_folder(runs / name, SAVED) / "state.json"
+    from keel_megatron.checkpoint import manifest
+
+    files = manifest.read_manifest(state.parent)
+    text = state.read_text().replace('"data": 2', '"data": 3')
+    files["state.json"] = manifest.write_checked(state, [text.encode()])
+    manifest.write_manifest(state.parent, SAVED, files)
+    ((again, _other),) = run_in_turn(2, [sections(runs, name, model__dropout=0.1)])
+    assert again.error is None
+    assert again.losses != same[name][0][0].losses[SAVED:]
+
+
+def test_other_parts_come_back(same: dict[str, tuple[list[Ran], list[Ran]]]) -> None:
+    for whole, again in zip(*same["fp32-dp2"], strict=True):
+        assert whole.counted == again.counted == [1 / 3, 1 / 3 + 1]
+
+
+def test_the_stall_is_measured(same: dict[str, tuple[list[Ran], list[Ran]]]) -> None:
+    for name, (whole, _again) in same.items():
+        saves = whole[0].saves
+        assert [save.step for save in saves] == [SAVED, STEPS]
+        for save in saves:
+            assert 0 < save.checkpoint_stall_seconds <= save.checkpoint_seconds
+            assert save.checkpoint_bytes > 1e6
+            if name == "fp32-pp2-vpp2-waiting":
+                assert save.checkpoint_stall_seconds == pytest.approx(save.checkpoint_seconds)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(runs: Path) -> dict[str, Ran]:
+    """Rank 0's runs of every other layout, each from its own copy of one checkpoint."""
+    ((whole, _other),) = run_in_turn(2, [sections(runs, "origin", parallel__pipeline=2)])
+    forget_the_end(runs / "origin")
+    found = {"origin": whole}
+    for size in sorted({size for size, _overrides in OTHER.values()}):
+        names = [name for name, (wanted, _overrides) in OTHER.items() if wanted == size]
+        configs = []
+        for name in names:
+            shutil.copytree(runs / "origin", runs / f"from-{name}")
+            overrides = {"parallel__pipeline": 2, **OTHER[name][1]}
+            configs.append(sections(runs, f"from-{name}", **overrides))
+        found |= {n: ranks[0] for n, ranks in zip(names, run_in_turn(size, configs), strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_another_layout_goes_on(name: str, elsewhere: dict[str, Ran]) -> None:
+    assert elsewhere[name].error is None
+    assert elsewhere[name].resumed == f"step_{SAVED:08d}"
+    for here, there in zip(elsewhere[name].losses, elsewhere["origin"].losses[SAVED:], strict=True):
+        assert here == pytest.approx(there, rel=1e-5)
