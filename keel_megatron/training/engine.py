@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
 from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.training.depth import DepthCollector
 from keel_megatron.training.optimizer import (
     build_optimizer,
     set_learning_rate,
@@ -54,16 +56,28 @@ class MegatronEngine:
         megatron_config.finalize_model_grads_func = finalize_model_grads
 
     def train_step(
-        self, micro_batches: Iterable[Batch], count: int, learning_rate: float
+        self,
+        micro_batches: Iterable[Batch],
+        count: int,
+        learning_rate: float,
+        depth: DepthCollector | None = None,
     ) -> StepResult:
-        """Forward, backward and update on this replica's `count` micro-batches."""
+        """Forward, backward and update on this replica's `count` micro-batches.
+
+        `depth` observes the step, if it is given.
+        """
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = self._run(micro_batches, count, forward_only=False)
+        with nullcontext() if depth is None else depth.watching():
+            loss = self._run(micro_batches, count, forward_only=False)
+        if depth is not None:
+            depth.before_update()
         set_learning_rate(self.optimizer, self.config, learning_rate)
         _updated, grad_norm, _zeros = self.optimizer.step()
+        if depth is not None:
+            depth.after_update()
         return StepResult(loss, float(grad_norm))
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from keel_megatron.partition.flops import training_flops_per_token
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
 from keel_megatron.tracking.tracker import Tracker
+from keel_megatron.training.depth import DepthCollector
 from keel_megatron.training.engine import MegatronEngine, StepResult
 from keel_megatron.training.schedule import learning_rate
 from keel_megatron.training.stop import StopRequest
@@ -68,6 +69,7 @@ class Loop:
         )
         self.saved_step = self.position.step
         self.tracker.say(f"saved {path}")
+        self.tracker.draw_depth(ending=False)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.position.step % every == 0
@@ -77,14 +79,27 @@ class Loop:
         step = self.position.step + 1
         started = time.perf_counter()
         rate = learning_rate(step, training.steps, config.optimizer, config.schedule)
+        depth = self._depth_collector(step)
         result = self.engine.train_step(
             self.batches.micro_batches(self.position.consumed_samples, training.global_batch_size),
             training.global_batch_size // (training.micro_batch_size * self.runtime.data_size),
             rate,
+            depth,
         )
+        profile = depth.profile(step) if depth is not None else None
         consumed = self.position.consumed_samples + training.global_batch_size
         self.position = Position(step, consumed)
         self.tracker.step(self._record(result, rate, time.perf_counter() - started))
+        if profile is not None:
+            self.tracker.depth(profile)
+
+    def _depth_collector(self, step: int) -> DepthCollector | None:
+        """What gathers the step's depth profile: of step 1 and of every `depth_every`-th."""
+        every = self.config.tracking.depth_every
+        if every == 0 or (step != 1 and step % every):
+            return None
+        engine = self.engine
+        return DepthCollector(self.config, self.runtime, engine.chunks, engine.optimizer)
 
     def _record(self, result: StepResult, rate: float, seconds: float) -> StepRecord:
         config, position = self.config, self.position

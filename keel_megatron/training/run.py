@@ -105,6 +105,7 @@ def _train(
         config, runtime, engine, batches, validation, tracker, position, saved_step=position.step
     )
     loop.run(stop)
+    tracker.draw_depth(ending=True)
     _conclude(config, runtime, tracker, data, loop)
 
 
