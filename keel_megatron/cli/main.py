@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from keel_megatron import __version__
-from keel_megatron.cli import config, data, generate, tokenizer, train
+from keel_megatron.cli import config, data, depth, generate, tokenizer, train
 from keel_megatron.config.errors import ConfigError, UserError
 
 USER_ERROR = 2
@@ -39,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("train")(train.train)
+app.command("depth")(depth.depth)
 app.command("generate")(generate.generate)
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")

@@ -67,7 +67,7 @@ class DepthLog:
         # Imported late: matplotlib takes a second.
         from keel_megatron.tracking.depth_plot import plot_all
 
-        pictures = plot_all(read_profiles(self._folder), self._folder)
+        pictures = plot_all(read_profiles(self._folder), self._folder.resolve().name, self._folder)
         self._undrawn = False
         self._drawn_at = self._clock()
         self._seconds = self._drawn_at - started

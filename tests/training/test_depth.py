@@ -60,7 +60,8 @@ def profiles(sections: dict[str, Any], poisoned: bool = False) -> list[DepthProf
             rate = config.optimizer.learning_rate
             engine.train_step(batches, len(batches), rate, depth)
             assert all(
-                layer.observer is None and not layer.self_attention.core_attention._forward_pre_hooks
+                layer.observer is None
+                and not layer.self_attention.core_attention._forward_pre_hooks
                 for chunk in engine.chunks
                 for layer in chunk.decoder.layers
             )
@@ -77,7 +78,7 @@ def perturbed(chunks: list[Any], poisoned: bool) -> list[Any]:
                 for parameter in layer.parameters():
                     if parameter.dim() == 1:
                         parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-                if poisoned and POISONED // 2 == layer.layer_number - 1:
+                if poisoned and layer.layer_number - 1 == POISONED // 2:
                     layer.mlp.linear_fc2.weight.fill_(torch.nan)
     return chunks
 
