@@ -72,8 +72,7 @@ def plot_quantity(
         folder: where to draw.
         shown: the step that is set beside the first.
     """
-    figure = _figure(12.5, 5.4)
-    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    figure, (left, right) = _panels(1, 2, 5.2, 3.9)
     draw_heat_map(left, profiles, quantity)
     draw_lines(right, profiles[0], shown, quantity)
     _title(figure, name, _beside(profiles[0], shown))
@@ -98,7 +97,8 @@ def draw_heat_map(
 ) -> None:
     """Steps to the right, depth upwards; what is not finite is pink, what is not there pale.
 
-    Above 128 sub-layers a row is the mean of a group of them, and pink if any of them is.
+    Above 128 sub-layers a row is the mean of a group of them, and pink if any of them is. Of what
+    attention alone has, a row is a block.
 
     Args:
         axes: where to draw.
@@ -120,8 +120,10 @@ def draw_heat_map(
     picture = mappable.to_rgba(np.where(bad, low, np.clip(grid.data, low, high)))
     picture[bad] = to_rgba(ALARM)
     picture[np.ma.getmaskarray(grid)] = to_rgba(NOTHING)
-    depth = np.linspace(0, values.shape[1], grid.shape[0] + 1)
-    axes.pcolorfast(_edges([profile.step for profile in profiles]), depth, picture)
+    rows = grid.shape[0]
+    borders = np.arange(rows + 1) * math.ceil(values.shape[1] / rows)
+    axes.pcolorfast(_edges([profile.step for profile in profiles]), borders, picture)
+    axes.set_ylim(0, values.shape[1])
     axes.set_title(QUANTITIES[quantity].label, loc="left", fontsize=10.5, color=TEXT)
     axes.set_xlabel("step", color=TEXT)
     axes.set_ylabel("sub-layer", color=TEXT)
@@ -129,7 +131,7 @@ def draw_heat_map(
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     _quiet(axes)
     if colour_bar:
-        bar = axes.figure.colorbar(mappable, ax=axes, pad=0.02, aspect=28)
+        bar = axes.figure.colorbar(mappable, cax=axes.inset_axes((1.02, 0.0, 0.03, 1.0)))
         bar.outline.set_visible(False)
         bar.ax.tick_params(color=QUIET, labelcolor=TEXT, labelsize=8.5)
 
@@ -223,15 +225,17 @@ def _grouped(values: Values) -> Values:
     A group has as many attention as FFN sub-layers, so that they leave no pattern.
     """
     steps, depth = values.shape
-    if depth <= _ROWS_DRAWN:
+    attention_only = depth > 1 and not values[:, 1::2].count()
+    if depth <= _ROWS_DRAWN and not attention_only:
         return values
     size = 2 * math.ceil(depth / _ROWS_DRAWN / 2)
-    missing = -depth % size
-    wide = ((0, 0), (0, missing))
-    padded = np.ma.array(
-        np.pad(values.data, wide), mask=np.pad(np.ma.getmaskarray(values), wide, constant_values=1)
-    )
-    return np.ma.array(padded.reshape(steps, -1, size).mean(axis=2))
+    wide = ((0, 0), (0, -depth % size))
+    absent = np.pad(np.ma.getmaskarray(values), wide, constant_values=True)
+    there = ~absent.reshape(steps, -1, size)
+    counts = there.sum(axis=2)
+    # Not numpy's masked mean, which would mask what is not finite.
+    sums = np.where(there, np.pad(values.data, wide).reshape(there.shape), 0.0).sum(axis=2)
+    return np.ma.array(sums / np.maximum(counts, 1), mask=counts == 0)
 
 
 def _edges(steps: list[int]) -> np.ndarray[Any, Any]:
@@ -242,18 +246,32 @@ def _edges(steps: list[int]) -> np.ndarray[Any, Any]:
     return np.array([2 * steps[0] - middle[0], *middle, 2 * steps[-1] - middle[-1]])
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels of a width and height in inches, and its panels.
 
-    layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08, rect=(0, 0, 1, 1 - 0.75 / height))
-    return Figure(figsize=(width, height), dpi=110, facecolor="white", layout=layout)
+    Placed by hand: a layout engine would take as long as all the rest.
+    """
+    from matplotlib.figure import Figure
+
+    left, right, bottom, top, between, above = 0.65, 0.75, 0.55, 0.95, 1.15, 0.8
+    whole_width = left + columns * width + (columns - 1) * between + right
+    whole_height = bottom + rows * height + (rows - 1) * above + top
+    figure = Figure(figsize=(whole_width, whole_height), dpi=110, facecolor="white")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    figure.subplots_adjust(
+        left=left / whole_width,
+        right=1 - right / whole_width,
+        bottom=bottom / whole_height,
+        top=1 - top / whole_height,
+        wspace=between / width,
+        hspace=above / height,
+    )
+    return figure, list(grid.flatten())
 
 
 def _grid(names: Sequence[str], draw: Callable[[Axes, str], None]) -> Figure:
     rows = math.ceil(len(names) / _COLUMNS)
-    figure = _figure(4.1 * _COLUMNS, 3.0 * rows + 0.75)
-    panels = figure.subplots(rows, _COLUMNS, squeeze=False).flatten()
+    figure, panels = _panels(rows, _COLUMNS, 3.1, 2.1)
     for axes, name in zip(panels, names, strict=False):
         draw(axes, name)
     for axes in panels[len(names) :]:
