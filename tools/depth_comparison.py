@@ -73,8 +73,8 @@ def draw(found: dict[str, list[DepthProfile]], losses: dict[str, list[float]], o
     figure.text(
         0.011,
         0.915,
-        f"Both begin nearly alike. After {last.step} steps Keel's reaches every depth as before; of the "
-        f"gradient in Post-LN's last block {vanished(last)} is left in its first.",
+        f"Both begin nearly alike. After {last.step} steps Keel's reaches every depth as before; "
+        f"of the gradient in Post-LN's last block {vanished(last)} is left in its first.",
         fontsize=10.5,
         color=QUIET,
         va="top",

@@ -1,11 +1,11 @@
 """What depth profiles cost: steps with and without one, in turn, on made-up tokens.
 
-python tools/bench/depth.py [CONFIG] [section.key=value ...] [--pairs N]   # yaml/demo.yaml; CPU or GPU
-torchrun --nproc-per-node 2 tools/bench/depth.py ...                        # at a parallel layout
+python tools/bench/depth.py [CONFIG] [section.key=value ...] [--pairs N]  # yaml/demo.yaml if none
+torchrun --nproc-per-node 2 tools/bench/depth.py ...                      # at a parallel layout
 
 Prints the ratio of the two kinds of step (medians over the pairs), and from it the share of
-training time at `tracking.depth_every`. A profile's writing and its summary for MLflow are in it.
-The pictures are not: drawn while a run goes on they take at most 0.2 % more (tracking/depth_log.py).
+training time at `tracking.depth_every`. A profile's writing and its summary for MLflow are in it,
+its pictures are not: drawn while a run goes on they take at most 0.2 % (tracking/depth_log.py).
 Processor time is told besides, which others on the machine disturb less than the clock on the wall.
 """
 
