@@ -1,11 +1,12 @@
 """What depth profiles cost: steps with and without one, in turn, on made-up tokens.
 
-python tools/bench/depth.py [CONFIG] [section.key=value ...] [--pairs N]  # yaml/demo.yaml if none
-torchrun --nproc-per-node 2 tools/bench/depth.py ...                      # at a parallel layout
+python tools/bench/depth.py [section.key=value ...] [--config YAML] [--pairs N]
+torchrun --nproc-per-node 2 tools/bench/depth.py ...   # at a parallel layout
 
-Prints the ratio of the two kinds of step (medians over the pairs), and from it the share of
-training time at `tracking.depth_every`. A profile's writing and its summary for MLflow are in it,
-its pictures are not: drawn while a run goes on they take at most 0.2 % (tracking/depth_log.py).
+Prints, of the demo or of another configuration, the ratio of the two kinds of step (the median over
+pairs), and from it the share of training time at `tracking.depth_every`. A profile's writing and
+its summary for MLflow are in it, its pictures are not: drawn while a run goes on they take at most
+0.2 % (tracking/depth_log.py).
 Processor time is told besides, which others on the machine disturb less than the clock on the wall.
 """
 
@@ -83,7 +84,7 @@ def report(name: str, plain: list[float], profiled: list[float], every: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("config", nargs="?", type=Path, default=DEMO)
+    parser.add_argument("--config", type=Path, default=DEMO)
     parser.add_argument("settings", nargs="*", help="section.key=value")
     parser.add_argument("--pairs", type=int, default=8, help="pairs of steps that are timed")
     arguments = parser.parse_args()
