@@ -35,8 +35,8 @@ test: setup ## Run the tests (the quick ones: below 15 minutes on 2 cores).
 test-all: setup ## Run every test that needs no GPU.
 	$(BIN)/python -m pytest -m 'not gpu'
 
-test-gpu: ## Run the GPU suite with the python3 at hand (torch with CUDA, megatron-core).
-	$(PYTHON) -m pytest -m gpu
+test-gpu: ## Run the GPU suite with the python3 at hand (CUDA torch, megatron-core, pydantic, pytest).
+	$(PYTHON) -m pytest -m gpu tests/kernels/test_gpu.py tests/training/test_device.py
 
 bench-kernel: ## Measure the fused kernel's bandwidth with the python3 at hand.
 	$(PYTHON) tools/bench/kernel.py

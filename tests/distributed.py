@@ -1,7 +1,10 @@
 """Start real ranks on gloo and bring back what they return.
 
 A test hands `run_ranks` a module-level function of the test's module and its arguments; every rank
-runs it in a process of its own, with torchrun's variables set, and returns something picklable.
+runs it in a process of its own, with torchrun's variables set, and returns something picklable. As
+with torchrun the store lives in the parent. A function that starts process groups several times,
+one after the other, is given as many `launches`, and calls `use_launch` before each: keys that an
+earlier start left in a store would make the ranks of a later one wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -9,20 +12,22 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from queue import Empty
 from typing import Any
 
+from torch.distributed import TCPStore
+
 TIMEOUT_SECONDS = 300
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+_ports: list[int] = []
+
+
+def use_launch(number: int) -> None:
+    """On a rank: let the process groups that start next meet in the launch's own store."""
+    os.environ["MASTER_PORT"] = str(_ports[number])
 
 
 def run_ranks(
@@ -30,6 +35,7 @@ def run_ranks(
     function: Callable[..., Any],
     *args: Any,
     timeout_seconds: float = TIMEOUT_SECONDS,
+    launches: int = 1,
 ) -> list[Any]:
     """What `function(*args)` returned on each of `world_size` ranks, in rank order.
 
@@ -38,10 +44,13 @@ def run_ranks(
     """
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
-    port = free_port()
+    stores = [
+        TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(launches)
+    ]
+    ports = [store.port for store in stores]
     processes = [
         context.Process(
-            target=_rank, args=(rank, world_size, port, results, function, args), daemon=False
+            target=_rank, args=(rank, world_size, ports, results, function, args), daemon=False
         )
         for rank in range(world_size)
     ]
@@ -68,7 +77,7 @@ def run_ranks(
 def _rank(
     rank: int,
     world_size: int,
-    port: int,
+    ports: list[int],
     results: Any,
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -79,8 +88,10 @@ def _rank(
         LOCAL_RANK=str(rank),
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
     )
+    _ports[:] = ports
+    use_launch(0)
     try:
         # Pickled here: the queue itself would share tensors' memory with a process that ends.
         results.put((rank, pickle.dumps(function(*args)), None))

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from keel_megatron import __version__
-from keel_megatron.cli import config, data, depth, generate, tokenizer, train
+from keel_megatron.cli import config, data, depth, generate, study, tokenizer, train
 from keel_megatron.config.errors import ConfigError, UserError
 
 USER_ERROR = 2
@@ -43,6 +43,7 @@ app.command("depth")(depth.depth)
 app.command("generate")(generate.generate)
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
+app.add_typer(study.app, name="study")
 app.add_typer(tokenizer.app, name="tokenizer")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keel_megatron.config.errors import UserError
-from keel_megatron.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from keel_megatron.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,9 @@ def wrap_data_parallel(config: RunConfig, chunks: list[nn.Module]) -> list[Any]:
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_grad_reduce=False,
     )
-    return [
-        DistributedDataParallel(
-            chunk.config,
-            ddp_config,
-            chunk,
-            # Only the first chunk's reduction is worth overlapping with the backward pass.
-            disable_bucketing=number > 0,
-        )
-        for number, chunk in enumerate(chunks)
-    ]
+    # Every type of parameter is a bucket group of its own, on later chunks too (`disable_bucketing`
+    # would make them one): gloo mixes up an all-gather of bf16 and fp32 parameters in one batch.
+    return [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
 
 
 def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> Any:

@@ -9,6 +9,7 @@ import torch
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
 from keel_megatron.runtime.distributed import Runtime, start
+from tests.distributed import use_launch
 
 
 def made_up_batches(config: RunConfig, runtime: Runtime, step: int) -> list[Batch]:
@@ -36,7 +37,11 @@ def made_up_batches(config: RunConfig, runtime: Runtime, step: int) -> list[Batc
 
 def train_all(runs: list[dict[str, dict[str, Any]]], steps: int) -> list[list[tuple[float, float]]]:
     """`train_steps` of several runs, one after the other in the same processes."""
-    return [train_steps(sections, steps) for sections in runs]
+    found = []
+    for number, sections in enumerate(runs):
+        use_launch(number)
+        found.append(train_steps(sections, steps))
+    return found
 
 
 def train_steps(sections: dict[str, dict[str, Any]], steps: int) -> list[tuple[float, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.tracking.depth import QUANTITIES, DepthProfile, first_nonfinite
 from keel_megatron.training.depth import DepthCollector, logit_max
-from tests.distributed import free_port, run_ranks
+from tests.distributed import run_ranks, use_launch
 from tests.model.test_exactness import pair_up
 from tests.reference_model import Attention, ReferenceModel, Shape, rotate
 from tests.settings import settings
@@ -83,17 +82,12 @@ def perturbed(chunks: list[Any], poisoned: bool) -> list[Any]:
     return chunks
 
 
-def at_each(
-    runs: list[dict[str, Any]], ports: list[int], poison_last: bool
-) -> list[list[DepthProfile]]:
-    """The runs one after the other in this process; each meets the others at its own port.
-
-    At one and the same port a fast rank could join the group that a slow one has yet to leave.
-    """
+def at_each(runs: list[dict[str, Any]], poison_last: bool) -> list[list[DepthProfile]]:
+    """The runs one after the other in this process."""
     found = []
-    for number, (sections, port) in enumerate(zip(runs, ports, strict=True), start=1):
-        os.environ["MASTER_PORT"] = str(port)
-        found.append(profiles(sections, poison_last and number == len(runs)))
+    for number, sections in enumerate(runs):
+        use_launch(number)
+        found.append(profiles(sections, poison_last and number == len(runs) - 1))
     return found
 
 
@@ -101,8 +95,7 @@ def launched(
     world_size: int, runs: dict[str, Any], poison_last: bool
 ) -> list[dict[str, list[DepthProfile]]]:
     """The runs' profiles by name, on every rank."""
-    ports = [free_port() for _ in runs]
-    ranks = run_ranks(world_size, at_each, list(runs.values()), ports, poison_last)
+    ranks = run_ranks(world_size, at_each, list(runs.values()), poison_last, launches=len(runs))
     return [dict(zip(runs, found, strict=True)) for found in ranks]
 
 

@@ -43,7 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def trained(world_size: int, runs: dict[str, dict[str, Any]]) -> dict[str, Found]:
     """Rank 0's figures of each run; all ranks report the same."""
     sections = [settings(**overrides) for overrides in runs.values()]
-    ranks = run_ranks(world_size, train_all, sections, STEPS)
+    ranks = run_ranks(world_size, train_all, sections, STEPS, launches=len(sections))
     assert all(found == ranks[0] for found in ranks)
     return dict(zip(runs, ranks[0], strict=True))
 

@@ -1,0 +1,40 @@
+"""`keel study`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Repeat the paper's studies.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Repeat the paper's studies."""
+
+
+@app.command("gradient-flow")
+def gradient_flow(
+    sub_layers: Annotated[
+        list[int] | None,
+        typer.Option(min=4, help="Depth L, even; may be repeated. Default: 64, 256, 1024."),
+    ] = None,
+    residual: Annotated[
+        list[str] | None,
+        typer.Option(help="Rule; may be repeated. Default: keel, post_ln, deepnorm."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of gradient_flow.png and .json.")] = Path("."),
+) -> None:
+    """Jacobian products down the skip path at initialization, beside the paper's prediction."""
+    from keel_megatron.studies import flow_report
+    from keel_megatron.studies import gradient_flow as study
+
+    depths, rules = sub_layers or [64, 256, 1024], residual or ["keel", "post_ln", "deepnorm"]
+    flows = [study.gradient_flow(rule, depth) for depth in depths for rule in rules]
+    print(flow_report.flow_table(flows))
+    out.mkdir(parents=True, exist_ok=True)
+    flow_report.save_flows(flows, out / "gradient_flow.json")
+    flow_report.plot_flows(flows, out / "gradient_flow.png")
+    print(f"{out / 'gradient_flow.png'}, {out / 'gradient_flow.json'}")

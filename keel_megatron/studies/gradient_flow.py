@@ -1,0 +1,164 @@
+"""How gradients travel down the stack at initialization, beside what the analysis predicts.
+
+The paper (arXiv 2601.19895, section 3) follows the skip path alone: the product of the Jacobians of
+x_{l+1} = N_out(alpha x_l + F_l), F_l held fixed. With all gains at 1 and branches of RMS 1, each is
+
+    |J_l| = alpha / sqrt(alpha^2 + 1),
+
+so a stack of L sub-layers keeps (1 + 1/alpha^2)^(-L/2): about 1 for Keel (alpha = L), 2^(-L/2) for
+Post-LN (alpha = 1), exp(-sqrt(L)/2) for DeepNorm (alpha = L^1/4). Left out by the analysis: the
+norm's projection, which takes one of h directions, and the gains' drift in training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keel_megatron.config.errors import UserError
+from keel_megatron.config.load import parse_config
+from keel_megatron.config.run import RunConfig
+from keel_megatron.model.language_model import build_model
+from keel_megatron.model.residual import sub_layer
+from keel_megatron.runtime.device import Launch
+from keel_megatron.runtime.distributed import start
+
+FIRST = 2
+"""The analysis starts after the first block: Keel's is plainer, and x_0 is the embedding."""
+_SEQUENCE, _VOCABULARY = 32, 512
+_PAPER_HIDDEN_SIZE, _PAPER_INIT_STD = 1024, 0.02
+
+
+@dataclass(frozen=True)
+class GradientFlow:
+    """One model's figures, each a list over l = FIRST .. L."""
+
+    residual: str
+    sub_layers: int
+    skip: list[float]
+    """Measured |d x_L / d x_l| along the skip path, branches scaled to an RMS of 1."""
+    predicted: list[float]
+    """The same by the analysis."""
+    loss: list[float]
+    """Measured |d loss / d x_l| over |d loss / d x_L|, branches as they are."""
+
+
+def gradient_flow(residual: str, sub_layers: int, hidden_size: int = 128) -> GradientFlow:
+    """Measure a model as it is initialized, in fp64, in this process.
+
+    Weights are N(0, 0.02^2 x 1024 / h), so that a narrow model's matrices enlarge what passes them
+    as much as those of the paper's width do. What the analysis leaves out is of order 1/h.
+
+    Args:
+        residual: a rule of model/residual.py whose sub-layers all end in an outer norm.
+        sub_layers: L, even.
+        hidden_size: width; a multiple of 16.
+
+    Raises:
+        UserError: the depth is odd, or the rule has a sub-layer without an outer norm.
+        ConfigError: the rule or the sizes are not ones of `model`.
+    """
+    if sub_layers % 2:
+        raise UserError(f"sub-layers: {sub_layers} must be even, two a block")
+    config = _config(residual, sub_layers, hidden_size)
+    rules = [sub_layer(l, config.model) for l in range(FIRST, sub_layers)]
+    if not all(rule.outer_norm for rule in rules):
+        raise UserError(
+            f"residual: {residual} has sub-layers without an outer norm; the analysis is of "
+            "x_{l+1} = N_out(alpha x_l + F_l)"
+        )
+    with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
+        (chunk,) = build_model(config, runtime, compute_dtype=torch.float64)
+        streams: list[Tensor] = []
+        for layer in chunk.decoder.layers:  # type: ignore[union-attr]
+            _observe(layer, streams)
+        loss = _loss(chunk, config)
+        whole = torch.autograd.grad(loss, streams[FIRST - 1 :])
+        _fix_branches(chunk)
+        streams.clear()
+        _loss(chunk, config)
+        down = torch.randn(streams[-1].shape, dtype=torch.float64, generator=_generator(2))
+        skip = torch.autograd.grad(streams[-1], streams[FIRST - 1 :], down)
+    return GradientFlow(
+        residual,
+        sub_layers,
+        skip=[(gradient.norm() / down.norm()).item() for gradient in skip],
+        predicted=[predicted_skip(config, l) for l in range(FIRST, sub_layers + 1)],
+        loss=[(gradient.norm() / whole[-1].norm()).item() for gradient in whole],
+    )
+
+
+def predicted_skip(config: RunConfig, l: int) -> float:
+    """|d x_L / d x_l| along the skip path by the analysis: the product of alpha/sqrt(alpha^2+1)."""
+    model = config.model
+    alphas = (sub_layer(number, model).alpha for number in range(l, model.sub_layers))
+    return math.prod(alpha / math.hypot(alpha, 1.0) for alpha in alphas)
+
+
+def _config(residual: str, sub_layers: int, hidden_size: int) -> RunConfig:
+    return parse_config(
+        {
+            "model": {
+                "blocks": sub_layers // 2,
+                "hidden_size": hidden_size,
+                "ffn_hidden_size": 3 * hidden_size,
+                "num_attention_heads": hidden_size // 16,
+                "residual": residual,
+                "init_std": _PAPER_INIT_STD * math.sqrt(_PAPER_HIDDEN_SIZE / hidden_size),
+            },
+            "data": {"seq_length": _SEQUENCE, "vocab_size": _VOCABULARY},
+            "optimizer": {"learning_rate": 1e-3},
+            "training": {
+                "name": "gradient-flow",
+                "steps": 1,
+                "global_batch_size": 1,
+                "device": "cpu",
+            },
+        },
+        "gradient flow",
+    )
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _loss(chunk: nn.Module, config: RunConfig) -> Tensor:
+    """Mean cross entropy on random tokens."""
+    length = config.data.seq_length
+    rows = torch.randint(
+        0, config.data.vocab_size, (1, length + 1), generator=_generator(config.training.seed)
+    )
+    positions = torch.arange(length)[None]
+    tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    loss: Tensor = chunk(tokens, positions, None, labels=labels)
+    return loss.mean()
+
+
+def _observe(layer: Any, streams: list[Tensor]) -> None:
+    """Keep the stream after every sub-layer of a block."""
+    join: Callable[..., tuple[Tensor, Tensor | None]] = layer.join
+
+    def observed(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+        x, z = join(*arguments)
+        streams.append(x)
+        return x, z
+
+    layer.join = observed
+
+
+def _fix_branches(chunk: nn.Module) -> None:
+    """Make every branch a constant of RMS 1, as the analysis takes it."""
+
+    def constant(_module: nn.Module, _inputs: Any, output: tuple[Tensor, Any]) -> tuple[Any, Any]:
+        branch, bias = output[0].detach(), output[1]
+        return branch * branch.square().mean(-1, keepdim=True).rsqrt(), bias
+
+    for layer in chunk.decoder.layers:  # type: ignore[union-attr]
+        layer.self_attention.register_forward_hook(constant)
+        layer.mlp.register_forward_hook(constant)
