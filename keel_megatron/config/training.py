@@ -94,6 +94,11 @@ class TrackingConfig(Section):
         description="MLflow tracking URI; null = a sqlite file, mlflow.db in the run's folder.",
     )
     experiment: str = Field(default="keel", description="MLflow experiment.")
+    depth_every: int = Field(
+        default=100,
+        ge=0,
+        description="Steps between depth profiles, beside step 1; 0 = none at all.",
+    )
     log_every: int = Field(default=1, gt=0, description="Steps between lines of the progress.")
     sample_prompt: str | None = Field(
         default=None, description="Text that the trained model continues at the end of the run."

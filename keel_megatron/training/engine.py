@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
 from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.training.depth import DepthCollector
 from keel_megatron.training.optimizer import (
     build_optimizer,
     set_learning_rate,
@@ -60,21 +62,28 @@ class MegatronEngine:
         count: int,
         learning_rate: float,
         accept: Callable[[StepResult], bool] = lambda _result: True,
+        depth: DepthCollector | None = None,
     ) -> StepResult:
         """Forward, backward and update on this replica's `count` micro-batches.
 
         The update, with all that the optimizer keeps, is left out unless `accept` is true of what
-        the passes gave; it must say the same on every rank.
+        the passes gave; it must say the same on every rank. `depth` observes the step, if it is
+        given.
         """
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = self._run(micro_batches, count, forward_only=False)
+        with nullcontext() if depth is None else depth.watching():
+            loss = self._run(micro_batches, count, forward_only=False)
+        if depth is not None:
+            depth.before_update()
         self.optimizer.prepare_grads()
         result = StepResult(loss, float(self.optimizer.get_grad_norm()))
         if accept(result):
             self._update(result.grad_norm, learning_rate)
+        if depth is not None:
+            depth.after_update()
         return result
 
     def _update(self, grad_norm: float, learning_rate: float) -> None:

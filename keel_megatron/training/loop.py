@@ -27,6 +27,7 @@ from keel_megatron.tracking.mlflow_run import remembered_run_id
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
 from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training import locate
+from keel_megatron.training.depth import DepthCollector
 from keel_megatron.training.engine import MegatronEngine, StepResult
 from keel_megatron.training.guard import Finding, Guard
 from keel_megatron.training.schedule import learning_rate
@@ -125,6 +126,7 @@ class Loop:
         extras[MLFLOW_RUN_ID] = remembered_run_id(self.config.training.folder)
         self.saver.save(self.engine.chunks, self.engine.optimizer, self.position, extras)
         self.saved_step = self.position.step
+        self.tracker.draw_depth(ending=False)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.position.step % every == 0
@@ -149,13 +151,17 @@ class Loop:
             findings.append(finding)
             return self._answer(step, finding, locate.describe(self.engine, batches, result.loss))
 
-        result = self.engine.train_step(batches, len(batches), rate, accept)
+        depth = self._depth_collector(step)
+        result = self.engine.train_step(batches, len(batches), rate, accept, depth)
+        profile = None if depth is None else depth.profile(step)
         self.position = Position(step, position.consumed_samples + batch_size)
         self.watchdog.mark(f"step {step}")
         if findings and self.guard.action == "rollback":
             self._roll_back(step, findings[0])
             return False
         self.tracker.step(self._record(result, rate, time.perf_counter() - started))
+        if profile is not None:
+            self.tracker.depth(profile)
         return True
 
     def _answer(self, step: int, finding: Finding, where: str) -> bool:
@@ -196,6 +202,14 @@ class Loop:
         self.tracker.say(
             f"guard: back at step {restored.step}; the data goes on after sequence {consumed}"
         )
+
+    def _depth_collector(self, step: int) -> DepthCollector | None:
+        """What gathers the step's depth profile: of step 1 and of every `depth_every`-th."""
+        every = self.config.tracking.depth_every
+        if every == 0 or (step != 1 and step % every):
+            return None
+        engine = self.engine
+        return DepthCollector(self.config, self.runtime, engine.chunks, engine.optimizer)
 
     def _record(self, result: StepResult, rate: float, seconds: float) -> StepRecord:
         config, position = self.config, self.position

@@ -163,6 +163,7 @@ def _train(
             tracker.say(f"going on from {found.path}")
             _note_versions(tracker, found)
         code = loop.run(stop)
+    tracker.draw_depth(ending=True)
     _conclude(config, runtime, tracker, data, loop)
     return code
 
