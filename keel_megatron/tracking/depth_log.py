@@ -50,6 +50,11 @@ class DepthLog:
         self._file.write(profile)
         self._undrawn = True
 
+    def rewind(self, step: int) -> None:
+        """Drop the profiles after `step`."""
+        if self._file is not None:
+            self._file.rewind(step)
+
     def draw(self, *, ending: bool) -> list[Path]:
         """Draw the pictures, if there is something new and it is time to.
 

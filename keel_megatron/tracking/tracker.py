@@ -87,6 +87,7 @@ class Tracker:
     def rewind(self, step: int) -> None:
         """Drop the records after `step`: the run goes on from there."""
         self._metrics.rewind(step)
+        self._depth.rewind(step)
 
     def depth(self, profile: DepthProfile) -> None:
         """Report a depth profile; of what is not finite also say where it begins."""

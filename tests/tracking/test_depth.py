@@ -66,6 +66,10 @@ def test_a_kill_loses_no_earlier_profile_and_a_resumed_run_rewinds(tmp_path: Pat
         assert path.read_bytes() == b"".join(whole[:3])
         log.write(profile(6))
     assert path.read_bytes() == b"".join(whole)
+    with DepthLog(tmp_path, 6) as log:
+        log.rewind(4)
+        assert path.read_bytes() == b"".join(whole[:3])
+        log.write(profile(6))
     with DepthLog(tmp_path, 2):
         assert path.read_bytes() == b"".join(whole[:2])
     with DepthLog(tmp_path, None):
