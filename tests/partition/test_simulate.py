@@ -134,7 +134,7 @@ def test_any_pipeline_keeps_the_rules(case: tuple[PipelineTimes, int]) -> None:
     busiest = max(times.stage_seconds(rank) for rank in range(times.pipeline))
     everything = sum(map(times.stage_seconds, range(times.pipeline))) + 6 * last * max(times.link)
     assert micro_batches * busiest <= timeline.seconds * (1 + 1e-9)
-    assert timeline.seconds <= micro_batches * everything
+    assert timeline.seconds <= micro_batches * everything * (1 + 1e-9)
 
 
 def test_a_thousand_micro_batches_on_64_stages_take_seconds() -> None:

@@ -57,7 +57,7 @@ def profiles(sections: dict[str, Any], poisoned: bool = False) -> list[DepthProf
             batches = made_up_batches(config, runtime, step)
             depth = DepthCollector(config, runtime, engine.chunks, engine.optimizer)
             rate = config.optimizer.learning_rate
-            engine.train_step(batches, len(batches), rate, depth)
+            engine.train_step(batches, len(batches), rate, depth=depth)
             assert all(
                 layer.observer is None
                 and not layer.self_attention.core_attention._forward_pre_hooks
@@ -224,7 +224,7 @@ def beside_the_reference(sections: dict[str, Any]) -> tuple[DepthProfile, dict[s
         expected = plainly(reference, config, runtime)
         batches = made_up_batches(config, runtime, 0)
         depth = DepthCollector(config, runtime, engine.chunks, engine.optimizer)
-        engine.train_step(batches, len(batches), config.optimizer.learning_rate, depth)
+        engine.train_step(batches, len(batches), config.optimizer.learning_rate, depth=depth)
         with torch.no_grad():
             pairs = list(pair_up(engine.chunks[0], reference))
             before = {id(theirs): theirs.clone() for _name, _ours, theirs in pairs}

@@ -60,7 +60,7 @@ def timed(engine: MegatronEngine, batches: list[Batch], log: DepthLog | None) ->
     depth = None
     if log is not None:
         depth = DepthCollector(config, runtime, engine.chunks, engine.optimizer)
-    engine.train_step(batches, len(batches), 1e-4, depth)
+    engine.train_step(batches, len(batches), 1e-4, depth=depth)
     if depth is not None and log is not None:
         profile = depth.profile(1)
         if runtime.is_main:
