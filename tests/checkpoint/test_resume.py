@@ -44,7 +44,6 @@ OTHER: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2-vpp2": (2, {"parallel__virtual_pipeline": 2}),
     "dp2": (2, {"parallel__pipeline": 1}),
     "tp2-pp2-vpp2": (4, {"parallel__tensor": 2, "parallel__virtual_pipeline": 2}),
-    "pp2-dp2": (4, {}),
 }
 
 
@@ -53,6 +52,7 @@ def sections(runs: Path, name: str, **overrides: Any) -> Sections:
         training__runs_dir=str(runs),
         training__name=name,
         training__steps=STEPS,
+        training__global_batch_size=8,
         model__blocks=4,
         checkpoint__every=SAVED,
         **overrides,
