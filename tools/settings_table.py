@@ -30,7 +30,9 @@ def table() -> str:
 
 
 def shown(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, str(value))
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
 
 
 def main() -> None:

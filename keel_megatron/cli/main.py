@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from keel_megatron import __version__
-from keel_megatron.cli import checkpoint, config, data, generate, study, tokenizer, train
+from keel_megatron.cli import checkpoint, config, data, generate, plan, study, tokenizer, train
 from keel_megatron.config.errors import ConfigError, UserError
 
 USER_ERROR = 2
@@ -39,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -24,9 +24,27 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = Field(
         default=True, description="Shard the optimizer's state over the data-parallel group."
     )
-    recompute: Literal["none", "full"] = Field(
+    layout: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None,
+        description=(
+            "Blocks of every chunk in order (chunk i is on stage i % pipeline); null = computed, "
+            "with embedding and head counted in."
+        ),
+    )
+    recompute: Literal["none", "full", "auto"] = Field(
         default="none",
-        description="full = keep a block's input only and compute the block again going back.",
+        description=(
+            "full = keep a block's input only and compute the block again going back; auto = so "
+            "many blocks of every stage as it needs to fit into memory."
+        ),
+    )
+    memory_gb: float | None = Field(
+        default=None,
+        gt=0.0,
+        description=(
+            "Memory of a device that the model may use, in GB; null = what the device has "
+            "(a CPU: no limit)."
+        ),
     )
     timeout_seconds: float = Field(
         default=600.0, gt=0.0, description="Longest wait of a collective before the run ends."

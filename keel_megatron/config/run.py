@@ -158,11 +158,38 @@ def _virtual_pipeline(config: RunConfig) -> Iterator[tuple[str, str]]:
 def _chunks(config: RunConfig) -> Iterator[tuple[str, str]]:
     parallel, blocks = config.parallel, config.model.blocks
     chunks = parallel.pipeline * parallel.virtual_pipeline
-    if chunks > blocks:
+    # The first chunk may hold the embedding alone, the last one the head.
+    if chunks > 1 and chunks - 2 > blocks:
         yield (
             "parallel.pipeline",
             f"{parallel.pipeline} stages x {parallel.virtual_pipeline} chunks need at least "
-            f"{chunks} blocks; model.blocks = {blocks}",
+            f"{chunks - 2} blocks; model.blocks = {blocks}",
+        )
+
+
+def _layout(config: RunConfig) -> Iterator[tuple[str, str]]:
+    parallel, layout, blocks = config.parallel, config.parallel.layout, config.model.blocks
+    if layout is None:
+        return
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    if len(layout) != chunks:
+        yield (
+            "parallel.layout",
+            f"{len(layout)} numbers; parallel.pipeline x parallel.virtual_pipeline = "
+            f"{parallel.pipeline} x {parallel.virtual_pipeline} needs {chunks}, one a chunk",
+        )
+        return
+    if sum(layout) != blocks:
+        yield (
+            "parallel.layout",
+            f"its numbers add up to {sum(layout)} blocks; model.blocks = {blocks}",
+        )
+    empty = [number for number in range(1, chunks - 1) if layout[number] == 0]
+    if empty:
+        yield (
+            "parallel.layout",
+            f"chunk {empty[0]} (from 0) is empty; only the first, with the embedding, and the "
+            "last, with the head, may be",
         )
 
 
@@ -226,6 +253,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _sequence_length,
     _virtual_pipeline,
     _chunks,
+    _layout,
     _micro_batch,
     _warmup,
     _decay_after_warmup,

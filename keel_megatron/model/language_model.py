@@ -16,40 +16,30 @@ from keel_megatron.model.layer import link
 from keel_megatron.model.norm import stream_dtype
 from keel_megatron.model.rotary import RotaryTable
 from keel_megatron.model.specs import chunk_spec
-from keel_megatron.partition.layout import Layout, even_layout
+from keel_megatron.partition.layout import Layout
+from keel_megatron.partition.stages import Partition, own_partition
 from keel_megatron.runtime.distributed import Runtime
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(
-    config: RunConfig, layout: Layout, compute_dtype: torch.dtype, device: torch.device
+    config: RunConfig,
+    layout: Layout,
+    recomputed: int,
+    compute_dtype: torch.dtype,
+    device: torch.device,
 ) -> TransformerConfig:
-    """Megatron-core's configuration of the run's model.
+    """Megatron-core's configuration of one chunk of the run's model.
 
     Args:
         config: the run.
         layout: which blocks live on which stage.
+        recomputed: how many of the chunk's blocks, its first, are computed again going back.
         compute_dtype: type of the matrix products and of their weights.
         device: where the run happens.
     """
     model, parallel = config.model, config.parallel
-    pipelined: dict[str, Any] = {}
-    if parallel.pipeline > 1:
-        pipelined["pipeline_model_parallel_layout"] = layout.to_megatron()
-        if layout.virtual_pipeline > 1:
-            # Two stages are each other's next and previous one: in one batch of messages the
-            # four between them would be matched in the wrong order. Unbatched, they are not.
-            pipelined["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
-            pipelined["overlap_p2p_comm"] = True
-            pipelined["batch_p2p_comm"] = False
-    recompute: dict[str, Any] = {}
-    if parallel.recompute == "full":
-        recompute = {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
     return TransformerConfig(
         num_layers=model.blocks,
         hidden_size=model.hidden_size,
@@ -83,9 +73,34 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         # The first block differs from the rest: checkpoints keep one key a block.
         hetereogenous_dist_checkpoint=True,
-        **pipelined,
-        **recompute,
+        **_pipelined(layout),
+        **_recompute(recomputed),
     )
+
+
+def _pipelined(layout: Layout) -> dict[str, Any]:
+    """The stages, in Megatron-core's settings."""
+    if layout.pipeline == 1:
+        return {}
+    settings: dict[str, Any] = {"pipeline_model_parallel_layout": layout.to_megatron()}
+    if layout.virtual_pipeline > 1:
+        settings["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
+        # Two stages are each other's next and previous one: in one batch of messages the four
+        # between them would be matched in the wrong order. Unbatched, they are not.
+        settings["overlap_p2p_comm"] = True
+        settings["batch_p2p_comm"] = False
+    return settings
+
+
+def _recompute(blocks: int) -> dict[str, Any]:
+    """Recomputation of a chunk's first blocks, in Megatron-core's settings."""
+    if not blocks:
+        return {}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "block",
+        "recompute_num_layers": blocks,
+    }
 
 
 class LanguageModel(GPTModel):
@@ -127,13 +142,18 @@ class LanguageModel(GPTModel):
 
 
 def build_model(
-    config: RunConfig, runtime: Runtime, *, compute_dtype: torch.dtype | None = None
+    config: RunConfig,
+    runtime: Runtime,
+    partition: Partition | None = None,
+    *,
+    compute_dtype: torch.dtype | None = None,
 ) -> list[nn.Module]:
     """This rank's model chunks, on its device, with their initial weights.
 
     Args:
         config: the run.
         runtime: this rank's place.
+        partition: which blocks live where; None = as `own_partition` decides.
         compute_dtype: overrides `training.precision` (exactness tests use fp64).
 
     Returns:
@@ -143,16 +163,15 @@ def build_model(
         ValueError: the stages' blocks do not add up to the model's.
     """
     dtype = compute_dtype or COMPUTE_DTYPES[config.training.precision]
-    layout = even_layout(
-        config.model.blocks, config.parallel.pipeline, config.parallel.virtual_pipeline
-    )
+    partition = partition or own_partition(config, runtime)
+    layout = partition.layout
     layout.check(config.model.blocks)
-    megatron_config = transformer_config(config, layout, dtype, runtime.device)
+    stage = partition.stages[runtime.pipeline_rank]
     interleaved = layout.virtual_pipeline > 1
     chunks: list[nn.Module] = []
     for number, part in enumerate(layout.stage(runtime.pipeline_rank)):
         chunk = LanguageModel(
-            megatron_config,
+            transformer_config(config, layout, stage.recomputed[number], dtype, runtime.device),
             config,
             transformer_layer_spec=chunk_spec(config, part.blocks),
             pre_process=part.embedding,

@@ -14,10 +14,14 @@ def block_forward_flops(model: ModelConfig, seq_length: int) -> float:
     """Forward FLOPs of one block (attention + FFN) per token."""
     h, d = model.hidden_size, model.head_dim
     projections = 2.0 * h * d * (2 * model.num_attention_heads + 2 * model.query_groups)
-    # Token t attends to t + 1 keys: (s + 1) / 2 on average, for scores and for values.
-    scores = 2.0 * 2.0 * model.num_attention_heads * d * (seq_length + 1) / 2.0
     feed_forward = 2.0 * 3.0 * h * model.ffn_hidden_size
-    return projections + scores + feed_forward
+    return projections + attention_score_flops(model, seq_length) + feed_forward
+
+
+def attention_score_flops(model: ModelConfig, seq_length: int) -> float:
+    """Of these, the products of queries with keys and of weights with values, per token."""
+    # Token t attends to t + 1 keys: (s + 1) / 2 on average, for scores and for values.
+    return 2.0 * 2.0 * model.num_attention_heads * model.head_dim * (seq_length + 1) / 2.0
 
 
 def head_forward_flops(model: ModelConfig, vocab_size: int) -> float:
@@ -40,14 +44,20 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
     return model.blocks * matrices + embeddings + _vector_parameters(model)
 
 
-def _vector_parameters(model: ModelConfig) -> int:
-    """Parameters of the norms (and learned vectors) that the residual rule has."""
-    final = model.hidden_size if model.final_norm else 0
+def block_vector_parameters(model: ModelConfig, block: int) -> int:
+    """Gains and learned vectors that the residual rule gives block number `block`, from 0."""
+    h = model.hidden_size
     if model.residual == "hybrid_norm":
-        return final + model.blocks * (model.hidden_size + 3 * model.head_dim)
-    vectors = model.sub_layers
+        return h + 3 * model.head_dim
     if model.residual == "keel":
-        vectors += model.sub_layers - (1 if model.first_block == "v2" else 2)
-    elif model.residual == "scaled_post_ln_beta":
-        vectors += model.sub_layers
-    return final + vectors * model.hidden_size
+        if block == 0:
+            return 3 * h if model.first_block == "v2" else 2 * h
+        return 4 * h
+    return (4 if model.residual == "scaled_post_ln_beta" else 2) * h
+
+
+def _vector_parameters(model: ModelConfig) -> int:
+    """Parameters of the norms and learned vectors of the whole model."""
+    final = model.hidden_size if model.final_norm else 0
+    rest = (model.blocks - 1) * block_vector_parameters(model, 1)
+    return final + block_vector_parameters(model, 0) + rest

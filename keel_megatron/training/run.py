@@ -25,7 +25,8 @@ from keel_megatron.data.prepare import PreparedData, prepare
 from keel_megatron.data.tokenizer import Tokenizer
 from keel_megatron.model.language_model import build_model
 from keel_megatron.partition.flops import parameter_count
-from keel_megatron.partition.layout import even_layout
+from keel_megatron.partition.stages import Partition, own_partition, require_fit
+from keel_megatron.partition.table import stage_table, write_stages
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.tracking.mlflow_run import remember_run_id, remembered_run_id
@@ -113,11 +114,13 @@ def _train(
 ) -> None:
     for remark in found.remarks:
         tracker.say(remark)
+    partition = runtime.from_main(lambda: _decided(config, runtime))
     data = runtime.from_main(lambda: prepare(config, tracker.say, found.state.get("data")))
     runtime.from_main(lambda: claim(config))  # not before: another text may have been refused
     batches, validation = _open_data(config, runtime, data)
     _announce(config, runtime, tracker, data)
-    engine = MegatronEngine(config, runtime, build_model(config, runtime))
+    _announce_stages(runtime, tracker, partition)
+    engine = MegatronEngine(config, runtime, build_model(config, runtime, partition))
     loop = Loop(
         config,
         runtime,
@@ -145,6 +148,13 @@ def _note_versions(tracker: Tracker, found: Found) -> None:
                 f"{name} was {then.get(name, 'absent')} when it was written, is "
                 f"{now.get(name, 'absent')} now: the last bits may differ"
             )
+
+
+def _decided(config: RunConfig, runtime: Runtime) -> Partition:
+    """Which blocks live where: rank 0's decision, should devices differ in memory."""
+    partition = own_partition(config, runtime)
+    require_fit(partition, config)
+    return partition
 
 
 def _open_data(
@@ -188,11 +198,6 @@ def _announce(config: RunConfig, runtime: Runtime, tracker: Tracker, data: Prepa
     """What is about to be trained, on what, where."""
     model, parallel = config.model, config.parallel
     parameters = parameter_count(model, config.data.vocab_size)
-    layout = even_layout(model.blocks, parallel.pipeline, parallel.virtual_pipeline)
-    stages = " | ".join(
-        "+".join(str(chunk.blocks) for chunk in layout.stage(rank))
-        for rank in range(parallel.pipeline)
-    )
     tracker.say(
         f"{model.residual}: {model.sub_layers} sub-layers in {model.blocks} blocks, hidden "
         f"{model.hidden_size}, {parameters / 1e6:.2f} M parameters"
@@ -201,12 +206,22 @@ def _announce(config: RunConfig, runtime: Runtime, tracker: Tracker, data: Prepa
         f"{runtime.launch.world_size} process(es) on {runtime.device.type}, "
         f"{runtime.threads} thread(s) each: TP {runtime.tensor_size}"
         f"{' + SP' if parallel.sequence else ''} x PP {runtime.pipeline_size} x DP "
-        f"{runtime.data_size}; blocks by stage: {stages}"
+        f"{runtime.data_size}"
     )
     tracker.say(
         f"{data.train_tokens:,} training tokens in {data.train_documents:,} documents; "
         f"unigram entropy {data.unigram_entropy:.3f} nats per token"
     )
+
+
+def _announce_stages(runtime: Runtime, tracker: Tracker, partition: Partition) -> None:
+    """The stage table, shown and kept with the run."""
+    for line in stage_table(partition):
+        tracker.say(line)
+    if runtime.is_main:
+        saved = tracker.folder / "stages.json"
+        write_stages(partition, saved)
+        tracker.artifact(saved)
 
 
 def _conclude(

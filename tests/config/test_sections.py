@@ -34,7 +34,10 @@ def contradictions(world_size: int | None = None, **overrides: Any) -> list[str]
             "data.seq_length",
         ),
         ({"parallel__virtual_pipeline": 2}, "parallel.virtual_pipeline"),
-        ({"parallel__pipeline": 3, "parallel__virtual_pipeline": 3}, "parallel.pipeline"),
+        ({"parallel__pipeline": 4, "parallel__virtual_pipeline": 3}, "parallel.pipeline"),
+        ({"parallel__pipeline": 2, "parallel__layout": [8]}, "parallel.layout"),
+        ({"parallel__pipeline": 2, "parallel__layout": [3, 4]}, "parallel.layout"),
+        ({"parallel__pipeline": 3, "parallel__layout": [4, 0, 4]}, "parallel.layout"),
         ({"training__micro_batch_size": 5}, "training.global_batch_size"),
         ({"schedule__warmup_steps": 4}, "schedule.warmup_steps"),
         (
@@ -57,8 +60,10 @@ def test_a_contradiction_is_found_alone(overrides: dict[str, Any], path: str) ->
     "overrides",
     [
         {"parallel__tensor": 2, "parallel__sequence": True},
-        # As many chunks as blocks, and blocks that do not divide by the stages.
+        # As many chunks as blocks; the embedding and the head alone; blocks that do not divide.
         {"parallel__pipeline": 4, "parallel__virtual_pipeline": 2},
+        {"parallel__pipeline": 5, "parallel__virtual_pipeline": 2},
+        {"parallel__pipeline": 3, "parallel__layout": [0, 8, 0]},
         {"parallel__pipeline": 3, "model__blocks": 7},
         {"model__num_query_groups": None},
         {"schedule__warmup_steps": 3},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from keel_megatron.checkpoint import folder
 from keel_megatron.checkpoint.identity import claim
 from keel_megatron.config import load_config
+from keel_megatron.partition.flops import parameter_count
 from keel_megatron.tracking.metrics import read_metrics
 from tests.integration.commands import environment, keel, write_config
 
@@ -73,7 +75,15 @@ def test_a_run_leaves_its_folder_complete(finished: Path) -> None:
         "samples.txt",
         "log.txt",
         "loss.png",
+        "stages.json",
     }
+    stages = json.loads((run / "stages.json").read_text())["stages"]
+    config = load_config(run / "config.yaml")
+    assert sum(stage["blocks"] for stage in stages) == config.model.blocks
+    assert sum(stage["parameters"] for stage in stages) == parameter_count(
+        config.model, config.data.vocab_size
+    )
+    assert f"2 chunk(s) hold {config.model.blocks} blocks" in (run / "log.txt").read_text()
     assert folder.steps(run) == [3, 6]
     assert (folder.latest(run) / "config.yaml").read_text() == (run / "config.yaml").read_text()
     assert [step for step, _loss, _norm in losses(finished)] == [1, 2, 3, 4, 5, 6]

@@ -4,7 +4,7 @@ Losses and all gradients, at 8 and at 256 sub-layers, in fp64 and in fp32. Error
 ||g - g_ref|| / ||g_ref||: of the whole gradient and of every parameter's. In fp32 at 256 sub-layers
 a few gains have gradients that nearly cancel, which the plain model itself misses by more than 1e-5
 of its own fp64 run; of a single parameter we therefore ask to be within 1e-5 of the fp64 gradient,
-or else no further from it than four times what the plain fp32 model is.
+or else no further from it than eight times what the plain fp32 model is.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def compare(config: RunConfig, runtime, dtype: torch.dtype) -> dict[str, float]:
         ),
         "a parameter": max(map(relative, ours, plain)),
         "beyond rounding": max(
-            relative(mine, true) / max(TOLERANCE[dtype], 4 * relative(theirs, true))
+            relative(mine, true) / max(TOLERANCE[dtype], 8 * relative(theirs, true))
             for mine, theirs, true in zip(ours, plain, truth, strict=True)
         ),
     }

@@ -1,0 +1,164 @@
+"""`keel plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from keel_megatron.cli.arguments import ConfigPath, Overrides
+
+if TYPE_CHECKING:
+    from keel_megatron.config.run import RunConfig
+    from keel_megatron.partition.devices import Device
+    from keel_megatron.partition.plan import Plan
+
+
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Devices; without it as few as the layout takes.")
+    ] = None,
+    gpu: Annotated[
+        str, typer.Option(help="What the devices are: h200, h100, a100, b200 or cpu.")
+    ] = "h200",
+    figure: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=NUMBER", help="Replace a figure of --gpu: inter_node_gb=25."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the schedule and the memory.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time a block, the embedding and the head here.")
+    ] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Find the fastest layout on --gpus devices.")
+    ] = False,
+) -> None:
+    """Show stages, memory, speed and duration of a run, without running it or having a GPU.
+
+    --search tries layouts, micro-batches and recomputation, and prints the best as overrides.
+    """
+    from keel_megatron.config.errors import UserError
+    from keel_megatron.config.load import load_config
+
+    target = _device(gpu, figure or [])
+    settings = tuple(overrides or ())
+    if search:
+        if gpus is None or measure or plot:
+            wrong = "needs --gpus N" if gpus is None else "goes without --measure and --plot"
+            raise UserError(f"--search {wrong}")
+        _search(load_config(config, settings), config, settings, gpus, target, as_json)
+        return
+    run = load_config(config, settings)
+    count = gpus or run.parallel.model_parallel_size
+    run = load_config(config, settings, world_size=count)
+    _plan(run, count, target, as_json, plot, measure, more_gpus=gpus is None)
+
+
+def _device(name: str, figures: list[str]) -> Device:
+    """The named device with the user's figures.
+
+    Raises:
+        UserError: a name or number is not right.
+    """
+    from keel_megatron.config.errors import UserError
+    from keel_megatron.partition.devices import DEVICES, device_named
+
+    given: dict[str, float | int] = {}
+    for text in figures:
+        key, _equals, value = text.partition("=")
+        whole = isinstance(getattr(next(iter(DEVICES.values())), key, None), int)
+        try:
+            given[key] = int(value) if whole else float(value)
+        except ValueError:
+            given[key] = 0
+        if not 0 < given[key] < float("inf"):
+            kind = "a whole number" if whole else "a number"
+            raise UserError(f"--figure: {text!r} must be NAME=NUMBER with {kind} above 0")
+    return device_named(name, **given)
+
+
+def _plan(
+    run: RunConfig,
+    gpus: int,
+    device: Device,
+    as_json: bool,
+    plot: Path | None,
+    measure: bool,
+    more_gpus: bool,
+) -> None:
+    from keel_megatron.partition.advice import smallest_change
+    from keel_megatron.partition.plan import make_plan
+    from keel_megatron.partition.report import describe, describe_change
+
+    measured = None
+    if measure:
+        from keel_megatron.training.measure import measure_pieces
+
+        measured = measure_pieces(run)
+    made = make_plan(run, gpus, device, measured)
+    change = None if made.fits else smallest_change(made, more_gpus=more_gpus)
+    if plot is not None:
+        _draw(made, plot)
+    if as_json:
+        advice = {"change": change[0] if change else None}
+        print(json.dumps({**made.as_object(), **advice}, indent=2))
+        return
+    print(describe(made))
+    if not made.fits:
+        print(describe_change(change))
+    if plot is not None:
+        print(f"Drawn: {plot}")
+
+
+def _draw(made: Plan, out: Path) -> None:
+    """Draw a plan's step.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from keel_megatron.config.errors import UserError
+    from keel_megatron.partition.plot import plot_schedule
+    from keel_megatron.partition.report import layout_words, seconds
+
+    model = made.config.model
+    try:
+        plot_schedule(
+            made.timeline,
+            made.memory_traces(),
+            out,
+            title=f"{made.config.training.name}: {model.sub_layers:,} sub-layers on "
+            f"{made.gpus:,} x {made.device.name}",
+            facts=f"{layout_words(made)};  step {seconds(made.step_seconds)},  bubble "
+            f"{made.bubble:.1%},  {made.mfu:.1%} MFU",
+            memory_limit=made.partition.limit_bytes,
+        )
+    except OSError as error:
+        raise UserError(f"--plot: {out} cannot be written: {error.strerror}") from error
+
+
+def _search(
+    run: RunConfig,
+    path: Path,
+    settings: tuple[str, ...],
+    gpus: int,
+    device: Device,
+    as_json: bool,
+) -> None:
+    from keel_megatron.partition.report import describe_search, search_object
+    from keel_megatron.partition.search import search
+
+    found = search(run, gpus, device)
+    if as_json:
+        print(json.dumps(search_object(found), indent=2))
+        return
+    print(describe_search(found, gpus))
+    best = found.best[0]
+    given = [setting for setting in settings if setting.partition("=")[0] not in best.settings]
+    print(f"\nkeel train {' '.join([str(path), *given, *best.overrides])}")

@@ -1,0 +1,109 @@
+"""Costs by hand and by counting; times by a roofline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from keel_megatron.partition.costs import (
+    Cost,
+    Costs,
+    Times,
+    UnitTimes,
+    model_costs,
+    predicted_times,
+)
+from keel_megatron.partition.devices import DEVICES, device_named
+from keel_megatron.partition.flops import parameter_count, training_flops_per_token
+from tests.settings import small_config
+
+TOKENS = 2 * 32
+PAPER: dict[str, Any] = {
+    "model__hidden_size": 1024,
+    "model__ffn_hidden_size": 3072,
+    "model__num_attention_heads": 16,
+    "model__num_query_groups": 8,
+    "data__seq_length": 4096,
+    "data__vocab_size": 131072,
+    "training__precision": "bf16",
+    "training__micro_batch_size": 1,
+}
+
+
+def costs_of(**overrides: Any) -> Costs:
+    return model_costs(small_config(**overrides))
+
+
+def weights(costs: Costs, blocks: int) -> int:
+    def each(cost: Cost) -> int:
+        return cost.parameters + cost.vector_parameters
+
+    return each(costs.embedding) + blocks * each(costs.block) + each(costs.head)
+
+
+def test_forward_flops_are_the_models() -> None:
+    costs, config = costs_of(), small_config()
+    forward = 8 * costs.block.forward.flops + costs.head.forward.flops
+    assert 3 * forward == pytest.approx(training_flops_per_token(config.model, 32, 512) * TOKENS)
+    # Going back, flash attention does 5 products for the forward pass's 2: half a forward more.
+    scores = 2 * 2 * 64 * (32 + 1) / 2 * TOKENS
+    assert costs.block.backward.flops == 2 * costs.block.forward.flops + scores / 2
+
+
+def test_tensor_parallelism_divides_matrices_and_not_gains() -> None:
+    one, two = costs_of(), costs_of(parallel__tensor=2)
+    assert weights(one, 8) == parameter_count(small_config().model, 512) + 64  # the first block's
+    for a, b in ((one.embedding, two.embedding), (one.block, two.block), (one.head, two.head)):
+        assert (a.parameters, a.vector_parameters) == (2 * b.parameters, b.vector_parameters)
+        assert a.forward.flops == 2 * b.forward.flops
+        assert a.forward.communication_bytes == 0.0 < b.forward.communication_bytes
+
+
+def test_tied_embeddings_are_one_matrix_on_one_stage_and_a_copy_on_the_last() -> None:
+    assert costs_of(model__tie_embeddings=True).head.parameters == 0
+    assert costs_of(model__tie_embeddings=True, parallel__pipeline=2).head.parameters == 512 * 64
+
+
+def test_messages_of_a_tensor_group() -> None:
+    """Two all-reduces of [s, b, h] each way, each twice (TP - 1) / TP of it; SP collects again."""
+    whole = TOKENS * 64 * 4
+    plain = costs_of(parallel__tensor=4).block
+    assert plain.forward.communication_bytes == 2 * 2 * whole * 3 / 4
+    assert plain.backward.communication_bytes == 2 * 2 * whole * 3 / 4
+    sequence = costs_of(parallel__tensor=4, parallel__sequence=True).block
+    assert sequence.forward.communication_bytes == plain.forward.communication_bytes
+    assert sequence.backward.communication_bytes == 1.5 * plain.backward.communication_bytes
+
+
+def test_sequence_parallelism_and_recompute_keep_less() -> None:
+    plain = costs_of(parallel__tensor=2).block
+    split = costs_of(parallel__tensor=2, parallel__sequence=True).block
+    assert split.activation_bytes < plain.activation_bytes
+    assert split.recompute_bytes == plain.recompute_bytes / 2
+    assert plain.recompute_bytes == TOKENS * 64 * (4 + 4)  # the stream and the branch's input
+
+
+def test_a_block_of_the_paper_takes_what_the_field_knows() -> None:
+    """0.14 TFLOP forward: 0.2 ms of products at H200 rates, and norms and the rest besides."""
+    times = predicted_times(costs_of(**PAPER), DEVICES["h200"])
+    assert 0.2e-3 < times.block.forward < 0.4e-3
+    assert 8 < times.head.total / times.block.total < 10
+
+
+def test_a_roofline_is_bound_by_launches_memory_or_products() -> None:
+    costs = costs_of(**PAPER)
+    slow_host = device_named("h200", kernel_launch_us=1000.0)
+    assert predicted_times(costs, slow_host).block == Times(30e-3, 60e-3)
+    free = {"kernel_launch_us": 0.0}
+    base = predicted_times(costs, device_named("h200", **free)).block.forward
+    no_products = predicted_times(costs, device_named("h200", tflops=1e9, **free)).block.forward
+    no_memory = device_named("h200", memory_bandwidth_gb=1e12, **free)
+    products = costs.block.forward.flops / (989e12 * 0.65)
+    assert predicted_times(costs, no_memory).block.forward == pytest.approx(products, rel=1e-6)
+    assert 0 < no_products < base
+
+
+def test_measured_times_are_plain_numbers() -> None:
+    times = UnitTimes(embedding=Times(1.0, 2.0), block=Times(3.0, 4.0), head=Times(5.0, 6.0))
+    assert times.block.total == 7.0
