@@ -9,7 +9,7 @@ PIP_ARGS ?=
 PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all test-gpu check format bench-kernel clean
+.PHONY: help setup train test test-all test-gpu check format bench-kernel chaos clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -40,6 +40,9 @@ test-gpu: ## Run the GPU suite with the python3 at hand (CUDA torch, megatron-co
 
 bench-kernel: ## Measure the fused kernel's bandwidth with the python3 at hand.
 	$(PYTHON) tools/bench/kernel.py
+
+chaos: setup ## Train while 100 faults are injected; nothing may be lost (tools/chaos.py).
+	$(BIN)/python tools/chaos.py --faults 100
 
 check: setup ## Lint, format, types, floors, spelling.
 	$(BIN)/ruff check .

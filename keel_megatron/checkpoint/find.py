@@ -34,10 +34,15 @@ class Found:
     """Steps of the damaged ones that were passed over; they are left where they are."""
 
 
-def newest_good(run_folder: Path, runtime: Runtime) -> Found:
+def newest_good(run_folder: Path, runtime: Runtime, multiple_of: int = 1) -> Found:
     """The newest good checkpoint of a run; collective over all ranks.
 
     The ranks share the reading, rank 0 judges and tells the others.
+
+    Args:
+        run_folder: the run's folder.
+        runtime: this rank's place.
+        multiple_of: look only at those of multiples of so many steps; 0 = at that of step 0.
 
     Raises:
         UserError: there are checkpoints, and every one is damaged; on every rank.
@@ -46,6 +51,8 @@ def newest_good(run_folder: Path, runtime: Runtime) -> Found:
     remarks = runtime.from_main(lambda: [_unfinished(path) for path in folder.remains(run_folder)])
     damaged: list[int] = []
     for step in reversed(steps):
+        if step % multiple_of if multiple_of else step:
+            continue
         path = folder.step_folder(run_folder, step)
         problem, state = _judge(path, runtime)
         if problem is None:

@@ -26,6 +26,7 @@ CHANGEABLE = (
     "optimizer.",
     "schedule.",
     "checkpoint.",
+    "guard.",
     "tracking.",
     "data.cache",
     "data.text",  # where it lies: its contents are fingerprinted
@@ -36,6 +37,8 @@ CHANGEABLE = (
     "training.micro_batch_size",
     "training.device",
     "training.threads",
+    "training.exit_after",
+    "training.hang_timeout",
     "training.validate_every",
     "training.validation_sequences",
 )

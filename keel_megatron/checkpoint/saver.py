@@ -6,7 +6,7 @@ import errno
 import shutil
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ class Saver:
         tracker: told what was saved and how long training waited.
         data: what the run is trained on (`data.prepare.PreparedData.identity`).
         damaged: steps of damaged checkpoints, which retention neither counts nor removes.
+        progress: told that a save goes on, for whoever watches over the run.
     """
 
     def __init__(
@@ -99,12 +100,14 @@ class Saver:
         tracker: Tracker,
         data: dict[str, Any],
         damaged: Collection[int] = (),
+        progress: Callable[[str], None] = lambda _what: None,
     ) -> None:
         self._config = config
         self._runtime = runtime
         self._tracker = tracker
         self._data = data
         self._damaged = set(damaged)
+        self._progress = progress
         self._pending: _Pending | None = None
         self._is_first = True
         self.failure: str | None = None
@@ -176,11 +179,16 @@ class Saver:
             self._wait()
             self._settle(begun)
 
+    def set_aside(self, damaged: Collection[int]) -> None:
+        """Treat the checkpoints of these steps as damaged, too."""
+        self._damaged |= set(damaged)
+
     def _wait(self) -> None:
         """Until every rank has written; asking now and then, so that no collective times out."""
         assert self._pending is not None
         while self._runtime.any(self._pending.writer.is_alive()):
             self._pending.writer.join(_POLL_SECONDS)
+            self._progress(f"a part of the save of step {self._pending.content.position.step}")
 
     def _prepare(self, step: int, size: int) -> str | None:
         """Rank 0: make room and a folder; or why that is not possible."""
@@ -214,6 +222,7 @@ class Saver:
                 checkpoint_bytes=pending.bytes,
             )
         )
+        self._progress(f"the save of step {step}")
         self._tracker.say(f"saved {folder.step_folder(self._config.training.folder, step)}")
 
     def _publish(self, pending: _Pending, reports: list[_Report]) -> str | None:

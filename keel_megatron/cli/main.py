@@ -10,11 +10,19 @@ import typer
 from typer.core import TyperGroup
 
 from keel_megatron import __version__
-from keel_megatron.cli import checkpoint, config, data, generate, plan, study, tokenizer, train
+from keel_megatron.cli import (
+    checkpoint,
+    config,
+    data,
+    depth,
+    generate,
+    plan,
+    study,
+    tokenizer,
+    train,
+)
 from keel_megatron.config.errors import ConfigError, UserError
-
-USER_ERROR = 2
-INTERRUPTED = 130
+from keel_megatron.runtime.exit_codes import INTERRUPTED, USER_ERROR
 
 
 class _Root(TyperGroup):
@@ -40,6 +48,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
+app.command("depth")(depth.depth)
 app.command("generate")(generate.generate)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")

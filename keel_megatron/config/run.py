@@ -9,6 +9,7 @@ from pydantic import Field
 
 from keel_megatron.config.base import Section
 from keel_megatron.config.data import DataConfig
+from keel_megatron.config.guard import GuardConfig
 from keel_megatron.config.kernels import KernelsConfig
 from keel_megatron.config.model import ModelConfig
 from keel_megatron.config.optimizer import OptimizerConfig, ScheduleConfig
@@ -35,6 +36,9 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(
         default_factory=CheckpointConfig, description="What is saved."
     )
+    guard: GuardConfig = Field(
+        default_factory=GuardConfig, description="What is done about a bad step."
+    )
     tracking: TrackingConfig = Field(
         default_factory=TrackingConfig, description="What is reported."
     )
@@ -42,6 +46,12 @@ class RunConfig(Section):
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model among `world_size` processes (exact after `problems` is empty)."""
         return world_size // self.parallel.model_parallel_size
+
+    @property
+    def hang_timeout(self) -> float:
+        """Seconds without progress after which the watchdog acts; 0 = there is none."""
+        chosen = self.training.hang_timeout
+        return self.parallel.timeout_seconds / 2 if chosen is None else chosen
 
 
 def problems(config: RunConfig, world_size: int | None = None) -> Iterator[tuple[str, str]]:
@@ -231,6 +241,22 @@ def _lowest_rate(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
+def _hang_timeout(config: RunConfig) -> Iterator[tuple[str, str]]:
+    watchdog, collective = config.training.hang_timeout, config.parallel.timeout_seconds
+    if watchdog is not None and watchdog >= collective:
+        yield (
+            "training.hang_timeout",
+            f"{watchdog:g} must be smaller than parallel.timeout_seconds = {collective:g}, or the "
+            "collective's time-out ends the run before the watchdog can name the rank that hangs",
+        )
+
+
+def _guard_window(config: RunConfig) -> Iterator[tuple[str, str]]:
+    window, least = config.guard.window, config.guard.min_steps
+    if least > window:
+        yield "guard.min_steps", f"{least} must not exceed guard.window = {window}"
+
+
 def _keep_every(config: RunConfig) -> Iterator[tuple[str, str]]:
     kept, every = config.checkpoint.keep_every, config.checkpoint.every
     if kept and not (every and kept % every == 0):
@@ -258,6 +284,8 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _warmup,
     _decay_after_warmup,
     _lowest_rate,
+    _hang_timeout,
+    _guard_window,
     _keep_every,
 )
 """One contradiction each, so that a wrong setting hides no other's."""

@@ -39,6 +39,18 @@ class TrainingConfig(Section):
     validation_sequences: int = Field(
         default=64, gt=0, description="Sequences of one validation (fewer if the set is smaller)."
     )
+    exit_after: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="Minutes from the start of the launch after which the run finishes its step, "
+        "saves and exits with 75; null = never. Leave time for a step and a save.",
+    )
+    hang_timeout: float | None = Field(
+        default=None,
+        ge=0.0,
+        description="Seconds without a completed step, validation or save after which the watchdog "
+        "ends the run with 70; null = half of parallel.timeout_seconds; 0 = no watchdog.",
+    )
     runs_dir: TextPath = Field(default=Path("runs"), description="Parent of the run's folder.")
 
     @property
@@ -82,6 +94,11 @@ class TrackingConfig(Section):
         description="MLflow tracking URI; null = a sqlite file, mlflow.db in the run's folder.",
     )
     experiment: str = Field(default="keel", description="MLflow experiment.")
+    depth_every: int = Field(
+        default=100,
+        ge=0,
+        description="Steps between depth profiles, beside step 1; 0 = none at all.",
+    )
     log_every: int = Field(default=1, gt=0, description="Steps between lines of the progress.")
     sample_prompt: str | None = Field(
         default=None, description="Text that the trained model continues at the end of the run."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,10 @@ from keel_megatron.config.model import ModelConfig
 from keel_megatron.kernels import scaled_add_norm
 from keel_megatron.model.norm import RMSNorm
 from keel_megatron.model.residual import SubLayer, sub_layer
+
+Observer = Callable[[int, Tensor, Tensor, float, Tensor], None]
+"""Is told (l, x, F, alpha, x') of every sub-layer's sum: its global number from 0, the stream
+before it, its branch's output, the scale of the skip path and the stream after it."""
 
 
 @dataclass
@@ -43,6 +48,9 @@ class KeelLayer(TransformerLayer):
         model: the model's section of the run's configuration; says which norms this block has.
         layer_number: number within the stage's chunk, from 1.
         kwargs: what Megatron-core's TransformerBlock passes on.
+
+    Attributes:
+        observer: told of every sum while it is set; None otherwise.
     """
 
     def __init__(
@@ -63,6 +71,7 @@ class KeelLayer(TransformerLayer):
         if self.mlp_rule.inner != "norm":
             self.pre_mlp_layernorm = self._build(instead[self.mlp_rule.inner])
         self.following: tuple[KeelLayer, ...] = ()
+        self.observer: Observer | None = None
         self.attention_outer_norm = (
             self._build(submodules.outer_norm) if self.attention_rule.outer_norm else None
         )
@@ -99,18 +108,19 @@ class KeelLayer(TransformerLayer):
             The stream, shaped and typed as it came, and the next block's attention input, or None
             after a chunk's last block.
         """
-        x = hidden_states
+        x, l = hidden_states, 2 * (self.layer_number - 1)
         z = self.input_layernorm(x) if context is None else context
         branch, _bias = self.self_attention(z, attention_mask, rotary_pos_emb=rotary_pos_emb)
         x, z = self.join(
-            x, branch, self.attention_rule, self.attention_outer_norm, self.pre_mlp_layernorm
+            l, x, branch, self.attention_rule, self.attention_outer_norm, self.pre_mlp_layernorm
         )
         branch, _bias = self.mlp(z)
         following = self.following[0].input_layernorm if self.following else None
-        return self.join(x, branch, self.mlp_rule, self.mlp_outer_norm, following)
+        return self.join(l + 1, x, branch, self.mlp_rule, self.mlp_outer_norm, following)
 
     def join(
         self,
+        l: int,
         x: Tensor,
         branch: Tensor,
         rule: SubLayer,
@@ -122,6 +132,7 @@ class KeelLayer(TransformerLayer):
         Where the following branch has an inner norm, that is one kernel (kernels/__init__.py).
 
         Args:
+            l: the sub-layer's global number, from 0.
             x: the stream before it.
             branch: F, in the compute type.
             rule: the sub-layer's rule.
@@ -131,7 +142,7 @@ class KeelLayer(TransformerLayer):
         if self.hidden_dropout and self.training:
             branch = functional.dropout(branch, self.hidden_dropout)
         inner_norm = following if isinstance(following, RMSNorm) else None
-        x, z = scaled_add_norm(
+        x_new, z = scaled_add_norm(
             x,
             branch,
             rule.alpha,
@@ -140,9 +151,11 @@ class KeelLayer(TransformerLayer):
             self.config.layernorm_epsilon,
             self.config.params_dtype,
         )
+        if self.observer is not None:
+            self.observer(l, x, branch, rule.alpha, x_new)
         if following is not None and inner_norm is None:
-            z = following(x)
-        return x, z
+            z = following(x_new)
+        return x_new, z
 
 
 def link(layers: nn.ModuleList) -> None:

@@ -64,9 +64,13 @@ class Runtime:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; the same answer on all."""
-        vote = torch.tensor(int(flag), device=self.device)
+        return bool(self.max(int(flag)))
+
+    def max(self, value: int) -> int:
+        """The largest value of any rank; the same answer on all."""
+        vote = torch.tensor(value, device=self.device)
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-        return bool(vote)
+        return int(vote)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value in rank order, on global rank 0; empty elsewhere."""

@@ -1,46 +1,160 @@
-"""Start several processes of a command on this machine, as `torchrun --standalone` does."""
+"""Start several processes of a command on this machine, as `torchrun --standalone` does.
+
+torchrun itself would do, but it hides the processes' exit codes and starts again what was saved and
+stopped on purpose, or what only its user can mend (runtime/exit_codes.py).
+"""
 
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from keel_megatron.runtime import exit_codes
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+POLL_SECONDS = 0.05
+SETTLE_SECONDS = 2.0
+"""After a failure, for the others to notice and end by themselves, so that their codes count."""
+LEAVE_SECONDS = 60.0
+"""After the first that was stopped on purpose, for the others to deliver what they report."""
+GRACE_SECONDS = 10.0
+"""From SIGTERM to SIGKILL for those that do not."""
 
 
-def launch(processes: int, arguments: list[str]) -> int:
-    """Run `python -m keel_megatron ARGUMENTS` in a torchrun group of this machine.
+def launch(processes: int, command: list[str], max_restarts: int = 0) -> int:
+    """Run `python COMMAND` as a group of processes of this machine.
 
-    torchrun itself would do, but follows an error message of ours with a traceback of its own.
+    A group that fails is started again, up to `max_restarts` times. Signals that ask a run to stop
+    are handed to every process; then nothing is started again.
 
     Returns:
-        The exit code: 0, that of the first process that failed, or 128 + the signal.
+        The exit code: 0, or that of the first process that failed (128 + n for signal n).
     """
-    import logging
+    run_id = uuid.uuid4().hex
+    with _forwarding() as forward:
+        for restart in range(max_restarts + 1):
+            if forward.asked is not None:
+                return exit_codes.to_shell(-forward.asked)
+            forward.group = _Group(processes, command, run_id, restart)
+            rank, code = forward.group.wait()
+            if code in exit_codes.FINAL or forward.asked is not None or restart == max_restarts:
+                return code
+            print(
+                f"rank {rank} ended with code {code}: starting all {processes} process(es) again "
+                f"({restart + 1} of {max_restarts})",
+                file=sys.stderr,
+                flush=True,
+            )
+    return exit_codes.FAILED
 
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # Each process sets its own threads (training.threads); this is what it starts with.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    command = ["-m", "keel_megatron", *arguments]
+class _Group:
+    """The processes of one attempt, and the store through which they find each other."""
+
+    def __init__(self, processes: int, command: list[str], run_id: str, restart: int) -> None:
+        import torch.distributed as dist
+
+        # Held here rather than by rank 0: the port is free for sure.
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )
+        self._workers = [
+            subprocess.Popen(
+                [sys.executable, *command],
+                env=os.environ | self._environment(rank, processes, run_id, restart),
+                # Ctrl-C in a terminal reaches the launcher alone, which hands it on once.
+                process_group=0,
+            )
+            for rank in range(processes)
+        ]
+
+    def _environment(self, rank: int, size: int, run_id: str, restart: int) -> dict[str, str]:
+        """What torchrun tells its processes."""
+        values = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": size,
+            "LOCAL_WORLD_SIZE": size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": self._store.port,
+            "TORCHELASTIC_RUN_ID": run_id,
+            "TORCHELASTIC_RESTART_COUNT": restart,
+            # The launcher itself starts again what is to be started again.
+            "TORCHELASTIC_MAX_RESTARTS": 0,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+            # Each process sets its own threads (training.threads); this is what it starts with.
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
+        return {name: str(value) for name, value in values.items()}
+
+    def signal(self, number: int) -> None:
+        """Hand a signal to every process that runs."""
+        for worker in self._workers:
+            worker.send_signal(number)  # does nothing to one that has ended
+
+    def wait(self) -> tuple[int, int]:
+        """Wait for the end of all; the rank whose code counts, and the code."""
+        while not self._failures() and self._running():
+            time.sleep(POLL_SECONDS)
+        stopped = any(code in exit_codes.FINAL for _rank, code in self._failures())
+        self._wait_for_end(LEAVE_SECONDS if stopped else SETTLE_SECONDS)
+        failures = self._failures()
+        if self._running():
+            self.signal(signal.SIGTERM)
+            self._wait_for_end(GRACE_SECONDS)
+            self.signal(signal.SIGKILL)
+            self._wait_for_end(GRACE_SECONDS)
+        # One that knows that nothing is to be started again is right whatever the others saw.
+        failures.sort(key=lambda found: found[1] not in exit_codes.FINAL)
+        return failures[0] if failures else (0, exit_codes.DONE)
+
+    def _running(self) -> bool:
+        return any(worker.poll() is None for worker in self._workers)
+
+    def _failures(self) -> list[tuple[int, int]]:
+        """(rank, exit code) of those that have failed, killed ones first: others follow them."""
+        found = [
+            (rank, worker.returncode)
+            for rank, worker in enumerate(self._workers)
+            if worker.poll() not in (None, exit_codes.DONE)
+        ]
+        found.sort(key=lambda failure: failure[1])
+        return [(rank, exit_codes.to_shell(code)) for rank, code in found]
+
+    def _wait_for_end(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while self._running() and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+
+
+class _Forward:
+    """Which group gets the signals, and the last one that has come."""
+
+    def __init__(self) -> None:
+        self.group: _Group | None = None
+        self.asked: int | None = None
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        self.asked = number
+        if self.group is not None:
+            self.group.signal(number)
+
+
+@contextmanager
+def _forwarding() -> Iterator[_Forward]:
+    """Within the block the signals go to the group."""
+    forward = _Forward()
+    chosen = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, forward) for number in chosen}
     try:
-        elastic_launch(config, sys.executable)(*command)
-    except ChildFailedError as error:
-        _rank, failure = error.get_first_failure()
-        code: int = failure.exitcode
-        return code if code >= 0 else 128 - code
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    return 0
+        yield forward
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import random
 
+import numpy as np
 import torch
 
 
@@ -21,9 +23,13 @@ def seed_dropout(seed: int, pipeline_rank: int, data_rank: int, *, step: int = 0
 
     Within a tensor-parallel group the default generator is the same on every rank (whole
     activations) and the tracked `model-parallel-rng` differs (split activations).
+
+    Python's and NumPy's own generators are seeded with them: a library may draw from those.
     """
     from megatron.core import tensor_parallel
 
     mine = derive_seed(seed, "dropout", pipeline_rank, data_rank, step) % 2**31
+    random.seed(mine)
+    np.random.seed(mine)
     torch.manual_seed(mine)
     tensor_parallel.model_parallel_cuda_manual_seed(mine, force_reset_rng=True)

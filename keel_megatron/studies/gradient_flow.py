@@ -13,7 +13,6 @@ norm's projection, which takes one of h directions, and the gains' drift in trai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +75,7 @@ def gradient_flow(residual: str, sub_layers: int, hidden_size: int = 128) -> Gra
         (chunk,) = build_model(config, runtime, compute_dtype=torch.float64)
         streams: list[Tensor] = []
         for layer in chunk.decoder.layers:  # type: ignore[union-attr]
-            _observe(layer, streams)
+            layer.observer = lambda _l, _x, _branch, _alpha, x_new: streams.append(x_new)
         loss = _loss(chunk, config)
         whole = torch.autograd.grad(loss, streams[FIRST - 1 :])
         _fix_branches(chunk)
@@ -138,18 +137,6 @@ def _loss(chunk: nn.Module, config: RunConfig) -> Tensor:
     tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     loss: Tensor = chunk(tokens, positions, None, labels=labels)
     return loss.mean()
-
-
-def _observe(layer: Any, streams: list[Tensor]) -> None:
-    """Keep the stream after every sub-layer of a block."""
-    join: Callable[..., tuple[Tensor, Tensor | None]] = layer.join
-
-    def observed(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-        x, z = join(*arguments)
-        streams.append(x)
-        return x, z
-
-    layer.join = observed
 
 
 def _fix_branches(chunk: nn.Module) -> None:

@@ -7,10 +7,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from keel_megatron.config.errors import UserError
-from keel_megatron.tracking.records import Record
+
+
+class Recordable(Protocol):
+    """Whatever one line can hold: an object with a step."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The object, with its `step`."""
 
 
 class MetricsFile:
@@ -33,7 +39,7 @@ class MetricsFile:
             _keep(path, last_step=None)
         self._stream = path.open("a", encoding="utf-8", buffering=1)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: Recordable) -> None:
         """Append a record."""
         self._stream.write(json.dumps(record.to_json()) + "\n")
 
@@ -76,9 +82,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line in the middle of the file is no record.
     """
-    if not path.is_file():
-        return []
-    return [record for _line, record in _records(path)]
+    return list(iterate_metrics(path))
+
+
+def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The same, one after the other."""
+    if path.is_file():
+        for _line, record in _records(path):
+            yield record
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -101,8 +101,12 @@ class MlflowSink:
         """Hand over a record's values."""
         values = record.to_json()
         del values["step"]
+        self.values(record.step, values)
+
+    def values(self, step: int, values: dict[str, float]) -> None:
+        """Hand over a step's values under their names."""
         self._handed[0] += 1
-        self._queue.put(Metrics(record.step, time.time_ns() // 1_000_000, values))
+        self._queue.put(Metrics(step, time.time_ns() // 1_000_000, values))
 
     def artifact(self, path: Path) -> None:
         """Hand over a file, copied when its turn comes."""

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.tracking.metrics import read_metrics
+from keel_megatron.tracking.style import BLUE, ORANGE, QUIET, SLATE, TEXT, dress, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_TRAINING, _VALIDATION, _NORM = "#2b6cb0", "#dd6b20", "#4a5568"
-_TEXT, _QUIET, _GRID = "#1a202c", "#718096", "#e2e8f0"
 _SMOOTHED_FROM = 50
 _UNITS = ((1e12, "trillion tokens"), (1e9, "billion tokens"), (1e6, "million tokens"))
 
@@ -52,18 +51,16 @@ def plot_loss(run_folder: Path, out: Path, unigram_entropy: float | None) -> Non
     _draw_loss(top, training, validation)
     if unigram_entropy is not None:
         _draw_entropy(top, unigram_entropy, training, validation)
-    top.legend(loc="upper right", frameon=False, fontsize=9.5, labelcolor=_TEXT)
+    top.legend(loc="upper right", frameon=False, fontsize=9.5, labelcolor=TEXT)
     _draw_norm(bottom, _series(steps, "grad_norm", scale))
-    bottom.set_xlabel(unit, color=_TEXT)
+    bottom.set_xlabel(unit, color=TEXT)
     bottom.set_xlim(0, steps[-1]["consumed_tokens"] / scale * 1.02)
     for axes in (top, bottom):
-        _dress(axes)
+        dress(axes)
     figure.align_ylabels()
     _title(figure, run_folder.resolve().name, steps[-1], validation[1], unigram_entropy)
 
-    partial = out.with_name(out.name + ".partial")
-    figure.savefig(partial, format="png")
-    partial.replace(out)
+    save(figure, out)
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -90,20 +87,20 @@ def smoothed(values: list[float]) -> list[float]:
 def _draw_loss(axes: Axes, training: Series, validation: Series) -> None:
     tokens, losses = training
     if len(losses) >= _SMOOTHED_FROM:
-        axes.plot(tokens, losses, color=_TRAINING, linewidth=0.8, alpha=0.3)
+        axes.plot(tokens, losses, color=BLUE, linewidth=0.8, alpha=0.3)
         axes.plot(
             tokens,
             smoothed(losses),
-            color=_TRAINING,
+            color=BLUE,
             linewidth=2,
             label="training (faint: each step)",
         )
     else:
-        axes.plot(tokens, losses, color=_TRAINING, linewidth=2, label="training")
+        axes.plot(tokens, losses, color=BLUE, linewidth=2, label="training")
     if validation[1]:
         axes.plot(
             *validation,
-            color=_VALIDATION,
+            color=ORANGE,
             linewidth=1.4,
             marker="o",
             markersize=6.5,
@@ -112,12 +109,12 @@ def _draw_loss(axes: Axes, training: Series, validation: Series) -> None:
             label="validation",
             zorder=4,
         )
-    axes.set_ylabel("loss (nats per token)", color=_TEXT)
+    axes.set_ylabel("loss (nats per token)", color=TEXT)
 
 
 def _draw_entropy(axes: Axes, entropy: float, training: Series, validation: Series) -> None:
     """The line, its words where the curves leave room: above its right or below its left end."""
-    axes.axhline(entropy, color=_TEXT, linestyle=(0, (5, 3)), linewidth=1.1, zorder=3)
+    axes.axhline(entropy, color=TEXT, linestyle=(0, (5, 3)), linewidth=1.1, zorder=3)
     cut = 0.7 * training[0][-1]
     right_is_free = all(
         loss < entropy
@@ -133,14 +130,14 @@ def _draw_entropy(axes: Axes, entropy: float, training: Series, validation: Seri
         ha="right" if right_is_free else "left",
         va="bottom" if right_is_free else "top",
         fontsize=9.5,
-        color=_TEXT,
+        color=TEXT,
     )
 
 
 def _draw_norm(axes: Axes, norms: Series) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.plot(*norms, color=_NORM, linewidth=0.9)
+    axes.plot(*norms, color=SLATE, linewidth=0.9)
     positive = [norm for norm in norms[1] if 0 < norm < math.inf]
     if positive:  # whole decades, so that a flat curve looks flat
         low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
@@ -149,16 +146,7 @@ def _draw_norm(axes: Axes, norms: Series) -> None:
         axes.yaxis.set_major_locator(LogLocator(numticks=4))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel("gradient norm", color=_TEXT)
-
-
-def _dress(axes: Axes) -> None:
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_QUIET)
-    axes.tick_params(color=_QUIET, labelcolor=_TEXT, labelsize=9.5)
-    axes.tick_params(which="minor", length=0)
+    axes.set_ylabel("gradient norm", color=TEXT)
 
 
 def _title(
@@ -177,7 +165,7 @@ def _title(
             where = "below" if distance >= 0 else "above"
             facts.append(f"{abs(distance):.2f} nats {where} the unigram entropy")
     axes = figure.axes[0]
-    axes.set_title(name, loc="left", fontsize=14, fontweight="bold", color=_TEXT, pad=24)
+    axes.set_title(name, loc="left", fontsize=14, fontweight="bold", color=TEXT, pad=24)
     axes.annotate(
         ",  ".join(facts),
         (0, 1),
@@ -185,7 +173,7 @@ def _title(
         xytext=(0, 9),
         textcoords="offset points",
         fontsize=10,
-        color=_QUIET,
+        color=QUIET,
     )
 
 

@@ -29,6 +29,8 @@ class StepRecord:
     """Peak memory of the reporting rank in 1e9 bytes."""
     seconds: float
     """Duration of the step in seconds."""
+    skipped_steps: int = 0
+    """Steps so far in the run whose update the guard has left out."""
 
     def to_json(self) -> dict[str, float]:
         """The record as one flat object, with the fields' names as keys."""

@@ -10,6 +10,8 @@ from types import TracebackType
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
+from keel_megatron.tracking.depth import DepthProfile
+from keel_megatron.tracking.depth_log import DepthLog
 from keel_megatron.tracking.metrics import MetricsFile
 from keel_megatron.tracking.mlflow_run import (
     Status,
@@ -22,7 +24,7 @@ from keel_megatron.tracking.records import CheckpointRecord, Record, ValidationR
 
 
 class Tracker:
-    """Rank 0's: the progress, log.txt, metrics.jsonl and MLflow.
+    """Rank 0's: the progress, log.txt, metrics.jsonl, the depth profiles and MLflow.
 
     As a context manager it ends the MLflow run truly: FINISHED, KILLED after Ctrl-C, FAILED after
     any other error, which log.txt then has too.
@@ -32,7 +34,7 @@ class Tracker:
         resume_step: step of the checkpoint that the run goes on from; None starts it anew.
 
     Raises:
-        UserError: metrics.jsonl cannot be gone on with.
+        UserError: metrics.jsonl or depth.jsonl cannot be gone on with.
     """
 
     def __init__(self, config: RunConfig, resume_step: int | None) -> None:
@@ -46,6 +48,7 @@ class Tracker:
                 self._metrics.clear()
             else:
                 self._metrics.rewind(resume_step)
+            self._depth = undo.enter_context(DepthLog(folder, resume_step))
             self._progress = Progress(
                 config.training.steps, folder / "log.txt", config.tracking.log_every
             )
@@ -81,6 +84,30 @@ class Tracker:
         """Report a complete checkpoint."""
         self._write(record)
 
+    def rewind(self, step: int) -> None:
+        """Drop the records after `step`: the run goes on from there."""
+        self._metrics.rewind(step)
+        self._depth.rewind(step)
+
+    def depth(self, profile: DepthProfile) -> None:
+        """Report a depth profile; of what is not finite also say where it begins."""
+        self._depth.write(profile)
+        if self._mlflow is not None:
+            self._mlflow.values(profile.step, profile.summary())
+        alarm = profile.alarm()
+        if alarm is not None:
+            self._progress.say(alarm)
+
+    def draw_depth(self, *, ending: bool) -> None:
+        """Draw the depth profiles if it is time to (DepthLog.draw) and hand MLflow the pictures."""
+        try:
+            pictures = self._depth.draw(ending=ending)
+        except Exception as error:  # whatever ails a picture, the run goes on
+            self._progress.say(f"cannot draw the depth profiles: {type(error).__name__}: {error}")
+            return
+        for picture in pictures:
+            self.artifact(picture)
+
     def say(self, text: str) -> None:
         """Show a message and keep it in log.txt."""
         self._progress.say(text)
@@ -105,6 +132,7 @@ class Tracker:
         with ExitStack() as ending:  # in reverse, each whatever becomes of the others
             ending.callback(self._progress.close)
             ending.callback(self._metrics.close)
+            ending.callback(self._depth.close)
             if self._mlflow is not None:
                 ending.callback(self._mlflow.finish, status)
             ending.callback(self._progress.stop)
@@ -154,6 +182,15 @@ class NullTracker(Tracker):
         """Nothing."""
 
     def checkpoint(self, record: CheckpointRecord) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Nothing."""
+
+    def depth(self, profile: DepthProfile) -> None:
+        """Nothing."""
+
+    def draw_depth(self, *, ending: bool) -> None:
         """Nothing."""
 
     def say(self, text: str) -> None:

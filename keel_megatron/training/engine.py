@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
 from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.training.depth import DepthCollector
 from keel_megatron.training.optimizer import (
     build_optimizer,
     set_learning_rate,
@@ -54,17 +57,45 @@ class MegatronEngine:
         megatron_config.finalize_model_grads_func = finalize_model_grads
 
     def train_step(
-        self, micro_batches: Iterable[Batch], count: int, learning_rate: float
+        self,
+        micro_batches: Iterable[Batch],
+        count: int,
+        learning_rate: float,
+        accept: Callable[[StepResult], bool] = lambda _result: True,
+        depth: DepthCollector | None = None,
     ) -> StepResult:
-        """Forward, backward and update on this replica's `count` micro-batches."""
+        """Forward, backward and update on this replica's `count` micro-batches.
+
+        The update, with all that the optimizer keeps, is left out unless `accept` is true of what
+        the passes gave; it must say the same on every rank. `depth` observes the step, if it is
+        given.
+        """
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = self._run(micro_batches, count, forward_only=False)
+        with nullcontext() if depth is None else depth.watching():
+            loss = self._run(micro_batches, count, forward_only=False)
+        if depth is not None:
+            depth.before_update()
+        self.optimizer.prepare_grads()
+        result = StepResult(loss, float(self.optimizer.get_grad_norm()))
+        if accept(result):
+            self._update(result.grad_norm, learning_rate)
+        if depth is not None:
+            depth.after_update()
+        return result
+
+    def _update(self, grad_norm: float, learning_rate: float) -> None:
+        """Clip and step: the second half of Megatron-core's `optimizer.step`, in its own calls."""
         set_learning_rate(self.optimizer, self.config, learning_rate)
-        _updated, grad_norm, _zeros = self.optimizer.step()
-        return StepResult(loss, float(grad_norm))
+        if self.config.optimizer.clip_grad > 0.0:
+            for inner in self.optimizer.chained_optimizers:
+                if parameters := inner.get_parameters():
+                    clip_grad_by_total_norm_fp32(
+                        parameters, self.config.optimizer.clip_grad, grad_norm
+                    )
+        self.optimizer.step_with_ready_grads()
 
     @torch.no_grad()
     def validate(self, micro_batches: Iterable[Batch], count: int) -> float:

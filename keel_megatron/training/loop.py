@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,20 +13,28 @@ from typing import Any, Protocol
 import torch
 
 from keel_megatron.checkpoint import state
+from keel_megatron.checkpoint.find import newest_good
 from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.checkpoint.state import Position
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch, BatchSource
 from keel_megatron.partition.flops import training_flops_per_token
+from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.runtime.watchdog import Watchdog
 from keel_megatron.tracking.mlflow_run import remembered_run_id
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
 from keel_megatron.tracking.tracker import Tracker
+from keel_megatron.training import locate
+from keel_megatron.training.depth import DepthCollector
 from keel_megatron.training.engine import MegatronEngine, StepResult
+from keel_megatron.training.guard import Finding, Guard
 from keel_megatron.training.schedule import learning_rate
 from keel_megatron.training.stop import StopRequest
 
+BeforeStep = Callable[[Position, MegatronEngine], None]
+"""Is called before every step with where the run stands; a test makes a fault there."""
 MLFLOW_RUN_ID = "mlflow_run_id"
 """Name of the MLflow run's id among a checkpoint's extras."""
 
@@ -45,8 +54,9 @@ class Loop:
     """Steps from a position to the end of the run.
 
     A step takes the next `global_batch_size` sequences, trains on them at the step's learning
-    rate, and is reported; at their intervals come a validation and a checkpoint; a request to
-    stop ends the loop after the step, with a checkpoint, which keeps the state of `parts` too.
+    rate unless the guard objects, and is reported; at their intervals come a validation and a
+    checkpoint; a request to stop ends the loop after the step, with a checkpoint, which keeps the
+    state of `parts` too.
     """
 
     config: RunConfig
@@ -57,17 +67,28 @@ class Loop:
     tracker: Tracker
     position: Position
     saver: Saver
-    saved_step: int = 0
+    guard: Guard
+    watchdog: Watchdog
+    before_step: BeforeStep | None = None
+    saved_step: int | None = None
     parts: dict[str, Stateful] = field(default_factory=dict)
     validation_loss: float = float("nan")
 
-    def run(self, stop: StopRequest) -> None:
-        """Train until the last step or until a stop is asked for on any rank."""
+    def run(self, stop: StopRequest) -> int:
+        """Train until the last step or until a stop is asked for on any rank.
+
+        Returns:
+            The exit code, the same on every rank: 0, or that of the request to stop.
+        """
         steps = self.config.training.steps
+        stopping = exit_codes.DONE
+        if self.guard.action == "rollback" and self.position.step == 0:
+            self.save()  # what a rollback before the first checkpoint goes back to
         while self.position.step < steps:
-            self._step()
+            if not self._step():
+                continue
             self.saver.poll()
-            stopping = self.runtime.any(bool(stop))
+            stopping = self.runtime.max(stop.exit_code)
             last = self.position.step == steps
             if last or (self._due(self.config.training.validate_every) and not stopping):
                 self._validate()
@@ -80,6 +101,7 @@ class Loop:
             raise UserError(
                 f"the run ends unsaved: {self.saver.failure}", reported=not self.runtime.is_main
             )
+        return stopping
 
     def restore(self, checkpoint: Path) -> None:
         """Go back, or on, to a checkpoint: all of its state, and the position.
@@ -104,23 +126,90 @@ class Loop:
         extras[MLFLOW_RUN_ID] = remembered_run_id(self.config.training.folder)
         self.saver.save(self.engine.chunks, self.engine.optimizer, self.position, extras)
         self.saved_step = self.position.step
+        self.tracker.draw_depth(ending=False)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.position.step % every == 0
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """One step; False if it ended in a rollback."""
         config, training = self.config, self.config.training
+        if self.before_step is not None:
+            self.before_step(self.position, self.engine)
         step = self.position.step + 1
         started = time.perf_counter()
         rate = learning_rate(step, training.steps, config.optimizer, config.schedule)
-        result = self.engine.train_step(
-            self.batches.micro_batches(self.position.consumed_samples, training.global_batch_size),
-            training.global_batch_size // (training.micro_batch_size * self.runtime.data_size),
-            rate,
-        )
-        consumed = self.position.consumed_samples + training.global_batch_size
-        self.position = Position(step, consumed)
+        position, batch_size = self.position, training.global_batch_size
+        batches = list(self.batches.micro_batches(position.consumed_samples, batch_size))
+        findings: list[Finding] = []
+
+        def accept(result: StepResult) -> bool:
+            finding = self.guard.judge(result.loss, result.grad_norm)
+            if finding is None:
+                self.guard.taken(result.loss, result.grad_norm)
+                return True
+            findings.append(finding)
+            return self._answer(step, finding, locate.describe(self.engine, batches, result.loss))
+
+        depth = self._depth_collector(step)
+        result = self.engine.train_step(batches, len(batches), rate, accept, depth)
+        profile = None if depth is None else depth.profile(step)
+        self.position = Position(step, position.consumed_samples + batch_size)
+        self.watchdog.mark(f"step {step}")
+        if findings and self.guard.action == "rollback":
+            self._roll_back(step, findings[0])
+            return False
         self.tracker.step(self._record(result, rate, time.perf_counter() - started))
+        if profile is not None:
+            self.tracker.depth(profile)
+        return True
+
+    def _answer(self, step: int, finding: Finding, where: str) -> bool:
+        """Report what the guard has found at a step; whether the step is taken all the same."""
+        action = self.guard.action
+        self.tracker.say(f"guard, step {step} ({action}): {finding}; {where}")
+        if action == "skip":
+            self.guard.skip(step, finding)
+        return action == "warn"
+
+    def _roll_back(self, step: int, finding: Finding) -> None:
+        """Return to the last checkpoint, and go on with the data after this step's batch.
+
+        All batches since the checkpoint are jumped over: with them the run would come to the same
+        step again. Should the run be killed before its next checkpoint, it repeats all this.
+        """
+        self.guard.roll_back(step, finding)
+        rollbacks, consumed = self.guard.rollbacks, self.position.consumed_samples
+        self.saver.finish()
+        run_folder, every = self.config.training.folder, self.config.checkpoint.every
+        # Not one that a signal made: whether there was a signal must make no difference.
+        found = newest_good(run_folder, self.runtime, multiple_of=every)
+        if found.path is None:
+            found = newest_good(run_folder, self.runtime)
+        if found.path is None:
+            raise UserError(
+                f"guard.action: rollback finds no checkpoint in {run_folder}",
+                reported=not self.runtime.is_main,
+            )
+        for remark in found.remarks:
+            self.tracker.say(remark)
+        self.saver.set_aside(found.damaged)
+        self.restore(found.path)
+        self.guard.rollbacks = rollbacks
+        restored, self.position = self.position, Position(self.position.step, consumed)
+        self.tracker.rewind(restored.step)
+        self.watchdog.mark(f"the rollback to step {restored.step}")
+        self.tracker.say(
+            f"guard: back at step {restored.step}; the data goes on after sequence {consumed}"
+        )
+
+    def _depth_collector(self, step: int) -> DepthCollector | None:
+        """What gathers the step's depth profile: of step 1 and of every `depth_every`-th."""
+        every = self.config.tracking.depth_every
+        if every == 0 or (step != 1 and step % every):
+            return None
+        engine = self.engine
+        return DepthCollector(self.config, self.runtime, engine.chunks, engine.optimizer)
 
     def _record(self, result: StepResult, rate: float, seconds: float) -> StepRecord:
         config, position = self.config, self.position
@@ -138,11 +227,13 @@ class Loop:
             tflops_per_device=tokens_per_second * flops / self.runtime.launch.world_size / 1e12,
             memory_gb=peak_memory_gb(self.runtime.device),
             seconds=seconds,
+            skipped_steps=self.guard.skipped,
         )
 
     def _validate(self) -> None:
         self.validation_loss = self.engine.validate(self.validation, len(self.validation))
         position = self.position
+        self.watchdog.mark(f"the validation after step {position.step}")
         self.tracker.step(
             ValidationRecord(
                 step=position.step,

@@ -27,13 +27,16 @@ from keel_megatron.model.language_model import build_model
 from keel_megatron.partition.flops import parameter_count
 from keel_megatron.partition.stages import Partition, own_partition, require_fit
 from keel_megatron.partition.table import stage_table, write_stages
+from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
+from keel_megatron.runtime.watchdog import Watchdog
 from keel_megatron.tracking.mlflow_run import remember_run_id, remembered_run_id
 from keel_megatron.tracking.plot import plot_loss
 from keel_megatron.tracking.tracker import Tracker, open_tracker, where
 from keel_megatron.training.engine import MegatronEngine
-from keel_megatron.training.loop import MLFLOW_RUN_ID, Loop
+from keel_megatron.training.guard import Guard
+from keel_megatron.training.loop import MLFLOW_RUN_ID, BeforeStep, Loop
 from keel_megatron.training.stop import StopRequest, stop_requests
 
 
@@ -43,17 +46,24 @@ class Outcome:
 
     folder: Path
     exit_code: int
-    """0, or 128 + the signal that asked it to stop."""
+    """0, or that of the request to stop (runtime/exit_codes.py)."""
     is_main: bool
     """Whether this process is global rank 0."""
     trained: bool
     """False if the run was complete before."""
 
 
-def run_training(config_path: Path, overrides: tuple[str, ...] = ()) -> Outcome:
+def run_training(
+    config_path: Path, overrides: tuple[str, ...] = (), before_step: BeforeStep | None = None
+) -> Outcome:
     """Train the run that a YAML file and overrides describe, in this process of a torchrun group.
 
     A run folder with a checkpoint goes on from it; a complete one is left as it is.
+
+    Args:
+        config_path: the YAML file.
+        overrides: `section.key=value` each.
+        before_step: called before every step; tests make faults there.
 
     Raises:
         ConfigError: the configuration is wrong, or does not fit the number of processes.
@@ -61,7 +71,11 @@ def run_training(config_path: Path, overrides: tuple[str, ...] = ()) -> Outcome:
     """
     launch = Launch.from_environment()
     config = load_config(config_path, overrides, world_size=launch.world_size)
-    with stop_requests() as stop, start(config.parallel, config.training) as runtime:
+    code = exit_codes.DONE
+    with (
+        stop_requests(config.training.exit_after) as stop,
+        start(config.parallel, config.training) as runtime,
+    ):
         found = _take_folder(config, runtime)
         newest = found.path
         done = _step_of(newest) >= config.training.steps
@@ -76,16 +90,21 @@ def run_training(config_path: Path, overrides: tuple[str, ...] = ()) -> Outcome:
             with open_tracker(
                 config, runtime.rank, resume_step=_step_of(newest) if newest else None
             ) as tracker:
-                _train(config, runtime, tracker, found, stop)
-                if stop:
+                code = _train(config, runtime, tracker, found, stop, before_step)
+                if code != exit_codes.DONE:
                     tracker.close("KILLED")
-        code = stop.exit_code if stop else 0
+            # Together: a launcher takes the first that leaves for the sign to end the others.
+            runtime.barrier()
+        if runtime.is_main:
+            exit_codes.write(config.training.folder, code)
         return Outcome(config.training.folder, code, runtime.is_main, trained=not done)
 
 
 def _take_folder(config: RunConfig, runtime: Runtime) -> Found:
     """See that the run's folder is this run's; the checkpoint to go on from. Collective."""
     runtime.from_main(lambda: check_folder(config))
+    if runtime.is_main:
+        exit_codes.clear(config.training.folder)
     found = newest_good(config.training.folder, runtime)
     runtime.from_main(lambda: _check_checkpoint(config, found))
     return found
@@ -111,7 +130,9 @@ def _train(
     tracker: Tracker,
     found: Found,
     stop: StopRequest,
-) -> None:
+    before_step: BeforeStep | None,
+) -> int:
+    """Build, resume, train, conclude; the exit code."""
     for remark in found.remarks:
         tracker.say(remark)
     partition = runtime.from_main(lambda: _decided(config, runtime))
@@ -121,22 +142,30 @@ def _train(
     _announce(config, runtime, tracker, data)
     _announce_stages(runtime, tracker, partition)
     engine = MegatronEngine(config, runtime, build_model(config, runtime, partition))
-    loop = Loop(
-        config,
-        runtime,
-        engine,
-        batches,
-        validation,
-        tracker,
-        state.Position(),
-        Saver(config, runtime, tracker, data.identity(), found.damaged),
-    )
-    if found.path is not None:
-        loop.restore(found.path)
-        tracker.say(f"going on from {found.path}")
-        _note_versions(tracker, found)
-    loop.run(stop)
+    guard = Guard(config.guard, reported=not runtime.is_main)
+    with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:
+        loop = Loop(
+            config,
+            runtime,
+            engine,
+            batches,
+            validation,
+            tracker,
+            state.Position(),
+            Saver(config, runtime, tracker, data.identity(), found.damaged, watchdog.mark),
+            guard,
+            watchdog,
+            before_step,
+            parts={"guard": guard},
+        )
+        if found.path is not None:
+            loop.restore(found.path)
+            tracker.say(f"going on from {found.path}")
+            _note_versions(tracker, found)
+        code = loop.run(stop)
+    tracker.draw_depth(ending=True)
     _conclude(config, runtime, tracker, data, loop)
+    return code
 
 
 def _note_versions(tracker: Tracker, found: Found) -> None:

@@ -1,51 +1,99 @@
-"""Requests to stop: signals that end a run after its current step."""
+"""Requests to stop: signals and a time limit that end a run after its current step."""
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+import psutil
+
+from keel_megatron.runtime import exit_codes
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers the first signal that asked this process to stop."""
+    """Remembers the first signal that asked this process to stop, and knows its time limit.
 
-    def __init__(self) -> None:
+    Args:
+        deadline: when to stop, in seconds since 1970; None = never.
+    """
+
+    def __init__(self, deadline: float | None = None) -> None:
         self.signal: signal.Signals | None = None
+        self.deadline = deadline
 
     def __bool__(self) -> bool:
-        return self.signal is not None
+        return self.exit_code != exit_codes.DONE
 
     @property
     def exit_code(self) -> int:
-        """Shell convention for a process that a signal ended: 128 + its number."""
-        return 128 + (self.signal or signal.SIGTERM)
+        """What the process ends with (runtime/exit_codes.py); 0 while nobody asks it to stop."""
+        if self.signal is not None:
+            asked_to_save = self.signal is signal.SIGUSR1
+            return exit_codes.SAVED if asked_to_save else exit_codes.to_shell(-self.signal)
+        late = self.deadline is not None and time.time() >= self.deadline
+        return exit_codes.SAVED if late else exit_codes.DONE
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Within the block SIGINT and SIGTERM only set the request; a second one acts at once."""
-    request = StopRequest()
+def stop_requests(exit_after: float | None = None) -> Iterator[StopRequest]:
+    """Within the block the signals only set the request; the same one again ends the process.
+
+    That must also work while the main thread waits inside a collective, where Python runs no signal
+    handler. So a thread of its own takes the signals' numbers, which the interpreter's C handler
+    writes to a socket at once.
+
+    Args:
+        exit_after: minutes from the start of the launch to the request; None = never.
+    """
+    request = StopRequest(None if exit_after is None else launched_at() + 60.0 * exit_after)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    previous = {number: signal.getsignal(number) for number in SIGNALS}
-
-    def remember(number: int, _frame: FrameType | None) -> None:
-        if request.signal is signal.Signals(number):
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        elif request.signal is None:
-            request.signal = signal.Signals(number)
-
-    for number in SIGNALS:
-        signal.signal(number, remember)
+    # Started with nohup, a process ignores SIGHUP; it stays so.
+    chosen = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, lambda _number, _frame: None) for number in chosen}
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    listener = threading.Thread(target=_listen, args=(receiver, request), daemon=True)
+    listener.start()
     try:
         yield request
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        sender.close()
+        listener.join()
+        receiver.close()
+
+
+def _listen(receiver: socket.socket, request: StopRequest) -> None:
+    """Set the request at the first signal; end the process when that signal comes again."""
+    while numbers := receiver.recv(16):
+        for number in numbers:
+            if number not in SIGNALS:
+                continue
+            if request.signal is None:
+                request.signal = signal.Signals(number)
+            elif request.signal == number:
+                os._exit(exit_codes.to_shell(-number))
+
+
+def launched_at() -> float:
+    """When this run was started, in seconds since 1970.
+
+    Under torchrun that is torchrun's own start: a group that it starts again has no more time left
+    than the first one had.
+    """
+    process = psutil.Process()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        process = process.parent() or process
+    return process.create_time()

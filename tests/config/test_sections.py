@@ -49,6 +49,8 @@ def contradictions(world_size: int | None = None, **overrides: Any) -> list[str]
             "schedule.decay_fraction",
         ),
         ({"schedule__min_learning_rate": 4e-3}, "schedule.min_learning_rate"),
+        ({"training__hang_timeout": 600.0}, "training.hang_timeout"),
+        ({"guard__min_steps": 64, "guard__window": 32}, "guard.min_steps"),
     ],
 )
 def test_a_contradiction_is_found_alone(overrides: dict[str, Any], path: str) -> None:

@@ -40,6 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
         checkpoint__every=3,
         training__validate_every=3,
         tracking__sample_prompt="def ",
+        tracking__depth_every=2,
     )
     done = keel(home, "train", str(config), "--processes", "2")
     assert done.returncode == 0, done.stderr
@@ -76,6 +77,9 @@ def test_a_run_leaves_its_folder_complete(finished: Path) -> None:
         "log.txt",
         "loss.png",
         "stages.json",
+        "depth.jsonl",
+        "depth_heat_maps.png",
+        "depth_latest.png",
     }
     stages = json.loads((run / "stages.json").read_text())["stages"]
     config = load_config(run / "config.yaml")
@@ -107,6 +111,22 @@ def test_resuming_on_the_same_layout_is_bit_identical(finished: Path, tmp_path: 
     assert again.returncode == 0, again.stderr
     assert "going on from runs/test/checkpoints/step_00000003" in again.stdout
     assert losses(home) == losses(finished)
+    profiles = [
+        (folder / "runs" / "test" / "depth.jsonl").read_text() for folder in (home, finished)
+    ]
+    assert profiles[0] == profiles[1]
+    assert [json.loads(line)["step"] for line in profiles[0].splitlines()] == [1, 2, 4, 6]
+
+
+def test_the_depth_verb_tells_and_draws(finished: Path, tmp_path: Path) -> None:
+    shown = keel(finished, "depth", "runs/test", "--step", "4", "--out", str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("16 sub-layers at step 4\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"depth_heat_maps.png", "depth_step_4.png"}
+    wrong = keel(finished, "depth", "runs/test", "--step", "3")
+    assert wrong.returncode == 2
+    assert "there is no profile of step 3; near it are those of 1, 2, 4, 6" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
 
 
 def test_resuming_on_another_layout_agrees(tmp_path: Path, text: Path) -> None:
@@ -216,9 +236,11 @@ def test_unusable_text_is_named(tmp_path: Path, text: Path, make: Any, expected:
     claim(load_config(config, [f"training.runs_dir={tmp_path / 'runs'}"]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75)]
+)
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
-    tmp_path: Path, text: Path, number: signal.Signals
+    tmp_path: Path, text: Path, number: signal.Signals, code: int
 ) -> None:
     config = write_config(tmp_path, text)
     command = [sys.executable, "-m", "keel_megatron", "train", str(config), "training.steps=100000"]
@@ -231,7 +253,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
             time.sleep(0.1)
         process.send_signal(number)
         shown, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    assert process.returncode == code
     done = losses(tmp_path)[-1][0]
     assert f"stopped after step {done} of 100000, checkpoint written" in shown
     assert folder.steps(tmp_path / "runs" / "test") == [done]

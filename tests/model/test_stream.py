@@ -68,7 +68,9 @@ def record(fault: str) -> Seen:
     with start(config.parallel, config.training) as runtime:
         chunks = build_model(config, runtime)
         for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
-            observe(layer, seen)
+            layer.observer = lambda l, x, branch, _alpha, x_new: seen.setdefault(l, []).append(
+                (x.detach(), branch.detach(), x_new.detach())
+            )
             place = FAULTS[fault]
             if place is not None and layer.layer_number - 1 == place[0]:
                 cast_down(layer, place[1])
@@ -76,18 +78,6 @@ def record(fault: str) -> Seen:
         batches = made_up_batches(config, runtime, 0)
         engine.train_step(batches, len(batches), 1e-3)
     return seen
-
-
-def observe(layer: Any, seen: Seen) -> None:
-    join = layer.join
-
-    def observed(x: Tensor, branch: Tensor, rule: Any, *others: Any) -> tuple[Tensor, Any]:
-        x_new, z = join(x, branch, rule, *others)
-        l = 2 * (layer.layer_number - 1) + (rule is layer.mlp_rule)
-        seen.setdefault(l, []).append((x.detach(), branch.detach(), x_new.detach()))
-        return x_new, z
-
-    layer.join = observed
 
 
 def record_all(faults: list[str]) -> list[Seen]:

@@ -54,6 +54,7 @@ def place(sections: dict) -> tuple:
     config = RunConfig.model_validate(sections)
     with start(config.parallel, config.training) as runtime:
         flags = (runtime.any(runtime.rank == 2), runtime.any(False))
+        largest = runtime.max(75 if runtime.rank == 2 else 0)
         told = runtime.from_main(lambda: f"made on {runtime.rank}")
         try:
             runtime.from_main(lambda: complain("wrong text"))
@@ -62,7 +63,7 @@ def place(sections: dict) -> tuple:
             complaint = (str(error), error.reported)
         return (
             (runtime.tensor_rank, runtime.pipeline_rank, runtime.data_rank),
-            flags,
+            (*flags, largest),
             told,
             complaint,
         )
@@ -75,7 +76,7 @@ def complain(text: str) -> None:
 def test_ranks_find_their_place_and_agree() -> None:
     found = run_ranks(4, place, settings(parallel__tensor=2, parallel__pipeline=2))
     assert [row[0] for row in found] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)]
-    assert all(row[1] == (True, False) for row in found)
+    assert all(row[1] == (True, False, 75) for row in found)
     assert all(row[2] == "made on 0" for row in found)
     assert [row[3] for row in found] == [("wrong text", rank != 0) for rank in range(4)]
 

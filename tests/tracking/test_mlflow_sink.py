@@ -39,7 +39,8 @@ def test_params_metrics_by_step_tags_files_and_status(tmp_path: Path) -> None:
     note.write_text("kept")
     sink.artifact(note)
     sink.finish("FINISHED")
-    assert said == []
+    # On a busy machine it may tell that it waits, and nothing else.
+    assert [line for line in said if not line.startswith("waiting up to")] == []
     (found,) = mlflow_runs(run)
     assert found.info.run_id == sink.run_id == remembered_run_id(run.training.folder)
     assert (found.info.status, found.info.run_name) == ("FINISHED", "test")

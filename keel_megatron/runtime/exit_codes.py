@@ -1,0 +1,56 @@
+"""How a run's process ends, for whoever started it.
+
+| code | the run | what a launcher does |
+|---|---|---|
+| 0 | is done | nothing |
+| 1 | failed with an error | start the group again: it goes on from its newest checkpoint |
+| 2 | met a mistake that only its user can mend | nothing |
+| 70 | hung, and its watchdog ended it | start the group again |
+| 75 | saved, on SIGUSR1 or at `training.exit_after` | submit the job again |
+| 129, 130, 143 | saved, on SIGHUP, SIGINT or SIGTERM | what the sender of the signal has in mind |
+| other 128 + n | was killed by signal n | start the group again |
+
+70 and 75 are EX_SOFTWARE and EX_TEMPFAIL of sysexits.h.
+
+torchrun hides them: it starts a group again after any code but 0, and itself ends with 1 then. So
+under a torchrun with restarts left to give, a run that was saved leaves with 0; and in any case the
+code stands in the file `exit_code` of the run's folder, which is absent after a failure.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+DONE = 0
+FAILED = 1
+USER_ERROR = 2
+HUNG = 70
+SAVED = 75
+INTERRUPTED = 130
+
+FINAL = frozenset({DONE, USER_ERROR, SAVED, 129, INTERRUPTED, 143})
+"""Codes after which the same command, started again at once, is not what is wanted."""
+
+FILE = "exit_code"
+
+
+def to_shell(returncode: int) -> int:
+    """A subprocess's return code as a shell has it: -n, ended by signal n, is 128 + n."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+def for_torchrun(code: int) -> int:
+    """The code for this process to end with: 0 for one that torchrun would take for a failure."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return DONE if restarts > 0 and code in FINAL - {USER_ERROR} else code
+
+
+def write(folder: Path, code: int) -> None:
+    """Leave the code in a run's folder."""
+    (folder / FILE).write_text(f"{code}\n", encoding="utf-8")
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier process left."""
+    (folder / FILE).unlink(missing_ok=True)

@@ -1,0 +1,162 @@
+"""Depth profiles: what every sub-layer was like at a step, as a file and as a summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from keel_megatron.config.errors import UserError
+from keel_megatron.tracking.metrics import iterate_metrics
+
+DEPTH_FILE = "depth.jsonl"
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is known of every sub-layer."""
+
+    label: str
+    scale: Literal["log", "linear"] = "log"
+
+
+QUANTITIES: dict[str, Quantity] = {
+    "gradient_norm": Quantity("gradient norm"),
+    "stream_rms": Quantity("RMS of the stream"),
+    "branch_rms": Quantity("RMS of the branch"),
+    "update_cosine": Quantity("cosine of branch and stream", "linear"),
+    "update_size": Quantity("size of the branch / skip path"),
+    "weight_rms": Quantity("RMS of the weights"),
+    "update_to_weight": Quantity("size of the update / weights"),
+    "outer_gain_mean": Quantity("outer gain, mean", "linear"),
+    "outer_gain_min": Quantity("outer gain, minimum", "linear"),
+    "outer_gain_max": Quantity("outer gain, maximum", "linear"),
+    "inner_gain_mean": Quantity("inner gain, mean", "linear"),
+    "inner_gain_min": Quantity("inner gain, minimum", "linear"),
+    "inner_gain_max": Quantity("inner gain, maximum", "linear"),
+    "attention_logit_max": Quantity("largest attention logit", "linear"),
+}
+"""With x the stream [s, b, h] before sub-layer l, F its branch's output, x' the stream after it:
+
+- gradient_norm: L2 norm of the gradient of the sub-layer's parameters (the branch's, N_in's and
+  N_out's), before clipping;
+- stream_rms, branch_rms: of x' and of F over all elements of the global batch;
+- update_cosine, update_size: cos(x, F) and |F| / |alpha x| in the sum alpha x + F, means over the
+  tokens of the global batch;
+- weight_rms: of the matrices before the update (gains have their own statistics);
+- update_to_weight: |W_after - W| / |W| of the matrices, in fp32;
+- outer_gain, inner_gain: of the gains of N_out and N_in (of the learned vector in N_in's place);
+- attention_logit_max: the largest q k / sqrt(d) that a softmax of the global batch saw.
+"""
+
+Values = np.ma.MaskedArray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class DepthProfile:
+    """Every quantity of every sub-layer at one step."""
+
+    step: int
+    """Number of the step; the first is 1."""
+    values: Mapping[str, Values]
+    """By quantity: fp32 [sub_layers], masked where a sub-layer has no such thing."""
+
+    @classmethod
+    def of(
+        cls, step: int, values: Mapping[str, ArrayLike], absent: Mapping[str, Sequence[bool]]
+    ) -> DepthProfile:
+        """A profile from plain arrays.
+
+        Args:
+            step: the step.
+            values: a quantity's values [sub_layers], anything where it is absent.
+            absent: by the beginning of quantities' names, the sub-layers that have no such thing.
+        """
+
+        def mask(name: str) -> Any:
+            masks = [mask for start, mask in absent.items() if name.startswith(start)]
+            return masks[0] if masks else False
+
+        with np.errstate(over="ignore"):
+            arrays = {name: np.asarray(values[name], dtype=np.float32) for name in QUANTITIES}
+        return cls(step, {name: np.ma.array(a, mask=mask(name)) for name, a in arrays.items()})
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> DepthProfile:
+        """What `to_json` made."""
+        values = {
+            name: np.ma.array(
+                np.array(found, dtype=np.float32), mask=[value is None for value in found]
+            )
+            for name in QUANTITIES
+            if (found := record.get(name)) is not None
+        }
+        return cls(record["step"], values)
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat object: a list a quantity, null where it is absent, fp32's shortest digits."""
+        lists = {
+            name: [None if value is None else float(str(np.float32(value))) for value in found]
+            for name, found in ((name, array.tolist()) for name, array in self.values.items())
+        }
+        return {"step": self.step, **lists}
+
+    @property
+    def sub_layers(self) -> int:
+        """How many there are."""
+        return len(self.values["gradient_norm"])
+
+    def summary(self) -> dict[str, float]:
+        """Minimum, median, maximum and first depth that is not finite, for MLflow.
+
+        Keys are `depth/QUANTITY/min`, `/median`, `/max` (of what is finite) and
+        `/first_nonfinite`, a sub-layer's number, which is only there if there is one.
+        """
+        found: dict[str, float] = {}
+        for name, values in self.values.items():
+            finite = finite_values(values)
+            if finite.size:
+                found[f"depth/{name}/min"] = float(finite.min())
+                found[f"depth/{name}/median"] = float(np.median(finite))
+                found[f"depth/{name}/max"] = float(finite.max())
+            first = first_nonfinite(values)
+            if first is not None:
+                found[f"depth/{name}/first_nonfinite"] = float(first)
+        return found
+
+    def alarm(self) -> str | None:
+        """Where what is not finite begins, in a line; None if all is finite."""
+        first = {name: first_nonfinite(values) for name, values in self.values.items()}
+        where = [f"{name} from sub-layer {l}" for name, l in first.items() if l is not None]
+        return f"step {self.step}: not finite: {', '.join(where)}" if where else None
+
+
+def finite_values(values: Values) -> np.ndarray[Any, Any]:
+    """The values that are there and finite."""
+    present = values.compressed()
+    return np.asarray(present[np.isfinite(present)])
+
+
+def first_nonfinite(values: Values) -> int | None:
+    """The first sub-layer whose value is there and not finite."""
+    bad = np.flatnonzero(~np.isfinite(values.data) & ~np.ma.getmaskarray(values))
+    return int(bad[0]) if bad.size else None
+
+
+def read_profiles(run_folder: Path) -> list[DepthProfile]:
+    """The profiles of a run, in the order of their steps.
+
+    Raises:
+        UserError: the run has none, or a line of its file is none.
+    """
+    path = run_folder / DEPTH_FILE
+    profiles = [DepthProfile.from_json(record) for record in iterate_metrics(path)]
+    if not profiles:
+        raise UserError(
+            f"{path} has no depth profiles; tracking.depth_every sets the steps between them"
+        )
+    return profiles

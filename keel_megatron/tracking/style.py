@@ -1,0 +1,30 @@
+"""How this project's pictures look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, SLATE, ALARM = "#2b6cb0", "#dd6b20", "#4a5568", "#e5007d"
+TEXT, QUIET, GRID, NOTHING = "#1a202c", "#718096", "#e2e8f0", "#edf2f7"
+
+
+def dress(axes: Axes) -> None:
+    """A quiet frame and grid."""
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(QUIET)
+    axes.tick_params(color=QUIET, labelcolor=TEXT, labelsize=9.5)
+    axes.tick_params(which="minor", length=0)
+
+
+def save(figure: Figure, out: Path) -> None:
+    """Write a PNG in one move: a reader sees the old picture or the new one."""
+    partial = out.with_name(out.name + ".partial")
+    figure.savefig(partial, format="png")
+    partial.replace(out)

@@ -1,0 +1,90 @@
+"""Faults as a launcher and its user meet them: what stops a run, and what does not."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from keel_megatron.checkpoint import folder
+from keel_megatron.tracking.metrics import read_metrics
+from tests.integration.commands import environment, keel, write_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_time_limit_ends_a_run_for_torchrun_and_for_the_local_launcher(tmp_path: Path) -> None:
+    """torchrun would start any code but 0 again: it gets 0, and the file has the truth."""
+    config = write_config(
+        tmp_path,
+        Path(argparse.__file__),
+        parallel__pipeline=2,
+        training__exit_after=0.01,
+        training__hang_timeout=200.0,
+    )
+    run = tmp_path / "runs" / "test"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=2"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node=2", "-m", "keel_megatron", "train", str(config)],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "stopped after step 1 of 6, checkpoint written" in done.stdout
+    assert (run / "exit_code").read_text() == "75\n"
+    assert folder.steps(run) == [1]
+
+    again = keel(tmp_path, "train", str(config), "--processes", "2", "--max-restarts", "2")
+    assert again.returncode == 75, again.stderr
+    assert "again" not in again.stderr
+    assert folder.steps(run) == [1, 2]
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line] == [
+        1,
+        2,
+    ]
+
+    more = keel(tmp_path, "train", str(config), "training.exit_after=null", "--processes", "2")
+    assert more.returncode == 0, more.stderr
+    assert (run / "exit_code").read_text() == "0\n"
+
+
+def test_a_guard_that_has_had_enough_is_one_message(tmp_path: Path) -> None:
+    """Every step of a huge learning rate spikes or is no number; nothing is started again."""
+    config = write_config(
+        tmp_path,
+        Path(argparse.__file__),
+        parallel__pipeline=2,
+        optimizer__learning_rate=1e30,
+        optimizer__clip_grad=0.0,
+    )
+    sections = yaml.safe_load(config.read_text())
+    sections["guard"] = {"action": "skip", "limit": 2}
+    config.write_text(yaml.safe_dump(sections))
+    ended = keel(tmp_path, "train", str(config), "--processes", "2", "--max-restarts", "2")
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("guard.limit: step") == 1
+    assert "would be skip number 3 in a row (grad_norm is nan)" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "gradients are not finite in" in ended.stdout
+
+
+def test_a_hurt_run_ends_like_an_unhurt_one(tmp_path: Path) -> None:
+    """`make chaos` in small: the first five kinds of fault, one of each."""
+    options = ("--faults", "5", "--seed", "3", "--hang-timeout", "10")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "chaos.py"), *options, "--folder", str(tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for kind in ("inside a save", "SIGSTOP", "bit flipped", "disk full", "NaN in a gradient"):
+        assert kind in done.stdout
+    assert "5 faults, 5 recovered from; " in done.stdout
+    assert " 0 checkpoints lost; 0 steps of the loss curve and 0 bits of" in done.stdout

@@ -1,0 +1,92 @@
+"""The local launcher: exit codes survive, what failed is started again, what hangs is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from keel_megatron.runtime import exit_codes, local_launch
+
+# A rank that does in start N what its N-th argument says for it, such as "0=exit75,1=exit0".
+RANK = """
+import os, signal, sys, time
+restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+rank = os.environ["RANK"]
+act = dict(pair.split("=") for pair in sys.argv[1 + restart].split(","))[rank]
+open(f"start_{restart}_{rank}", "w").close()
+if act == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+if act == "freeze":
+    os.kill(os.getpid(), signal.SIGSTOP)
+if act == "wait":
+    time.sleep(60)
+sys.exit(int(act.removeprefix("exit")))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(local_launch, "SETTLE_SECONDS", 0.3)
+    monkeypatch.setattr(local_launch, "GRACE_SECONDS", 0.5)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("starts", "restarts", "expected"),
+    [
+        (["0=exit0,1=exit0"], 3, 0),
+        (["0=exit3,1=exit0"], 0, 3),
+        (["0=exit1,1=kill"], 0, 137),  # the cause, not its consequence
+        (["0=exit1,1=kill", "0=exit0,1=exit0"], 3, 0),
+        (["0=exit70,1=freeze", "0=exit0,1=exit0"], 1, 0),
+        (["0=wait,1=exit1", "0=exit1,1=wait", "0=exit4,1=exit4"], 2, 4),
+        (["0=exit75,1=exit75"], 3, 75),  # saved on purpose
+        (["0=exit1,1=exit2"], 3, 2),  # only the user can mend it
+    ],
+)
+def test_codes_and_restarts(starts: list[str], restarts: int, expected: int) -> None:
+    code = local_launch.launch(2, ["-c", RANK, *starts], restarts)
+    assert code == expected
+    made = {path.name for path in Path().glob("start_*")}
+    assert made == {f"start_{n}_{rank}" for n in range(len(starts)) for rank in range(2)}
+
+
+def test_a_signal_reaches_every_rank_once_and_nothing_starts_again(tmp_path: Path) -> None:
+    rank = """
+import signal, time, sys, pathlib, os
+def note(number, frame):
+    with open("got_" + os.environ["RANK"], "a") as f: f.write(f"{number} ")
+signal.signal(signal.SIGUSR1, note)
+pathlib.Path("ready_" + os.environ["RANK"]).touch()
+while not pathlib.Path("got_" + os.environ["RANK"]).exists(): time.sleep(0.01)
+time.sleep(0.3)
+sys.exit(1)
+"""
+    code = (
+        f"import sys; from {local_launch.__name__} import launch; "
+        f"sys.exit(launch(2, ['-c', {rank!r}], 5))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
+        end = time.monotonic() + 60
+        while len(list(tmp_path.glob("ready_*"))) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=30) == 1
+    for number in range(2):
+        assert (tmp_path / f"got_{number}").read_text() == f"{int(signal.SIGUSR1)} "
+
+
+def test_torchrun_is_told_that_a_saved_run_succeeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would start it again; without restarts it gets the truth."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert [exit_codes.for_torchrun(code) for code in (0, 75, 130, 143)] == [0, 0, 0, 0]
+    assert [exit_codes.for_torchrun(code) for code in (1, 2, 70)] == [1, 2, 70]
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    assert [exit_codes.for_torchrun(code) for code in (0, 75, 2)] == [0, 75, 2]

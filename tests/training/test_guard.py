@@ -1,0 +1,189 @@
+"""The guard: what it objects to, what a skipped step leaves alone, where it says the trouble is."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from keel_megatron.config import UserError
+from keel_megatron.config.guard import GuardConfig
+from keel_megatron.training.guard import Guard, robust_z
+from tests.distributed import run_ranks
+from tests.settings import settings
+from tests.training import faults
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "pp2": {"parallel__pipeline": 2},
+    "tp2-sp": {"parallel__tensor": 2, "parallel__sequence": True},
+    "dp2-sharded": {},
+    "dp2-bf16": {"training__precision": "bf16"},
+    "dp2-replicated": {"parallel__distributed_optimizer": False},
+}
+
+
+def guard(**values: Any) -> Guard:
+    wanted = {"action": "skip", "window": 16, "min_steps": 8, "threshold": 6.0, "limit": 2}
+    return Guard(GuardConfig(**(wanted | values)))
+
+
+def warmed(**values: Any) -> Guard:
+    """After twelve quiet steps."""
+    warm = guard(**values)
+    for number in range(12):
+        warm.taken(2.0 + 0.01 * (number % 3), 1.0)
+    return warm
+
+
+def test_robust_z_by_hand() -> None:
+    """Of 1..9 the median is 5 and the median distance from it 2; 1.4826 x 2 = 2.9652."""
+    middle, z = robust_z(5.0 + 3 * 2.9652, deque(range(1, 10)))
+    assert (middle, z) == (5.0, pytest.approx(3.0))
+
+
+def test_one_wild_value_in_the_window_does_not_hide_the_next() -> None:
+    """A mean and standard deviation of this window would call 50 ordinary: 4.6 + 3.3 x 14.0."""
+    window = deque([1.0, 1.1, 0.9, 1.0, 1.05, 0.95, 1.0, 1.1, 40.0, 1.0, 1.0])
+    assert robust_z(50.0, window)[1] > 100
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad_norm", "expected"),
+    [
+        (2.01, 1.0, None),
+        (0.5, 0.1, None),  # a fall is no spike
+        # The spread is 1 % of the median: 0.99 / 0.0201, 0.2 / 0.01.
+        (3.0, 1.0, "loss 3 is 49.3 robust standard deviations above its median 2.01"),
+        (2.01, 1.2, "grad_norm 1.2 is 20.0 robust standard deviations above its median 1"),
+        (math.nan, 1.0, "loss is nan"),
+        (2.01, math.inf, "grad_norm is inf"),
+    ],
+)
+def test_what_is_found(loss: float, grad_norm: float, expected: str | None) -> None:
+    finding = warmed().judge(loss, grad_norm)
+    assert (str(finding) if finding else None) == expected
+
+
+def test_spikes_need_a_window_and_numbers_do_not() -> None:
+    fresh = guard()
+    for _ in range(7):
+        fresh.taken(1.0, 1.0)
+    assert fresh.judge(99.0, 99.0) is None
+    assert fresh.judge(math.nan, 1.0) is not None
+    assert guard(action="off").judge(math.nan, math.nan) is None
+
+
+def test_yaml_may_write_off_without_quotes() -> None:
+    assert GuardConfig(action=False).action == "off"  # type: ignore[arg-type]
+
+
+def test_the_state_goes_on_where_it_was() -> None:
+    """Two guards, one through its state after every step, judge alike; the window moves on."""
+    kept, restored = warmed(), guard()
+    restored.restore(kept.state())
+    for number in range(20):
+        loss = 2.0 - 0.02 * number
+        assert restored.judge(loss + 0.2, 1.0) == kept.judge(loss + 0.2, 1.0)
+        kept.taken(loss, 1.0)
+        restored.taken(loss, 1.0)
+        other = guard()
+        other.restore(restored.state())
+        restored = other
+    assert restored.state() == kept.state()
+    assert len(kept.state()["windows"]["loss"]) == 16
+
+
+def test_skips_in_a_row_have_a_limit() -> None:
+    limited = warmed()
+    finding = limited.judge(9.0, 1.0)
+    assert finding is not None
+    for step in (1, 2):
+        limited.skip(step, finding)
+    limited.taken(2.0, 1.0)  # the row ends
+    for step in (4, 5):
+        limited.skip(step, finding)
+    with pytest.raises(UserError, match=r"guard.limit: step 6 would be skip number 3 in a row"):
+        limited.skip(6, finding)
+    assert limited.skipped == 5
+
+
+def test_rollbacks_have_a_limit_within_some_steps() -> None:
+    limited = warmed(limit_steps=100)
+    finding = limited.judge(9.0, 1.0)
+    assert finding is not None
+    for step in (10, 90, 150):
+        limited.roll_back(step, finding)
+    with pytest.raises(UserError, match=r"step 160 would be rollback number 3 within"):
+        limited.roll_back(160, finding)
+
+
+@pytest.fixture(scope="module")
+def engines() -> dict[str, dict[str, Any]]:
+    """What two ranks found at each layout."""
+    runs = [settings(**overrides) for overrides in LAYOUTS.values()]
+    ranks = run_ranks(2, faults.try_engines, runs, launches=len(runs))
+    assert [found["where"] for found in ranks[0]] == [found["where"] for found in ranks[1]]
+    return dict(zip(LAYOUTS, zip(*ranks, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_refused_update_leaves_no_trace(layout: str, engines: dict[str, Any]) -> None:
+    """The whole optimizer and all weights, on each rank; then it trains like one never asked."""
+    for found in engines[layout]:
+        assert found["before"] == found["after"]
+        assert found["before"] != found["later"]
+        assert found["later"] == found["never_asked"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_update_in_two_halves_is_megatrons_own_step(
+    layout: str, engines: dict[str, Any]
+) -> None:
+    for found in engines[layout]:
+        assert found["never_asked"] == found["megatrons"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_norms_by_depth_make_up_the_whole(layout: str, engines: dict[str, Any]) -> None:
+    """Root of the sum of squares: what Megatron-core's own norm is computed to be."""
+    for found in engines[layout]:
+        whole = math.sqrt(sum(norm**2 for norm in found["norms"]))
+        assert whole == pytest.approx(found["grad_norm"], rel=1e-5)
+        assert min(found["norms"]) > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_place_is_named(layout: str, engines: dict[str, Any]) -> None:
+    """Faults were made in block 6: in one gradient, in one weight, and by scaling its gradient."""
+    stage = 1 if layout == "pp2" else 0
+    gradient, weight, large = engines[layout][0]["where"]
+    assert gradient == (
+        f"gradients are not finite in 1 of 10 places, going back first in block 6 (stage {stage})"
+    )
+    assert weight.startswith(f"the stream is not finite from block 6 (stage {stage}) on; ")
+    assert f"is that of block 6 (stage {stage})" in large
+    assert large.startswith("the largest gradient norm, ")
+
+
+def test_a_rollback_jumps_over_the_batches_since_the_checkpoint(tmp_path: Path) -> None:
+    """Batch 3 is poisoned: back from step 4 to step 2, and on with batch 4, as computed apart."""
+    sections = settings(
+        training__runs_dir=str(tmp_path / "runs"),
+        training__steps=5,
+        data__cache=str(tmp_path / "data"),
+        data__text=torch.__file__,
+        parallel__pipeline=2,
+        model__dropout=0.1,
+        checkpoint__every=2,
+        guard__action="rollback",
+    )
+    (reported, expected, log), _ = run_ranks(
+        2, faults.roll_back, str(tmp_path), sections, launches=2
+    )
+    assert reported == expected
+    assert "guard, step 4 (rollback): grad_norm is nan; gradients are not finite in" in log
+    assert "guard: back at step 2; the data goes on after sequence 64" in log

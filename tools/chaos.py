@@ -1,0 +1,223 @@
+"""Hurt a training run in every way at hand and compare its end with an undisturbed one's.
+
+python tools/chaos.py --faults 100 --seed 1
+
+A small Keel model with dropout is trained twice on several CPU ranks. The second time a seeded
+sequence of faults is injected; the launcher, the watchdog, the guard and the checkpoints have to
+carry the run to its end. Then the loss curves and the final checkpoints must be the same to the
+last bit, and no start may go on from an older checkpoint than the newest good one.
+
+Both runs have the same poisoned batches, in which one rank's gradient is not a number: the guard
+skips their updates, and must do so the same whatever else happens. When a rank is hit depends on
+the machine's pace; which fault comes next, on which rank and after how many steps, on the seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from keel_megatron.checkpoint.state import Position
+from keel_megatron.runtime import exit_codes
+from keel_megatron.runtime.local_launch import launch
+from keel_megatron.tracking.metrics import read_metrics
+from keel_megatron.training.engine import MegatronEngine
+from tools.chaos_faults import Disturbed, Injected
+
+GRADIENT = "NaN in a gradient"
+STEPS_PER_FAULT = 8
+BATCH = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=2, help="ranks; an even number")
+    parser.add_argument("--hang-timeout", type=float, default=20.0, help="seconds")
+    parser.add_argument(
+        "--folder", type=Path, help="where the runs go; a temporary one if left out"
+    )
+    arguments = parser.parse_args()
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
+    sys.exit(chaos(folder, arguments))
+
+
+def chaos(folder: Path, arguments: argparse.Namespace) -> int:
+    """Both runs and their comparison; 0 if nothing was lost."""
+    chance = random.Random(arguments.seed)
+    kinds = [GRADIENT, *Disturbed.KINDS]
+    plan = [kinds[number % len(kinds)] for number in range(arguments.faults)]
+    chance.shuffle(plan)
+    steps = STEPS_PER_FAULT * (arguments.faults + 2)
+    poisoned = sorted(chance.sample(range(2, steps - 2), plan.count(GRADIENT)))
+    config = write_config(folder, steps, arguments)
+    job = {"config": str(config), "poisoned": poisoned}
+    (folder / "job.json").write_text(json.dumps(job))
+
+    print(f"{steps} steps on {arguments.processes} ranks, in {folder}: undisturbed ...", flush=True)
+    code = launch(arguments.processes, worker(folder, "calm"))
+    if code != exit_codes.DONE:
+        print(f"the undisturbed run ended with code {code}")
+        return 1
+    print("disturbed ...", flush=True)
+    faults = [kind for kind in plan if kind != GRADIENT]
+    disturbed = Disturbed(folder, worker(folder, "hurt"), arguments.processes, chance)
+    injected = disturbed.run(faults)
+    calm, hurt = folder / "runs" / "calm", folder / "runs" / "hurt"
+    skipped = report(injected, poisoned, hurt)
+    return verdict(injected, skipped, differences(calm, hurt), arguments.faults)
+
+
+def worker(folder: Path, name: str) -> list[str]:
+    """The command of one rank."""
+    return [str(Path(__file__).resolve()), "worker", str(folder / "job.json"), name]
+
+
+def write_config(folder: Path, steps: int, arguments: argparse.Namespace) -> Path:
+    """A run that saves often, on real text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sections: dict[str, dict[str, Any]] = {
+        "model": {
+            "blocks": 8,
+            "hidden_size": 64,
+            "ffn_hidden_size": 128,
+            "num_attention_heads": 4,
+            "dropout": 0.1,
+        },
+        "parallel": {"pipeline": 2},
+        "data": {
+            "text": argparse.__file__,
+            "seq_length": 32,
+            "vocab_size": 512,
+            "cache": str(folder / "data"),
+        },
+        "optimizer": {"learning_rate": 1e-3},
+        "training": {
+            "name": "calm",
+            "runs_dir": str(folder / "runs"),
+            "steps": steps,
+            "global_batch_size": BATCH,
+            "micro_batch_size": 2,
+            "precision": "fp32",
+            "device": "cpu",
+            "threads": 1,
+            "hang_timeout": arguments.hang_timeout,
+        },
+        "checkpoint": {"every": 3, "keep": 4, "on_error": "continue"},
+        "guard": {"action": "skip"},
+        "tracking": {"mlflow": False},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+class Poison:
+    """Makes one parameter's gradient NaN on one rank, for chosen batches."""
+
+    def __init__(self, batches: list[int]) -> None:
+        self._batches = frozenset(batches)
+        self._hook: Any = None
+
+    def __call__(self, position: Position, engine: MegatronEngine) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        batch = position.consumed_samples // BATCH
+        if (
+            batch in self._batches
+            and batch % engine.runtime.launch.world_size == engine.runtime.rank
+        ):
+            parameters = [p for chunk in engine.chunks for p in chunk.parameters()]
+            chosen = parameters[batch % len(parameters)]
+            self._hook = chosen.register_hook(lambda gradient: torch.full_like(gradient, torch.nan))
+
+
+def train(job_file: str, name: str) -> None:
+    """One rank of one of the runs."""
+    from keel_megatron.training.run import run_training
+
+    job = json.loads(Path(job_file).read_text())
+    outcome = run_training(
+        Path(job["config"]), (f"training.name={name}",), before_step=Poison(job["poisoned"])
+    )
+    sys.exit(outcome.exit_code)
+
+
+def differences(calm: Path, hurt: Path) -> dict[str, int]:
+    """How many steps and how many bits differ between two finished runs."""
+    curves = [
+        {
+            line["step"]: (line["loss"], line["grad_norm"], line["consumed_samples"])
+            for line in read_metrics(run / "metrics.jsonl")
+            if "loss" in line
+        }
+        for run in (calm, hurt)
+    ]
+    # As text: NaN, which a poisoned step reports, is equal to nothing.
+    steps = sum(
+        repr(curves[0].get(step)) != repr(curves[1].get(step))
+        for step in curves[0].keys() | curves[1].keys()
+    )
+    newest = [sorted((run / "checkpoints").glob("step_????????"))[-1] for run in (calm, hurt)]
+    bits = 0
+    names = {path.name for checkpoint in newest for path in checkpoint.glob("*.safetensors")}
+    assert names, f"no tensors in {newest[0]}"
+    for name in names | {"state.json"}:
+        first, second = ((checkpoint / name).read_bytes() for checkpoint in newest)
+        bits += 8 * abs(len(first) - len(second))
+        bits += sum((a ^ b).bit_count() for a, b in zip(first, second, strict=False) if a != b)
+    return {"steps": steps, "bits": bits}
+
+
+def report(injected: list[Injected], poisoned: list[int], run: Path) -> int:
+    """A line a fault; how many poisoned batches the guard has found."""
+    print("\n|  # | fault | rank | at step | went on from | steps repeated | seconds |")
+    print("|---:|---|---:|---:|---:|---:|---:|")
+    for number, fault in enumerate(injected, start=1):
+        print(
+            f"| {number} | {fault.kind} | {fault.rank} | {fault.step} | {fault.resumed} "
+            f"| {fault.repeated} | {fault.seconds:.1f} |"
+        )
+    log = (run / "log.txt").read_text().splitlines()
+    found = 0
+    for number, batch in enumerate(poisoned, start=len(injected) + 1):
+        told = [line for line in log if f"guard, step {batch + 1} (skip)" in line]
+        where = told[-1].rpartition("; ")[2] if told else "MISSED"
+        print(f"| {number} | {GRADIENT}: {where} | - | {batch} | - | 0 | - |")
+        found += bool(told)
+    return found
+
+
+def verdict(injected: list[Injected], skipped: int, found: dict[str, int], wanted: int) -> int:
+    """The sums, and the exit code."""
+    lost = sum(fault.lost for fault in injected)
+    recovered = len(injected) + skipped
+    print(
+        f"\n{wanted} faults, {recovered} recovered from; "
+        f"{sum(fault.repeated for fault in injected)} steps repeated; {lost} checkpoints lost; "
+        f"{found['steps']} steps of the loss curve and {found['bits']} bits of the final "
+        "checkpoint (weights, optimizer, generators, guard) different"
+    )
+    good = recovered == wanted and not lost and not any(found.values())
+    print("nothing was lost" if good else "SOMETHING WAS LOST")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        train(*sys.argv[2:])
+    else:
+        main()
