@@ -22,8 +22,10 @@ from keel_megatron.config import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
 from keel_megatron.runtime.distributed import Runtime, start
+from keel_megatron.runtime.watchdog import Watchdog
 from keel_megatron.tracking.records import CheckpointRecord, Record, StepRecord
 from keel_megatron.tracking.tracker import NullTracker
+from keel_megatron.training.guard import Guard
 from keel_megatron.training.loop import Loop
 from keel_megatron.training.stop import StopRequest
 from tests.distributed import run_ranks, use_launch
@@ -175,25 +177,27 @@ def run(sections: Sections) -> Ran:
             return Ran([], "", None, (), [], [], error=str(error))
         engine = MegatronEngine(config, runtime, build_model(config, runtime))
         tracker, part = Recorder(config), Counter()
-        saver = Saver(config, runtime, tracker, {"fingerprint": "made up"}, found.damaged)
-        loop = Loop(
-            config,
-            runtime,
-            engine,
-            MadeUp(config, runtime),
-            made_up_batches(config, runtime, 99),
-            tracker,
-            Position(),
-            saver,
-            parts={"counter": part},
-        )
         error = None
-        try:
-            if found.path is not None:
-                loop.restore(found.path)
-            loop.run(StopRequest())
-        except UserError as caught:
-            error = str(caught)
+        with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:
+            loop = Loop(
+                config,
+                runtime,
+                engine,
+                MadeUp(config, runtime),
+                made_up_batches(config, runtime, 99),
+                tracker,
+                Position(),
+                Saver(config, runtime, tracker, {"fingerprint": "made up"}, found.damaged),
+                Guard(config.guard),
+                watchdog,
+                parts={"counter": part},
+            )
+            try:
+                if found.path is not None:
+                    loop.restore(found.path)
+                loop.run(StopRequest())
+            except UserError as caught:
+                error = str(caught)
         steps = [record for record in tracker.records if isinstance(record, StepRecord)]
         return Ran(
             losses=[(record.step, record.loss, record.grad_norm) for record in steps],

@@ -41,7 +41,10 @@ OTHER: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {"parallel__pipeline": 1, "parallel__tensor": 2, "parallel__sequence": True},
     ),
-    "pp2-vpp2": (2, {"parallel__virtual_pipeline": 2}),
+    "pp2-vpp2-uneven": (
+        2,
+        {"parallel__virtual_pipeline": 2, "parallel__layout": [1, 1, 2, 0]},
+    ),
     "dp2": (2, {"parallel__pipeline": 1}),
     "tp2-pp2-vpp2": (4, {"parallel__tensor": 2, "parallel__virtual_pipeline": 2}),
 }
