@@ -37,14 +37,18 @@ def measured() -> dict[tuple[str, int], GradientFlow]:
 def test_the_skip_path_keeps_what_the_analysis_says(
     measured: dict[tuple[str, int], GradientFlow], rule: str, depth: int
 ) -> None:
-    """What it leaves out is of order 1/h a sub-layer (h = 128): some per cent of the logarithm."""
+    """What it leaves out is of order 1/h (h = 128): some per cent of the logarithm, and the spread
+    of single tokens on top, which grows with the depth that was passed."""
     flow = measured[rule, depth]
     assert flow.predicted[0] == pytest.approx(ON_PAPER[rule](depth), rel=1e-9)
     assert len(flow.skip) == len(flow.predicted) == depth - FIRST + 1
     assert flow.skip[-1] == flow.predicted[-1] == 1.0
+    # Over the whole stack, to a tenth of the logarithm.
+    whole = abs(math.log(flow.skip[0]) - math.log(flow.predicted[0]))
+    assert whole <= 0.05 + 0.1 * abs(math.log(flow.predicted[0]))
     for found, expected in zip(flow.skip, flow.predicted, strict=True):
         distance = abs(math.log(found) - math.log(expected))
-        assert distance <= 0.04 + 0.05 * abs(math.log(expected))
+        assert distance <= 0.1 + 0.15 * abs(math.log(expected))
 
 
 def test_keel_alone_keeps_its_gradient_at_any_depth(

@@ -62,6 +62,7 @@ def test_a_line_has_the_keys_that_readers_rely_on_as_soon_as_it_is_written(tmp_p
         "tflops_per_device",
         "memory_gb",
         "seconds",
+        "skipped_steps",
     ]
     assert second == {
         "step": 1,
