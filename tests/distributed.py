@@ -2,9 +2,7 @@
 
 A test hands `run_ranks` a module-level function of the test's module and its arguments; every rank
 runs it in a process of its own, with torchrun's variables set, and returns something picklable. As
-with torchrun the store lives in the parent. A function that starts process groups several times,
-one after the other, is given as many `launches`, and calls `use_launch` before each: keys that an
-earlier start left in a store would make the ranks of a later one wait for each other for ever.
+with torchrun one store in the parent serves all starts of process groups, one after the other.
 """
 
 from __future__ import annotations
@@ -22,20 +20,11 @@ from torch.distributed import TCPStore
 TIMEOUT_SECONDS = 300
 
 
-_ports: list[int] = []
-
-
-def use_launch(number: int) -> None:
-    """On a rank: let the process groups that start next meet in the launch's own store."""
-    os.environ["MASTER_PORT"] = str(_ports[number])
-
-
 def run_ranks(
     world_size: int,
     function: Callable[..., Any],
     *args: Any,
     timeout_seconds: float = TIMEOUT_SECONDS,
-    launches: int = 1,
 ) -> list[Any]:
     """What `function(*args)` returned on each of `world_size` ranks, in rank order.
 
@@ -44,13 +33,10 @@ def run_ranks(
     """
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
-    stores = [
-        TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(launches)
-    ]
-    ports = [store.port for store in stores]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
         context.Process(
-            target=_rank, args=(rank, world_size, ports, results, function, args), daemon=False
+            target=_rank, args=(rank, world_size, store.port, results, function, args), daemon=False
         )
         for rank in range(world_size)
     ]
@@ -77,7 +63,7 @@ def run_ranks(
 def _rank(
     rank: int,
     world_size: int,
-    ports: list[int],
+    port: int,
     results: Any,
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -88,10 +74,9 @@ def _rank(
         LOCAL_RANK=str(rank),
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
-    _ports[:] = ports
-    use_launch(0)
     try:
         # Pickled here: the queue itself would share tensors' memory with a process that ends.
         results.put((rank, pickle.dumps(function(*args)), None))

@@ -12,19 +12,18 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.parallel import ParallelConfig
 from keel_megatron.config.training import TrainingConfig
 from keel_megatron.runtime import cpu
 from keel_megatron.runtime.device import Launch, choose_device, set_threads
+from keel_megatron.runtime.rendezvous import CollectiveTimeoutError, meet
 from keel_megatron.runtime.seeds import seed_dropout
 
 T = TypeVar("T")
-
-
-class CollectiveTimeoutError(RuntimeError):
-    """A collective or message did not complete in `parallel.timeout_seconds`."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +137,13 @@ def _init_process_group(launch: Launch, device: torch.device, timeout_seconds: f
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if launch.world_size == 1:
-        store = torch._C._distributed_c10d.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        store: Store = HashStore()
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        shared, _rank, _world_size = next(rendezvous("env://", timeout=timeout))
+        store = meet(shared, launch.rank, launch.world_size, timeout_seconds)
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+    )
 
 
 def _model_parallel(

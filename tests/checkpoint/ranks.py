@@ -28,7 +28,7 @@ from keel_megatron.tracking.tracker import NullTracker
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.loop import Loop
 from keel_megatron.training.stop import StopRequest
-from tests.distributed import run_ranks, use_launch
+from tests.distributed import run_ranks
 from tests.training.ranks import made_up_batches
 
 Sections = dict[str, dict[str, Any]]
@@ -105,14 +105,13 @@ def run_in_turn(size: int, runs: list[Sections], faults: Faults | None = None) -
         runs: configurations.
         faults: of some runs, by name, what is done to each rank before.
     """
-    ranks = run_ranks(size, _run_all, runs, faults or {}, launches=len(runs))
+    ranks = run_ranks(size, _run_all, runs, faults or {})
     return [list(run) for run in zip(*ranks, strict=True)]
 
 
 def _run_all(runs: list[Sections], faults: Faults) -> list[Ran]:
     found = []
-    for number, sections in enumerate(runs):
-        use_launch(number)
+    for sections in runs:
         with pytest.MonkeyPatch.context() as patch:
             faults.get(sections["training"]["name"], _no_fault)(patch)
             found.append(run(sections))

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 import yaml
 from keel_megatron.checkpoint import folder
@@ -51,6 +55,46 @@ def test_the_time_limit_ends_a_run_for_torchrun_and_for_the_local_launcher(tmp_p
     more = keel(tmp_path, "train", str(config), "training.exit_after=null", "--processes", "2")
     assert more.returncode == 0, more.stderr
     assert (run / "exit_code").read_text() == "0\n"
+
+
+def test_torchrun_starts_a_killed_group_again_and_the_curve_is_the_same(tmp_path: Path) -> None:
+    """Twice: what the first restart leaves in torchrun's store must not hold up the second."""
+    text, small = Path(argparse.__file__), {"parallel__pipeline": 2, "checkpoint__every": 2}
+    config = write_config(tmp_path, text, **small)
+    steps = ["training.steps=30", "training.validation_sequences=4"]
+    calm = keel(tmp_path, "train", str(config), *steps, "training.name=calm", "--processes", "2")
+    assert calm.returncode == 0, calm.stderr
+    metrics = tmp_path / "runs" / "test" / "metrics.jsonl"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=3"]
+    with subprocess.Popen(
+        [*torchrun, "--nproc-per-node=2", "-m", "keel_megatron", "train", str(config), *steps],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as group:
+        for step, rank in ((5, 1), (15, 0)):
+            worker = rank_once_at(step, rank, group, metrics)
+            worker.kill()
+            worker.wait(30)
+        assert group.wait(200) == 0
+    assert losses_of(metrics) == losses_of(tmp_path / "runs" / "calm" / "metrics.jsonl")
+
+
+def rank_once_at(step: int, rank: int, group: Any, metrics: Path) -> psutil.Process:
+    """The process of a rank of torchrun's group, as soon as a step is done."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and group.poll() is None:
+        if len(losses_of(metrics)) >= step:
+            for process in psutil.Process(group.pid).children():
+                if process.environ().get("RANK") == str(rank):
+                    return process
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def losses_of(metrics: Path) -> list[tuple[int, float, float]]:
+    return [(m["step"], m["loss"], m["grad_norm"]) for m in read_metrics(metrics) if "loss" in m]
 
 
 def test_a_guard_that_has_had_enough_is_one_message(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tests.distributed import run_ranks, use_launch
+from tests.distributed import run_ranks
 from tests.settings import small_config
 
 PIPELINE = {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}
@@ -46,8 +46,7 @@ def offsets() -> list[list[list[int]]]:
     from keel_megatron.runtime.distributed import start
 
     found = []
-    for number, layout in enumerate(([0, 4, 1, 3], [3, 1, 4, 0])):
-        use_launch(number)
+    for layout in ([0, 4, 1, 3], [3, 1, 4, 0]):
         config = small_config(**PIPELINE, parallel__layout=layout)
         with start(config.parallel, config.training) as runtime:
             chunks: list[Any] = build_model(config, runtime)
@@ -67,6 +66,6 @@ def test_lost_and_doubled_blocks_are_refused_on_every_rank() -> None:
 
 
 def test_uneven_and_empty_chunks_hold_their_blocks() -> None:
-    first, second = run_ranks(2, offsets, launches=2)
+    first, second = run_ranks(2, offsets)
     assert first == [[[], [4]], [[0, 1, 2], [4, 5, 6, 7]]]
     assert second == [[[0, 1, 2, 3], [5, 6, 7]], [[3], []]]

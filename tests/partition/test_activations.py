@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from keel_megatron.partition.costs import Cost, model_costs
-from tests.distributed import run_ranks, use_launch
+from tests.distributed import run_ranks
 from tests.settings import settings, small_config
 
 SHAPE: dict[str, Any] = {
@@ -73,12 +73,11 @@ def measure(cases: list[dict[str, Any]]) -> list[list[int]]:
     from keel_megatron.runtime.distributed import start
 
     found = []
-    for number, case in enumerate(cases):
+    for case in cases:
         overrides = {**SHAPE, **case}
         backend = overrides.pop("kernel", "auto")
         layer.scaled_add_norm = functools.partial(scaled_add_norm, backend=backend)
         config = RunConfig.model_validate(settings(**overrides))
-        use_launch(number)
         with start(config.parallel, config.training) as runtime:
             found.append(
                 [
@@ -91,8 +90,8 @@ def measure(cases: list[dict[str, Any]]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def measured() -> list[tuple[dict[str, Any], list[int]]]:
-    found = run_ranks(1, measure, CASES, launches=len(CASES))[0]
-    found += run_ranks(2, measure, TENSOR_CASES, launches=len(TENSOR_CASES))[0]
+    found = run_ranks(1, measure, CASES)[0]
+    found += run_ranks(2, measure, TENSOR_CASES)[0]
     return list(zip(CASES + TENSOR_CASES, found, strict=True))
 
 

@@ -19,7 +19,7 @@ from keel_megatron.model.language_model import transformer_config
 from keel_megatron.partition.simulate import PipelineTimes, simulate
 from keel_megatron.partition.stages import own_partition
 from keel_megatron.runtime.distributed import start
-from tests.distributed import run_ranks, use_launch
+from tests.distributed import run_ranks
 from tests.settings import settings
 
 PIPELINE, MICRO_BATCHES, REPEATS = 3, 6, 2
@@ -72,8 +72,7 @@ def sections(virtual: int) -> dict[str, dict[str, Any]]:
 def sleep_all() -> list[list[float]]:
     """Seconds of a step of every case on this rank, as often as they are repeated."""
     found = []
-    for number, (forward, ratio) in enumerate(CASES.values()):
-        use_launch(number)
+    for forward, ratio in CASES.values():
         virtual = len(forward) // PIPELINE
         config = RunConfig.model_validate(sections(virtual))
         with start(config.parallel, config.training) as runtime:
@@ -105,7 +104,7 @@ def _step(runtime: Any, chunks: list[Sleeper], config: RunConfig) -> float:
 @pytest.fixture(scope="module")
 def slept() -> dict[str, float]:
     """The fastest step of each case."""
-    ranks = run_ranks(PIPELINE, sleep_all, launches=len(CASES))
+    ranks = run_ranks(PIPELINE, sleep_all)
     return {
         name: min(max(step) for step in zip(*(rank[number] for rank in ranks), strict=True))
         for number, name in enumerate(CASES)

@@ -19,7 +19,6 @@ from keel_megatron.training import locate, run
 from keel_megatron.training.engine import MegatronEngine, StepResult
 from keel_megatron.training.optimizer import set_learning_rate
 from keel_megatron.training.schedule import learning_rate
-from tests.distributed import use_launch
 from tests.training.ranks import made_up_batches
 
 RATE = 1e-3
@@ -29,8 +28,7 @@ BLOCK = 6
 def try_engines(runs: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     """`try_engine` of several runs, one after the other in the same processes."""
     found = []
-    for number, sections in enumerate(runs):
-        use_launch(number)
+    for sections in runs:
         config = RunConfig.model_validate(sections)
         with start(config.parallel, config.training) as runtime:
             found.append(try_engine(config, runtime))
@@ -157,7 +155,6 @@ def roll_back(folder: str, sections: dict[str, dict[str, Any]]) -> tuple[Any, An
         if "loss" in line
     ]
     config = RunConfig.model_validate(sections)
-    use_launch(1)
     with start(config.parallel, config.training) as runtime:
         data = runtime.from_main(lambda: run.prepare(config, print))
         source, _validation = run._open_data(config, runtime, data)

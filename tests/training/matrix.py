@@ -74,7 +74,6 @@ def trained(
         sections,
         steps,
         timeout_seconds=timeout_seconds,
-        launches=len(sections),
     )
     assert all(found == ranks[0] for found in ranks)
     return dict(zip(runs, ranks[0], strict=True))

@@ -9,7 +9,6 @@ import torch
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
 from keel_megatron.runtime.distributed import Runtime, start
-from tests.distributed import use_launch
 
 
 def made_up_batches(config: RunConfig, runtime: Runtime, step: int) -> list[Batch]:
@@ -37,11 +36,7 @@ def made_up_batches(config: RunConfig, runtime: Runtime, step: int) -> list[Batc
 
 def train_all(runs: list[dict[str, dict[str, Any]]], steps: int) -> list[list[tuple[float, float]]]:
     """`train_steps` of several runs, one after the other in the same processes."""
-    found = []
-    for number, sections in enumerate(runs):
-        use_launch(number)
-        found.append(train_steps(sections, steps))
-    return found
+    return [train_steps(sections, steps) for sections in runs]
 
 
 def train_steps(sections: dict[str, dict[str, Any]], steps: int) -> list[tuple[float, float]]:

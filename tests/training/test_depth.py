@@ -14,7 +14,7 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.tracking.depth import QUANTITIES, DepthProfile, first_nonfinite
 from keel_megatron.training.depth import DepthCollector, logit_max
-from tests.distributed import run_ranks, use_launch
+from tests.distributed import run_ranks
 from tests.model.test_exactness import pair_up
 from tests.reference_model import Attention, ReferenceModel, Shape, rotate
 from tests.settings import settings
@@ -86,7 +86,6 @@ def at_each(runs: list[dict[str, Any]], poison_last: bool) -> list[list[DepthPro
     """The runs one after the other in this process."""
     found = []
     for number, sections in enumerate(runs):
-        use_launch(number)
         found.append(profiles(sections, poison_last and number == len(runs) - 1))
     return found
 
@@ -95,7 +94,7 @@ def launched(
     world_size: int, runs: dict[str, Any], poison_last: bool
 ) -> list[dict[str, list[DepthProfile]]]:
     """The runs' profiles by name, on every rank."""
-    ranks = run_ranks(world_size, at_each, list(runs.values()), poison_last, launches=len(runs))
+    ranks = run_ranks(world_size, at_each, list(runs.values()), poison_last)
     return [dict(zip(runs, found, strict=True)) for found in ranks]
 
 

@@ -125,7 +125,7 @@ def test_rollbacks_have_a_limit_within_some_steps() -> None:
 def engines() -> dict[str, dict[str, Any]]:
     """What two ranks found at each layout."""
     runs = [settings(**overrides) for overrides in LAYOUTS.values()]
-    ranks = run_ranks(2, faults.try_engines, runs, launches=len(runs))
+    ranks = run_ranks(2, faults.try_engines, runs)
     assert [found["where"] for found in ranks[0]] == [found["where"] for found in ranks[1]]
     return dict(zip(LAYOUTS, zip(*ranks, strict=True), strict=True))
 
@@ -181,9 +181,7 @@ def test_a_rollback_jumps_over_the_batches_since_the_checkpoint(tmp_path: Path) 
         checkpoint__every=2,
         guard__action="rollback",
     )
-    (reported, expected, log), _ = run_ranks(
-        2, faults.roll_back, str(tmp_path), sections, launches=2
-    )
+    (reported, expected, log), _ = run_ranks(2, faults.roll_back, str(tmp_path), sections)
     assert reported == expected
     assert "guard, step 4 (rollback): grad_norm is nan; gradients are not finite in" in log
     assert "guard: back at step 2; the data goes on after sequence 64" in log

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import run_ranks, use_launch
+from tests.distributed import run_ranks
 from tests.settings import settings
 
 CASES: list[dict[str, Any]] = [
@@ -28,8 +28,7 @@ def held(cases: list[dict[str, Any]]) -> list[list[tuple[int, int]]]:
     from keel_megatron.training.engine import MegatronEngine
 
     found = []
-    for number, case in enumerate(cases):
-        use_launch(number)
+    for case in cases:
         # Wide enough that the padding of Megatron-core's buffers is below a hundredth.
         config = RunConfig.model_validate(
             settings(**case, model__hidden_size=128, model__ffn_hidden_size=256)
@@ -58,7 +57,7 @@ def held(cases: list[dict[str, Any]]) -> list[list[tuple[int, int]]]:
 
 
 def test_a_rank_holds_what_is_predicted() -> None:
-    for rank in run_ranks(2, held, CASES, launches=len(CASES)):
+    for rank in run_ranks(2, held, CASES):
         for case, kinds in zip(CASES, rank, strict=True):
             for here, predicted in kinds:
                 assert here == pytest.approx(predicted, rel=1e-2), case
