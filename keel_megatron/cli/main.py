@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from keel_megatron import __version__
 from keel_megatron.cli import (
+    bench,
     checkpoint,
     config,
     data,
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
+app.command("bench")(bench.bench)
 app.command("depth")(depth.depth)
 app.command("generate")(generate.generate)
 app.add_typer(checkpoint.app, name="checkpoint")

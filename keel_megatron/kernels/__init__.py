@@ -12,9 +12,9 @@ from keel_megatron.kernels import fused, reference
 
 MAX_TRITON_HIDDEN_SIZE = 16384
 
-Backend = Literal["auto", "torch", "triton"]
+Backend = Literal["auto", "torch", "triton", "reference"]
 
-__all__ = ["Backend", "bytes_per_token", "scaled_add_norm", "triton_is_installed"]
+__all__ = ["Backend", "bytes_per_token", "rms_norm", "scaled_add_norm", "triton_is_installed"]
 
 
 def scaled_add_norm(
@@ -30,9 +30,8 @@ def scaled_add_norm(
     """X' = N_out(alpha x + f) and z = N_in(x'); `kernels.reference.scaled_add_norm` defines it.
 
     `auto` is one Triton kernel each way on CUDA (`triton_norm.py`) and otherwise, as on CUDA for
-    fp64, for h > 16384 or without Triton, the definition itself (`reference.py`). `torch` is the
-    same operators with a hand-written backward pass (`fused.py`): cheaper on a CPU, and with other
-    last bits.
+    fp64, for h > 16384 or without Triton, `torch`: torch's operators with a hand-written backward
+    pass (`fused.py`). `reference` is the definition, differentiated by torch.
 
     A token moves `bytes_per_token` bytes forward and backward: every input and every output is
     read or written once, the minimum of an operation given x and f that leaves x' and z.
@@ -59,11 +58,23 @@ def scaled_add_norm(
         from keel_megatron.kernels import triton_norm
 
         operation = triton_norm.ScaledAddNorm
-    elif backend == "torch":
-        operation = fused.ScaledAddNorm
-    else:
+    elif backend == "reference":
         return reference.scaled_add_norm(*arguments)
+    else:
+        operation = fused.ScaledAddNorm
     return operation.apply(*arguments)
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    """RMSNorm alone, where no sum precedes it: `kernels.reference.rms_norm` defines it.
+
+    On CUDA it is torch's own kernel, elsewhere `fused.py`.
+    """
+    if x.is_cuda:
+        return torch.rms_norm(x, (x.size(-1),), gain, eps).to(out_dtype)
+    operation: Any = fused.RmsNorm
+    result: Tensor = operation.apply(x, gain, eps, out_dtype)
+    return result
 
 
 def bytes_per_token(

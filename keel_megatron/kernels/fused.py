@@ -64,6 +64,24 @@ class ScaledAddNorm(torch.autograd.Function):
         return d * ctx.alpha, d.to(ctx.f_dtype), None, d_outer, d_inner, None, None
 
 
+class RmsNorm(torch.autograd.Function):
+    """kernels.reference.rms_norm, differentiable once; x and a statistic a row are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+        """See `kernels.reference.rms_norm`."""
+        rstd = _rstd(x, eps)
+        ctx.save_for_backward(x, gain, rstd)
+        return (x * rstd).mul_(gain).to(out_dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and the gain."""
+        x, gain, rstd = ctx.saved_tensors
+        return *_norm_backward(dy.to(x.dtype), x, gain, rstd), None, None
+
+
 def _rstd(u: Tensor, eps: float) -> Tensor:
     """(mean(u^2) + eps)^-1/2 of every row: [..., 1]."""
     squares = torch.linalg.vecdot(u, u).unsqueeze_(-1)
@@ -75,6 +93,6 @@ def _norm_backward(dy: Tensor, u: Tensor, gain: Tensor, rstd: Tensor) -> tuple[T
     h = u.size(-1)
     n = u * rstd
     product = dy * n
-    d_gain = product.view(-1, h).sum(0).to(gain.dtype)
+    d_gain = product.reshape(-1, h).sum(0).to(gain.dtype)
     mean = (product @ gain.to(u.dtype)).div_(-h).unsqueeze_(-1)
     return torch.addcmul(dy * gain, n, mean).mul_(rstd), d_gain

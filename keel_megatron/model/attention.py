@@ -12,7 +12,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 from torch.nn import functional
 
-from keel_megatron.model.rotary import apply_rotary
+from keel_megatron.model.rotary import apply_rotary, split_rotary
 
 
 class SdpaAttention(nn.Module):
@@ -91,20 +91,28 @@ class SelfAttention(MegatronSelfAttention):
         Returns:
             The branch's output, shaped like the input, and its bias (None).
         """
-        groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        per_group = self.num_attention_heads_per_partition // groups
+        groups = self.num_query_groups_per_partition
         mixed, _bias = self.linear_qkv(hidden_states)
-        s, b = mixed.shape[:2]
-        query, key, value = torch.split(
-            mixed.view(s, b, groups, (per_group + 2) * d), [per_group * d, d, d], dim=3
-        )
-        query = query.reshape(s, b, groups * per_group, d)
-        if self.v_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-            value = self.v_layernorm(value)
-        query = apply_rotary(query, rotary_pos_emb)
-        key = apply_rotary(key, rotary_pos_emb)
+        if self.v_layernorm is None:
+            query, key, value = split_rotary(mixed, rotary_pos_emb, groups)
+        else:
+            query, key, value = self._split_and_norm(mixed)
+            query = apply_rotary(query, rotary_pos_emb)
+            key = apply_rotary(key, rotary_pos_emb)
         context = self.core_attention(
             query, key, value, attention_mask, attn_mask_type=self.attn_mask_type
         )
         return self.linear_proj(context)
+
+    def _split_and_norm(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of linear_qkv's output, each normalised per head."""
+        assert self.v_layernorm is not None
+        groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        s, b = mixed.shape[:2]
+        parts = mixed.view(s, b, groups, -1, d)
+        query, key, value = torch.split(parts, [parts.size(3) - 2, 1, 1], dim=3)
+        return (
+            self.q_layernorm(query.reshape(s, b, -1, d)),
+            self.k_layernorm(key.squeeze(3)),
+            self.v_layernorm(value.squeeze(3)),
+        )

@@ -8,6 +8,8 @@ import torch
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
+from keel_megatron.kernels import rms_norm
+
 
 def stream_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     """Type of the residual stream: fp32 (fp64 when the whole model is fp64, in exactness tests)."""
@@ -43,8 +45,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x: [..., h] in the stream's type, to [..., h] in the output's."""
-        y = torch.rms_norm(x, (x.size(-1),), self.weight, self.eps)
-        return y.to(self.output_dtype)
+        return rms_norm(x, self.weight, self.eps, self.output_dtype)
 
 
 class HeadNorm(RMSNorm):
@@ -60,8 +61,7 @@ class HeadNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x in the stream's type; back in the type of the matrix products."""
         gain = tensor_parallel.copy_to_tensor_model_parallel_region(self.weight)
-        y = torch.rms_norm(x.to(gain.dtype), (x.size(-1),), gain, self.eps)
-        return y.to(self.output_dtype)
+        return rms_norm(x.to(gain.dtype), gain, self.eps, self.output_dtype)
 
 
 class BranchVector(nn.Module):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class RotaryTable(nn.Module):
@@ -50,8 +51,71 @@ class RotaryTable(nn.Module):
         return self.table[:, :seq_length]
 
 
+def split_rotary(mixed: Tensor, table: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of linear_qkv's output, query and key rotated.
+
+    Args:
+        mixed: [s, b, groups x (queries of a group + 2) x d], Megatron-core's order.
+        table: RotaryTable's, [2, s, 1, 1, d].
+        groups: key/value heads on this rank.
+
+    Returns:
+        query [s, b, heads, d], key and value [s, b, groups, d].
+    """
+    operation: Any = _SplitRotary
+    result: tuple[Tensor, Tensor, Tensor] = operation.apply(mixed, table, groups)
+    return result
+
+
+class _SplitRotary(torch.autograd.Function):
+    """Split, rotation and layout in one pass over every element each way.
+
+    The pairs (x_i, x_{i + d/2}) are turned by the table's angles, whose sine carries the sign. The
+    backward pass turns back and writes all three gradients into one tensor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, table: Tensor, groups: int) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(table)
+        s, b = mixed.shape[:2]
+        d = table.size(-1)
+        parts = mixed.view(s, b, groups, -1, d)
+        shared = parts.size(3) - 2
+        query = mixed.new_empty(s, b, groups, shared, d)
+        key = mixed.new_empty(s, b, groups, 1, d)
+        cos, sin = table.unsqueeze(-2).unbind(0)
+        _turn(parts[..., :shared, :], cos, sin, query)
+        _turn(parts[..., shared : shared + 1, :], cos, sin, key)
+        value = parts[..., shared + 1, :].contiguous()
+        return query.view(s, b, -1, d), key.view(s, b, groups, d), value
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_query: Tensor, d_key: Tensor, d_value: Tensor
+    ) -> tuple[Tensor, None, None]:
+        (table,) = ctx.saved_tensors
+        s, b, groups, d = d_key.shape
+        shared = d_query.size(2) // groups
+        gradient = d_key.new_empty(s, b, groups, shared + 2, d)
+        cos, sin = table.unsqueeze(-2).unbind(0)
+        d_query = d_query.reshape(s, b, groups, shared, d)
+        _turn(d_query, cos, sin, gradient[..., :shared, :], back=True)
+        _turn(d_key.unsqueeze(3), cos, sin, gradient[..., shared : shared + 1, :], back=True)
+        gradient[..., shared + 1, :].copy_(d_value)
+        return gradient.view(s, b, -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool = False) -> None:
+    """Write x cos + swap(x) sin to `out`, where swap exchanges the halves of the last dimension."""
+    half, sign = x.size(-1) // 2, -1 if back else 1
+    torch.mul(x, cos, out=out)
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=sign)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+
+
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + d/2}) of x [s, b, heads, d] by the table's angles.
+    """Rotate x [s, b, heads, d] alone, differentiated by torch; `split_rotary` must agree with it.
 
     The table's sine carries the sign, so the half-turn (-x2, x1) * sin is a swap of halves.
     """

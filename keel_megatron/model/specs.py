@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -16,6 +15,8 @@ from keel_megatron.config.model import ModelConfig
 from keel_megatron.config.run import RunConfig
 from keel_megatron.model.attention import SdpaAttention, SelfAttention
 from keel_megatron.model.layer import KeelLayer, KeelLayerSubmodules
+from keel_megatron.model.linear import ColumnParallelLinear, RowParallelLinear
+from keel_megatron.model.mlp import MLP
 from keel_megatron.model.norm import BranchCast, BranchVector, HeadNorm, RMSNorm
 from keel_megatron.model.residual import sub_layer
 

@@ -5,9 +5,8 @@ t = s x b tokens. c is the size of the compute type (2 or 4 bytes), h the hidden
 a heads and g query groups of width d. Under tensor parallelism a, g, f and the vocabulary are
 divided by TP, and under sequence parallelism so is whatever holds h elements a token.
 
-What a block keeps is counted by storages, as PyTorch frees them: `value` is a view into the output
-of linear_qkv and keeps all of it. tests/partition/test_activations.py holds the counts against
-autograd's own saved tensors.
+What a block keeps is counted by storages, as PyTorch frees them; test_activations.py holds the
+counts against autograd's own saved tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from keel_megatron.partition.flops import (
     head_forward_flops,
 )
 
-Kernel = Literal["triton", "reference"]
+Kernel = Literal["triton", "torch"]
 """How the fused scaled add + RMSNorm is done: one kernel (CUDA), or torch's operators (CPU)."""
 
 STREAM_BYTES = 4
@@ -92,9 +91,7 @@ def model_costs(config: RunConfig, kernel: Kernel = "triton") -> Costs:
         kernel: how scaled add + norm are done there.
     """
     shape = _Shape.of(config)
-    return Costs(
-        embedding=_embedding(shape), block=_block(shape, kernel), head=_head(shape, kernel)
-    )
+    return Costs(embedding=_embedding(shape), block=_block(shape, kernel), head=_head(shape))
 
 
 @dataclass(frozen=True)
@@ -187,10 +184,9 @@ def _join_bytes(shape: _Shape, kernel: Kernel) -> int:
     t, h, c = shape.tokens, shape.h, shape.c
     if kernel == "triton":  # x, f, z; both statistics
         return t * (STREAM_BYTES + 2 * c) * h + 2 * shape.statistic_bytes()
-    # Every norm keeps its input and x / rms. Uncast, the branch's input is the outer norm's result
-    # or, without one, the sum, which nothing else keeps.
+    # Every norm keeps its input; where there are two, the inner one's is the outer one's result.
     norms = int(inner) + int(outer)
-    return norms * (2 * t * STREAM_BYTES * h + shape.statistic_bytes()) + t * c * h
+    return norms * (t * STREAM_BYTES * h + shape.statistic_bytes()) + t * c * h
 
 
 def join_bytes(hidden_size: int, c: int) -> tuple[int, int]:
@@ -206,12 +202,11 @@ def _block(shape: _Shape, kernel: Kernel) -> Cost:
     flops = block_forward_flops(model, shape.seq_length) * t / tp
     operands = t * c * (4 * h + 2 * a + 2 * g + 3 * f) + c * parameters
     kept = 4 * shape.heads  # attention's statistics
-    kept += c * (2 * a + g + (a + 2 * g))  # context, q, k; qkv, of which value is a view
-    kept += c * 5 * f  # both halves of fc1's output, silu, the other half + 0, their product
+    kept += c * (2 * a + 2 * g)  # context, q, k, v
+    kept += c * 3 * f  # fc1's output, and fc2's input
     join_forward, join_backward = join_bytes(shape.h, c)
-    rotary = 9 * c * (a + g) + 2 * c * a
-    attention = c * (2 * a + 2 * g)
-    swiglu = 7 * c * f
+    rotary = 5 * c * (a + g) + 2 * c * g  # a product, two halves added to it; value copied
+    attention = c * (4 * a + 2 * g)  # and its result laid out for the next product
     # Halves of all-reduces: before and after each branch, and under SP the branch's input again.
     forward_messages = 4 if tp > 1 else 0
     backward_messages = forward_messages + (2 if shape.h != h else 0)
@@ -219,7 +214,7 @@ def _block(shape: _Shape, kernel: Kernel) -> Cost:
         forward=Work(
             flops=flops,
             matmul_bytes=operands,
-            other_bytes=t * (2 * join_forward + rotary + attention + swiglu),
+            other_bytes=t * (2 * join_forward + rotary + attention + 3 * c * f),
             communication_bytes=forward_messages * shape.collective_bytes(),
             collectives=forward_messages,
             kernels=BLOCK_KERNELS,
@@ -228,7 +223,7 @@ def _block(shape: _Shape, kernel: Kernel) -> Cost:
             # Flash attention computes the scores again: 5 products for the forward pass's 2.
             flops=2 * flops + 0.5 * scores,
             matmul_bytes=2 * operands,
-            other_bytes=t * (2 * join_backward + 2 * (rotary + attention + swiglu))
+            other_bytes=t * (2 * join_backward + rotary + 2 * attention + 5 * c * f)
             + shape.gradient_bytes(parameters),
             communication_bytes=backward_messages * shape.collective_bytes(),
             collectives=backward_messages,
@@ -242,7 +237,7 @@ def _block(shape: _Shape, kernel: Kernel) -> Cost:
     )
 
 
-def _head(shape: _Shape, kernel: Kernel) -> Cost:
+def _head(shape: _Shape) -> Cost:
     t, c, h, v = shape.tokens, shape.c, shape.model.hidden_size, shape.vocabulary
     vectors = h if shape.model.final_norm else 0
     flops = head_forward_flops(shape.model, v) * t
@@ -253,8 +248,7 @@ def _head(shape: _Shape, kernel: Kernel) -> Cost:
     loss_backward = t * v * (2 * STREAM_BYTES + STREAM_BYTES + c)
     kept = t * c * shape.h
     if vectors:
-        # torch's rms_norm is one operation on CUDA, and several that keep x / rms on a CPU.
-        kept += t * STREAM_BYTES * shape.h * (1 if kernel == "triton" else 2)
+        kept += t * STREAM_BYTES * shape.h
         kept += shape.statistic_bytes()
     own = v * h
     # The input of the output projection, or its gradient.

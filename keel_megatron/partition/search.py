@@ -168,7 +168,7 @@ def _layouts(config: RunConfig, gpus: int, device: Device) -> Iterator[_Layout]:
     """Every layout that the configuration's checks allow; recompute as much as memory asks for."""
     batch = config.training.global_batch_size
     tensors = [size for size in (1, 2, 4, 8) if size <= min(gpus, device.devices_per_node)]
-    kernel: Kernel = "reference" if device.name == "cpu" else "triton"
+    kernel: Kernel = "torch" if device.name == "cpu" else "triton"
     for tensor in tensors:
         for micro_batch in _MICRO_BATCHES:
             if batch % micro_batch:

@@ -127,7 +127,7 @@ def partition(
         times: of the pieces; None = predicted from their costs.
         layout: judge this layout instead of choosing one.
     """
-    costs = model_costs(config, "reference" if device.name == "cpu" else "triton")
+    costs = model_costs(config, "torch" if device.name == "cpu" else "triton")
     times = times or predicted_times(costs, device)
     limit = memory_limit(config, device)
     memory = MemoryModel(config, costs, data_parallel)

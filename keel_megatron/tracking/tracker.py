@@ -7,6 +7,7 @@ import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
@@ -32,12 +33,15 @@ class Tracker:
     Args:
         config: the run.
         resume_step: step of the checkpoint that the run goes on from; None starts it anew.
+        stream: where progress is shown; standard output if None.
 
     Raises:
         UserError: metrics.jsonl or depth.jsonl cannot be gone on with.
     """
 
-    def __init__(self, config: RunConfig, resume_step: int | None) -> None:
+    def __init__(
+        self, config: RunConfig, resume_step: int | None, stream: TextIO | None = None
+    ) -> None:
         self._config = config
         self._closed = False
         folder = self.folder
@@ -50,7 +54,7 @@ class Tracker:
                 self._metrics.rewind(resume_step)
             self._depth = undo.enter_context(DepthLog(folder, resume_step))
             self._progress = Progress(
-                config.training.steps, folder / "log.txt", config.tracking.log_every
+                config.training.steps, folder / "log.txt", config.tracking.log_every, stream
             )
             undo.callback(self._progress.close)
             self._mlflow: MlflowSink | None = None
@@ -206,7 +210,9 @@ class NullTracker(Tracker):
         """Nothing."""
 
 
-def open_tracker(config: RunConfig, rank: int, resume_step: int | None) -> Tracker:
+def open_tracker(
+    config: RunConfig, rank: int, resume_step: int | None, stream: TextIO | None = None
+) -> Tracker:
     """The tracker of a rank.
 
     Args:
@@ -214,8 +220,9 @@ def open_tracker(config: RunConfig, rank: int, resume_step: int | None) -> Track
         rank: global rank; 0 reports.
         resume_step: step of the checkpoint that the run goes on from: later records of
             metrics.jsonl are dropped and the MLflow run goes on. None starts both anew.
+        stream: where progress is shown; standard output if None.
     """
-    return Tracker(config, resume_step) if rank == 0 else NullTracker(config)
+    return Tracker(config, resume_step, stream) if rank == 0 else NullTracker(config)
 
 
 def where(config: RunConfig) -> list[str]:

@@ -49,7 +49,7 @@ def measure_pieces(config: RunConfig, samples: int = 12) -> Measured:
             MegatronEngine(run, runtime, build_model(run, runtime))
             for run in (alone, _shallow(config, _MANY))
         ]
-        batch = _random_batch(alone).to(runtime.device)
+        batch = random_batch(alone).to(runtime.device)
         for engine in engines:
             engine.train_step([batch], 1, 0.0)
         clock = _Clock(runtime.device)
@@ -90,9 +90,10 @@ def _shallow(config: RunConfig, blocks: int) -> RunConfig:
     return config.model_copy(update={"model": model, "parallel": parallel})
 
 
-def _random_batch(config: RunConfig) -> Batch:
+def random_batch(config: RunConfig, number: int = 0) -> Batch:
+    """A micro-batch of tokens drawn at random, the same for the same seed and number."""
     shape = (config.training.micro_batch_size, config.data.seq_length)
-    generator = torch.Generator().manual_seed(config.training.seed)
+    generator = torch.Generator().manual_seed(config.training.seed + number)
     rows = torch.randint(0, config.data.vocab_size, (2, *shape), generator=generator)
     positions = torch.arange(shape[1]).expand(shape).contiguous()
     return Batch(rows[0], rows[1], torch.ones(shape), positions)

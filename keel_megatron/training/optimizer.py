@@ -23,7 +23,24 @@ def wrap_data_parallel(config: RunConfig, chunks: list[nn.Module]) -> list[Any]:
     )
     # Every type of parameter is a bucket group of its own, on later chunks too (`disable_bucketing`
     # would make them one): gloo mixes up an all-gather of bf16 and fp32 parameters in one batch.
-    return [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
+    wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
+    for chunk in wrapped:
+        _leave_out_collectives_of_one(chunk)
+    return wrapped
+
+
+def _leave_out_collectives_of_one(wrapped: Any) -> None:
+    """With one replica there is nothing to reduce or to gather, and gloo copies it all the same."""
+    if not wrapped.ddp_config.use_distributed_optimizer:
+        return  # an all-reduce within one rank does nothing already
+    for group in wrapped.bucket_groups:
+        if group.intra_distributed_optimizer_instance_size == 1:
+            group.start_grad_sync = group.finish_grad_sync = _nothing
+            group.start_param_sync = _nothing
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    """In a collective's place."""
 
 
 def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> Any:
@@ -50,18 +67,22 @@ def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> A
         use_gloo_process_groups=runtime.device.type == "cuda",
     )
     for inner in optimizer.chained_optimizers:
-        _allocate_moments(inner.optimizer)
+        _prepare(inner.optimizer)
     return optimizer
 
 
-def _allocate_moments(adam: Any) -> None:
-    """What torch's AdamW would allocate in its first step; Apex's and TE's do it themselves."""
+def _prepare(adam: Any) -> None:
+    """Give torch's AdamW its one-kernel step, and what it would allocate in the first one.
+
+    Apex's and Transformer Engine's do both themselves.
+    """
     if not isinstance(adam, torch.optim.AdamW):
         return
     for group in adam.param_groups:
+        group["fused"], group["foreach"] = True, False
         for parameter in group["params"]:
             adam.state[parameter] = {
-                "step": torch.tensor(0.0),
+                "step": torch.tensor(0.0, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

@@ -138,7 +138,7 @@ def _train(
     partition = runtime.from_main(lambda: _decided(config, runtime))
     data = runtime.from_main(lambda: prepare(config, tracker.say, found.state.get("data")))
     runtime.from_main(lambda: claim(config))  # not before: another text may have been refused
-    batches, validation = _open_data(config, runtime, data)
+    batches, validation = open_data(config, runtime, data)
     _announce(config, runtime, tracker, data)
     _announce_stages(runtime, tracker, partition)
     engine = MegatronEngine(config, runtime, build_model(config, runtime, partition))
@@ -186,7 +186,7 @@ def _decided(config: RunConfig, runtime: Runtime) -> Partition:
     return partition
 
 
-def _open_data(
+def open_data(
     config: RunConfig, runtime: Runtime, data: PreparedData
 ) -> tuple[BatchSource, list[Batch]]:
     """This replica's training batches and its fixed validation micro-batches."""

@@ -99,7 +99,7 @@ def test_a_block_keeps_what_is_predicted(measured: Any) -> None:
     """To the byte: in the middle of a chunk every block keeps the same."""
     for case, (two, three, four) in measured:
         overrides = {**SHAPE, **case}
-        kernel = overrides.pop("kernel", "reference")
+        kernel = overrides.pop("kernel", "torch")
         cost = model_costs(small_config(**overrides), kernel).block
         full = overrides.get("parallel__recompute") == "full"
         expected = cost.recompute_bytes if full else cost.activation_bytes
@@ -113,7 +113,7 @@ def test_embedding_and_head_keep_what_is_predicted(measured: Any) -> None:
         overrides = {**SHAPE, **case}
         if overrides["model__residual"] != "pre_ln" or "parallel__recompute" in overrides:
             continue
-        costs = model_costs(small_config(**overrides), "reference")
+        costs = model_costs(small_config(**overrides), "torch")
         rest = two - 2 * costs.block.activation_bytes
         expected = sum(map(held, (costs.embedding, costs.head)))
         assert rest == pytest.approx(expected, rel=1e-2), case

@@ -69,7 +69,7 @@ def test_the_first_stage_holds_the_most() -> None:
 
 def model(data_parallel: int = 1, **overrides: Any) -> MemoryModel:
     config = small_config(**overrides)
-    return MemoryModel(config, model_costs(config, "reference"), data_parallel)
+    return MemoryModel(config, model_costs(config, "torch"), data_parallel)
 
 
 @pytest.mark.parametrize(

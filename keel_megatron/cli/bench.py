@@ -1,0 +1,70 @@
+"""`keel bench`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keel_megatron.cli.arguments import ConfigPath, Overrides
+
+
+def bench(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY=A,B", help="Step variants in turn, e.g. model.residual=pre_ln,keel."
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=4, help="Steps that are timed, of each variant.")] = 20,
+    warmup: Annotated[int, typer.Option(min=1, help="Steps before them.")] = 3,
+    random_tokens: Annotated[
+        bool, typer.Option("--random-tokens", help="Draw the tokens; needs no text.")
+    ] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write a torch trace of one step here (.json or .json.gz).")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    processes: Annotated[
+        int, typer.Option(min=0, help="Start so many processes on this machine.")
+    ] = 0,
+) -> None:
+    """Time a run's steps, part by part, against this device's own best.
+
+    Nothing of the run is kept. Several processes: --processes N here, or
+    torchrun ... -m keel_megatron bench CONFIG on one or many machines.
+    """
+    settings = list(overrides or ())
+    if processes:
+        from keel_megatron.config.load import load_config
+        from keel_megatron.runtime.local_launch import launch
+
+        load_config(config, tuple(settings), world_size=processes)
+        options = ["--steps", str(steps), "--warmup", str(warmup)]
+        options += ["--compare", compare] if compare else []
+        options += ["--random-tokens"] if random_tokens else []
+        options += ["--profile", str(profile)] if profile else []
+        options += ["--json", str(output)] if output else []
+        command = ["-m", "keel_megatron", "bench", str(config), *settings, *options]
+        sys.exit(launch(processes, command))
+    from keel_megatron.studies.step_bench import run_bench
+
+    result = run_bench(
+        config,
+        settings,
+        compare,
+        warmup=warmup,
+        steps=steps,
+        random_tokens=random_tokens,
+        profile=profile,
+    )
+    if result is None:
+        return
+    print("\n".join(result.lines))
+    if output is not None:
+        output.write_text(json.dumps(result.figures, indent=1) + "\n")

@@ -1,0 +1,73 @@
+"""Megatron-core's parallel linears, with the shortest way for a tensor group of one.
+
+A deep and narrow model spends its time on operators' overheads, not in products. With nothing to
+gather or to reduce, Megatron-core's linear is a product behind three autograd functions; here it
+is one, which also adds the weight's gradient straight onto the fp32 sum of the micro-batches where
+the types allow it. Parameters, sharding and checkpoints are Megatron-core's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import layers
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+class ColumnParallelLinear(layers.ColumnParallelLinear):
+    """X W^T with W split by rows (output features) over the tensor group; no bias."""
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Project [s, b, k] to [s, b, n / TP]; `weight` in place of its own (tied embeddings)."""
+        if self.tp_group.size() > 1 or self.bias is not None:
+            return super().forward(input_, weight, *args, **kwargs)
+        return linear(input_, self.weight if weight is None else weight), None
+
+
+class RowParallelLinear(layers.RowParallelLinear):
+    """X W^T with W split by columns (input features) over the tensor group; no bias."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Project [s, b, k / TP] to [s, b, n], summed over the tensor group."""
+        if self.tp_group.size() > 1 or self.bias is not None:
+            return super().forward(input_)
+        return linear(input_, self.weight), None
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """X W^T for x [..., k] and weight [n, k].
+
+    The weight's gradient goes into `weight.main_grad` where Megatron-core's DDP keeps one of the
+    same type, as its gradient-accumulation fusion does, and into `weight.grad` elsewhere.
+    """
+    sums = getattr(weight, "main_grad", None)
+    fits = sums is not None and sums.dtype == weight.dtype and weight.grad_fn is None
+    if fits and torch.is_grad_enabled() and weight.requires_grad:
+        operation: Any = _AccumulatingLinear
+        result: Tensor = operation.apply(x, weight)
+        return result
+    return functional.linear(x, weight)
+
+
+class _AccumulatingLinear(torch.autograd.Function):
+    """functional.linear whose weight gradient is added to `weight.main_grad` by the product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return functional.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.size(-1))
+        weight.main_grad.addmm_(rows.t(), x.reshape(-1, x.size(-1)))
+        weight.grad_added_to_main_grad = True
+        dx = rows.mm(weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        return dx, None

@@ -1,0 +1,84 @@
+"""Where the time of a step's passes goes, through Megatron-core's own timers."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+PASSES = ("forward", "backward", "pipeline messages", "gradient sync", "schedule")
+"""Parts of the passes. Waiting for a neighbour is in the messages; tensor-parallel collectives are
+in forward and backward; `schedule` is what is left."""
+
+
+class PartTimers:
+    """Megatron-core's `config.timers`: it calls them around what its schedules do.
+
+    On CUDA they are events on the current stream, read when the step is over: nothing waits.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._open: dict[str, Any] = {}
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    def __call__(self, name: str, log_level: int | None = None) -> _Timer:  # noqa: ARG002
+        """The timer of that name."""
+        return _Timer(self, name)
+
+    def start(self, name: str) -> None:
+        """Begin a span."""
+        self._open[name] = self._mark()
+
+    def stop(self, name: str) -> None:
+        """End it."""
+        self._spans.append((name, self._open.pop(name), self._mark()))
+
+    def take(self) -> dict[str, float]:
+        """Seconds by part since the last call; `passes` are all of them with what lies between."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        found: dict[str, float] = defaultdict(float)
+        for name, begin, end in self._spans:
+            seconds = begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+            found[_part_of(name)] += seconds
+        self._spans.clear()
+        names = ("forward", "backward", "pipeline messages", "gradient sync")
+        result = {name: found[name] for name in names}
+        # Megatron-core stops its span of the passes before it reduces the gradients or after it,
+        # by schedule: whatever is left of them is the schedule's own.
+        result["schedule"] = max(0.0, found["passes"] - sum(result.values()))
+        return result | {"passes": max(found["passes"], sum(result.values()))}
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+
+@dataclass(frozen=True)
+class _Timer:
+    timers: PartTimers
+    name: str
+
+    def start(self, barrier: bool = False) -> None:  # noqa: ARG002
+        self.timers.start(self.name)
+
+    def stop(self, barrier: bool = False) -> None:  # noqa: ARG002
+        self.timers.stop(self.name)
+
+
+def _part_of(name: str) -> str:
+    """The part that a timer of Megatron-core's belongs to."""
+    if name == "forward-backward":
+        return "passes"
+    if "send" in name or "recv" in name:
+        return "pipeline messages"
+    if name in ("forward-compute", "backward-compute"):
+        return name.removesuffix("-compute")
+    return "gradient sync" if name == "all-grads-sync" else "within it"
