@@ -43,11 +43,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """X W^T for x [..., k] and weight [n, k].
 
     The weight's gradient goes into `weight.main_grad` where Megatron-core's DDP keeps one of the
-    same type, as its gradient-accumulation fusion does, and into `weight.grad` elsewhere.
+    same type, as its gradient-accumulation fusion does; and into `weight.grad` elsewhere, and where
+    a hook on the weight wants to see it.
     """
     sums = getattr(weight, "main_grad", None)
-    fits = sums is not None and sums.dtype == weight.dtype and weight.grad_fn is None
-    if fits and torch.is_grad_enabled() and weight.requires_grad:
+    fits = sums is not None and sums.dtype == weight.dtype and not weight._backward_hooks
+    if fits and torch.is_grad_enabled() and weight.is_leaf and weight.requires_grad:
         operation: Any = _AccumulatingLinear
         result: Tensor = operation.apply(x, weight)
         return result

@@ -70,3 +70,13 @@ def test_a_sum_of_another_type_is_left_to_whoever_keeps_it(dtype: torch.dtype) -
     taken = dtype == torch.float32
     assert (weight.grad is None) == taken
     assert bool(weight.main_grad.any()) == taken
+
+
+def test_a_hook_on_the_weight_sees_its_gradient() -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    weight.main_grad = torch.zeros(2, 2)
+    seen = []
+    weight.register_hook(seen.append)
+    linear(torch.ones(1, 2), weight).sum().backward()
+    assert torch.equal(seen[0], torch.ones(2, 2))
+    assert torch.equal(weight.grad, torch.ones(2, 2))

@@ -1,0 +1,99 @@
+"""`keel bench`: what it measures adds up, and what it is asked wrongly it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import yaml
+from keel_megatron.config.errors import UserError
+from keel_megatron.studies.step_bench import run_bench
+from keel_megatron.studies.step_time import PARTS, measure_roofline
+from keel_megatron.training.timers import PartTimers
+
+SECTIONS = {
+    "model": {"blocks": 4, "hidden_size": 32, "ffn_hidden_size": 96, "num_attention_heads": 2},
+    "parallel": {"pipeline": 2},
+    "data": {"seq_length": 32, "vocab_size": 512},
+    "optimizer": {"learning_rate": 1e-3},
+    "training": {
+        "name": "bench",
+        "steps": 10,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "precision": "fp32",
+        "threads": 1,
+    },
+    "tracking": {"mlflow": False},
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(SECTIONS))
+    return file
+
+
+def test_two_rules_are_timed_in_turn_and_their_parts_add_up(path: Path, tmp_path: Path) -> None:
+    out, trace = tmp_path / "bench.json", tmp_path / "trace.json"
+    command = [sys.executable, "-m", "keel_megatron", "bench", str(path), "--processes", "2"]
+    command += ["--random-tokens", "--compare", "model.residual=pre_ln,keel", "--steps", "6"]
+    command += ["--json", str(out), "--profile", str(trace), "checkpoint.every=5"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text())
+    assert [one["name"] for one in figures["variants"]] == ["pre_ln", "keel"]
+    for one in figures["variants"]:
+        assert one["steps"] == 6
+        parts = sum(part["mean"] for part in one["parts"].values())
+        assert parts == pytest.approx(one["step_seconds"], rel=0.35)  # medians, not a sum
+        for part in ("forward", "backward", "pipeline messages", "optimizer"):
+            assert one["parts"][part]["mean"] > 0.0
+        assert one["checkpoint_stall_seconds"] > 0.0
+        assert 0.0 < one["mfu"] < 1.0
+    assert "keel" in done.stdout
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_comparison_needs_two_values_of_one_layout(path: Path) -> None:
+    def bench(compare: str, *overrides: str) -> None:
+        run_bench(
+            path, list(overrides), compare, warmup=1, steps=4, random_tokens=True, profile=None
+        )
+
+    with pytest.raises(UserError, match="two values or more"):
+        bench("model.residual=keel", "parallel.pipeline=1")
+    with pytest.raises(UserError, match=r"training\.threads must be the same"):
+        bench("training.threads=1,2", "parallel.pipeline=1")
+
+
+def test_the_timers_take_megatrons_spans() -> None:
+    timers = PartTimers(torch.device("cpu"))
+    timers("forward-backward", log_level=1).start(barrier=True)
+    for name, seconds in (("forward-compute", 0.02), ("forward-send-backward-recv", 0.03)):
+        timers(name, log_level=2).start()
+        time.sleep(seconds)
+        timers(name).stop()
+    time.sleep(0.01)
+    timers("forward-backward").stop()
+    found = timers.take()
+    assert found["forward"] >= 0.02
+    assert found["pipeline messages"] >= 0.03
+    assert found["schedule"] >= 0.01
+    assert found["passes"] == pytest.approx(sum(v for k, v in found.items() if k != "passes"))
+    assert set(found) - {"passes"} <= set(PARTS)
+    assert not any(timers.take().values())
+
+
+def test_the_roofline_is_that_of_a_product_and_a_copy() -> None:
+    roofline = measure_roofline(torch.device("cpu"), torch.float32)
+    assert 1e-3 < roofline.tflops < 1e3
+    assert 0.1 < roofline.bandwidth_gb < 1e4
