@@ -60,8 +60,7 @@ class SpoolWriter:
         with self._lock:
             self._unwritten.append(line)
             with suppress(OSError):
-                self._write(b"".join(self._unwritten))
-                self._unwritten.clear()
+                self._write()
 
     @property
     def unwritten(self) -> int:
@@ -73,7 +72,7 @@ class SpoolWriter:
         with self._lock:
             self._end_file()
 
-    def _write(self, lines: bytes) -> None:
+    def _write(self) -> None:
         if self._file is not None and self._file.tell() > SEGMENT_BYTES:
             self._end_file()
         if self._file is None:
@@ -81,12 +80,15 @@ class SpoolWriter:
             number = max(number, read_position(self._folder).get(self._stream, (0, 0))[0] + 1)
             path = self._folder / f"{self._stream}.{number:06d}.jsonl"
             self._file = path.open("xb", buffering=0)
+        lines = b"".join(self._unwritten)
         try:
-            if self._file.write(lines) != len(lines):
-                raise OSError("the disk is full")
+            written = self._file.write(lines)
         except OSError:
-            self._end_file()  # its last line may be cut short: the next goes to a new file
+            self._end_file()
             raise
+        del self._unwritten[: lines[:written].count(b"\n")]
+        if self._unwritten:
+            self._end_file()  # its last line is cut short: the next goes to a new file
 
     def _end_file(self) -> None:
         if self._file is not None:

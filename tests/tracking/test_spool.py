@@ -71,7 +71,7 @@ def test_a_full_disk_keeps_items_until_there_is_room(tmp_path: Path) -> None:
     writer = SpoolWriter(tmp_path, EVENTS)
     metrics(writer, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
     try:
         metrics(writer, 2, 3)
         assert writer.unwritten == 2
