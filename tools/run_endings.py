@@ -28,7 +28,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from keel_megatron.tracking.metrics import read_metrics
+from keel_megatron.tracking.metrics import read_metrics  # noqa: E402
 
 PAGE = ROOT / "docs" / "benchmarks" / "endings.md"
 PATIENCE = 300.0
@@ -137,7 +137,7 @@ class Case:
     """alone, keel (its own launcher) or torchrun, and its options."""
     expected: tuple[int, str]
     """The command's exit code, and the run's status in MLflow; - = it has no run."""
-    act: Callable[[Started], None] = lambda run: None
+    act: Callable[[Started], None] = lambda _run: None
     steps: int = 2000
     overrides: tuple[str, ...] = ()
     resumed: int = 0

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +154,8 @@ def test_the_courier_says_how_a_process_ended_that_cannot(tmp_path: Path, status
 
 
 def wait_for_end_of(pid: int) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         psutil.Process(pid).wait(100)
-    except psutil.NoSuchProcess:
-        pass
 
 
 def test_a_courier_that_is_killed_is_replaced(tmp_path: Path) -> None:
