@@ -6,6 +6,7 @@ import datetime
 import logging
 import os
 import sqlite3
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from keel_megatron.tracking.overwrite import delete_after, sqlite_file
 from keel_megatron.tracking.target import (
     Status,
     Target,
+    local_uri,
     remember_run_id,
     remembered_run_id,
 )
@@ -31,6 +33,25 @@ _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
+
+
+def _create_database(folder: Path) -> None:
+    """Make the run's sqlite file whole before it gets its name.
+
+    MLflow makes its tables in dozens of steps, and one that is killed between them leaves a file
+    that it can neither use nor finish.
+    """
+    database = sqlite_file(local_uri(folder))
+    if database is None or database.exists():
+        return
+    from mlflow import MlflowClient
+
+    for left in folder.glob(f"{database.name}.*.partial"):
+        left.unlink()
+    # A name of its own each time: MLflow remembers within a process what it has made where.
+    partial = database.with_name(f"{database.name}.{uuid.uuid4().hex}.partial")
+    MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
+    partial.replace(database)
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,8 @@ class MlflowRun:
         self._folder = folder
         self._target = target
         self._uri = target.uri_of(folder)
+        if target.uri is None:
+            _create_database(folder)
         self._client: Any = MlflowClient(tracking_uri=self._uri)
         self._run: Any = None
 

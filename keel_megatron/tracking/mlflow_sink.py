@@ -21,6 +21,8 @@ from keel_megatron.tracking.records import Record
 from keel_megatron.tracking.spool import EVENTS, FOLDER, SpoolWriter, Waiting, relative
 from keel_megatron.tracking.target import Status, Target, tracking_uri, without_credentials
 
+CLOSE_SECONDS = 30.0
+"""Longest wait for MLflow at the end of a run."""
 _PATIENCE = 3.0
 """Seconds of waiting without a word."""
 _RESPAWN_SECONDS = 30.0
@@ -36,10 +38,7 @@ class MlflowSink:
         config: the run; its folder exists.
         warn: told what the user should know, from a thread or from `finish`.
         back_to: step that the run goes on from, in the folder's MLflow run; None begins a new one.
-        close_seconds: longest wait of `finish`.
-
-    Attributes:
-        silent: set once nothing may be said any more.
+        close_seconds: longest wait of `finish`; None = CLOSE_SECONDS.
     """
 
     def __init__(
@@ -47,12 +46,12 @@ class MlflowSink:
         config: RunConfig,
         warn: Callable[[str], None],
         back_to: int | None = None,
-        close_seconds: float = 30.0,
+        close_seconds: float | None = None,
     ) -> None:
         self._run = config.training.folder
         self._warn = warn
         self._uri = without_credentials(tracking_uri(config))
-        self._close_seconds = close_seconds
+        self._close_seconds = CLOSE_SECONDS if close_seconds is None else close_seconds
         self._name = uuid.uuid4().hex
         self._closing = threading.Event()
         self._spool = SpoolWriter(self._run, EVENTS)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from keel_megatron.config import UserError
@@ -193,6 +196,31 @@ def test_a_server_keeps_the_points_and_is_told_that_they_are_void(
     assert sorted(history(run, found.info.run_id, "loss")) == [(1, 5.0), (2, 4.0), (2, 4.5)]
     assert found.data.tags["resumed.1"].endswith("of two points of a step the later counts")
     assert found.data.metrics["loss"] == 4.5
+
+
+def test_a_database_that_was_never_finished_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow itself could not go on with it: its first index would be there already."""
+    run = config(tmp_path)
+    session = Session(run, "a")
+    session.losses({1: 5.0})
+    whole = MlflowClient.search_experiments
+
+    def killed(self: Any, **options: Any) -> Any:
+        raise OSError("killed")
+
+    monkeypatch.setattr(MlflowClient, "search_experiments", killed)
+    assert not Courier(session.folder, [].append).deliver()
+    assert not (session.folder / "mlflow.db").exists()
+    (partial,) = session.folder.glob("mlflow.db.*.partial")
+    with closing(sqlite3.connect(partial)) as database:
+        database.execute("DROP TABLE IF EXISTS alembic_version")
+        database.commit()
+    monkeypatch.setattr(MlflowClient, "search_experiments", whole)
+    deliver(session.folder)
+    assert not partial.exists()
+    assert history(run, mlflow_runs(run)[0].info.run_id, "loss") == [(1, 5.0)]
 
 
 def test_sync_delivers_and_tells_the_end_of_a_process_that_is_gone(tmp_path: Path) -> None:

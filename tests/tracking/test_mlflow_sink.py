@@ -34,7 +34,7 @@ def told(said: list[str]) -> list[str]:
 def test_params_metrics_by_step_tags_files_and_status(tmp_path: Path) -> None:
     run = config(tmp_path, data__text=[f"{'x' * 90}/{number}" for number in range(100)])
     said: list[str] = []
-    sink = open_sink(run, said, close_seconds=100.0)
+    sink = open_sink(run, said)
     for step in range(1, 301):  # 3,000 values: several calls
         sink.record(record(step, loss=1.0 / step))
     sink.record(ValidationRecord(300, 0.25, 4800, 153600))
@@ -74,7 +74,7 @@ def test_a_stray_mlruns_folder_changes_nothing(
     database = tmp_path / "shared" / "all.db"
     database.parent.mkdir()
     run = config(tmp_path / "runs", tracking__uri=f"sqlite:///{database}")
-    sink = open_sink(run, [], close_seconds=100.0)
+    sink = open_sink(run, [])
     note = run.training.folder / "note.txt"
     note.write_text("kept")
     sink.artifact(note)
@@ -88,7 +88,7 @@ def test_a_stray_mlruns_folder_changes_nothing(
 def test_a_dead_server_blocks_nothing_and_what_waits_is_said(tmp_path: Path) -> None:
     run = config(tmp_path, tracking__uri="http://127.0.0.1:9")
     said: list[str] = []
-    sink = open_sink(run, said, close_seconds=100.0)
+    sink = open_sink(run, said)
     started = time.thread_time()
     for step in range(1000):
         sink.record(record(step))
@@ -110,7 +110,7 @@ def test_a_missing_package_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "mlflow.py").write_text("raise ImportError('broken')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     said: list[str] = []
-    sink = open_sink(config(tmp_path), said, close_seconds=100.0)
+    sink = open_sink(config(tmp_path), said)
     sink.finish("FINISHED")
     first, second = told(said)
     assert "install mlflow-skinny, sqlalchemy and alembic, or set tracking.mlflow=false" in first
@@ -161,7 +161,7 @@ def wait_for_end_of(pid: int) -> None:
 def test_a_courier_that_is_killed_is_replaced(tmp_path: Path) -> None:
     run = config(tmp_path)
     said: list[str] = []
-    sink = open_sink(run, said, close_seconds=100.0)
+    sink = open_sink(run, said)
     sink.record(record(1))
     sink._process.kill()
     sink._process.wait()
@@ -189,7 +189,7 @@ def test_no_credential_of_the_environment_is_kept(
     for name in ("USERNAME", "PASSWORD", "TOKEN"):
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "hunter2")
     run = config(tmp_path)
-    sink = open_sink(run, [], close_seconds=100.0)
+    sink = open_sink(run, [])
     sink.finish("FINISHED")
     assert "hunter2" not in json.dumps(flat_params(run))
     files = [path for path in run.training.folder.rglob("*") if path.is_file()]
