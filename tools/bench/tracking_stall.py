@@ -306,7 +306,7 @@ def page(measured: list[tuple[str, Measured]], steps: int) -> str:
         f"`python tools/bench/tracking_stall.py --steps {steps}`: {platform.machine()}, "
         f"{os.cpu_count()} cores, {date.today()}. One",
         "process trains 16 sub-layers without depth profiles. Of the time of its steps its main",
-        "thread spends so much in all of the tracker's calls (progress, metrics.jsonl, MLflow), and",
+        "thread spends so much in all of the tracker's calls (progress, metrics.jsonl, MLflow) and",
         "so much in those for MLflow. end: the wait for what is on its way when the run is over.",
         "Points: values of metrics.jsonl's records that MLflow has, of those that there are; then",
         "after `keel track sync`.",
