@@ -19,6 +19,7 @@ from keel_megatron.cli import (
     plan,
     study,
     tokenizer,
+    track,
     train,
 )
 from keel_megatron.config.errors import ConfigError, UserError
@@ -55,6 +56,7 @@ app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(study.app, name="study")
 app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(track.app, name="track")
 
 
 def _print_version(wanted: bool) -> None:

@@ -266,6 +266,26 @@ def _keep_every(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
+def _credentials(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """A configuration is saved, logged and shown: no password may be in it."""
+    uri = config.tracking.uri
+    if uri is None:
+        return
+    scheme, _, rest = uri.partition("://")
+    user, at, _host = rest.partition("/")[0].rpartition("@")
+    is_database = scheme.partition("+")[0] in ("postgresql", "mysql", "mssql")
+    if at and scheme.partition("+")[0] != "sqlite" and (":" in user or not is_database):
+        instead = (
+            "the database's own, such as PGPASSWORD or MYSQL_PWD"
+            if is_database
+            else "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+        yield (
+            "tracking.uri",
+            f"has a user or a password in it; leave them to environment variables: {instead}",
+        )
+
+
 _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _heads,
     _query_groups,
@@ -287,6 +307,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _hang_timeout,
     _guard_window,
     _keep_every,
+    _credentials,
 )
 """One contradiction each, so that a wrong setting hides no other's."""
 
