@@ -16,6 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+TRAINING_PAGES = "?workflowType=machine_learning"
+"""MLflow's pages for training rather than for language model applications."""
+_KIND = ("mlflow.experimentKind", "custom_model_development")
+"""The experiment's tag that says the same."""
 _ARTIFACTS = "mlflow_artifacts"
 _BY_RUN = ("params", "tags", "latest_metrics")
 _BUSY_SECONDS = 30.0
@@ -66,7 +70,10 @@ class MergedStore:
                 "SELECT name, experiment_id, run_uuid FROM runs "
                 "WHERE lifecycle_stage = 'active' ORDER BY start_time DESC"
             ).fetchall()
-        return [(name, f"#/experiments/{experiment}/runs/{run}") for name, experiment, run in rows]
+        return [
+            (name, f"#/experiments/{experiment}/runs/{run}{TRAINING_PAGES}")
+            for name, experiment, run in rows
+        ]
 
     def _copy(self, source: Source) -> None:
         with closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS, uri=True)) as target:
@@ -86,6 +93,11 @@ class MergedStore:
             replaced = {"experiment_id": str(names[name])}
             _insert(target, "experiment_tags", kept, replaced)
             _insert(target, "runs", kept, replaced)
+            target.execute(
+                "INSERT OR IGNORE INTO main.experiment_tags (key, value, experiment_id) "
+                "VALUES (?, ?, ?)",
+                (*_KIND, names[name]),
+            )
         for table in _BY_RUN:
             _insert(target, table)
         _point_to_artifacts(target, source.path.parent / _ARTIFACTS)

@@ -13,7 +13,7 @@ from types import FrameType
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.dashboard.folders import find_runs, saved_settings
-from keel_megatron.dashboard.merge import MergedStore
+from keel_megatron.dashboard.merge import TRAINING_PAGES, MergedStore
 from keel_megatron.dashboard.server import Server, free_port, require_mlflow_server
 from keel_megatron.tracking.mlflow_run import without_credentials
 
@@ -55,7 +55,7 @@ def serve(
         pages = [(name, f"{server.url}/{page}") for name, page in store.run_pages()]
         for name, page in pages[:_LISTED]:
             say(f"{name:20} {page}")
-        say(f"{len(pages)} run(s) at {server.url}/#/experiments until Ctrl-C")
+        say(f"{len(pages)} run(s) at {server.url}/#/experiments{TRAINING_PAGES} until Ctrl-C")
         if open_browser and pages:
             webbrowser.open(pages[0][1])
         while True:
