@@ -1,10 +1,10 @@
 """One MLflow database over the sqlite files of many runs.
 
 MLflow's server reads one database, and every run has its own. So the runs are copied, row by row,
-into a database that lives as long as the dashboard, and what is new is copied while it is open:
-metrics only ever grow, so that only rows after the last one are read. The runs' own files are only
-read: no page of the dashboard can make a trainer wait or change what it has written. Artifacts are
-not copied: they are shown from where they lie.
+into a database that lives as long as the dashboard, and what is new is copied while it is open: of
+the metrics the rows after the last one, or all of them if a run that goes on from a checkpoint has
+taken some back. The runs' own files are only read: no page of the dashboard can make a trainer wait
+or change what it has written. Artifacts are not copied: they are shown from where they lie.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ class Source:
     path: Path
     state: tuple[tuple[int, int], ...] = ()
     """Time and size of its files when it was read last."""
-    last_metric: int = 0
+    last: int = 0
     """Row number of the last metric that was copied."""
+    copied: tuple[object, ...] = ()
+    """How many metrics were, and the last one."""
 
 
 class MergedStore:
@@ -81,7 +83,8 @@ class MergedStore:
             target.execute("ATTACH ? AS source", (where,))
             with target:  # one transaction: a reader sees all of it or nothing
                 last = self._copy_rows(target, source)
-            source.last_metric = last
+                copied = _metrics_until(target, last)
+            source.last, source.copied = last, copied
 
     def _copy_rows(self, target: sqlite3.Connection, source: Source) -> int:
         for experiment, name in _experiments(target, "source"):
@@ -99,12 +102,30 @@ class MergedStore:
                 (*_KIND, names[name]),
             )
         for table in _BY_RUN:
+            _clear(target, table)
             _insert(target, table)
         _point_to_artifacts(target, source.path.parent / _ARTIFACTS)
+        if _metrics_until(target, source.last) != source.copied:
+            _clear(target, "metrics")
+            source.last = 0
         (last,) = target.execute("SELECT max(rowid) FROM source.metrics").fetchone()
-        new = f"rowid > {source.last_metric} AND rowid <= {last or 0}"
-        _insert(target, "metrics", new)
+        _insert(target, "metrics", f"rowid > {source.last} AND rowid <= {last or 0}")
         return last or 0
+
+
+def _metrics_until(target: sqlite3.Connection, last: int) -> tuple[object, ...]:
+    """How many metrics there are up to a row, and that row.
+
+    Taken back, they are fewer; or, where their row numbers are used again, another is the last.
+    """
+    counted = f"SELECT count(*) FROM source.metrics WHERE rowid <= {last}"
+    row = target.execute(f"SELECT * FROM source.metrics WHERE rowid = {last}").fetchone()
+    return (*target.execute(counted).fetchone(), row)
+
+
+def _clear(target: sqlite3.Connection, table: str) -> None:
+    """Forget the rows of the source's runs."""
+    target.execute(f"DELETE FROM main.{table} WHERE run_uuid IN (SELECT run_uuid FROM source.runs)")
 
 
 def _insert(

@@ -113,6 +113,26 @@ def test_what_is_new_is_added_and_the_runs_are_only_read(runs: list[Path], targe
     assert [run.read_bytes() for run in runs] == [changed, before[1]]
 
 
+@pytest.mark.parametrize("machine_after", [False, True])
+def test_what_a_resumed_run_takes_back_goes(
+    runs: list[Path], target: Path, machine_after: bool
+) -> None:
+    """Row numbers are used again, unless a row that stays is behind them."""
+    first = "first".ljust(32, "0")
+    if machine_after:
+        query(runs[0], f"INSERT INTO metrics VALUES ('system/cpu', 9.0, 1500, '{first}', 3, 0)")
+    store = MergedStore(target, runs)
+    store.refresh()
+    query(runs[0], "DELETE FROM metrics WHERE key = 'loss' AND step > 1")
+    for step, loss in ((2, 2.5), (3, 1.5)):
+        query(runs[0], f"INSERT INTO metrics VALUES ('loss', {loss}, 3000, '{first}', {step}, 0)")
+    store.refresh()
+    wanted = "SELECT step, value FROM metrics WHERE key = 'loss' AND run_uuid = "
+    found = query(target, f"{wanted}'{first}' ORDER BY step")
+    assert found == [(1, 4.0), (2, 2.5), (3, 1.5)]
+    assert query(target, f"SELECT count(*) FROM metrics WHERE run_uuid != '{first}'") == [(3,)]
+
+
 def test_a_database_that_cannot_be_read_stops_no_other(runs: list[Path], target: Path) -> None:
     whole = runs[0].read_bytes()
     runs[0].write_bytes(b"half of a database")
