@@ -32,8 +32,7 @@ def runs_table(runs: Sequence[RunStatus]) -> RenderableType:
     for name in _NUMBERS:
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
-        state = f"{run.state} ({run.detail})" if run.detail else run.state
-        cells = Text(run.name, style="bold"), Text(state, style=_COLOURS[run.state])
+        cells = Text(run.name, style="bold"), Text(run.state, style=_COLOURS[run.state])
         table.add_row(*cells, *_figures(run))
     notes = [_note(run, line) for run in runs for line in run.problems]
     return Group(table, *([Text(), *notes] if notes else []))
@@ -52,7 +51,14 @@ def _figures(run: RunStatus) -> list[str]:
 def _checkpoint(run: RunStatus) -> str:
     if run.checkpoint is None or run.checkpoint_age is None:
         return "-"
-    return f"{run.checkpoint:,}, {duration(run.checkpoint_age)} ago"
+    # The larger of its two units: a column that is narrow enough for 80 beside a long name.
+    return f"{run.checkpoint:,}, {_largest_unit(run.checkpoint_age)} ago"
+
+
+def _largest_unit(seconds: float) -> str:
+    """Such as 2h or 40s."""
+    found = next(part for part in duration(seconds).split() if part != "0m")
+    return found.removeprefix("0") if len(found) > 2 else found
 
 
 def _note(run: RunStatus, line: str) -> Text:
