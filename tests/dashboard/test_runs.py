@@ -198,7 +198,7 @@ def test_the_table_fits_eighty_columns_and_has_the_problems_below(tmp_path: Path
     console.print(runs_table(look(runs, NOW)))
     lines = [line.rstrip() for line in console.export_text().splitlines()]
     assert lines[1].split()[:5] == ["demo", "running", "10/100", "4.9000", "1,000"]
-    assert lines[1].endswith("3m 00s    8, 5s ago")
+    assert lines[1].split()[5:] == ["3m", "00s", "8,", "5s", "ago"]
     assert lines[2].startswith("keel_512_40b  lost")
     assert lines[4].startswith("keel_512_40b: no sign for 2h 00m: it was killed")
 
