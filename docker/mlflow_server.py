@@ -1,6 +1,6 @@
 """Start MLflow's server from the environment, as docker/compose.yaml does.
 
-KEEL_MLFLOW_STORE       database: postgresql://USER@HOST:PORT/NAME, or sqlite:////FILE
+KEEL_MLFLOW_STORE       database: postgresql+psycopg2://USER@HOST:PORT/NAME, or sqlite:////FILE
 KEEL_MLFLOW_PASSWORD    the database user's password, if it has one
 KEEL_MLFLOW_ARTIFACTS   folder of the artifacts, default /mlflow/artifacts
 KEEL_MLFLOW_HOSTS       names under which the server is asked for, beside localhost and private
@@ -76,7 +76,7 @@ def authentication(uri: str) -> tuple[list[str], dict[str, str]]:
 def main() -> None:
     uri = store_uri()
     arguments, secrets = authentication(uri)
-    more = setting("KEEL_MLFLOW_HOSTS", "")
+    more = [name for name in setting("KEEL_MLFLOW_HOSTS", "").split(",") if name.strip()]
     environment = {
         # Not as arguments, which every process of the machine can read.
         "MLFLOW_BACKEND_STORE_URI": uri,
@@ -88,7 +88,7 @@ def main() -> None:
     command += ["--artifacts-destination", setting("KEEL_MLFLOW_ARTIFACTS", "/mlflow/artifacts")]
     command += ["--host", setting("KEEL_MLFLOW_HOST", "0.0.0.0")]
     command += ["--port", setting("KEEL_MLFLOW_PORT", "5000"), "--workers", "2"]
-    command += ["--allowed-hosts", ",".join(filter(None, (HOSTS, more)))]
+    command += ["--allowed-hosts", ",".join([HOSTS, *more])]
     os.execve(sys.executable, [*command, *arguments], os.environ | environment)
 
 
