@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-_FOLDERS = re.compile(r"(?<![\w/.-])/(src|opt|tmp|work|mlflow)(?=[/\s:\"']|$)")
+_FOLDERS = re.compile(r"(?<![\w/.-])/(src|opt|tmp|work|wheels|mlflow)(?=[/\s:\"']|$)")
 _BEYOND = re.compile(r"^(apt-get|useradd|--mount)")
 
 

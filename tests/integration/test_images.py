@@ -155,6 +155,9 @@ def test_steps_are_read_as_an_engine_reads_them(tmp_path: Path) -> None:
     for name, argument in instructions(text):
         image.take(name, argument)
     assert (tmp_path / "src" / "said").read_text() == "two/x\n"
+    for folder in ("/src", "/opt/keel", "/tmp/keel", "/work/runs", "/wheels", "/mlflow"):
+        assert image.inside(f"cp a {folder}") == f"cp a {tmp_path}{folder}"
+    assert image.inside("cp a/src b") == "cp a/src b"
     image.take("RUN", "apt-get update")
     assert image.left_out == ["RUN apt-get update"]
 
