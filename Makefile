@@ -9,7 +9,7 @@ PIP_ARGS ?=
 PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all test-gpu check format bench-kernel chaos clean
+.PHONY: help setup train test test-all test-gpu check format bench-kernel chaos check-images clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -44,12 +44,17 @@ bench-kernel: ## Measure the fused kernel's bandwidth with the python3 at hand.
 chaos: setup ## Train while 100 faults are injected; nothing may be lost (tools/chaos.py).
 	$(BIN)/python tools/chaos.py --faults 100
 
-check: setup ## Lint, format, types, floors, spelling.
+check-images: setup ## Run the images' build steps in clean environments (tools/image_steps.py).
+	$(BIN)/python tools/image_steps.py docker/Dockerfile.cpu --then 'keel --help' $(IMAGE_ARGS)
+	$(BIN)/python tools/image_steps.py docker/Dockerfile.mlflow $(IMAGE_ARGS)
+
+check: setup ## Lint, format, types, floors, spelling, Dockerfiles.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(BIN)/hadolint docker/Dockerfile*
 
 format: setup ## Format the code.
 	$(BIN)/ruff check --fix .

@@ -13,10 +13,12 @@ from keel_megatron import __version__
 from keel_megatron.cli import (
     checkpoint,
     config,
+    dashboard,
     data,
     depth,
     generate,
     plan,
+    runs,
     study,
     tokenizer,
     track,
@@ -50,6 +52,8 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("depth")(depth.depth)
+app.command("runs")(runs.runs)
+app.command("dashboard")(dashboard.dashboard)
 app.command("generate")(generate.generate)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")

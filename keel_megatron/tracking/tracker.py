@@ -240,8 +240,10 @@ def where(config: RunConfig) -> list[str]:
     folder = config.training.folder
     lines = [f"files      {folder}/ (metrics.jsonl, loss.png, log.txt, checkpoints/)"]
     if config.tracking.mlflow:
-        uri = config.tracking.uri or f"sqlite:///{folder / 'mlflow.db'}"
-        if uri.startswith(("http://", "https://", "databricks")):
+        uri = config.tracking.uri
+        if uri is None or uri.startswith("sqlite:///"):
+            show = f"keel dashboard {shlex.quote(str(folder))}  (extra: dashboard)"
+        elif uri.startswith(("http://", "https://", "databricks")):
             show = without_credentials(uri)
         else:
             shown = shlex.quote(without_credentials(uri))

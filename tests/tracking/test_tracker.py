@@ -159,11 +159,12 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("uri", "line"),
     [
-        (None, "mlflow ui --backend-store-uri sqlite:///runs/test/mlflow.db  (extra: dashboard)"),
+        (None, "keel dashboard runs/test  (extra: dashboard)"),
+        ("sqlite:////big disk/all.db", "keel dashboard runs/test  (extra: dashboard)"),
         ("http://host:5000", "http://host:5000"),
         (
-            "sqlite:////big disk/all.db",
-            "mlflow ui --backend-store-uri 'sqlite:////big disk/all.db'  (extra: dashboard)",
+            "mysql://host/my db",
+            "mlflow ui --backend-store-uri 'mysql://host/my db'  (extra: dashboard)",
         ),
     ],
 )
