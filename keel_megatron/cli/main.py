@@ -15,6 +15,7 @@ from keel_megatron.cli import (
     config,
     data,
     depth,
+    doctor,
     generate,
     plan,
     study,
@@ -49,6 +50,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("depth")(depth.depth)
+app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
@@ -84,6 +86,6 @@ def main() -> None:
 
 
 def _said_by_another_rank(error: UserError) -> bool:
-    """Every rank of a launch reads the same configuration: one of them says what is wrong."""
-    alike = isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"
+    """Every rank of a node reads the same configuration: one of them says what is wrong."""
+    alike = isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0"
     return alike or error.reported

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +21,7 @@ from keel_megatron.config.parallel import ParallelConfig
 from keel_megatron.config.training import TrainingConfig
 from keel_megatron.runtime import cpu
 from keel_megatron.runtime.device import Launch, choose_device, set_threads
-from keel_megatron.runtime.rendezvous import CollectiveTimeoutError, meet
+from keel_megatron.runtime.rendezvous import CollectiveTimeoutError, agree, meet
 from keel_megatron.runtime.seeds import seed_dropout
 
 T = TypeVar("T")
@@ -101,7 +102,10 @@ class Runtime:
 
 @contextmanager
 def start(
-    parallel: ParallelConfig, training: TrainingConfig, launch: Launch | None = None
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    launch: Launch | None = None,
+    alike: Mapping[str, Any] | None = None,
 ) -> Iterator[Runtime]:
     """Start this process's device and process groups, and take them down at the end.
 
@@ -109,11 +113,12 @@ def start(
         parallel: the layout.
         training: the device, its threads and the seed.
         launch: this process's place; None = as torchrun says.
+        alike: what must be equal on all ranks, by name; compared before any group is made.
 
     Raises:
         CollectiveTimeoutError: a rank waited longer than `parallel.timeout_seconds`; names the
             rank that waited.
-        UserError: the device that is asked for is not there.
+        UserError: the device that is asked for is not there, or the ranks are not alike.
     """
     launch = launch or Launch.from_environment()
     device = choose_device(training.device, launch.local_rank)
@@ -123,7 +128,7 @@ def start(
     else:
         torch.cuda.set_device(device)
     threads = set_threads(training.threads, launch.local_world_size)
-    _init_process_group(launch, device, parallel.timeout_seconds)
+    _init_process_group(launch, device, parallel.timeout_seconds, alike or {})
     try:
         runtime = _model_parallel(parallel, launch, device, threads)
         seed_dropout(training.seed, runtime.pipeline_rank, runtime.data_rank)
@@ -133,7 +138,9 @@ def start(
         _take_down()
 
 
-def _init_process_group(launch: Launch, device: torch.device, timeout_seconds: float) -> None:
+def _init_process_group(
+    launch: Launch, device: torch.device, timeout_seconds: float, alike: Mapping[str, Any]
+) -> None:
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if launch.world_size == 1:
@@ -141,6 +148,8 @@ def _init_process_group(launch: Launch, device: torch.device, timeout_seconds: f
     else:
         shared, _rank, _world_size = next(rendezvous("env://", timeout=timeout))
         store = meet(shared, launch.rank, launch.world_size, timeout_seconds)
+        if alike:
+            agree(store, launch.rank, launch.world_size, socket.gethostname(), alike)
     dist.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from keel_megatron.model.language_model import build_model
 from keel_megatron.partition.flops import parameter_count
 from keel_megatron.partition.stages import Partition, own_partition, require_fit
 from keel_megatron.partition.table import stage_table, write_stages
-from keel_megatron.runtime import exit_codes
+from keel_megatron.runtime import doctor, exit_codes, preflight
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
+from keel_megatron.runtime.parent import end_with_launcher
 from keel_megatron.runtime.watchdog import Watchdog
 from keel_megatron.tracking.mlflow_run import remember_run_id, remembered_run_id
 from keel_megatron.tracking.plot import plot_loss
@@ -67,15 +69,21 @@ def run_training(
 
     Raises:
         ConfigError: the configuration is wrong, or does not fit the number of processes.
-        UserError: the text, the run's folder or the device is not as the configuration says.
+        UserError: the text, the run's folder or the device is not as the configuration says, or
+            the nodes do not fit together.
     """
+    end_with_launcher()
     launch = Launch.from_environment()
     config = load_config(config_path, overrides, world_size=launch.world_size)
     code = exit_codes.DONE
+    checked = preflight.wanted(config, launch)
     with (
         stop_requests(config.training.exit_after) as stop,
-        start(config.parallel, config.training) as runtime,
+        start(
+            config.parallel, config.training, launch, doctor.facts(config) if checked else None
+        ) as runtime,
     ):
+        remarks = preflight.check(config, runtime, socket.gethostname()) if checked else []
         found = _take_folder(config, runtime)
         newest = found.path
         done = _step_of(newest) >= config.training.steps
@@ -90,6 +98,8 @@ def run_training(
             with open_tracker(
                 config, runtime.rank, resume_step=_step_of(newest) if newest else None
             ) as tracker:
+                for remark in [*remarks, *found.remarks]:
+                    tracker.say(remark)
                 code = _train(config, runtime, tracker, found, stop, before_step)
                 if code != exit_codes.DONE:
                     tracker.close("KILLED")
@@ -133,8 +143,6 @@ def _train(
     before_step: BeforeStep | None,
 ) -> int:
     """Build, resume, train, conclude; the exit code."""
-    for remark in found.remarks:
-        tracker.say(remark)
     partition = runtime.from_main(lambda: _decided(config, runtime))
     data = runtime.from_main(lambda: prepare(config, tracker.say, found.state.get("data")))
     runtime.from_main(lambda: claim(config))  # not before: another text may have been refused
