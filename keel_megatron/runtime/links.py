@@ -205,4 +205,6 @@ def _alike(links: Sequence[Link]) -> list[list[Link]]:
 
 def rate_words(rate: float) -> str:
     """Bytes per second in MB/s or GB/s."""
-    return f"{rate / 1e9:.1f} GB/s" if rate >= 1e9 else f"{rate / 1e6:.3g} MB/s"
+    if rate >= 0.9995e9:
+        return f"{rate / 1e9:.1f} GB/s"
+    return f"{rate / 1e6:.0f} MB/s" if rate >= 1e7 else f"{rate / 1e6:.2g} MB/s"
