@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import IO
 
 NETNS = Path("/etc/netns")
-ENTER = 'hostname "$1"; shift; exec "$@"'
+ENTER = ("unshare", "--uts", "bash", "-c", 'hostname "$1"; shift; exec "$@"', "enter")
 
 
 def why_not() -> str | None:
@@ -107,8 +107,7 @@ class Hosts:
             out = log.open("ab")
             self._files.append(out)
         process = subprocess.Popen(
-            ["ip", "netns", "exec", self._space(name)]
-            + ["unshare", "--uts", "bash", "-c", ENTER, "enter", name, *command],
+            ["ip", "netns", "exec", self._space(name), *ENTER, name, *command],
             cwd=folder,
             env=env,
             stdout=out,

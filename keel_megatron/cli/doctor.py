@@ -58,13 +58,11 @@ def _show(run: RunConfig | None) -> None:
 
 
 def _preflight(run: RunConfig, launch: Launch) -> None:
-    import socket
-
     from keel_megatron.runtime import doctor, preflight
     from keel_megatron.runtime.distributed import start
 
     with start(run.parallel, run.training, launch, doctor.facts(run)) as runtime:
-        for line in preflight.check(run, runtime, socket.gethostname()):
+        for line in preflight.check(run, runtime):
             if runtime.is_main:
                 print(line, flush=True)
         runtime.barrier()

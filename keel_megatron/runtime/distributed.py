@@ -40,6 +40,8 @@ class Runtime:
     tensor_size: int
     pipeline_size: int
     data_size: int
+    hosts: tuple[str, ...]
+    """Every rank's host."""
 
     @property
     def rank(self) -> int:
@@ -51,10 +53,20 @@ class Runtime:
         """Whether this is global rank 0, the one that reports."""
         return self.launch.rank == 0
 
+    @property
+    def host(self) -> str:
+        """This rank's host."""
+        return self.hosts[self.launch.rank]
+
+    def named(self, rank: int) -> str:
+        """A rank, with its host if there are several."""
+        several = len(set(self.hosts)) > 1
+        return f"rank {rank} on host {self.hosts[rank]}" if several else f"rank {rank}"
+
     def describe(self) -> str:
         """This rank's place, for messages."""
         return (
-            f"rank {self.rank} (pipeline stage {self.pipeline_rank}, tensor rank "
+            f"{self.named(self.rank)} (pipeline stage {self.pipeline_rank}, tensor rank "
             f"{self.tensor_rank}, replica {self.data_rank})"
         )
 
@@ -169,6 +181,8 @@ def _model_parallel(
         distributed_timeout_minutes=parallel.timeout_seconds / 60,
         create_gloo_process_groups=device.type == "cuda",
     )
+    hosts = [socket.gethostname()] * launch.world_size
+    dist.all_gather_object(hosts, hosts[launch.rank])
     return Runtime(
         device=device,
         launch=launch,
@@ -179,6 +193,7 @@ def _model_parallel(
         tensor_size=parallel.tensor,
         pipeline_size=parallel.pipeline,
         data_size=parallel_state.get_data_parallel_world_size(),
+        hosts=tuple(hosts),
     )
 
 

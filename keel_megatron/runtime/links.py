@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from keel_megatron.runtime.distributed import Runtime
+
 _ROUNDS = 8
 _SMALLEST, _GROWTH = 1 << 16, 4
 _LARGEST = {"cpu": 1 << 24, "cuda": 1 << 28}
@@ -70,8 +72,7 @@ def ring_rounds(size: int) -> list[list[tuple[int, int]]]:
 def probe_links(
     kind: str,
     group: dist.ProcessGroup,
-    device: torch.device,
-    hosts: Sequence[str],
+    runtime: Runtime,
     note: Callable[[str], None],
 ) -> Iterator[Link]:
     """The links of this rank's group that this rank measures; collective over the group.
@@ -79,8 +80,7 @@ def probe_links(
     Args:
         kind: the group's name.
         group: gloo's or NCCL's.
-        device: where the messages lie.
-        hosts: every rank's host.
+        runtime: this rank's place.
         note: told what is about to be done, for whoever finds that it never ends.
     """
     ranks = dist.get_process_group_ranks(group)
@@ -91,12 +91,12 @@ def probe_links(
                 continue
             a, b = ranks[first], ranks[second]
             other = b if mine == first else a
-            note(f"an answer from rank {other} on host {hosts[other]} ({kind} group)")
+            note(f"an answer from {runtime.named(other)} ({kind} group)")
             if mine == second:
-                _answer(other, group, device)
+                _answer(other, group, runtime.device)
                 continue
-            latency, rate = _ask(other, group, device)
-            yield Link(kind, (hosts[a], hosts[b]), (a, b), latency, rate)
+            latency, rate = _ask(other, group, runtime.device)
+            yield Link(kind, (runtime.hosts[a], runtime.hosts[b]), (a, b), latency, rate)
 
 
 def probe_reduction(kind: str, group: dist.ProcessGroup, device: torch.device) -> Reduction:

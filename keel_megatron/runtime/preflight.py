@@ -63,13 +63,12 @@ def wanted(config: RunConfig, launch: Launch) -> bool:
     return choice == "always" or (choice == "auto" and several)
 
 
-def check(config: RunConfig, runtime: Runtime, host: str) -> list[str]:
+def check(config: RunConfig, runtime: Runtime) -> list[str]:
     """See that the nodes can train together; collective over all ranks.
 
     Args:
         config: the run.
         runtime: this rank's place, its groups made.
-        host: this node's name.
 
     Returns:
         What was found, as lines, warnings among them; the same on all ranks.
@@ -78,15 +77,15 @@ def check(config: RunConfig, runtime: Runtime, host: str) -> list[str]:
         UserError: something is broken; says on which host. On all ranks.
     """
     began = time.monotonic()
-    with _Deadline(host, runtime).running() as deadline:
+    with _Deadline(runtime).running() as deadline:
         deadline.note("all other ranks")
         runtime.barrier()
-        nodes = _gather_nodes(runtime, host)
+        nodes = _gather_nodes(runtime)
         _check_devices(nodes)
         for folder, setting in _folders(config):
             deadline.note(f"the folder {folder} on all other nodes")
-            _check_shared(runtime, folder, setting, host)
-        links, reductions = _probe(runtime, [node.host for node in nodes], deadline)
+            _check_shared(runtime, folder, setting)
+        links, reductions = _probe(runtime, deadline)
         deadline.note("all other ranks' measurements")
         return runtime.from_main(
             lambda: _report(config, nodes, links, reductions, time.monotonic() - began)
@@ -99,8 +98,8 @@ class _Deadline:
     A broken link blocks a rank in C for as long as the group's time-out; nothing else can end it.
     """
 
-    def __init__(self, host: str, runtime: Runtime) -> None:
-        self._host, self._rank = host, runtime.rank
+    def __init__(self, runtime: Runtime) -> None:
+        self._who = runtime.named(runtime.rank)
         self._seconds = DEADLINE_SECONDS[runtime.device.type]
         self._waits_for = ""
 
@@ -121,7 +120,7 @@ class _Deadline:
 
     def _expire(self) -> None:
         print(
-            f"error: pre-flight: rank {self._rank} on host {self._host} waited {self._seconds:g} s "
+            f"error: pre-flight: {self._who} waited {self._seconds:g} s "
             f"for {self._waits_for}; the network between them is broken or very slow "
             "(parallel.preflight: never skips this)",
             file=sys.stderr,
@@ -130,12 +129,12 @@ class _Deadline:
         os._exit(exit_codes.USER_ERROR)
 
 
-def _gather_nodes(runtime: Runtime, host: str) -> list[Node]:
+def _gather_nodes(runtime: Runtime) -> list[Node]:
     """Every rank's node, by rank, on all ranks."""
     launch = runtime.launch
     memory = device_memory()
     runtime.barrier()
-    node = Node(host, launch.local_rank, launch.local_world_size, memory, time.time())
+    node = Node(runtime.host, launch.local_rank, launch.local_world_size, memory, time.time())
     nodes: list[Node] = [node] * launch.world_size
     dist.all_gather_object(nodes, node)
     return nodes
@@ -165,7 +164,7 @@ def _folders(config: RunConfig) -> list[tuple[Path, str]]:
     return list(found.items())
 
 
-def _check_shared(runtime: Runtime, folder: Path, setting: str, host: str) -> None:
+def _check_shared(runtime: Runtime, folder: Path, setting: str) -> None:
     """See that what one node writes to a folder, the others read; collective.
 
     Raises:
@@ -184,7 +183,7 @@ def _check_shared(runtime: Runtime, folder: Path, setting: str, host: str) -> No
                 problem = "does not show what rank 0 wrote"
             else:
                 problem = _write(place / f"rank_{runtime.rank}", token)
-        told = runtime.gather((host, problem, is_leader and not runtime.is_main))
+        told = runtime.gather((runtime.host, problem, is_leader and not runtime.is_main))
         runtime.from_main(lambda: _judge_folder(folder, setting, place, told))
     finally:
         if runtime.is_main and place.is_dir():
@@ -229,9 +228,7 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def _probe(
-    runtime: Runtime, hosts: Sequence[str], deadline: _Deadline
-) -> tuple[list[Link], list[Reduction]]:
+def _probe(runtime: Runtime, deadline: _Deadline) -> tuple[list[Link], list[Reduction]]:
     """Measure all groups of the layout; everything on rank 0, nothing elsewhere."""
     from megatron.core import parallel_state
 
@@ -245,7 +242,7 @@ def _probe(
     for kind, group in groups:
         if dist.get_world_size(group) == 1:
             continue
-        links += probe_links(kind, group, runtime.device, hosts, deadline.note)
+        links += probe_links(kind, group, runtime, deadline.note)
         if kind != "pipeline":  # which never reduces
             deadline.note(f"the {kind} group's all-reduce")
             reductions.append(probe_reduction(kind, group, runtime.device))

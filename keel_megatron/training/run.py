@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ def run_training(
             config.parallel, config.training, launch, doctor.facts(config) if checked else None
         ) as runtime,
     ):
-        remarks = preflight.check(config, runtime, socket.gethostname()) if checked else []
+        remarks = preflight.check(config, runtime) if checked else []
         found = _take_folder(config, runtime)
         newest = found.path
         done = _step_of(newest) >= config.training.steps
