@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from keel_megatron.runtime.distributed import Runtime
 
-_SECONDS = 2.0
+ANSWER_SECONDS = 1.0
 """For a host to answer; a network that works takes milliseconds."""
 _ASKED = 64
 """Hosts that one host asks."""
@@ -88,7 +88,7 @@ def _own_address(runtime: Runtime) -> str:
 
 def _reached(address: tuple[str, int]) -> bool:
     try:
-        socket.create_connection(address, timeout=_SECONDS).close()
+        socket.create_connection(address, timeout=ANSWER_SECONDS).close()
     except OSError:
         return False
     return True

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.distributed import Runtime
-from keel_megatron.runtime.reach import Doorbells, cut_off
+from keel_megatron.runtime.reach import ANSWER_SECONDS, Doorbells, cut_off
 
 FOLDER = "hangs"
 _WAITING = ("torch/distributed/", "megatron/core/pipeline_parallel/", "param_and_grad_buffer.py")
@@ -105,7 +105,7 @@ class Watchdog:
 
     def _end_group(self) -> None:
         """Report, wait for the others' reports, say who is missing, and end this process."""
-        grace = min(30.0, max(1.0, self._timeout / 4))
+        grace = min(30.0, max(1.0, self._timeout / 4)) + ANSWER_SECONDS
         # Should the file system be what hangs: C code ends the process without asking anybody.
         faulthandler.dump_traceback_later(2 * grace, exit=True)
         self._folder.mkdir(parents=True, exist_ok=True)
