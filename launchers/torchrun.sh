@@ -70,6 +70,9 @@ if [[ -n $first && -n $node_rank && $node_rank != 0 ]]; then
     wait_for $first "${WAIT_SECONDS:-300}"
 fi
 
+# torchrun (2.13) announces its shared store in the first round of a c10d rendezvous only: a node that
+# is started again would wait for it in vain. So rank 0 opens a store of its own in every round.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # One thread a process until keel sets training.threads; torchrun would set and announce the same.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # The code of an earlier start must not be taken for this one's.

@@ -1,6 +1,6 @@
 """Hold Kubernetes manifests against their schemas, offline.
 
-python tools/check_manifests.py [FILE ...]   # default: launchers/kubernetes/*.yaml; - = standard input
+python tools/check_manifests.py [FILE ...]   # default: launchers/kubernetes/*.yaml; - = stdin
 
 Kubernetes' own kinds by its OpenAPI schemas (kubernetes-validate, strict: no unknown field), a
 PyTorchJob by the training operator's own models (kubeflow-training) and its pods by Kubernetes'.
@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("1.31", "1.37")
 """The oldest that the manifests say they need, and the newest that the package knows."""
 KINDS = {"str": str, "int": int, "bool": bool, "float": (int, float)}
-DESCRIBED = {"nprocPerNode": r"auto|cpu|gpu|\d+", "restartPolicy": "Always|OnFailure|Never|ExitCode"}
+DESCRIBED = {
+    "nprocPerNode": r"auto|cpu|gpu|\d+",
+    "restartPolicy": "Always|OnFailure|Never|ExitCode",
+}
 
 
 def problems(entry: dict[str, Any]) -> Iterator[str]:
@@ -72,7 +76,7 @@ def _by_model(value: Any, kind: str, path: str) -> Iterator[str]:
         return
     if not kind.startswith("KubeflowOrg"):  # a kind of Kubernetes', looked at as a whole
         return
-    model = getattr(importlib.import_module("kubeflow.training.models"), _class_name(kind))
+    model = getattr(importlib.import_module("kubeflow.training.models"), kind)
     types = {model.attribute_map[name]: of for name, of in model.openapi_types.items()}
     if not isinstance(value, dict):
         yield f"{path}: {value!r} is no {kind}"
@@ -84,10 +88,6 @@ def _by_model(value: Any, kind: str, path: str) -> Iterator[str]:
             yield f"{path}.{key}: {part!r} must be {DESCRIBED[key]}"
         else:
             yield from _by_model(part, types[key], f"{path}.{key}")
-
-
-def _class_name(kind: str) -> str:
-    return kind
 
 
 def main() -> None:

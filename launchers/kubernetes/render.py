@@ -83,7 +83,7 @@ def _fill_pod(
 class _Dumper(yaml.SafeDumper):
     """Without aliases, and a file's text as a block of lines."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, _data: Any) -> bool:
         return True
 
 
@@ -96,6 +96,7 @@ _Dumper.add_representer(str, _text)
 
 
 def main() -> None:
+    """Render what the arguments say to standard output."""
     kind, name, image, nodes, gpus, claim, config, *arguments = sys.argv[1:]
     text = Path(config).read_text(encoding="utf-8")
     given = [MOUNTED if argument == config else argument for argument in arguments]

@@ -28,7 +28,7 @@ CALM: dict[tuple[str, ...], list[tuple[int, float, float]]] = {}
 HANG = 8
 """Seconds without progress until the watchdog acts."""
 END = 60
-"""Within so many seconds after a cut every launcher has ended: HANG, the reports, torchrun's end."""
+"""Within so many seconds after a cut every launcher has ended: HANG, reports, torchrun's end."""
 PIPELINE, DATA = "parallel.pipeline=2", "parallel.pipeline=1"
 
 
@@ -186,7 +186,9 @@ def test_the_doctor_names_a_slow_cable(tmp_path: Path) -> None:
         started = job.start_all("--doctor", "--max-restarts", "0")
         assert job.all_end(started, 120) == [0] * 4, job.logs()
         log = job.log("host-a")
-        slow = re.findall(r"warning: slow link host (\S+) -> host (\S+) .*: (\S+) MB/s, others", log)
+        slow = re.findall(
+            r"warning: slow link host (\S+) -> host (\S+) .*: (\S+) MB/s, others", log
+        )
         assert [pair[:2] for pair in slow] == [("host-b", "host-c"), ("host-c", "host-d")], log
         assert all(float(pair[2]) < 3 for pair in slow)
         assert "pre-flight of 4 node(s), 4 rank(s)" in log
@@ -275,7 +277,9 @@ def test_a_node_that_is_not_like_the_others_is_told_before_training(
     started = [job.start("host-a", "--max-restarts", "0")]
     started.append(other.start("host-b", "--max-restarts", "0"))
     assert 0 not in job.all_end(started, END)
-    expected = "training.runs_dir: .*/alone/runs on host host-b|training.runs_dir: .* on host host-b"
+    expected = (
+        "training.runs_dir: .*/alone/runs on host host-b|training.runs_dir: .* on host host-b"
+    )
     assert re.search(expected, job.log("host-a").split("not alike")[-1])
     assert "it must be one folder that all nodes share" in job.log("host-a")
 

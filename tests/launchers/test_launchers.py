@@ -71,7 +71,12 @@ LONG = "--max-restarts 3 --shutdown-timeout 600"
         (
             "torchrun.sh",
             [DEMO],
-            {"NNODES": "4", "RDZV_ENDPOINT": "first:7000", "RDZV_ID": "j1", "LOCAL_ADDR": "10.0.0.9"},
+            {
+                "NNODES": "4",
+                "RDZV_ENDPOINT": "first:7000",
+                "RDZV_ID": "j1",
+                "LOCAL_ADDR": "10.0.0.9",
+            },
             f"{TORCHRUN} --nnodes 4 --nproc-per-node 1 {LONG} --rdzv-backend c10d "
             f"--rdzv-endpoint first:7000 --rdzv-id j1 --local-addr 10.0.0.9 "
             f"-m keel_megatron train {DEMO}",
