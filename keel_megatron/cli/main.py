@@ -16,6 +16,7 @@ from keel_megatron.cli import (
     dashboard,
     data,
     depth,
+    doctor,
     generate,
     plan,
     runs,
@@ -54,6 +55,7 @@ app.command("plan")(plan.plan)
 app.command("depth")(depth.depth)
 app.command("runs")(runs.runs)
 app.command("dashboard")(dashboard.dashboard)
+app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
@@ -90,6 +92,6 @@ def main() -> None:
 
 
 def _said_by_another_rank(error: UserError) -> bool:
-    """Every rank of a launch reads the same configuration: one of them says what is wrong."""
-    alike = isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"
+    """Every rank of a node reads the same configuration: one of them says what is wrong."""
+    alike = isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0"
     return alike or error.reported

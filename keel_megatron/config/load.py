@@ -54,6 +54,16 @@ def dump_config(config: RunConfig) -> str:
     return write_yaml(config.model_dump(mode="json"))
 
 
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """The configuration as {"section.key": value}, the values as in JSON."""
+    sections = config.model_dump(mode="json")
+    return {
+        f"{section}.{key}": value
+        for section, values in sections.items()
+        for key, value in values.items()
+    }
+
+
 def _read(path: Path) -> dict[str, Any]:
     """The file's mapping of sections."""
     source = str(path)

@@ -31,9 +31,10 @@ from keel_megatron.model.language_model import build_model
 from keel_megatron.partition.flops import parameter_count
 from keel_megatron.partition.stages import Partition, own_partition, require_fit
 from keel_megatron.partition.table import stage_table, write_stages
-from keel_megatron.runtime import exit_codes
+from keel_megatron.runtime import doctor, exit_codes, preflight
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
+from keel_megatron.runtime.parent import end_with_launcher
 from keel_megatron.runtime.watchdog import Watchdog
 from keel_megatron.tracking.plot import plot_loss
 from keel_megatron.tracking.system import measured_machine
@@ -73,15 +74,21 @@ def run_training(
 
     Raises:
         ConfigError: the configuration is wrong, or does not fit the number of processes.
-        UserError: the text, the run's folder or the device is not as the configuration says.
+        UserError: the text, the run's folder or the device is not as the configuration says, or
+            the nodes do not fit together.
     """
+    end_with_launcher()
     launch = Launch.from_environment()
     config = load_config(config_path, overrides, world_size=launch.world_size)
     code = exit_codes.DONE
+    checked = preflight.wanted(config, launch)
     with (
         stop_requests(config.training.exit_after) as stop,
-        start(config.parallel, config.training) as runtime,
+        start(
+            config.parallel, config.training, launch, doctor.facts(config) if checked else None
+        ) as runtime,
     ):
+        remarks = preflight.check(config, runtime) if checked else []
         found = _take_folder(config, runtime)
         newest = found.path
         done = _step_of(newest) >= config.training.steps
@@ -100,6 +107,8 @@ def run_training(
                 measured_machine(config, runtime.launch.local_rank),
             ):
                 stop.last_word = lambda: tracker.last_word("KILLED")
+                for remark in [*remarks, *found.remarks]:
+                    tracker.say(remark)
                 code = _train(config, runtime, tracker, found, stop, before_step)
                 if code != exit_codes.DONE:
                     tracker.close("KILLED")
@@ -143,8 +152,6 @@ def _train(
     before_step: BeforeStep | None,
 ) -> int:
     """Build, resume, train, conclude; the exit code."""
-    for remark in found.remarks:
-        tracker.say(remark)
     partition = runtime.from_main(lambda: _decided(config, runtime))
     data = runtime.from_main(lambda: prepare(config, tracker.say, found.state.get("data")))
     runtime.from_main(lambda: claim(config))  # not before: another text may have been refused
