@@ -23,6 +23,8 @@ CHANGEABLE = (
     "parallel.memory_gb",
     "parallel.timeout_seconds",
     "kernels.",
+    "deepspeed.",
+    "training.engine",
     "optimizer.",
     "schedule.",
     "checkpoint.",

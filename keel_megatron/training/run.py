@@ -34,7 +34,7 @@ from keel_megatron.runtime.watchdog import Watchdog
 from keel_megatron.tracking.mlflow_run import remember_run_id, remembered_run_id
 from keel_megatron.tracking.plot import plot_loss
 from keel_megatron.tracking.tracker import Tracker, open_tracker, where
-from keel_megatron.training.engine import MegatronEngine
+from keel_megatron.training.engines import build_engine
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.loop import MLFLOW_RUN_ID, BeforeStep, Loop
 from keel_megatron.training.stop import StopRequest, stop_requests
@@ -141,7 +141,7 @@ def _train(
     batches, validation = _open_data(config, runtime, data)
     _announce(config, runtime, tracker, data)
     _announce_stages(runtime, tracker, partition)
-    engine = MegatronEngine(config, runtime, build_model(config, runtime, partition))
+    engine = build_engine(config, runtime, build_model(config, runtime, partition))
     guard = Guard(config.guard, reported=not runtime.is_main)
     with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:
         loop = Loop(
