@@ -7,6 +7,7 @@ never holds another whole model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,19 @@ class ZeroState:
         self._zero = zero
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
 
+    @property
+    def steps(self) -> int:
+        """Updates that the optimizer has counted."""
+        return self._zero.steps
+
+    def pieces(self) -> Iterator[tuple[str, Tensor]]:
+        """All that this rank holds of masters and moments."""
+        for entry in self._entries:
+            for name in STATES:
+                piece = self._zero.state(entry.parameter, name)
+                if piece is not None:
+                    yield f"{name} {entry.name}", piece.values
+
     def to_save(self) -> dict[str, Any]:
         """As `Trained.to_save`; every replica keeps its share of the tensors, in host memory."""
         weights: dict[str, Any] = {}
@@ -107,7 +121,7 @@ class ZeroState:
                 "betas": (settings.beta1, settings.beta2),
                 "eps": settings.epsilon,
                 "weight_decay": settings.weight_decay * decayed,
-                "step": float(self._zero.steps),
+                "step": float(self.steps),
             }
             for decayed in (1.0, 0.0)
         ]
