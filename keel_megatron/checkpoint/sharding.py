@@ -102,7 +102,13 @@ def _is_shell(value: Any) -> bool:
 
 
 def _refuse_content(item: Any) -> None:
-    """Linear layers list an extra state for fp8; it is empty here and not kept."""
+    """Linear layers list an extra state for fp8, which is not kept.
+
+    It is empty, or Transformer Engine's pickle of the recipe: scaled tensor by tensor as they are,
+    products keep nothing from one step to the next.
+    """
+    if item.key.endswith("_extra_state"):
+        return
     data = item.data
     empty = data is None or (isinstance(data, torch.Tensor) and data.numel() == 0)
     if not empty:

@@ -282,6 +282,17 @@ def _not_with_deepspeed(
     return check
 
 
+def _fp8(config: RunConfig) -> Iterator[tuple[str, str]]:
+    kernels, training = config.kernels, config.training
+    if kernels.fp8 != "none" and (
+        kernels.backend != "transformer_engine" or training.precision != "bf16"
+    ):
+        yield (
+            "kernels.fp8",
+            f"{kernels.fp8} needs kernels.backend: transformer_engine and training.precision: bf16",
+        )
+
+
 def _offload_parameters(config: RunConfig) -> Iterator[tuple[str, str]]:
     own = config.deepspeed
     if own.offload_parameters and (own.zero_stage < 3 or not own.offload_optimizer):
@@ -334,6 +345,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
         "every stage of ZeRO shares the optimizer's state; set it to true",
     ),
     _offload_parameters,
+    _fp8,
 )
 """One contradiction each, so that a wrong setting hides no other's."""
 
