@@ -34,12 +34,15 @@ ALONE = {
     "ZeRO 3, hard": {**ENGINES["ZeRO 3"], **HARD},
     **ENGINES,
 }
+# Offloading beside DP 2 and TP 2 is the slow test's.
+QUICK = {name: ENGINES[name] for name in ("ZeRO 1", "ZeRO 2", "ZeRO 3")}
+OFFLOADED = {name: ENGINES[name] for name in (*QUICK, "ZeRO 2, optimizer offloaded")}
 TWO = {
     "megatron": MEGATRON,
     "megatron, TP 2": {**MEGATRON, **TP2},
     "ZeRO 1, TP 2": {**ENGINES["ZeRO 1"], **TP2},
     "ZeRO 3, TP 2": {**ENGINES["ZeRO 3"], **TP2},
-    **ENGINES,
+    **OFFLOADED,
 }
 
 
@@ -108,9 +111,9 @@ def test_a_refused_step_leaves_no_trace(alone: dict[str, Watched]) -> None:
 def test_bf16_trains_close_to_the_megatron_engine() -> None:
     """DeepSpeed rounds the gains to bf16 in the passes: a difference of bf16's own size."""
     bf16 = {"training__precision": "bf16"}
-    runs = {name: {**o, **bf16} for name, o in {"megatron": MEGATRON, **ENGINES}.items()}
+    runs = {name: {**o, **bf16} for name, o in {"megatron": MEGATRON, **OFFLOADED}.items()}
     found = _watched(2, runs)
-    for name in ENGINES:
+    for name in OFFLOADED:
         apart = deviation(found[name].steps, found["megatron"].steps)
         assert apart.loss < 1e-3, (name, apart)
         assert apart.grad_norm < 1e-2, (name, apart)
