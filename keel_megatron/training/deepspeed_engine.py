@@ -52,7 +52,7 @@ class DeepSpeedEngine:
         self._optimizer: Any = self._model.optimizer
         stage = config.deepspeed.zero_stage
         group = parallel_state.get_data_parallel_group()
-        self._zero = Zero(self._optimizer, stage, group)
+        self._zero = Zero(self._optimizer, stage, group, runtime.device)
         self._zero.allocate_moments()
         self.state = ZeroState(config.optimizer, parameters, self._zero, group)
 

@@ -35,13 +35,15 @@ class Zero:
         optimizer: DeepSpeed's, around an AdamW.
         stage: of ZeRO.
         group: the replicas' process group.
+        device: of the passes.
     """
 
-    def __init__(self, optimizer: Any, stage: int, group: Any) -> None:
+    def __init__(self, optimizer: Any, stage: int, group: Any, device: torch.device) -> None:
         self._optimizer = optimizer
         self._stage = stage
         self._group = group
         self._rank = dist.get_rank(group)
+        self._device = device
 
     def state(self, parameter: nn.Parameter, name: str) -> Piece | None:
         """This rank's piece of the master (`MASTER`) or of a moment; None if it has none."""
@@ -80,12 +82,11 @@ class Zero:
         Collective over the replicas.
         """
         piece = self.state(parameter, name)
-        device = parameter.device
         # As whole numbers: 0 + x is x for all of them, while 0.0 + -0.0 is 0.0.
-        whole = torch.zeros(shape.numel(), dtype=torch.int32, device=device)
+        whole = torch.zeros(shape.numel(), dtype=torch.int32, device=self._device)
         if piece is not None:
             end = piece.start + piece.values.numel()
-            whole[piece.start : end] = piece.values.view(torch.int32).to(device)
+            whole[piece.start : end] = piece.values.view(torch.int32).to(self._device)
         dist.reduce(whole, group=self._group, group_dst=owner)
         return whole.view(torch.float32).view(shape) if self._rank == owner else None
 
@@ -103,8 +104,8 @@ class Zero:
         if self._stage < 3:
             optimizer.update_lp_params()
             return
-        for number, master in enumerate(optimizer.fp32_partitioned_groups_flat):
-            optimizer.fp16_partitioned_groups_flat[number].copy_(master)
+        optimizer._partition_all_parameters()  # what is whole would be taken for up to date
+        for number in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
@@ -121,8 +122,11 @@ class Zero:
             state = adam.state[flat]
             if state:
                 continue
-            torch_adam = isinstance(adam, torch.optim.AdamW)
-            state["step"] = torch.tensor(0.0) if torch_adam else 0
+            state["step"] = 0
+            if isinstance(adam, torch.optim.AdamW):
+                # The fused one counts on the device.
+                place = flat.device if adam.defaults["fused"] else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=place)
             for name in MOMENTS:
                 state[name] = torch.zeros_like(flat)
         if self._stage < 3:
@@ -136,11 +140,14 @@ class Zero:
     def set_steps(self, count: int) -> None:
         """Let Adam count on from there."""
         for state in self._optimizer.optimizer.state.values():
-            state["step"] = torch.tensor(float(count)) if torch.is_tensor(state["step"]) else count
+            if torch.is_tensor(state["step"]):
+                state["step"].fill_(count)
+            else:
+                state["step"] = count
 
     @torch.no_grad()
     def gradient_norm(self) -> float:
-        """The global norm of the averaged gradients before clipping; NaN if it is not finite.
+        """The global norm of the averaged gradients before clipping; infinite if they are not finite.
 
         As ZeRO itself takes it in its step; collective over all ranks.
         """
@@ -150,5 +157,4 @@ class Zero:
             from deepspeed.runtime.utils import combine_grad_norm_groups
 
             norm = combine_grad_norm_groups(self._optimizer._get_norm_groups())
-        norm = float(norm)
-        return norm if norm >= 0.0 else float("nan")
+        return float(norm)

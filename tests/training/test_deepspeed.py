@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from keel_megatron.config.run import problems
 from tests.distributed import run_ranks
 from tests.settings import settings, small_config
+from tests.training import faults
 from tests.training.deepspeed_ranks import (
     ENGINES,
     LAYOUTS,
@@ -106,6 +109,26 @@ def test_a_refused_step_leaves_no_trace(alone: dict[str, Watched]) -> None:
     """What the guard refuses changes neither weights nor moments nor what is accumulated."""
     for name, found in _watched(1, ENGINES, 1).items():
         assert found.steps == alone[name].steps, name
+
+
+@pytest.mark.parametrize("name", ["ZeRO 2, optimizer offloaded", "ZeRO 3"])
+def test_a_rollback_returns_to_the_checkpoint(name: str, tmp_path: Path) -> None:
+    """As tests/training/test_guard.py: into an engine that has trained on since."""
+    sections = settings(
+        **SMALL,
+        **ENGINES[name],
+        training__runs_dir=str(tmp_path / "runs"),
+        training__steps=5,
+        data__cache=str(tmp_path / "data"),
+        data__text=torch.__file__,
+        model__dropout=0.1,
+        checkpoint__every=2,
+        guard__action="rollback",
+    )
+    (reported, expected, log), _ = run_ranks(2, faults.roll_back, str(tmp_path), sections)
+    assert reported == expected
+    assert "guard, step 4 (rollback): grad_norm is inf; gradients are not finite in" in log
+    assert "guard: back at step 2; the data goes on after sequence 64" in log
 
 
 def test_bf16_trains_close_to_the_megatron_engine() -> None:
