@@ -147,7 +147,7 @@ class Zero:
 
     @torch.no_grad()
     def gradient_norm(self) -> float:
-        """The global norm of the averaged gradients before clipping; infinite if they are not finite.
+        """The global norm of the averaged gradients before clipping; infinite if one is not finite.
 
         As ZeRO itself takes it in its step; collective over all ranks.
         """
