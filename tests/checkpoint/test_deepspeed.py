@@ -11,9 +11,9 @@ import pytest
 from keel_megatron.checkpoint import folder, manifest
 from tests.checkpoint.ranks import Ran, run_in_turn
 from tests.checkpoint.test_resume import SAVED, forget_the_end, sections
-from tests.training.deepspeed_ranks import zero
+from tests.training.deepspeed_ranks import needs_deepspeed, zero
 
-pytest.importorskip("deepspeed", reason="an extra")
+pytestmark = needs_deepspeed
 
 BF16 = {"training__precision": "bf16"}
 SAME: dict[str, dict[str, Any]] = {

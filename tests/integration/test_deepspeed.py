@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.integration.commands import keel, write_config
-from tests.training.deepspeed_ranks import zero
+from tests.training.deepspeed_ranks import needs_deepspeed, zero
 
-pytest.importorskip("deepspeed", reason="an extra")
+pytestmark = needs_deepspeed
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from keel_megatron.partition.plan import make_plan
 from keel_megatron.partition.search import search
 from tests.distributed import run_ranks
 from tests.settings import settings, small_config
-from tests.training.deepspeed_ranks import ENGINES
+from tests.training.deepspeed_ranks import ENGINES, needs_deepspeed
 from tests.training.zero_memory_ranks import held_bytes
 
 SHAPE: dict[str, Any] = {
@@ -36,12 +36,12 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def held() -> dict[str, int]:
-    pytest.importorskip("deepspeed", reason="an extra")
     runs = [settings(**{**SHAPE, **overrides}) for overrides in RUNS.values()]
     ranks = run_ranks(2, held_bytes, runs)
     return {name: max(rank[n] for rank in ranks) for n, name in enumerate(RUNS)}
 
 
+@needs_deepspeed
 @pytest.mark.parametrize("name", RUNS)
 def test_the_state_is_as_large_as_predicted(name: str, held: dict[str, int]) -> None:
     """Device and host together, which are one on a CPU; parameters collected for a block apart."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
+
+import pytest
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.runtime.distributed import start
 from keel_megatron.tracking.depth import DepthProfile
 from tests.training.ranks import made_up_batches
 
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed"
+)
 MEGATRON: dict[str, Any] = {"optimizer__clip_grad": 0.25}
 """Gradient norms are about 0.55 here: every step is clipped."""
 

@@ -19,12 +19,13 @@ from tests.training.deepspeed_ranks import (
     MEGATRON,
     Watched,
     forgetful,
+    needs_deepspeed,
     watched_runs,
     zero,
 )
 from tests.training.matrix import deviation
 
-pytest.importorskip("deepspeed", reason="an extra")
+pytestmark = needs_deepspeed
 
 STEPS = 3
 SMALL: dict[str, Any] = {"model__blocks": 3, "model__num_query_groups": 2}
