@@ -193,7 +193,7 @@ def deepspeed_config(config: RunConfig, data_parallel: int, device: str) -> dict
         "stage3_prefetch_bucket_size": own.bucket_elements,
         "stage3_max_live_parameters": 4 * own.bucket_elements,
         "stage3_max_reuse_distance": 4 * own.bucket_elements,
-        "sub_group_size": max(own.bucket_elements, 1_000_000_000 if device == "cuda" else 0),
+        "sub_group_size": 4 * own.bucket_elements,
         # Gains stay whole: a layer reads its neighbours' norms for the fused kernel, which ZeRO's
         # hooks on modules cannot see.
         "stage3_param_persistence_threshold": config.model.hidden_size,

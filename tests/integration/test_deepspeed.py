@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
+import torch
 
 from tests.integration.commands import keel, write_config
 from tests.training.deepspeed_ranks import needs_deepspeed, zero
@@ -12,19 +12,13 @@ from tests.training.deepspeed_ranks import needs_deepspeed, zero
 pytestmark = needs_deepspeed
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(f"def f{n}(x):\n    return x + {n}\n" * 8 for n in range(400)))
-    return path
+TEXT = Path(torch.__file__)
 
 
-def test_a_run_trains_generates_and_goes_on_with_the_other_engine(
-    tmp_path: Path, text: Path
-) -> None:
+def test_a_run_trains_generates_and_goes_on_with_the_other_engine(tmp_path: Path) -> None:
     config = write_config(
         tmp_path,
-        text,
+        TEXT,
         **zero(3, offload=True, parameters=True),
         model__blocks=2,
         guard__action="rollback",
@@ -45,9 +39,9 @@ def test_a_run_trains_generates_and_goes_on_with_the_other_engine(
     assert "going on from runs/test/checkpoints/step_00000006" in again.stdout
 
 
-def test_without_the_package_it_says_how_to_get_it(tmp_path: Path, text: Path) -> None:
+def test_without_the_package_it_says_how_to_get_it(tmp_path: Path) -> None:
     (tmp_path / "deepspeed.py").write_text("raise ImportError('No module named deepspeed')\n")
-    config = write_config(tmp_path, text, training__engine="deepspeed", model__blocks=2)
+    config = write_config(tmp_path, TEXT, training__engine="deepspeed", model__blocks=2)
     done = keel(tmp_path, "train", str(config))
     assert done.returncode == 2
     assert "DS_BUILD_OPS=0 pip install --no-build-isolation" in done.stderr
