@@ -18,11 +18,12 @@ help: ## List the targets.
 setup: $(VENV)/.installed ## Make .venv with pinned dependencies (CPU torch is enough).
 
 # torch first and pinned: an unpinned torch, asked for by another package, would bring CUDA along.
+# DeepSpeed builds with the torch that is there, and without DS_BUILD_OPS=0 would compile its kernels.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS) torch setuptools
-	$(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS) --no-build-isolation \
+	DS_BUILD_OPS=0 $(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS) --no-build-isolation \
 		--editable '.[dev]'
 	touch $@
 

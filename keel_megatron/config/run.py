@@ -9,6 +9,7 @@ from pydantic import Field
 
 from keel_megatron.config.base import Section
 from keel_megatron.config.data import DataConfig
+from keel_megatron.config.deepspeed import DeepSpeedConfig
 from keel_megatron.config.guard import GuardConfig
 from keel_megatron.config.kernels import KernelsConfig
 from keel_megatron.config.model import ModelConfig
@@ -26,6 +27,9 @@ class RunConfig(Section):
     )
     kernels: KernelsConfig = Field(
         default_factory=KernelsConfig, description="Whose modules it is made of."
+    )
+    deepspeed: DeepSpeedConfig = Field(
+        default_factory=DeepSpeedConfig, description="ZeRO, for training.engine: deepspeed."
     )
     data: DataConfig = Field(description="The text.")
     optimizer: OptimizerConfig = Field(description="AdamW.")
@@ -286,6 +290,38 @@ def _credentials(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
+def _not_with_deepspeed(
+    path: str, is_set: Callable[[RunConfig], bool], reason: str
+) -> Callable[[RunConfig], Iterator[tuple[str, str]]]:
+    """The check that a setting is left alone which DeepSpeed's engine cannot honour."""
+
+    def check(config: RunConfig) -> Iterator[tuple[str, str]]:
+        if config.training.engine == "deepspeed" and is_set(config):
+            yield path, f"has no place under training.engine: deepspeed: {reason}"
+
+    return check
+
+
+def _fp8(config: RunConfig) -> Iterator[tuple[str, str]]:
+    kernels, training = config.kernels, config.training
+    if kernels.fp8 != "none" and (
+        kernels.backend != "transformer_engine" or training.precision != "bf16"
+    ):
+        yield (
+            "kernels.fp8",
+            f"{kernels.fp8} needs kernels.backend: transformer_engine and training.precision: bf16",
+        )
+
+
+def _offload_parameters(config: RunConfig) -> Iterator[tuple[str, str]]:
+    own = config.deepspeed
+    if own.offload_parameters and (own.zero_stage < 3 or not own.offload_optimizer):
+        yield (
+            "deepspeed.offload_parameters",
+            "true needs deepspeed.zero_stage: 3 and deepspeed.offload_optimizer: true",
+        )
+
+
 _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _heads,
     _query_groups,
@@ -308,6 +344,29 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _guard_window,
     _keep_every,
     _credentials,
+    _not_with_deepspeed(
+        "parallel.pipeline",
+        lambda run: run.parallel.pipeline > 1,
+        "ZeRO loses the gradients of all micro-batches but the last under a pipeline's schedule; "
+        "set it to 1",
+    ),
+    _not_with_deepspeed(
+        "parallel.virtual_pipeline",
+        lambda run: run.parallel.virtual_pipeline > 1,
+        "there is one stage, and no schedule to interleave; set it to 1",
+    ),
+    _not_with_deepspeed(
+        "parallel.sequence",
+        lambda run: run.parallel.sequence,
+        "ZeRO does not sum the gains' gradients over the tensor group; set it to false",
+    ),
+    _not_with_deepspeed(
+        "parallel.distributed_optimizer",
+        lambda run: not run.parallel.distributed_optimizer,
+        "every stage of ZeRO shares the optimizer's state; set it to true",
+    ),
+    _offload_parameters,
+    _fp8,
 )
 """One contradiction each, so that a wrong setting hides no other's."""
 

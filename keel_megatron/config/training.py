@@ -22,6 +22,12 @@ class TrainingConfig(Section):
     micro_batch_size: int = Field(
         default=1, gt=0, description="Sequences of one forward pass on one replica."
     )
+    engine: Literal["megatron", "deepspeed"] = Field(
+        default="megatron",
+        description=(
+            "What trains: Megatron-core's schedules, DDP and optimizer, or DeepSpeed's ZeRO."
+        ),
+    )
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16",
         description="Type of the matrix products; the residual stream is fp32 in both.",

@@ -41,7 +41,7 @@ from keel_megatron.tracking.system import measured_machine
 from keel_megatron.tracking.tags import code_tags, place_tags
 from keel_megatron.tracking.target import remember_run_id, remembered_run_id
 from keel_megatron.tracking.tracker import Tracker, open_tracker, where
-from keel_megatron.training.engine import MegatronEngine
+from keel_megatron.training.engines import build_engine
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.loop import MLFLOW_RUN_ID, BeforeStep, Loop
 from keel_megatron.training.stop import StopRequest, stop_requests
@@ -159,7 +159,7 @@ def _train(
     _announce(config, runtime, tracker, data)
     _tag(config, runtime, tracker, data)
     _announce_stages(runtime, tracker, partition)
-    engine = MegatronEngine(config, runtime, build_model(config, runtime, partition))
+    engine = build_engine(config, runtime, build_model(config, runtime, partition))
     guard = Guard(config.guard, reported=not runtime.is_main)
     with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:
         loop = Loop(
