@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from keel_megatron.config import RunConfig
-from keel_megatron.config.run import problems
+from keel_megatron.config.checks import problems
 from keel_megatron.config.schema import json_schema
 from tests.settings import settings, small_config
 
