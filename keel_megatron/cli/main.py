@@ -14,12 +14,16 @@ from keel_megatron.cli import (
     bench,
     checkpoint,
     config,
+    dashboard,
     data,
     depth,
+    doctor,
     generate,
     plan,
+    runs,
     study,
     tokenizer,
+    track,
     train,
 )
 from keel_megatron.config.errors import ConfigError, UserError
@@ -51,12 +55,16 @@ app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
 app.command("depth")(depth.depth)
+app.command("runs")(runs.runs)
+app.command("dashboard")(dashboard.dashboard)
+app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(study.app, name="study")
 app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(track.app, name="track")
 
 
 def _print_version(wanted: bool) -> None:
@@ -86,6 +94,6 @@ def main() -> None:
 
 
 def _said_by_another_rank(error: UserError) -> bool:
-    """Every rank of a launch reads the same configuration: one of them says what is wrong."""
-    alike = isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"
+    """Every rank of a node reads the same configuration: one of them says what is wrong."""
+    alike = isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0"
     return alike or error.reported

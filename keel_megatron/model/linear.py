@@ -24,7 +24,7 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
         self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Project [s, b, k] to [s, b, n / TP]; `weight` in place of its own (tied embeddings)."""
-        if self.tp_group.size() > 1 or self.bias is not None:
+        if not _is_plain(self):
             return super().forward(input_, weight, *args, **kwargs)
         return linear(input_, self.weight if weight is None else weight), None
 
@@ -34,9 +34,15 @@ class RowParallelLinear(layers.RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Project [s, b, k / TP] to [s, b, n], summed over the tensor group."""
-        if self.tp_group.size() > 1 or self.bias is not None:
+        if not _is_plain(self):
             return super().forward(input_)
         return linear(input_, self.weight), None
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a product is all there is to do; Apex's gradient fusion is Megatron-core's way."""
+    fused = module.gradient_accumulation_fusion
+    return module.tp_group.size() == 1 and module.bias is None and not fused
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.tracking.metrics import read_metrics
 from keel_megatron.tracking.records import StepRecord
 from keel_megatron.tracking.tracker import Tracker, open_tracker
-from keel_megatron.training.engine import MegatronEngine
+from keel_megatron.training.engines import build_engine
 from keel_megatron.training.loop import peak_memory_gb
 from keel_megatron.training.measure import random_batch
 from keel_megatron.training.run import open_data
@@ -133,7 +133,7 @@ class _Run:
             source, _validation = open_data(config, runtime, self._data)
             size = config.training.global_batch_size
             self._batches = lambda consumed: list(source.micro_batches(consumed, size))
-        self._engine = MegatronEngine(config, runtime, build_model(config, runtime))
+        self._engine = build_engine(config, runtime, build_model(config, runtime))
         for chunk in self._engine.chunks:
             megatron_config: Any = chunk.config
             megatron_config.timers = self._timers
@@ -185,7 +185,7 @@ class _Run:
             return
         identity = self._data.identity() if self._data is not None else {}
         saver = Saver(config, self.runtime, self._tracker, identity, [], lambda _what: None)
-        saver.save(self._engine.chunks, self._engine.optimizer, self._position, {})
+        saver.save(self._engine.state, self._position, {})
         saver.finish()
         if self.runtime.is_main:
             records = read_metrics(config.training.folder / "metrics.jsonl")
