@@ -158,7 +158,7 @@ def roll_back(folder: str, sections: dict[str, dict[str, Any]]) -> tuple[Any, An
     config = RunConfig.model_validate(sections)
     with start(config.parallel, config.training) as runtime:
         data = runtime.from_main(lambda: run.prepare(config, print))
-        source, _validation = run._open_data(config, runtime, data)
+        source, _validation = run.open_data(config, runtime, data)
         engine = build_engine(config, runtime, build_model(config, runtime))
         expected = []
         size, steps = config.training.global_batch_size, config.training.steps

@@ -13,7 +13,7 @@ from keel_megatron.partition.plan import Measured
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import start
 from keel_megatron.training.engine import MegatronEngine
-from keel_megatron.training.measure import _random_batch, measure_pieces
+from keel_megatron.training.measure import random_batch, measure_pieces
 from tests.distributed import run_ranks
 from tests.settings import settings, small_config
 from tools import simulator_check
@@ -29,7 +29,7 @@ def measured_and_run() -> tuple[Measured, float]:
     pieces = measure_pieces(config, samples=8)
     with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
         engine = MegatronEngine(config, runtime, build_model(config, runtime))
-        batch = _random_batch(config)
+        batch = random_batch(config)
         steps = []
         for _ in range(6):
             started = time.perf_counter()
