@@ -9,7 +9,7 @@ PIP_ARGS ?=
 PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all test-gpu check format bench-kernel chaos clean
+.PHONY: help setup validators train test test-all test-gpu check format bench-kernel chaos check-images clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -27,13 +27,22 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 		--editable '.[dev]'
 	touch $@
 
+validators: $(VENV)/validators/.installed ## Make the manifests' validators an environment.
+
+# Their own: they bring Kubernetes' client along, and 17,000 schemas.
+$(VENV)/validators/.installed: constraints.txt | $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)/validators
+	$(VENV)/validators/bin/python -m pip install --quiet --constraint constraints.txt \
+		kubernetes-validate kubeflow-training
+	touch $@
+
 train: setup ## Train the demo: 128 Keel sub-layers on real text, two pipeline stages.
 	$(BIN)/keel train yaml/demo.yaml --processes $(PROCESSES)
 
-test: setup ## Run the tests (the quick ones: below 15 minutes on 2 cores).
+test: setup validators ## Run the tests (the quick ones: below 15 minutes on 2 cores).
 	$(BIN)/python -m pytest -m 'not slow and not gpu'
 
-test-all: setup ## Run every test that needs no GPU.
+test-all: setup validators ## Run every test that needs no GPU.
 	$(BIN)/python -m pytest -m 'not gpu'
 
 test-gpu: ## Run the GPU suite with the python3 at hand (CUDA torch, megatron-core, pydantic, pytest).
@@ -45,12 +54,19 @@ bench-kernel: ## Measure the fused kernel's bandwidth with the python3 at hand.
 chaos: setup ## Train while 100 faults are injected; nothing may be lost (tools/chaos.py).
 	$(BIN)/python tools/chaos.py --faults 100
 
-check: setup ## Lint, format, types, floors, spelling.
+check-images: setup ## Run the images' build steps in clean environments (tools/image_steps.py).
+	$(BIN)/python tools/image_steps.py docker/Dockerfile.cpu --then 'keel --help' $(IMAGE_ARGS)
+	$(BIN)/python tools/image_steps.py docker/Dockerfile.mlflow $(IMAGE_ARGS)
+
+check: setup validators ## Lint, format, types, floors, spelling, Dockerfiles, scripts, manifests.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(BIN)/hadolint docker/Dockerfile*
+	$(BIN)/shellcheck --external-sources launchers/*.sh launchers/slurm.sbatch
+	$(VENV)/validators/bin/python tools/check_manifests.py
 
 format: setup ## Format the code.
 	$(BIN)/ruff check --fix .

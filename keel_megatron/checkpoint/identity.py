@@ -9,7 +9,7 @@ from typing import Any
 from keel_megatron.checkpoint.folder import latest, steps
 from keel_megatron.checkpoint.manifest import CONFIG as CONFIG_FILE
 from keel_megatron.config.errors import UserError
-from keel_megatron.config.load import dump_config, load_config
+from keel_megatron.config.load import dump_config, flatten, load_config
 from keel_megatron.config.run import RunConfig
 
 # What a run may change between two starts; everything else is the run's identity.
@@ -22,6 +22,7 @@ CHANGEABLE = (
     "parallel.recompute",
     "parallel.memory_gb",
     "parallel.timeout_seconds",
+    "parallel.preflight",
     "kernels.",
     "deepspeed.",
     "training.engine",
@@ -116,16 +117,6 @@ def identity_changes(saved: RunConfig, current: RunConfig) -> Iterator[tuple[str
     for path in sorted(old.keys() | new.keys()):
         if old.get(path) != new.get(path) and not path.startswith(CHANGEABLE):
             yield path, old.get(path), new.get(path)
-
-
-def flatten(config: RunConfig) -> dict[str, Any]:
-    """The configuration as {"section.key": value}."""
-    sections = config.model_dump(mode="json")
-    return {
-        f"{section}.{key}": value
-        for section, values in sections.items()
-        for key, value in values.items()
-    }
 
 
 def saved_config(folder: Path) -> RunConfig:

@@ -19,6 +19,14 @@ def show(config: ConfigPath, overrides: Overrides = None) -> None:
     print(dump_config(load_config(config, overrides or ())), end="")
 
 
+@app.command("folder")
+def folder(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the run's folder, for scripts; says everything that is wrong with the configuration."""
+    from keel_megatron.config.load import load_config
+
+    print(load_config(config, overrides or ()).training.folder)
+
+
 @app.command("schema")
 def schema() -> None:
     """Print the JSON schema that editors complete configurations with."""

@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from keel_megatron.config.checks import known_problems, problems
 from keel_megatron.config.errors import ConfigError, Problem
-from keel_megatron.config.run import RunConfig, known_problems, problems
+from keel_megatron.config.run import RunConfig
 from keel_megatron.config.wording import section_suggestion, translate
 from keel_megatron.config.yaml_text import read_yaml, shown, write_yaml
 
@@ -52,6 +53,16 @@ def parse_config(
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML; reading it gives an equal configuration."""
     return write_yaml(config.model_dump(mode="json"))
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """The configuration as {"section.key": value}, the values as in JSON."""
+    sections = config.model_dump(mode="json")
+    return {
+        f"{section}.{key}": value
+        for section, values in sections.items()
+        for key, value in values.items()
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:

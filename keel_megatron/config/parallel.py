@@ -49,6 +49,14 @@ class ParallelConfig(Section):
     timeout_seconds: float = Field(
         default=600.0, gt=0.0, description="Longest wait of a collective before the run ends."
     )
+    preflight: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description=(
+            "Before training, compare the nodes (versions, code, configuration, devices, clocks), "
+            "see that their folders are shared, and probe the links between them; auto = on "
+            "several nodes."
+        ),
+    )
 
     @property
     def model_parallel_size(self) -> int:

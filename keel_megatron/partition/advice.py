@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from keel_megatron.config.run import RunConfig, problems
+from keel_megatron.config.checks import problems
+from keel_megatron.config.run import RunConfig
 from keel_megatron.partition.plan import Plan, make_plan
 
 Change = dict[str, Any]

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from keel_megatron.config.checks import problems
 from keel_megatron.config.errors import UserError
-from keel_megatron.config.run import RunConfig, problems
+from keel_megatron.config.run import RunConfig
 from keel_megatron.partition.costs import Costs, Kernel, UnitTimes, model_costs, predicted_times
 from keel_megatron.partition.devices import Device
 from keel_megatron.partition.memory import MemoryModel

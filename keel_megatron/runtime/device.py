@@ -22,8 +22,9 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> Launch:
-        """Read torchrun's variables."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        """Read torchrun's variables; DeepSpeed's launcher calls the last one LOCAL_SIZE."""
+        local = "LOCAL_SIZE" if "LOCAL_WORLD_SIZE" not in os.environ else "LOCAL_WORLD_SIZE"
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", local)
         values = []
         for name, default in zip(names, (0, 1, 0, 1), strict=True):
             text = os.environ.get(name, str(default))

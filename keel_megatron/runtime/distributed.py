@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +21,7 @@ from keel_megatron.config.parallel import ParallelConfig
 from keel_megatron.config.training import TrainingConfig
 from keel_megatron.runtime import cpu
 from keel_megatron.runtime.device import Launch, choose_device, set_threads
-from keel_megatron.runtime.rendezvous import CollectiveTimeoutError, meet
+from keel_megatron.runtime.rendezvous import CollectiveTimeoutError, agree, meet
 from keel_megatron.runtime.seeds import seed_dropout
 
 T = TypeVar("T")
@@ -39,6 +40,8 @@ class Runtime:
     tensor_size: int
     pipeline_size: int
     data_size: int
+    hosts: tuple[str, ...]
+    """Every rank's host."""
 
     @property
     def rank(self) -> int:
@@ -50,10 +53,20 @@ class Runtime:
         """Whether this is global rank 0, the one that reports."""
         return self.launch.rank == 0
 
+    @property
+    def host(self) -> str:
+        """This rank's host."""
+        return self.hosts[self.launch.rank]
+
+    def named(self, rank: int) -> str:
+        """A rank, with its host if there are several."""
+        several = len(set(self.hosts)) > 1
+        return f"rank {rank} on host {self.hosts[rank]}" if several else f"rank {rank}"
+
     def describe(self) -> str:
         """This rank's place, for messages."""
         return (
-            f"rank {self.rank} (pipeline stage {self.pipeline_rank}, tensor rank "
+            f"{self.named(self.rank)} (pipeline stage {self.pipeline_rank}, tensor rank "
             f"{self.tensor_rank}, replica {self.data_rank})"
         )
 
@@ -101,7 +114,10 @@ class Runtime:
 
 @contextmanager
 def start(
-    parallel: ParallelConfig, training: TrainingConfig, launch: Launch | None = None
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    launch: Launch | None = None,
+    alike: Mapping[str, Any] | None = None,
 ) -> Iterator[Runtime]:
     """Start this process's device and process groups, and take them down at the end.
 
@@ -109,11 +125,12 @@ def start(
         parallel: the layout.
         training: the device, its threads and the seed.
         launch: this process's place; None = as torchrun says.
+        alike: what must be equal on all ranks, by name; compared before any group is made.
 
     Raises:
         CollectiveTimeoutError: a rank waited longer than `parallel.timeout_seconds`; names the
             rank that waited.
-        UserError: the device that is asked for is not there.
+        UserError: the device that is asked for is not there, or the ranks are not alike.
     """
     launch = launch or Launch.from_environment()
     device = choose_device(training.device, launch.local_rank)
@@ -123,7 +140,7 @@ def start(
     else:
         torch.cuda.set_device(device)
     threads = set_threads(training.threads, launch.local_world_size)
-    _init_process_group(launch, device, parallel.timeout_seconds)
+    _init_process_group(launch, device, parallel.timeout_seconds, alike or {})
     try:
         runtime = _model_parallel(parallel, launch, device, threads)
         seed_dropout(training.seed, runtime.pipeline_rank, runtime.data_rank)
@@ -133,7 +150,9 @@ def start(
         _take_down()
 
 
-def _init_process_group(launch: Launch, device: torch.device, timeout_seconds: float) -> None:
+def _init_process_group(
+    launch: Launch, device: torch.device, timeout_seconds: float, alike: Mapping[str, Any]
+) -> None:
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if launch.world_size == 1:
@@ -141,6 +160,8 @@ def _init_process_group(launch: Launch, device: torch.device, timeout_seconds: f
     else:
         shared, _rank, _world_size = next(rendezvous("env://", timeout=timeout))
         store = meet(shared, launch.rank, launch.world_size, timeout_seconds)
+        if alike:
+            agree(store, launch.rank, launch.world_size, socket.gethostname(), alike)
     dist.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
     )
@@ -160,6 +181,8 @@ def _model_parallel(
         distributed_timeout_minutes=parallel.timeout_seconds / 60,
         create_gloo_process_groups=device.type == "cuda",
     )
+    hosts = [socket.gethostname()] * launch.world_size
+    dist.all_gather_object(hosts, hosts[launch.rank])
     return Runtime(
         device=device,
         launch=launch,
@@ -170,6 +193,7 @@ def _model_parallel(
         tensor_size=parallel.tensor,
         pipeline_size=parallel.pipeline,
         data_size=parallel_state.get_data_parallel_world_size(),
+        hosts=tuple(hosts),
     )
 
 

@@ -89,6 +89,8 @@ class _Group:
             # The launcher itself starts again what is to be started again.
             "TORCHELASTIC_MAX_RESTARTS": 0,
             "TORCHELASTIC_USE_AGENT_STORE": True,
+            # The ranks end with it (runtime/parent.py).
+            "KEEL_LAUNCHER_PID": os.getpid(),
             # Each process sets its own threads (training.threads); this is what it starts with.
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         }

@@ -8,14 +8,21 @@ ranks agree on a name of their own first, and everything else happens under it.
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import DistStoreError
 
+from keel_megatron.config.errors import UserError
+
 _SECONDS_BETWEEN_LOOKS = 0.02
+_SHOWN = 6
+"""Differences of a rank that are told; a wrong file would have dozens."""
 
 
 class CollectiveTimeoutError(RuntimeError):
@@ -45,6 +52,65 @@ def meet(store: Store, rank: int, world_size: int, timeout_seconds: float) -> St
         name = mine
         _gather(store, set(range(1, world_size)), name, timeout_seconds)
     return PrefixStore(name, store)
+
+
+def agree(store: Store, rank: int, world_size: int, host: str, facts: Mapping[str, Any]) -> None:
+    """See that all ranks say the same of everything in `facts`; collective.
+
+    It needs no process group, so that ranks which would make different groups learn it here.
+
+    Args:
+        store: of this start (`meet`).
+        rank: this rank.
+        world_size: ranks of the run.
+        host: this rank's host.
+        facts: what must be equal, by name; JSON values.
+
+    Raises:
+        UserError: with every difference from rank 0; marked as reported on all but rank 0.
+    """
+    store = PrefixStore("agree", store)
+    store.set(f"facts/{rank}", json.dumps([host, dict(facts)]))
+    if rank == 0:
+        told = [json.loads(store.get(f"facts/{other}")) for other in range(world_size)]
+        verdict = differences(told)
+        store.set("verdict", verdict)
+        if verdict:  # the store may live in this process
+            store.wait([f"heard/{other}" for other in range(1, world_size)], timedelta(seconds=10))
+    else:
+        verdict = store.get("verdict").decode()
+        store.set(f"heard/{rank}", "")
+    if verdict:
+        raise UserError(verdict, reported=rank != 0)
+
+
+def differences(told: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """How ranks differ from rank 0, a line for each host and its differences; "" if in nothing.
+
+    Args:
+        told: every rank's host and facts, by rank.
+    """
+    main_host, expected = told[0]
+    ranks_of: dict[str, list[int]] = {}
+    for rank, (host, facts) in enumerate(told):
+        found = [
+            f"{name} is {facts.get(name, 'absent')}, not {expected.get(name, 'absent')}"
+            for name in [*expected, *(name for name in facts if name not in expected)]
+            if facts.get(name, "absent") != expected.get(name, "absent")
+        ]
+        if found:
+            shown = "; ".join(found[:_SHOWN])
+            more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+            ranks_of.setdefault(f"host {host}: {shown}{more}", []).append(rank)
+    if not ranks_of:
+        return ""
+    lines = [f"  {line} (rank {_listed(ranks)})" for line, ranks in ranks_of.items()]
+    head = f"the nodes are not alike; host {main_host} with rank 0 sets the norm"
+    return "\n".join([head, *lines])
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
 
 
 def _join(store: Store, rank: int, mine: str, timeout_seconds: float) -> str:

@@ -3,9 +3,10 @@
 Every rank has a thread that looks at the time of the rank's last mark (a finished step, validation
 or save). While all is well that is all it does: nothing is written and nobody is asked. When one
 rank's mark is too old, it makes the folder `hangs/START` in the run's folder; the others' threads
-see it, and each rank that still can writes there the stacks of all its threads and what its main
-thread is doing. From these reports follows who did not arrive. Then every process ends itself,
-since a main thread that is blocked in a collective can do nothing any more.
+see it, and each rank that still can writes there the stacks of all its threads, what its main
+thread is doing and which hosts it does not reach. From these reports follows who did not arrive.
+Then every process ends itself, since a main thread that is blocked in a collective can do nothing
+any more.
 
 Files, not the process group's store: the store may live in the very process that was stopped, and
 the run's folder is shared by all nodes anyway.
@@ -22,11 +23,12 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.runtime.reach import ANSWER_SECONDS, Doorbells, cut_off
 
 FOLDER = "hangs"
 _WAITING = ("torch/distributed/", "megatron/core/pipeline_parallel/", "param_and_grad_buffer.py")
@@ -50,6 +52,9 @@ class RankReport:
     """Where its main thread is: file, line and function."""
     waits: bool
     """Whether it waits there for other ranks."""
+    host: str = ""
+    unanswered: list[str] = field(default_factory=list)
+    """Hosts that its host does not reach, if it is the one that asks for its host."""
 
 
 class Watchdog:
@@ -71,6 +76,7 @@ class Watchdog:
         self._main = threading.main_thread().ident
         started = runtime.from_main(lambda: time.strftime("%Y%m%d-%H%M%S"))
         self._folder = folder / FOLDER / started
+        self._doorbells = Doorbells(runtime)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def mark(self, what: str) -> None:
@@ -89,6 +95,7 @@ class Watchdog:
         self._ended.set()
         if self._timeout > 0:
             self._thread.join()
+        self._doorbells.close()
 
     def _watch(self) -> None:
         interval = self._timeout / 20
@@ -98,17 +105,19 @@ class Watchdog:
 
     def _end_group(self) -> None:
         """Report, wait for the others' reports, say who is missing, and end this process."""
-        grace = min(30.0, max(1.0, self._timeout / 4))
+        grace = min(30.0, max(1.0, self._timeout / 4)) + ANSWER_SECONDS
         # Should the file system be what hangs: C code ends the process without asking anybody.
         faulthandler.dump_traceback_later(2 * grace, exit=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._write_report()
-        world = self._runtime.launch.world_size
+        hosts = self._runtime.hosts
         deadline = time.monotonic() + grace
-        while len(reports := read_reports(self._folder)) < world and time.monotonic() < deadline:
+        while (
+            len(reports := read_reports(self._folder)) < len(hosts) and time.monotonic() < deadline
+        ):
             time.sleep(grace / 20)
         if reports and reports[0].rank == self._runtime.rank:
-            text = verdict(reports, world, self._timeout) + f"; stacks in {self._folder}"
+            text = verdict(reports, hosts, self._timeout) + f"; stacks in {self._folder}"
             (self._folder / "verdict.txt").write_text(text + "\n", encoding="utf-8")
             print(text, file=sys.stderr, flush=True)
         os._exit(exit_codes.HUNG)
@@ -125,6 +134,8 @@ class Watchdog:
             seconds=round(time.monotonic() - self._time, 3),
             main_thread=_location(main),
             waits=any(name in frame.filename for frame in main[-4:] for name in _WAITING),
+            host=runtime.host,
+            unanswered=self._doorbells.unanswered(),
         )
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         lines = [json.dumps(asdict(report)) + "\n"]
@@ -144,18 +155,30 @@ def read_reports(folder: Path) -> list[RankReport]:
     return [RankReport(**json.loads(head)) for head in heads]
 
 
-def verdict(reports: Sequence[RankReport], world_size: int, timeout: float) -> str:
+def verdict(reports: Sequence[RankReport], hosts: Sequence[str], timeout: float) -> str:
     """Who did not arrive, in one sentence.
 
-    A rank that gives no report is stopped, dead or cut off. If all give one, it is who does not
-    wait for others while others wait; else who has made the least progress; else who is elsewhere
-    than most (on CUDA all seem to wait for their own device).
+    A rank that gives no report is stopped, dead or cut off. If all give one, it is the host that
+    the others do not reach; else who does not wait for others while others wait; else who has made
+    the least progress; else who is elsewhere than most (on CUDA all seem to wait for their own
+    device).
+
+    Args:
+        reports: of the ranks that gave one, by rank.
+        hosts: every rank's host.
+        timeout: `training.hang_timeout`.
     """
+    world_size = len(hosts)
     head = f"watchdog: no progress in training.hang_timeout = {timeout:g} s"
     missing = sorted(set(range(world_size)) - {report.rank for report in reports})
     if missing:
         ranks = ", ".join(str(rank) for rank in missing)
+        if len(set(hosts)) > 1:
+            ranks += f" on host {', '.join(dict.fromkeys(hosts[rank] for rank in missing))}"
         return f"{head}: rank {ranks} gives no answer (stopped, dead or cut off); the others wait"
+    cut = cut_off({report.host: report.unanswered for report in reports if report.unanswered})
+    if cut is not None:
+        return f"{head}: {cut}"
     busy = [report for report in reports if not report.waits]
     least = [report for report in reports if report.marks == min(r.marks for r in reports)]
     places = Counter(report.main_thread for report in reports)

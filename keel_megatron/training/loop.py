@@ -23,8 +23,8 @@ from keel_megatron.partition.flops import training_flops_per_token
 from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.runtime.watchdog import Watchdog
-from keel_megatron.tracking.mlflow_run import remembered_run_id
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
+from keel_megatron.tracking.target import remembered_run_id
 from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training import locate
 from keel_megatron.training.depth import DepthCollector

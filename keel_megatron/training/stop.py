@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -15,6 +15,9 @@ import psutil
 from keel_megatron.runtime import exit_codes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+SAME_SECONDS = 1.0
+"""The same signal again within so many seconds is the same request: a scheduler signals every
+process of a job, and a launcher hands on what it was sent."""
 
 
 class StopRequest:
@@ -27,6 +30,8 @@ class StopRequest:
     def __init__(self, deadline: float | None = None) -> None:
         self.signal: signal.Signals | None = None
         self.deadline = deadline
+        self.last_word: Callable[[], None] | None = None
+        """Called before a second signal ends the process at once."""
 
     def __bool__(self) -> bool:
         return self.exit_code != exit_codes.DONE
@@ -56,8 +61,11 @@ def stop_requests(exit_after: float | None = None) -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    # Started with nohup, a process ignores SIGHUP; it stays so.
-    chosen = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    # Started with nohup, a process ignores SIGHUP, in a script's background SIGINT; it stays so.
+    # SIGUSR1 is always taken: launchers/torchrun.sh makes torchrun, our parent, deaf to it.
+    chosen = [
+        n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN or n == signal.SIGUSR1
+    ]
     previous = {number: signal.signal(number, lambda _number, _frame: None) for number in chosen}
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
@@ -77,13 +85,17 @@ def stop_requests(exit_after: float | None = None) -> Iterator[StopRequest]:
 
 def _listen(receiver: socket.socket, request: StopRequest) -> None:
     """Set the request at the first signal; end the process when that signal comes again."""
+    first = 0.0
     while numbers := receiver.recv(16):
         for number in numbers:
             if number not in SIGNALS:
                 continue
             if request.signal is None:
                 request.signal = signal.Signals(number)
-            elif request.signal == number:
+                first = time.monotonic()
+            elif request.signal == number and time.monotonic() - first > SAME_SECONDS:
+                if request.last_word is not None:
+                    request.last_word()
                 os._exit(exit_codes.to_shell(-number))
 
 

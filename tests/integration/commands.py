@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from keel_megatron.tracking.metrics import read_metrics
 from tests.settings import settings
 
 Completed = subprocess.CompletedProcess[str]
@@ -30,6 +31,11 @@ def environment() -> dict[str, str]:
     """This environment without a launcher's variables."""
     dropped = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     return {name: value for name, value in os.environ.items() if name not in dropped}
+
+
+def losses_of(metrics: Path) -> list[tuple[int, float, float]]:
+    """(step, loss, gradient norm) of every step in a metrics.jsonl."""
+    return [(m["step"], m["loss"], m["grad_norm"]) for m in read_metrics(metrics) if "loss" in m]
 
 
 def write_config(folder: Path, text: Path, **overrides: Any) -> Path:

@@ -14,7 +14,7 @@ import psutil
 import yaml
 from keel_megatron.checkpoint import folder
 from keel_megatron.tracking.metrics import read_metrics
-from tests.integration.commands import environment, keel, write_config
+from tests.integration.commands import environment, keel, losses_of, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,10 +91,6 @@ def rank_once_at(step: int, rank: int, group: Any, metrics: Path) -> psutil.Proc
                     return process
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached")
-
-
-def losses_of(metrics: Path) -> list[tuple[int, float, float]]:
-    return [(m["step"], m["loss"], m["grad_norm"]) for m in read_metrics(metrics) if "loss" in m]
 
 
 def test_a_guard_that_has_had_enough_is_one_message(tmp_path: Path) -> None:

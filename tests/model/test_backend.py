@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from keel_megatron.config.checks import problems
 from keel_megatron.config.errors import UserError
-from keel_megatron.config.run import problems
 from keel_megatron.kernels import libraries
 from keel_megatron.model.backend import Backend, choose_backend
 from tests.settings import small_config

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from keel_megatron.config.run import problems
+from keel_megatron.config.checks import problems
 from keel_megatron.partition.advice import smallest_change
 from keel_megatron.partition.costs import model_costs
 from keel_megatron.partition.devices import DEVICES, device_named

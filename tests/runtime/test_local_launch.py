@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from keel_megatron.runtime import exit_codes, local_launch
+from keel_megatron.runtime import exit_codes, local_launch, parent
+from tests.hosts import await_that
 
 # A rank that does in start N what its N-th argument says for it, such as "0=exit75,1=exit0".
 RANK = """
@@ -81,6 +82,28 @@ sys.exit(1)
         assert process.wait(timeout=30) == 1
     for number in range(2):
         assert (tmp_path / f"got_{number}").read_text() == f"{int(signal.SIGUSR1)} "
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_a_killed_launcher_leaves_no_rank_behind(tmp_path: Path) -> None:
+    """Its ranks are sent SIGTERM, on which a run saves and ends (training/stop.py)."""
+    rank = f"""
+import os, pathlib, signal, time
+from {parent.__name__} import end_with_launcher
+def note(number, frame):
+    pathlib.Path("ended_" + os.environ["RANK"]).touch()
+    raise SystemExit(0)
+signal.signal(signal.SIGTERM, note)
+end_with_launcher()
+pathlib.Path("ready_" + os.environ["RANK"]).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+    code = f"from {local_launch.__name__} import launch; launch(2, ['-c', {rank!r}])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
+        await_that(lambda: len(list(tmp_path.glob("ready_*"))) == 2, 60, "two ranks")
+        process.kill()
+    await_that(lambda: len(list(tmp_path.glob("ended_*"))) == 2, 20, "their ends")
 
 
 def test_torchrun_is_told_that_a_saved_run_succeeded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,28 +50,48 @@ def report(rank: int, **values: Any) -> RankReport:
 
 
 @pytest.mark.parametrize(
-    ("reports", "world_size", "expected"),
+    ("reports", "hosts", "expected"),
     [
-        ([report(0), report(2)], 3, "rank 1 gives no answer (stopped, dead or cut off)"),
+        ([report(0), report(2)], ["a"] * 3, "rank 1 gives no answer (stopped, dead or cut off)"),
         (
             [report(0), report(1, waits=False, main_thread="data.py:3 (read)"), report(2)],
-            3,
+            ["a"] * 3,
             "rank 1 (stage 1) did not arrive: 60 s after step 7 it is at data.py:3 (read)",
         ),
         # All are somewhere in a collective: the one that lags behind.
-        ([report(0), report(1, marks=6, last="step 6")], 2, "rank 1 (stage 1) did not arrive"),
+        (
+            [report(0), report(1, marks=6, last="step 6")],
+            ["a"] * 2,
+            "rank 1 (stage 1) did not arrive",
+        ),
         # On CUDA everybody seems busy: the one that is elsewhere.
         (
             [report(n, waits=False, main_thread="x" if n == 2 else "engine") for n in range(4)],
-            4,
+            ["a"] * 4,
             "rank 2 (stage 2) did not arrive: 60 s after step 7 it is at x",
         ),
-        ([report(0), report(1)], 2, "every rank waits for another one"),
-        ([report(0, waits=False)], 1, "60 s after step 7 it is at distributed_c10d.py:1"),
+        ([report(0), report(1)], ["a"] * 2, "every rank waits for another one"),
+        # Nodes: who gives no answer is on one, and so is who cannot be reached.
+        ([report(0)], ["a", "b", "b"], "rank 1, 2 on host b gives no answer"),
+        (
+            [report(0, host="a", unanswered=["b"]), report(1, host="b", unanswered=["a"])],
+            ["a", "b"],
+            "the hosts a and b do not reach each other",
+        ),
+        (
+            [
+                report(0, host="a", unanswered=["b"]),
+                report(1, host="b", unanswered=["a", "c"]),
+                report(2, host="c", unanswered=["b"]),
+            ],
+            ["a", "b", "c"],
+            "host b is cut off: no connection to a, c",
+        ),
+        ([report(0, waits=False)], ["a"], "60 s after step 7 it is at distributed_c10d.py:1"),
     ],
 )
-def test_who_is_named(reports: list[RankReport], world_size: int, expected: str) -> None:
-    text = verdict(reports, world_size, 60.0)
+def test_who_is_named(reports: list[RankReport], hosts: list[str], expected: str) -> None:
+    text = verdict(reports, hosts, 60.0)
     assert text.startswith("watchdog: no progress in training.hang_timeout = 60 s: ")
     assert expected in text
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from keel_megatron.config.run import problems
+from keel_megatron.config.checks import problems
 from tests.distributed import run_ranks
 from tests.settings import settings, small_config
 from tests.training import faults

@@ -47,12 +47,38 @@ def test_a_second_ctrl_c_ends_a_process_that_waits_in_c() -> None:
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=0.5)
+            process.wait(timeout=0.7)
         process.send_signal(signal.SIGTERM)  # another signal is no second one
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=0.5)
+            process.wait(timeout=0.7)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == 130
+
+
+def test_what_a_scheduler_and_a_launcher_both_send_is_one_request() -> None:
+    with subprocess.Popen([sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        for _ in range(3):
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(0.05)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1.2)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=10) == 128 + signal.SIGUSR1
+
+
+def test_a_process_below_a_deaf_torchrun_hears_the_request_to_save() -> None:
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with stop_requests() as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            end = time.monotonic() + 5
+            while not stop and time.monotonic() < end:
+                time.sleep(0.01)
+            assert stop.exit_code == 75
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_process_under_nohup_goes_on_ignoring_a_lost_terminal() -> None:

@@ -1,0 +1,68 @@
+"""`keel doctor`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from keel_megatron.cli.arguments import Overrides
+
+if TYPE_CHECKING:
+    from keel_megatron.config.run import RunConfig
+    from keel_megatron.runtime.device import Launch
+
+
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="The run's YAML file.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Show what is installed here and what a run would use; with CONFIG also try its nodes.
+
+    On the nodes of a run: torchrun ... -m keel_megatron doctor CONFIG, or a launcher of launchers/
+    with --doctor.
+    """
+    from keel_megatron.config.load import load_config
+    from keel_megatron.runtime.device import Launch
+
+    launch = Launch.from_environment()
+    run = None
+    if config is not None:
+        # One process alone looks at its own machine; the layout is checked where it is started.
+        size = launch.world_size if "RANK" in os.environ else None
+        run = load_config(config, tuple(overrides or ()), world_size=size)
+    if launch.rank == 0:
+        _show(run)
+    if run is not None and "RANK" in os.environ:
+        _preflight(run, launch)
+
+
+def _show(run: RunConfig | None) -> None:
+    from keel_megatron.runtime import doctor
+
+    print(doctor.describe_machine())
+    found, used = doctor.find(), doctor.used(run)
+    width = max(len(finding.name) for finding in [*found, *used])
+    for title, findings in (("found", found), ("used", used)):
+        print(title)
+        for finding in findings:
+            print(f"  {finding.name:<{width}}  {finding.text}")
+    for finding in found:
+        if finding.warning is not None:
+            print(f"warning: {finding.warning}", file=sys.stderr)
+
+
+def _preflight(run: RunConfig, launch: Launch) -> None:
+    from keel_megatron.runtime import doctor, preflight
+    from keel_megatron.runtime.distributed import start
+
+    with start(run.parallel, run.training, launch, doctor.facts(run)) as runtime:
+        for line in preflight.check(run, runtime):
+            if runtime.is_main:
+                print(line, flush=True)
+        runtime.barrier()

@@ -1,0 +1,224 @@
+"""What this machine has: packages, devices, and the traps among them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import platform
+import socket
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import keel_megatron
+from keel_megatron.config.load import flatten
+from keel_megatron.config.run import RunConfig
+
+_EMPTY_TRANSFORMER_ENGINE = (
+    "transformer-engine is installed without its core (an empty package), and Megatron-core cannot "
+    "be imported beside it: pip uninstall transformer-engine, or pip install "
+    "'transformer-engine[pytorch]'"
+)
+_OTHER_APEX = (
+    "the package apex from PyPI is a web toolkit, not NVIDIA's Apex, and is not used: "
+    "pip uninstall apex"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked for."""
+
+    name: str
+    text: str
+    """Its version, or "absent" and what that means."""
+    warning: str | None = None
+    """What its user should do about it."""
+
+
+def find() -> list[Finding]:
+    """Everything that a run could stand on, whether it is there or not."""
+    return [
+        Finding("torch", f"{torch.__version__}"),
+        Finding("CUDA", _cuda()),
+        Finding("NCCL", _nccl()),
+        Finding("devices", describe_devices()),
+        _package("megatron-core", "megatron.core"),
+        _package("triton", "triton", absent="the fused norm runs in torch"),
+        _apex(),
+        _transformer_engine(),
+        _package("deepspeed", "deepspeed"),
+        _mlflow(),
+    ]
+
+
+def used(config: RunConfig | None) -> list[Finding]:
+    """What a run here would stand on, of what is there.
+
+    Args:
+        config: the run; None = one with the defaults.
+    """
+    wanted = "auto" if config is None else config.training.device
+    cuda = torch.cuda.is_available() and wanted != "cpu"
+    fused = cuda and importlib.util.find_spec("triton") is not None
+    backend = "auto" if config is None else config.kernels.backend
+    return [
+        Finding("device", "CUDA, with NCCL" if cuda else "CPU, with gloo"),
+        Finding("norm", "one Triton kernel with its sum" if fused else "torch"),
+        Finding("kernels.backend", backend),
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Versions of all that can change what a rank computes, and a digest of this code."""
+    found = {"Python": platform.python_version(), "torch": str(torch.__version__)}
+    found |= {"CUDA": str(torch.version.cuda), "NCCL": _nccl()}
+    for name in ("megatron-core", "numpy", "triton", "transformer-engine", "apex", "deepspeed"):
+        found[name] = _version(name) or "absent"
+    return found | {"keel-megatron": f"{keel_megatron.__version__} (code {_code_digest()})"}
+
+
+def facts(config: RunConfig) -> dict[str, Any]:
+    """What must be equal on all ranks of a run, by name: versions and the configuration."""
+    return versions() | flatten(config)
+
+
+def config_digest(config: RunConfig) -> str:
+    """A short hash of the resolved configuration."""
+    return hashlib.sha256(repr(sorted(flatten(config).items())).encode()).hexdigest()[:12]
+
+
+def device_memory() -> list[float]:
+    """Memory of each CUDA device of this node, in GB; of the node itself if it has none."""
+    if not torch.cuda.is_available():
+        return [psutil.virtual_memory().total / 1e9]
+    count = torch.cuda.device_count()
+    return [torch.cuda.get_device_properties(n).total_memory / 1e9 for n in range(count)]
+
+
+def describe_devices() -> str:
+    """This node's devices in words."""
+    memory = device_memory()
+    if torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(n) for n in range(len(memory))}
+        return f"{len(memory)} x {' and '.join(sorted(names))}, {min(memory):.1f} GB each"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"no CUDA device; {cores} CPU cores, {memory[0]:.1f} GB"
+
+
+def describe_machine() -> str:
+    """Host, system and interpreter."""
+    return (
+        f"keel-megatron {keel_megatron.__version__} on {socket.gethostname()}: "
+        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    )
+
+
+def _cuda() -> str:
+    if torch.version.cuda is None:
+        return "absent: this torch is a CPU build"
+    if not torch.cuda.is_available():
+        return f"{torch.version.cuda}, but torch sees no device"
+    return f"{torch.version.cuda}"
+
+
+def _nccl() -> str:
+    if torch.version.cuda is None or not torch.distributed.is_nccl_available():
+        return "absent"
+    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+
+
+def _package(name: str, module: str, absent: str = "") -> Finding:
+    version = _version(name)
+    if version is None or not _there(module.partition(".")[0]):
+        return Finding(name, f"absent{': ' * bool(absent)}{absent}")
+    return Finding(name, version)
+
+
+def _mlflow() -> Finding:
+    skinny, whole = _version("mlflow-skinny"), _version("mlflow")
+    if skinny is None and whole is None:
+        return Finding("mlflow", "absent", "tracking.mlflow: true needs pip install mlflow-skinny")
+    note = "with its server" if whole else "without its server (extra: dashboard)"
+    return Finding("mlflow", f"{whole or skinny}, {note}")
+
+
+def _apex() -> Finding:
+    """NVIDIA's Apex is what has amp_C and apex.optimizers; the name alone says nothing."""
+    if _imports("amp_C") and _imports("apex.optimizers"):
+        return Finding("apex", f"{_version('apex') or 'built from source'}, NVIDIA's")
+    found = importlib.util.find_spec("apex")
+    parts = list(found.submodule_search_locations or []) if found else []
+    if found is None:
+        return Finding("apex", "absent (optional)")
+    if any((Path(part) / "optimizers").is_dir() for part in parts):
+        return Finding(
+            "apex",
+            f"{_version('apex')}, without its extensions: not used",
+            "NVIDIA's Apex is there without amp_C: build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1",
+        )
+    return Finding("apex", f"{_version('apex')}, not NVIDIA's: not used", _OTHER_APEX)
+
+
+def _transformer_engine() -> Finding:
+    name = "transformer-engine"
+    version = _version(name) or _version("transformer_engine")
+    if version is None and not _there("transformer_engine"):
+        return Finding(name, "absent (optional)")
+    try:
+        _import("transformer_engine.pytorch")
+    except RuntimeError as error:  # what the empty package says of itself
+        return Finding(name, f"{version}, broken: {_first_line(error)}", _EMPTY_TRANSFORMER_ENGINE)
+    except (ImportError, OSError) as error:
+        text = f"{version}, cannot be imported: {_first_line(error)}"
+        if _version("transformer-engine-torch") is None:
+            return Finding(name, text, _EMPTY_TRANSFORMER_ENGINE)
+        return Finding(name, text, f"{name} {version} does not fit this torch or this machine")
+    return Finding(name, f"{version}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _imports(module: str) -> bool:
+    try:
+        _import(module)
+    except Exception:  # whatever a package of another kind does when it is imported
+        return False
+    return True
+
+
+def _import(module: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module(module)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@cache
+def _code_digest() -> str:
+    """Of this package's sources: nodes with different checkouts compute different things."""
+    root = Path(keel_megatron.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]

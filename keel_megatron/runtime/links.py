@@ -1,0 +1,210 @@
+"""Latency and bandwidth of the links that a layout uses, and which of them are slow.
+
+Every group of the layout is a ring of ranks here. Neighbours play ping-pong, all disjoint pairs at
+the same time, as they would send at the same time in training; so a host's network card is shared
+as it will be.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median, median_high
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from keel_megatron.runtime.distributed import Runtime
+
+_ROUNDS = 8
+_SMALLEST, _GROWTH = 1 << 16, 4
+_LARGEST = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""Bytes of a message; it grows until it takes `_LONG_ENOUGH`."""
+_LONG_ENOUGH = 0.03
+_SLOW_RATE, _SLOW_LATENCY, _LEAST_LATENCY = 1 / 4, 10.0, 5e-3
+
+
+@dataclass(frozen=True)
+class Link:
+    """Two neighbours in a group of the layout."""
+
+    kind: str
+    """pipeline, data or tensor."""
+    hosts: tuple[str, str]
+    ranks: tuple[int, int]
+    latency: float
+    """One way, in seconds."""
+    rate: float
+    """Bytes per second, the mean of both ways."""
+
+    @property
+    def between_hosts(self) -> bool:
+        """Whether it needs the network."""
+        return self.hosts[0] != self.hosts[1]
+
+    def __str__(self) -> str:
+        (a, b), (i, j) = self.hosts, self.ranks
+        return f"host {a} -> host {b} (rank {i} -> {j}, {self.kind})"
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """An all-reduce in a group of the layout."""
+
+    kind: str
+    size: int
+    latency: float
+    """Of a few bytes, in seconds."""
+    rate: float
+    """Bus bandwidth, 2 (n - 1) / n x bytes / seconds: comparable with a link's rate."""
+
+
+def ring_rounds(size: int) -> list[list[tuple[int, int]]]:
+    """The neighbours of a ring in rounds of disjoint pairs, the first of a pair beginning."""
+    pairs = [(i, (i + 1) % size) for i in range(size if size > 2 else size - 1)]
+    closing = pairs[-1:] if size > 2 and size % 2 else []
+    open_ring = pairs[: len(pairs) - len(closing)]
+    return [found for found in (open_ring[::2], open_ring[1::2], closing) if found]
+
+
+def probe_links(
+    kind: str,
+    group: dist.ProcessGroup,
+    runtime: Runtime,
+    note: Callable[[str], None],
+) -> Iterator[Link]:
+    """The links of this rank's group that this rank measures; collective over the group.
+
+    Args:
+        kind: the group's name.
+        group: gloo's or NCCL's.
+        runtime: this rank's place.
+        note: told what is about to be done, for whoever finds that it never ends.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    mine = ranks.index(dist.get_rank())
+    for pairs in ring_rounds(len(ranks)):
+        for first, second in pairs:
+            if mine not in (first, second):
+                continue
+            a, b = ranks[first], ranks[second]
+            other = b if mine == first else a
+            note(f"an answer from {runtime.named(other)} ({kind} group)")
+            if mine == second:
+                _answer(other, group, runtime.device)
+                continue
+            latency, rate = _ask(other, group, runtime.device)
+            yield Link(kind, (runtime.hosts[a], runtime.hosts[b]), (a, b), latency, rate)
+
+
+def probe_reduction(kind: str, group: dist.ProcessGroup, device: torch.device) -> Reduction:
+    """An all-reduce's latency and bus bandwidth; collective over the group."""
+    size, largest = _SMALLEST, _LARGEST[device.type]
+    world = dist.get_world_size(group)
+
+    def reduce(tensor: torch.Tensor) -> float:
+        started = time.perf_counter()
+        dist.all_reduce(tensor, group=group)
+        _finish(device)
+        taken = torch.tensor(time.perf_counter() - started, device=device, dtype=torch.float64)
+        dist.all_reduce(taken, op=dist.ReduceOp.MAX, group=group)
+        return float(taken)
+
+    few = torch.zeros(2, device=device)
+    latency = median([reduce(few) for _ in range(_ROUNDS + 2)][2:])
+    while True:
+        many = torch.zeros(size // 4, device=device)
+        seconds = min(reduce(many) for _ in range(2))
+        if seconds > _LONG_ENOUGH or size >= largest:
+            break
+        size *= _GROWTH
+    return Reduction(kind, world, latency, 2 * (world - 1) / world * size / seconds)
+
+
+def _ask(other: int, group: dist.ProcessGroup, device: torch.device) -> tuple[float, float]:
+    """Latency and rate of the link to a rank that answers (`_answer`)."""
+
+    def round_trip(size: int) -> float:
+        message = torch.zeros(size, dtype=torch.uint8, device=device)
+        dist.send(torch.tensor([size], device=device), other, group=group)
+        started = time.perf_counter()
+        dist.send(message, other, group=group)
+        dist.recv(message, other, group=group)
+        _finish(device)
+        return time.perf_counter() - started
+
+    # The first messages open the connection.
+    trips = [round_trip(8) for _ in range(_ROUNDS + 2)][2:]
+    size = _SMALLEST
+    while True:
+        seconds = min(round_trip(size) for _ in range(2))
+        if seconds > 2 * _LONG_ENOUGH or size >= _LARGEST[device.type]:
+            break
+        size *= _GROWTH
+    dist.send(torch.tensor([0], device=device), other, group=group)
+    return median(trips) / 2, 2 * size / seconds
+
+
+def _answer(other: int, group: dist.ProcessGroup, device: torch.device) -> None:
+    size = torch.zeros(1, dtype=torch.int64, device=device)
+    while dist.recv(size, other, group=group) is not None and int(size):
+        message = torch.empty(int(size), dtype=torch.uint8, device=device)
+        dist.recv(message, other, group=group)
+        dist.send(message, other, group=group)
+        _finish(device)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def slow_links(links: Sequence[Link]) -> list[str]:
+    """The links that are far behind their like, each in a sentence with the others' figure.
+
+    Like is what is of the same kind of group and needs the network, or does not. The measure is
+    the median, of an even number the better one, so that of two links the worse one is seen.
+    """
+    found = []
+    for like in _alike(links):
+        rate = median_high(link.rate for link in like)
+        latency = -median_high(-link.latency for link in like)
+        for link in like:
+            if link.rate < _SLOW_RATE * rate:
+                found.append(f"{link}: {rate_words(link.rate)}, others {rate_words(rate)}")
+            elif link.latency > max(_SLOW_LATENCY * latency, _LEAST_LATENCY):
+                found.append(f"{link}: {1e3 * link.latency:.3g} ms, others {1e3 * latency:.3g} ms")
+    return found
+
+
+def describe_links(links: Sequence[Link]) -> list[str]:
+    """One line for each kind of link: how many, their latency and rate, the slowest."""
+    lines = []
+    for like in _alike(links):
+        worst = min(like, key=lambda link: link.rate)
+        where = "between hosts" if worst.between_hosts else "within a host"
+        latency = median(link.latency for link in like)
+        text = (
+            f"{worst.kind}, {where}: {len(like)} link(s), {1e3 * latency:.3g} ms, "
+            f"{rate_words(median(link.rate for link in like))}"
+        )
+        if len(like) > 1:
+            text += f"; slowest {rate_words(worst.rate)}, {worst}"
+        lines.append(text)
+    return lines
+
+
+def _alike(links: Sequence[Link]) -> list[list[Link]]:
+    classes: dict[Any, list[Link]] = {}
+    for link in links:
+        classes.setdefault((link.kind, link.between_hosts), []).append(link)
+    return list(classes.values())
+
+
+def rate_words(rate: float) -> str:
+    """Bytes per second in MB/s or GB/s."""
+    if rate >= 0.9995e9:
+        return f"{rate / 1e9:.1f} GB/s"
+    return f"{rate / 1e6:.0f} MB/s" if rate >= 1e7 else f"{rate / 1e6:.2g} MB/s"

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Submit a run to Kubernetes: an Indexed Job with a headless service, or a Kubeflow PyTorchJob.
+#
+#   [VARIABLES] launchers/kubernetes.sh [options] CONFIG [section.key=value ...]
+#
+#   options: --dry-run (shows the manifest), --doctor, --max-restarts N
+#
+#   KIND           job (default) or pytorchjob: the manifests in launchers/kubernetes/
+#   NAME           of the job (default keel)
+#   IMAGE          container image with the repository in /opt/keel-megatron (default keel-megatron)
+#   NNODES         pods (default 2)
+#   GPUS_PER_NODE  GPUs of each (default 8; 0 = a CPU)
+#   CLAIM          volume claim that all pods can write, for runs/ and data/ (default keel)
+#   NAMESPACE      (default: kubectl's own)
+#
+# CONFIG is a file here; it travels as a ConfigMap. kubectl delete -f - of the same manifest ends it.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launchers/lib.sh
+source "$ROOT/launchers/lib.sh"
+
+parse_arguments "$@"
+find_python
+kind=${KIND:-job} name=${NAME:-keel} nodes=${NNODES:-2} gpus=${GPUS_PER_NODE:-8} claim=${CLAIM:-keel}
+[[ $kind == job || $kind == pytorchjob ]] || die "KIND=$kind must be job or pytorchjob"
+is_positive "$nodes" || die "NNODES=$nodes is no positive number"
+is_number "$gpus" || die "GPUS_PER_NODE=$gpus is no number"
+# A service's name: it becomes part of the pods' host names.
+[[ $name =~ ^[a-z]([-a-z0-9]{0,50}[a-z0-9])?$ ]] ||
+    die "NAME=$name must be lower-case letters, digits and '-', 52 at most"
+
+options=(--max-restarts "$MAX_RESTARTS")
+[[ $VERB == doctor ]] && options+=(--doctor)
+manifest=("$PYTHON" "$ROOT/launchers/kubernetes/render.py" "$kind" "$name" "${IMAGE:-keel-megatron}"
+    "$nodes" "$gpus" "$claim" "$CONFIG" "${options[@]}" "$CONFIG" "${OVERRIDES[@]}")
+apply=(kubectl ${NAMESPACE:+--namespace "$NAMESPACE"} apply --filename -)
+show "${manifest[@]}"
+show "${apply[@]}"
+if ((DRY_RUN)); then
+    "${manifest[@]}"
+    exit 0
+fi
+command -v kubectl >/dev/null || die "kubectl is missing on $(hostname)"
+"$PYTHON" -m keel_megatron config folder "$CONFIG" "${OVERRIDES[@]}" >/dev/null || exit $?
+"${apply[@]:0:${#apply[@]}-3}" get persistentvolumeclaim "$claim" --request-timeout 20s >/dev/null ||
+    die "CLAIM=$claim: no answer from the cluster, or no such volume claim (docs/cluster.md)"
+"${manifest[@]}" | "${apply[@]}"
+say "kubectl logs --follow --prefix --selector batch.kubernetes.io/job-name=$name"

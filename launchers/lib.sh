@@ -1,0 +1,127 @@
+# shellcheck shell=bash disable=SC2034
+# What the launchers share: arguments, checks, and how a command is shown and run. Sourced.
+#
+# Every launcher takes   [options] CONFIG [section.key=value ...]
+#   --dry-run         show the command and what would be checked, run nothing
+#   --doctor          compare and probe the nodes (keel doctor) instead of training
+#   --max-restarts N  start a group that fails again, so often (default 3)
+#   --help
+
+DRY_RUN=0 VERB=train MAX_RESTARTS=3 CONFIG="" OVERRIDES=()
+export EXIT_USER=2 EXIT_SAVED=75 # keel_megatron/runtime/exit_codes.py
+
+say() { echo "$(basename "$0"): $*" >&2; }
+
+die() {
+    echo "error: $(basename "$0"): $*" >&2
+    exit "$EXIT_USER"
+}
+
+# The comment at the head of the launcher is its manual.
+usage() {
+    sed -n '2,/^[^#]/{/^#SBATCH/d; s/^# \{0,1\}//p}' "$0"
+    exit 0
+}
+
+parse_arguments() {
+    while (($#)); do
+        case $1 in
+        --dry-run) DRY_RUN=1 ;;
+        --doctor) VERB=doctor ;;
+        --max-restarts)
+            MAX_RESTARTS=${2:-}
+            is_number "$MAX_RESTARTS" || die "--max-restarts needs a whole number"
+            shift
+            ;;
+        -h | --help) usage ;;
+        -*) die "unknown option $1; --help lists them" ;;
+        *) break ;;
+        esac
+        shift
+    done
+    (($#)) || die "CONFIG is missing: $(basename "$0") [options] CONFIG [section.key=value ...]"
+    CONFIG=$1
+    shift
+    OVERRIDES=("$@")
+    [[ -f $CONFIG && -r $CONFIG ]] || die "CONFIG: no file $CONFIG here ($(hostname), in $PWD)"
+    local setting
+    for setting in "${OVERRIDES[@]}"; do
+        [[ $setting =~ ^[a-z_]+\.[a-z_0-9]+= ]] ||
+            die "$setting: a setting is written section.key=value"
+    done
+}
+
+is_number() { [[ $1 =~ ^[0-9]+$ ]]; }
+is_positive() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
+
+# need NAME WHY: the variable must be set.
+need() { [[ -n ${!1:-} ]] || die "$1 is not set: $2"; }
+
+# The interpreter: KEEL_PYTHON, else the repository's environment, else python3.
+find_python() {
+    local own="$ROOT/.venv/bin/python"
+    PYTHON=${KEEL_PYTHON:-}
+    if [[ -z $PYTHON ]]; then
+        if [[ -x $own ]]; then PYTHON=$own; else PYTHON=python3; fi
+    fi
+    command -v "$PYTHON" >/dev/null || die "no interpreter $PYTHON on $(hostname); set KEEL_PYTHON"
+    ((DRY_RUN)) && return
+    "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("keel_megatron"))' ||
+        die "keel_megatron is not installed for $PYTHON on $(hostname) (make setup)"
+}
+
+# GPUs of this node, as the driver or CUDA_VISIBLE_DEVICES has them; 0 if there is no driver.
+count_gpus() {
+    local listed=0
+    if command -v nvidia-smi >/dev/null; then
+        listed=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+    fi
+    if ((listed)) && [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+        listed=$(awk -F, '{print NF}' <<<"$CUDA_VISIBLE_DEVICES")
+    fi
+    echo "$listed"
+}
+
+# check_devices WANTED: so many processes have a device each (CPUs can be shared).
+check_devices() {
+    is_positive "$1" || die "processes on this node: $1 is no positive number"
+    local gpus
+    gpus=$(count_gpus)
+    [[ " ${OVERRIDES[*]:-} " == *" training.device=cpu "* ]] && return
+    if ((gpus && $1 > gpus)); then
+        die "$(hostname) has $gpus GPU(s), fewer than the $1 processes asked for"
+    fi
+    if ((!gpus)) && [[ " ${OVERRIDES[*]:-} " == *" training.device=cuda "* ]]; then
+        die "training.device=cuda, but $(hostname) has no GPU that nvidia-smi lists"
+    fi
+}
+
+# The exact command, to be copied into a shell.
+show() {
+    printf '+'
+    printf ' %q' "$@"
+    printf '\n'
+}
+
+# run_command COMMAND...: show it and become it; under --dry-run only show it.
+run_command() {
+    show "$@"
+    ((DRY_RUN)) && exit 0
+    exec "$@"
+}
+
+# The run's folder; a wrong configuration ends here with its message, before any node waits.
+find_run_folder() {
+    RUN_FOLDER=$("$PYTHON" -m keel_megatron config folder "$CONFIG" "${OVERRIDES[@]}") || exit $?
+}
+
+# wait_for HOST PORT SECONDS: until something listens there, or say that nothing does.
+wait_for() {
+    local end=$((SECONDS + $3))
+    until timeout 2 bash -c ": <>/dev/tcp/$1/$2" 2>/dev/null; do
+        ((SECONDS < end)) ||
+            die "no answer from $1 port $2 in $3 s, seen from $(hostname): is the first node" \
+                "started, is the name right, does a firewall stand between them?"
+        sleep 1
+    done
+}

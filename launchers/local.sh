@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Train with several processes of this machine.
+#
+#   launchers/local.sh [--dry-run] [--doctor] [--max-restarts N] N CONFIG [section.key=value ...]
+#
+# N processes; as many as GPUs, or on a CPU as many as the layout has. Ctrl-C, SIGTERM and SIGUSR1
+# save and end the run. Ends with keel's own exit codes (README.md).
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launchers/lib.sh
+source "$ROOT/launchers/lib.sh"
+
+options=()
+while [[ ${1:-} == -* ]]; do
+    options+=("$1")
+    if [[ $1 == --max-restarts ]]; then
+        options+=("${2:-}")
+        shift
+    fi
+    shift
+done
+processes=${1:-0}
+shift || true
+parse_arguments "${options[@]}" "$@"
+is_positive "$processes" ||
+    die "N must be a positive number: local.sh N CONFIG [section.key=value ...]"
+find_python
+check_devices "$processes"
+if [[ $VERB == doctor ]]; then
+    run_command "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
+        -m keel_megatron doctor "$CONFIG" "${OVERRIDES[@]}"
+fi
+run_command "$PYTHON" -m keel_megatron train "$CONFIG" "${OVERRIDES[@]}" \
+    --processes "$processes" --max-restarts "$MAX_RESTARTS"

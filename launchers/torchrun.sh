@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# Train on this node as one of several; start it on every node.
+#
+#   [VARIABLES] launchers/torchrun.sh [options] CONFIG [section.key=value ...]
+#
+#   options: --dry-run, --doctor, --max-restarts N
+#
+#   NNODES          nodes (default 1)
+#   NPROC_PER_NODE  processes of this node (default: its GPUs; without any 1)
+#   MASTER_ADDR     the first node: a static rendezvous, with NODE_RANK on every node
+#   MASTER_PORT     its port (default 29500)
+#   RDZV_ENDPOINT   HOST[:PORT] of the first node: a c10d rendezvous, which gives out the ranks
+#   RDZV_ID         the job's name there (default keel)
+#   NODE_RANK       this node's number, from 0; 0 is the first node
+#   LOCAL_ADDR      this node's address, where its host name does not lead to it
+#   WAIT_SECONDS    how long to wait for the first node (default 300)
+#
+# SIGUSR1 (save, end with 75) and SIGTERM (save, end with 143) are handed to the trainers. Ends with
+# keel's own exit codes (README.md), which torchrun hides.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launchers/lib.sh
+source "$ROOT/launchers/lib.sh"
+
+parse_arguments "$@"
+find_python
+# The Kubeflow trainer announces nodes as PET_*, torchrun's own names.
+nodes=${NNODES:-${PET_NNODES:-1}}
+node_rank=${NODE_RANK:-${PET_NODE_RANK:-}}
+address=${MASTER_ADDR:-${PET_MASTER_ADDR:-}}
+port=${MASTER_PORT:-${PET_MASTER_PORT:-29500}}
+endpoint=${RDZV_ENDPOINT:-}
+gpus=$(count_gpus)
+processes=${NPROC_PER_NODE:-${PET_NPROC_PER_NODE:-$((gpus ? gpus : 1))}}
+is_positive "$nodes" || die "NNODES=$nodes is no positive number"
+if [[ -n $node_rank ]]; then
+    is_number "$node_rank" || die "NODE_RANK=$node_rank is no number"
+    ((node_rank < nodes)) || die "NODE_RANK=$node_rank must be below NNODES=$nodes"
+fi
+check_devices "$processes"
+
+# A step, a save and the last report may take longer than torchrun's 30 s after SIGTERM.
+command=("$PYTHON" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes"
+    --max-restarts "$MAX_RESTARTS" --shutdown-timeout 600)
+first="" # HOST PORT of the first node, for all others
+if [[ -n $endpoint ]]; then
+    [[ $endpoint == *:* ]] || endpoint+=:29500
+    command+=(--rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "${RDZV_ID:-keel}")
+    # The first node by its number, where it has one: names and addresses can mislead torchrun.
+    [[ -n $node_rank ]] && command+=(--rdzv-conf "is_host=$((node_rank == 0))")
+    first="${endpoint%:*} ${endpoint##*:}"
+elif ((nodes > 1)); then
+    [[ -n $address ]] || die "NNODES=$nodes needs MASTER_ADDR=<first node> with" \
+        "NODE_RANK=<this node's number>, or RDZV_ENDPOINT=<first node>:<port>"
+    [[ -n $node_rank ]] ||
+        die "NODE_RANK is not set: this node's number, 0 to $((nodes - 1)), 0 on $address"
+    command+=(--node-rank "$node_rank" --master-addr "$address" --master-port "$port")
+    first="$address $port"
+else
+    command+=(--standalone)
+fi
+[[ -n ${LOCAL_ADDR:-} ]] && command+=(--local-addr "$LOCAL_ADDR")
+command+=(-m keel_megatron "$VERB" "$CONFIG" "${OVERRIDES[@]}")
+
+show "${command[@]}"
+((DRY_RUN)) && exit 0
+find_run_folder
+if [[ -n $first && -n $node_rank && $node_rank != 0 ]]; then
+    # shellcheck disable=SC2086  # two words on purpose
+    wait_for $first "${WAIT_SECONDS:-300}"
+fi
+
+# torchrun (2.13) announces its shared store in the first round of a c10d rendezvous only: a node that
+# is started again would wait for it in vain. So rank 0 opens a store of its own in every round.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# One thread a process until keel sets training.threads; torchrun would set and announce the same.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# The code of an earlier start must not be taken for this one's.
+rm -f "$RUN_FOLDER/exit_code"
+# A job of its own, so that Ctrl-C reaches the trainers once, through here. Deaf to SIGUSR1, which
+# would kill torchrun; the trainers listen all the same (training/stop.py).
+set -m
+(
+    trap '' USR1
+    exec "${command[@]}"
+) &
+torchrun=$!
+set +m
+
+# Trainers are the children of torchrun, whatever thread started them.
+# shellcheck disable=SC2329  # the traps call it
+hand_on() {
+    say "SIG$1: handing it to the trainers"
+    cat /proc/"$torchrun"/task/*/children 2>/dev/null | xargs --no-run-if-empty kill -s "$1" || true
+}
+trap 'hand_on USR1' USR1
+trap 'hand_on TERM' TERM
+trap 'hand_on INT' INT
+trap 'hand_on HUP' HUP
+code=0
+wait "$torchrun" || code=$?
+while kill -0 "$torchrun" 2>/dev/null; do # a signal ends `wait`, not torchrun
+    code=0
+    wait "$torchrun" || code=$?
+done
+if [[ $VERB == train && -f $RUN_FOLDER/exit_code ]]; then
+    code=$(<"$RUN_FOLDER/exit_code")
+fi
+exit "$code"

@@ -1,0 +1,102 @@
+"""Manifests as kubernetes.sh makes them: what is in them, and that the schemas agree."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import yaml
+from tests.launchers.test_launchers import DEMO, ROOT, launch
+
+VALIDATORS = ROOT / ".venv" / "validators" / "bin" / "python"
+
+
+def rendered(kind: str, **variables: str) -> tuple[str, dict[str, Any]]:
+    settings = ("training.steps=9", "data.text=a b")
+    done = launch("kubernetes.sh", "--dry-run", DEMO, *settings, KIND=kind, **variables)
+    assert done.returncode == 0, done.stderr
+    text = "".join(line for line in done.stdout.splitlines(True) if not line.startswith("+ "))
+    return text, {entry["kind"]: entry for entry in yaml.safe_load_all(text)}
+
+
+def checked(text: str) -> subprocess.CompletedProcess[str]:
+    if not VALIDATORS.exists():
+        pytest.skip("no .venv/validators (make validators)")
+    return subprocess.run(
+        [str(VALIDATORS), str(ROOT / "tools" / "check_manifests.py"), "-"],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_an_indexed_job() -> None:
+    variables = {"NNODES": "16", "GPUS_PER_NODE": "8", "NAME": "deep", "CLAIM": "lake"}
+    _text, found = rendered("job", IMAGE="registry/keel:1", **variables)
+    job = found["Job"]["spec"]
+    assert (job["completions"], job["parallelism"]) == (16, 16)
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    env = {entry["name"]: entry.get("value") for entry in container["env"]}
+    # The first pod's name, which the headless service of the job's name makes resolvable.
+    assert env["RDZV_ENDPOINT"] == "deep-0.deep:29500"
+    assert pod["subdomain"] == found["Service"]["metadata"]["name"] == "deep"
+    assert found["Service"]["spec"]["selector"] == {"batch.kubernetes.io/job-name": "deep"}
+    assert env["NNODES"] == "16"
+    assert container["image"] == "registry/keel:1"
+    assert container["resources"] == {"limits": {"nvidia.com/gpu": 8}}
+    expected = ["--max-restarts", "3", "/etc/keel/run.yaml", "training.steps=9", "data.text=a b"]
+    assert container["args"] == expected
+    assert found["ConfigMap"]["data"]["run.yaml"] == Path(DEMO).read_text()
+    claims = [volume.get("persistentVolumeClaim") for volume in pod["volumes"]]
+    assert {"claimName": "lake"} in claims
+    # Exit codes of keel_megatron/runtime/exit_codes.py: the user's mistake, and what was saved.
+    by_action = {
+        rule["action"]: rule["onExitCodes"]["values"]
+        for rule in job["podFailurePolicy"]["rules"]
+        if "onExitCodes" in rule
+    }
+    assert by_action == {"FailJob": [2], "Ignore": [75, 143]}
+
+
+def test_a_pytorchjob() -> None:
+    _text, found = rendered("pytorchjob", NNODES="16", GPUS_PER_NODE="4")
+    spec = found["PyTorchJob"]["spec"]
+    assert spec["nprocPerNode"] == "4"
+    replicas = spec["pytorchReplicaSpecs"]
+    assert (replicas["Master"]["replicas"], replicas["Worker"]["replicas"]) == (1, 15)
+    assert replicas["Master"]["template"] == replicas["Worker"]["template"]
+    _text, found = rendered("pytorchjob", NNODES="1", GPUS_PER_NODE="0")
+    assert list(found["PyTorchJob"]["spec"]["pytorchReplicaSpecs"]) == ["Master"]
+
+
+@pytest.mark.parametrize("kind", ["job", "pytorchjob"])
+@pytest.mark.parametrize("gpus", ["0", "8"])
+def test_the_schemas_agree(kind: str, gpus: str) -> None:
+    text, _found = rendered(kind, NNODES="4", GPUS_PER_NODE=gpus)
+    done = checked(text)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong", "complaint"),
+    [
+        ("job", "completions: 4", "completions: four", "spec.completions: 'four' is not of type"),
+        ("job", "workingDir:", "workingdir:", "'workingdir' was unexpected"),
+        ("pytorchjob", "cleanPodPolicy:", "cleanPods:", "runPolicy.cleanPods is unknown"),
+        ("pytorchjob", "replicas: 3", "replicas: three", "'three' is no int"),
+        ("pytorchjob", "OnFailure", "Sometimes", "'Sometimes' must be Always|OnFailure"),
+        ("pytorchjob", "mountPath:", "mountpath:", "Worker: spec.containers.0"),
+        ("pytorchjob", "name: pytorch\n", "name: trainer\n", "no container is called pytorch"),
+    ],
+)
+def test_the_schemas_see_a_mistake(kind: str, right: str, wrong: str, complaint: str) -> None:
+    text, _found = rendered(kind, NNODES="4")
+    assert right in text
+    done = checked(text.replace(right, wrong))
+    assert done.returncode == 1
+    assert complaint in done.stdout
