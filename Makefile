@@ -9,7 +9,7 @@ PIP_ARGS ?=
 PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup validators train test test-all test-gpu check format bench-kernel chaos clean
+.PHONY: help setup validators train test test-all test-gpu check format bench-kernel chaos check-images clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -18,11 +18,12 @@ help: ## List the targets.
 setup: $(VENV)/.installed ## Make .venv with pinned dependencies (CPU torch is enough).
 
 # torch first and pinned: an unpinned torch, asked for by another package, would bring CUDA along.
+# DeepSpeed builds with the torch that is there, and without DS_BUILD_OPS=0 would compile its kernels.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS) torch setuptools
-	$(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS) --no-build-isolation \
+	DS_BUILD_OPS=0 $(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS) --no-build-isolation \
 		--editable '.[dev]'
 	touch $@
 
@@ -53,12 +54,17 @@ bench-kernel: ## Measure the fused kernel's bandwidth with the python3 at hand.
 chaos: setup ## Train while 100 faults are injected; nothing may be lost (tools/chaos.py).
 	$(BIN)/python tools/chaos.py --faults 100
 
-check: setup validators ## Lint, format, types, floors, spelling, shell scripts, manifests.
+check-images: setup ## Run the images' build steps in clean environments (tools/image_steps.py).
+	$(BIN)/python tools/image_steps.py docker/Dockerfile.cpu --then 'keel --help' $(IMAGE_ARGS)
+	$(BIN)/python tools/image_steps.py docker/Dockerfile.mlflow $(IMAGE_ARGS)
+
+check: setup validators ## Lint, format, types, floors, spelling, Dockerfiles, scripts, manifests.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(BIN)/hadolint docker/Dockerfile*
 	$(BIN)/shellcheck --external-sources launchers/*.sh launchers/slurm.sbatch
 	$(VENV)/validators/bin/python tools/check_manifests.py
 

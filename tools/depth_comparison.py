@@ -1,10 +1,11 @@
-"""Train Keel and Post-LN alike at 256 sub-layers, and draw their gradients over the depth.
+"""Train Keel and Post-LN alike at 256 sub-layers, and draw three quantities over depth and steps.
 
 python tools/depth_comparison.py            # docs/images/depth_keel_post_ln.png; 2 processes
 python tools/depth_comparison.py --runs DIR # keep the runs there; trained ones are drawn again
 
 Both are the demo (yaml/demo.yaml: hidden size 64, Python's standard library) with twice the blocks,
-shorter sequences and a profile of every step. A few minutes on two cores.
+shorter sequences, a learning rate that stays after its warm-up, and a profile of every step. A few
+minutes on two cores.
 """
 
 from __future__ import annotations
@@ -17,23 +18,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from keel_megatron.tracking.depth import QUANTITIES, DepthProfile, finite_values, read_profiles
+from keel_megatron.tracking.depth import QUANTITIES, DepthProfile, Values, read_profiles
 from keel_megatron.tracking.depth_plot import colours, draw_heat_map, stacked
 from keel_megatron.tracking.metrics import read_metrics
-from keel_megatron.tracking.style import BLUE, ORANGE, QUIET, TEXT, dress, save
+from keel_megatron.tracking.style import QUIET, TEXT, save
+
+Found = dict[str, list[DepthProfile]]
+"""The profiles of every rule's run."""
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "images" / "depth_keel_post_ln.png"
-RULES = {"keel": ("Keel", BLUE), "post_ln": ("Post-LN", ORANGE)}
-QUANTITY = "gradient_norm"
+RULES = {"keel": "Keel", "post_ln": "Post-LN"}
+TITLES = {
+    "gradient_norm": "Gradient norm",
+    "update_to_weight": "Size of an update / weights",
+    "update_size": "Size of a branch / skip path",
+}
 SETTINGS = (
     "model.blocks=128",
     "data.seq_length=64",
     "schedule.warmup_steps=10",
+    "schedule.decay=constant",
     "training.steps=48",
     "training.global_batch_size=8",
     "training.validate_every=0",
@@ -53,69 +63,82 @@ def train(runs: Path, rule: str, more: list[str]) -> Path:
     return runs / rule
 
 
-def draw(found: dict[str, list[DepthProfile]], losses: dict[str, list[float]], out: Path) -> None:
-    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 0.875), w_pad=0.08, h_pad=0.08, wspace=0.02)
-    figure = Figure(figsize=(13.2, 4.9), dpi=140, facecolor="white", layout=layout)
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.08))
-    norm = colours(QUANTITIES[QUANTITY], *(stacked(p, QUANTITY) for p in found.values()))
-    for axes, (rule, profiles) in zip((left, middle), found.items(), strict=True):
-        draw_heat_map(axes, profiles, QUANTITY, norm, colour_bar=False)
-        axes.set_title(RULES[rule][0], loc="left", fontsize=12, fontweight="bold", color=TEXT)
-    middle.set_ylabel("")
-    bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=[left, middle], pad=0.01, aspect=30)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(color=QUIET, labelcolor=TEXT, labelsize=9)
-    bar.set_label("gradient norm of a sub-layer", color=TEXT)
-    draw_over_depth(right, found, losses)
+def draw(found: Found, losses: dict[str, list[float]], out: Path) -> None:
+    """A column a quantity, Keel above Post-LN, in the same colours."""
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 0.85), w_pad=0.1, h_pad=0.06, wspace=0.03)
+    figure = Figure(figsize=(13.2, 8.2), dpi=130, facecolor="white", layout=layout)
+    panels = figure.subplots(2, 3, sharex=True, sharey=True)
+    for column, (quantity, title) in zip(panels.T, TITLES.items(), strict=True):
+        norm = colours(QUANTITIES[quantity], *(stacked(p, quantity) for p in found.values()))
+        for axes, (rule, profiles) in zip(column, found.items(), strict=True):
+            draw_heat_map(axes, profiles, quantity, norm, colour_bar=False)
+            begin, end = losses[rule][0], losses[rule][-1]
+            axes.set_title("")
+            axes.set_title(f"loss {begin:.2f} to {end:.2f}", loc="right", fontsize=9, color=QUIET)
+            axes.set_title(RULES[rule], loc="left", fontsize=11.5, fontweight="bold", color=TEXT)
+            axes.set_ylabel("sub-layer" if quantity == "gradient_norm" else "", color=TEXT)
+            axes.tick_params(length=2)
+        column[0].set_xlabel("")
+        above(column[0], title, 42, fontsize=12.5, fontweight="bold", color=TEXT)
+        above(column[0], at_the_end(found, quantity), 26, fontsize=9.5, color=QUIET)
+        bar = figure.colorbar(
+            ScalarMappable(norm, "viridis"), ax=column, location="bottom", aspect=40, pad=0.02
+        )
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(color=QUIET, labelcolor=TEXT, labelsize=9)
     last = found["post_ln"][-1]
-    title = f"Gradients over {last.sub_layers} sub-layers: the same model, text and steps"
-    figure.text(0.011, 0.975, title, fontsize=14.5, fontweight="bold", color=TEXT, va="top")
-    figure.text(
-        0.011,
-        0.915,
-        f"Both begin nearly alike. After {last.step} steps Keel's reaches every depth as before; "
-        f"of the gradient in Post-LN's last block {vanished(last)} is left in its first.",
-        fontsize=10.5,
-        color=QUIET,
-        va="top",
+    title = (
+        f"{last.sub_layers} sub-layers, {last.step} steps: Keel's gradient reaches every depth, "
+        "Post-LN's vanishes"
     )
+    figure.text(0.011, 0.985, title, fontsize=16, fontweight="bold", color=TEXT, va="top")
+    remark = (
+        "The same model, text, learning rate and steps, the same colours: only the rule by which a "
+        "branch joins the stream differs."
+    )
+    figure.text(0.011, 0.942, remark, fontsize=10.5, color=QUIET, va="top")
     save(figure, out)
 
 
-def draw_over_depth(
-    axes: Any, found: dict[str, list[DepthProfile]], losses: dict[str, list[float]]
-) -> None:
-    for rule, profiles in found.items():
-        name, colour = RULES[rule]
-        for profile, style in (
-            (profiles[0], {"linestyle": (0, (4, 2)), "linewidth": 1.1}),
-            (profiles[-1], {"linewidth": 1.8}),
-        ):
-            whole = blocks(profile)
-            loss = losses[rule][profile.step - 1]
-            label = f"{name}, step {profile.step} (loss {loss:.2f})"
-            axes.plot(2 * np.arange(len(whole)), whole, color=colour, label=label, **style)
-    axes.set_yscale("log")
-    axes.set_xlabel("sub-layer", color=TEXT)
-    axes.set_title(
-        "First and last step, a block each", loc="left", fontsize=12, fontweight="bold", color=TEXT
-    )
-    axes.legend(frameon=False, fontsize=9.5, labelcolor=TEXT, loc="center left")
-    axes.set_xlim(0, profiles[0].sub_layers)
-    dress(axes)
+def above(axes: Axes, text: str, points: float, **style: Any) -> None:
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    note = axes.annotate(text, (0, 1), xytext=(0, points), **place, **style)
+    note.set_in_layout(False)  # or a long one would make the panel narrow
 
 
-def blocks(profile: DepthProfile) -> np.ndarray[Any, Any]:
-    """The gradient norm of every block: of attention and FFN together."""
-    squares = profile.values[QUANTITY].filled(np.nan).astype(np.float64) ** 2
-    return np.sqrt(squares.reshape(-1, 2).sum(1))
+def at_the_end(found: Found, quantity: str) -> str:
+    """What the last column of the heat maps shows, in a number for each rule."""
+    name, measure = MEASURES[quantity]
+    figures = [
+        f"{RULES[rule]} {power_of_ten(measure(profiles[-1].values[quantity]))}"
+        for rule, profiles in found.items()
+    ]
+    return f"at the end, {name}: {', '.join(figures)}"
 
 
-def vanished(profile: DepthProfile) -> str:
-    """What is left of the last block's gradient in the first, such as 4 x 10^-11."""
-    whole = blocks(profile)
-    digit, exponent = f"{whole[0] / whole[-1]:.0e}".split("e")
+def median(values: Values) -> float:
+    return float(np.ma.median(values.astype(np.float64)))
+
+
+def first_by_last(values: Values) -> float:
+    """The median of the first tenth of the sub-layers by that of the last tenth."""
+    tenth = max(1, len(values) // 10)
+    return median(values[:tenth]) / median(values[-tenth:])
+
+
+def power_of_ten(value: float) -> str:
+    """Such as 0.68 or 4 x 10^-11."""
+    if 0.01 <= value < 100:
+        return f"{value:.2g}"
+    digit, exponent = f"{value:.0e}".split("e")
     return rf"${digit} \times 10^{{{int(exponent)}}}$"
+
+
+MEASURES = {
+    "gradient_norm": ("first / last tenth", first_by_last),
+    "update_to_weight": ("median", median),
+    "update_size": ("median", median),
+}
 
 
 def main() -> None:
@@ -135,13 +158,10 @@ def main() -> None:
         draw(found, losses, arguments.out)
     for rule, profiles in found.items():
         for profile in (profiles[0], profiles[-1]):
-            whole = blocks(profile)
-            finite = finite_values(profile.values[QUANTITY])
-            print(
-                f"{rule:8} step {profile.step:3}: first block {whole[0]:.2e}, "
-                f"last {whole[-1]:.2e}, sub-layers {finite.min():.2e} to {finite.max():.2e}, "
-                f"loss {losses[rule][profile.step - 1]:.3f}"
-            )
+            loss = losses[rule][profile.step - 1]
+            print(f"{rule}, step {profile.step}: loss {loss:.3f}")
+            for quantity, (name, measure) in MEASURES.items():
+                print(f"  {quantity}, {name}: {measure(profile.values[quantity]):.2e}")
     print(arguments.out)
 
 

@@ -24,6 +24,8 @@ CHANGEABLE = (
     "parallel.timeout_seconds",
     "parallel.preflight",
     "kernels.",
+    "deepspeed.",
+    "training.engine",
     "optimizer.",
     "schedule.",
     "checkpoint.",

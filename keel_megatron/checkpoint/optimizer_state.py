@@ -42,12 +42,26 @@ def load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
     advance.
     """
     sharded = loaded.pop("param_state", None)
-    optimizer.load_state_dict(loaded)
     if sharded is None:
+        optimizer.load_state_dict(loaded)
         return
     (inner,) = optimizer.chained_optimizers
+    _complete_groups(loaded["optimizer"]["param_groups"], inner.optimizer.param_groups)
+    optimizer.load_state_dict(loaded)
     states = inner.optimizer.state.values()
     steps = [state.pop("step") for state in states]
     inner.load_parameter_state_from_fully_reshardable(sharded)
     for state, step in zip(states, steps, strict=True):
         state["step"] = step.clone()
+
+
+def _complete_groups(loaded: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
+    """Give loaded groups the settings that this optimizer's have and theirs lack.
+
+    Another Adam (torch's, Apex's, Transformer Engine's) or another engine has written them.
+    """
+    for group in loaded:
+        like = next(g for g in own if g["wd_mult"] == group["wd_mult"])
+        for key, value in like.items():
+            if key not in ("params", "step"):
+                group.setdefault(key, value)

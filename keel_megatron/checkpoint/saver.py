@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from keel_megatron.checkpoint import folder, manifest
 from keel_megatron.checkpoint.manifest import FileRecord, shards_name
 from keel_megatron.checkpoint.shard_file import blocks
 from keel_megatron.checkpoint.sharding import Place, index
-from keel_megatron.checkpoint.state import Position, Snapshot, snapshot
+from keel_megatron.checkpoint.state import Position, Snapshot, Trained, snapshot
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import dump_config
 from keel_megatron.config.run import RunConfig
@@ -115,8 +113,7 @@ class Saver:
 
     def save(
         self,
-        chunks: list[nn.Module],
-        optimizer: Any,
+        trained: Trained,
         position: Position,
         extras: dict[str, Any],
     ) -> None:
@@ -130,8 +127,7 @@ class Saver:
         content = snapshot(
             self._config,
             self._runtime,
-            chunks,
-            optimizer,
+            trained,
             position,
             extras=extras,
             data=self._data,

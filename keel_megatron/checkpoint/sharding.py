@@ -16,7 +16,12 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.base import (
     LoadCommonStrategy,
@@ -97,7 +102,13 @@ def _is_shell(value: Any) -> bool:
 
 
 def _refuse_content(item: Any) -> None:
-    """Linear layers list an extra state for fp8; it is empty here and not kept."""
+    """Linear layers list an extra state for fp8, which is not kept.
+
+    It is empty, or Transformer Engine's pickle of the recipe: scaled tensor by tensor as they are,
+    products keep nothing from one step to the next.
+    """
+    if item.key.endswith("_extra_state"):
+        return
     data = item.data
     empty = data is None or (isinstance(data, torch.Tensor) and data.numel() == 0)
     if not empty:
@@ -150,6 +161,29 @@ def load_state(
     return dist_checkpointing.load(state, str(folder), _Tensors(folder, tensors), _Common(common))
 
 
+class TensorReader:
+    """Reads single sharded tensors of a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        tensors: its index.
+    """
+
+    def __init__(self, folder: Path, tensors: dict[str, Any]) -> None:
+        self._tensors = _Tensors(folder, tensors)
+
+    def read(self, item: Any) -> torch.Tensor:
+        """What the checkpoint holds of a ShardedTensor, or of a factory's, merged.
+
+        Raises:
+            DamagedError: it is missing there, or not what it should be.
+        """
+        if isinstance(item, ShardedTensorFactory):
+            parts = dict_list_map_outplace(self._tensors.value, item.build())
+            return item.merge_fn(parts)
+        return self._tensors.value(item)
+
+
 class _Tensors(LoadShardedStrategy):
     """Reads the parts that overlap with what a rank asks for."""
 
@@ -163,7 +197,7 @@ class _Tensors(LoadShardedStrategy):
     def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
         """The state with tensors in place of their descriptions."""
         del checkpoint_dir  # always the folder
-        return dict_list_map_outplace(self._value, sharded_state_dict)
+        return dict_list_map_outplace(self.value, sharded_state_dict)
 
     def load_tensors_metadata(self, checkpoint_dir: Any) -> Any:
         """Not needed: the index is here."""
@@ -176,7 +210,8 @@ class _Tensors(LoadShardedStrategy):
         """The manifest has the format."""
 
     @torch.no_grad()
-    def _value(self, item: Any) -> Any:
+    def value(self, item: Any) -> Any:
+        """A sharded tensor's values, filled in place if it holds a tensor."""
         if not isinstance(item, ShardedTensor):
             return item.data
         if item.data is None:

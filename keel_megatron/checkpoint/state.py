@@ -15,11 +15,11 @@ import random
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from torch import nn
 
 from keel_megatron import __version__
@@ -31,16 +31,24 @@ from keel_megatron.checkpoint.manifest import (
     read_json,
     shards_name,
 )
-from keel_megatron.checkpoint.optimizer_state import load_optimizer, sharded_optimizer_state
+from keel_megatron.checkpoint.megatron_state import MegatronState
 from keel_megatron.checkpoint.plain import from_json, to_json
 from keel_megatron.checkpoint.shard_file import Part
-from keel_megatron.checkpoint.sharding import Place, load_state, split_state
+from keel_megatron.checkpoint.sharding import Place, split_state
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.runtime.seeds import seed_dropout
 
-_PACKAGES = ("torch", "megatron-core", "numpy", "sentencepiece", "transformer-engine", "triton")
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "numpy",
+    "sentencepiece",
+    "transformer-engine",
+    "triton",
+    "deepspeed",
+)
 
 
 @dataclass(frozen=True)
@@ -81,11 +89,34 @@ class Loaded:
     """The state of other parts, by name, as it was given to `snapshot`."""
 
 
+class Trained(Protocol):
+    """The weights and the optimizer's state of an engine, under layout-independent names.
+
+    Every engine names and shapes them alike (docs/design.md), so that each goes on from another's
+    checkpoint.
+    """
+
+    copies: bool
+    """Whether `to_save` gives values of its own, which later steps do not change."""
+
+    def to_save(self) -> dict[str, Any]:
+        """Sharded tensors, and what is not sharded; collective over all ranks."""
+
+    def read(self, path: Path, index: dict[str, Any], common: dict[str, Any]) -> Any:
+        """Read this rank's part of a checkpoint, and see that it is all there.
+
+        Raises:
+            DamagedError: after all collectives, if something is missing or not as it should be.
+        """
+
+    def apply(self, loaded: Any) -> None:
+        """Go on from what `read` returned, once every rank has it; collective over all ranks."""
+
+
 def snapshot(
     config: RunConfig,
     runtime: Runtime,
-    chunks: list[nn.Module],
-    optimizer: Any,
+    trained: Trained,
     position: Position,
     *,
     extras: dict[str, Any],
@@ -98,8 +129,7 @@ def snapshot(
     Args:
         config: the run.
         runtime: this rank's place.
-        chunks: its model chunks.
-        optimizer: Megatron-core's.
+        trained: its engine's state.
         position: steps done and samples seen.
         extras: state of other parts by name, the same on every rank: numbers, text, None, lists,
             tuples, dicts, tensors and arrays.
@@ -107,8 +137,8 @@ def snapshot(
         copy: take the values now; else they must not change before they are written.
         validate: have Megatron-core check that the ranks' parts fill every tensor exactly.
     """
-    state = _sharded_state(chunks, optimizer, is_loading=False)
-    parts, places, common = split_state(state, copy=copy, validate=validate)
+    copy = copy and not trained.copies
+    parts, places, common = split_state(trained.to_save(), copy=copy, validate=validate)
     run_state = {
         "step": position.step,
         "consumed_samples": position.consumed_samples,
@@ -126,8 +156,7 @@ def load(
     path: Path,
     config: RunConfig,
     runtime: Runtime,
-    chunks: list[nn.Module],
-    optimizer: Any,
+    trained: Trained,
 ) -> Loaded:
     """Restore weights, optimizer and generators from a checkpoint; collective over all ranks.
 
@@ -139,10 +168,7 @@ def load(
     """
     saved, problem = _read_run_state(path, config, runtime)
     _agree(path, runtime, problem)
-    state = _sharded_state(chunks, optimizer, is_loading=True)
-    loaded = _load_sharded(path, runtime, state, saved["common"])
-    _load_chunks(chunks, loaded)
-    load_optimizer(optimizer, loaded["optimizer"])
+    trained.apply(_read(path, runtime, trained, saved["common"]))
     position = Position(saved["step"], saved["consumed_samples"])
     if saved["rng"] is not None:
         _restore_rng(saved["rng"])
@@ -159,8 +185,8 @@ def load_weights(path: Path, runtime: Runtime, chunks: list[nn.Module]) -> None:
     Raises:
         UserError: as `load`.
     """
-    state = _sharded_state(chunks, None, is_loading=True)
-    _load_chunks(chunks, _load_sharded(path, runtime, state, {}))
+    trained = MegatronState(chunks, None)
+    trained.apply(_read(path, runtime, trained, {}))
 
 
 def _read_run_state(
@@ -181,12 +207,10 @@ def _read_run_state(
         return {}, f"{STATE} is not the state of a run"
 
 
-def _load_sharded(
-    path: Path, runtime: Runtime, state: dict[str, Any], common: dict[str, Any]
-) -> dict[str, Any]:
-    loaded, problem = {}, None
+def _read(path: Path, runtime: Runtime, trained: Trained, common: dict[str, Any]) -> Any:
+    loaded, problem = None, None
     try:
-        loaded = load_state(path, state, read_json(path / INDEX), common)
+        loaded = trained.read(path, read_json(path / INDEX), common)
     except DamagedError as error:
         problem = str(error)
     _agree(path, runtime, problem)
@@ -217,36 +241,6 @@ def _agree(path: Path, runtime: Runtime, problem: str | None) -> None:
             )
 
     runtime.from_main(judge)
-
-
-def _content_metadata() -> dict[str, Any]:
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-    }
-
-
-def _sharded_state(chunks: list[nn.Module], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
-    """The model's (and optimizer's) tensors with their place in the global ones."""
-    metadata = _content_metadata()
-    metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    state: dict[str, Any] = {}
-    for number, chunk in enumerate(chunks):
-        state[_chunk_key(number)] = chunk.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
-    if optimizer is not None:
-        models = state[_chunk_key(0)] if len(chunks) == 1 else dict(state)
-        state["optimizer"] = sharded_optimizer_state(optimizer, models, metadata, is_loading)
-    return state
-
-
-def _load_chunks(chunks: list[nn.Module], loaded: dict[str, Any]) -> None:
-    for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[_chunk_key(number)])
-
-
-def _chunk_key(number: int) -> str:
-    return f"model{number}"
 
 
 def _layout(config: RunConfig, runtime: Runtime) -> dict[str, int]:

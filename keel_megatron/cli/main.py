@@ -13,13 +13,16 @@ from keel_megatron import __version__
 from keel_megatron.cli import (
     checkpoint,
     config,
+    dashboard,
     data,
     depth,
     doctor,
     generate,
     plan,
+    runs,
     study,
     tokenizer,
+    track,
     train,
 )
 from keel_megatron.config.errors import ConfigError, UserError
@@ -50,6 +53,8 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("depth")(depth.depth)
+app.command("runs")(runs.runs)
+app.command("dashboard")(dashboard.dashboard)
 app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
 app.add_typer(checkpoint.app, name="checkpoint")
@@ -57,6 +62,7 @@ app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(study.app, name="study")
 app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(track.app, name="track")
 
 
 def _print_version(wanted: bool) -> None:

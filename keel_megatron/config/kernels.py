@@ -12,10 +12,18 @@ from keel_megatron.config.base import Section
 class KernelsConfig(Section):
     """The family of modules behind the same mathematics."""
 
-    backend: Literal["auto", "torch", "transformer_engine"] = Field(
+    backend: Literal["auto", "torch", "apex", "transformer_engine"] = Field(
         default="auto",
         description=(
-            "torch = Megatron-core's parallel linears and torch's attention; "
-            "transformer_engine = Transformer Engine's, where it is installed; auto = torch."
+            "torch = Megatron-core's parallel linears and torch's attention; apex = those, with "
+            "gradients accumulated by Apex's kernel; transformer_engine = Transformer Engine's "
+            "linears and attention; auto = apex where it is installed, else torch."
+        ),
+    )
+    fp8: Literal["none", "e4m3", "hybrid"] = Field(
+        default="none",
+        description=(
+            "Format of the blocks' matrix products under backend: transformer_engine, scaled "
+            "tensor by tensor as they are; hybrid = e4m3, and e5m2 for gradients."
         ),
     )

@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from keel_megatron.config.checks import known_problems, problems
 from keel_megatron.config.errors import ConfigError, Problem
-from keel_megatron.config.run import RunConfig, known_problems, problems
+from keel_megatron.config.run import RunConfig
 from keel_megatron.config.wording import section_suggestion, translate
 from keel_megatron.config.yaml_text import read_yaml, shown, write_yaml
 

@@ -22,6 +22,12 @@ class TrainingConfig(Section):
     micro_batch_size: int = Field(
         default=1, gt=0, description="Sequences of one forward pass on one replica."
     )
+    engine: Literal["megatron", "deepspeed"] = Field(
+        default="megatron",
+        description=(
+            "What trains: Megatron-core's schedules, DDP and optimizer, or DeepSpeed's ZeRO."
+        ),
+    )
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16",
         description="Type of the matrix products; the residual stream is fp32 in both.",
@@ -91,9 +97,15 @@ class TrackingConfig(Section):
     mlflow: bool = Field(default=True, description="Report to MLflow.")
     uri: str | None = Field(
         default=None,
-        description="MLflow tracking URI; null = a sqlite file, mlflow.db in the run's folder.",
+        description="MLflow tracking URI, without a password: credentials come from MLflow's own "
+        "environment variables; null = a sqlite file, mlflow.db in the run's folder.",
     )
     experiment: str = Field(default="keel", description="MLflow experiment.")
+    system_metrics_every: float = Field(
+        default=10.0,
+        ge=0.0,
+        description="Seconds between measurements of every node's machine for MLflow; 0 = none.",
+    )
     depth_every: int = Field(
         default=100,
         ge=0,

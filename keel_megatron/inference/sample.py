@@ -6,6 +6,7 @@ from pathlib import Path
 
 from keel_megatron.checkpoint.identity import saved_config
 from keel_megatron.inference.generate import generate_from_run
+from keel_megatron.tracking.sync import add_file
 
 SAMPLE_TOKENS = 64
 
@@ -27,4 +28,5 @@ def sample_run(run: Path, *, again: bool) -> None:
             run, prompt, max_new_tokens=min(SAMPLE_TOKENS, config.data.seq_length // 2)
         )
         kept.write_text(text + "\n", encoding="utf-8")
+        add_file(run, kept)
     print(f"\nsample ({kept}):\n{kept.read_text(encoding='utf-8')}")

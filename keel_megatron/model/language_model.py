@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keel_megatron.config.run import RunConfig
+from keel_megatron.model.backend import choose_backend
 from keel_megatron.model.initialization import initialize
 from keel_megatron.model.layer import link
 from keel_megatron.model.norm import stream_dtype
@@ -29,6 +30,8 @@ def transformer_config(
     recomputed: int,
     compute_dtype: torch.dtype,
     device: torch.device,
+    *,
+    gradient_fusion: bool = False,
 ) -> TransformerConfig:
     """Megatron-core's configuration of one chunk of the run's model.
 
@@ -38,6 +41,7 @@ def transformer_config(
         recomputed: how many of the chunk's blocks, its first, are computed again going back.
         compute_dtype: type of the matrix products and of their weights.
         device: where the run happens.
+        gradient_fusion: add weights' gradients to the accumulated ones within their products.
     """
     model, parallel = config.model, config.parallel
     return TransformerConfig(
@@ -70,12 +74,20 @@ def transformer_config(
         # queued, which CUDA's stream order makes safe and gloo does not: it would send garbage.
         deallocate_pipeline_outputs=device.type == "cuda" or layout.virtual_pipeline == 1,
         transformer_impl="local",
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=gradient_fusion,
         # The first block differs from the rest: checkpoints keep one key a block.
         hetereogenous_dist_checkpoint=True,
+        **_fp8(config),
         **_pipelined(layout),
         **_recompute(recomputed),
     )
+
+
+def _fp8(config: RunConfig) -> dict[str, Any]:
+    """Fp8 in Megatron-core's settings, with a recipe that keeps nothing from step to step."""
+    if config.kernels.fp8 == "none":
+        return {}
+    return {"fp8": config.kernels.fp8, "fp8_recipe": "tensorwise"}
 
 
 def _pipelined(layout: Layout) -> dict[str, Any]:
@@ -161,19 +173,28 @@ def build_model(
 
     Raises:
         ValueError: the stages' blocks do not add up to the model's.
+        UserError: kernels.backend asks for what is not installed.
     """
     dtype = compute_dtype or COMPUTE_DTYPES[config.training.precision]
     partition = partition or own_partition(config, runtime)
     layout = partition.layout
     layout.check(config.model.blocks)
+    backend = choose_backend(config, runtime.device.type)
     stage = partition.stages[runtime.pipeline_rank]
     interleaved = layout.virtual_pipeline > 1
     chunks: list[nn.Module] = []
     for number, part in enumerate(layout.stage(runtime.pipeline_rank)):
         chunk = LanguageModel(
-            transformer_config(config, layout, stage.recomputed[number], dtype, runtime.device),
+            transformer_config(
+                config,
+                layout,
+                stage.recomputed[number],
+                dtype,
+                runtime.device,
+                gradient_fusion=backend.gradient_fusion and dtype == torch.bfloat16,
+            ),
             config,
-            transformer_layer_spec=chunk_spec(config, part.blocks),
+            transformer_layer_spec=chunk_spec(config, backend.modules, part.blocks),
             pre_process=part.embedding,
             post_process=part.head,
             vp_stage=number if interleaved else None,

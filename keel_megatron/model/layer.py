@@ -146,8 +146,8 @@ class KeelLayer(TransformerLayer):
             x,
             branch,
             rule.alpha,
-            None if outer_norm is None else outer_norm.weight,  # type: ignore[arg-type]
-            None if inner_norm is None else inner_norm.weight,
+            None if outer_norm is None else outer_norm.gain,  # type: ignore[arg-type]
+            None if inner_norm is None else inner_norm.gain,
             self.config.layernorm_epsilon,
             self.config.params_dtype,
         )

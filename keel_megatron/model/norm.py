@@ -17,8 +17,9 @@ def stream_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension.
 
-    The statistics and the gain are in the stream's type (fp32). Under sequence parallelism the
-    gain is marked so that Megatron-core sums its gradient over the tensor group.
+    The statistics and the gain are in the stream's type (fp32); DeepSpeed keeps the parameter in
+    the type of the matrix products, beside its fp32 master. Under sequence parallelism the gain is
+    marked so that Megatron-core sums its gradient over the tensor group.
 
     Args:
         config: Megatron-core's TransformerConfig.
@@ -36,14 +37,19 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps = eps
-        gain_dtype = stream_dtype(config.params_dtype)
-        self.output_dtype = config.params_dtype if output == "branch" else gain_dtype
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=gain_dtype))
+        self.stream_dtype = stream_dtype(config.params_dtype)
+        self.output_dtype = config.params_dtype if output == "branch" else self.stream_dtype
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=self.stream_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    @property
+    def gain(self) -> Tensor:
+        """The gain [h] in the stream's type."""
+        return self.weight.to(self.stream_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x: [..., h] in the stream's type, to [..., h] in the output's."""
-        y = torch.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+        y = torch.rms_norm(x, (x.size(-1),), self.gain, self.eps)
         return y.to(self.output_dtype)
 
 
@@ -59,7 +65,7 @@ class HeadNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x in the stream's type; back in the type of the matrix products."""
-        gain = tensor_parallel.copy_to_tensor_model_parallel_region(self.weight)
+        gain = tensor_parallel.copy_to_tensor_model_parallel_region(self.gain)
         y = torch.rms_norm(x.to(gain.dtype), (x.size(-1),), gain, self.eps)
         return y.to(self.output_dtype)
 

@@ -11,10 +11,10 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.model import ModelConfig
 from keel_megatron.config.run import RunConfig
 from keel_megatron.model.attention import SdpaAttention, SelfAttention
+from keel_megatron.model.backend import Modules
 from keel_megatron.model.layer import KeelLayer, KeelLayerSubmodules
 from keel_megatron.model.norm import BranchCast, BranchVector, HeadNorm, RMSNorm
 from keel_megatron.model.residual import sub_layer
@@ -37,18 +37,9 @@ def transformer_engine() -> Family:
     """Transformer Engine's linears and attention, in Megatron-core's wrappers.
 
     The norms stay ours: their statistics and the stream are fp32, and they are fused with the sum.
-
-    Raises:
-        UserError: Transformer Engine is not installed, or only its empty meta package is.
     """
     from megatron.core.extensions import transformer_engine as wrappers
 
-    if not wrappers.HAVE_TE:
-        raise UserError(
-            "kernels.backend: transformer_engine is asked for, but Transformer Engine cannot be "
-            "imported; use an image that has it, install transformer-engine[pytorch], or choose "
-            "torch"
-        )
     return Family(
         wrappers.TEColumnParallelLinear,
         wrappers.TERowParallelLinear,
@@ -89,10 +80,10 @@ def layer_spec(model: ModelConfig, family: Family) -> ModuleSpec:
     )
 
 
-def chunk_spec(config: RunConfig, blocks: int) -> TransformerBlockSubmodules:
+def chunk_spec(config: RunConfig, modules: Modules, blocks: int) -> TransformerBlockSubmodules:
     """The spec of a chunk of `blocks` blocks, with what precedes the head after its last one."""
     model = config.model
-    family = transformer_engine() if config.kernels.backend == "transformer_engine" else LOCAL
+    family = transformer_engine() if modules == "transformer_engine" else LOCAL
     return TransformerBlockSubmodules(
         layer_specs=[layer_spec(model, family)] * blocks,
         layer_norm=RMSNorm if model.final_norm else BranchCast,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from keel_megatron.config.run import RunConfig, problems
+from keel_megatron.config.checks import problems
+from keel_megatron.config.run import RunConfig
 from keel_megatron.partition.plan import Plan, make_plan
 
 Change = dict[str, Any]
@@ -46,6 +47,8 @@ def _changes(config: RunConfig) -> Iterator[Change]:
 
 def _single_changes(config: RunConfig) -> Iterator[Change]:
     parallel, training = config.parallel, config.training
+    if training.engine == "deepspeed":
+        yield from _more_zero(config)
     if parallel.tensor > 1 and not parallel.sequence:
         yield {"parallel.sequence": True}
     if not parallel.distributed_optimizer:
@@ -59,7 +62,25 @@ def _single_changes(config: RunConfig) -> Iterator[Change]:
     pipeline, tensor = parallel.pipeline, parallel.tensor
     for factor in (2, 4, 8, 16, 32):
         yield {"parallel.pipeline": pipeline * factor, **again}
-        yield {"parallel.tensor": tensor * factor, "parallel.sequence": True}
+        sequence = training.engine == "megatron"
+        yield {"parallel.tensor": tensor * factor, "parallel.sequence": sequence}
+
+
+def _more_zero(config: RunConfig) -> Iterator[Change]:
+    """Further stages of ZeRO, then offloading."""
+    own = config.deepspeed
+    stages = range(own.zero_stage + 1, 4)
+    yield from ({"deepspeed.zero_stage": stage} for stage in stages)
+    if not own.offload_optimizer:
+        offload = {"deepspeed.offload_optimizer": True}
+        yield offload
+        yield from ({"deepspeed.zero_stage": stage, **offload} for stage in stages)
+    if not own.offload_parameters:
+        yield {
+            "deepspeed.zero_stage": 3,
+            "deepspeed.offload_optimizer": True,
+            "deepspeed.offload_parameters": True,
+        }
 
 
 def _changed(config: RunConfig, change: Change) -> RunConfig:
@@ -71,4 +92,4 @@ def _changed(config: RunConfig, change: Change) -> RunConfig:
 
 
 def _shown(value: Any) -> str:
-    return {None: "null", True: "true"}.get(value, str(value))
+    return {None: "null", True: "true", False: "false"}.get(value, str(value))

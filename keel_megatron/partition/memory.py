@@ -19,6 +19,7 @@ from functools import cache
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.partition.costs import STREAM_BYTES, Cost, Costs
+from keel_megatron.partition.zero import Sizes, ZeroMemory, zero_memory
 
 GB = 1e9
 
@@ -29,7 +30,7 @@ class StageMemory:
 
     parameters: int
     gradients: int
-    """fp32, in Megatron-core's buffers."""
+    """fp32, in Megatron-core's buffers or ZeRO's."""
     optimizer: int
     """AdamW's moments, and fp32 masters under bf16."""
     activations: int
@@ -40,6 +41,8 @@ class StageMemory:
     """Messages between stages, and activations collected from the tensor group under SP."""
     working: int
     """Temporary in a block's backward pass, with the activations that recomputation brings back."""
+    host: int = 0
+    """In the host's memory, for this device: what ZeRO offloads; no part of the total."""
 
     @property
     def total(self) -> int:
@@ -141,14 +144,15 @@ class MemoryModel:
         pieces += [(costs.head, 1)] if head else []
         weights = sum(cost.parameters * count for cost, count in pieces)
         gains = sum(cost.vector_parameters * count for cost, count in pieces)
-        parameters, optimizer = self._states(weights, gains)
+        states = self._states(weights, gains)
         return StageMemory(
-            parameters=parameters,
-            gradients=4 * (weights + gains),
-            optimizer=optimizer,
+            parameters=states.parameters,
+            gradients=states.gradients,
+            optimizer=states.optimizer,
             activations=self._activations(stage, blocks, recomputed),
             logits=costs.head.logits_bytes + costs.head.working_bytes if head else 0,
-            communication=self._communication(),
+            communication=self._communication() + states.buffers,
+            host=states.host,
             working=self._working(blocks, recomputed, embedding=stage == 0),
         )
 
@@ -195,14 +199,22 @@ class MemoryModel:
             low, high = (low, middle) if fits(middle) else (middle, high)
         return first(high)
 
-    def _states(self, weights: int, gains: int) -> tuple[int, int]:
-        """Bytes of parameters and of the optimizer's state: gains are fp32 in any precision."""
+    def _states(self, weights: int, gains: int) -> ZeroMemory:
+        """Bytes of parameters, gradients and the optimizer's state.
+
+        Under Megatron-core gains are fp32 in any precision, and gradients lie in fp32 buffers.
+        """
+        if self.config.training.engine == "deepspeed":
+            model, tensor = self.config.model, self.config.parallel.tensor
+            inner = 2 * model.ffn_hidden_size * model.hidden_size // tensor
+            largest = max(self.costs.embedding.parameters, inner)
+            return zero_memory(self.config, Sizes(weights, gains, largest), self.data_parallel)
         masters = 4 * weights if self.config.training.precision == "bf16" else 0
         size = 2 if self.config.training.precision == "bf16" else 4
         optimizer = masters + 8 * (weights + gains)
         if self.config.parallel.distributed_optimizer:
             optimizer = -(-optimizer // self.data_parallel)
-        return size * weights + 4 * gains, optimizer
+        return ZeroMemory(size * weights + 4 * gains, 4 * (weights + gains), optimizer, 0, 0)
 
     def _activations(self, stage: int, blocks: Sequence[int], recomputed: Sequence[int]) -> int:
         parallel, costs = self.config.parallel, self.costs

@@ -150,7 +150,21 @@ def _prediction(plan: Plan) -> list[str]:
             f"Memory: DOES NOT FIT; {need}, {limit / GB:.4g} are there; {over} of "
             f"{count(len(parts.stages), 'stage')} need more."
         )
+    if plan.config.training.engine == "deepspeed":
+        lines.append(_zero(plan))
     return lines
+
+
+def _zero(plan: Plan) -> str:
+    """What DeepSpeed puts into the host's memory, and what the prediction leaves out."""
+    own, host = plan.config.deepspeed, plan.partition.worst_memory.memory.host
+    ranks = min(plan.gpus, plan.device.devices_per_node)
+    node = f", {host * ranks / GB:.1f} GB a node of {ranks}" if host and ranks > 1 else ""
+    return (
+        f"ZeRO {own.zero_stage}: {host / GB:.1f} GB of the host's memory a device{node}. The times "
+        "are the Megatron engine's: collecting parameters, summing gradients for every "
+        "micro-batch and the host's update are not in them."
+    )
 
 
 def describe_change(change: tuple[list[str], Plan] | None) -> str:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from keel_megatron.config.checks import problems
 from keel_megatron.config.errors import UserError
-from keel_megatron.config.run import RunConfig, problems
+from keel_megatron.config.run import RunConfig
 from keel_megatron.partition.costs import Costs, Kernel, UnitTimes, model_costs, predicted_times
 from keel_megatron.partition.devices import Device
 from keel_megatron.partition.memory import MemoryModel
@@ -178,7 +179,8 @@ def _layouts(config: RunConfig, gpus: int, device: Device) -> Iterator[_Layout]:
                 continue
             costs = model_costs(base, kernel)
             times = predicted_times(costs, device)
-            for pipeline in _pipelines(min(config.model.blocks + 2, gpus // tensor)):
+            stages = min(config.model.blocks + 2, gpus // tensor)
+            for pipeline in _pipelines(1 if _on_deepspeed(config) else stages):
                 for virtual in _VIRTUAL if pipeline > 1 else (1,):
                     if pipeline * virtual - 2 > config.model.blocks:
                         break
@@ -188,6 +190,11 @@ def _layouts(config: RunConfig, gpus: int, device: Device) -> Iterator[_Layout]:
                         continue
                     layout = _with(config, tensor, pipeline, virtual, micro_batch)
                     yield _Layout(layout, tensor * pipeline * replicas, costs, times)
+
+
+def _on_deepspeed(config: RunConfig) -> bool:
+    """Whether there can be one stage only, and no sequence parallelism."""
+    return config.training.engine == "deepspeed"
 
 
 def _pipelines(most: int) -> Iterator[int]:
@@ -212,7 +219,7 @@ def _with(
     parallel = config.parallel.model_copy(
         update={
             "tensor": tensor,
-            "sequence": tensor > 1,
+            "sequence": tensor > 1 and not _on_deepspeed(config),
             "pipeline": pipeline,
             "virtual_pipeline": virtual,
             "layout": None,

@@ -221,6 +221,11 @@ def require_fit(partition: Partition, config: RunConfig) -> None:
         return
     worst = partition.worst_memory
     ways = "raise parallel.pipeline or parallel.tensor, or lower training.micro_batch_size"
+    if config.training.engine == "deepspeed":
+        ways = (
+            "raise deepspeed.zero_stage or parallel.tensor, set deepspeed.offload_optimizer or "
+            "deepspeed.offload_parameters, or lower training.micro_batch_size"
+        )
     if config.parallel.recompute == "none":
         ways = f"set parallel.recompute: auto, {ways}"
     raise UserError(

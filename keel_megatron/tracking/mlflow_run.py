@@ -1,118 +1,200 @@
-"""A run as MLflow sees it. Everything here may block or fail: only the sink's thread calls it."""
+"""A run as MLflow sees it. Everything here may block or fail: only the courier calls it."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import datetime
 import logging
-import platform
-import re
-from collections.abc import Sequence
+import os
+import sqlite3
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from keel_megatron import __version__
-from keel_megatron.config.run import RunConfig
+from keel_megatron.tracking.overwrite import delete_after, sqlite_file
+from keel_megatron.tracking.target import (
+    Status,
+    Target,
+    local_uri,
+    remember_run_id,
+    remembered_run_id,
+)
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-
-RUN_ID_FILE = "mlflow_run_id"
 METRICS_PER_CALL = 1000
-_PARAMS_PER_CALL = 100
-_PARAM_LENGTH = 6000
-_PACKAGES = ("torch", "megatron-core", "numpy", "sentencepiece")
+_PER_CALL = 100
+_START_TAG = "keel.start"
+_DEFAULTS = {
+    # A training job tells MLflow's makers nothing unless its user says so, and the run's address is
+    # said by us, without the password that it may hold.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # The courier itself tries again; MLflow's own 7 attempts of 120 s would keep it for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+
+
+def _create_database(folder: Path) -> None:
+    """Make the run's sqlite file whole before it gets its name.
+
+    MLflow makes its tables in dozens of steps, and one that is killed between them leaves a file
+    that it can neither use nor finish.
+    """
+    database = sqlite_file(local_uri(folder))
+    if database is None or database.exists():
+        return
+    from mlflow import MlflowClient
+
+    for left in folder.glob(f"{database.name}.*.partial"):
+        left.unlink()
+    # A name of its own each time: MLflow remembers within a process what it has made where.
+    partial = database.with_name(f"{database.name}.{uuid.uuid4().hex}.partial")
+    MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
+    partial.replace(database)
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """Values of a step, as they wait to be delivered."""
+class Point:
+    """A value of a metric."""
 
+    name: str
+    value: float
     step: int
     timestamp_ms: int
-    """When they were reported, in milliseconds since 1970."""
-    values: dict[str, float]
-
-
-def tracking_uri(config: RunConfig) -> str:
-    """`tracking.uri`, or the sqlite file in the run's folder."""
-    return config.tracking.uri or f"sqlite:///{(config.training.folder / 'mlflow.db').resolve()}"
-
-
-def without_credentials(text: str) -> str:
-    """A text in which no URI has a user or password."""
-    return re.sub(r"(\w://)[^/\s]*@", r"\1***@", text)
-
-
-def remembered_run_id(folder: Path) -> str | None:
-    """The MLflow run of a run's folder, if it has one."""
-    marker = folder / RUN_ID_FILE
-    return (marker.read_text(encoding="utf-8").strip() or None) if marker.is_file() else None
-
-
-def remember_run_id(folder: Path, run_id: str) -> None:
-    """Make this the MLflow run of a run's folder."""
-    partial = folder / f"{RUN_ID_FILE}.partial"
-    partial.write_text(run_id + "\n", encoding="utf-8")
-    partial.replace(folder / RUN_ID_FILE)
+    """When it was reported, in milliseconds since 1970."""
 
 
 class MlflowRun:
-    """A client and the MLflow run that it writes to.
+    """A client, and the MLflow run that it writes to once `start` or `reopen` has found it.
 
     The URI is always given to the client: MLflow's own default would be set by whatever mlruns
     folder lies in the working directory.
 
     Args:
-        config: the run.
-        run_id: MLflow run to go on with; None makes a new one and keeps its id in the run's folder.
-
-    Attributes:
-        run_id: the MLflow run.
-        remark: what the user should know about how it was opened, if anything.
+        folder: the run's folder.
+        target: which MLflow run.
     """
 
-    def __init__(self, config: RunConfig, run_id: str | None) -> None:
+    def __init__(self, folder: Path, target: Target) -> None:
+        for name, value in _DEFAULTS.items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
         # Importing MLflow makes its loggers tell of every table that they create.
         logging.getLogger("alembic").setLevel(logging.ERROR)
         logging.getLogger("mlflow").setLevel(logging.ERROR)
 
-        self.remark: str | None = None
-        self._config = config
-        self._client: Any = MlflowClient(tracking_uri=tracking_uri(config))
-        known = self._get(run_id) if run_id is not None else None
-        if known is None:
-            if run_id is not None:
-                self.remark = f"MLflow has no run {run_id} any longer: a new one is made"
-            else:
-                self._end_predecessor()
-            known = self._create()
-        elif known.info.status != "RUNNING":
-            self._client.update_run(known.info.run_id, status="RUNNING")
-        self.run_id: str = known.info.run_id
-        self._remember()
-        self._log_params(known.data.params)
+        self._folder = folder
+        self._target = target
+        self._uri = target.uri_of(folder)
+        if target.uri is None:
+            _create_database(folder)
+        self._client: Any = MlflowClient(tracking_uri=self._uri)
+        self._run: Any = None
 
-    def log_metrics(self, metrics: Sequence[Metrics]) -> None:
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run."""
+        return None if self._run is None else str(self._run.info.run_id)
+
+    def start(self, start: str, back_to: int | None, time_ms: int) -> str | None:
+        """Begin a new MLflow run, or go on with the folder's.
+
+        Args:
+            start: name of this start; the same one a second time changes nothing.
+            back_to: step that the run goes on from; None = a new MLflow run.
+            time_ms: when.
+
+        Returns:
+            What the user should know about it, if anything.
+        """
+        known, remark = self._remembered(), None
+        if known is not None and known.data.tags.get(_START_TAG) == start:
+            self._run = known
+        elif back_to is None:
+            if known is not None and known.info.status == "RUNNING":
+                self._client.set_terminated(known.info.run_id, "FAILED")
+            self._create(start, time_ms)
+        elif known is None:
+            gone = remembered_run_id(self._folder)
+            if gone is not None:
+                remark = f"MLflow has no run {gone} any longer: a new one is made"
+            self._create(start, time_ms)
+        else:
+            self._run = known
+            self.rewind(back_to, time_ms)
+            self.tag({_START_TAG: start})
+        assert self._run is not None
+        if self._run.info.status != "RUNNING":
+            self._client.update_run(self.run_id, status="RUNNING")
+        self._log_params(self._run.data.params)
+        return remark
+
+    def reopen(self) -> None:
+        """Find the folder's MLflow run; make one if there is none."""
+        if self._run is None:
+            self._run = self._remembered()
+        if self._run is None:
+            self._create("", None)
+
+    def log(self, points: Sequence[Point]) -> None:
         """Write values, in as few calls as MLflow allows."""
         from mlflow.entities import Metric
 
-        points = [
-            Metric(key, float(value), item.timestamp_ms, item.step)
-            for item in metrics
-            for key, value in item.values.items()
-        ]
-        for start in range(0, len(points), METRICS_PER_CALL):
-            self._client.log_batch(self.run_id, metrics=points[start : start + METRICS_PER_CALL])
+        metrics = [Metric(p.name, float(p.value), p.timestamp_ms, p.step) for p in points]
+        for start in range(0, len(metrics), METRICS_PER_CALL):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
 
-    def log_artifact(self, path: str) -> None:
-        """Copy a file."""
-        self._client.log_artifact(self.run_id, path)
+    def seconds_since_start(self, time_ms: int) -> int:
+        """The step of a machine's values: whole seconds since the MLflow run's first start."""
+        return max(0, (time_ms - int(self._run.info.start_time)) // 1000)
 
-    def end(self, status: Status) -> None:
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        from mlflow.entities import RunTag
+
+        wanted = [RunTag(key, value) for key, value in tags.items()]
+        for start in range(0, len(wanted), _PER_CALL):
+            self._client.log_batch(self.run_id, tags=wanted[start : start + _PER_CALL])
+
+    def rewind(self, step: int, time_ms: int) -> None:
+        """The run goes back to a step: take back the points after it, or mark that they are void.
+
+        A tag `resumed.N` says it in any store. In a sqlite file the points are deleted. A server
+        cannot delete points: there, of two points of the same step the later one counts.
+        """
+        when = datetime.datetime.fromtimestamp(time_ms / 1000, datetime.UTC)
+        tags = self._client.get_run(self.run_id).data.tags
+        text = f"from step {step}, {when:%Y-%m-%dT%H:%M:%SZ}"
+        before = [value for name, value in tags.items() if name.startswith("resumed.")]
+        if any(value.startswith(text) for value in before):
+            return
+        database = sqlite_file(self._uri)
+        if database is not None:
+            try:
+                delete_after(database, str(self.run_id), step)
+            except sqlite3.OperationalError as error:
+                if "locked" in str(error):
+                    raise
+                database = None  # tables of another MLflow: marked, as on a server
+        kept = "" if database is not None else "; of two points of a step the later counts"
+        self.tag({f"resumed.{len(before) + 1}": text + kept})
+
+    def log_file(self, path: Path) -> None:
+        """Copy a file, or a folder under its name and its parent's."""
+        if path.is_dir():
+            self._client.log_artifacts(self.run_id, str(path), f"{path.parent.name}/{path.name}")
+        else:
+            self._client.log_artifact(self.run_id, str(path))
+
+    def end(self, status: Status, time_ms: int | None = None) -> None:
         """Set the final status."""
-        self._client.set_terminated(self.run_id, status)
+        self._client.set_terminated(self.run_id, status, end_time=time_ms)
+
+    def _remembered(self) -> Any:
+        run_id = remembered_run_id(self._folder)
+        return None if run_id is None else self._get(run_id)
 
     def _get(self, run_id: str) -> Any:
         """The MLflow run; None if it was deleted or is another server's."""
@@ -126,82 +208,33 @@ class MlflowRun:
             return None
         return run if run.info.lifecycle_stage == "active" else None
 
-    def _end_predecessor(self) -> None:
-        """The run starts anew: what a kill left behind in its folder does not run any longer."""
-        before = remembered_run_id(self._config.training.folder)
-        run = self._get(before) if before is not None else None
-        if run is not None and run.info.status == "RUNNING":
-            self._client.set_terminated(before, "KILLED")
-
-    def _create(self) -> Any:
-        name = self._config.tracking.experiment
-        experiment = self._client.get_experiment_by_name(name)
+    def _create(self, start: str, time_ms: int | None) -> None:
+        target = self._target
+        experiment = self._client.get_experiment_by_name(target.experiment)
         if experiment is not None:
             experiment_id = experiment.experiment_id
         else:
             experiment_id = self._client.create_experiment(
-                name, artifact_location=_artifact_location(self._config)
+                target.experiment, artifact_location=target.artifacts
             )
-        return self._client.create_run(
-            experiment_id, run_name=self._config.training.name, tags=_versions()
+        tags = {_START_TAG: start}
+        self._run = self._client.create_run(
+            experiment_id, start_time=time_ms, run_name=target.name, tags=tags
         )
-
-    def _remember(self) -> None:
-        remember_run_id(self._config.training.folder, self.run_id)
+        remember_run_id(self._folder, str(self.run_id))
 
     def _log_params(self, known: dict[str, str]) -> None:
         """The configuration. A param never changes, so what a resumed run changes is a tag."""
-        from mlflow.entities import Param, RunTag
+        from mlflow.entities import Param
 
-        wanted = flat_params(self._config)
+        wanted = self._target.params
         params = [Param(key, value) for key, value in wanted.items() if key not in known]
-        for start in range(0, len(params), _PARAMS_PER_CALL):
-            self._client.log_batch(self.run_id, params=params[start : start + _PARAMS_PER_CALL])
-        changed = [
-            RunTag(f"changed.{key}", value)
-            for key, value in wanted.items()
-            if known.get(key, value) != value
-        ]
-        if changed:
-            self._client.log_batch(self.run_id, tags=changed[:_PARAMS_PER_CALL])
-
-
-def flat_params(config: RunConfig) -> dict[str, str]:
-    """The configuration as `section.key`: text, within MLflow's limit of length."""
-    params = {
-        f"{section}.{key}": str(value)
-        for section, values in config.model_dump(mode="json").items()
-        for key, value in values.items()
-    }
-    params["tracking.uri"] = without_credentials(params["tracking.uri"])
-    return {
-        key: value if len(value) <= _PARAM_LENGTH else value[: _PARAM_LENGTH - 3] + "..."
-        for key, value in params.items()
-    }
-
-
-def _versions() -> dict[str, str]:
-    """Tags; a package that is not installed has none."""
-    tags = {"version.keel-megatron": __version__, "version.python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            tags[f"version.{package}"] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return tags
-
-
-def _artifact_location(config: RunConfig) -> str | None:
-    """Where a database keeps files; None leaves it to the server.
-
-    A database has no place of its own for files, and MLflow's default is ./mlruns.
-    """
-    uri = tracking_uri(config)
-    kind, _, rest = uri.partition("://")
-    if kind.startswith("sqlite"):
-        parent = Path(rest.removeprefix("/").partition("?")[0]).parent
-    elif kind.partition("+")[0] in ("postgresql", "mysql", "mssql"):
-        parent = config.training.runs_dir
-    else:
-        return None
-    return (parent / "mlflow_artifacts").resolve().as_uri()
+        for start in range(0, len(params), _PER_CALL):
+            self._client.log_batch(self.run_id, params=params[start : start + _PER_CALL])
+        self.tag(
+            {
+                f"changed.{key}": value
+                for key, value in wanted.items()
+                if known.get(key, value) != value
+            }
+        )

@@ -1,101 +1,73 @@
-"""MLflow, off the training path: records go to a queue that a thread delivers in batches."""
+"""MLflow, off the training path: reports go to the run's spool, which another process delivers."""
 
 from __future__ import annotations
 
 import os
-import queue
+import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from keel_megatron.config.run import RunConfig
-from keel_megatron.tracking.mlflow_run import (
-    METRICS_PER_CALL,
-    Metrics,
-    MlflowRun,
-    Status,
-    tracking_uri,
-    without_credentials,
-)
-from keel_megatron.tracking.records import Record
+import psutil
 
-_SECONDS_PER_BATCH = 0.5
+from keel_megatron.config.run import RunConfig
+from keel_megatron.tracking import courier
+from keel_megatron.tracking.records import Record
+from keel_megatron.tracking.spool import EVENTS, FOLDER, SpoolWriter, Waiting, relative
+from keel_megatron.tracking.target import Status, Target, tracking_uri, without_credentials
+
+CLOSE_SECONDS = 30.0
+"""Longest wait for MLflow at the end of a run."""
 _PATIENCE = 3.0
 """Seconds of waiting without a word."""
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A file, as it waits to be delivered."""
-
-    path: str
-
-
-@dataclass(frozen=True)
-class Finish:
-    """The end of the run, after which nothing comes."""
-
-    status: Status
-
-
-Item = Metrics | Artifact | Finish
-"""What the queue holds: plain values that could as well be written to a file."""
+_RESPAWN_SECONDS = 30.0
 
 
 class MlflowSink:
-    """Delivers a run's parameters, metrics and files to MLflow.
+    """Hands a run's parameters, values and files over for MLflow.
 
-    Nothing here stops or slows training: even MLflow's import (1 to 2 s) happens in the thread.
-    What goes wrong is said once and counted.
+    A call here appends a line to a file (spool.py) and returns. Even MLflow's import happens in the
+    courier's process (courier.py), which this one starts, and starts again should it die.
 
     Args:
-        config: the run.
-        warn: told once when MLflow fails and, at the end, what was not delivered; called from the
-            thread or from `finish`.
-        run_id: MLflow run to go on with; None makes a new one.
-        close_seconds: longest wait of `finish`.
-
-    Attributes:
-        opened: set once MLflow has the run and `run_id` is known.
+        config: the run; its folder exists.
+        warn: told what the user should know, from a thread or from `finish`.
+        back_to: step that the run goes on from, in the folder's MLflow run; None begins a new one.
+        close_seconds: longest wait of `finish`; None = CLOSE_SECONDS.
     """
 
     def __init__(
         self,
         config: RunConfig,
         warn: Callable[[str], None],
-        run_id: str | None = None,
-        close_seconds: float = 30.0,
+        back_to: int | None = None,
+        close_seconds: float | None = None,
     ) -> None:
-        # A training job tells MLflow's makers nothing unless its user says so, and the run's
-        # address is said by us, without the password that it may hold.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        self._config = config
+        self._run = config.training.folder
         self._warn = warn
-        self._resume_id = run_id
-        self._close_seconds = close_seconds
-        self._queue: queue.SimpleQueue[Item] = queue.SimpleQueue()
-        self._run: MlflowRun | None = None
-        self.opened = threading.Event()
-        self._ended = False
-        self._silent = False
-        self._handed = [0, 0]
-        self._delivered = [0, 0]
-        self._failures = 0
-        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
-        self._thread.start()
-
-    @property
-    def run_id(self) -> str | None:
-        """The MLflow run, once it is open."""
-        return self._run.run_id if self._run is not None else None
-
-    @property
-    def failures(self) -> int:
-        """Deliveries that failed so far."""
-        return self._failures
+        self._uri = without_credentials(tracking_uri(config))
+        self._close_seconds = CLOSE_SECONDS if close_seconds is None else close_seconds
+        self._name = uuid.uuid4().hex
+        self._closing = threading.Event()
+        self._spool = SpoolWriter(self._run, EVENTS)
+        with suppress(OSError):
+            Target.of(config).save(self._run)
+        self._put(
+            "start",
+            name=self._name,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            born=psutil.Process().create_time(),
+            **({} if back_to is None else {"back_to": back_to}),
+        )
+        self._process = self._start_courier()
+        self._listener = threading.Thread(target=self._listen, name="mlflow", daemon=True)
+        self._listener.start()
 
     def record(self, record: Record) -> None:
         """Hand over a record's values."""
@@ -103,117 +75,88 @@ class MlflowSink:
         del values["step"]
         self.values(record.step, values)
 
-    def values(self, step: int, values: dict[str, float]) -> None:
+    def values(self, step: int, values: Mapping[str, float]) -> None:
         """Hand over a step's values under their names."""
-        self._handed[0] += 1
-        self._queue.put(Metrics(step, time.time_ns() // 1_000_000, values))
+        self._put("metrics", step=step, values=values)
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Hand over tags."""
+        self._put("tags", tags=tags)
 
     def artifact(self, path: Path) -> None:
         """Hand over a file, copied when its turn comes."""
-        self._handed[1] += 1
-        self._queue.put(Artifact(str(path)))
+        self._put("artifact", path=relative(self._run, path))
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to a step: the values after it are void."""
+        self._put("rewind", back_to=step)
+
+    def last_word(self, status: Status) -> None:
+        """Leave how the run ends, for a process that is about to end itself."""
+        self._put("end", status=status)
 
     def finish(self, status: Status) -> None:
         """End the MLflow run, waiting a bounded time for what is on its way; nothing may follow."""
-        self._queue.put(Finish(status))
-        # A server that never answered is not worth the whole wait.
-        hopeless = self._run is None and self._failures > 0
-        longest = min(_PATIENCE, self._close_seconds) if hopeless else self._close_seconds
+        self._closing.set()
+        self._put("end", status=status)
+        if self._process.poll() not in (None, courier.UNUSABLE):
+            self._process = self._start_courier()  # the last one died before its time
         try:
-            self._thread.join(min(_PATIENCE, longest))
-            if self._thread.is_alive() and longest > _PATIENCE:
-                self._warn(f"waiting up to {longest:.0f} s for MLflow ({self._shown_uri})")
-                self._thread.join(longest - _PATIENCE)
+            if not self._ends_within(min(_PATIENCE, self._close_seconds)):
+                self._warn(f"waiting up to {self._close_seconds:.0f} s for MLflow ({self._uri})")
+                self._ends_within(self._close_seconds - _PATIENCE)
         finally:
-            self._silent = True
-        missing = [
-            f"{handed - delivered} of {handed} {name}"
-            for name, handed, delivered in zip(
-                ("records", "files"), self._handed, self._delivered, strict=True
-            )
-            if handed > delivered
-        ]
-        if not self._ended:
-            missing.append(f"the status {status}")
-        if missing:
-            self._warn(
-                f"MLflow ({self._shown_uri}) did not get {', '.join(missing)}; "
-                "metrics.jsonl has every record"
-            )
+            self._process.kill()  # does nothing to one that has ended
+            self._process.wait()
+            self._spool.close()
+        self._listener.join(1.0)
+        self._tell_what_waits()
 
-    @property
-    def _shown_uri(self) -> str:
-        return without_credentials(tracking_uri(self._config))
+    def _put(self, kind: str, **values: object) -> None:
+        self._spool.append(kind, time=time.time_ns() // 1_000_000, **values)
 
-    def _work(self) -> None:
-        self._try(self._open)  # at once, so that the run is there before its first step
-        finished = False
-        while not finished:
-            batch = self._collect()
-            metrics = [item for item in batch if isinstance(item, Metrics)]
-            if metrics:
-                self._try(self._send_metrics, metrics)
-            for item in batch:
-                if isinstance(item, Artifact):
-                    self._try(self._send_artifact, item)
-                elif isinstance(item, Finish):
-                    self._try(self._end, item)
-                    finished = True
-
-    def _collect(self) -> list[Item]:
-        """Wait for an item, then take what comes until a batch is full or its time is over."""
-        batch = [self._queue.get()]
-        points = 0
-        deadline = time.monotonic() + _SECONDS_PER_BATCH
-        while points < METRICS_PER_CALL and not isinstance(batch[-1], Finish):
-            if isinstance(batch[-1], Metrics):
-                points += len(batch[-1].values)
-            try:
-                batch.append(self._queue.get(timeout=max(0.0, deadline - time.monotonic())))
-            except queue.Empty:
-                break
-        return batch
-
-    def _open(self) -> MlflowRun:
-        if self._run is None:
-            self._run = MlflowRun(self._config, self._resume_id)
-            self.opened.set()
-            if self._run.remark is not None:
-                self._say(self._run.remark)
-        return self._run
-
-    def _send_metrics(self, metrics: list[Metrics]) -> None:
-        self._open().log_metrics(metrics)
-        self._delivered[0] += len(metrics)
-
-    def _send_artifact(self, item: Artifact) -> None:
-        self._open().log_artifact(item.path)
-        self._delivered[1] += 1
-
-    def _end(self, item: Finish) -> None:
-        self._open().end(item.status)
-        self._ended = True
-
-    def _try(self, action: Callable[..., object], *arguments: object) -> None:
+    def _ends_within(self, seconds: float) -> bool:
         try:
-            action(*arguments)
-        except Exception as error:
-            self._failures += 1
-            if self._failures == 1:
-                self._say(self._explained(error))
+            self._process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
-    def _explained(self, error: Exception) -> str:
-        if isinstance(error, ImportError):
-            return (
-                f"MLflow cannot be imported ({error}): install mlflow-skinny, sqlalchemy and "
-                "alembic, or set tracking.mlflow=false; training goes on, metrics.jsonl has it all"
+    def _tell_what_waits(self) -> None:
+        waiting = Waiting.of(self._run)
+        if waiting:
+            self._warn(
+                f"MLflow ({self._uri}) did not get everything: {waiting} wait in "
+                f"{self._run / FOLDER}; `keel track sync {self._run}` delivers them"
             )
-        reason = without_credentials((str(error).splitlines() or [""])[0])[:200]
-        return (
-            f"MLflow ({self._shown_uri}) failed: {type(error).__name__}: {reason}; "
-            "training goes on, metrics.jsonl has it all (tracking.uri, tracking.mlflow)"
+        if self._spool.unwritten:
+            self._warn(
+                f"MLflow ({self._uri}) did not get {self._spool.unwritten} report(s) for which "
+                f"{self._run / FOLDER} had no room; metrics.jsonl may have them"
+            )
+
+    def _start_courier(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", courier.__name__, str(self._run)]
+        return subprocess.Popen(
+            [*command, "--parent", str(os.getpid()), "--start", self._name],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # Ctrl-C in a terminal is not for it
         )
 
-    def _say(self, text: str) -> None:
-        if not self._silent:
-            self._warn(text)
+    def _listen(self) -> None:
+        """Pass on what the courier says; start another one should it die."""
+        while True:
+            process = self._process
+            assert process.stdout is not None
+            for line in process.stdout:
+                self._warn(line.rstrip("\n"))
+            if process.wait() == courier.UNUSABLE:
+                return
+            if self._closing.wait(_RESPAWN_SECONDS):
+                if self._process is process:
+                    return
+            elif not self._closing.is_set():
+                self._process = self._start_courier()

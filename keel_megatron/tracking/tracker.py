@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import traceback
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -13,14 +15,10 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.tracking.depth import DepthProfile
 from keel_megatron.tracking.depth_log import DepthLog
 from keel_megatron.tracking.metrics import MetricsFile
-from keel_megatron.tracking.mlflow_run import (
-    Status,
-    remembered_run_id,
-    without_credentials,
-)
 from keel_megatron.tracking.mlflow_sink import MlflowSink
 from keel_megatron.tracking.progress import Progress
 from keel_megatron.tracking.records import CheckpointRecord, Record, ValidationRecord
+from keel_megatron.tracking.target import Status, without_credentials
 
 
 class Tracker:
@@ -55,8 +53,9 @@ class Tracker:
             undo.callback(self._progress.close)
             self._mlflow: MlflowSink | None = None
             if config.tracking.mlflow:
-                run_id = None if resume_step is None else remembered_run_id(folder)
-                self._mlflow = MlflowSink(config, self._progress.say, run_id)
+                # A group that its launcher starts again is the same run even without a checkpoint.
+                back_to = 0 if resume_step is None and _started_again() else resume_step
+                self._mlflow = MlflowSink(config, self._progress.say, back_to)
             undo.pop_all()
 
     @property
@@ -88,6 +87,8 @@ class Tracker:
         """Drop the records after `step`: the run goes on from there."""
         self._metrics.rewind(step)
         self._depth.rewind(step)
+        if self._mlflow is not None:
+            self._mlflow.rewind(step)
 
     def depth(self, profile: DepthProfile) -> None:
         """Report a depth profile; of what is not finite also say where it begins."""
@@ -116,6 +117,16 @@ class Tracker:
         """Hand a file of the run's folder to MLflow."""
         if self._mlflow is not None:
             self._mlflow.artifact(path)
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Tag the MLflow run."""
+        if self._mlflow is not None:
+            self._mlflow.tags(tags)
+
+    def last_word(self, status: Status) -> None:
+        """Leave how the run ends, for a process that is about to end itself; any thread may."""
+        if self._mlflow is not None and not self._closed:
+            self._mlflow.last_word(status)
 
     def where(self) -> list[str]:
         """Lines that say where the run's files and its dashboard are."""
@@ -199,6 +210,12 @@ class NullTracker(Tracker):
     def artifact(self, path: Path) -> None:
         """Nothing."""
 
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Nothing."""
+
+    def last_word(self, status: Status) -> None:
+        """Nothing."""
+
     def close(self, status: Status) -> None:
         """Nothing."""
 
@@ -223,11 +240,18 @@ def where(config: RunConfig) -> list[str]:
     folder = config.training.folder
     lines = [f"files      {folder}/ (metrics.jsonl, loss.png, log.txt, checkpoints/)"]
     if config.tracking.mlflow:
-        uri = config.tracking.uri or f"sqlite:///{folder / 'mlflow.db'}"
-        if uri.startswith(("http://", "https://", "databricks")):
+        uri = config.tracking.uri
+        if uri is None or uri.startswith("sqlite:///"):
+            show = f"keel dashboard {shlex.quote(str(folder))}  (extra: dashboard)"
+        elif uri.startswith(("http://", "https://", "databricks")):
             show = without_credentials(uri)
         else:
             shown = shlex.quote(without_credentials(uri))
             show = f"mlflow ui --backend-store-uri {shown}  (extra: dashboard)"
         lines.append(f"dashboard  {show}")
     return lines
+
+
+def _started_again() -> bool:
+    """Whether this is not the launcher's first start of the group."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")

@@ -6,12 +6,7 @@ step without one costs nothing. Each rank adds only what no other adds too:
 - The stream [s, b, h] is split along the sequence under sequence parallelism and otherwise the
   same on the whole tensor group, of which rank 0 then speaks. Replicas see different sequences.
 - Attention's heads are split over the tensor group.
-- After `finalize_model_grads` of megatron-core 0.16.1 `main_grad` is fp32 and averaged over the
-  replicas: everywhere without the distributed optimizer (replica 0 speaks), but with it only in
-  the shard of the buffer that the rank's optimizer owns, because gradients are reduce-scattered
-  and the rest of the buffer keeps the replica's own. Shards do not heed parameters' ends.
-- Matrices are split over the tensor group; gains are whole on each of its ranks, with gradients
-  that are summed there already (tensor rank 0 speaks).
+- Which elements of a parameter a rank speaks for is the engine's to say (`Engine.own_gradient`).
 """
 
 from __future__ import annotations
@@ -27,11 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from keel_megatron.config.run import RunConfig
 from keel_megatron.model.layer import KeelLayer
 from keel_megatron.model.residual import sub_layer
-from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.tracking.depth import DepthProfile
+from keel_megatron.training.engine import Engine, is_matrix
 
 _SUMS = {
     name: column
@@ -51,21 +45,17 @@ class DepthCollector:
     """Gathers the profile of one step: `watching` its passes, then around its update.
 
     Args:
-        config: the run.
-        runtime: this rank's place.
-        chunks: this rank's model chunks, not wrapped.
-        optimizer: Megatron-core's, over them.
+        engine: what makes the step.
     """
 
-    def __init__(
-        self, config: RunConfig, runtime: Runtime, chunks: list[nn.Module], optimizer: Any
-    ) -> None:
+    def __init__(self, engine: Engine) -> None:
+        config, runtime = engine.config, engine.runtime
         self._config = config
         self._runtime = runtime
-        self._optimizer = optimizer
+        self._engine = engine
         self._layers: list[KeelLayer] = [
             layer
-            for chunk in chunks
+            for chunk in engine.chunks
             for layer in chunk.decoder.layers  # type: ignore[union-attr]
         ]
         rows = config.model.sub_layers
@@ -169,33 +159,20 @@ class DepthCollector:
         """
         for layer in self._layers:
             for l, parameter in _parameters(layer):
-                split = getattr(parameter, "tensor_model_parallel", False)
-                own = self._own(parameter)
-                if own is None or not (split or self._runtime.tensor_rank == 0):
-                    continue
-                gradient: Tensor = parameter.main_grad  # type: ignore[attr-defined]
-                yield (
-                    l,
-                    gradient.view(-1)[own],
-                    _weight(parameter, own) if parameter.dim() > 1 else None,
-                )
-
-    def _own(self, parameter: nn.Parameter) -> slice | None:
-        """Elements of the flat parameter whose gradient is reduced here and counted here."""
-        if not self._config.parallel.distributed_optimizer:
-            return slice(None) if self._runtime.data_rank == 0 else None
-        for optimizer in self._optimizer.chained_optimizers:
-            if parameter in optimizer.model_param_gbuf_map:
-                owned = optimizer._get_model_param_range_map(parameter)["param"]
-                return slice(owned.start, owned.end)
-        return None
+                gradient = self._engine.own_gradient(parameter)
+                if gradient is not None:
+                    matrix = is_matrix(parameter)
+                    yield l, gradient, self._engine.own_weight(parameter) if matrix else None
 
     def _add(self, name: str, pieces: list[tuple[int, Tensor]]) -> None:
         """Add the squared norms of flat tensors to their sub-layers' sums."""
         if pieces:
             rows = torch.tensor([l for l, _piece in pieces], device=self._runtime.device)
-            norms = torch._foreach_norm([piece for _l, piece in pieces], 2, torch.float64)
-            self._sums[:, _SUMS[name]].index_add_(0, rows, torch.stack(norms).square_())
+            norms = torch.stack(
+                torch._foreach_norm([piece for _l, piece in pieces], 2, torch.float64)
+            )
+            norms = norms.to(rows.device)  # an offloaded optimizer's are the host's
+            self._sums[:, _SUMS[name]].index_add_(0, rows, norms.square_())
 
     def _read_gains(self) -> None:
         """Mean, minimum and maximum of the gains, whole on every rank that has them."""
@@ -273,12 +250,3 @@ def _parameters(layer: KeelLayer) -> Iterator[tuple[int, nn.Parameter]]:
     for number, module in parts:
         for parameter in module.parameters():
             yield number, parameter
-
-
-def _weight(parameter: nn.Parameter, own: slice) -> Tensor:
-    """The flat fp32 weights that the optimizer updates: the master's under bf16."""
-    main: Tensor | None = getattr(parameter, "main_param", None)
-    if main is None:
-        return parameter.detach().view(-1)[own]
-    sharded = getattr(parameter, "main_param_sharded", False)
-    return main.detach().view(-1) if sharded else main.detach().view(-1)[own]

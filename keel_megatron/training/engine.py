@@ -1,12 +1,12 @@
-"""The Megatron engine: one optimizer step, or one validation, under a pipeline schedule."""
+"""What the loop asks of an engine, and the Megatron engine, which runs a pipeline schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,11 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from keel_megatron.checkpoint.megatron_state import MegatronState
+from keel_megatron.checkpoint.state import Trained
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
 from keel_megatron.runtime.distributed import Runtime
-from keel_megatron.training.depth import DepthCollector
 from keel_megatron.training.optimizer import (
     build_optimizer,
     set_learning_rate,
@@ -36,6 +37,70 @@ class StepResult:
     """Global gradient norm before clipping."""
 
 
+class DepthObserver(Protocol):
+    """What watches a step (`training.depth.DepthCollector`)."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Around the passes."""
+
+    def before_update(self) -> None:
+        """When the gradients are averaged."""
+
+    def after_update(self) -> None:
+        """When the weights are new."""
+
+
+class Engine(Protocol):
+    """Trains the model: all that the loop, the guard and the depth profiles ask for."""
+
+    config: RunConfig
+    runtime: Runtime
+    chunks: list[nn.Module]
+    """This rank's model chunks, not wrapped."""
+
+    @property
+    def state(self) -> Trained:
+        """The weights and the optimizer's state, for checkpoints."""
+
+    def train_step(
+        self,
+        micro_batches: Iterable[Batch],
+        count: int,
+        learning_rate: float,
+        accept: Callable[[StepResult], bool] = ...,
+        depth: DepthObserver | None = ...,
+    ) -> StepResult:
+        """Forward, backward and update on this replica's `count` micro-batches.
+
+        The update, with all that the optimizer keeps, is left out unless `accept` is true of what
+        the passes gave; it must say the same on every rank. `depth` observes the step, if it is
+        given.
+        """
+
+    def validate(self, micro_batches: Iterable[Batch], count: int) -> float:
+        """Mean cross entropy in nats per token over `count` micro-batches a replica."""
+
+    def own_gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The averaged gradient of what this rank alone speaks for of a parameter, flat.
+
+        Over all ranks that is every element once. None if there is nothing; valid between the
+        passes and the update (`accept`, `DepthObserver.before_update`).
+        """
+
+    def own_weight(self, parameter: nn.Parameter) -> Tensor:
+        """The fp32 weights that belong to `own_gradient`, flat, as the optimizer updates them."""
+
+
+def speaks(parameter: nn.Parameter, runtime: Runtime) -> bool:
+    """Whether this tensor rank speaks for the parameter: gains are whole on each of them."""
+    return getattr(parameter, "tensor_model_parallel", False) or runtime.tensor_rank == 0
+
+
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix, and no gain; also where ZeRO 3 has emptied it."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+
+
 class MegatronEngine:
     """Megatron-core's schedules (none, 1F1B, interleaved 1F1B), DDP and optimizer.
 
@@ -51,6 +116,7 @@ class MegatronEngine:
         self.chunks = chunks
         self.model = wrap_data_parallel(config, chunks)
         self.optimizer = build_optimizer(config, self.model, runtime)
+        self.state = MegatronState(chunks, self.optimizer)
         self._schedule: Callable[..., list[Tensor]] = get_forward_backward_func()
         megatron_config: Any = chunks[0].config
         megatron_config.grad_scale_func = self.optimizer.scale_loss
@@ -62,14 +128,9 @@ class MegatronEngine:
         count: int,
         learning_rate: float,
         accept: Callable[[StepResult], bool] = lambda _result: True,
-        depth: DepthCollector | None = None,
+        depth: DepthObserver | None = None,
     ) -> StepResult:
-        """Forward, backward and update on this replica's `count` micro-batches.
-
-        The update, with all that the optimizer keeps, is left out unless `accept` is true of what
-        the passes gave; it must say the same on every rank. `depth` observes the step, if it is
-        given.
-        """
+        """As `Engine.train_step`."""
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -104,6 +165,38 @@ class MegatronEngine:
             chunk.eval()
         return self._run(micro_batches, count, forward_only=True)
 
+    def own_gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """As `Engine.own_gradient`.
+
+        After `finalize_model_grads` of megatron-core 0.16.1 `main_grad` is fp32 and averaged over
+        the replicas: everywhere without the distributed optimizer (replica 0 speaks), but with it
+        only in the shard of the buffer that the rank's optimizer owns, because gradients are
+        reduce-scattered and the rest of the buffer keeps the replica's own. Shards do not heed
+        parameters' ends.
+        """
+        own = self._own(parameter) if speaks(parameter, self.runtime) else None
+        return None if own is None else parameter.main_grad.view(-1)[own]  # type: ignore[attr-defined]
+
+    def own_weight(self, parameter: nn.Parameter) -> Tensor:
+        """As `Engine.own_weight`."""
+        own = self._own(parameter)
+        assert own is not None
+        main: Tensor | None = getattr(parameter, "main_param", None)
+        if main is None:
+            return parameter.detach().view(-1)[own]
+        sharded = getattr(parameter, "main_param_sharded", False)
+        return main.detach().view(-1) if sharded else main.detach().view(-1)[own]
+
+    def _own(self, parameter: nn.Parameter) -> slice | None:
+        """Elements of the flat parameter whose gradient is reduced here and counted here."""
+        if not self.config.parallel.distributed_optimizer:
+            return slice(None) if self.runtime.data_rank == 0 else None
+        for optimizer in self.optimizer.chained_optimizers:
+            if parameter in optimizer.model_param_gbuf_map:
+                owned = optimizer._get_model_param_range_map(parameter)["param"]
+                return slice(owned.start, owned.end)
+        return None
+
     def _run(self, micro_batches: Iterable[Batch], count: int, *, forward_only: bool) -> float:
         """Run the schedule; the mean loss over micro-batches and replicas, on every rank."""
         # Every chunk of this stage walks the same micro-batches at its own pace.
@@ -135,7 +228,12 @@ def _forward_step(
     return output, partial(_mean_loss, batch.loss_mask)
 
 
+def mean_loss(losses: Tensor, loss_mask: Tensor) -> Tensor:
+    """Mean of the token losses [b, s] under the mask."""
+    return (losses * loss_mask).sum() / loss_mask.sum()
+
+
 def _mean_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of the token losses [b, s] under the mask, to differentiate and to report."""
-    loss = (losses * loss_mask).sum() / loss_mask.sum()
+    """The same, to differentiate and to report."""
+    loss = mean_loss(losses, loss_mask)
     return loss, loss.detach().clone()

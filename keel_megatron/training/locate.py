@@ -13,14 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from keel_megatron.data.batches import Batch
-from keel_megatron.runtime.distributed import Runtime
-from keel_megatron.training.engine import MegatronEngine
+from keel_megatron.training.engine import Engine
 
 # Rows of a depth: the embedding, the blocks from 1 on, and the final norm with the output head.
 _EMBEDDING = 0
 
 
-def describe(engine: MegatronEngine, batches: Sequence[Batch], loss: float) -> str:
+def describe(engine: Engine, batches: Sequence[Batch], loss: float) -> str:
     """One line on where the trouble is; collective over all ranks, the same on each.
 
     Call it after the backward pass and before the update. If the loss is not finite the forward
@@ -60,35 +59,19 @@ def describe(engine: MegatronEngine, batches: Sequence[Batch], loss: float) -> s
     return "; ".join(found)
 
 
-def gradient_norms(engine: MegatronEngine, rows: int) -> list[float]:
+def gradient_norms(engine: Engine, rows: int) -> list[float]:
     """L2 norm of the averaged gradient of the embedding, of each block and of the head.
 
-    Each rank adds the squares of what no other rank adds: of its optimizer's shard where the
-    optimizer is sharded (the rest of its buffer is not reduced), and of what all ranks of a tensor
-    group hold alike only on the first of them.
+    Each rank adds the squares of what it alone speaks for.
     """
     squares = torch.zeros(rows, dtype=torch.float64, device=engine.runtime.device)
     for row, parameter in _parameters(engine.chunks, rows):
-        gradient = _own_gradient(engine, parameter)
+        gradient = engine.own_gradient(parameter)
         if gradient is not None:
-            squares[row] += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+            norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+            squares[row] += norm.square().to(squares.device)
     dist.all_reduce(squares)
     return [math.sqrt(value) if value >= 0 else math.nan for value in squares.tolist()]
-
-
-def _own_gradient(engine: MegatronEngine, parameter: nn.Parameter) -> Tensor | None:
-    runtime: Runtime = engine.runtime
-    split = getattr(parameter, "tensor_model_parallel", False)
-    if not split and runtime.tensor_rank != 0:
-        return None
-    gradient: Tensor = parameter.main_grad.view(-1)  # type: ignore[attr-defined]
-    if not engine.config.parallel.distributed_optimizer:
-        return gradient if runtime.data_rank == 0 else None
-    for optimizer in engine.optimizer.chained_optimizers:
-        if parameter in optimizer.model_param_gbuf_map:
-            owned = optimizer._get_model_param_range_map(parameter)["param"]
-            return gradient[owned.start : owned.end]
-    return None
 
 
 def _parameters(chunks: list[nn.Module], rows: int) -> Iterator[tuple[int, nn.Parameter]]:
@@ -107,7 +90,7 @@ def _layers(chunks: list[nn.Module]) -> Iterator[tuple[int, Any]]:
             yield int(layer.layer_number), layer
 
 
-def _stages(engine: MegatronEngine) -> list[int]:
+def _stages(engine: Engine) -> list[int]:
     """The pipeline stage of every place."""
     runtime, rows = engine.runtime, engine.config.model.blocks + 2
     stages = torch.zeros(rows, dtype=torch.int64, device=runtime.device)
@@ -117,7 +100,7 @@ def _stages(engine: MegatronEngine) -> list[int]:
     return stages.tolist()
 
 
-def _non_finite_streams(engine: MegatronEngine, batches: Sequence[Batch], rows: int) -> list[float]:
+def _non_finite_streams(engine: Engine, batches: Sequence[Batch], rows: int) -> list[float]:
     """How often the stream was not finite after each block, in a forward pass of the batches."""
     counts = torch.zeros(rows, device=engine.runtime.device)
     with _watching(engine.chunks, counts):

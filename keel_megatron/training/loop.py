@@ -23,17 +23,17 @@ from keel_megatron.partition.flops import training_flops_per_token
 from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.runtime.watchdog import Watchdog
-from keel_megatron.tracking.mlflow_run import remembered_run_id
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
+from keel_megatron.tracking.target import remembered_run_id
 from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training import locate
 from keel_megatron.training.depth import DepthCollector
-from keel_megatron.training.engine import MegatronEngine, StepResult
+from keel_megatron.training.engine import Engine, StepResult
 from keel_megatron.training.guard import Finding, Guard
 from keel_megatron.training.schedule import learning_rate
 from keel_megatron.training.stop import StopRequest
 
-BeforeStep = Callable[[Position, MegatronEngine], None]
+BeforeStep = Callable[[Position, Engine], None]
 """Is called before every step with where the run stands; a test makes a fault there."""
 MLFLOW_RUN_ID = "mlflow_run_id"
 """Name of the MLflow run's id among a checkpoint's extras."""
@@ -61,7 +61,7 @@ class Loop:
 
     config: RunConfig
     runtime: Runtime
-    engine: MegatronEngine
+    engine: Engine
     batches: BatchSource
     validation: list[Batch]
     tracker: Tracker
@@ -109,9 +109,7 @@ class Loop:
         Raises:
             UserError: it does not fit this run, or is not as it was written.
         """
-        loaded = state.load(
-            checkpoint, self.config, self.runtime, self.engine.chunks, self.engine.optimizer
-        )
+        loaded = state.load(checkpoint, self.config, self.runtime, self.engine.state)
         for name, part in self.parts.items():
             if name in loaded.extras:
                 part.restore(loaded.extras[name])
@@ -124,7 +122,7 @@ class Loop:
             return
         extras = {name: part.state() for name, part in self.parts.items()}
         extras[MLFLOW_RUN_ID] = remembered_run_id(self.config.training.folder)
-        self.saver.save(self.engine.chunks, self.engine.optimizer, self.position, extras)
+        self.saver.save(self.engine.state, self.position, extras)
         self.saved_step = self.position.step
         self.tracker.draw_depth(ending=False)
 
@@ -208,8 +206,7 @@ class Loop:
         every = self.config.tracking.depth_every
         if every == 0 or (step != 1 and step % every):
             return None
-        engine = self.engine
-        return DepthCollector(self.config, self.runtime, engine.chunks, engine.optimizer)
+        return DepthCollector(self.engine)
 
     def _record(self, result: StepResult, rate: float, seconds: float) -> StepRecord:
         config, position = self.config, self.position

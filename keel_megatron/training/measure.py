@@ -37,8 +37,12 @@ def measure_pieces(config: RunConfig, samples: int = 12) -> Measured:
         samples: timed passes of each; the lower quartile counts, as other work only adds.
 
     Raises:
-        UserError: tensor parallelism, which one process cannot time.
+        UserError: tensor parallelism, which one process cannot time, or another engine.
     """
+    if config.training.engine != "megatron":
+        raise UserError(
+            f"--measure times the Megatron engine, not training.engine: {config.training.engine}"
+        )
     if config.parallel.tensor > 1:
         raise UserError(
             f"--measure times one process: parallel.tensor = {config.parallel.tensor} must be 1"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import platform
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from keel_megatron.checkpoint import folder, state
 from keel_megatron.checkpoint.find import Found, newest_good
@@ -32,10 +36,12 @@ from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.runtime.parent import end_with_launcher
 from keel_megatron.runtime.watchdog import Watchdog
-from keel_megatron.tracking.mlflow_run import remember_run_id, remembered_run_id
 from keel_megatron.tracking.plot import plot_loss
+from keel_megatron.tracking.system import measured_machine
+from keel_megatron.tracking.tags import code_tags, place_tags
+from keel_megatron.tracking.target import remember_run_id, remembered_run_id
 from keel_megatron.tracking.tracker import Tracker, open_tracker, where
-from keel_megatron.training.engine import MegatronEngine
+from keel_megatron.training.engines import build_engine
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.loop import MLFLOW_RUN_ID, BeforeStep, Loop
 from keel_megatron.training.stop import StopRequest, stop_requests
@@ -94,9 +100,13 @@ def run_training(
                     "starts another run."
                 )
         else:
-            with open_tracker(
-                config, runtime.rank, resume_step=_step_of(newest) if newest else None
-            ) as tracker:
+            with (
+                open_tracker(
+                    config, runtime.rank, resume_step=_step_of(newest) if newest else None
+                ) as tracker,
+                measured_machine(config, runtime.launch.local_rank),
+            ):
+                stop.last_word = lambda: tracker.last_word("KILLED")
                 for remark in [*remarks, *found.remarks]:
                     tracker.say(remark)
                 code = _train(config, runtime, tracker, found, stop, before_step)
@@ -147,8 +157,9 @@ def _train(
     runtime.from_main(lambda: claim(config))  # not before: another text may have been refused
     batches, validation = _open_data(config, runtime, data)
     _announce(config, runtime, tracker, data)
+    _tag(config, runtime, tracker, data)
     _announce_stages(runtime, tracker, partition)
-    engine = MegatronEngine(config, runtime, build_model(config, runtime, partition))
+    engine = build_engine(config, runtime, build_model(config, runtime, partition))
     guard = Guard(config.guard, reported=not runtime.is_main)
     with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:
         loop = Loop(
@@ -248,6 +259,22 @@ def _announce(config: RunConfig, runtime: Runtime, tracker: Tracker, data: Prepa
         f"{data.train_tokens:,} training tokens in {data.train_documents:,} documents; "
         f"unigram entropy {data.unigram_entropy:.3f} nats per token"
     )
+
+
+def _tag(config: RunConfig, runtime: Runtime, tracker: Tracker, data: PreparedData) -> None:
+    """What MLflow keeps of a run beside its values: where it runs, its configuration, tokenizer."""
+    hosts = runtime.gather(socket.gethostname())
+    if not runtime.is_main:
+        return
+    layout = (
+        f"TP {runtime.tensor_size} x PP {runtime.pipeline_size} x VPP "
+        f"{config.parallel.virtual_pipeline} x DP {runtime.data_size}"
+    )
+    cuda = runtime.device.type == "cuda"
+    device = torch.cuda.get_device_name(runtime.device) if cuda else platform.machine() + " CPU"
+    tracker.tags(code_tags() | place_tags(layout, device, hosts))
+    tracker.artifact(tracker.folder / CONFIG)
+    tracker.artifact(data.tokenizer_path)
 
 
 def _announce_stages(runtime: Runtime, tracker: Tracker, partition: Partition) -> None:

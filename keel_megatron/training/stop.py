@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -30,6 +30,8 @@ class StopRequest:
     def __init__(self, deadline: float | None = None) -> None:
         self.signal: signal.Signals | None = None
         self.deadline = deadline
+        self.last_word: Callable[[], None] | None = None
+        """Called before a second signal ends the process at once."""
 
     def __bool__(self) -> bool:
         return self.exit_code != exit_codes.DONE
@@ -92,6 +94,8 @@ def _listen(receiver: socket.socket, request: StopRequest) -> None:
                 request.signal = signal.Signals(number)
                 first = time.monotonic()
             elif request.signal == number and time.monotonic() - first > SAME_SECONDS:
+                if request.last_word is not None:
+                    request.last_word()
                 os._exit(exit_codes.to_shell(-number))
 
 

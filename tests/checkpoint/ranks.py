@@ -166,7 +166,7 @@ def run_and_die(sections: Sections) -> None:
 def run(sections: Sections) -> Ran:
     """Train a run to its end, going on from its newest good checkpoint."""
     from keel_megatron.model.language_model import build_model
-    from keel_megatron.training.engine import MegatronEngine
+    from keel_megatron.training.engines import build_engine
 
     config = RunConfig.model_validate(sections)
     with start(config.parallel, config.training) as runtime:
@@ -174,7 +174,7 @@ def run(sections: Sections) -> Ran:
             found = newest_good(config.training.folder, runtime)
         except UserError as error:
             return Ran([], "", None, (), [], [], error=str(error))
-        engine = MegatronEngine(config, runtime, build_model(config, runtime))
+        engine = build_engine(config, runtime, build_model(config, runtime))
         tracker, part = Recorder(config), Counter()
         error = None
         with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:
@@ -221,6 +221,11 @@ def digest(engine: Any) -> str:
     for chunk in engine.chunks:
         for name, parameter in chunk.named_parameters():
             take(name, parameter)
+    if not hasattr(engine, "optimizer"):
+        for name, piece in engine.state.pieces():
+            take(name, piece)
+        found.update(str(engine.state.steps).encode())
+        return found.hexdigest()
     for inner in engine.optimizer.chained_optimizers:
         for group in inner.optimizer.param_groups:
             for number, parameter in enumerate(group["params"]):  # the fp32 masters under bf16

@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from keel_megatron.config import RunConfig
-from keel_megatron.config.run import problems
+from keel_megatron.config.checks import problems
 from keel_megatron.config.schema import json_schema
 from tests.settings import settings, small_config
 
@@ -51,6 +51,9 @@ def contradictions(world_size: int | None = None, **overrides: Any) -> list[str]
         ({"schedule__min_learning_rate": 4e-3}, "schedule.min_learning_rate"),
         ({"training__hang_timeout": 600.0}, "training.hang_timeout"),
         ({"guard__min_steps": 64, "guard__window": 32}, "guard.min_steps"),
+        ({"tracking__uri": "https://me:secret@host:5000/x"}, "tracking.uri"),
+        ({"tracking__uri": "https://token@host"}, "tracking.uri"),
+        ({"tracking__uri": "postgresql+psycopg2://me:secret@db/runs"}, "tracking.uri"),
     ],
 )
 def test_a_contradiction_is_found_alone(overrides: dict[str, Any], path: str) -> None:
@@ -77,6 +80,8 @@ def test_a_contradiction_is_found_alone(overrides: dict[str, Any], path: str) ->
         # Nothing decays to it.
         {"schedule__decay": "constant", "schedule__min_learning_rate": 4e-3},
         {"model__residual": "deepnorm", "model__alpha": 2.0},
+        {"tracking__uri": "postgresql://me@db/runs"},
+        {"tracking__uri": "sqlite:////home/a:b@c/mlflow.db"},
     ],
 )
 def test_what_fits_is_not_refused(overrides: dict[str, Any]) -> None:

@@ -61,8 +61,11 @@ def test_the_status_is_how_it_ended(
     (found,) = mlflow_runs(run)
     assert found.info.status == status
     assert history(run, found.info.run_id, "loss") == [(1, 1.0)]
-    last = (run.training.folder / "log.txt").read_text().splitlines()[-1]
-    assert last.split(" ", 1)[1] == logged
+    log = [
+        line.split(" ", 1)[1] for line in (run.training.folder / "log.txt").read_text().splitlines()
+    ]
+    # On a busy machine it may tell that it waits.
+    assert [line for line in log if not line.startswith("waiting up to")][-1] == logged
 
 
 def test_an_end_that_was_told_is_kept(tmp_path: Path) -> None:
@@ -87,6 +90,19 @@ def test_resuming_goes_on_and_starting_anew_starts_anew(tmp_path: Path) -> None:
     first, second = mlflow_runs(run)
     assert history(run, first.info.run_id, "loss")[-1][0] == 4
     assert history(run, second.info.run_id, "loss") == [(1, 1.0)]
+
+
+def test_what_its_launcher_starts_again_is_the_same_run_without_a_checkpoint_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(tmp_path)
+    for restart, losses in (("0", (5.0, 4.0)), ("1", (5.0,))):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+        with open_tracker(run, rank=0, resume_step=None) as tracker:
+            for step, loss in enumerate(losses, start=1):
+                tracker.step(record(step, loss))
+    (found,) = mlflow_runs(run)
+    assert history(run, found.info.run_id, "loss") == [(1, 5.0)]
 
 
 def test_a_validation_may_come_as_a_step(tmp_path: Path) -> None:
@@ -143,11 +159,12 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("uri", "line"),
     [
-        (None, "mlflow ui --backend-store-uri sqlite:///runs/test/mlflow.db  (extra: dashboard)"),
-        ("http://me:secret@host:5000", "http://***@host:5000"),
+        (None, "keel dashboard runs/test  (extra: dashboard)"),
+        ("sqlite:////big disk/all.db", "keel dashboard runs/test  (extra: dashboard)"),
+        ("http://host:5000", "http://host:5000"),
         (
-            "sqlite:////big disk/all.db",
-            "mlflow ui --backend-store-uri 'sqlite:////big disk/all.db'  (extra: dashboard)",
+            "mysql://host/my db",
+            "mlflow ui --backend-store-uri 'mysql://host/my db'  (extra: dashboard)",
         ),
     ],
 )

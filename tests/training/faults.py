@@ -16,7 +16,8 @@ from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.tracking.metrics import read_metrics
 from keel_megatron.training import locate, run
-from keel_megatron.training.engine import MegatronEngine, StepResult
+from keel_megatron.training.engine import Engine, MegatronEngine, StepResult
+from keel_megatron.training.engines import build_engine
 from keel_megatron.training.optimizer import set_learning_rate
 from keel_megatron.training.schedule import learning_rate
 from tests.training.ranks import made_up_batches
@@ -135,7 +136,7 @@ class PoisonedBatch:
         self._batch = batch
         self._hook: Any = None
 
-    def __call__(self, position: Position, engine: MegatronEngine) -> None:
+    def __call__(self, position: Position, engine: Engine) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -158,7 +159,7 @@ def roll_back(folder: str, sections: dict[str, dict[str, Any]]) -> tuple[Any, An
     with start(config.parallel, config.training) as runtime:
         data = runtime.from_main(lambda: run.prepare(config, print))
         source, _validation = run._open_data(config, runtime, data)
-        engine = MegatronEngine(config, runtime, build_model(config, runtime))
+        engine = build_engine(config, runtime, build_model(config, runtime))
         expected = []
         size, steps = config.training.global_batch_size, config.training.steps
         for number, batch in enumerate((0, 1, 4, 5, 6), start=1):

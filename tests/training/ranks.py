@@ -42,11 +42,11 @@ def train_all(runs: list[dict[str, dict[str, Any]]], steps: int) -> list[list[tu
 def train_steps(sections: dict[str, dict[str, Any]], steps: int) -> list[tuple[float, float]]:
     """Losses and gradient norms of some steps, then the validation loss twice."""
     from keel_megatron.model.language_model import build_model
-    from keel_megatron.training.engine import MegatronEngine
+    from keel_megatron.training.engines import build_engine
 
     config = RunConfig.model_validate(sections)
     with start(config.parallel, config.training) as runtime:
-        engine = MegatronEngine(config, runtime, build_model(config, runtime))
+        engine = build_engine(config, runtime, build_model(config, runtime))
         found = []
         for step in range(steps):
             batches = made_up_batches(config, runtime, step)

@@ -55,7 +55,7 @@ def profiles(sections: dict[str, Any], poisoned: bool = False) -> list[DepthProf
         found = []
         for step in range(STEPS):
             batches = made_up_batches(config, runtime, step)
-            depth = DepthCollector(config, runtime, engine.chunks, engine.optimizer)
+            depth = DepthCollector(engine)
             rate = config.optimizer.learning_rate
             engine.train_step(batches, len(batches), rate, depth=depth)
             assert all(
@@ -222,7 +222,7 @@ def beside_the_reference(sections: dict[str, Any]) -> tuple[DepthProfile, dict[s
                 theirs.copy_(ours)
         expected = plainly(reference, config, runtime)
         batches = made_up_batches(config, runtime, 0)
-        depth = DepthCollector(config, runtime, engine.chunks, engine.optimizer)
+        depth = DepthCollector(engine)
         engine.train_step(batches, len(batches), config.optimizer.learning_rate, depth=depth)
         with torch.no_grad():
             pairs = list(pair_up(engine.chunks[0], reference))

@@ -54,12 +54,12 @@ def made_up(config: RunConfig, runtime: Runtime) -> list[Batch]:
 
 def timed(engine: MegatronEngine, batches: list[Batch], log: DepthLog | None) -> tuple[float, ...]:
     """Seconds on the wall and of the processor of one step, with a profile if there is a log."""
-    runtime, config = engine.runtime, engine.config
+    runtime = engine.runtime
     runtime.barrier()
     wall, cpu = time.perf_counter(), time.process_time()
     depth = None
     if log is not None:
-        depth = DepthCollector(config, runtime, engine.chunks, engine.optimizer)
+        depth = DepthCollector(engine)
     engine.train_step(batches, len(batches), 1e-4, depth=depth)
     if depth is not None and log is not None:
         profile = depth.profile(1)

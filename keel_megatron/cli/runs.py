@@ -1,0 +1,32 @@
+"""`keel runs`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def runs(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUNS]...", help="Runs' folders, or folders of runs."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """List runs: state, step, loss, speed, time left, last checkpoint, and what is wrong."""
+    import json
+
+    from keel_megatron.dashboard.folders import find_runs
+    from keel_megatron.dashboard.runs import look
+
+    found = look(find_runs(folders or [Path("runs")]))
+    if as_json:
+        print(json.dumps([run.to_json() for run in found], indent=1))
+        return
+    from rich.console import Console
+
+    from keel_megatron.dashboard.table import runs_table
+
+    Console(highlight=False, soft_wrap=False).print(runs_table(found))

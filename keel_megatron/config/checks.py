@@ -1,0 +1,350 @@
+"""The contradictions between settings that a single section cannot see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from keel_megatron.config.run import RunConfig
+
+
+def problems(config: RunConfig, world_size: int | None = None) -> Iterator[tuple[str, str]]:
+    """Contradictions between settings, each as (path of the setting, what would be right).
+
+    Args:
+        config: a configuration whose single values are valid.
+        world_size: processes of the run; None leaves out the checks that need it.
+    """
+    for check in _CHECKS:
+        yield from check(config)
+    if world_size is not None:
+        yield from _world(config, world_size)
+
+
+def known_problems(partial: RunConfig, world_size: int | None = None) -> Iterator[tuple[str, str]]:
+    """The contradictions that can be seen while some settings are missing or wrong.
+
+    Args:
+        partial: a configuration without its wrong settings; to ask for one is an AttributeError,
+            and a check that does so says nothing.
+        world_size: as in `problems`.
+    """
+    for check in _CHECKS:
+        with suppress(AttributeError):
+            yield from check(partial)
+    if world_size is not None:
+        with suppress(AttributeError):
+            yield from _world(partial, world_size)
+
+
+def _heads(config: RunConfig) -> Iterator[tuple[str, str]]:
+    model = config.model
+    if model.hidden_size % model.num_attention_heads:
+        yield (
+            "model.num_attention_heads",
+            f"{model.num_attention_heads} must divide model.hidden_size = {model.hidden_size}",
+        )
+    elif model.head_dim % 2:
+        yield (
+            "model.num_attention_heads",
+            f"hidden_size / heads = {model.head_dim} must be even for the rotary embedding",
+        )
+
+
+def _query_groups(config: RunConfig) -> Iterator[tuple[str, str]]:
+    model = config.model
+    if model.num_attention_heads % model.query_groups:
+        yield (
+            "model.num_query_groups",
+            f"{model.query_groups} must divide model.num_attention_heads = "
+            f"{model.num_attention_heads}",
+        )
+
+
+def _alpha(config: RunConfig) -> Iterator[tuple[str, str]]:
+    model = config.model
+    if model.alpha == "auto":
+        return
+    if model.alpha <= 0:
+        yield "model.alpha", f"{model.alpha} must be auto or a positive number"
+    elif model.residual in ("pre_ln", "post_ln", "hybrid_norm", "mix_ln"):
+        yield "model.alpha", f"{model.alpha} has no place in {model.residual}; leave it at auto"
+
+
+def _first_block(config: RunConfig) -> Iterator[tuple[str, str]]:
+    model = config.model
+    if model.first_block != "v2" and model.residual != "keel":
+        yield (
+            "model.first_block",
+            f"{model.first_block} has no place in {model.residual}; keel only",
+        )
+
+
+def _multiple_of_tensor(
+    path: str, size: Callable[[RunConfig], int]
+) -> Callable[[RunConfig], Iterator[tuple[str, str]]]:
+    """The check that tensor parallelism can cut a size evenly."""
+
+    def check(config: RunConfig) -> Iterator[tuple[str, str]]:
+        if size(config) % config.parallel.tensor:
+            yield (
+                path,
+                f"{size(config)} must be a multiple of parallel.tensor = {config.parallel.tensor}",
+            )
+
+    return check
+
+
+def _sequence(config: RunConfig) -> Iterator[tuple[str, str]]:
+    if config.parallel.sequence and config.parallel.tensor == 1:
+        yield "parallel.sequence", "true needs parallel.tensor > 1 (set it to false or raise TP)"
+
+
+def _sequence_length(config: RunConfig) -> Iterator[tuple[str, str]]:
+    parallel, seq_length = config.parallel, config.data.seq_length
+    if parallel.sequence and seq_length % parallel.tensor:
+        yield (
+            "data.seq_length",
+            f"{seq_length} must be a multiple of parallel.tensor = {parallel.tensor} under "
+            "parallel.sequence",
+        )
+
+
+def _virtual_pipeline(config: RunConfig) -> Iterator[tuple[str, str]]:
+    parallel = config.parallel
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield (
+            "parallel.virtual_pipeline",
+            f"{parallel.virtual_pipeline} needs parallel.pipeline > 1 (or set it to 1)",
+        )
+
+
+def _chunks(config: RunConfig) -> Iterator[tuple[str, str]]:
+    parallel, blocks = config.parallel, config.model.blocks
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    # The first chunk may hold the embedding alone, the last one the head.
+    if chunks > 1 and chunks - 2 > blocks:
+        yield (
+            "parallel.pipeline",
+            f"{parallel.pipeline} stages x {parallel.virtual_pipeline} chunks need at least "
+            f"{chunks - 2} blocks; model.blocks = {blocks}",
+        )
+
+
+def _layout(config: RunConfig) -> Iterator[tuple[str, str]]:
+    parallel, layout, blocks = config.parallel, config.parallel.layout, config.model.blocks
+    if layout is None:
+        return
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    if len(layout) != chunks:
+        yield (
+            "parallel.layout",
+            f"{len(layout)} numbers; parallel.pipeline x parallel.virtual_pipeline = "
+            f"{parallel.pipeline} x {parallel.virtual_pipeline} needs {chunks}, one a chunk",
+        )
+        return
+    if sum(layout) != blocks:
+        yield (
+            "parallel.layout",
+            f"its numbers add up to {sum(layout)} blocks; model.blocks = {blocks}",
+        )
+    empty = [number for number in range(1, chunks - 1) if layout[number] == 0]
+    if empty:
+        yield (
+            "parallel.layout",
+            f"chunk {empty[0]} (from 0) is empty; only the first, with the embedding, and the "
+            "last, with the head, may be",
+        )
+
+
+def _micro_batch(config: RunConfig) -> Iterator[tuple[str, str]]:
+    training = config.training
+    if training.global_batch_size % training.micro_batch_size:
+        yield (
+            "training.global_batch_size",
+            f"{training.global_batch_size} must be a multiple of training.micro_batch_size = "
+            f"{training.micro_batch_size}",
+        )
+
+
+def _warmup(config: RunConfig) -> Iterator[tuple[str, str]]:
+    warmup, steps = config.schedule.warmup_steps, config.training.steps
+    if warmup >= steps and warmup:
+        yield "schedule.warmup_steps", f"{warmup} must be smaller than training.steps = {steps}"
+
+
+def _decay_after_warmup(config: RunConfig) -> Iterator[tuple[str, str]]:
+    schedule, steps = config.schedule, config.training.steps
+    if schedule.decay != "wsd" or schedule.warmup_steps >= steps:
+        return
+    if round(steps * (1.0 - schedule.decay_fraction)) < schedule.warmup_steps:
+        yield (
+            "schedule.decay_fraction",
+            f"{schedule.decay_fraction} reaches back into schedule.warmup_steps = "
+            f"{schedule.warmup_steps}; of training.steps = {steps} it may be at most "
+            f"{1.0 - schedule.warmup_steps / steps:.4g}",
+        )
+
+
+def _lowest_rate(config: RunConfig) -> Iterator[tuple[str, str]]:
+    low, peak = config.schedule.min_learning_rate, config.optimizer.learning_rate
+    if low > peak and config.schedule.decay != "constant":
+        yield (
+            "schedule.min_learning_rate",
+            f"{low} must not exceed optimizer.learning_rate = {peak}",
+        )
+
+
+def _hang_timeout(config: RunConfig) -> Iterator[tuple[str, str]]:
+    watchdog, collective = config.training.hang_timeout, config.parallel.timeout_seconds
+    if watchdog is not None and watchdog >= collective:
+        yield (
+            "training.hang_timeout",
+            f"{watchdog:g} must be smaller than parallel.timeout_seconds = {collective:g}, or the "
+            "collective's time-out ends the run before the watchdog can name the rank that hangs",
+        )
+
+
+def _guard_window(config: RunConfig) -> Iterator[tuple[str, str]]:
+    window, least = config.guard.window, config.guard.min_steps
+    if least > window:
+        yield "guard.min_steps", f"{least} must not exceed guard.window = {window}"
+
+
+def _keep_every(config: RunConfig) -> Iterator[tuple[str, str]]:
+    kept, every = config.checkpoint.keep_every, config.checkpoint.every
+    if kept and not (every and kept % every == 0):
+        yield (
+            "checkpoint.keep_every",
+            f"{kept} must be a multiple of checkpoint.every = {every}, or 0",
+        )
+
+
+def _credentials(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """A configuration is saved, logged and shown: no password may be in it."""
+    uri = config.tracking.uri
+    if uri is None:
+        return
+    scheme, _, rest = uri.partition("://")
+    user, at, _host = rest.partition("/")[0].rpartition("@")
+    is_database = scheme.partition("+")[0] in ("postgresql", "mysql", "mssql")
+    if at and scheme.partition("+")[0] != "sqlite" and (":" in user or not is_database):
+        instead = (
+            "the database's own, such as PGPASSWORD or MYSQL_PWD"
+            if is_database
+            else "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+        yield (
+            "tracking.uri",
+            f"has a user or a password in it; leave them to environment variables: {instead}",
+        )
+
+
+def _not_with_deepspeed(
+    path: str, is_set: Callable[[RunConfig], bool], reason: str
+) -> Callable[[RunConfig], Iterator[tuple[str, str]]]:
+    """The check that a setting is left alone which DeepSpeed's engine cannot honour."""
+
+    def check(config: RunConfig) -> Iterator[tuple[str, str]]:
+        if config.training.engine == "deepspeed" and is_set(config):
+            yield path, f"has no place under training.engine: deepspeed: {reason}"
+
+    return check
+
+
+def _fp8(config: RunConfig) -> Iterator[tuple[str, str]]:
+    kernels, training = config.kernels, config.training
+    if kernels.fp8 != "none" and (
+        kernels.backend != "transformer_engine" or training.precision != "bf16"
+    ):
+        yield (
+            "kernels.fp8",
+            f"{kernels.fp8} needs kernels.backend: transformer_engine and training.precision: bf16",
+        )
+
+
+def _offload_parameters(config: RunConfig) -> Iterator[tuple[str, str]]:
+    own = config.deepspeed
+    if own.offload_parameters and (own.zero_stage < 3 or not own.offload_optimizer):
+        yield (
+            "deepspeed.offload_parameters",
+            "true needs deepspeed.zero_stage: 3 and deepspeed.offload_optimizer: true",
+        )
+
+
+_CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
+    _heads,
+    _query_groups,
+    _alpha,
+    _first_block,
+    _multiple_of_tensor("model.num_attention_heads", lambda run: run.model.num_attention_heads),
+    _multiple_of_tensor("model.num_query_groups", lambda run: run.model.query_groups),
+    _multiple_of_tensor("model.ffn_hidden_size", lambda run: run.model.ffn_hidden_size),
+    _multiple_of_tensor("data.vocab_size", lambda run: run.data.vocab_size),
+    _sequence,
+    _sequence_length,
+    _virtual_pipeline,
+    _chunks,
+    _layout,
+    _micro_batch,
+    _warmup,
+    _decay_after_warmup,
+    _lowest_rate,
+    _hang_timeout,
+    _guard_window,
+    _keep_every,
+    _credentials,
+    _not_with_deepspeed(
+        "parallel.pipeline",
+        lambda run: run.parallel.pipeline > 1,
+        "ZeRO loses the gradients of all micro-batches but the last under a pipeline's schedule; "
+        "set it to 1",
+    ),
+    _not_with_deepspeed(
+        "parallel.virtual_pipeline",
+        lambda run: run.parallel.virtual_pipeline > 1,
+        "there is one stage, and no schedule to interleave; set it to 1",
+    ),
+    _not_with_deepspeed(
+        "parallel.sequence",
+        lambda run: run.parallel.sequence,
+        "ZeRO does not sum the gains' gradients over the tensor group; set it to false",
+    ),
+    _not_with_deepspeed(
+        "parallel.distributed_optimizer",
+        lambda run: not run.parallel.distributed_optimizer,
+        "every stage of ZeRO shares the optimizer's state; set it to true",
+    ),
+    _offload_parameters,
+    _fp8,
+)
+"""One contradiction each, so that a wrong setting hides no other's."""
+
+
+def _world(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
+    parallel, training = config.parallel, config.training
+    replica = parallel.model_parallel_size
+    if world_size % replica:
+        yield (
+            "parallel.tensor x parallel.pipeline",
+            f"{parallel.tensor} x {parallel.pipeline} = {replica} must divide the "
+            f"{world_size} process(es) of this launch; start "
+            f"torchrun --nproc-per-node {replica}, or change the layout",
+        )
+        return
+    replicas = world_size // replica
+    batch = training.micro_batch_size * replicas
+    if training.global_batch_size % batch:
+        yield (
+            "training.global_batch_size",
+            f"{training.global_batch_size} must be a multiple of micro_batch_size x replicas = "
+            f"{training.micro_batch_size} x {replicas} = {batch}",
+        )
+        return
+    micro_batches = training.global_batch_size // batch
+    if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
+        yield (
+            "training.global_batch_size",
+            f"{training.global_batch_size} makes {micro_batches} micro-batches a replica; "
+            f"interleaving needs a multiple of parallel.pipeline = {parallel.pipeline}",
+        )

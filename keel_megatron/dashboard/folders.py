@@ -1,0 +1,52 @@
+"""Which folders are runs, and what they say of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from keel_megatron.config.errors import UserError
+
+_MARKS = ("config.yaml", "metrics.jsonl", "log.txt")
+# The C loader takes a twentieth of the time, which counts with fifty runs.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was ever started in a folder."""
+    return any((folder / name).is_file() for name in _MARKS)
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The runs among folders: each a run's own, or one that holds runs' folders.
+
+    Raises:
+        UserError: one of them is neither.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if is_run(path):
+            inside = [path]
+        elif path.is_dir():
+            inside = sorted(folder for folder in path.iterdir() if is_run(folder))
+        else:
+            raise UserError(f"there is no {path}: give a run's folder, or the folder of runs")
+        if not inside:
+            raise UserError(f"{path} holds no runs: `keel train CONFIG` makes one in runs/")
+        found |= {folder.resolve(): folder for folder in inside}
+    return list(found.values())
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """A run's config.yaml as it stands, by section; empty if there is none or it is unreadable.
+
+    Not checked: a list of runs shows those of older versions too.
+    """
+    try:
+        found = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), _LOADER)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    sections = found if isinstance(found, dict) else {}
+    return {name: values for name, values in sections.items() if isinstance(values, dict)}

@@ -1,0 +1,307 @@
+"""How a run is doing, from its folder alone: nothing asks the run, nothing is written.
+
+A run says itself how it ended: in `exit_code`, by an error at the end of log.txt, or by a verdict
+in `hangs/`. One that was killed says nothing. So:
+
+- `running`: a process of this machine has its metrics.jsonl open; or, since it may run on another
+  machine, its last sign of life is not older than some steps take.
+- `silent`: neither, but its watchdog would not yet have ended it either.
+- `lost`: no sign for longer than its watchdog allows: it was killed, or its machine was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from keel_megatron.checkpoint import folder as checkpoints
+from keel_megatron.checkpoint.manifest import DamagedError, read_manifest
+from keel_megatron.dashboard.folders import saved_settings
+from keel_megatron.runtime import exit_codes
+from keel_megatron.tracking.progress import duration
+
+State = Literal["preparing", "running", "silent", "finished", "saved", "failed", "hung", "lost"]
+
+VERDICTS = "hangs/*/verdict.txt"
+"""What runtime/watchdog.py leaves; not imported from there, where torch comes along."""
+
+_TAIL_BYTES = 1 << 16
+_STEPS_AVERAGED = 20
+_QUIET_STEPS = 5
+_QUIET_SECONDS = 30.0
+_WATCHDOG_SECONDS = 300.0
+"""Until a watchdog acts, where config.yaml does not say."""
+_WATCHDOG_GRACE = 60.0
+_SIGNS = ("metrics.jsonl", "log.txt", "config.yaml", "checkpoints")
+_LOG_LINE = re.compile(r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) (.*)$")
+_ERROR = re.compile(r"^(error: |Traceback \(most recent call last\))")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run as its folder shows it."""
+
+    name: str
+    folder: str
+    state: State
+    """The module's docstring tells them apart."""
+    detail: str
+    """The signal that ended it, if one did."""
+    step: int
+    """The last finished step; 0 = none yet."""
+    steps: int | None
+    """Steps of the whole run."""
+    loss: float | None
+    """Training loss of that step, nats per token."""
+    validation_loss: float | None
+    """The latest, nats per token."""
+    tokens_per_second: float | None
+    """Mean over the last steps."""
+    seconds_left: float | None
+    """At the last steps' pace; None if it does not run."""
+    checkpoint: int | None
+    """Step of the newest checkpoint whose names and sizes are right."""
+    checkpoint_age: float | None
+    """Seconds since it was complete."""
+    seconds_silent: float
+    """Since its last sign of life."""
+    problems: list[str] = field(default_factory=list)
+    """What is wrong, a line each."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name; a loss that is not finite is text, as JSON has no number for it."""
+
+        def plain(value: Any) -> Any:
+            bad = isinstance(value, float) and not math.isfinite(value)
+            return str(value) if bad else value
+
+        return {name: plain(value) for name, value in asdict(self).items()}
+
+
+def look(runs: list[Path], now: float | None = None) -> list[RunStatus]:
+    """How runs are doing, those with the latest sign of life first.
+
+    Args:
+        runs: their folders.
+        now: seconds since 1970; None takes the clock's.
+    """
+    held = _held_metrics()
+    instant = time.time() if now is None else now
+    found = [_look(run, (run / "metrics.jsonl").resolve() in held, instant) for run in runs]
+    return sorted(found, key=lambda status: status.seconds_silent)
+
+
+def _look(run: Path, is_held: bool, now: float) -> RunStatus:
+    settings = saved_settings(run)
+    records = _last_records(run / "metrics.jsonl")
+    recent = [record for record in records if "loss" in record][-_STEPS_AVERAGED:]
+    validation = next((r["validation_loss"] for r in records[::-1] if "validation_loss" in r), None)
+    last = recent[-1] if recent else {}
+    step, steps = last.get("step", 0), settings.get("training", {}).get("steps")
+    seconds = [record["seconds"] for record in recent if "seconds" in record]
+    silent = max(0.0, now - _last_sign(run))
+    checkpoint, damaged = _newest_checkpoint(run)
+    log = _log_tail(run / "log.txt")
+    told = _told(run, log, step, steps, checkpoint)
+    state, detail, cause = told or _guessed(settings, step, seconds, silent, is_held)
+    pace = sum(seconds) / len(seconds) if seconds else None
+    alive = state in ("running", "silent")
+    return RunStatus(
+        name=run.resolve().name,
+        folder=str(run),
+        state=state,
+        detail=detail,
+        step=step,
+        steps=steps,
+        loss=last.get("loss"),
+        validation_loss=validation,
+        tokens_per_second=_mean_speed(recent),
+        seconds_left=pace * (steps - step) if alive and pace and steps else None,
+        checkpoint=checkpoint,
+        checkpoint_age=_age(run, checkpoint, now),
+        seconds_silent=silent,
+        problems=[*([cause] if cause else []), *damaged, *_of_training(last, log)],
+    )
+
+
+def _told(
+    run: Path, log: list[tuple[float, str]], step: int, steps: int | None, checkpoint: int | None
+) -> tuple[State, str, str] | None:
+    """How the run says that it ended: state, detail, what is wrong; None if it does not say."""
+    code = _exit_code(run)
+    if code == exit_codes.DONE:
+        return "finished", "", ""
+    if code == exit_codes.SAVED:
+        return "saved", "", ""
+    if code is not None and code in exit_codes.FINAL and code > 128:
+        return "saved", signal.Signals(code - 128).name, ""
+    if code is not None:
+        return "failed", "", f"it ended with code {code}"
+    # Whatever an earlier start left behind is older than what the latest one has written.
+    since = _modified(run / "metrics.jsonl")
+    verdict = max(run.glob(VERDICTS), key=_modified, default=None)
+    if verdict is not None and _modified(verdict) >= since:
+        return "hung", "", verdict.read_text(encoding="utf-8").strip()
+    error = _last_error(log, since)
+    if error is not None:
+        return "failed", "", error
+    if steps is not None and step >= steps and checkpoint == step:
+        return "finished", "", ""
+    return None
+
+
+def _guessed(
+    settings: dict[str, Any], step: int, seconds: list[float], silent: float, is_held: bool
+) -> tuple[State, str, str]:
+    """The same for a run that says nothing, from the time since its last sign of life."""
+    patience = max(_QUIET_SECONDS, _QUIET_STEPS * max(seconds, default=0.0))
+    wait = duration(silent)
+    if silent <= patience:
+        return ("running" if step else "preparing"), "", ""
+    if is_held:
+        slow = f"no step for {wait}" if step else ""
+        return ("running" if step else "preparing"), "", slow
+    if silent <= _watchdog_seconds(settings) + _WATCHDOG_GRACE:
+        return "silent", "", f"no sign for {wait}, and no process of this machine writes it"
+    return "lost", "", f"no sign for {wait}: it was killed; the same command goes on"
+
+
+def _watchdog_seconds(settings: dict[str, Any]) -> float:
+    """How long a run may be silent before its watchdog, or a collective's time-out, ends it."""
+    timeout = settings.get("parallel", {}).get("timeout_seconds", 2 * _WATCHDOG_SECONDS)
+    chosen = settings.get("training", {}).get("hang_timeout")
+    if chosen == 0:
+        return float(timeout)
+    return float(timeout / 2 if chosen is None else chosen)
+
+
+def _of_training(last: dict[str, Any], log: list[tuple[float, str]]) -> list[str]:
+    """What is wrong with the training itself."""
+    found = []
+    loss, skipped = last.get("loss", 0.0), last.get("skipped_steps", 0)
+    if not math.isfinite(loss):
+        found.append(f"the loss is {loss}")
+    guard = [text for _time, text in log if text.startswith("guard, step ")]
+    if skipped:
+        found.append(f"the guard has left out {skipped} step(s)")
+    if guard:
+        found.append(guard[-1])
+    return found
+
+
+def _newest_checkpoint(run: Path) -> tuple[int | None, list[str]]:
+    """The newest whose names and sizes are right, and what is wrong with newer ones."""
+    damaged = []
+    for step in reversed(checkpoints.steps(run)):
+        path = checkpoints.step_folder(run, step)
+        try:
+            read_manifest(path)
+        except DamagedError as error:
+            damaged.append(f"{path.name} is damaged: {error}")
+            continue
+        return step, damaged
+    return None, damaged
+
+
+def _age(run: Path, checkpoint: int | None, now: float) -> float | None:
+    if checkpoint is None:
+        return None
+    return max(0.0, now - _modified(checkpoints.step_folder(run, checkpoint)))
+
+
+def _mean_speed(records: list[dict[str, Any]]) -> float | None:
+    """Tokens a second over steps: all their tokens by all their time."""
+    timed = [r for r in records if r.get("tokens_per_second") and r.get("seconds")]
+    seconds = sum(record["seconds"] for record in timed)
+    tokens = sum(record["tokens_per_second"] * record["seconds"] for record in timed)
+    return tokens / seconds if seconds else None
+
+
+def _exit_code(run: Path) -> int | None:
+    try:
+        return int((run / exit_codes.FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _last_error(log: list[tuple[float, str]], since: float) -> str | None:
+    """What log.txt says ended the run at or after a time: the message, or a traceback's end."""
+    starts = [i for i, (when, text) in enumerate(log) if _ERROR.match(text) and when + 1 >= since]
+    if not starts:
+        return None
+    _when, first = log[starts[-1]]
+    if first.startswith("error: "):
+        return first.removeprefix("error: ")
+    frames = (text for _when, text in log[starts[-1] + 1 :])
+    return next((text for text in frames if text and not text.startswith(" ")), first)
+
+
+def _last_sign(run: Path) -> float:
+    return max(_modified(run / name) for name in _SIGNS)
+
+
+def _modified(path: Path) -> float:
+    """When a file was written last, in seconds since 1970; 0 if it is not there."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _last_records(path: Path) -> list[dict[str, Any]]:
+    """The whole records at the end of a metrics file."""
+    found = []
+    for line in _tail(path):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # the writer is in the middle of it
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            found.append(record)
+    return found
+
+
+def _log_tail(path: Path) -> list[tuple[float, str]]:
+    """The last messages of log.txt: seconds since 1970, and a line."""
+    matches = (_LOG_LINE.match(line) for line in _tail(path))
+    return [
+        (datetime.strptime(m[1], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp(), m[2])
+        for m in matches
+        if m
+    ]
+
+
+def _tail(path: Path) -> list[str]:
+    """The last lines of a file: whole ones, but perhaps the very last."""
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - _TAIL_BYTES))
+            lines = stream.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    return lines[1:] if size > _TAIL_BYTES else lines
+
+
+def _held_metrics() -> set[Path]:
+    """Every metrics.jsonl that a process of this user has open on this machine."""
+    found = set()
+    for process in psutil.process_iter(["name"]):
+        if "python" not in (process.info["name"] or "") and "keel" not in process.info["name"]:
+            continue
+        try:
+            opened = process.open_files()
+        except (psutil.Error, OSError):
+            continue
+        found |= {Path(f.path) for f in opened if f.path.endswith("metrics.jsonl")}
+    return found

@@ -1,0 +1,330 @@
+"""The courier: a process that delivers a run's spool to MLflow while the run trains.
+
+    python -m keel_megatron.tracking.courier RUN --parent PID --start NAME
+
+MLflow is imported, waited for and retried here, so that training never shares an interpreter with
+it. The courier also sees the training process die, which that process itself cannot report: a run
+that ends without a word, by kill -9 or by its watchdog, has FAILED.
+
+It speaks to its parent by lines on standard output. `keel track sync` does the same work once, for
+what a crash, or a server that was down, left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from keel_megatron.tracking.mlflow_run import METRICS_PER_CALL, MlflowRun, Point
+from keel_megatron.tracking.spool import EVENTS, FOLDER, Item, SpoolReader
+from keel_megatron.tracking.target import Status, Target, without_credentials
+
+POLL_SECONDS = 0.5
+LONGEST_PAUSE = 30.0
+LINGER_SECONDS = 60.0
+"""How long the courier of a dead run tries to reach a server that is down."""
+HEARTBEAT_SECONDS = 10.0
+
+DELIVERED, UNUSABLE, LEFT = 0, 2, 3
+"""Exit codes: all is delivered; MLflow cannot be used at all; something waits."""
+
+_REJECTIONS = frozenset(
+    {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
+)
+"""MLflow's answers to what will never be taken; anything else may pass."""
+
+
+class Courier:
+    """Delivers a run's spool; one at a time does.
+
+    Args:
+        run: the run's folder.
+        say: told what the user should know: once when MLflow does not answer and once when it does
+            again, and what MLflow refuses.
+
+    Raises:
+        ImportError: MLflow is not installed.
+    """
+
+    def __init__(self, run: Path, say: Callable[[str], None]) -> None:
+        target = Target.load(run)
+        assert target is not None, f"{run} has no spool"
+        self._run = run
+        self._say = say
+        self.shown_uri = without_credentials(target.uri_of(run))
+        self.reader = SpoolReader(run)
+        self._client: MlflowRun | None = None
+        self._target = target
+        self.problem: str | None = None
+        """Why MLflow does not answer, while it does not."""
+        self.points = 0
+        """Points delivered so far."""
+
+    def deliver(self) -> bool:
+        """Deliver what waits; whether MLflow took all of it."""
+        try:
+            while batch := self._batch():
+                self._deliver(batch)
+                self.reader.commit(batch)
+                self._answered()
+        except ImportError:
+            raise
+        except Exception as error:
+            self._no_answer(error)
+            return False
+        return True
+
+    def end(self, status: Status) -> bool:
+        """Give the MLflow run an ending that nobody has reported; whether MLflow took it."""
+        item = {"kind": "end", "status": status, "time": time.time_ns() // 1_000_000}
+        try:
+            self._end(item)
+            self.reader.session["open"] = False
+            self.reader.ended = True
+            self.reader.write_note()
+        except Exception as error:
+            self._no_answer(error)
+            return False
+        return True
+
+    def _batch(self) -> list[Item]:
+        """The next items: values, as many as go into one call, or one of anything else."""
+        batch: list[Item] = []
+        points = 0
+        for item in islice(self.reader.waiting(), METRICS_PER_CALL):
+            is_values = item.kind in ("metrics", "system")
+            if batch and (not is_values or points + len(item.values["values"]) > METRICS_PER_CALL):
+                break
+            batch.append(item)
+            if not is_values:
+                break
+            points += len(item.values["values"])
+        return batch
+
+    def _deliver(self, batch: list[Item]) -> None:
+        try:
+            self._send(batch)
+        except Exception as error:
+            if not _is_rejected(error):
+                raise
+            if len(batch) > 1:
+                for item in batch:
+                    self._deliver([item])
+            else:
+                self._say(
+                    f"MLflow ({self.shown_uri}) refuses {_shown(batch[0])}: {_reason(error)}; "
+                    "it is left out"
+                )
+
+    def _send(self, batch: list[Item]) -> None:
+        if self._client is None:
+            self._client = MlflowRun(self._run, self._target)
+        client, first = self._client, batch[0]
+        if first.kind == "start":
+            values = first.values
+            remark = client.start(values["name"], values.get("back_to"), values["time"])
+            if remark is not None:
+                self._say(remark)
+            return
+        client.reopen()
+        if first.kind in ("metrics", "system"):
+            points = [point for item in batch for point in _points(item, client)]
+            client.log(points)
+            self.points += len(points)
+        elif first.kind == "tags":
+            client.tag(first.values["tags"])
+        elif first.kind == "artifact":
+            client.log_file(self._run / first.values["path"])
+        elif first.kind == "rewind":
+            client.rewind(first.values["back_to"], first.values["time"])
+        elif first.kind == "end":
+            self._end(first.values)
+
+    def _end(self, values: dict[str, Any]) -> None:
+        if self._client is None:
+            self._client = MlflowRun(self._run, self._target)
+        self._client.reopen()
+        since = self.reader.last_start.get("time", 0) / 1000
+        for path in [self._run / "log.txt", *sorted(self._run.glob("hangs/*"))]:
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime >= since:
+                    self._client.log_file(path)
+        self._client.end(values["status"], values["time"])
+
+    def _answered(self) -> None:
+        if self.problem is not None:
+            self._say(f"MLflow ({self.shown_uri}) answers again: what waited is being delivered")
+        self.problem = None
+
+    def _no_answer(self, error: Exception) -> None:
+        first = self.problem is None
+        self.problem = _reason(error)
+        if first:
+            self._say(
+                f"MLflow ({self.shown_uri}) does not answer: {self.problem}; "
+                f"training goes on, and what it reports waits in {self._run / FOLDER}"
+            )
+
+
+def _points(item: Item, client: MlflowRun) -> list[Point]:
+    values = item.values
+    time_ms = values["time"]
+    step = values["step"] if item.kind == "metrics" else client.seconds_since_start(time_ms)
+    return [Point(name, value, step, time_ms) for name, value in values["values"].items()]
+
+
+def _is_rejected(error: Exception) -> bool:
+    if isinstance(error, FileNotFoundError):
+        return True
+    return getattr(error, "error_code", None) in _REJECTIONS
+
+
+def _reason(error: Exception) -> str:
+    text = without_credentials((str(error).splitlines() or [""])[0])[:200]
+    return f"{type(error).__name__}: {text}"
+
+
+def _shown(item: Item) -> str:
+    if item.kind == "artifact":
+        return f"the file {item.values['path']}"
+    return f"{item.kind} of step {item.values['step']}" if "step" in item.values else item.kind
+
+
+@contextmanager
+def the_only_one(run: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the spool's lock within the block; False if another courier has it.
+
+    The system frees the lock of a process that dies. A file system without locks gives it to all.
+    """
+    path = run / FOLDER / "lock"
+    with path.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        yield True
+
+
+def is_alive(session: dict[str, Any], run: Path) -> bool:
+    """Whether the training process of a session may still be there.
+
+    On another machine that is so if its courier gave a sign of life within the last minute.
+    """
+    if session.get("host") == socket.gethostname():
+        return process_runs(session.get("pid", 0), session.get("born", 0.0))
+    try:
+        return time.time() - (run / FOLDER / "alive").stat().st_mtime < 6 * HEARTBEAT_SECONDS
+    except OSError:
+        return False
+
+
+def process_runs(pid: int, born: float) -> bool:
+    """Whether a process with this id and time of creation runs."""
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - born) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def follow(run: Path, parent: int, start: str, say: Callable[[str], None]) -> int:
+    """Deliver until the training process has ended and all is delivered.
+
+    Args:
+        run: the run's folder.
+        parent: the training process, this one's parent.
+        start: name of its start.
+        say: as the courier's.
+
+    Returns:
+        The exit code.
+    """
+    with the_only_one(run, wait=True):
+        courier = Courier(run, say)
+        reader = courier.reader
+        heartbeat = pause = 0.0
+        dead_since: float | None = None
+        while True:
+            is_orphan = os.getppid() != parent  # asked before looking: what it left is all there
+            if time.monotonic() >= heartbeat:
+                heartbeat = time.monotonic() + HEARTBEAT_SECONDS
+                with suppress(OSError):
+                    (run / FOLDER / "alive").touch()
+            done = courier.deliver()
+            if is_orphan and dead_since is None:
+                dead_since = time.monotonic()
+            if is_orphan and reader.last_start.get("name") != start:
+                return LEFT  # the run was started again: its new courier waits for this one
+            if done and is_orphan and not reader.ended:
+                done = courier.end("FAILED")
+            if done and reader.ended:
+                reader.tidy([EVENTS])
+                return DELIVERED
+            if not done and reader.ended and not is_orphan:
+                return LEFT  # the training process waits for this answer
+            if dead_since is not None and time.monotonic() - dead_since > LINGER_SECONDS:
+                return LEFT
+            pause = POLL_SECONDS if done else min(LONGEST_PAUSE, max(POLL_SECONDS, 2 * pause))
+            _rest(pause, parent, reader)
+
+
+def _rest(seconds: float, parent: int, reader: SpoolReader) -> None:
+    """Wait; not to the end when the run ends meanwhile."""
+    until = time.monotonic() + seconds
+    was_parent, was_ended = os.getppid() == parent, reader.ended
+    while (left := until - time.monotonic()) > 0:
+        time.sleep(min(POLL_SECONDS / 2, left))
+        reader.scan()
+        if (os.getppid() == parent) != was_parent or reader.ended != was_ended:
+            return
+
+
+def main() -> None:
+    """The process that `MlflowSink` starts."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--parent", type=int, required=True, help="the training process")
+    parser.add_argument("--start", required=True, help="name of its start")
+    arguments = parser.parse_args()
+    # A launcher's or a scheduler's signals are the training process's matter: its ending is still
+    # to be delivered.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+    def say(text: str) -> None:
+        with suppress(OSError):
+            print(text, flush=True)
+
+    try:
+        code = follow(arguments.run, arguments.parent, arguments.start, say)
+    except ImportError as error:
+        say(
+            f"MLflow cannot be imported ({error}): install mlflow-skinny, sqlalchemy and alembic, "
+            "or set tracking.mlflow=false; training goes on, metrics.jsonl has every record"
+        )
+        code = UNUSABLE
+    except Exception as error:
+        say(f"MLflow's courier stops: {_reason(error)}")
+        code = 1
+    with suppress(OSError):
+        sys.stdout.close()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""What waits to be delivered to MLflow: append-only files of JSON lines in the run's folder.
+
+    spool/events.000001.jsonl        rank 0's: starts, values, files, tags, rewinds, the ending
+    spool/system-HOST.000001.jsonl   a node's own measurements
+    spool/delivered.json             how far MLflow has them, replaced in one move
+    spool/target.json                the MLflow run that they are for (target.py)
+    spool/lock                       held by the courier that delivers
+
+Only the training process writes a stream and only one courier reads it, so neither waits for the
+other. Every start of a writer begins a new file, and so does every file that has grown large;
+delivered files are deleted. A last line that a kill cut short is no item.
+
+A line is with the system as soon as it is written: no end of the process loses it. It is not
+synced to the disk: a node that loses its power may lose its last seconds, as metrics.jsonl may.
+An item may come twice, when the courier dies between a delivery and its note of it: MLflow's
+database stores take a point of the same step, time and value as the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = "spool"
+EVENTS = "events"
+SYSTEM = "system-"
+SEGMENT_BYTES = 8_000_000
+_DELIVERED = "delivered.json"
+
+
+class SpoolWriter:
+    """Appends items to a stream; any thread may.
+
+    A full disk does not stop the run: what cannot be written is kept in memory and written with the
+    next item that can be.
+
+    Args:
+        run: the run's folder.
+        stream: name of the stream.
+    """
+
+    def __init__(self, run: Path, stream: str) -> None:
+        self._folder = run / FOLDER
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._file: Any = None
+        self._unwritten: list[bytes] = []
+        with suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def append(self, kind: str, **values: Any) -> None:
+        """Write an item, `values` being plain JSON."""
+        line = json.dumps({"kind": kind, **values}).encode() + b"\n"
+        with self._lock:
+            self._unwritten.append(line)
+            with suppress(OSError):
+                self._write()
+
+    @property
+    def unwritten(self) -> int:
+        """Items that are in memory only."""
+        return len(self._unwritten)
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._end_file()
+
+    def _write(self) -> None:
+        if self._file is not None and self._file.tell() > SEGMENT_BYTES:
+            self._end_file()
+        if self._file is None:
+            number = max((n for n, _ in segments(self._folder, self._stream)), default=0) + 1
+            number = max(number, read_position(self._folder).get(self._stream, (0, 0))[0] + 1)
+            path = self._folder / f"{self._stream}.{number:06d}.jsonl"
+            self._file = path.open("xb", buffering=0)
+        lines = b"".join(self._unwritten)
+        try:
+            written = self._file.write(lines)
+        except OSError:
+            self._end_file()
+            raise
+        del self._unwritten[: lines[:written].count(b"\n")]
+        if self._unwritten:
+            self._end_file()  # its last line is cut short: the next goes to a new file
+
+    def _end_file(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of a stream."""
+
+    stream: str
+    segment: int
+    end: int
+    """Where the line ends in its file, in bytes."""
+    values: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """What it is: start, metrics, system, tags, artifact, rewind or end."""
+        return str(self.values["kind"])
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Its file and its end there: later items have a greater one."""
+        return self.segment, self.end
+
+
+def segments(folder: Path, stream: str) -> list[tuple[int, Path]]:
+    """(number, path) of a stream's files in order; `folder` is the spool."""
+    found = []
+    for path in folder.glob(f"{stream}.*.jsonl"):
+        number = path.name[len(stream) + 1 : -len(".jsonl")]
+        if number.isdecimal():
+            found.append((int(number), path))
+    return sorted(found)
+
+
+def read_position(folder: Path) -> dict[str, tuple[int, int]]:
+    """How far every stream is delivered: (file, byte)."""
+    return {name: (int(s), int(e)) for name, (s, e) in _note(folder).get("streams", {}).items()}
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / _DELIVERED).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+class SpoolReader:
+    """What of a run's spool is not delivered yet.
+
+    Values after the step that a later start or rewind goes back to are left out: the run computes
+    them again.
+
+    Args:
+        run: the run's folder.
+
+    Attributes:
+        session: what the last delivered start said, and whether its end is delivered (`open`).
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / FOLDER
+        note = _note(self.folder)
+        self.session: dict[str, Any] = note.get("session", {})
+        self._position = read_position(self.folder)
+        self._scanned = self._position.get(EVENTS, (0, 0))
+        self._turns: list[tuple[tuple[int, int], int]] = []
+        self.last_start: dict[str, Any] = dict(self.session)
+        self.ended = not self.session.get("open", False)
+
+    def scan(self) -> None:
+        """Look ahead, over what has come since the last look, for starts, rewinds and ends."""
+        for item in self._lines(EVENTS, self._scanned):
+            self._scanned = item.place
+            if item.kind == "start":
+                self.last_start, self.ended = item.values, False
+            elif item.kind == "end":
+                self.ended = True
+            back_to = item.values.get("back_to")
+            if back_to is not None:
+                self._turns.append((item.place, int(back_to)))
+
+    def waiting(self) -> Iterator[Item]:
+        """The items that are to be delivered: events first, in their order."""
+        self.scan()
+        for stream in self._streams():
+            for item in self._lines(stream, self._position.get(stream, (0, 0))):
+                if not self._is_overtaken(item):
+                    yield item
+
+    def commit(self, items: list[Item]) -> None:
+        """Note that these are delivered (or given up), with all before them; delete their files."""
+        for item in items:
+            self._position[item.stream] = max(self._position.get(item.stream, (0, 0)), item.place)
+            if item.kind == "start":
+                self.session = {**item.values, "open": True}
+            elif item.kind == "end":
+                self.session["open"] = False
+        self._turns = [t for t in self._turns if t[0] > self._position.get(EVENTS, (0, 0))]
+        self.write_note()
+        for stream in {item.stream for item in items}:
+            for number, path in segments(self.folder, stream):
+                if number < self._position[stream][0]:
+                    path.unlink(missing_ok=True)
+
+    def write_note(self) -> None:
+        """Keep how far everything is delivered."""
+        partial = self.folder / (_DELIVERED + ".partial")
+        note = {"streams": self._position, "session": self.session}
+        partial.write_text(json.dumps(note), encoding="utf-8")
+        partial.replace(self.folder / _DELIVERED)
+
+    def tidy(self, streams: list[str] | None = None) -> None:
+        """Delete the files that are delivered to their end; their writers must be gone.
+
+        Args:
+            streams: whose; None = all.
+        """
+        for stream in self._streams() if streams is None else streams:
+            last, end = self._position.get(stream, (0, 0))
+            for number, path in segments(self.folder, stream):
+                done = number < last or (number == last and path.stat().st_size <= end)
+                if done or path.stat().st_size == 0:
+                    path.unlink(missing_ok=True)
+
+    def _streams(self) -> list[str]:
+        names = {path.name.rsplit(".", 2)[0] for path in self.folder.glob("*.*.jsonl")}
+        return sorted(names, key=lambda name: (name != EVENTS, name))
+
+    def _is_overtaken(self, item: Item) -> bool:
+        if item.kind != "metrics":
+            return False
+        return any(
+            place > item.place and item.values["step"] > back_to for place, back_to in self._turns
+        )
+
+    def _lines(self, stream: str, after: tuple[int, int]) -> Iterator[Item]:
+        """Whole lines of a stream after a place."""
+        for number, path in segments(self.folder, stream):
+            if number < after[0]:
+                continue
+            end = after[1] if number == after[0] else 0
+            with path.open("rb") as file:
+                file.seek(end)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    end += len(line)
+                    with suppress(ValueError):
+                        yield Item(stream, number, end, json.loads(line))
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """How much of a spool is not delivered."""
+
+    points: int = 0
+    files: int = 0
+    status: str | None = None
+    """The ending that MLflow does not know yet."""
+
+    @classmethod
+    def of(cls, run: Path) -> Waiting:
+        """Count a run's."""
+        points = files = 0
+        status: str | None = None
+        for item in SpoolReader(run).waiting():
+            points += len(item.values.get("values", ()))
+            files += item.kind == "artifact"
+            status = item.values["status"] if item.kind == "end" else status
+        return cls(points, files, status)
+
+    def __bool__(self) -> bool:
+        return bool(self.points or self.files or self.status)
+
+    def __str__(self) -> str:
+        parts = [f"{self.points:,} point(s)"]
+        if self.files:
+            parts.append(f"{self.files} file(s)")
+        if self.status:
+            parts.append(f"the status {self.status}")
+        return ", ".join(parts[:-1]) + " and " * (len(parts) > 1) + parts[-1]
+
+
+def relative(run: Path, path: Path) -> str:
+    """A file's path as the spool keeps it: within the run's folder relative to it."""
+    full, home = os.path.abspath(path), os.path.abspath(run)
+    return os.path.relpath(full, home) if full.startswith(home + os.sep) else full

@@ -1,0 +1,88 @@
+"""Deliver what a run's spool still holds, once the run itself is over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from keel_megatron.config.errors import UserError
+from keel_megatron.tracking.courier import Courier, is_alive, the_only_one
+from keel_megatron.tracking.spool import EVENTS, FOLDER, SpoolWriter, Waiting, relative
+from keel_megatron.tracking.target import Target
+
+
+def sync(run: Path) -> list[str]:
+    """Deliver what waits; a run whose process died without a word becomes FAILED.
+
+    Args:
+        run: the run's folder.
+
+    Returns:
+        What was done, in lines.
+
+    Raises:
+        UserError: there is no such run, it is still being delivered, or MLflow does not answer.
+    """
+    target = Target.load(run)
+    if target is None:
+        if not (run / "config.yaml").is_file():
+            raise UserError(f"{run} holds no run: there is no config.yaml in it")
+        return [f"{run}: nothing waits; the run does not report to MLflow"]
+    with the_only_one(run, wait=False) as free:
+        if not free:
+            raise UserError(f"{run}: the run is at work and delivers what waits itself")
+        return _deliver(run)
+
+
+def add_file(run: Path, path: Path) -> None:
+    """Hand MLflow a file of a run that has ended; if it does not answer, the file waits."""
+    if Target.load(run) is None:
+        return
+    unreached = Waiting.of(run)
+    writer = SpoolWriter(run, EVENTS)
+    writer.append("artifact", path=relative(run, path))
+    writer.close()
+    if unreached:
+        return
+    try:
+        sync(run)
+    except UserError as error:
+        print(f"{path.name} is not in MLflow yet: {error}")
+
+
+def _deliver(run: Path) -> list[str]:
+    remarks: list[str] = []
+    try:
+        courier = Courier(run, remarks.append)
+        courier.reader.scan()
+        waiting = Waiting.of(run)
+        if not waiting and courier.reader.ended:
+            courier.deliver()  # tags and marks count as nothing
+            return [f"{run}: nothing waits, MLflow ({courier.shown_uri}) has everything"]
+        if not courier.deliver():
+            raise UserError(
+                f"MLflow ({courier.shown_uri}) does not answer: {courier.problem}; "
+                f"{Waiting.of(run)} still wait in {run / FOLDER}"
+            )
+        done = list(remarks)
+        if waiting:
+            done.append(f"{run}: delivered {waiting} to MLflow ({courier.shown_uri})")
+        if not courier.reader.ended:
+            done.append(_settle(run, courier))
+    except ImportError as error:
+        raise UserError(
+            f"MLflow cannot be imported ({error}): install mlflow-skinny, sqlalchemy and alembic"
+        ) from error
+    if courier.reader.ended:
+        courier.reader.tidy()
+    return done
+
+
+def _settle(run: Path, courier: Courier) -> str:
+    """End the MLflow run of a process that is gone."""
+    session = courier.reader.session
+    where = f"process {session.get('pid')} on {session.get('host')}"
+    if is_alive(session, run):
+        return f"{run}: its status stays RUNNING: {where} seems to be at work"
+    if not courier.end("FAILED"):
+        raise UserError(f"MLflow ({courier.shown_uri}) does not answer: {courier.problem}")
+    return f"{run}: its status is FAILED now: {where} is gone and did not say how it ended"

@@ -1,0 +1,116 @@
+"""The MLflow run that a run's reports are for: where it is, and what it is called."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from keel_megatron.config.run import RunConfig
+from keel_megatron.tracking.spool import FOLDER
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+"""How an MLflow run ends: as planned; by an error, or without a word; because it was asked to."""
+
+RUN_ID_FILE = "mlflow_run_id"
+_FILE = "target.json"
+_PARAM_LENGTH = 6000
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the courier must know of the configuration; it is kept in the spool."""
+
+    uri: str | None
+    """MLflow's tracking URI; None = the sqlite file in the run's folder."""
+    experiment: str
+    name: str
+    params: dict[str, str]
+    artifacts: str | None
+    """Where the files of a new experiment go; None = as the server says."""
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Target:
+        """That of a configuration."""
+        tracking = config.tracking
+        return cls(
+            tracking.uri,
+            tracking.experiment,
+            config.training.name,
+            flat_params(config),
+            _artifact_location(config),
+        )
+
+    @classmethod
+    def load(cls, run: Path) -> Target | None:
+        """That of a run's folder, if it has one."""
+        path = run / FOLDER / _FILE
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+    def save(self, run: Path) -> None:
+        """Keep it in a run's folder."""
+        path = run / FOLDER / _FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        partial.replace(path)
+
+    def uri_of(self, run: Path) -> str:
+        """The URI, wherever the run's folder is."""
+        return self.uri or local_uri(run)
+
+
+def local_uri(run: Path) -> str:
+    """The sqlite file in a run's folder."""
+    return f"sqlite:///{(run / 'mlflow.db').resolve()}"
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """`tracking.uri`, or the sqlite file in the run's folder."""
+    return config.tracking.uri or local_uri(config.training.folder)
+
+
+def without_credentials(text: str) -> str:
+    """A text in which no URI has a user or password."""
+    return re.sub(r"(\w://)[^/\s]*@", r"\1***@", text)
+
+
+def remembered_run_id(folder: Path) -> str | None:
+    """The MLflow run of a run's folder, if it has one."""
+    marker = folder / RUN_ID_FILE
+    return (marker.read_text(encoding="utf-8").strip() or None) if marker.is_file() else None
+
+
+def remember_run_id(folder: Path, run_id: str) -> None:
+    """Make this the MLflow run of a run's folder."""
+    partial = folder / f"{RUN_ID_FILE}.partial"
+    partial.write_text(run_id + "\n", encoding="utf-8")
+    partial.replace(folder / RUN_ID_FILE)
+
+
+def flat_params(config: RunConfig) -> dict[str, str]:
+    """The configuration as `section.key`: text, within MLflow's limit of length."""
+    params = {
+        f"{section}.{key}": str(value)
+        for section, values in config.model_dump(mode="json").items()
+        for key, value in values.items()
+    }
+    params["tracking.uri"] = without_credentials(params["tracking.uri"])
+    return {
+        key: value if len(value) <= _PARAM_LENGTH else value[: _PARAM_LENGTH - 3] + "..."
+        for key, value in params.items()
+    }
+
+
+def _artifact_location(config: RunConfig) -> str | None:
+    """A database has no place of its own for files, and MLflow's default is ./mlruns."""
+    kind, _, rest = tracking_uri(config).partition("://")
+    if kind.startswith("sqlite"):
+        parent = Path(rest.removeprefix("/").partition("?")[0]).parent
+    elif kind.partition("+")[0] in ("postgresql", "mysql", "mssql"):
+        parent = config.training.runs_dir
+    else:
+        return None
+    return (parent / "mlflow_artifacts").resolve().as_uri()

@@ -1,0 +1,23 @@
+"""The choice of an engine."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from keel_megatron.config.run import RunConfig
+from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.training.engine import Engine, MegatronEngine
+
+
+def build_engine(config: RunConfig, runtime: Runtime, chunks: list[nn.Module]) -> Engine:
+    """The engine that `training.engine` names, around this rank's model chunks.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if config.training.engine == "deepspeed":
+        # Imported late: DeepSpeed takes seconds, and may not be there.
+        from keel_megatron.training.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, runtime, chunks)
+    return MegatronEngine(config, runtime, chunks)

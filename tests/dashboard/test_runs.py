@@ -1,0 +1,217 @@
+"""`keel runs`: what a folder says of its run, and what it does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from keel_megatron.checkpoint import folder as checkpoints
+from keel_megatron.checkpoint.manifest import FileRecord, write_json, write_manifest
+from keel_megatron.config.errors import UserError
+from keel_megatron.config.load import dump_config
+from keel_megatron.dashboard.folders import find_runs
+from keel_megatron.dashboard.runs import VERDICTS, RunStatus, look
+from keel_megatron.dashboard.table import runs_table
+from keel_megatron.runtime import exit_codes, watchdog
+from keel_megatron.tracking.metrics import MetricsFile
+from keel_megatron.tracking.records import ValidationRecord
+from tests.settings import small_config
+from tests.tracking.samples import record
+
+NOW = 1_800_000_000.0
+
+
+def make_run(parent: Path, name: str, steps: int = 10, silent: float = 5.0, **last: Any) -> Path:
+    """A run of 100 steps after some of them, whose last sign of life is `silent` seconds old."""
+    run = parent / name
+    run.mkdir(parents=True)
+    config = small_config(training__name=name, training__steps=100)
+    (run / "config.yaml").write_text(dump_config(config))
+    with MetricsFile(run / "metrics.jsonl") as metrics:
+        for step in range(1, steps + 1):
+            values = last if step == steps else {}
+            metrics.write(record(step, **{"loss": 5.0 - step / 100, "seconds": 2.0, **values}))
+        metrics.write(ValidationRecord(steps, 4.5, 16, 512))
+    age(run, silent)
+    return run
+
+
+def age(run: Path, silent: float) -> None:
+    """Make everything in a run's folder so old."""
+    for path in sorted(run.rglob("*"), reverse=True):
+        os.utime(path, (NOW - silent, NOW - silent))
+
+
+def log(run: Path, *lines: str, silent: float = 5.0) -> None:
+    when = datetime.fromtimestamp(NOW - silent, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    (run / "log.txt").write_text("".join(f"{when} {line}\n" for line in lines))
+    os.utime(run / "log.txt", (NOW - silent, NOW - silent))
+
+
+def save(run: Path, step: int) -> Path:
+    """A checkpoint's folder whose names and sizes are right."""
+    path = checkpoints.step_folder(run, step)
+    path.mkdir(parents=True)
+    files: dict[str, FileRecord] = {}
+    for name in ("state.json", "index.json", "metadata.json", "config.yaml"):
+        files[name] = write_json(path / name, {})
+    write_manifest(path, step, files)
+    return path
+
+
+def only(run: Path) -> RunStatus:
+    (status,) = look([run], NOW)
+    return status
+
+
+def test_a_run_that_has_just_made_a_step_is_running(tmp_path: Path) -> None:
+    status = only(make_run(tmp_path, "young"))
+    assert (status.state, status.step, status.steps) == ("running", 10, 100)
+    assert status.loss == pytest.approx(4.9)
+    assert status.validation_loss == 4.5
+    assert status.tokens_per_second == pytest.approx(1000.0)
+    assert status.seconds_left == pytest.approx(90 * 2.0)
+    assert status.problems == []
+
+
+@pytest.mark.parametrize(
+    ("silent", "state"), [(29.0, "running"), (40.0, "silent"), (359.0, "silent"), (361.0, "lost")]
+)
+def test_silence_is_judged_by_what_the_watchdog_would_allow(
+    tmp_path: Path, silent: float, state: str
+) -> None:
+    """The watchdog of these settings acts after 300 s, and a minute is left to it."""
+    status = only(make_run(tmp_path, "quiet", silent=silent))
+    assert status.state == state
+    assert bool(status.problems) == (state != "running")
+
+
+def test_a_process_of_this_machine_that_writes_the_metrics_is_alive(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "slow", silent=1000.0)
+    assert only(run).state == "lost"
+    with (run / "metrics.jsonl").open("a"):
+        status = only(run)
+    assert status.state == "running"
+    assert status.problems == ["no step for 16m 40s"]
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "detail"),
+    [
+        (exit_codes.DONE, "finished", ""),
+        (exit_codes.SAVED, "saved", ""),
+        (143, "saved", "SIGTERM"),
+        (130, "saved", "SIGINT"),
+        (9, "failed", ""),
+    ],
+)
+def test_the_exit_code_is_believed(tmp_path: Path, code: int, state: str, detail: str) -> None:
+    run = make_run(tmp_path, "ended", silent=1.0)
+    exit_codes.write(run, code)
+    status = only(run)
+    assert (status.state, status.detail) == (state, detail)
+    assert status.seconds_left is None
+
+
+def test_an_error_at_the_end_of_the_log_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "broken")
+    log(
+        run,
+        "keel: 16 sub-layers",
+        "Traceback (most recent call last):",
+        '  File "loop.py", line 1, in run',
+        "RuntimeError: out of memory",
+        "MLflow did not get 3 of 10 records",
+    )
+    status = only(run)
+    assert (status.state, status.problems) == ("failed", ["RuntimeError: out of memory"])
+    log(run, "error: data.text: there is no text")
+    assert only(run).problems == ["data.text: there is no text"]
+
+
+def test_an_error_of_an_earlier_start_is_not(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "again")
+    log(run, "error: data.text: there is no text", silent=60.0)
+    assert only(run).state == "running"
+
+
+def test_a_verdict_of_the_watchdog_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "hung", silent=500.0)
+    hang = run / watchdog.FOLDER / "20261125-000000"
+    hang.mkdir(parents=True)
+    (hang / "verdict.txt").write_text("watchdog: rank 1 gives no answer\n")
+    assert hang / "verdict.txt" in run.glob(VERDICTS)
+    age(run, 400.0)
+    status = only(run)
+    assert (status.state, status.problems) == ("hung", ["watchdog: rank 1 gives no answer"])
+
+
+def test_the_newest_good_checkpoint_is_shown_and_damaged_ones_are_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "damaged")
+    save(run, 4)
+    (save(run, 8) / "index.json").write_text("{")
+    status = only(run)
+    assert status.checkpoint == 4
+    assert status.problems[0].startswith("step_00000008 is damaged: index.json")
+
+
+def test_what_is_wrong_with_the_training_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "sick", loss=float("nan"), skipped_steps=3)
+    log(run, "guard, step 9 (skip): the loss is nan; from sub-layer 3")
+    assert only(run).problems == [
+        "the loss is nan",
+        "the guard has left out 3 step(s)",
+        "guard, step 9 (skip): the loss is nan; from sub-layer 3",
+    ]
+    assert json.loads(json.dumps(only(run).to_json(), allow_nan=False))["loss"] == "nan"
+
+
+def test_a_complete_run_is_finished_without_its_exit_code(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "whole", steps=100, silent=9000.0)
+    assert only(run).state == "lost"
+    save(run, 100)
+    assert only(run).state == "finished"
+
+
+def test_runs_are_found_and_what_is_none_is_refused(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path, "a"), make_run(tmp_path, "b")
+    (tmp_path / "notes").mkdir()
+    assert find_runs([tmp_path, first]) == [first, second]
+    with pytest.raises(UserError, match="holds no runs"):
+        find_runs([tmp_path / "notes"])
+    with pytest.raises(UserError, match="there is no"):
+        find_runs([tmp_path / "nowhere"])
+
+
+def test_the_table_fits_eighty_columns_and_has_the_problems_below(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, "demo"), make_run(tmp_path, "keel_512_40b", silent=7200.0)]
+    save(runs[0], 8)
+    age(runs[0], 5.0)
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(runs_table(look(runs, NOW)))
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    assert lines[1].split()[:5] == ["demo", "running", "10/100", "4.9000", "1,000"]
+    assert lines[1].split()[5:] == ["3m", "00s", "8,", "5s", "ago"]
+    assert lines[2].startswith("keel_512_40b  lost")
+    assert lines[4].startswith("keel_512_40b: no sign for 2h 00m: it was killed")
+
+
+def test_fifty_runs_take_less_than_a_second(tmp_path: Path) -> None:
+    """Each with more metrics than are read."""
+    first = make_run(tmp_path, "run", steps=1000)
+    whole = (first / "metrics.jsonl").read_text()
+    runs = [first]
+    for number in range(49):
+        run = make_run(tmp_path, f"run{number}", steps=1)
+        (run / "metrics.jsonl").write_text(whole)
+        runs.append(run)
+    started = time.process_time()
+    assert {status.step for status in look(runs)} == {1000}
+    assert time.process_time() - started < 1.0

@@ -1,0 +1,118 @@
+"""A run that was killed and resumed, in MLflow's own pages, with a real browser."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from keel_megatron.checkpoint import folder
+from keel_megatron.tracking.metrics import read_metrics
+from tests.integration.commands import environment, keel, write_config
+from tools.browser import MISSING, browser
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+STEPS_AFTER_KILL = 8
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a run was killed once MLflow had it, and then trained to its end."""
+    home = tmp_path_factory.mktemp("killed")
+    overrides = {"tracking__mlflow": True, "tracking__depth_every": 1, "checkpoint__every": 4}
+    config = write_config(home, Path(argparse.__file__), schedule__decay="constant", **overrides)
+    command = [sys.executable, "-m", "keel_megatron", "train", str(config)]
+    run = home / "runs" / "test"
+    with subprocess.Popen(
+        [*command, "training.steps=100000"],
+        cwd=home,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+    ) as first:
+        try:
+            _wait(lambda: first.poll() is not None or (folder.steps(run) and _delivered(run) > 4))
+        finally:
+            first.kill()
+    assert first.returncode == -signal.SIGKILL
+    last = read_metrics(run / "metrics.jsonl")[-1]["step"]
+    done = keel(home, "train", str(config), f"training.steps={last + STEPS_AFTER_KILL}")
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stdout
+    return home
+
+
+def _delivered(run: Path) -> int:
+    """Steps that MLflow has of a run that is being trained."""
+    try:
+        with closing(sqlite3.connect(f"file:{run / 'mlflow.db'}?mode=ro", uri=True)) as database:
+            return int(
+                database.execute("SELECT count(*) FROM metrics WHERE key = 'loss'").fetchone()[0]
+            )
+    except sqlite3.Error:
+        return 0
+
+
+def _wait(ready: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def address(home: Path) -> Iterator[str]:
+    """The run's page, which `keel dashboard` names."""
+    command = [sys.executable, "-u", "-m", "keel_megatron", "dashboard", "--port", "0"]
+    with subprocess.Popen(
+        command, cwd=home, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            assert server.stdout is not None
+            said = []
+            for line in server.stdout:
+                said.append(line)
+                if "until Ctrl-C" in line:
+                    break
+            pages = re.findall(r"http://127\.0\.0\.1:\d+/#/experiments/\d+/runs/\S+", "".join(said))
+            assert len(pages) == 1, said
+            yield pages[0]
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
+
+
+def test_a_killed_and_resumed_run_is_one_run_with_one_curve(home: Path, address: str) -> None:
+    run = home / "runs" / "test"
+    wanted = {m["step"]: m["loss"] for m in read_metrics(run / "metrics.jsonl") if "loss" in m}
+    assert list(wanted) == list(range(1, len(wanted) + 1))
+    page, _, query = address.partition("?")
+    with browser(1400, 1000) as shown:
+        shown.open(f"{page}?{query}", "Status")
+        shown.wait(lambda: "Finished" in shown.text(), "the status")
+        assert page.rsplit("/", 1)[1] == (run / "mlflow_run_id").read_text().strip()
+
+        shown.open(f"{page}/model-metrics?{query}", "Auto-refresh")
+        shown.type("input[placeholder='Search metric charts']", "^loss$")
+        steps, losses = shown.wait(lambda: shown.charts().get("loss"), "the loss")
+        assert steps == sorted(steps)
+        assert set(steps) == set(wanted)
+        for step, loss in zip(steps, losses, strict=True):
+            assert math.isclose(loss, wanted[int(step)], rel_tol=1e-12)
+
+        shown.open(f"{page}/artifacts?{query}", "depth_heat_maps.png")
+        shown.click_text("depth_heat_maps.png")
+        shown.wait(lambda: shown.image_width() > 1000, "the heat maps")
+
+        listed = page.rsplit("/", 1)[0]
+        shown.open(f"{listed}?{query}", "1 matching run")

@@ -1,0 +1,48 @@
+"""`keel train` on DeepSpeed, as a user runs it: one process, no launcher, then the other engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tests.integration.commands import keel, write_config
+from tests.training.deepspeed_ranks import needs_deepspeed, zero
+
+pytestmark = needs_deepspeed
+
+
+TEXT = Path(torch.__file__)
+
+
+def test_a_run_trains_generates_and_goes_on_with_the_other_engine(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path,
+        TEXT,
+        **zero(3, offload=True, parameters=True),
+        model__blocks=2,
+        guard__action="rollback",
+        checkpoint__every=2,
+    )
+    before = {path.name for path in tmp_path.iterdir()}
+    done = keel(tmp_path, "train", str(config))
+    assert done.returncode == 0, done.stderr
+    for noise in ("[INFO]", "[WARNING]", "Warning", "ds_accelerator", "Rank 0"):
+        assert noise not in done.stdout + done.stderr, done.stdout + done.stderr
+    assert {path.name for path in tmp_path.iterdir()} - before == {"runs", "data"}
+    said = keel(tmp_path, "generate", "runs/test", "--prompt", "def ", "--max-new-tokens", "4")
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("def ")
+    on = ("training.steps=8", "training.engine=megatron", "parallel.pipeline=2")
+    again = keel(tmp_path, "train", str(config), *on, "--processes", "2")
+    assert again.returncode == 0, again.stderr
+    assert "going on from runs/test/checkpoints/step_00000006" in again.stdout
+
+
+def test_without_the_package_it_says_how_to_get_it(tmp_path: Path) -> None:
+    (tmp_path / "deepspeed.py").write_text("raise ImportError('No module named deepspeed')\n")
+    config = write_config(tmp_path, TEXT, training__engine="deepspeed", model__blocks=2)
+    done = keel(tmp_path, "train", str(config))
+    assert done.returncode == 2
+    assert "DS_BUILD_OPS=0 pip install --no-build-isolation" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,33 @@
+"""Real runs, ended in every way: the status that MLflow has then (tools/run_endings.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools.run_endings import CASES, Case, run_case
+
+QUICK = {"SIGTERM", "kill -9", "kill -9 before the first checkpoint, started again"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case,
+            id=f"{case.name}, {case.launcher.split()[0]}",
+            marks=[] if case.name in QUICK else [pytest.mark.slow],
+        )
+        for case in CASES
+    ],
+)
+def test_mlflow_has_the_truth(case: Case, tmp_path: Path, data: Path) -> None:
+    ending = run_case(case, tmp_path / "home", data)
+    output = (tmp_path / "home" / "output.txt").read_text(errors="replace")
+    assert ending.is_as_expected(case), f"{ending}\n{output[-3000:]}"

@@ -1,0 +1,13 @@
+"""What the tests of tracking share."""
+
+from __future__ import annotations
+
+import pytest
+
+from keel_megatron.tracking import mlflow_sink
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine takes more than a run's 30 s to import MLflow and make a database."""
+    monkeypatch.setattr(mlflow_sink, "CLOSE_SECONDS", 200.0)
