@@ -7,7 +7,7 @@
 #
 #   KIND           job (default) or pytorchjob: the manifests in launchers/kubernetes/
 #   NAME           of the job (default keel)
-#   IMAGE          container image with the repository in /opt/keel-megatron (default keel-megatron)
+#   IMAGE          container image, from docker/ (default keel-megatron)
 #   NNODES         pods (default 2)
 #   GPUS_PER_NODE  GPUs of each (default 8; 0 = a CPU)
 #   CLAIM          volume claim that all pods can write, for runs/ and data/ (default keel)

@@ -166,7 +166,8 @@ class MlflowRun:
         """
         when = datetime.datetime.fromtimestamp(time_ms / 1000, datetime.UTC)
         tags = self._client.get_run(self.run_id).data.tags
-        text = f"from step {step}, {when:%Y-%m-%dT%H:%M:%SZ}"
+        # To the millisecond: it also tells one rewind, delivered twice, from two of them.
+        text = f"from step {step}, {when.replace(tzinfo=None).isoformat(timespec='milliseconds')}Z"
         before = [value for name, value in tags.items() if name.startswith("resumed.")]
         if any(value.startswith(text) for value in before):
             return

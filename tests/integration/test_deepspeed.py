@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.integration.commands import keel, write_config
@@ -15,6 +16,7 @@ pytestmark = needs_deepspeed
 TEXT = Path(torch.__file__)
 
 
+@pytest.mark.slow
 def test_a_run_trains_generates_and_goes_on_with_the_other_engine(tmp_path: Path) -> None:
     config = write_config(
         tmp_path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,19 @@ def test_an_indexed_job() -> None:
         if "onExitCodes" in rule
     }
     assert by_action == {"FailJob": [2], "Ignore": [75, 143]}
+
+
+@pytest.mark.parametrize("kind", ["job", "pytorchjob"])
+@pytest.mark.parametrize("image", ["Dockerfile", "Dockerfile.cpu"])
+def test_the_images_have_what_the_manifests_start(kind: str, image: str) -> None:
+    manifest = (ROOT / "launchers" / "kubernetes" / f"{kind}.yaml").read_text()
+    recipe = (ROOT / "docker" / image).read_text()
+    assert "command: [/opt/keel/launchers/torchrun.sh]" in manifest
+    assert "COPY launchers /opt/keel/launchers\n" in recipe
+    assert "!launchers\n" in (ROOT / ".dockerignore").read_text()
+    assert f"fsGroup: {re.search('--uid ([0-9]+)', recipe)[1]}\n" in manifest
+    assert "workingDir: /work " in manifest
+    assert "WORKDIR /work\n" in recipe
 
 
 def test_a_pytorchjob() -> None:

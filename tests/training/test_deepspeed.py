@@ -112,7 +112,9 @@ def test_a_refused_step_leaves_no_trace(alone: dict[str, Watched]) -> None:
         assert found.steps == alone[name].steps, name
 
 
-@pytest.mark.parametrize("name", ["ZeRO 2, optimizer offloaded", "ZeRO 3"])
+@pytest.mark.parametrize(
+    "name", ["ZeRO 3", pytest.param("ZeRO 2, optimizer offloaded", marks=pytest.mark.slow)]
+)
 def test_a_rollback_returns_to_the_checkpoint(name: str, tmp_path: Path) -> None:
     """As tests/training/test_guard.py: into an engine that has trained on since."""
     sections = settings(
@@ -132,6 +134,7 @@ def test_a_rollback_returns_to_the_checkpoint(name: str, tmp_path: Path) -> None
     assert "guard: back at step 2; the data goes on after sequence 64" in log
 
 
+@pytest.mark.slow
 def test_bf16_trains_close_to_the_megatron_engine() -> None:
     """DeepSpeed rounds the gains to bf16 in the passes: a difference of bf16's own size."""
     bf16 = {"training__precision": "bf16"}
