@@ -13,7 +13,7 @@ from keel_megatron.partition.plan import Measured
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import start
 from keel_megatron.training.engine import MegatronEngine
-from keel_megatron.training.measure import random_batch, measure_pieces
+from keel_megatron.training.measure import measure_pieces, random_batch
 from tests.distributed import run_ranks
 from tests.settings import settings, small_config
 from tools import simulator_check
