@@ -9,7 +9,7 @@ import pytest
 from keel_megatron.checkpoint.find import Found
 from keel_megatron.checkpoint.identity import claim
 from keel_megatron.config import UserError, dump_config
-from keel_megatron.tracking.mlflow_run import remembered_run_id
+from keel_megatron.tracking.target import remembered_run_id
 from keel_megatron.training.run import _check_checkpoint
 from tests.settings import small_config
 
