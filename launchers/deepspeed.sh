@@ -30,7 +30,10 @@ while read -r host rest || [[ -n ${host:-} ]]; do
 done <"$hostfile"
 ((${#hosts[@]})) || die "$hostfile names no host"
 
-command=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$hostfile" --no_local_rank
+where=(--hostfile "$hostfile")
+# This machine alone: without the ssh to itself that a hostfile would ask for.
+[[ ${hosts[*]} == localhost ]] && where=(--num_gpus "${slots[0]}")
+command=("$PYTHON" -m deepspeed.launcher.runner "${where[@]}" --no_local_rank
     --master_port "${MASTER_PORT:-29500}")
 [[ -n ${MASTER_ADDR:-} ]] && command+=(--master_addr "$MASTER_ADDR")
 command+=(--module keel_megatron "$VERB" "$CONFIG" "${OVERRIDES[@]}")

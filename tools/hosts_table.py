@@ -1,6 +1,7 @@
 """Run the tests across hosts and write their results as a table.
 
-python tools/hosts_table.py   # as root, about 10 minutes; writes docs/benchmarks/hosts.md
+python tools/hosts_table.py              # as root, some minutes; writes docs/benchmarks/hosts.md
+python tools/hosts_table.py --from FILE  # from the lines of a run with KEEL_HOSTS_TABLE=FILE
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks" / "hosts.md"
@@ -20,9 +22,9 @@ HEAD = """# Runs across hosts that fail
 
 `python tools/hosts_table.py` ({date}, {cores} cores of {machine}, gloo):
 hosts are network namespaces of one machine with names, addresses and cables of their own, each with
-`launchers/torchrun.sh`. A dead or cut-off host's peers get no word of it. Every run's losses and
-gradient norms were compared bit by bit with an undisturbed run's on one host, and were equal. The
-checkpoint interval is 4 steps, `training.hang_timeout` 8 s.
+`launchers/torchrun.sh`. A dead or cut-off host's peers get no word of it. The losses and gradient
+norms of every training were compared bit by bit with an undisturbed run's on one host, and were
+equal. The checkpoint interval is 4 steps, `training.hang_timeout` 8 s.
 
 | hosts | layout | rendezvous | what failed | steps lost | until it was named |
 |---|---|---|---|---:|---:|
@@ -30,18 +32,25 @@ checkpoint interval is 4 steps, `training.hang_timeout` 8 s.
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        lines = Path(folder) / "lines"
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "tests/integration/test_hosts.py"],
-            cwd=ROOT,
-            env=os.environ | {"KEEL_HOSTS_TABLE": str(lines)},
-        )
-        if done.returncode or not lines.is_file():
-            sys.exit("the tests did not pass, or were skipped; nothing written")
-        rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    if sys.argv[1:2] == ["--from"]:
+        rows = read(Path(sys.argv[2]))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            lines = Path(folder) / "lines"
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", "tests/integration/test_hosts.py"],
+                cwd=ROOT,
+                env=os.environ | {"KEEL_HOSTS_TABLE": str(lines)},
+            )
+            if done.returncode or not lines.is_file():
+                sys.exit("the tests did not pass, or were skipped; nothing written")
+            rows = read(lines)
     head = HEAD.format(date=datetime.now(UTC).date(), cores=os.cpu_count(), machine=machine())
     PAGE.write_text(head + "".join(row_text(*row) for row in rows), encoding="utf-8")
+
+
+def read(lines: Path) -> list[list[Any]]:
+    return [json.loads(line) for line in lines.read_text().splitlines()]
 
 
 def row_text(

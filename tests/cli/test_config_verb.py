@@ -62,7 +62,7 @@ def test_a_missing_file_is_one_message(tmp_path: Path, verb: tuple[str, ...]) ->
     ]
 
 
-def test_only_one_rank_says_what_is_wrong(tmp_path: Path, config_file: Path) -> None:
+def test_one_rank_of_a_node_says_what_is_wrong(tmp_path: Path, config_file: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -73,11 +73,11 @@ def test_only_one_rank_says_what_is_wrong(tmp_path: Path, config_file: Path) -> 
         "model.blocks=0",
     ]
     said = []
-    for rank in ("0", "1"):
+    for rank, local in (("0", "0"), ("1", "1"), ("2", "0")):  # two of a node, one of another
         done = subprocess.run(
             command,
             cwd=tmp_path,
-            env={**environment(), "RANK": rank},
+            env={**environment(), "RANK": rank, "LOCAL_RANK": local},
             capture_output=True,
             text=True,
         )
@@ -85,6 +85,7 @@ def test_only_one_rank_says_what_is_wrong(tmp_path: Path, config_file: Path) -> 
         said.append(done.stderr)
     assert "model.blocks" in said[0]
     assert said[1] == ""
+    assert said[2] == said[0]  # its file may be another one
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,12 @@ PYTHON = sys.executable
 
 
 def launch(
-    name: str, *arguments: str, path: Path | None = None, folder: Path = ROOT, **variables: str
+    name: str,
+    *arguments: str,
+    path: Path | None = None,
+    folder: Path = ROOT,
+    timeout: float = 60,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run a launcher in a clean environment; `path` comes first in PATH."""
     search = os.environ["PATH"] if path is None else f"{path}:{os.environ['PATH']}"
@@ -29,7 +34,7 @@ def launch(
         env=env | variables,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=timeout,
     )
 
 

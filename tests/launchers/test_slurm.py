@@ -38,7 +38,7 @@ exit "$worst"
 """
 SCONTROL = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
-if [[ $1 == show ]]; then printf 'localhost\\nlocalhost\\n'; fi
+if [[ $1 == show ]]; then for ((n = 0; n < 5000; n++)); do echo localhost; done; fi
 """
 
 
