@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from keel_megatron.dashboard.merge import MergedStore
-from keel_megatron.tracking.mlflow_run import Metrics, MlflowRun
+from keel_megatron.tracking.mlflow_run import MlflowRun, Point
+from keel_megatron.tracking.target import Target
 from tests.tracking.samples import config
 
 
@@ -27,10 +28,11 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("run")
     run = config(home, training__name="first")
     run.training.folder.mkdir(parents=True)
-    store = MlflowRun(run, None)
-    store.log_metrics([Metrics(step, 1000 + step, {"loss": 4.0 / step}) for step in (1, 2, 3)])
+    store = MlflowRun(run.training.folder, Target.of(run))
+    store.start("once", None, 1000)
+    store.log([Point("loss", 4.0 / step, step, 1000 + step) for step in (1, 2, 3)])
     (home / "picture.png").write_text("a picture")
-    store.log_artifact(str(home / "picture.png"))
+    store.log_file(home / "picture.png")
     return run.training.folder
 
 
