@@ -57,7 +57,7 @@ def render(
         replicas["Worker"].update(replicas=nodes - 1, template=template)
         if nodes == 1:
             del replicas["Worker"]
-        values = {}
+        values = {"KEEL_JOB_ID": name}
     _fill_pod(template["spec"], name, image, gpus, claim, arguments)
     for variable in template["spec"]["containers"][0]["env"]:
         if variable["name"] in values:
