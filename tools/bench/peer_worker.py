@@ -175,35 +175,12 @@ def litgpt(shape: Shape) -> Step:
     return plain_loop(model, lambda x, y: cross_entropy(model(x), y))
 
 
-def torchtitan(shape: Shape) -> Step:
-    from torchtitan.models.llama3 import Transformer, TransformerModelArgs
-
-    # Its FFN is 2/3 of 4 h, times a factor, rounded up: 3 h is 9/8 of 8/3 h.
-    if shape.ffn_hidden_size != 3 * shape.hidden_size:
-        raise ValueError("torchtitan is compared at ffn_hidden_size = 3 x hidden_size")
-    model = Transformer(
-        TransformerModelArgs(
-            dim=shape.hidden_size,
-            n_layers=shape.blocks,
-            n_heads=shape.num_attention_heads,
-            n_kv_heads=shape.num_query_groups,
-            vocab_size=shape.vocab_size,
-            multiple_of=shape.hidden_size,
-            ffn_dim_multiplier=9 / 8,
-            max_seq_len=shape.seq_length,
-        )
-    )
-    model.init_weights()
-    return plain_loop(model, lambda x, y: cross_entropy(model(x), y))
-
-
 CONTENDERS: dict[str, Callable[[Shape], Step]] = {
     "keel": lambda shape: ours(shape, "keel"),
     "pre_ln": lambda shape: ours(shape, "pre_ln"),
     "plain": plain,
     "transformers": transformers,
     "litgpt": litgpt,
-    "torchtitan": torchtitan,
 }
 
 

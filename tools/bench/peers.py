@@ -20,6 +20,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,16 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENTS = ROOT / "build" / "peers"
 RESULTS = ROOT / "docs" / "benchmarks"
 TORCH = "torch==2.13.0"
-PACKAGES = {"transformers": "transformers", "litgpt": "litgpt", "torchtitan": "torchtitan"}
+PACKAGES = {
+    "transformers": ["transformers==5.24.0"],
+    "litgpt": ["litgpt==0.5.13"],
+}
 NOTES = {
     "pre_ln": "this project, Pre-LN",
     "keel": "this project, Keel",
     "plain": "the tests' plain PyTorch model of Keel",
     "transformers": "Llama in a plain torch loop",
     "litgpt": "its GPT in a plain torch loop",
-    "torchtitan": "its Llama 3 in a plain torch loop",
 }
 SHAPES: dict[str, dict[str, int]] = {
     "wide": {
@@ -80,7 +83,7 @@ class Contender:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name} ended in the middle; see its words above")
+            raise RuntimeError(f"{self.name} ended in the middle of a step")
         return json.loads(line)
 
     def take(self, steps: int) -> None:
@@ -99,7 +102,7 @@ def interpreter(name: str, pip: list[str]) -> str:
         print(f"installing {name} into {folder}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         # torch first and pinned: another package would bring CUDA builds along.
-        for packages in ([TORCH, "numpy"], [TORCH, PACKAGES[name]]):
+        for packages in ([TORCH, "numpy"], [TORCH, *PACKAGES[name]]):
             subprocess.run(
                 [str(python), "-m", "pip", "install", "--quiet", *pip, *packages], check=True
             )
@@ -108,14 +111,15 @@ def interpreter(name: str, pip: list[str]) -> str:
 
 
 def version(python: str, name: str) -> str:
-    package = PACKAGES.get(name, "torch")
+    package = PACKAGES.get(name, ["torch"])[0].partition("==")[0]
     code = f"from importlib.metadata import version; print(version({package!r}))"
     out = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
     return f"{package} {out.stdout.strip()}"
 
 
-def begin(name: str, python: str, shape: dict[str, int], threads: int) -> Contender | None:
-    """Start a contender; None, with a word, if it cannot run here."""
+def begin(name: str, python: str, shape: dict[str, int], threads: int) -> Contender | str:
+    """Start a contender; if it cannot run here, its last word."""
+    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - for as long as the process lives
     process = subprocess.Popen(
         [
             python,
@@ -125,33 +129,37 @@ def begin(name: str, python: str, shape: dict[str, int], threads: int) -> Conten
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=errors,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
     )
     assert process.stdout is not None
     if process.stdout.readline().strip() != "ready":
         process.wait()
-        print(f"{name} cannot run here; see its words above", flush=True)
-        return None
+        errors.seek(0)
+        return (errors.read().strip().splitlines() or ["no word of why"])[-1]
     return Contender(name, process)
 
 
 def compare(
     shape: dict[str, int], names: list[str], rounds: int, threads: int, pip: list[str]
 ) -> dict[str, Any]:
-    """Every contender's seconds a step, memory and versions."""
-    contenders, versions = [], {}
+    """Every contender's seconds a step, memory and version; why the others are not there."""
+    contenders, versions, absent = [], {}, {}
     try:
         for name in names:
             try:
                 python = interpreter(name, pip)
             except subprocess.CalledProcessError as error:
-                print(f"{name} does not install here: {error}", flush=True)
+                absent[name] = f"does not install: {error}"
                 continue
+            versions[name] = version(python, name)
             contender = begin(name, python, shape, threads)
-            if contender is not None:
+            if isinstance(contender, str):
+                absent[name] = f"{versions[name]} does not run: {contender}"
+                print(f"{name} {absent[name]}", flush=True)
+            else:
                 contenders.append(contender)
-                versions[name] = version(python, name)
                 contender.ask(2)  # to warm up
         for number in range(rounds):
             for contender in contenders:
@@ -169,7 +177,7 @@ def compare(
                 contender.process.wait(30)
             except subprocess.TimeoutExpired:
                 contender.process.kill()
-    return {
+    found = {
         c.name: {
             "seconds": c.seconds,
             "median": statistics.median(c.seconds),
@@ -179,6 +187,7 @@ def compare(
         }
         for c in contenders
     }
+    return {"found": found, "absent": absent}
 
 
 def table(shape: dict[str, int], found: dict[str, Any]) -> list[str]:
@@ -215,7 +224,8 @@ def write(results: dict[str, Any]) -> None:
         "One training step (forward, backward, clip, AdamW) of the same shape on the same tokens,",
         "fp32, every contender in turn in one run: `make bench-peers`. Step times are relative to",
         "this project's Pre-LN; only such ratios mean anything, as the machine is shared. Peak",
-        "memory is the process's, libraries included.",
+        "memory is the process's, libraries included. torchtitan 0.3.0 is not here: its language",
+        "models have no attention that runs on a CPU (flex and varlen alone).",
     ]
     for name, one in results.items():
         shape = one["shape"]
@@ -230,6 +240,7 @@ def write(results: dict[str, Any]) -> None:
             f"{one['machine']}, {one['date']}. `python tools/bench/peers.py --shape {name}`",
             "",
             *table(shape, one["found"]),
+            *[line for name, why in one["absent"].items() for line in ("", f"{name}: {why}.")],
         ]
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "peers.md").write_text("\n".join(lines) + "\n")
@@ -250,7 +261,7 @@ def main() -> None:
     kept = RESULTS / "peers.json"
     results = json.loads(kept.read_text()) if kept.exists() else {}
     for shape in arguments.shape or list(SHAPES):
-        found = compare(
+        measured = compare(
             SHAPES[shape],
             names,
             arguments.rounds,
@@ -263,10 +274,9 @@ def main() -> None:
             "rounds": arguments.rounds,
             "machine": f"{len(os.sched_getaffinity(0))} cores of {cpu_name()}",
             "date": datetime.date.today().isoformat(),
-            "found": found,
-        }
+        } | measured
         write(results)
-        print("\n".join(table(SHAPES[shape], found)), flush=True)
+        print("\n".join(table(SHAPES[shape], measured["found"])), flush=True)
 
 
 if __name__ == "__main__":
