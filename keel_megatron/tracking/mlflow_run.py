@@ -189,6 +189,14 @@ class MlflowRun:
         else:
             self._client.log_artifact(self.run_id, str(path))
 
+    def answers(self) -> bool:
+        """Whether MLflow knows the run and says so now."""
+        try:
+            self._client.get_run(self.run_id)
+        except Exception:
+            return False
+        return True
+
     def end(self, status: Status, time_ms: int | None = None) -> None:
         """Set the final status."""
         self._client.set_terminated(self.run_id, status, end_time=time_ms)
