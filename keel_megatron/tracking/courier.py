@@ -127,7 +127,11 @@ class Courier:
             is_file = batch[0].kind == "artifact"
             if not _is_rejected(error) and not (is_file and self._gives_up_file(error)):
                 raise
-            if len(batch) > 1:
+            remark = None if self._client is None else self._client.replace_if_gone()
+            if remark is not None:
+                self._say(remark)
+                self._deliver(batch)
+            elif len(batch) > 1:
                 for item in batch:
                     self._deliver([item])
             else:

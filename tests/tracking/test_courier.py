@@ -220,6 +220,22 @@ def test_a_run_that_is_gone_is_replaced_and_said(tmp_path: Path, how: str) -> No
     assert remembered_run_id(session.folder) == mlflow_runs(run)[-1].info.run_id != gone
 
 
+def test_a_run_that_is_deleted_while_it_trains_is_replaced_once(tmp_path: Path) -> None:
+    run, said = config(tmp_path), []
+    session = Session(run, "a")
+    session.losses({1: 5.0})
+    courier = deliver(session.folder, said)
+    gone = mlflow_runs(run)[0].info.run_id
+    mlflow_client(run).delete_run(gone)
+    session.losses({2: 4.0, 3: 3.0})
+    session.put("end", status="FINISHED")
+    assert courier.deliver()
+    assert said == [f"MLflow has no run {gone} any longer: a new one is made"]
+    (found,) = mlflow_runs(run)
+    assert (found.info.status, found.data.params["training.steps"]) == ("FINISHED", "4")
+    assert history(run, found.info.run_id, "loss") == [(2, 4.0), (3, 3.0)]
+
+
 def test_a_changed_setting_is_a_tag(tmp_path: Path) -> None:
     session = Session(config(tmp_path), "a")
     deliver(session.folder)
