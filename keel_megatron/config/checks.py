@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from urllib.parse import unquote
 
 from keel_megatron.config.run import RunConfig
 
@@ -226,9 +228,12 @@ def _credentials(config: RunConfig) -> Iterator[tuple[str, str]]:
     if uri is None:
         return
     scheme, _, rest = uri.partition("://")
-    user, at, _host = rest.partition("/")[0].rpartition("@")
     is_database = scheme.partition("+")[0] in ("postgresql", "mysql", "mssql")
-    if at and scheme.partition("+")[0] != "sqlite" and (":" in user or not is_database):
+    # A database's password may have a slash in it, and may stand among the options.
+    user, at, _host = (rest if is_database else rest.partition("/")[0]).rpartition("@")
+    in_front = at and scheme.partition("+")[0] != "sqlite" and (":" in user or not is_database)
+    secret = r"[?&;]\w*(passw|pwd|token|secret)\w*="
+    if in_front or re.search(secret, unquote(rest), re.IGNORECASE):
         instead = (
             "the database's own, such as PGPASSWORD or MYSQL_PWD"
             if is_database

@@ -36,6 +36,8 @@ LONGEST_PAUSE = 30.0
 LINGER_SECONDS = 60.0
 """How long the courier of a dead run tries to reach a server that is down."""
 HEARTBEAT_SECONDS = 10.0
+FILE_SECONDS = 60.0
+"""How long a file that cannot be stored holds up the points behind it while MLflow answers."""
 
 DELIVERED, UNUSABLE, LEFT = 0, 2, 3
 """Exit codes: all is delivered; MLflow cannot be used at all; something waits."""
@@ -53,12 +55,15 @@ class Courier:
         run: the run's folder.
         say: told what the user should know: once when MLflow does not answer and once when it does
             again, and what MLflow refuses.
+        file_seconds: how long a file that cannot be stored is tried again while MLflow answers.
 
     Raises:
         ImportError: MLflow is not installed.
     """
 
-    def __init__(self, run: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, run: Path, say: Callable[[str], None], file_seconds: float = FILE_SECONDS
+    ) -> None:
         target = Target.load(run)
         assert target is not None, f"{run} has no spool"
         self._run = run
@@ -67,6 +72,8 @@ class Courier:
         self.reader = SpoolReader(run)
         self._client: MlflowRun | None = None
         self._target = target
+        self._file_seconds = file_seconds
+        self._no_file_since: float | None = None
         self.problem: str | None = None
         """Why MLflow does not answer, while it does not."""
         self.points = 0
@@ -117,16 +124,34 @@ class Courier:
         try:
             self._send(batch)
         except Exception as error:
-            if not _is_rejected(error):
+            is_file = batch[0].kind == "artifact"
+            if not _is_rejected(error) and not (is_file and self._gives_up_file(error)):
                 raise
-            if len(batch) > 1:
+            remark = None if self._client is None else self._client.replace_if_gone()
+            if remark is not None:
+                self._say(remark)
+                self._deliver(batch)
+            elif len(batch) > 1:
                 for item in batch:
                     self._deliver([item])
             else:
-                self._say(
-                    f"MLflow ({self.shown_uri}) refuses {_shown(batch[0])}: {_reason(error)}; "
-                    "it is left out"
-                )
+                self._leave_out(_shown(batch[0]), error)
+
+    def _gives_up_file(self, error: Exception) -> bool:
+        """Whether a file that cannot be stored is left out, for the sake of what waits behind it.
+
+        Files have a store of their own: a bucket may need a package or a key that is not here, a
+        proxy may refuse their size, while MLflow takes points.
+        """
+        if self._client is None or not self._client.answers():
+            return False
+        now = time.monotonic()
+        if self._no_file_since is None:
+            self._no_file_since = now
+        return isinstance(error, ImportError) or now - self._no_file_since >= self._file_seconds
+
+    def _leave_out(self, what: str, error: Exception) -> None:
+        self._say(f"MLflow ({self.shown_uri}) refuses {what}: {_reason(error)}; it is left out")
 
     def _send(self, batch: list[Item]) -> None:
         if self._client is None:
@@ -147,6 +172,7 @@ class Courier:
             client.tag(first.values["tags"])
         elif first.kind == "artifact":
             client.log_file(self._run / first.values["path"])
+            self._no_file_since = None
         elif first.kind == "rewind":
             client.rewind(first.values["back_to"], first.values["time"])
         elif first.kind == "end":
@@ -158,9 +184,15 @@ class Courier:
         self._client.reopen()
         since = self.reader.last_start.get("time", 0) / 1000
         for path in [self._run / "log.txt", *sorted(self._run.glob("hangs/*"))]:
-            with suppress(FileNotFoundError):
+            try:
                 if path.stat().st_mtime >= since:
                     self._client.log_file(path)
+            except FileNotFoundError:
+                continue
+            except Exception as error:  # the status does not wait for a file
+                if not self._client.answers():
+                    raise
+                self._leave_out(f"the file {path.name}", error)
         self._client.end(values["status"], values["time"])
 
     def _answered(self) -> None:
@@ -188,7 +220,10 @@ def _points(item: Item, client: MlflowRun) -> list[Point]:
 def _is_rejected(error: Exception) -> bool:
     if isinstance(error, FileNotFoundError):
         return True
-    return getattr(error, "error_code", None) in _REJECTIONS
+    code = getattr(error, "error_code", None)
+    if code == "BAD_REQUEST" and not hasattr(error, "json"):
+        return False  # not MLflow's own words, but those of a proxy before it
+    return code in _REJECTIONS
 
 
 def _reason(error: Exception) -> str:

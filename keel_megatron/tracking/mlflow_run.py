@@ -119,7 +119,7 @@ class MlflowRun:
         elif known is None:
             gone = remembered_run_id(self._folder)
             if gone is not None:
-                remark = f"MLflow has no run {gone} any longer: a new one is made"
+                remark = _replaced(gone)
             self._create(start, time_ms)
         else:
             self._run = known
@@ -137,6 +137,15 @@ class MlflowRun:
             self._run = self._remembered()
         if self._run is None:
             self._create("", None)
+
+    def replace_if_gone(self) -> str | None:
+        """Make a run in the place of one that was deleted meanwhile; the remark, if it was."""
+        if self._run is None or self._get(self._run.info.run_id) is not None:
+            return None
+        gone, start = self.run_id, self._run.data.tags.get(_START_TAG, "")
+        self._create(start, None)
+        self._log_params({})
+        return _replaced(gone)
 
     def log(self, points: Sequence[Point]) -> None:
         """Write values, in as few calls as MLflow allows."""
@@ -189,6 +198,14 @@ class MlflowRun:
         else:
             self._client.log_artifact(self.run_id, str(path))
 
+    def answers(self) -> bool:
+        """Whether MLflow knows the run and says so now."""
+        try:
+            self._client.get_run(self.run_id)
+        except Exception:
+            return False
+        return True
+
     def end(self, status: Status, time_ms: int | None = None) -> None:
         """Set the final status."""
         self._client.set_terminated(self.run_id, status, end_time=time_ms)
@@ -239,3 +256,7 @@ class MlflowRun:
                 if known.get(key, value) != value
             }
         )
+
+
+def _replaced(run_id: str | None) -> str:
+    return f"MLflow has no run {run_id} any longer: a new one is made"

@@ -52,17 +52,17 @@ def add_file(run: Path, path: Path) -> None:
 def _deliver(run: Path) -> list[str]:
     remarks: list[str] = []
     try:
-        courier = Courier(run, remarks.append)
+        courier = Courier(run, remarks.append, file_seconds=0.0)
         courier.reader.scan()
         waiting = Waiting.of(run)
-        if not waiting and courier.reader.ended:
-            courier.deliver()  # tags and marks count as nothing
-            return [f"{run}: nothing waits, MLflow ({courier.shown_uri}) has everything"]
+        ended = courier.reader.ended
         if not courier.deliver():
             raise UserError(
                 f"MLflow ({courier.shown_uri}) does not answer: {courier.problem}; "
                 f"{Waiting.of(run)} still wait in {run / FOLDER}"
             )
+        if not waiting and ended:  # tags and marks count as nothing
+            return [*remarks, f"{run}: nothing waits, MLflow ({courier.shown_uri}) has everything"]
         done = list(remarks)
         if waiting:
             done.append(f"{run}: delivered {waiting} to MLflow ({courier.shown_uri})")

@@ -54,6 +54,8 @@ def contradictions(world_size: int | None = None, **overrides: Any) -> list[str]
         ({"tracking__uri": "https://me:secret@host:5000/x"}, "tracking.uri"),
         ({"tracking__uri": "https://token@host"}, "tracking.uri"),
         ({"tracking__uri": "postgresql+psycopg2://me:secret@db/runs"}, "tracking.uri"),
+        ({"tracking__uri": "postgresql://me:sec/ret@db/runs"}, "tracking.uri"),
+        ({"tracking__uri": "postgresql://db/runs?user=me&password=secret"}, "tracking.uri"),
     ],
 )
 def test_a_contradiction_is_found_alone(overrides: dict[str, Any], path: str) -> None:

@@ -6,6 +6,7 @@ import itertools
 import os
 import socket
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 from keel_megatron.config import UserError
 from keel_megatron.tracking.courier import Courier, the_only_one
@@ -156,6 +158,52 @@ def test_what_mlflow_refuses_is_said_and_holds_up_nothing(tmp_path: Path) -> Non
     assert "refuses the file nowhere.txt" in said[1]
 
 
+@pytest.mark.parametrize("error", [ModuleNotFoundError("boto3"), PermissionError("no key")])
+def test_a_store_of_files_that_fails_holds_up_no_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The file is tried again for a while, or not if its store's package is missing."""
+
+    def refuse(self: MlflowRun, path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(MlflowRun, "log_file", refuse)
+    run, said = config(tmp_path), []
+    session = Session(run, "a")
+    for name in ("one.txt", "log.txt"):
+        (session.folder / name).write_text(name)
+    os.utime(session.folder / "log.txt", (session.time / 1000, session.time / 1000))
+    session.put("artifact", path="one.txt")
+    session.losses({1: 5.0})
+    session.put("end", status="KILLED")
+    courier = Courier(session.folder, said.append, file_seconds=0.2)
+    deadline = time.monotonic() + 20
+    tries = 1
+    while not courier.deliver():
+        tries += 1
+        assert time.monotonic() < deadline
+    assert (tries > 1) == isinstance(error, PermissionError)
+    (found,) = mlflow_runs(run)
+    assert (found.info.status, found.data.metrics) == ("KILLED", {"loss": 5.0})
+    left_out = [line for line in said if line.endswith("it is left out")]
+    assert ["one.txt" in left_out[0], "log.txt" in left_out[1]] == [True, True]
+
+
+def test_what_a_proxy_answers_is_no_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HTTP's 400 without MLflow's JSON, such as a proxy's that asks for TLS."""
+
+    def answer(self: MlflowRun, points: Any) -> None:
+        raise MlflowException("<html>400</html>", error_code=BAD_REQUEST)
+
+    session = Session(config(tmp_path), "a")
+    session.losses({1: 5.0})
+    monkeypatch.setattr(MlflowRun, "log", answer)
+    assert not Courier(session.folder, [].append).deliver()
+    assert Waiting.of(session.folder).points == 1
+
+
 @pytest.mark.parametrize("how", ["unknown", "deleted"])
 def test_a_run_that_is_gone_is_replaced_and_said(tmp_path: Path, how: str) -> None:
     run, said = config(tmp_path), []
@@ -170,6 +218,22 @@ def test_a_run_that_is_gone_is_replaced_and_said(tmp_path: Path, how: str) -> No
     deliver(session.folder, said)
     assert said == [f"MLflow has no run {gone} any longer: a new one is made"]
     assert remembered_run_id(session.folder) == mlflow_runs(run)[-1].info.run_id != gone
+
+
+def test_a_run_that_is_deleted_while_it_trains_is_replaced_once(tmp_path: Path) -> None:
+    run, said = config(tmp_path), []
+    session = Session(run, "a")
+    session.losses({1: 5.0})
+    courier = deliver(session.folder, said)
+    gone = mlflow_runs(run)[0].info.run_id
+    mlflow_client(run).delete_run(gone)
+    session.losses({2: 4.0, 3: 3.0})
+    session.put("end", status="FINISHED")
+    assert courier.deliver()
+    assert said == [f"MLflow has no run {gone} any longer: a new one is made"]
+    (found,) = mlflow_runs(run)
+    assert (found.info.status, found.data.params["training.steps"]) == ("FINISHED", "4")
+    assert history(run, found.info.run_id, "loss") == [(2, 4.0), (3, 3.0)]
 
 
 def test_a_changed_setting_is_a_tag(tmp_path: Path) -> None:
