@@ -30,13 +30,21 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
         if is_run(path):
             inside = [path]
         elif path.is_dir():
-            inside = sorted(folder for folder in path.iterdir() if is_run(folder))
+            inside = _inside(path)
         else:
-            raise UserError(f"there is no {path}: give a run's folder, or the folder of runs")
+            what = "is no folder" if path.exists() else "does not exist"
+            raise UserError(f"{path} {what}: give a run's folder, or the folder of runs")
         if not inside:
             raise UserError(f"{path} holds no runs: `keel train CONFIG` makes one in runs/")
         found |= {folder.resolve(): folder for folder in inside}
     return list(found.values())
+
+
+def _inside(path: Path) -> list[Path]:
+    try:
+        return sorted(folder for folder in path.iterdir() if is_run(folder))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:

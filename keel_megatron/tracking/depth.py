@@ -153,6 +153,8 @@ def read_profiles(run_folder: Path) -> list[DepthProfile]:
     Raises:
         UserError: the run has none, or a line of its file is none.
     """
+    if not run_folder.is_dir():
+        raise UserError(f"{run_folder} is no run's folder")
     path = run_folder / DEPTH_FILE
     profiles = [DepthProfile.from_json(record) for record in iterate_metrics(path)]
     if not profiles:

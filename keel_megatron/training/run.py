@@ -100,16 +100,14 @@ def run_training(
                     "starts another run."
                 )
         else:
-            with (
-                open_tracker(
-                    config, runtime.rank, resume_step=_step_of(newest) if newest else None
-                ) as tracker,
-                measured_machine(config, runtime.launch.local_rank),
-            ):
+            with open_tracker(
+                config, runtime.rank, resume_step=_step_of(newest) if newest else None
+            ) as tracker:
                 stop.last_word = lambda: tracker.last_word("KILLED")
                 for remark in [*remarks, *found.remarks]:
                     tracker.say(remark)
-                code = _train(config, runtime, tracker, found, stop, before_step)
+                with measured_machine(config, runtime.launch.local_rank):
+                    code = _train(config, runtime, tracker, found, stop, before_step)
                 if code != exit_codes.DONE:
                     tracker.close("KILLED")
             # Together: a launcher takes the first that leaves for the sign to end the others.

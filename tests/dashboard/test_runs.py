@@ -186,7 +186,7 @@ def test_runs_are_found_and_what_is_none_is_refused(tmp_path: Path) -> None:
     assert find_runs([tmp_path, first]) == [first, second]
     with pytest.raises(UserError, match="holds no runs"):
         find_runs([tmp_path / "notes"])
-    with pytest.raises(UserError, match="there is no"):
+    with pytest.raises(UserError, match="does not exist"):
         find_runs([tmp_path / "nowhere"])
 
 
