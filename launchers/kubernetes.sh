@@ -45,4 +45,6 @@ command -v kubectl >/dev/null || die "kubectl is missing on $(hostname)"
 "${apply[@]:0:${#apply[@]}-3}" get persistentvolumeclaim "$claim" --request-timeout 20s >/dev/null ||
     die "CLAIM=$claim: no answer from the cluster, or no such volume claim (docs/cluster.md)"
 "${manifest[@]}" | "${apply[@]}"
-say "kubectl logs --follow --prefix --selector batch.kubernetes.io/job-name=$name"
+label=batch.kubernetes.io/job-name
+[[ $kind == pytorchjob ]] && label=training.kubeflow.org/job-name
+say "kubectl ${NAMESPACE:+--namespace $NAMESPACE }logs --follow --prefix --selector $label=$name"
