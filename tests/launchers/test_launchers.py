@@ -141,6 +141,8 @@ def test_a_dry_run_of_deepspeed_shows_the_exact_command(tmp_path: Path) -> None:
     ("name", "arguments", "variables", "message"),
     [
         ("local.sh", [], {}, "CONFIG is missing"),
+        ("local.sh", [DEMO], {}, "N is missing"),
+        ("local.sh", ["--max-restarts"], {}, "--max-restarts needs a whole number"),
         ("local.sh", [DEMO, DEMO], {}, "N must be a positive number"),
         ("local.sh", ["0", DEMO], {}, "N must be a positive number"),
         ("local.sh", ["--fast", "2", DEMO], {}, "unknown option --fast"),
@@ -159,6 +161,12 @@ def test_a_dry_run_of_deepspeed_shows_the_exact_command(tmp_path: Path) -> None:
             [DEMO],
             {"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"},
             "NODE_RANK=2 must be below NNODES=2",
+        ),
+        (
+            "torchrun.sh",
+            [DEMO],
+            {"NNODES": "9", "MASTER_ADDR": "a", "NODE_RANK": "08"},
+            "NODE_RANK=08 is no number",
         ),
         ("torchrun.sh", [DEMO], {"KEEL_PYTHON": "nopython"}, "no interpreter nopython on"),
         ("torchrun.sh", [DEMO, "training.device=cuda"], {"NPROC_PER_NODE": "2"}, "has no GPU"),
