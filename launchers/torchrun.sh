@@ -77,6 +77,10 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # The code of an earlier start must not be taken for this one's.
 rm -f "$RUN_FOLDER/exit_code"
+# Where a user's mistake is noted (runtime/exit_codes.py): torchrun would start it again and end with 1.
+KEEL_MISTAKE_FILE=$(mktemp)
+export KEEL_MISTAKE_FILE
+trap 'rm -f "$KEEL_MISTAKE_FILE"' EXIT
 # A job of its own, so that Ctrl-C reaches the trainers once, through here. Deaf to SIGUSR1, which
 # would kill torchrun; the trainers listen all the same (training/stop.py).
 set -m
@@ -114,6 +118,8 @@ while kill -0 "$torchrun" 2>/dev/null; do # a signal ends `wait`, not torchrun
 done
 if [[ $VERB == train && -f $RUN_FOLDER/exit_code ]]; then
     code=$(<"$RUN_FOLDER/exit_code")
+elif [[ -s $KEEL_MISTAKE_FILE ]]; then
+    code=$EXIT_USER
 elif [[ -n $stopped ]]; then
     code=$stopped
 fi
