@@ -13,7 +13,8 @@
 #   CLAIM          volume claim that all pods can write, for runs/ and data/ (default keel)
 #   NAMESPACE      (default: kubectl's own)
 #
-# CONFIG is a file here; it travels as a ConfigMap. kubectl delete -f - of the same manifest ends it.
+# CONFIG is a file here; it travels as a ConfigMap. The same call with --dry-run and
+# `| grep -v '^+ ' | kubectl delete -f -` ends the run.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launchers/lib.sh
