@@ -8,8 +8,9 @@
 #   MASTER_PORT  (default 29500)
 #
 # The repository and its environment must lie at the same path on all hosts. It starts nothing again:
-# --max-restarts is torchrun's. For the DeepSpeed engine itself see the README; this launcher starts
-# either engine.
+# --max-restarts is torchrun's. Nor does it hand signals on: after Ctrl-C DeepSpeed gives the processes
+# 30 s to save; SIGTERM to the launcher alone does not reach them. For the DeepSpeed engine itself see
+# the README; this launcher starts either engine.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launchers/lib.sh

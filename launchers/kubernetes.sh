@@ -13,7 +13,8 @@
 #   CLAIM          volume claim that all pods can write, for runs/ and data/ (default keel)
 #   NAMESPACE      (default: kubectl's own)
 #
-# CONFIG is a file here; it travels as a ConfigMap. kubectl delete -f - of the same manifest ends it.
+# CONFIG is a file here; it travels as a ConfigMap. The same call with --dry-run and
+# `| grep -v '^+ ' | kubectl delete -f -` ends the run.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launchers/lib.sh
@@ -45,4 +46,6 @@ command -v kubectl >/dev/null || die "kubectl is missing on $(hostname)"
 "${apply[@]:0:${#apply[@]}-3}" get persistentvolumeclaim "$claim" --request-timeout 20s >/dev/null ||
     die "CLAIM=$claim: no answer from the cluster, or no such volume claim (docs/cluster.md)"
 "${manifest[@]}" | "${apply[@]}"
-say "kubectl logs --follow --prefix --selector batch.kubernetes.io/job-name=$name"
+label=batch.kubernetes.io/job-name
+[[ $kind == pytorchjob ]] && label=training.kubeflow.org/job-name
+say "kubectl ${NAMESPACE:+--namespace $NAMESPACE }logs --follow --prefix --selector $label=$name"

@@ -51,7 +51,7 @@ parse_arguments() {
     done
 }
 
-is_number() { [[ $1 =~ ^[0-9]+$ ]]; }
+is_number() { [[ $1 =~ ^(0|[1-9][0-9]*)$ ]]; } # bash takes 08 for octal
 is_positive() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
 
 # need NAME WHY: the variable must be set.
@@ -76,7 +76,7 @@ count_gpus() {
     if command -v nvidia-smi >/dev/null; then
         listed=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
     fi
-    if ((listed)) && [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+    if ((listed)) && [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then # set but empty: none
         listed=$(awk -F, '{print NF}' <<<"$CUDA_VISIBLE_DEVICES")
     fi
     echo "$listed"

@@ -17,9 +17,10 @@ while [[ ${1:-} == -* ]]; do
         options+=("${2:-}")
         shift
     fi
-    shift
+    shift || true
 done
 processes=${1:-0}
+(($# != 1)) || [[ ! -f $processes ]] || die "N is missing: local.sh N CONFIG [section.key=value ...]"
 shift || true
 parse_arguments "${options[@]}" "$@"
 is_positive "$processes" ||

@@ -77,6 +77,10 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # The code of an earlier start must not be taken for this one's.
 rm -f "$RUN_FOLDER/exit_code"
+# Where a user's mistake is noted (runtime/exit_codes.py): torchrun would start it again and end with 1.
+KEEL_MISTAKE_FILE=$(mktemp)
+export KEEL_MISTAKE_FILE
+trap 'rm -f "$KEEL_MISTAKE_FILE"' EXIT
 # A job of its own, so that Ctrl-C reaches the trainers once, through here. Deaf to SIGUSR1, which
 # would kill torchrun; the trainers listen all the same (training/stop.py).
 set -m
@@ -87,16 +91,25 @@ set -m
 torchrun=$!
 set +m
 
-# Trainers are the children of torchrun, whatever thread started them.
-# shellcheck disable=SC2329  # the traps call it
+stopped="" # the exit code, if a signal came before there were trainers
+# hand_on SIGNAL CODE. Trainers are the children of torchrun, whatever thread started them.
+# shellcheck disable=SC2317,SC2329  # the traps call it
 hand_on() {
-    say "SIG$1: handing it to the trainers"
-    cat /proc/"$torchrun"/task/*/children 2>/dev/null | xargs --no-run-if-empty kill -s "$1" || true
+    local trainers
+    read -ra trainers < <(cat /proc/"$torchrun"/task/*/children 2>/dev/null) || true # no newline
+    if ((${#trainers[@]})); then
+        say "SIG$1: handing it to the trainers"
+        kill -s "$1" "${trainers[@]}" || true
+    else
+        say "SIG$1: no trainer runs, torchrun waits for other nodes: ending it"
+        stopped=$2
+        kill -s TERM "$torchrun" || true
+    fi
 }
-trap 'hand_on USR1' USR1
-trap 'hand_on TERM' TERM
-trap 'hand_on INT' INT
-trap 'hand_on HUP' HUP
+trap 'hand_on USR1 "$EXIT_SAVED"' USR1
+trap 'hand_on TERM 143' TERM
+trap 'hand_on INT 130' INT
+trap 'hand_on HUP 129' HUP
 code=0
 wait "$torchrun" || code=$?
 while kill -0 "$torchrun" 2>/dev/null; do # a signal ends `wait`, not torchrun
@@ -105,5 +118,9 @@ while kill -0 "$torchrun" 2>/dev/null; do # a signal ends `wait`, not torchrun
 done
 if [[ $VERB == train && -f $RUN_FOLDER/exit_code ]]; then
     code=$(<"$RUN_FOLDER/exit_code")
+elif [[ -s $KEEL_MISTAKE_FILE ]]; then
+    code=$EXIT_USER
+elif [[ -n $stopped ]]; then
+    code=$stopped
 fi
 exit "$code"

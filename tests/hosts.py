@@ -29,7 +29,8 @@ def why_not() -> str | None:
         return f"network namespaces need {', '.join(missing)} (iproute2, util-linux, hostname)"
     try:
         with Hosts("host-a", "host-b") as hosts:
-            hosts.start("host-a", ["true"]).wait(20)
+            if hosts.start("host-a", ["true"]).wait(20):
+                return "network namespaces are not allowed here: no command can be run in one"
     except (subprocess.SubprocessError, OSError) as error:
         return f"network namespaces are not allowed here: {error}"
     return None

@@ -14,6 +14,7 @@ from keel_megatron.cli.arguments import Overrides
 if TYPE_CHECKING:
     from keel_megatron.config.run import RunConfig
     from keel_megatron.runtime.device import Launch
+    from keel_megatron.runtime.doctor import Finding
 
 
 def doctor(
@@ -46,15 +47,31 @@ def _show(run: RunConfig | None) -> None:
     from keel_megatron.runtime import doctor
 
     print(doctor.describe_machine())
-    found, used = doctor.find(), doctor.used(run)
+    found, used = doctor.find(), [*doctor.used(run), *_kernels(run)]
     width = max(len(finding.name) for finding in [*found, *used])
     for title, findings in (("found", found), ("used", used)):
         print(title)
         for finding in findings:
             print(f"  {finding.name:<{width}}  {finding.text}")
-    for finding in found:
+    for finding in [*found, *used]:
         if finding.warning is not None:
             print(f"warning: {finding.warning}", file=sys.stderr)
+
+
+def _kernels(run: RunConfig | None) -> list[Finding]:
+    from keel_megatron.config.errors import UserError
+    from keel_megatron.model.backend import choose_backend, describe_adam, describe_backend
+    from keel_megatron.runtime.doctor import Finding, device_type
+
+    device = device_type(run)
+    asked = "auto" if run is None else run.kernels.backend
+    try:
+        backend = Finding(
+            "kernels.backend", f"{asked}: {describe_backend(choose_backend(run, device))}"
+        )
+    except UserError as error:
+        backend = Finding("kernels.backend", f"{asked}: cannot be used", str(error))
+    return [backend, Finding("Adam", describe_adam(run, device))]
 
 
 def _preflight(run: RunConfig, launch: Launch) -> None:

@@ -27,7 +27,7 @@ from keel_megatron.cli import (
     train,
 )
 from keel_megatron.config.errors import ConfigError, UserError
-from keel_megatron.runtime.exit_codes import INTERRUPTED, USER_ERROR
+from keel_megatron.runtime import exit_codes
 
 
 class _Root(TyperGroup):
@@ -39,7 +39,7 @@ class _Root(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(exit_codes.INTERRUPTED) from None
 
 
 app = typer.Typer(
@@ -85,12 +85,15 @@ def _root(
 
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2, no traceback."""
+    if exit_codes.is_mistake():  # torchrun starts it again all the same
+        sys.exit(exit_codes.USER_ERROR)
     try:
         app()
     except UserError as error:
         if not _said_by_another_rank(error):
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        exit_codes.note_mistake()
+        sys.exit(exit_codes.USER_ERROR)
 
 
 def _said_by_another_rank(error: UserError) -> bool:

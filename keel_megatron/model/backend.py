@@ -26,21 +26,21 @@ class Backend:
     """Whether a weight's gradient is added to the accumulated one within its matrix product."""
 
 
-def choose_backend(config: RunConfig, device: str) -> Backend:
+def choose_backend(config: RunConfig | None, device: str) -> Backend:
     """Resolve `kernels.backend`.
 
     Only Megatron-core's DDP has the fp32 gradients that the fusion adds to; ZeRO accumulates its
     own.
 
     Args:
-        config: the run.
+        config: the run; None = one with the defaults.
         device: `cuda` or `cpu`; on a CPU auto is torch.
 
     Raises:
         UserError: what is asked for by name is not there.
     """
-    asked = config.kernels.backend
-    accumulates = config.training.engine == "megatron"
+    asked = "auto" if config is None else config.kernels.backend
+    accumulates = config is None or config.training.engine == "megatron"
     if asked == "transformer_engine":
         if not libraries.has_transformer_engine():
             raise UserError(
@@ -59,3 +59,19 @@ def choose_backend(config: RunConfig, device: str) -> Backend:
         return Backend("local", accumulates)
     fused = asked == "auto" and device == "cuda" and libraries.has_gradient_fusion()
     return Backend("local", accumulates and fused)
+
+
+def describe_backend(backend: Backend) -> str:
+    """What the blocks are made of, in words."""
+    whose = "torch" if backend.modules == "local" else "Transformer Engine"
+    return f"{whose}, gradient fusion {'on' if backend.gradient_fusion else 'off'}"
+
+
+def describe_adam(config: RunConfig | None, device: str) -> str:
+    """Whose Adam the engine will take; arguments as of `choose_backend`."""
+    if config is not None and config.training.engine == "deepspeed":
+        offloaded = device == "cuda" and config.deepspeed.offload_optimizer
+        return "DeepSpeed's for the CPU" if offloaded else "torch's"
+    if libraries.has_transformer_engine():
+        return "Transformer Engine's"
+    return "Apex's" if libraries.has_apex_adam() else "torch's"

@@ -61,20 +61,23 @@ def find() -> list[Finding]:
 
 
 def used(config: RunConfig | None) -> list[Finding]:
-    """What a run here would stand on, of what is there.
+    """The device and the norm of a run here.
 
     Args:
         config: the run; None = one with the defaults.
     """
-    wanted = "auto" if config is None else config.training.device
-    cuda = torch.cuda.is_available() and wanted != "cpu"
+    cuda = device_type(config) == "cuda"
     fused = cuda and importlib.util.find_spec("triton") is not None
-    backend = "auto" if config is None else config.kernels.backend
     return [
         Finding("device", "CUDA, with NCCL" if cuda else "CPU, with gloo"),
         Finding("norm", "one Triton kernel with its sum" if fused else "torch"),
-        Finding("kernels.backend", backend),
     ]
+
+
+def device_type(config: RunConfig | None) -> str:
+    """`cuda` or `cpu`: what a run here would train on; None = one with the defaults."""
+    wanted = "auto" if config is None else config.training.device
+    return "cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu"
 
 
 def versions() -> dict[str, str]:

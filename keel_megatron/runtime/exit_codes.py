@@ -14,7 +14,9 @@
 
 torchrun hides them: it starts a group again after any code but 0, and itself ends with 1 then. So
 under a torchrun with restarts left to give, a run that was saved leaves with 0; and in any case the
-code stands in the file `exit_code` of the run's folder, which is absent after a failure.
+code stands in the file `exit_code` of the run's folder, which is absent after a failure. A user's
+mistake may be about that folder: it is noted in a file of the launcher's, `$KEEL_MISTAKE_FILE`.
+That ends the next starts at once, and the launcher with 2.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ FINAL = frozenset({DONE, USER_ERROR, SAVED, 129, INTERRUPTED, 143})
 """Codes after which the same command, started again at once, is not what is wanted."""
 
 FILE = "exit_code"
+MISTAKE = "KEEL_MISTAKE_FILE"
 
 
 def to_shell(returncode: int) -> int:
@@ -54,3 +57,15 @@ def write(folder: Path, code: int) -> None:
 def clear(folder: Path) -> None:
     """Remove what an earlier process left."""
     (folder / FILE).unlink(missing_ok=True)
+
+
+def note_mistake() -> None:
+    """Tell the launcher, if it wants to know, that only its user can help."""
+    if MISTAKE in os.environ:
+        Path(os.environ[MISTAKE]).write_text(f"{USER_ERROR}\n", encoding="utf-8")
+
+
+def is_mistake() -> bool:
+    """Whether an earlier process of this launcher has met one."""
+    path = os.environ.get(MISTAKE)
+    return path is not None and Path(path).is_file() and Path(path).stat().st_size > 0

@@ -43,6 +43,8 @@ def launch(processes: int, command: list[str], max_restarts: int = 0) -> int:
             if forward.asked is not None:
                 return exit_codes.to_shell(-forward.asked)
             forward.group = _Group(processes, command, run_id, restart)
+            if forward.asked is not None:  # while they were being started
+                forward.group.signal(forward.asked)
             rank, code = forward.group.wait()
             if code in exit_codes.FINAL or forward.asked is not None or restart == max_restarts:
                 return code

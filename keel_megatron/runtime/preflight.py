@@ -8,6 +8,7 @@ slow a warning.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import threading
 import time
@@ -186,10 +187,8 @@ def _check_shared(runtime: Runtime, folder: Path, setting: str) -> None:
         told = runtime.gather((runtime.host, problem, is_leader and not runtime.is_main))
         runtime.from_main(lambda: _judge_folder(folder, setting, place, told))
     finally:
-        if runtime.is_main and place.is_dir():
-            for path in place.iterdir():
-                path.unlink(missing_ok=True)
-            place.rmdir()
+        if runtime.is_main:  # NFS may not show yet all that is in it; that is no error
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _judge_folder(

@@ -12,6 +12,7 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -76,7 +77,9 @@ def agree(store: Store, rank: int, world_size: int, host: str, facts: Mapping[st
         verdict = differences(told)
         store.set("verdict", verdict)
         if verdict:  # the store may live in this process
-            store.wait([f"heard/{other}" for other in range(1, world_size)], timedelta(seconds=10))
+            with suppress(DistStoreError):  # one that has died does not hear it
+                heard = [f"heard/{other}" for other in range(1, world_size)]
+                store.wait(heard, timedelta(seconds=10))
     else:
         verdict = store.get("verdict").decode()
         store.set(f"heard/{rank}", "")

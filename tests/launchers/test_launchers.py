@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.hosts import await_that
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ROOT / "launchers"
@@ -141,6 +145,8 @@ def test_a_dry_run_of_deepspeed_shows_the_exact_command(tmp_path: Path) -> None:
     ("name", "arguments", "variables", "message"),
     [
         ("local.sh", [], {}, "CONFIG is missing"),
+        ("local.sh", [DEMO], {}, "N is missing"),
+        ("local.sh", ["--max-restarts"], {}, "--max-restarts needs a whole number"),
         ("local.sh", [DEMO, DEMO], {}, "N must be a positive number"),
         ("local.sh", ["0", DEMO], {}, "N must be a positive number"),
         ("local.sh", ["--fast", "2", DEMO], {}, "unknown option --fast"),
@@ -159,6 +165,12 @@ def test_a_dry_run_of_deepspeed_shows_the_exact_command(tmp_path: Path) -> None:
             [DEMO],
             {"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"},
             "NODE_RANK=2 must be below NNODES=2",
+        ),
+        (
+            "torchrun.sh",
+            [DEMO],
+            {"NNODES": "9", "MASTER_ADDR": "a", "NODE_RANK": "08"},
+            "NODE_RANK=08 is no number",
         ),
         ("torchrun.sh", [DEMO], {"KEEL_PYTHON": "nopython"}, "no interpreter nopython on"),
         ("torchrun.sh", [DEMO, "training.device=cuda"], {"NPROC_PER_NODE": "2"}, "has no GPU"),
@@ -187,6 +199,42 @@ def test_a_wrong_configuration_is_told_before_a_node_waits() -> None:
     done = launch("torchrun.sh", DEMO, WAIT_SECONDS="1", **variables)
     assert done.returncode == 2
     assert "no answer from host.invalid port 29500 in 1 s, seen from" in done.stderr
+
+
+def test_a_mistake_that_the_trainers_find_is_told_once() -> None:
+    """torchrun starts them again all the same, and itself ends with 1."""
+    done = launch("torchrun.sh", "--max-restarts", "2", DEMO, "parallel.pipeline=2")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("parallel.tensor x parallel.pipeline: 1 x 2 = 2 must divide") == 1
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGUSR1", 75)])
+def test_a_signal_ends_the_wait_for_other_nodes(tmp_path: Path, name: str, code: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    env = {"NNODES": "2", "NODE_RANK": "0", "RDZV_ENDPOINT": f"127.0.0.1:{port}"}
+    started = subprocess.Popen(
+        ["bash", str(LAUNCHERS / "torchrun.sh"), DEMO, f"training.runs_dir={tmp_path}"],
+        env=os.environ | env | {"PYTHONPATH": str(ROOT), "KEEL_PYTHON": PYTHON},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def listens() -> bool:  # torchrun's store: its signal handlers are in place
+        with socket.socket() as asking:
+            return asking.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        await_that(listens, 60, "a rendezvous")
+        started.send_signal(getattr(signal, name))
+        _out, said = started.communicate(timeout=60)
+    finally:
+        if started.poll() is None:
+            started.terminate()
+            started.wait(60)
+    assert started.returncode == code, said
+    assert f"{name}: no trainer runs" in said
 
 
 def test_more_processes_than_gpus_are_refused(tmp_path: Path) -> None:

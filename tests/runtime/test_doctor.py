@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from keel_megatron.runtime import doctor
-from tests.integration.commands import keel
+from tests.integration.commands import keel, write_config
 
 # Packages as they are found in the wild, by their files.
 WEB_APEX = {"apex/__init__.py": "raise RuntimeError('a web toolkit')"}
@@ -76,3 +76,13 @@ def test_the_command(tmp_path: Path) -> None:
     wrong = keel(tmp_path, "doctor", "absent.yaml")
     assert wrong.returncode == 2
     assert "absent.yaml: 1 problem in the configuration" in wrong.stderr
+
+
+def test_the_command_says_what_a_run_will_use(tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, Path(__file__), kernels__backend="torch"))
+    done = keel(tmp_path, "doctor", config)
+    assert "kernels.backend     torch: torch, gradient fusion off" in done.stdout
+    asked = keel(tmp_path, "doctor", config, "kernels.backend=apex")
+    assert asked.returncode == 0, asked.stderr
+    assert "kernels.backend     apex: cannot be used" in asked.stdout
+    assert "warning: kernels.backend: apex is asked for, but NVIDIA's Apex cannot" in asked.stderr
