@@ -17,7 +17,8 @@ class KernelsConfig(Section):
         description=(
             "torch = Megatron-core's parallel linears and torch's attention; apex = those, with "
             "gradients accumulated by Apex's kernel; transformer_engine = Transformer Engine's "
-            "linears and attention; auto = apex where it is installed, else torch."
+            "linears and attention; auto = apex where it is installed, else torch. Adam is "
+            "Transformer Engine's or Apex's wherever it can be imported, as Megatron-core chooses."
         ),
     )
     fp8: Literal["none", "e4m3", "hybrid"] = Field(

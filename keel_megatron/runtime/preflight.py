@@ -127,7 +127,7 @@ class _Deadline:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(exit_codes.USER_ERROR)
+        os._exit(exit_codes.FAILED)  # a network may be mended by the next start
 
 
 def _gather_nodes(runtime: Runtime) -> list[Node]:

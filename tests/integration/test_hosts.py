@@ -135,6 +135,7 @@ def note(job: Job, layout: str, what: str, lost: int | None, seconds: float | No
             table.write(json.dumps(row) + "\n")
 
 
+@pytest.mark.slow
 def test_a_pipeline_across_hosts_outlasts_a_short_cut(
     tmp_path: Path, two: Hosts, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

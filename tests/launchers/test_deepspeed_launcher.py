@@ -15,6 +15,7 @@ from tests.launchers.test_launchers import launch
 SETTINGS = ("parallel.pipeline=2", "training.steps=2", "training.validation_sequences=4")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="no DeepSpeed")
 def test_a_hostfile_of_one_host_trains(tmp_path: Path) -> None:
     write_config(tmp_path, Path(argparse.__file__))

@@ -85,10 +85,13 @@ def test_sequence_parallelism_and_recompute_keep_less() -> None:
 
 
 def test_a_block_of_the_paper_takes_what_the_field_knows() -> None:
-    """0.14 TFLOP forward: 0.2 ms of products at H200 rates, and norms and the rest besides."""
+    """0.14 TFLOP forward: 0.2 ms of products at H200 rates, and norms and the rest besides.
+
+    A head of 128k costs about ten blocks, the more the leaner a block's element-wise part is.
+    """
     times = predicted_times(costs_of(**PAPER), DEVICES["h200"])
     assert 0.2e-3 < times.block.forward < 0.4e-3
-    assert 8 < times.head.total / times.block.total < 10
+    assert 8 < times.head.total / times.block.total < 11
 
 
 def test_a_roofline_is_bound_by_launches_memory_or_products() -> None:
