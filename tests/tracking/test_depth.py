@@ -137,7 +137,7 @@ def test_mlflow_gets_the_summary_and_the_pictures(
     assert history(run, found.info.run_id, key) == [(1, 1.0), (2, 2.0)]
     assert history(run, found.info.run_id, "depth/stream_rms/first_nonfinite") == [(2, 2.0)]
     files = {file.path for file in mlflow_client(run).list_artifacts(found.info.run_id)}
-    assert files == {"depth_heat_maps.png", "depth_latest.png"}
+    assert files == {"depth_heat_maps.png", "depth_latest.png", "log.txt"}
     assert "step 2: not finite: stream_rms from sub-layer 2" in capsys.readouterr().out
 
 
