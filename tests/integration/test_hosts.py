@@ -179,6 +179,7 @@ def test_a_replica_on_a_host_that_dies_goes_on_when_it_is_back(
     note(job, "DP 2", "host-b's power; started again", reached - resumed, seconds)
 
 
+@pytest.mark.slow
 def test_the_doctor_names_a_slow_cable(tmp_path: Path) -> None:
     """Four stages on four hosts; the third one's cable carries 1 MB/s."""
     with Hosts("host-a", "host-b", "host-c", "host-d") as hosts:
