@@ -245,6 +245,23 @@ def _credentials(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
+def _store(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """MLflow would take a word for a folder, and a slip of the pen for a server that is down."""
+    uri = config.tracking.uri
+    if uri is None or uri == "databricks":
+        return
+    scheme, separator, _rest = uri.partition("://")
+    if not separator or scheme.partition("+")[0] not in _STORES:
+        yield (
+            "tracking.uri",
+            f"{scheme!r} is no kind of store that MLflow has; write one of "
+            f"{', '.join(name + '://...' for name in _STORES)}, databricks, or null",
+        )
+
+
+_STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks")
+
+
 def _not_with_deepspeed(
     path: str, is_set: Callable[[RunConfig], bool], reason: str
 ) -> Callable[[RunConfig], Iterator[tuple[str, str]]]:
@@ -299,6 +316,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _guard_window,
     _keep_every,
     _credentials,
+    _store,
     _not_with_deepspeed(
         "parallel.pipeline",
         lambda run: run.parallel.pipeline > 1,

@@ -224,3 +224,14 @@ def test_the_schema_requires_what_has_no_default() -> None:
     assert schema["required"] == ["model", "data", "optimizer", "training"]
     required = schema["$defs"]["TrainingConfig"]["required"]
     assert required == ["name", "steps", "global_batch_size"]
+
+
+@pytest.mark.parametrize("uri", ["nonsense", "htp://host:5000", "host:5000"])
+def test_a_tracking_uri_of_no_known_kind_is_refused(uri: str) -> None:
+    found = dict(problems(RunConfig.model_validate(settings(tracking__uri=uri))))
+    assert "is no kind of store that MLflow has" in found["tracking.uri"]
+
+
+@pytest.mark.parametrize("uri", ["http://host:5000", "sqlite:////a/b.db", "databricks"])
+def test_a_tracking_uri_of_a_known_kind_is_taken(uri: str) -> None:
+    assert not dict(problems(RunConfig.model_validate(settings(tracking__uri=uri))))
