@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -366,8 +367,8 @@ def main() -> None:
     lines = [
         "# The ways a run ends, and the status that MLflow has then",
         "",
-        "Made by `python tools/run_endings.py`: real runs of a small model. code: what the command",
-        "ended with (-9: killed itself). Every case has one MLflow run, in which no step's loss",
+        f"Made by `python tools/run_endings.py` on {os.cpu_count()} cores, {date.today()}: real runs",
+        "of a small model. code: what the command ended with (-9: killed itself). Every case has one MLflow run, in which no step's loss",
         "is there twice; resumed: how often it was gone on with.",
         "",
         "| end | launcher | code | status | resumed | |",
