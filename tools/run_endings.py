@@ -367,9 +367,10 @@ def main() -> None:
     lines = [
         "# The ways a run ends, and the status that MLflow has then",
         "",
-        f"Made by `python tools/run_endings.py` on {os.cpu_count()} cores, {date.today()}: real runs",
-        "of a small model. code: what the command ended with (-9: killed itself). Every case has one MLflow run, in which no step's loss",
-        "is there twice; resumed: how often it was gone on with.",
+        f"`python tools/run_endings.py`, {os.cpu_count()} cores, {date.today()}: real runs of a",
+        "small model. code: what the command ended with (-9: killed itself). Every case has",
+        "one MLflow run, in which no step's loss is there twice; resumed: how often it was",
+        "gone on with.",
         "",
         "| end | launcher | code | status | resumed | |",
         "|---|---|---|---|---|---|",
