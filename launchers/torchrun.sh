@@ -81,8 +81,10 @@ if [[ $VERB == train ]]; then
 fi
 # Where a user's mistake is noted (runtime/exit_codes.py): torchrun would start it again and end with 1.
 KEEL_MISTAKE_FILE=$(mktemp)
-export KEEL_MISTAKE_FILE
-trap 'rm -f "$KEEL_MISTAKE_FILE"' EXIT
+# The signal that was handed on, for trainers that could not hear it yet (training/stop.py).
+KEEL_SIGNAL_FILE=$(mktemp)
+export KEEL_MISTAKE_FILE KEEL_SIGNAL_FILE
+trap 'rm -f "$KEEL_MISTAKE_FILE" "$KEEL_SIGNAL_FILE"' EXIT
 # A job of its own, so that Ctrl-C reaches the trainers once, through here. Deaf to SIGUSR1, which
 # would kill torchrun; the trainers listen all the same (training/stop.py).
 set -m
@@ -101,6 +103,7 @@ hand_on() {
     read -ra trainers < <(cat /proc/"$torchrun"/task/*/children 2>/dev/null) || true # no newline
     if ((${#trainers[@]})); then
         say "SIG$1: handing it to the trainers"
+        echo "SIG$1" >"$KEEL_SIGNAL_FILE"
         kill -s "$1" "${trainers[@]}" || true
     else
         say "SIG$1: no trainer runs, torchrun waits for other nodes: ending it"

@@ -14,6 +14,9 @@ import psutil
 
 from keel_megatron.runtime import exit_codes
 
+SIGNAL_FILE = "KEEL_SIGNAL_FILE"
+"""Variable with a file in which launchers/torchrun.sh notes the signal that it hands on: a trainer
+that is still importing would die of it or miss it, and torchrun would start it again."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SAME_SECONDS = 1.0
 """The same signal again within so many seconds is the same request: a scheduler signals every
@@ -58,6 +61,7 @@ def stop_requests(exit_after: float | None = None) -> Iterator[StopRequest]:
         exit_after: minutes from the start of the launch to the request; None = never.
     """
     request = StopRequest(None if exit_after is None else launched_at() + 60.0 * exit_after)
+    request.signal = _handed_on()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -83,9 +87,18 @@ def stop_requests(exit_after: float | None = None) -> Iterator[StopRequest]:
         receiver.close()
 
 
+def _handed_on() -> signal.Signals | None:
+    """The signal that the launcher noted before this process could hear it."""
+    try:
+        with open(os.environ.get(SIGNAL_FILE, ""), encoding="utf-8") as file:
+            return signal.Signals[file.read().strip()]
+    except (OSError, KeyError):
+        return None
+
+
 def _listen(receiver: socket.socket, request: StopRequest) -> None:
     """Set the request at the first signal; end the process when that signal comes again."""
-    first = 0.0
+    first = time.monotonic()  # a launcher may have noted it already
     while numbers := receiver.recv(16):
         for number in numbers:
             if number not in SIGNALS:

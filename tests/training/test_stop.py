@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
-from keel_megatron.training.stop import StopRequest, launched_at, stop_requests
+from keel_megatron.training.stop import SIGNAL_FILE, StopRequest, launched_at, stop_requests
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 75}
 
@@ -102,3 +103,21 @@ def test_the_time_limit_counts_from_the_launch(monkeypatch: pytest.MonkeyPatch) 
     assert launched_at() == psutil.Process().parent().create_time()
     with stop_requests(exit_after=60.0) as stop:
         assert stop.deadline == launched_at() + 3600
+
+
+def test_a_signal_that_came_while_it_was_starting_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    noted = tmp_path / "signal"
+    monkeypatch.setenv(SIGNAL_FILE, str(noted))
+    for text in (None, "", "nonsense"):
+        if text is not None:
+            noted.write_text(text)
+        with stop_requests() as stop:
+            assert not stop
+    noted.write_text("SIGUSR1\n")  # as launchers/torchrun.sh writes it
+    with stop_requests() as stop:
+        assert stop.exit_code == CODES[signal.SIGUSR1]
+        os.kill(os.getpid(), signal.SIGUSR1)  # and hands it on: the same request
+        time.sleep(0.2)
+        assert stop.exit_code == CODES[signal.SIGUSR1]
