@@ -111,6 +111,7 @@ def slept() -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_takes_what_the_simulator_says(case: str, slept: dict[str, float]) -> None:
     forward, ratio = CASES[case]
