@@ -76,9 +76,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # One thread a process until keel sets training.threads; torchrun would set and announce the same.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # The code of an earlier start must not be taken for this one's.
-if [[ $VERB == train ]]; then
-    rm -f "$RUN_FOLDER/exit_code"
-fi
+[[ $VERB != train ]] || rm -f "$RUN_FOLDER/exit_code"
 # Where a user's mistake is noted (runtime/exit_codes.py): torchrun would start it again and end with 1.
 KEEL_MISTAKE_FILE=$(mktemp)
 # The signal that was handed on, for trainers that could not hear it yet (training/stop.py).
