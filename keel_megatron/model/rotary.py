@@ -76,6 +76,7 @@ class _SplitRotary(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mixed: Tensor, table: Tensor, groups: int) -> tuple[Tensor, ...]:
+        """See `split_rotary`."""
         ctx.save_for_backward(table)
         s, b = mixed.shape[:2]
         d = table.size(-1)
@@ -94,6 +95,7 @@ class _SplitRotary(torch.autograd.Function):
     def backward(
         ctx: Any, d_query: Tensor, d_key: Tensor, d_value: Tensor
     ) -> tuple[Tensor, None, None]:
+        """The gradient of `mixed`."""
         (table,) = ctx.saved_tensors
         s, b, groups, d = d_key.shape
         shared = d_query.size(2) // groups
