@@ -97,7 +97,7 @@ def _scalar(value: float, dtype: torch.dtype) -> Tensor:
 def _norm_backward(
     dy: Tensor, u: Tensor, gain: Tensor, rstd: Tensor, plus: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """du (+ plus): [..., h], a tensor of its own, and the gain's gradient [h], from y = u rstd gain.
+    """Du (+ plus): [..., h], a tensor of its own, and the gain's gradient [h], from y = u rstd g.
 
     In terms of u, not of n = u rstd, which would be one more pass over the rows:
 
