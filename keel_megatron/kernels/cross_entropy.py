@@ -17,7 +17,6 @@ not its logits, to be reduced, and all rows are so at once; megatron-core's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,12 +80,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         whole = _gathered(x, split)
         kept, picked, scores = None, [], []
         for piece in _pieces(whole, rows):
-            logits = _logits(whole[piece], weight)
+            place = _rows(places, piece)
+            logits = _logits(_rows(whole, piece), weight)
             logs = torch.log_softmax(logits, 1)
-            picked.append(logs.gather(1, places[piece]))
+            picked.append(logs.gather(1, place))
             if split is not None:
-                scores.append(logits.gather(1, places[piece]))
-            if len(whole) <= rows:
+                scores.append(logits.gather(1, place))
+            if piece is None:
                 kept = logs
             del logits, logs  # before the next piece has its own
         result, scale = _joined(picked), None
@@ -108,15 +108,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(whole) if ctx.needs_input_grad[0] else None
         sums = weight.main_grad if ctx.accumulate else None
         for piece in _pieces(whole, ctx.rows):
+            part = _rows(whole, piece)
             # What is kept is changed: torch refuses to go back through it a second time.
-            p = kept.exp_() if kept is not None else torch.softmax(_logits(whole[piece], weight), 1)
-            p.mul_(d[piece]).scatter_add_(1, places[piece], at_label[piece])
+            p = kept.exp_() if kept is not None else torch.softmax(_logits(part, weight), 1)
+            p.mul_(_rows(d, piece))
+            p.scatter_add_(1, _rows(places, piece), _rows(at_label, piece))
             dz = p.to(weight.dtype)
             del p
             if dx is not None:
-                torch.mm(dz, weight, out=dx[piece])
+                torch.mm(dz, weight, out=_rows(dx, piece))
             if ctx.needs_input_grad[1]:
-                sums = _plus_product(sums, dz, whole[piece], once=kept is not None)
+                sums = _plus_product(sums, dz, part, once=piece is None)
             del dz
         if ctx.accumulate:
             weight.grad_added_to_main_grad, sums = True, None
@@ -124,8 +126,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return None if dx is None else _scattered(dx, ctx.split), d_weight, None, None, None, None
 
 
-def _pieces(x: Tensor, rows: int) -> Iterator[slice]:
-    return (slice(start, start + rows) for start in range(0, len(x), rows))
+def _pieces(x: Tensor, rows: int) -> list[slice] | list[None]:
+    """The rows of x in pieces; None is all of them."""
+    if len(x) <= rows:
+        return [None]
+    return [slice(start, start + rows) for start in range(0, len(x), rows)]
+
+
+def _rows(x: Tensor, piece: slice | None) -> Tensor:
+    """A piece of x; no operator for all of it."""
+    return x if piece is None else x[piece]
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
