@@ -32,12 +32,14 @@ class KernelsConfig(Section):
         ),
     )
     logits_mib: float = Field(
-        default=512.0,
+        default=2048.0,
         gt=0.0,
         description=(
-            "MiB that the fp32 logits of a device may take at once. More tokens than that go "
-            "through the output layer and the loss in pieces, whose logits the backward pass makes "
-            "again: a third more work for the head, and never all logits in memory."
+            "MiB that the fp32 logits of a device may take at once (a softmax of them as much "
+            "again). More tokens than that go through the output layer and the loss in pieces, "
+            "whose logits the backward pass makes again: a third more work for the head, and never "
+            "all logits in memory. The default holds 4096 tokens of a vocabulary of 2^17; below "
+            "512 a GPU's products become inefficient at such a vocabulary."
         ),
     )
 

@@ -95,12 +95,9 @@ def test_the_recipes_tokens_are_the_papers() -> None:
 
 
 def test_the_head_of_a_large_vocabulary_costs_as_much_as_many_blocks() -> None:
-    """By arithmetic: 2 h V beside 2 h (48 x 64) + 6 h f + scores, about 8 blocks at 128,000.
-
-    Its product is done four times, for a block's three, where its logits are made again.
-    """
+    """By arithmetic: 2 h V beside 2 h (48 x 64) + 6 h f + scores, about 8 blocks at 128,000."""
     times = make_plan(deep(), 8, H200).partition.times
-    assert 4 / 3 * 7 < times.head.total / times.block.total < 4 / 3 * 11
+    assert 7 < times.head.total / times.block.total < 12
     small = make_plan(deep("data.vocab_size=32000"), 8, H200).partition.times
     assert small.head.total / small.block.total < 0.3 * times.head.total / times.block.total
     assert "the head as long as" in describe(make_plan(deep(), 8, H200))
