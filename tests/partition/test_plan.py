@@ -220,6 +220,23 @@ def test_the_smallest_change_is_recomputation() -> None:
     assert other.gpus == 64
 
 
+def test_fewer_logits_at_once_come_before_recomputation() -> None:
+    """keel_64 on one stage, given 2 GB less than it takes."""
+    recipe = ROOT / "yaml" / "paper" / "keel_64.yaml"
+    keep = "parallel.recompute=none"
+    whole = make_plan(load_config(recipe, [keep]), 8, H200)
+    needed = whole.partition.stages[0].memory.total / 1e9
+    short = load_config(recipe, [keep, f"parallel.memory_gb={needed - 2.0}"])
+    plan = make_plan(short, 8, H200)
+    assert not plan.fits
+    change = smallest_change(plan, more_gpus=False)
+    assert change is not None
+    overrides, other = change
+    assert overrides == ["kernels.logits_mib=512.0"]
+    assert "blocks (in 4 pieces, whose logits are made twice)" in describe(other)
+    assert "pieces" not in describe(plan)
+
+
 def test_a_smaller_micro_batch_comes_before_more_stages() -> None:
     plan = unfit("training.micro_batch_size=16", "parallel.virtual_pipeline=1")
     change = smallest_change(plan, more_gpus=False)
