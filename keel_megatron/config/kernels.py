@@ -8,6 +8,9 @@ from pydantic import Field
 
 from keel_megatron.config.base import Section
 
+_TILE = 128
+"""Rows that a GPU's matrix product does together."""
+
 
 class KernelsConfig(Section):
     """The family of modules behind the same mathematics."""
@@ -28,3 +31,24 @@ class KernelsConfig(Section):
             "tensor by tensor as they are; hybrid = e4m3, and e5m2 for gradients."
         ),
     )
+    logits_mib: float = Field(
+        default=2048.0,
+        gt=0.0,
+        description=(
+            "MiB that the fp32 logits of a device may take at once (a softmax of them as much "
+            "again). More tokens than that go through the output layer and the loss in pieces, "
+            "whose logits the backward pass makes again: a third more work for the head, and never "
+            "all logits in memory. The default holds 4096 tokens of a vocabulary of 2^17; below "
+            "512 a GPU's products become inefficient at such a vocabulary."
+        ),
+    )
+
+    def rows_at_once(self, vocabulary: int) -> int:
+        """How many tokens' logits are within `logits_mib`; at least one.
+
+        Args:
+            vocabulary: the device's share of it.
+        """
+        rows = max(1, int(self.logits_mib * 2**20) // (4 * vocabulary))
+        # Whole tiles of a matrix product, where there are any.
+        return rows if rows < _TILE else rows - rows % _TILE

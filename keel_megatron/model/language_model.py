@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.model.backend import choose_backend
+from keel_megatron.model.head import OutputLayer
 from keel_megatron.model.initialization import initialize
 from keel_megatron.model.layer import link
 from keel_megatron.model.norm import stream_dtype
@@ -116,7 +117,7 @@ def _recompute(blocks: int) -> dict[str, Any]:
 
 
 class LanguageModel(GPTModel):
-    """GPTModel with this project's rotary table and loss; a chunk of it on a pipeline stage."""
+    """GPTModel with this project's rotary table and head; a chunk of it on a pipeline stage."""
 
     def __init__(self, config: TransformerConfig, run: RunConfig, **kwargs: Any) -> None:
         model = run.model
@@ -132,25 +133,26 @@ class LanguageModel(GPTModel):
         self.rotary_pos_emb = RotaryTable(
             model.head_dim, model.rope_theta, run.data.seq_length, config.params_dtype
         )
+        if self.post_process:
+            # GPTModel has built Megatron-core's, with all that a pipeline shares of it.
+            self.output_layer.__class__ = OutputLayer
+            own = self.output_layer.output_size_per_partition
+            self.output_layer.rows = run.kernels.rows_at_once(own)
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross entropy of every token, in the stream's type.
+    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **rest: Any) -> Tensor:
+        """What follows the blocks: losses [b, s] of the labels [b, s], without logits; or logits.
 
         Args:
-            labels: [b, s].
-            logits: [s, b, vocabulary / TP], in the compute type.
-
-        Returns:
-            [b, s], nats.
+            hidden_states: [s, b, h], or [s / TP, b, h] under sequence parallelism.
+            labels: the tokens to be predicted; None = the logits are asked for.
+            rest: as in Megatron-core.
         """
-        if self.config.tensor_model_parallel_size > 1:
-            return super().compute_language_model_loss(labels, logits)
-        losses = functional.cross_entropy(
-            logits.flatten(0, 1).to(stream_dtype(logits.dtype)),
-            labels.transpose(0, 1).flatten(),
-            reduction="none",
-        )
-        return losses.view(logits.shape[:2]).transpose(0, 1).contiguous()
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states, labels=labels, **rest)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        losses, _no_bias = self.output_layer(hidden_states, weight, labels=labels)
+        return losses
 
 
 def build_model(

@@ -52,13 +52,19 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     same type, as its gradient-accumulation fusion does; and into `weight.grad` elsewhere, and where
     a hook on the weight wants to see it.
     """
-    sums = getattr(weight, "main_grad", None)
-    fits = sums is not None and sums.dtype == weight.dtype and not weight._backward_hooks
-    if fits and torch.is_grad_enabled() and weight.is_leaf and weight.requires_grad:
+    sums = gradient_sums(weight)
+    if sums is not None and sums.dtype == weight.dtype:
         operation: Any = _AccumulatingLinear
         result: Tensor = operation.apply(x, weight)
         return result
     return functional.linear(x, weight)
+
+
+def gradient_sums(weight: Tensor) -> Tensor | None:
+    """`weight.main_grad`, where a weight's gradient may be added to it in the backward pass."""
+    if weight._backward_hooks or not (torch.is_grad_enabled() and weight.requires_grad):
+        return None
+    return getattr(weight, "main_grad", None) if weight.is_leaf else None
 
 
 class _AccumulatingLinear(torch.autograd.Function):

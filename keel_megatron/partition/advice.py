@@ -10,6 +10,8 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.partition.plan import Plan, make_plan
 
 Change = dict[str, Any]
+_SMALL_LOGITS = 512.0
+"""MiB; the head's products stay efficient at it (`kernels.logits_mib`)."""
 
 
 def smallest_change(plan: Plan, *, more_gpus: bool) -> tuple[list[str], Plan] | None:
@@ -38,8 +40,13 @@ def _changes(config: RunConfig) -> Iterator[Change]:
     """One setting at a time, then each with recomputation."""
     recompute = {"parallel.recompute": "auto"}
     single = list(_single_changes(config))
+    smaller: Change = {"kernels.logits_mib": _SMALL_LOGITS}
+    if config.kernels.logits_mib > _SMALL_LOGITS:
+        yield smaller
     if config.parallel.recompute == "none":
         yield recompute
+        if config.kernels.logits_mib > _SMALL_LOGITS:
+            yield {**recompute, **smaller}
     yield from single
     if config.parallel.recompute == "none":
         yield from ({**recompute, **change} for change in single)

@@ -91,7 +91,9 @@ def model_costs(config: RunConfig, kernel: Kernel = "triton") -> Costs:
         kernel: how scaled add + norm are done there.
     """
     shape = _Shape.of(config)
-    return Costs(embedding=_embedding(shape), block=_block(shape, kernel), head=_head(shape))
+    return Costs(
+        embedding=_embedding(shape), block=_block(shape, kernel), head=_head(shape, kernel)
+    )
 
 
 @dataclass(frozen=True)
@@ -114,15 +116,21 @@ class _Shape:
     ffn: int
     vocabulary: int
     pipeline: int
+    rows: int
+    """Tokens whose logits exist at once."""
+    returned: bool
+    """Whether weights' gradients leave their backward pass, as the DeepSpeed engine has it."""
 
     @classmethod
     def of(cls, config: RunConfig) -> _Shape:
         model, tp = config.model, config.parallel.tensor
         seq_length = config.data.seq_length
+        tokens = seq_length * config.training.micro_batch_size
+        vocabulary = config.data.vocab_size // tp
         return cls(
             model=model,
             seq_length=seq_length,
-            tokens=seq_length * config.training.micro_batch_size,
+            tokens=tokens,
             c=2 if config.training.precision == "bf16" else 4,
             tp=tp,
             h=model.hidden_size // (tp if config.parallel.sequence else 1),
@@ -130,8 +138,10 @@ class _Shape:
             groups=model.query_groups * model.head_dim // tp,
             heads=model.num_attention_heads // tp,
             ffn=model.ffn_hidden_size // tp,
-            vocabulary=config.data.vocab_size // tp,
+            vocabulary=vocabulary,
             pipeline=config.parallel.pipeline,
+            rows=min(tokens, config.kernels.rows_at_once(vocabulary)),
+            returned=config.training.engine == "deepspeed",
         )
 
     def collective_bytes(self) -> float:
@@ -237,15 +247,17 @@ def _block(shape: _Shape, kernel: Kernel) -> Cost:
     )
 
 
-def _head(shape: _Shape) -> Cost:
+def _head(shape: _Shape, kernel: Kernel) -> Cost:
+    """Final norm, and output projection and loss in pieces (`kernels/cross_entropy.py`)."""
     t, c, h, v = shape.tokens, shape.c, shape.model.hidden_size, shape.vocabulary
     vectors = h if shape.model.final_norm else 0
+    pieces = -(-t // shape.rows)
+    again = int(pieces > 1)  # the pieces' logits in the backward pass
     flops = head_forward_flops(shape.model, v) * t
-    operands = c * (t * (h + v) + v * h)
+    operands = c * (t * (h + v) + pieces * v * h)
     norm = t * (STREAM_BYTES + c) * shape.h
-    # fp32 copy, log-softmax; its gradient, back in the compute type.
-    loss = t * v * (c + STREAM_BYTES + 2 * STREAM_BYTES)
-    loss_backward = t * v * (2 * STREAM_BYTES + STREAM_BYTES + c)
+    # Softmax or exp, and the product with the losses' gradients; under bf16 to fp32 and back.
+    one, cast = 2 * STREAM_BYTES * t * v, (c + STREAM_BYTES) * t * v if c != STREAM_BYTES else 0
     kept = t * c * shape.h
     if vectors:
         kept += t * STREAM_BYTES * shape.h
@@ -258,27 +270,44 @@ def _head(shape: _Shape) -> Cost:
         forward=Work(
             flops=flops,
             matmul_bytes=operands,
-            other_bytes=norm + loss,
+            other_bytes=norm + one + cast,
             communication_bytes=message,
-            collectives=int(shape.tp > 1),
-            kernels=HEAD_KERNELS,
+            collectives=3 * int(shape.tp > 1),  # two of a number or two a row
+            kernels=HEAD_KERNELS * pieces,
         ),
         backward=Work(
-            flops=2 * flops,
-            matmul_bytes=2 * operands,
-            other_bytes=2 * norm + loss_backward + shape.gradient_bytes(own),
+            flops=(2 + again) * flops,
+            # Every piece is added to the fp32 sum by the product itself.
+            matmul_bytes=(2 + again) * operands + 2 * STREAM_BYTES * pieces * own,
+            other_bytes=2 * norm + 2 * one + (1 + again) * cast,
             communication_bytes=message,
             collectives=int(shape.tp > 1),
-            kernels=2 * HEAD_KERNELS,
+            kernels=2 * HEAD_KERNELS * pieces,
         ),
         parameters=0 if tied_here else own,
         vector_parameters=vectors,
         activation_bytes=kept,
         recompute_bytes=kept,
-        # Logits (and under bf16 their fp32 copy) beside the log-softmax; its gradient going back.
-        working_bytes=t * v * (c + STREAM_BYTES if c != STREAM_BYTES else STREAM_BYTES),
-        logits_bytes=t * (STREAM_BYTES * v + 8 + (1 if shape.tp > 1 else 0)),
+        working_bytes=_head_working(shape, kernel),
+        # Labels; under TP which are here, and this rank's share of a row; one piece's log-softmax.
+        logits_bytes=t * (8 + (5 if shape.tp > 1 else 0) + (0 if again else STREAM_BYTES * v)),
     )
+
+
+def _head_working(shape: _Shape, kernel: Kernel) -> int:
+    """Temporary in the head, besides what it keeps: logits beside their softmax, or gradients."""
+    t, c, h, v = shape.tokens, shape.c, shape.model.hidden_size, shape.vocabulary
+    piece, own, bf16 = shape.rows * v, v * h, shape.c != STREAM_BYTES
+    whole = shape.rows == t
+    logits = STREAM_BYTES * piece * (1 if whole else 2)  # of one piece the softmax is what is kept
+    held = STREAM_BYTES * own if shape.returned and not whole else 0  # the fp32 sum of the pieces
+    # The weight's gradient by itself, where the product does not add it.
+    by_itself = (shape.returned and (whole or bf16)) or (bf16 and kernel == "torch")
+    product = c * own if by_itself else 0
+    d_logits = c * piece if bf16 or not whole else 0
+    d_input = t * c * h
+    backward = d_input + held + max(0 if whole else logits, d_logits + product)
+    return max(logits, backward)
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,13 @@ def _pieces(plan: Plan) -> str:
     if plan.measured and plan.config.parallel.layout is None:
         counts = ",".join(str(chunk.blocks) for chunk in parts.layout.chunks)
         cut = f"\nA run cuts by predicted times; this cut is parallel.layout=[{counts}]."
+    tokens = plan.config.data.seq_length * plan.config.training.micro_batch_size
+    vocabulary = plan.config.data.vocab_size // plan.config.parallel.tensor
+    head = -(-tokens // plan.config.kernels.rows_at_once(vocabulary))
+    pieces = f" (in {head} pieces, whose logits are made twice)" if head > 1 else ""
     return (
         f"A block takes {seconds(times.block.total)} a micro-batch ({how}), the head as long as "
-        f"{times.head.total / times.block.total:.1f} blocks, the embedding as "
+        f"{times.head.total / times.block.total:.1f} blocks{pieces}, the embedding as "
         f"{times.embedding.total / times.block.total:.1f}.\n"
         f"Slowest: stage {slowest.number} with {seconds(slowest.seconds)} a micro-batch, "
         f"{parts.balance - 1.0:.1%} above an ideally even cut.{cut}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
 from keel_megatron.kernels import scaled_add_norm
+from keel_megatron.kernels.cross_entropy import linear_cross_entropy
 from tests.kernels.cases import EPS, Case, disagreement, error, inputs, run
 
 pytestmark = [
@@ -45,3 +47,20 @@ def test_fp64_goes_another_way() -> None:
     found = scaled_add_norm(doubles[0], doubles[1], 16.0, *doubles[2:], EPS, torch.float64)
     exact = run(case, "exact")[:2]
     assert all(error(one, other) < 1e-13 for one, other in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("rows", [512, 128, 100])
+def test_the_heads_gradient_joins_the_fp32_sum(rows: int) -> None:
+    """bf16 products straight into fp32, as no CPU does; small logits keep bf16's errors small."""
+    x = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.nn.Parameter(0.01 * torch.randn(1000, 256, device="cuda").bfloat16())
+    weight.main_grad = torch.zeros(1000, 256, device="cuda")
+    labels = torch.randint(0, 1000, (512,), device="cuda")
+    losses = linear_cross_entropy(x, weight, labels, rows=rows, accumulate=True)
+    losses.sum().backward()
+    leaves = [one.detach().double().requires_grad_() for one in (x, weight)]
+    exact = functional.cross_entropy(leaves[0] @ leaves[1].t(), labels, reduction="none")
+    dx, dw = torch.autograd.grad(exact.sum(), leaves)
+    assert error(losses, exact) < 1e-2
+    assert error(x.grad, dx) < 1e-2
+    assert error(weight.main_grad, dw) < 1e-2

@@ -27,6 +27,7 @@ CASES: list[dict[str, Any]] = [
         (2, {"model__residual": "keel"}),
         (2, {"parallel__recompute": "full"}),
         (1, {"model__residual": "keel", "model__final_norm": False}),
+        (2, {"kernels__logits_mib": 0.05}),  # of 128 tokens' logits 25 at once
         (2, {"model__residual": "keel", "kernel": "triton"}),
     )
 ]
@@ -34,6 +35,19 @@ TENSOR_CASES: list[dict[str, Any]] = [
     {"training__precision": precision, "parallel__sequence": sequence, "parallel__tensor": 2}
     for precision in ("fp32", "bf16")
     for sequence in (False, True)
+]
+# Of 128 tokens' logits all at once, or 25.
+HEAD_CASES: list[dict[str, Any]] = [
+    {
+        "training__precision": precision,
+        "training__engine": engine,
+        "kernels__logits_mib": mib,
+        "parallel__tensor": tensor,
+    }
+    for tensor in (1, 2)
+    for precision in ("fp32", "bf16")
+    for engine in ("megatron", "deepspeed")
+    for mib in (512.0, 0.05 / tensor)
 ]
 
 
@@ -118,8 +132,47 @@ def test_embedding_and_head_keep_what_is_predicted(measured: Any) -> None:
         expected = sum(map(held, (costs.embedding, costs.head)))
         assert rest == pytest.approx(expected, rel=1e-2), case
         compared += 1
-    assert compared >= 6
+    assert compared >= 8
 
 
 def held(cost: Cost) -> int:
     return cost.activation_bytes + cost.logits_bytes
+
+
+def head_bytes(cases: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    """For every case what the output layer and the loss keep, and the most that they hold."""
+    from keel_megatron.config.run import RunConfig
+    from keel_megatron.model.language_model import build_model
+    from keel_megatron.runtime.distributed import start
+    from tests.memory import Watch
+    from tests.training.ranks import made_up_batches
+
+    found = []
+    for case in cases:
+        config = RunConfig.model_validate(settings(**SHAPE, **case, model__blocks=2))
+        with start(config.parallel, config.training) as runtime:
+            (chunk,) = build_model(config, runtime)
+            batch = made_up_batches(config, runtime, 0)[0]
+            layer = chunk.output_layer
+            if config.training.engine == "megatron":
+                layer.weight.main_grad = torch.zeros(layer.weight.shape)
+            shape = (*batch.labels.t().shape, config.model.hidden_size)
+            x = torch.randn(shape, dtype=layer.weight.dtype, requires_grad=True)
+            with Watch() as watch:
+                losses, _ = layer(x, labels=batch.labels)
+                kept = watch.live - losses.nbytes
+                losses.sum().backward()
+            found.append((kept, watch.peak))
+    return found
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_head_holds_what_is_predicted(tensor: int) -> None:
+    """What it keeps to the byte; its peak to what some numbers a row take."""
+    cases = [case for case in HEAD_CASES if case["parallel__tensor"] == tensor]
+    for case, (kept, peak) in zip(cases, run_ranks(tensor, head_bytes, cases)[0], strict=True):
+        config = small_config(**SHAPE, **case)
+        cost = model_costs(config, "torch").head
+        assert kept == cost.logits_bytes, case
+        numbers = 64 * config.data.seq_length * config.training.micro_batch_size
+        assert 0 <= peak - (cost.logits_bytes + cost.working_bytes) < numbers, case

@@ -87,11 +87,27 @@ def test_sequence_parallelism_and_recompute_keep_less() -> None:
 def test_a_block_of_the_paper_takes_what_the_field_knows() -> None:
     """0.14 TFLOP forward: 0.2 ms of products at H200 rates, and norms and the rest besides.
 
-    A head of 128k costs about ten blocks, the more the leaner a block's element-wise part is.
+    A head of 128k costs about ten blocks, the more the leaner a block's element-wise part is; and
+    a product of four more where its logits are made again.
     """
     times = predicted_times(costs_of(**PAPER), DEVICES["h200"])
     assert 0.2e-3 < times.block.forward < 0.4e-3
-    assert 8 < times.head.total / times.block.total < 11
+    assert 9 < times.head.total / times.block.total < 12
+    pieces = predicted_times(costs_of(**PAPER, kernels__logits_mib=512.0), DEVICES["h200"])
+    assert 12 < pieces.head.total / pieces.block.total < 15
+
+
+def test_a_head_in_pieces_multiplies_once_more_and_keeps_no_logits() -> None:
+    """Of 4096 tokens of a vocabulary of 2^17 four times 1024, of 512 MiB each in fp32."""
+    pieces, whole = costs_of(**PAPER, kernels__logits_mib=512.0).head, costs_of(**PAPER).head
+    assert pieces.forward.flops == whole.forward.flops
+    assert pieces.backward.flops == 3 * pieces.forward.flops == 1.5 * whole.backward.flops
+    logits = 4 * 4096 * 2**17
+    assert whole.logits_bytes == logits + 8 * 4096
+    assert pieces.logits_bytes == 8 * 4096
+    # Logits and their softmax, of a quarter; and the gradient of the layer's input.
+    assert pieces.working_bytes == 2 * logits / 4 + 4096 * 1024 * 2
+    assert whole.working_bytes == logits
 
 
 def test_a_roofline_is_bound_by_launches_memory_or_products() -> None:

@@ -1,0 +1,213 @@
+"""The output layer and its cross entropy as one operation, which never holds all logits.
+
+Logits [n, v] of n tokens and a vocabulary of v are by far a deep and narrow model's largest tensor:
+at 4096 tokens and a vocabulary of 128k they take 2 GB in fp32. So the rows go through the product
+and the softmax in pieces, and what stays for the backward pass is the operation's input; it makes a
+piece's logits again. Where all rows are one piece nothing is made twice, and the log-softmax stays.
+
+With logits z = x W^T and p = softmax(z), from the gradients d of the losses
+
+    loss = -log p[label],   dz = d (p - 1[label]),   dx = dz W,   dW = dz^T x.
+
+Under vocabulary parallelism a rank has v / TP rows of W, its own softmax q over them, and its own
+log-sum-exp s; with S that of the whole vocabulary p = q exp(s - S). Hence a row has one number, and
+not its logits, to be reduced, and all rows are so at once; megatron-core's
+`vocab_parallel_cross_entropy` gives the same losses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Split:
+    """Over which ranks the vocabulary lies, and perhaps the rows."""
+
+    group: dist.ProcessGroup
+    """Each rank has the next v / TP rows of the weight."""
+    sequence: bool
+    """Each rank also has the next n / TP rows of x; they are gathered, and dx scattered."""
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    rows: int,
+    split: Split | None = None,
+    accumulate: bool = False,
+) -> Tensor:
+    """Cross entropy of softmax(x weight^T) in nats: [n], fp32 (fp64 for fp64), differentiable once.
+
+    The products are in x's type, the softmax in the result's.
+
+    Args:
+        x: [n, h], or [n / TP, h] where the sequence is split too.
+        weight: [v, h], or [v / TP, h].
+        labels: [n], whole numbers below v, the same on all ranks of the group.
+        rows: how many rows' logits may exist at once.
+        split: over which ranks; None = everything is here.
+        accumulate: add the weight's gradient to `weight.main_grad`, in place of returning it.
+    """
+    operation: Any = _LinearCrossEntropy
+    result: Tensor = operation.apply(x, weight, labels, rows, split, accumulate)
+    return result
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """See `linear_cross_entropy`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        rows: int,
+        split: Split | None,
+        accumulate: bool,
+    ) -> Tensor:
+        ctx.rows, ctx.split, ctx.accumulate = rows, split, accumulate
+        places, foreign = _places(labels.unsqueeze(1), weight.size(0), split)
+        whole = _gathered(x, split)
+        kept, picked, scores = None, [], []
+        for piece in _pieces(whole, rows):
+            place = _rows(places, piece)
+            logits = _logits(_rows(whole, piece), weight)
+            logs = torch.log_softmax(logits, 1)
+            picked.append(logs.gather(1, place))
+            if split is not None:
+                scores.append(logits.gather(1, place))
+            if piece is None:
+                kept = logs
+            del logits, logs  # before the next piece has its own
+        result, scale = _joined(picked), None
+        if split is not None and foreign is not None:
+            result, scale = _over_ranks(result, _joined(scores), foreign, split.group)
+        ctx.save_for_backward(x, weight, places, foreign, scale, kept)
+        return result.neg().squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, places, foreign, scale, kept = ctx.saved_tensors
+        whole = _gathered(x, ctx.split)
+        d = d_losses.unsqueeze(1)
+        at_label = d.neg()
+        if foreign is not None:
+            at_label.masked_fill_(foreign, 0.0)
+            d = d * scale
+        dx = torch.empty_like(whole) if ctx.needs_input_grad[0] else None
+        sums = weight.main_grad if ctx.accumulate else None
+        for piece in _pieces(whole, ctx.rows):
+            part = _rows(whole, piece)
+            # What is kept is changed: torch refuses to go back through it a second time.
+            p = kept.exp_() if kept is not None else torch.softmax(_logits(part, weight), 1)
+            p.mul_(_rows(d, piece))
+            p.scatter_add_(1, _rows(places, piece), _rows(at_label, piece))
+            dz = p.to(weight.dtype)
+            del p
+            if dx is not None:
+                torch.mm(dz, weight, out=_rows(dx, piece))
+            if ctx.needs_input_grad[1]:
+                sums = _plus_product(sums, dz, part, once=piece is None)
+            del dz
+        if ctx.accumulate:
+            weight.grad_added_to_main_grad, sums = True, None
+        d_weight = None if sums is None else sums.to(weight.dtype)
+        return None if dx is None else _scattered(dx, ctx.split), d_weight, None, None, None, None
+
+
+def _pieces(x: Tensor, rows: int) -> list[slice] | list[None]:
+    """The rows of x in pieces; None is all of them."""
+    if len(x) <= rows:
+        return [None]
+    return [slice(start, start + rows) for start in range(0, len(x), rows)]
+
+
+def _rows(x: Tensor, piece: slice | None) -> Tensor:
+    """A piece of x; no operator for all of it."""
+    return x if piece is None else x[piece]
+
+
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    """X W^T in the softmax's type."""
+    return x.mm(weight.t()).to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _places(labels: Tensor, own: int, split: Split | None) -> tuple[Tensor, Tensor | None]:
+    """Where the labels [n, 1] are in this rank's `own` part of the vocabulary, and which are not.
+
+    Those that are elsewhere get the place 0.
+    """
+    if split is None:
+        return labels, None
+    places = labels - split.group.rank() * own
+    foreign = (places < 0) | (places >= own)
+    return places.masked_fill_(foreign, 0), foreign
+
+
+def _over_ranks(
+    picked: Tensor, scores: Tensor, foreign: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """The labels' log-probabilities, and this rank's share of every row's probability: [n, 1].
+
+    Args:
+        picked: log-softmax within this rank's vocabulary at every row's place.
+        scores: the logits there.
+        foreign: rows whose label lies on another rank.
+        group: the ranks.
+    """
+    own = scores - picked  # log-sum-exp of this rank's logits
+    largest = own.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    both = torch.stack([own.sub(largest).exp_(), scores.masked_fill_(foreign, 0.0)])
+    dist.all_reduce(both, group=group)
+    whole = both[0].log_().add_(largest)
+    return both[1] - whole, own.sub_(whole).exp_()
+
+
+def _gathered(x: Tensor, split: Split | None) -> Tensor:
+    """All rows of x, where every rank has some."""
+    if split is None or not split.sequence:
+        return x
+    whole = x.new_empty(split.group.size() * x.size(0), x.size(1))
+    dist.all_gather_into_tensor(whole, x.contiguous(), split.group)
+    return whole
+
+
+def _scattered(dx: Tensor, split: Split | None) -> Tensor:
+    """The ranks' sum of dx: all of it, or this rank's rows where every rank has some."""
+    if split is None:
+        return dx
+    if not split.sequence:
+        dist.all_reduce(dx, group=split.group)
+        return dx
+    own = dx.new_empty(dx.size(0) // split.group.size(), dx.size(1))
+    dist.reduce_scatter_tensor(own, dx, group=split.group)
+    return own
+
+
+def _plus_product(sums: Tensor | None, a: Tensor, b: Tensor, *, once: bool) -> Tensor:
+    """Sums + a^T b, in place; a sum of many is fp32 at least."""
+    if sums is None:
+        product = a.t().mm(b)
+        return product if once else product.to(torch.promote_types(a.dtype, torch.float32))
+    if sums.dtype == a.dtype:
+        return sums.addmm_(a.t(), b)
+    if sums.is_cuda:
+        add: Any = torch.addmm
+        return add(sums, a.t(), b, out_dtype=sums.dtype, out=sums)
+    return sums.add_(a.t().mm(b))
