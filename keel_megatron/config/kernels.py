@@ -28,3 +28,18 @@ class KernelsConfig(Section):
             "tensor by tensor as they are; hybrid = e4m3, and e5m2 for gradients."
         ),
     )
+    compile: bool = Field(
+        default=False,
+        description=(
+            "Train on blocks compiled by torch.compile: one graph for all blocks of a kind, made "
+            "in the first steps; needs a C++ compiler, or Triton on CUDA. One device a stage, "
+            "torch's modules."
+        ),
+    )
+    cuda_graphs: bool = Field(
+        default=False,
+        description=(
+            "Replay the passes through all blocks as two CUDA graphs, recorded in the first step "
+            "without a depth profile. One GPU a replica, bf16, torch's modules, nothing recomputed."
+        ),
+    )
