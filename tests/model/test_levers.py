@@ -13,7 +13,7 @@ from keel_megatron.config.errors import UserError
 from keel_megatron.model import compiled
 from tests.distributed import run_ranks
 from tests.settings import settings, small_config
-from tests.training.ranks import made_up_batches, train_steps
+from tests.training.ranks import made_up_batches, observed_steps, train_steps
 
 STEPS = 3
 
@@ -142,39 +142,26 @@ def test_a_compiler_that_fails_is_one_message() -> None:
     assert "set it to false" in said
 
 
-def graphed_steps(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Losses with blocks recorded by a stand-in for CUDA's recorder, and without."""
-    from keel_megatron.model import graphs
-    from keel_megatron.model.language_model import build_model
-    from keel_megatron.runtime.distributed import start
-    from keel_megatron.training.depth import DepthCollector
-    from keel_megatron.training.engine import MegatronEngine
+def graphed_and_plain(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Observed steps with blocks recorded by a stand-in for CUDA's recorder, and without."""
+    from keel_megatron.model import graphs, language_model
 
-    config = small_config(**sections)
-    found: dict[str, Any] = {"recorded": 0}
+    recorded = []
 
     def record(function: Callable[..., Any], arguments: tuple[torch.Tensor, ...]) -> Any:
-        found["recorded"] += 1
+        recorded.append(function)
         return stand_in(function, arguments)
 
-    with start(config.parallel, config.training) as runtime:
-        torch.cuda.make_graphed_callables = record
-        torch.cuda.empty_cache = lambda: None
-        for way in ("graphed", "plain"):
-            chunks = build_model(config, runtime)
-            if way == "graphed":
-                graphs.record_blocks(chunks, torch.device("cuda"), 0)
-            engine = MegatronEngine(config, runtime, chunks)
-            losses = []
-            for step in range(1, 6):
-                batches = made_up_batches(config, runtime, step)
-                depth = DepthCollector(engine) if step in (1, 4) else None
-                result = engine.train_step(batches, len(batches), 1e-3, depth=depth)
-                profile = None if depth is None else depth.profile(step)
-                losses.append((result.loss, result.grad_norm, None if profile is None else 1))
-            losses.append((engine.validate(batches, len(batches)), 0.0, None))
-            found[way] = losses
-    return found
+    def on_any_device(chunks: Any, _device: torch.device, recomputed: int) -> None:
+        graphs.record_blocks(chunks, torch.device("cuda"), recomputed)
+
+    torch.cuda.make_graphed_callables = record
+    language_model.record_blocks = on_any_device
+    found: dict[str, Any] = {}
+    for switch in (True, False):
+        sections["kernels"] = {"cuda_graphs": switch}
+        found["graphed" if switch else "plain"] = observed_steps(sections, 6)
+    return found | {"recorded": len(recorded)}
 
 
 def stand_in(function: Callable[..., Any], arguments: tuple[torch.Tensor, ...]) -> Any:
@@ -205,7 +192,8 @@ def stand_in(function: Callable[..., Any], arguments: tuple[torch.Tensor, ...]) 
 
 def test_recorded_blocks_train_like_plain_ones() -> None:
     """All but CUDA itself: every gradient leaves by the arguments, observed steps run plainly."""
-    (found,) = run_ranks(1, graphed_steps, {"training__precision": "bf16", "model__blocks": 3})
+    sections = settings(training__precision="bf16", training__device="auto", model__blocks=3)
+    (found,) = run_ranks(1, graphed_and_plain, sections)
     assert found["graphed"] == found["plain"]
     assert found["recorded"] == 2  # at step 2, and again after the observed step 4
 
