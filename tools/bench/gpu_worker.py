@@ -106,7 +106,7 @@ def main() -> None:
         with start(config.parallel, config.training) as runtime:
             answer = measure(order, runtime, config)
     except (UserError, torch.OutOfMemoryError) as error:
-        answer = {"failed": str(error).strip().splitlines()[0]}
+        answer = {"failed": " ".join(str(error).split())[:300]}
     print("\n" + json.dumps(answer), flush=True)
 
 
