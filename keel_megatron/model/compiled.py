@@ -270,9 +270,11 @@ def require_compiler(device: str) -> None:
 def keep_compiled(folder: Path) -> None:
     """Keep what torch compiles in a run's folder, where the same run finds it again.
 
-    `TORCHINDUCTOR_CACHE_DIR` of the environment goes first.
+    A `TORCHINDUCTOR_CACHE_DIR` of the user's goes first; torch sets its own, torchinductor_USER.
     """
-    os.environ.setdefault(CACHE, str(folder.resolve() / "compiled"))
+    chosen = os.environ.get(CACHE)
+    if chosen is None or Path(chosen).name.startswith("torchinductor_"):
+        os.environ[CACHE] = str(folder.resolve() / "compiled")
 
 
 def compile_report(chunks: list[nn.Module], seconds: float) -> str | None:

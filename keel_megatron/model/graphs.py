@@ -29,13 +29,12 @@ from keel_megatron.config.errors import UserError
 Forward = Callable[..., Tensor]
 
 
-def record_blocks(chunks: list[nn.Module], device: torch.device, recomputed: int) -> None:
+def record_blocks(chunks: list[nn.Module], device: torch.device) -> None:
     """Let a chunk's blocks be recorded at their first training pass that nobody observes.
 
     Args:
         chunks: this rank's; one.
         device: where they are.
-        recomputed: blocks that are computed again going back.
 
     Raises:
         UserError: the device has no CUDA graphs, or blocks are recomputed.
@@ -45,7 +44,8 @@ def record_blocks(chunks: list[nn.Module], device: torch.device, recomputed: int
             "kernels.cuda_graphs: true needs a CUDA device, and this run is on the CPU; set it to "
             "false"
         )
-    if recomputed:
+    configs: list[Any] = [chunk.config for chunk in chunks]
+    if recomputed := sum(config.recompute_num_layers or 0 for config in configs):
         raise UserError(
             f"kernels.cuda_graphs: true, but parallel.recompute: auto computes {recomputed} "
             "block(s) again for want of memory; set kernels.cuda_graphs to false, or lower "

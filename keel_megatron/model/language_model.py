@@ -12,8 +12,6 @@ from torch.nn import functional
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.model.backend import choose_backend
-from keel_megatron.model.compiled import compile_blocks
-from keel_megatron.model.graphs import record_blocks
 from keel_megatron.model.initialization import initialize
 from keel_megatron.model.layer import link
 from keel_megatron.model.norm import stream_dtype
@@ -175,7 +173,7 @@ def build_model(
 
     Raises:
         ValueError: the stages' blocks do not add up to the model's.
-        UserError: `kernels` asks for what is not installed, or not possible on this device.
+        UserError: kernels.backend asks for what is not installed.
     """
     dtype = compute_dtype or COMPUTE_DTYPES[config.training.precision]
     partition = partition or own_partition(config, runtime)
@@ -208,10 +206,6 @@ def build_model(
             chunk, config.model, config.training.seed, runtime.tensor_rank, runtime.tensor_size
         )
         chunks.append(chunk)
-    if config.kernels.compile:
-        compile_blocks(chunks, runtime.device)
-    if config.kernels.cuda_graphs:
-        record_blocks(chunks, runtime.device, sum(stage.recomputed))
     return chunks
 
 

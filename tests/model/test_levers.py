@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from keel_megatron.config.errors import UserError
 from keel_megatron.model import compiled
 from tests.distributed import run_ranks
 from tests.settings import settings, small_config
+from tests.training.deepspeed_ranks import needs_deepspeed
 from tests.training.ranks import made_up_batches, observed_steps, train_steps
 
 STEPS = 3
@@ -28,6 +32,7 @@ def compiled_and_plain(rule: str) -> dict[str, Any]:
     config = small_config(model__residual=rule, model__num_query_groups=2, kernels__compile=True)
     with start(config.parallel, config.training) as runtime:
         (chunk,) = build_model(config, runtime)
+        compiled.compile_blocks([chunk], runtime.device)
         batch = made_up_batches(config, runtime, 0)[0]
         found: dict[str, Any] = {}
         for way in ("compiled", "plain"):
@@ -64,6 +69,37 @@ def test_one_graph_serves_all_blocks_of_a_kind(rule: str, graphs: int) -> None:
     assert second is None
 
 
+def cache_misses(folder: Path) -> tuple[int, int]:
+    """How many of a run's graphs, forward and backward, the folder had, and how many it had not."""
+    from torch._dynamo.utils import counters
+
+    compiled.keep_compiled(folder)
+    train_steps(settings(kernels__compile=True), 1)
+    autograd = counters["aot_autograd"]
+    return autograd["autograd_cache_hit"], autograd["autograd_cache_miss"]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_finds_what_was_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(compiled.CACHE, raising=False)
+    assert run_ranks(1, cache_misses, tmp_path) == [(0, 3)]
+    assert (tmp_path / "compiled").is_dir()
+    assert run_ranks(1, cache_misses, tmp_path) == [(3, 0)]
+
+
+def test_a_users_own_cache_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kept in ("/scratch/mine", "/tmp/torchinductor_me", None):
+        if kept is None:
+            monkeypatch.delenv(compiled.CACHE)
+        else:
+            monkeypatch.setenv(compiled.CACHE, kept)
+        compiled.keep_compiled(tmp_path)
+        expected = kept if kept == "/scratch/mine" else str(tmp_path / "compiled")
+        assert os.environ[compiled.CACHE] == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "overrides"),
@@ -71,6 +107,9 @@ def test_one_graph_serves_all_blocks_of_a_kind(rule: str, graphs: int) -> None:
         (1, {"parallel__recompute": "full"}),
         (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}),
         (2, {"training__precision": "bf16"}),
+        pytest.param(
+            1, {"training__engine": "deepspeed", "deepspeed__zero_stage": 2}, marks=needs_deepspeed
+        ),
     ],
 )
 def test_layouts_and_recomputation_train_alike(processes: int, overrides: dict[str, Any]) -> None:
@@ -144,7 +183,8 @@ def test_a_compiler_that_fails_is_one_message() -> None:
 
 def graphed_and_plain(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Observed steps with blocks recorded by a stand-in for CUDA's recorder, and without."""
-    from keel_megatron.model import graphs, language_model
+    from keel_megatron.model import graphs
+    from keel_megatron.training import engines
 
     recorded = []
 
@@ -152,11 +192,11 @@ def graphed_and_plain(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
         recorded.append(function)
         return stand_in(function, arguments)
 
-    def on_any_device(chunks: Any, _device: torch.device, recomputed: int) -> None:
-        graphs.record_blocks(chunks, torch.device("cuda"), recomputed)
+    def on_any_device(chunks: Any, _device: torch.device) -> None:
+        graphs.record_blocks(chunks, torch.device("cuda"))
 
     torch.cuda.make_graphed_callables = record
-    language_model.record_blocks = on_any_device
+    engines.record_blocks = on_any_device
     found: dict[str, Any] = {}
     for switch in (True, False):
         sections["kernels"] = {"cuda_graphs": switch}
@@ -202,6 +242,13 @@ def test_a_cpu_has_no_graphs() -> None:
     from keel_megatron.model.graphs import record_blocks
 
     with pytest.raises(UserError, match=r"kernels.cuda_graphs: true needs a CUDA device"):
-        record_blocks([], torch.device("cpu"), 0)
+        record_blocks([], torch.device("cpu"))
+
+
+def test_what_is_computed_again_is_not_recorded() -> None:
+    from keel_megatron.model.graphs import record_blocks
+
+    chunk: Any = torch.nn.Module()
+    chunk.config = SimpleNamespace(recompute_num_layers=3)
     with pytest.raises(UserError, match=r"recompute: auto computes 3 block"):
-        record_blocks([], torch.device("cuda"), 3)
+        record_blocks([chunk], torch.device("cuda"))
