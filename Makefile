@@ -9,7 +9,7 @@ PIP_ARGS ?=
 PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup validators train test test-all test-gpu check format bench-kernel bench-peers chaos check-images clean
+.PHONY: help setup validators train test test-all test-gpu check format bench-kernel bench-gpu bench-peers chaos check-images clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -50,6 +50,9 @@ test-gpu: ## Run the GPU suite with the python3 at hand (CUDA torch, megatron-co
 
 bench-kernel: ## Measure the fused kernel's bandwidth with the python3 at hand.
 	$(PYTHON) tools/bench/kernel.py
+
+bench-gpu: ## Measure the speed levers on one GPU with the python3 at hand, four parts of < 10 min.
+	$(PYTHON) tools/bench/gpu.py $(addprefix --part ,$(PART))
 
 bench-peers: setup ## Time this project beside its neighbours, in environments of their own.
 	$(BIN)/python tools/bench/peers.py --pip-args "$(PIP_ARGS)"

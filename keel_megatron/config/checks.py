@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from urllib.parse import unquote
 
+from keel_megatron.config.kernel_checks import KERNEL_CHECKS
 from keel_megatron.config.run import RunConfig
 
 
@@ -340,6 +341,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     ),
     _offload_parameters,
     _fp8,
+    *KERNEL_CHECKS,
 )
 """One contradiction each, so that a wrong setting hides no other's."""
 

@@ -52,3 +52,18 @@ class KernelsConfig(Section):
         rows = max(1, int(self.logits_mib * 2**20) // (4 * vocabulary))
         # Whole tiles of a matrix product, where there are any.
         return rows if rows < _TILE else rows - rows % _TILE
+    compile: bool = Field(
+        default=False,
+        description=(
+            "Train on blocks compiled by torch.compile: one graph for all blocks of a kind, made "
+            "in the first steps; needs a C++ compiler, or Triton on CUDA. One device a stage, "
+            "torch's modules."
+        ),
+    )
+    cuda_graphs: bool = Field(
+        default=False,
+        description=(
+            "Replay the passes through all blocks as two CUDA graphs, recorded in the first step "
+            "without a depth profile. One GPU a replica, bf16, torch's modules, nothing recomputed."
+        ),
+    )

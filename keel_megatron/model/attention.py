@@ -37,22 +37,27 @@ class SdpaAttention(nn.Module):
         Returns:
             [s, b, heads x d].
         """
-        s, b, heads, d = query.shape
         dropout = self.dropout if self.training else 0.0
         # Heads are split over the tensor group: their masks must differ there. Under sequence
         # parallelism the whole block already draws from that generator.
         tracker = tensor_parallel.get_cuda_rng_tracker()
         fork = tracker.fork() if dropout and not self.sequence_parallel else nullcontext()
         with fork:
-            out = functional.scaled_dot_product_attention(
-                query.permute(1, 2, 0, 3),
-                key.permute(1, 2, 0, 3),
-                value.permute(1, 2, 0, 3),
-                dropout_p=dropout,
-                is_causal=True,
-                enable_gqa=key.size(2) != heads,
-            )
-        return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
+            return causal_attention(query, key, value, dropout)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(Q K^T / sqrt(d), causal) V; shapes as in `SdpaAttention.forward`."""
+    s, b, heads, d = query.shape
+    out = functional.scaled_dot_product_attention(
+        query.permute(1, 2, 0, 3),
+        key.permute(1, 2, 0, 3),
+        value.permute(1, 2, 0, 3),
+        dropout_p=dropout,
+        is_causal=True,
+        enable_gqa=key.size(2) != heads,
+    )
+    return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
 
 
 class SelfAttention(MegatronSelfAttention):

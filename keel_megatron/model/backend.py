@@ -41,6 +41,9 @@ def choose_backend(config: RunConfig | None, device: str) -> Backend:
     """
     asked = "auto" if config is None else config.kernels.backend
     accumulates = config is None or config.training.engine == "megatron"
+    # A compiled or recorded block hands its gradients to autograd.
+    if config is not None and (config.kernels.compile or config.kernels.cuda_graphs):
+        accumulates = False
     if asked == "transformer_engine":
         if not libraries.has_transformer_engine():
             raise UserError(

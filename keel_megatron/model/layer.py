@@ -25,6 +25,9 @@ Observer = Callable[[int, Tensor, Tensor, float, Tensor], None]
 """Is told (l, x, F, alpha, x') of every sub-layer's sum: its global number from 0, the stream
 before it, its branch's output, the scale of the skip path and the stream after it."""
 
+Compiled = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""(stream, attention input, rotary table) to what `KeelLayer.forward` returns."""
+
 
 @dataclass
 class KeelLayerSubmodules(TransformerLayerSubmodules):
@@ -51,6 +54,8 @@ class KeelLayer(TransformerLayer):
 
     Attributes:
         observer: told of every sum while it is set; None otherwise.
+        compiled: the same block in compiled form (model/compiled.py), which trains in its place
+            while nobody observes; None where it is not asked for.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class KeelLayer(TransformerLayer):
             self.pre_mlp_layernorm = self._build(instead[self.mlp_rule.inner])
         self.following: tuple[KeelLayer, ...] = ()
         self.observer: Observer | None = None
+        self.compiled: Compiled | None = None
         self.attention_outer_norm = (
             self._build(submodules.outer_norm) if self.attention_rule.outer_norm else None
         )
@@ -110,6 +116,8 @@ class KeelLayer(TransformerLayer):
         """
         x, l = hidden_states, 2 * (self.layer_number - 1)
         z = self.input_layernorm(x) if context is None else context
+        if self.compiled is not None and self.training and self.observer is None:
+            return self.compiled(x, z, rotary_pos_emb)
         branch, _bias = self.self_attention(z, attention_mask, rotary_pos_emb=rotary_pos_emb)
         x, z = self.join(
             l, x, branch, self.attention_rule, self.attention_outer_norm, self.pre_mlp_layernorm

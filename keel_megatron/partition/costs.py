@@ -16,6 +16,7 @@ from typing import Literal
 
 from keel_megatron.config.model import ModelConfig
 from keel_megatron.config.run import RunConfig
+from keel_megatron.partition import launches
 from keel_megatron.partition.devices import Device
 from keel_megatron.partition.flops import (
     attention_score_flops,
@@ -30,8 +31,9 @@ Kernel = Literal["triton", "torch"]
 STREAM_BYTES = 4
 """The residual stream is fp32."""
 
-BLOCK_KERNELS, HEAD_KERNELS, EMBEDDING_KERNELS = 30, 8, 4
-"""Kernels that a forward pass launches, roughly; backward passes launch twice as many."""
+HEAD_KERNELS, EMBEDDING_KERNELS = 8, 4
+"""Kernels that a forward pass launches, roughly; the head's backward pass launches twice as many.
+A block's are counted in `launches.py`."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,7 @@ def _block(shape: _Shape, kernel: Kernel) -> Cost:
     join_forward, join_backward = join_bytes(shape.h, c)
     rotary = 5 * c * (a + g) + 2 * c * g  # a product, two halves added to it; value copied
     attention = c * (4 * a + 2 * g)  # and its result laid out for the next product
+    block_kernels = launches.total(launches.BLOCK)
     # Halves of all-reduces: before and after each branch, and under SP the branch's input again.
     forward_messages = 4 if tp > 1 else 0
     backward_messages = forward_messages + (2 if shape.h != h else 0)
@@ -227,7 +230,7 @@ def _block(shape: _Shape, kernel: Kernel) -> Cost:
             other_bytes=t * (2 * join_forward + rotary + attention + 3 * c * f),
             communication_bytes=forward_messages * shape.collective_bytes(),
             collectives=forward_messages,
-            kernels=BLOCK_KERNELS,
+            kernels=block_kernels[0],
         ),
         backward=Work(
             # Flash attention computes the scores again: 5 products for the forward pass's 2.
@@ -237,7 +240,7 @@ def _block(shape: _Shape, kernel: Kernel) -> Cost:
             + shape.gradient_bytes(parameters),
             communication_bytes=backward_messages * shape.collective_bytes(),
             collectives=backward_messages,
-            kernels=2 * BLOCK_KERNELS,
+            kernels=block_kernels[1],
         ),
         parameters=parameters,
         vector_parameters=block_vector_parameters(model, 1),
@@ -357,5 +360,5 @@ def _seconds(work: Work, device: Device) -> float:
         work.communication_bytes / (device.intra_node_gb * 1e9)
         + work.collectives * device.intra_node_latency_us * 1e-6
     )
-    launches = work.kernels * device.kernel_launch_us * 1e-6
-    return max(products + work.other_bytes / bandwidth + messages, launches)
+    launching = work.kernels * device.kernel_launch_us * 1e-6
+    return max(products + work.other_bytes / bandwidth + messages, launching)

@@ -38,7 +38,8 @@ class StageMemory:
     logits: int
     """Of the head: what the loss keeps, and its temporary copies."""
     communication: int
-    """Messages between stages, and activations collected from the tensor group under SP."""
+    """Messages between stages, activations collected from the tensor group under SP, and the
+    weights' gradients that CUDA graphs write into."""
     working: int
     """Temporary in a block's backward pass, with the activations that recomputation brings back."""
     host: int = 0
@@ -151,7 +152,7 @@ class MemoryModel:
             optimizer=states.optimizer,
             activations=self._activations(stage, blocks, recomputed),
             logits=costs.head.logits_bytes + costs.head.working_bytes if head else 0,
-            communication=self._communication() + states.buffers,
+            communication=self._communication() + states.buffers + self._recorded(sum(blocks)),
             host=states.host,
             working=self._working(blocks, recomputed, embedding=stage == 0),
         )
@@ -241,6 +242,13 @@ class MemoryModel:
         # Received and sent, forward and backward; interleaving has another of each on its way.
         messages = 0 if parallel.pipeline == 1 else 4 * min(parallel.virtual_pipeline, 2)
         return messages * stream + (collected if parallel.sequence else 0)
+
+    def _recorded(self, blocks: int) -> int:
+        """Every gradient of the blocks in its weight's type, which a recorded backward pass keeps."""
+        if not self.config.kernels.cuda_graphs:
+            return 0
+        block, size = self.costs.block, 2 if self.config.training.precision == "bf16" else 4
+        return blocks * (size * block.parameters + 4 * block.vector_parameters)
 
     def _working(self, blocks: Sequence[int], recomputed: Sequence[int], *, embedding: bool) -> int:
         block: Cost = self.costs.block

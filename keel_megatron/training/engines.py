@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from keel_megatron.config.run import RunConfig
+from keel_megatron.model.compiled import compile_blocks
+from keel_megatron.model.graphs import record_blocks
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.training.engine import Engine, MegatronEngine
 
@@ -12,9 +14,15 @@ from keel_megatron.training.engine import Engine, MegatronEngine
 def build_engine(config: RunConfig, runtime: Runtime, chunks: list[nn.Module]) -> Engine:
     """The engine that `training.engine` names, around this rank's model chunks.
 
+    Their blocks are compiled or recorded as `kernels` says.
+
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or `kernels` asks for what cannot be had here.
     """
+    if config.kernels.compile:
+        compile_blocks(chunks, runtime.device)
+    if config.kernels.cuda_graphs:
+        record_blocks(chunks, runtime.device)
     if config.training.engine == "deepspeed":
         # Imported late: DeepSpeed takes seconds, and may not be there.
         from keel_megatron.training.deepspeed_engine import DeepSpeedEngine

@@ -19,6 +19,7 @@ from keel_megatron.checkpoint.state import Position
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch, BatchSource
+from keel_megatron.model.compiled import compile_report
 from keel_megatron.partition.flops import training_flops_per_token
 from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.distributed import Runtime
@@ -157,7 +158,10 @@ class Loop:
         if findings and self.guard.action == "rollback":
             self._roll_back(step, findings[0])
             return False
-        self.tracker.step(self._record(result, rate, time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        if compiled := compile_report(self.engine.chunks, seconds):
+            self.tracker.say(compiled)
+        self.tracker.step(self._record(result, rate, seconds))
         if profile is not None:
             self.tracker.depth(profile)
         return True

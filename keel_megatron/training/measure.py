@@ -18,8 +18,9 @@ from keel_megatron.model.language_model import build_model
 from keel_megatron.partition.costs import Times, UnitTimes
 from keel_megatron.partition.plan import Measured
 from keel_megatron.runtime.device import Launch
-from keel_megatron.runtime.distributed import start
+from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.training.engine import MegatronEngine
+from keel_megatron.training.engines import build_engine
 
 _FEW, _MANY = 2, 8
 """Blocks of the two models whose difference is a block's time."""
@@ -49,10 +50,7 @@ def measure_pieces(config: RunConfig, samples: int = 12) -> Measured:
         )
     alone = _shallow(config, _FEW)
     with start(alone.parallel, alone.training, Launch(0, 1, 0, 1)) as runtime:
-        engines = [
-            MegatronEngine(run, runtime, build_model(run, runtime))
-            for run in (alone, _shallow(config, _MANY))
-        ]
+        engines = [_engine(run, runtime) for run in (alone, _shallow(config, _MANY))]
         batch = random_batch(alone).to(runtime.device)
         for engine in engines:
             engine.train_step([batch], 1, 0.0)
@@ -101,6 +99,13 @@ def random_batch(config: RunConfig, number: int = 0) -> Batch:
     rows = torch.randint(0, config.data.vocab_size, (2, *shape), generator=generator)
     positions = torch.arange(shape[1]).expand(shape).contiguous()
     return Batch(rows[0], rows[1], torch.ones(shape), positions)
+
+
+def _engine(config: RunConfig, runtime: Runtime) -> MegatronEngine:
+    """As a run would have it, compiled or recorded as it says."""
+    engine = build_engine(config, runtime, build_model(config, runtime))
+    assert isinstance(engine, MegatronEngine)
+    return engine
 
 
 class _Clock:

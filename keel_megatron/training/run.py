@@ -27,6 +27,7 @@ from keel_megatron.data.batches import (
 )
 from keel_megatron.data.prepare import PreparedData, prepare
 from keel_megatron.data.tokenizer import Tokenizer
+from keel_megatron.model.compiled import keep_compiled
 from keel_megatron.model.language_model import build_model
 from keel_megatron.partition.flops import parameter_count
 from keel_megatron.partition.stages import Partition, own_partition, require_fit
@@ -157,6 +158,9 @@ def _train(
     _announce(config, runtime, tracker, data)
     _tag(config, runtime, tracker, data)
     _announce_stages(runtime, tracker, partition)
+    if config.kernels.compile:
+        keep_compiled(config.training.folder)
+        tracker.say("kernels.compile: the first steps compile, and take longer")
     engine = build_engine(config, runtime, build_model(config, runtime, partition))
     guard = Guard(config.guard, reported=not runtime.is_main)
     with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:

@@ -55,3 +55,24 @@ def train_steps(sections: dict[str, dict[str, Any]], steps: int) -> list[tuple[f
         batches = made_up_batches(config, runtime, 99)
         loss = engine.validate(batches, len(batches))
         return [*found, (loss, loss)]
+
+
+def observed_steps(sections: dict[str, dict[str, Any]], steps: int) -> list[tuple[float, float]]:
+    """Losses and gradient norms of steps of which the 1st and 4th are observed; a validation."""
+    from keel_megatron.model.language_model import build_model
+    from keel_megatron.runtime.distributed import start
+    from keel_megatron.training.depth import DepthCollector
+    from keel_megatron.training.engines import build_engine
+
+    config = RunConfig.model_validate(sections)
+    with start(config.parallel, config.training) as runtime:
+        engine = build_engine(config, runtime, build_model(config, runtime))
+        found = []
+        for step in range(1, steps + 1):
+            batches = made_up_batches(config, runtime, step)
+            depth = DepthCollector(engine) if step in (1, 4) else None
+            result = engine.train_step(batches, len(batches), 1e-3, depth=depth)
+            if depth is not None:
+                assert depth.profile(step).alarm() is None
+            found.append((result.loss, result.grad_norm))
+        return [*found, (engine.validate(batches, len(batches)), 0.0)]

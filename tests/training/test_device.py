@@ -14,6 +14,7 @@ import torch
 from keel_megatron.model.residual import RULES
 from tests.distributed import run_ranks
 from tests.settings import settings
+from tests.training.ranks import observed_steps
 from tests.training.steps import Tensors, device_steps, exact_steps
 
 DEVICES = [
@@ -96,3 +97,25 @@ def test_transformer_engines_modules_behave_alike(
         RULES, run_ranks(1, device_steps, runs, "cuda")[0], strict=True
     ):
         assert cosine(ours, exact[rule][2]) > 0.9995, rule
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "levers",
+    [
+        {"kernels__cuda_graphs": True},
+        {"kernels__compile": True},
+        {"kernels__cuda_graphs": True, "kernels__compile": True},
+    ],
+)
+def test_the_levers_train_alike(levers: dict[str, Any]) -> None:
+    """Compiled and recorded blocks, through steps that are observed and a validation."""
+    runs = [
+        sections_of("keel", training__device="cuda", training__micro_batch_size=1, **switched)
+        for switched in (levers, {})
+    ]
+    found, expected = (run_ranks(1, observed_steps, run, 6)[0] for run in runs)
+    for (loss, norm), (plain_loss, plain_norm) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(plain_loss, rel=2e-3)
+        assert norm == pytest.approx(plain_norm, rel=2e-2)

@@ -1,0 +1,101 @@
+"""What `kernels.compile` and `kernels.cuda_graphs` do not go together with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+from keel_megatron.config.run import RunConfig
+
+Check = Callable[[RunConfig], Iterator[tuple[str, str]]]
+Switch = Literal["compile", "cuda_graphs"]
+
+
+def _not_with(switch: Switch, path: str, is_set: Callable[[RunConfig], bool], reason: str) -> Check:
+    """The check that a setting is left alone which a switch of `kernels` cannot honour."""
+
+    def check(config: RunConfig) -> Iterator[tuple[str, str]]:
+        if getattr(config.kernels, switch) and is_set(config):
+            yield path, f"has no place under kernels.{switch}: {reason}"
+
+    return check
+
+
+KERNEL_CHECKS: tuple[Check, ...] = (
+    _not_with(
+        "compile",
+        "parallel.tensor",
+        lambda run: run.parallel.tensor > 1,
+        "a block is compiled whole, without messages in it; set it to 1",
+    ),
+    _not_with(
+        "compile",
+        "kernels.backend",
+        lambda run: run.kernels.backend in ("apex", "transformer_engine"),
+        "their kernels are none that torch compiles; set it to auto or torch",
+    ),
+    _not_with(
+        "compile",
+        "model.dropout",
+        lambda run: run.model.dropout > 0.0,
+        "compiled blocks draw other masks; set it to 0",
+    ),
+    _not_with(
+        "compile",
+        "deepspeed.zero_stage",
+        lambda run: run.training.engine == "deepspeed" and run.deepspeed.zero_stage == 3,
+        "a compiled block takes its weights whole, and stage 3 gathers them module by module; set "
+        "it to 1 or 2",
+    ),
+    _not_with(
+        "cuda_graphs",
+        "training.device",
+        lambda run: run.training.device == "cpu",
+        "a CPU has no CUDA graphs; set it to cuda, or kernels.cuda_graphs to false",
+    ),
+    _not_with(
+        "cuda_graphs",
+        "training.engine",
+        lambda run: run.training.engine == "deepspeed",
+        "ZeRO keeps gradients that the next replay overwrites; set it to megatron",
+    ),
+    _not_with(
+        "cuda_graphs",
+        "training.precision",
+        lambda run: run.training.precision == "fp32",
+        "fp32 products add gradients to the sum as they go, and recording would add its own; set "
+        "it to bf16",
+    ),
+    _not_with(
+        "cuda_graphs",
+        "parallel.tensor",
+        lambda run: run.parallel.tensor > 1,
+        "messages of the tensor group are not recorded; set it to 1",
+    ),
+    _not_with(
+        "cuda_graphs",
+        "parallel.pipeline",
+        lambda run: run.parallel.pipeline > 1,
+        "a graph holds the activations of one micro-batch, and a pipeline has several in flight; "
+        "set it to 1",
+    ),
+    _not_with(
+        "cuda_graphs",
+        "parallel.recompute",
+        lambda run: run.parallel.recompute == "full",
+        "what is recorded is not computed again; set it to none, or to auto where all fits",
+    ),
+    _not_with(
+        "cuda_graphs",
+        "kernels.backend",
+        lambda run: run.kernels.backend in ("apex", "transformer_engine"),
+        "only torch's modules are recorded; set it to auto or torch",
+    ),
+    _not_with(
+        "cuda_graphs",
+        "model.dropout",
+        lambda run: run.model.dropout > 0.0,
+        "a replay would not follow the run's generators; set it to 0",
+    ),
+)
+"""One contradiction each, as in `checks.py`."""

@@ -1,0 +1,288 @@
+"""`kernels.compile`: a block as one function of tensors, which torch compiles once for all blocks.
+
+A compiled function is chosen by what its arguments are like: given a block's weights as tensors, in
+place of a module with a number, torch sees the same function for every block. It differs only where
+a block's structure does: the first of Keel's, the last of a chunk.
+
+Written in the plain operators, which torch differentiates and fuses: by the tests the same as the
+hand-written ones. A weight's gradient leaves by autograd and is added to the sum by Megatron-core's
+DDP or by ZeRO.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from keel_megatron.config.errors import UserError
+from keel_megatron.kernels import reference, triton_is_installed
+from keel_megatron.model.attention import causal_attention
+from keel_megatron.model.layer import KeelLayer
+from keel_megatron.model.norm import BranchVector, HeadNorm, RMSNorm
+from keel_megatron.model.rotary import apply_rotary
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+KINDS = 32
+"""Structures of blocks, with and without gradients, that are compiled at most."""
+
+Inner = Literal["norm", "vector", "cast"]
+Gains = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What tells blocks apart; one compiled function each. Sizes and types are the tensors'."""
+
+    groups: int
+    epsilon: float
+    attention_alpha: float
+    mlp_alpha: float
+    inner: Inner
+    """In front of the FFN."""
+    following: Inner | None
+    """In front of the next block's attention; None = not known here."""
+
+
+def block(
+    structure: Structure,
+    x: Tensor,
+    z: Tensor,
+    table: Tensor,
+    products: tuple[Tensor, Tensor, Tensor, Tensor],
+    outer: tuple[Tensor | None, Tensor | None],
+    inner: tuple[Tensor | None, Tensor | None],
+    heads: Gains | None,
+) -> tuple[Tensor, Tensor | None]:
+    """`KeelLayer.forward` as a function.
+
+    Args:
+        structure: the kind of block.
+        x: the stream [s, b, h], fp32.
+        z: the attention's input [s, b, h], in the compute type.
+        table: the rotary table [2, s, 1, 1, d].
+        products: weights of linear_qkv, linear_proj, linear_fc1 and linear_fc2.
+        outer: gains of the outer norms of attention and FFN, or None.
+        inner: gains or vectors in front of the FFN and of the next attention, or None.
+        heads: gains of query's, key's and value's norms, or None.
+
+    Returns:
+        The stream after the block, and the next block's attention input or None.
+    """
+    qkv, proj, fc1, fc2 = products
+    mixed = functional.linear(z, qkv)
+    context = causal_attention(*_query_key_value(mixed, table, structure, heads))
+    branch = functional.linear(context, proj)
+    x = _join(x, branch, structure.attention_alpha, outer[0], structure.epsilon)
+    gate, up = functional.linear(
+        _inner(x, structure.inner, inner[0], structure.epsilon, z.dtype), fc1
+    ).chunk(2, dim=-1)
+    branch = functional.linear(functional.silu(gate) * up, fc2)
+    x = _join(x, branch, structure.mlp_alpha, outer[1], structure.epsilon)
+    if structure.following is None:
+        return x, None
+    return x, _inner(x, structure.following, inner[1], structure.epsilon, z.dtype)
+
+
+def _query_key_value(
+    mixed: Tensor, table: Tensor, structure: Structure, gains: Gains | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`split_rotary`, or with gains the norms of HybridNorm and then the rotation."""
+    s, b = mixed.shape[:2]
+    d = table.size(-1)
+    parts = mixed.view(s, b, structure.groups, -1, d)
+    query, key, value = torch.split(parts, [parts.size(3) - 2, 1, 1], dim=3)
+    query, key, value = query.reshape(s, b, -1, d), key.squeeze(3), value.squeeze(3)
+    if gains is not None:
+        stream = torch.promote_types(mixed.dtype, torch.float32)
+        query, key, value = (
+            reference.rms_norm(one.to(stream), gain.to(stream), structure.epsilon, mixed.dtype)
+            for one, gain in zip((query, key, value), gains, strict=True)
+        )
+    return apply_rotary(query, table), apply_rotary(key, table), value
+
+
+def _join(x: Tensor, branch: Tensor, alpha: float, gain: Tensor | None, epsilon: float) -> Tensor:
+    """N_out(alpha x + F)."""
+    return reference.scaled_add_norm(x, branch, alpha, gain, None, epsilon, x.dtype)[0]
+
+
+def _inner(
+    x: Tensor, kind: Inner, weight: Tensor | None, epsilon: float, dtype: torch.dtype
+) -> Tensor:
+    """What stands in front of a branch."""
+    if kind == "cast" or weight is None:
+        return x.to(dtype)
+    if kind == "vector":
+        return (weight * x).to(dtype)
+    return reference.rms_norm(x, weight, epsilon, dtype)
+
+
+@dataclass
+class Compiler:
+    """Compiles the blocks of this process's chunks, and knows what it has compiled."""
+
+    graphs: set[tuple[Structure, bool]] = field(default_factory=set)
+    reported: int = 0
+    _function: Any = None
+
+    def __post_init__(self) -> None:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
+        self._function = torch.compile(block, fullgraph=True, dynamic=False)
+
+    def run(self, structure: Structure, *tensors: Any) -> tuple[Tensor, Tensor | None]:
+        """`block` of these tensors; the first of a kind compiles.
+
+        Raises:
+            UserError: torch cannot compile here.
+        """
+        kind = (structure, torch.is_grad_enabled())
+        if kind in self.graphs:
+            result: tuple[Tensor, Tensor | None] = self._function(structure, *tensors)
+            return result
+        try:
+            result = self._function(structure, *tensors)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()
+            raise UserError(
+                "kernels.compile: torch.compile fails here "
+                f"({reason[0] if reason else type(error).__name__}); set it to false"
+            ) from error
+        self.graphs.add(kind)
+        return result
+
+    def report(self, seconds: float) -> str | None:
+        """See `compile_report`."""
+        fresh = len(self.graphs) - self.reported
+        self.reported = len(self.graphs)
+        if not fresh:
+            return None
+        return f"kernels.compile: {fresh} graph(s) of the blocks; this step took {seconds:.1f} s"
+
+
+class CompiledBlock:
+    """One block's tensors, handed to the function that all blocks share.
+
+    Args:
+        layer: the block, linked to the one that follows.
+        compiler: of the process.
+    """
+
+    def __init__(self, layer: KeelLayer, compiler: Compiler) -> None:
+        attention, mlp = layer.self_attention, layer.mlp
+        following = layer.following[0].input_layernorm if layer.following else None
+        self._compiler = compiler
+        self._structure = Structure(
+            groups=attention.num_query_groups_per_partition,
+            epsilon=layer.config.layernorm_epsilon,
+            attention_alpha=layer.attention_rule.alpha,
+            mlp_alpha=layer.mlp_rule.alpha,
+            inner=_kind(layer.pre_mlp_layernorm),
+            following=None if following is None else _kind(following),
+        )
+        self._products = tuple(
+            one.weight
+            for one in (
+                attention.linear_qkv,
+                attention.linear_proj,
+                mlp.linear_fc1,
+                mlp.linear_fc2,
+            )
+        )
+        norms = (layer.attention_outer_norm, layer.mlp_outer_norm)
+        self._outer = tuple(map(_weight, norms))
+        self._inner = tuple(map(_weight, (layer.pre_mlp_layernorm, following)))
+        heads = (attention.q_layernorm, attention.k_layernorm, attention.v_layernorm)
+        self._heads = tuple(map(_weight, heads)) if isinstance(heads[0], HeadNorm) else None
+
+    def __call__(self, x: Tensor, z: Tensor, table: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `model.layer.Compiled`."""
+        return self._compiler.run(
+            self._structure,
+            x,
+            z,
+            table,
+            self._products,
+            self._outer,
+            self._inner,
+            self._heads,
+        )
+
+
+def _kind(module: nn.Module) -> Inner:
+    if isinstance(module, RMSNorm):
+        return "norm"
+    return "vector" if isinstance(module, BranchVector) else "cast"
+
+
+def _weight(module: nn.Module | None) -> Tensor | None:
+    weight: Tensor | None = getattr(module, "weight", None)
+    return weight
+
+
+def compile_blocks(chunks: list[nn.Module], device: torch.device) -> None:
+    """Give every block of these chunks its compiled form; torch compiles at its first use.
+
+    Raises:
+        UserError: there is nothing here to compile with.
+    """
+    require_compiler(device.type)
+    compiler = Compiler()
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:  # type: ignore[union-attr]
+            layer.compiled = CompiledBlock(layer, compiler)
+        chunk.compiler = compiler  # type: ignore[assignment]
+
+
+def require_compiler(device: str) -> None:
+    """See that torch.compile finds what it needs for a device.
+
+    Raises:
+        UserError: it does not.
+    """
+    if device == "cuda":
+        if not triton_is_installed():
+            raise UserError(
+                "kernels.compile: true needs Triton on CUDA, which cannot be imported; install it, "
+                "or set kernels.compile to false"
+            )
+        return
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"kernels.compile: true needs a C++ compiler, and there is no {compiler}; install one, "
+            "name one in CXX, or set kernels.compile to false"
+        )
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        raise UserError(
+            "kernels.compile: true needs Python's headers (Python.h; Debian's python3-dev); "
+            "install them, or set kernels.compile to false"
+        )
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keep what torch compiles in a run's folder, where the same run finds it again.
+
+    A `TORCHINDUCTOR_CACHE_DIR` of the user's goes first; torch sets its own, torchinductor_USER.
+    """
+    chosen = os.environ.get(CACHE)
+    if chosen is None or Path(chosen).name.startswith("torchinductor_"):
+        os.environ[CACHE] = str(folder.resolve() / "compiled")
+
+
+def compile_report(chunks: list[nn.Module], seconds: float) -> str | None:
+    """What was compiled since the last call, in words; None if nothing was.
+
+    Args:
+        chunks: this rank's.
+        seconds: of the step in which it happened; the backward passes are compiled in it too.
+    """
+    compiler: Any = getattr(chunks[0], "compiler", None)
+    return None if compiler is None else compiler.report(seconds)

@@ -1,0 +1,254 @@
+"""Measure the speed levers on one GPU, each beside what was expected of it.
+
+python tools/bench/gpu.py --predict        # write what is expected, without a GPU
+python tools/bench/gpu.py                  # run all parts, each below ten minutes on an H200
+python tools/bench/gpu.py --part deep      # one part: levers-64, levers-32, deep, kernel
+
+Needs a python3 with CUDA torch, megatron-core, pydantic and PyYAML; nothing is installed. Every
+variant is a process of its own (gpu_worker.py) on the same idle GPU, random tokens, the base first.
+A variant that fails is told with its reason, and the others go on. Writes docs/benchmarks/gpu.md
+and gpu.json after every variant; what is not measured stays a prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from gpu_predict import LEVERS, Lever, Step, step_of
+from gpu_table import page
+
+from keel_megatron.config.load import load_config
+from keel_megatron.config.run import RunConfig
+from keel_megatron.partition.devices import Device, device_named
+from keel_megatron.partition.plan import make_plan
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "docs" / "benchmarks"
+PAPER = {128: ROOT / "yaml/paper/keel_128.yaml", 1024: ROOT / "yaml/paper/keel_1024.yaml"}
+COMMON = ("tracking.mlflow=false", "parallel.pipeline=1", "parallel.virtual_pipeline=1")
+LEVER_RUN = (*COMMON, "parallel.recompute=none", "training.global_batch_size=8")
+DEEP_RUN = (*COMMON, "parallel.recompute=auto", "training.global_batch_size=4")
+OFFLOAD = (
+    "training.engine=deepspeed",
+    "deepspeed.zero_stage=2",
+    "deepspeed.offload_optimizer=true",
+)
+WARMUP, STEPS = 3, 8
+PART_SECONDS = 580
+SHALLOW = ("base: Keel", "Pre-LN", "compile", "CUDA graphs", "compile and CUDA graphs")
+"""Levers that 32 blocks are measured with, too."""
+PARTS = ("levers-64", "levers-32", "deep", "kernel")
+
+
+def lever_config(lever: Lever, blocks: int) -> RunConfig:
+    """The run of a lever at a depth."""
+    return load_config(PAPER[128], (*LEVER_RUN, f"model.blocks={blocks}", *lever.settings))
+
+
+def levers_of(part: str) -> tuple[int, list[Lever]]:
+    """Blocks and levers of a part."""
+    if part == "levers-64":
+        return 64, list(LEVERS)
+    return 32, [lever for lever in LEVERS if lever.name in SHALLOW]
+
+
+def predicted_levers(part: str, device: Device) -> dict[str, Any]:
+    """Every lever's expected step beside the base's."""
+    blocks, levers = levers_of(part)
+    base = step_of(lever_config(levers[0], blocks), device)
+    rows = {}
+    for lever in levers:
+        step = step_of(lever_config(lever, blocks), device, lever.change)
+        rows[lever.name] = {
+            "settings": [*lever.settings, *(["joins in torch's operators"] * lever.operators)],
+            "why": lever.why,
+            "predicted": _plain(step) | {"ratio": step.seconds / base.seconds},
+        }
+    return {"blocks": blocks, "rows": rows}
+
+
+def _plain(step: Step) -> dict[str, Any]:
+    parts = {"head and loss": step.head, "embedding": step.embedding, "optimizer": step.update}
+    return {"step_seconds": step.seconds, "mfu": step.mfu, "parts": step.parts | parts}
+
+
+def predicted_deep(device: Device) -> dict[str, Any]:
+    """The model of 1024 sub-layers on one device, as `keel plan` has it."""
+    rows = {}
+    for name, settings in (("Megatron-core's engine", ()), ("DeepSpeed, offloaded", OFFLOAD)):
+        plan = make_plan(load_config(PAPER[1024], (*DEEP_RUN, *settings)), 1, device)
+        stage = plan.partition.worst_memory
+        rows[name] = {
+            "settings": [*DEEP_RUN[1:], *settings],
+            "predicted": {
+                "step_seconds": None if settings else plan.step_seconds,
+                "memory_gb": stage.memory.total / 1e9,
+                "recomputed": sum(stage.recomputed),
+                "fits": plan.fits,
+            },
+        }
+    return {"rows": rows}
+
+
+def predictions(device: Device) -> dict[str, Any]:
+    """All that is expected, of every part."""
+    found: dict[str, Any] = {part: predicted_levers(part, device) for part in PARTS[:2]}
+    return found | {"deep": predicted_deep(device), "kernel": {"aim": 0.85}}
+
+
+def work(config: Path, settings: list[str], seconds: float, **order: Any) -> dict[str, Any]:
+    """What a worker found, or why it found nothing."""
+    order |= {"config": str(config), "settings": settings}
+    order = {"warmup": WARMUP, "steps": STEPS} | order
+    command = [sys.executable, str(Path(__file__).with_name("gpu_worker.py")), json.dumps(order)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, check=False, cwd=ROOT
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {seconds:.0f} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        answer: dict[str, Any] = json.loads(lines[-1])
+        return answer
+    words = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+    return {"failed": words[-1][:300]}
+
+
+def available(name: str) -> bool:
+    """Whether a module could be imported."""
+    try:
+        return not name or importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
+
+
+def run_levers(part: str, result: dict[str, Any], ends: float) -> None:
+    """Measure a part's levers, the base first; the ratio of each."""
+    blocks, levers = levers_of(part)
+    rows, base = result["parts"][part]["rows"], None
+    for lever in levers:
+        left = ends - time.monotonic()
+        if not available(lever.needs):
+            found: dict[str, Any] = {"failed": f"{lever.needs.partition('.')[0]} is not installed"}
+        elif left < 20:
+            found = {"failed": "the part's ten minutes were up"}
+        else:
+            settings = [*LEVER_RUN, f"model.blocks={blocks}", "training.device=cuda"]
+            found = work(
+                PAPER[128],
+                [*settings, *lever.settings],
+                min(left, lever.seconds),
+                operators=lever.operators,
+                count_kernels=True,
+            )
+        base = found.get("step_seconds") if base is None else base
+        if base and "step_seconds" in found:
+            found["ratio"] = found["step_seconds"] / base
+        keep(result, rows[lever.name], found, f"{part}, {lever.name}")
+
+
+def run_deep(result: dict[str, Any], ends: float) -> None:
+    """A few steps of the 1024 sub-layers; offloaded where they do not fit."""
+    rows = result["parts"]["deep"]["rows"]
+    for name, settings in (("Megatron-core's engine", ()), ("DeepSpeed, offloaded", OFFLOAD)):
+        if settings and not available("deepspeed"):
+            found: dict[str, Any] = {"failed": "deepspeed is not installed"}
+        else:
+            left = min(ends - time.monotonic(), 290)
+            wanted = [*DEEP_RUN, "training.device=cuda", *settings]
+            found = work(PAPER[1024], wanted, left, warmup=1, steps=3)
+        keep(result, rows[name], found, f"deep, {name}")
+
+
+def run_kernel(result: dict[str, Any], ends: float) -> None:
+    """The fused kernel beside the device's own copy."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "kernel.json"
+        command = [sys.executable, str(Path(__file__).with_name("kernel.py")), "--out", str(out)]
+        try:
+            subprocess.run(
+                command, check=True, capture_output=True, timeout=ends - time.monotonic()
+            )
+            found: dict[str, Any] = json.loads(out.read_text())
+        except (subprocess.SubprocessError, OSError) as error:
+            found = {"failed": str(error).splitlines()[0][:300]}
+    keep(result, result["parts"]["kernel"], found, "kernel")
+
+
+def keep(result: dict[str, Any], row: dict[str, Any], found: dict[str, Any], name: str) -> None:
+    """Write what was found at once: a later variant may end badly."""
+    row["measured"] = found
+    row["measured_on"] = datetime.date.today().isoformat()
+    shown = found.get("failed") or ", ".join(
+        f"{key} {found[key]:.4g}"
+        for key in ("step_seconds", "ratio", "peak_memory_gb")
+        if key in found
+    )
+    print(f"{name}: {shown}", flush=True)
+    write(result)
+
+
+def write(result: dict[str, Any]) -> None:
+    """Both files."""
+    (RESULTS / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "gpu.md").write_text(page(result))
+
+
+def with_earlier(parts: dict[str, Any]) -> dict[str, Any]:
+    """Predictions, with what an earlier run has measured."""
+    path = RESULTS / "gpu.json"
+    earlier = json.loads(path.read_text())["parts"] if path.exists() else {}
+
+    def merge(new: dict[str, Any], old: dict[str, Any]) -> None:
+        for key in ("measured", "measured_on"):
+            if key in old:
+                new[key] = old[key]
+        for name, row in new.get("rows", {}).items():
+            merge(row, old.get("rows", {}).get(name, {}))
+
+    for part, found in parts.items():
+        merge(found, earlier.get(part, {}))
+    return parts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--predict", action="store_true", help="write the expectations alone")
+    parser.add_argument("--part", choices=PARTS, action="append", help="measure these parts alone")
+    parser.add_argument("--gpu", default="h200", help="what is predicted for (default h200)")
+    chosen = parser.parse_args()
+    result = {"gpu": chosen.gpu, "parts": with_earlier(predictions(device_named(chosen.gpu)))}
+    if chosen.predict:
+        write(result)
+        print(f"wrote {RESULTS / 'gpu.md'} and gpu.json: expectations")
+        return 0
+    import torch
+
+    if not torch.cuda.is_available():
+        print("torch sees no CUDA device: nothing is measured (--predict writes what is expected)")
+        return 2
+    for part in chosen.part or PARTS:
+        ends = time.monotonic() + PART_SECONDS
+        if part == "deep":
+            run_deep(result, ends)
+        elif part == "kernel":
+            run_kernel(result, ends)
+        else:
+            run_levers(part, result, ends)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
