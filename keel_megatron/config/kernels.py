@@ -43,15 +43,6 @@ class KernelsConfig(Section):
         ),
     )
 
-    def rows_at_once(self, vocabulary: int) -> int:
-        """How many tokens' logits are within `logits_mib`; at least one.
-
-        Args:
-            vocabulary: the device's share of it.
-        """
-        rows = max(1, int(self.logits_mib * 2**20) // (4 * vocabulary))
-        # Whole tiles of a matrix product, where there are any.
-        return rows if rows < _TILE else rows - rows % _TILE
     compile: bool = Field(
         default=False,
         description=(
@@ -67,3 +58,13 @@ class KernelsConfig(Section):
             "without a depth profile. One GPU a replica, bf16, torch's modules, nothing recomputed."
         ),
     )
+
+    def rows_at_once(self, vocabulary: int) -> int:
+        """How many tokens' logits are within `logits_mib`; at least one.
+
+        Args:
+            vocabulary: the device's share of it.
+        """
+        rows = max(1, int(self.logits_mib * 2**20) // (4 * vocabulary))
+        # Whole tiles of a matrix product, where there are any.
+        return rows if rows < _TILE else rows - rows % _TILE

@@ -244,7 +244,7 @@ class MemoryModel:
         return messages * stream + (collected if parallel.sequence else 0)
 
     def _recorded(self, blocks: int) -> int:
-        """Every gradient of the blocks in its weight's type, which a recorded backward pass keeps."""
+        """Bytes of the blocks' gradients in their weights' types, kept by recorded passes."""
         if not self.config.kernels.cuda_graphs:
             return 0
         block, size = self.costs.block, 2 if self.config.training.precision == "bf16" else 4
