@@ -53,20 +53,21 @@ Step = Callable[[list[Tensor]], float]
 """One optimizer step on micro-batches of tokens [b, s + 1]; the mean loss."""
 
 
-def ours(shape: Shape, residual: str) -> Step:
+def ours(shape: Shape, residual: str, *, compiled: bool = False) -> Step:
     sys.path.insert(0, str(ROOT))
     from keel_megatron.config.load import parse_config
     from keel_megatron.data.batches import Batch
     from keel_megatron.model.language_model import build_model
     from keel_megatron.runtime.device import Launch
     from keel_megatron.runtime.distributed import start
-    from keel_megatron.training.engine import MegatronEngine
+    from keel_megatron.training.engines import build_engine
 
     names = ("blocks", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
     settings = {
         "model": {name: getattr(shape, name) for name in names} | {"residual": residual},
         "data": {"text": "-", "seq_length": shape.seq_length, "vocab_size": shape.vocab_size},
         "optimizer": {"learning_rate": 1e-4, "clip_grad": 1.0},
+        "kernels": {"compile": compiled},
         "training": {
             "name": "bench",
             "steps": 1,
@@ -79,7 +80,7 @@ def ours(shape: Shape, residual: str) -> Step:
     }
     config = parse_config(settings, "the shape", 1)
     runtime = FOR_LIFE.enter_context(start(config.parallel, config.training, Launch(0, 1, 0, 1)))
-    engine = MegatronEngine(config, runtime, build_model(config, runtime))
+    engine = build_engine(config, runtime, build_model(config, runtime))
     positions = torch.arange(shape.seq_length).expand(shape.micro_batch_size, -1)
 
     def step(batches: list[Tensor]) -> float:
@@ -178,6 +179,8 @@ def litgpt(shape: Shape) -> Step:
 CONTENDERS: dict[str, Callable[[Shape], Step]] = {
     "keel": lambda shape: ours(shape, "keel"),
     "pre_ln": lambda shape: ours(shape, "pre_ln"),
+    "keel_compiled": lambda shape: ours(shape, "keel", compiled=True),
+    "pre_ln_compiled": lambda shape: ours(shape, "pre_ln", compiled=True),
     "plain": plain,
     "transformers": transformers,
     "litgpt": litgpt,

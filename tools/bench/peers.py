@@ -36,6 +36,8 @@ PACKAGES = {
 NOTES = {
     "pre_ln": "this project, Pre-LN",
     "keel": "this project, Keel",
+    "pre_ln_compiled": "Pre-LN with `kernels.compile`",
+    "keel_compiled": "Keel with `kernels.compile`",
     "plain": "the tests' plain PyTorch model of Keel",
     "transformers": "Llama in a plain torch loop",
     "litgpt": "its GPT in a plain torch loop",
