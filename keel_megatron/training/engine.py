@@ -132,7 +132,8 @@ class MegatronEngine:
     ) -> StepResult:
         """As `Engine.train_step`."""
         for chunk in self.model:
-            chunk.train()
+            if not chunk.training:  # it walks through all modules
+                chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         with nullcontext() if depth is None else depth.watching():

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
-from torch import nn
+from megatron.core.optimizer import clip_grads, get_megatron_optimizer
+from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
+from torch import Tensor, nn
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.runtime.distributed import Runtime
@@ -49,6 +50,7 @@ def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> A
     Its moments are allocated here, so memory runs out now or never, and a checkpoint finds where
     to go.
     """
+    _norm_and_scale_at_once()
     settings, precision = config.optimizer, config.training.precision
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -69,6 +71,36 @@ def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> A
     for inner in optimizer.chained_optimizers:
         _prepare(inner.optimizer)
     return optimizer
+
+
+def _norm_and_scale_at_once() -> None:
+    """Let Megatron-core clip with torch's operators on lists of tensors.
+
+    Where neither Apex nor Transformer Engine is, megatron-core 0.16.1 goes through the gradients
+    one by one in Python, and on CUDA waits for the norm of each.
+    """
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _norm
+    if clip_grads.multi_tensor_scale_impl is local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = _scale
+
+
+def _norm(
+    _chunk_size: int, _flag: Tensor, lists: list[list[Tensor]], _per_tensor: bool
+) -> tuple[Tensor, None]:
+    """Norm of all tensors together: [1], fp32; called like `amp_C.multi_tensor_l2norm`."""
+    tensors = [tensor for tensors in lists for tensor in tensors]
+    norm = nn.utils.get_total_norm(tensors, foreach=True)
+    return norm.to(torch.float32).view(1), None
+
+
+def _scale(_chunk_size: int, _flag: Tensor, lists: list[list[Tensor]], factor: float) -> None:
+    """Sources times a factor into targets; called like `amp_C.multi_tensor_scale`."""
+    sources, targets = lists
+    if targets is sources:
+        torch._foreach_mul_(targets, factor)
+    else:
+        torch._foreach_copy_(targets, torch._foreach_mul(sources, factor))
 
 
 def _prepare(adam: Any) -> None:
