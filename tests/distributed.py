@@ -40,12 +40,15 @@ def run_ranks(
     Raises:
         AssertionError: a rank failed (with its traceback) or did not answer in time.
     """
+    # Pickled here and there: multiprocessing itself would share tensors' memory, by a file
+    # descriptor each, with a process that ends.
+    call = pickle.dumps((function, args))
     results: Any = _CONTEXT.Queue()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
         _CONTEXT.Process(
             target=_rank,
-            args=(_environment(rank, world_size, store.port), results, function, args),
+            args=(_environment(rank, world_size, store.port), results, call),
             daemon=False,
         )
         for rank in range(world_size)
@@ -83,17 +86,12 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _rank(
-    environment: dict[str, str],
-    results: Any,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
+def _rank(environment: dict[str, str], results: Any, call: bytes) -> None:
     os.environ.clear()  # the process that this was forked from has an older one
     os.environ.update(environment)
     rank = int(environment["RANK"])
     try:
-        # Pickled here: the queue itself would share tensors' memory with a process that ends.
+        function, args = pickle.loads(call)
         results.put((rank, pickle.dumps(function(*args)), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
