@@ -2,8 +2,12 @@
 
 import warnings
 
+from keel_megatron.runtime import late_compile
+
 __version__ = "0.1.0"
 
 # On import megatron-core warns, file by file, that the optional Apex and Transformer Engine are
 # absent. They are optional here too.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core(\..*)?")
+
+late_compile.install()

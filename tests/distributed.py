@@ -3,6 +3,10 @@
 A test hands `run_ranks` a module-level function of the test's module and its arguments; every rank
 runs it in a process of its own, with torchrun's variables set, and returns something picklable. As
 with torchrun one store in the parent serves all starts of process groups, one after the other.
+
+The processes are forked from one that has imported torch and Megatron-core (tests/rank_imports.py)
+and done nothing else: otherwise the imports would be most of what many a rank does. CUDA does not
+survive a fork, so with it every process starts from nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +19,14 @@ from collections.abc import Callable
 from queue import Empty
 from typing import Any
 
+import torch
 from torch.distributed import TCPStore
 
 TIMEOUT_SECONDS = 300
+_METHOD = "spawn" if torch.cuda.is_available() else "forkserver"
+_CONTEXT: Any = multiprocessing.get_context(_METHOD)
+if _METHOD == "forkserver":
+    _CONTEXT.set_forkserver_preload(["tests.rank_imports"])
 
 
 def run_ranks(
@@ -31,12 +40,16 @@ def run_ranks(
     Raises:
         AssertionError: a rank failed (with its traceback) or did not answer in time.
     """
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
+    # Pickled here and there: multiprocessing itself would share tensors' memory, by a file
+    # descriptor each, with a process that ends.
+    call = pickle.dumps((function, args))
+    results: Any = _CONTEXT.Queue()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
-        context.Process(
-            target=_rank, args=(rank, world_size, store.port, results, function, args), daemon=False
+        _CONTEXT.Process(
+            target=_rank,
+            args=(_environment(rank, world_size, store.port), results, call),
+            daemon=False,
         )
         for rank in range(world_size)
     ]
@@ -60,25 +73,25 @@ def run_ranks(
     return [answers[rank] for rank in range(world_size)]
 
 
-def _rank(
-    rank: int,
-    world_size: int,
-    port: int,
-    results: Any,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-    )
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """This process's, with what torchrun would add."""
+    return os.environ | {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def _rank(environment: dict[str, str], results: Any, call: bytes) -> None:
+    os.environ.clear()  # the process that this was forked from has an older one
+    os.environ.update(environment)
+    rank = int(environment["RANK"])
     try:
-        # Pickled here: the queue itself would share tensors' memory with a process that ends.
+        function, args = pickle.loads(call)
         results.put((rank, pickle.dumps(function(*args)), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))

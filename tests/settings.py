@@ -25,7 +25,8 @@ SMALL: dict[str, dict[str, Any]] = {
         "device": "cpu",
         "threads": 1,
     },
-    "tracking": {"mlflow": False},
+    # Profiles are drawn at a run's end, which takes longer than the run.
+    "tracking": {"mlflow": False, "depth_every": 0},
 }
 
 

@@ -30,7 +30,7 @@ _CPU = torch.device("cpu")
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "zeros_like", "empty_like")
 
 # The parts of Megatron-core that this project stands on; imported before they are adapted.
-_MODULES = (
+MODULES = (
     "parallel_state",
     "tensor_parallel",
     "tensor_parallel.random",
@@ -52,7 +52,7 @@ def install() -> None:
     """Adapt Megatron-core to this process's CPU. Calling it again changes nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Apex and Transformer Engine are absent: expected here
-        for name in _MODULES:
+        for name in MODULES:
             importlib.import_module(f"megatron.core.{name}")
     if isinstance(vars(sys.modules["megatron.core.parallel_state"])["torch"], _CpuTorch):
         return

@@ -64,14 +64,12 @@ class Courier:
     def __init__(
         self, run: Path, say: Callable[[str], None], file_seconds: float = FILE_SECONDS
     ) -> None:
-        target = Target.load(run)
-        assert target is not None, f"{run} has no spool"
         self._run = run
         self._say = say
-        self.shown_uri = without_credentials(target.uri_of(run))
         self.reader = SpoolReader(run)
         self._client: MlflowRun | None = None
-        self._target = target
+        self._target = Target.of_start(self.reader.session)
+        self._given_up: set[str] = set()
         self._file_seconds = file_seconds
         self._no_file_since: float | None = None
         self.problem: str | None = None
@@ -79,19 +77,26 @@ class Courier:
         self.points = 0
         """Points delivered so far."""
 
+    @property
+    def shown_uri(self) -> str:
+        """Where it delivers to, for messages."""
+        return without_credentials(self._place().uri_of(self._run))
+
     def deliver(self) -> bool:
-        """Deliver what waits; whether MLflow took all of it."""
-        try:
-            while batch := self._batch():
-                self._deliver(batch)
-                self.reader.commit(batch)
-                self._answered()
-        except ImportError:
-            raise
-        except Exception as error:
-            self._no_answer(error)
-            return False
-        return True
+        """Deliver what waits, each start's to the place it names; whether MLflow took all of it."""
+        while True:
+            try:
+                while batch := self._batch():
+                    self._deliver(batch)
+                    self.reader.commit(batch)
+                    self._answered()
+                return True
+            except ImportError:
+                raise
+            except Exception as error:
+                if not self._moves_on(error):
+                    self._no_answer(error)
+                    return False
 
     def end(self, status: Status) -> bool:
         """Give the MLflow run an ending that nobody has reported; whether MLflow took it."""
@@ -154,11 +159,11 @@ class Courier:
         self._say(f"MLflow ({self.shown_uri}) refuses {what}: {_reason(error)}; it is left out")
 
     def _send(self, batch: list[Item]) -> None:
-        if self._client is None:
-            self._client = MlflowRun(self._run, self._target)
-        client, first = self._client, batch[0]
+        first, values = batch[0], batch[0].values
         if first.kind == "start":
-            values = first.values
+            self._go_to(Target.of_start(values))
+        client = self._mlflow()
+        if first.kind == "start":
             remark = client.start(values["name"], values.get("back_to"), values["time"])
             if remark is not None:
                 self._say(remark)
@@ -169,31 +174,60 @@ class Courier:
             client.log(points)
             self.points += len(points)
         elif first.kind == "tags":
-            client.tag(first.values["tags"])
+            client.tag(values["tags"])
         elif first.kind == "artifact":
-            client.log_file(self._run / first.values["path"])
+            client.log_file(self._run / values["path"])
             self._no_file_since = None
         elif first.kind == "rewind":
-            client.rewind(first.values["back_to"], first.values["time"])
+            client.rewind(values["back_to"], values["time"])
         elif first.kind == "end":
-            self._end(first.values)
+            self._end(values)
 
     def _end(self, values: dict[str, Any]) -> None:
-        if self._client is None:
-            self._client = MlflowRun(self._run, self._target)
-        self._client.reopen()
+        client = self._mlflow()
+        client.reopen()
         since = self.reader.last_start.get("time", 0) / 1000
         for path in [self._run / "log.txt", *sorted(self._run.glob("hangs/*"))]:
             try:
                 if path.stat().st_mtime >= since:
-                    self._client.log_file(path)
+                    client.log_file(path)
             except FileNotFoundError:
                 continue
             except Exception as error:  # the status does not wait for a file
-                if not self._client.answers():
+                if not client.answers():
                     raise
                 self._leave_out(f"the file {path.name}", error)
-        self._client.end(values["status"], values["time"])
+        client.end(values["status"], values["time"])
+
+    def _place(self) -> Target:
+        target = self._target or Target.newest(self._run)
+        assert target is not None, f"{self._run} has no spool"
+        return target
+
+    def _mlflow(self) -> MlflowRun:
+        self._client = self._client or MlflowRun(self._run, self._place())
+        return self._client
+
+    def _go_to(self, target: Target | None) -> None:
+        """Deliver there from now on; to where the run reports now if it is a place given up."""
+        if target is not None and target.uri_of(self._run) in self._given_up:
+            target = Target.newest(self._run)
+        if target != self._target:
+            self._target, self._client = target, None
+
+    def _moves_on(self, error: Exception) -> bool:
+        """Give up a place that does not answer if the run was since started with another one."""
+        newest = Target.newest(self._run)
+        here, shown = self._place().uri_of(self._run), self.shown_uri
+        if newest is None or newest.uri_of(self._run) == here:
+            return False
+        self._given_up.add(here)
+        self._go_to(newest)
+        self._say(
+            f"MLflow ({shown}) does not answer: {_reason(error)}; what waits for it goes to "
+            f"{self.shown_uri}, where the run reports now"
+        )
+        return True
 
     def _answered(self) -> None:
         if self.problem is not None:

@@ -10,7 +10,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -55,10 +54,9 @@ class MlflowSink:
         self._name = uuid.uuid4().hex
         self._closing = threading.Event()
         self._spool = SpoolWriter(self._run, EVENTS)
-        with suppress(OSError):
-            Target.of(config).save(self._run)
         self._put(
             "start",
+            target=Target.of(config).to_json(),
             name=self._name,
             host=socket.gethostname(),
             pid=os.getpid(),

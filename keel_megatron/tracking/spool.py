@@ -1,9 +1,9 @@
 """What waits to be delivered to MLflow: append-only files of JSON lines in the run's folder.
 
-    spool/events.000001.jsonl        rank 0's: starts, values, files, tags, rewinds, the ending
+    spool/events.000001.jsonl        rank 0's: starts, each with the place that it reports to
+                                     (target.py), values, files, tags, rewinds, the ending
     spool/system-HOST.000001.jsonl   a node's own measurements
     spool/delivered.json             how far MLflow has them, replaced in one move
-    spool/target.json                the MLflow run that they are for (target.py)
     spool/lock                       held by the courier that delivers
 
 Only the training process writes a stream and only one courier reads it, so neither waits for the

@@ -22,8 +22,7 @@ def sync(run: Path) -> list[str]:
     Raises:
         UserError: there is no such run, it is still being delivered, or MLflow does not answer.
     """
-    target = Target.load(run)
-    if target is None:
+    if Target.newest(run) is None:
         if not (run / "config.yaml").is_file():
             raise UserError(f"{run} holds no run: there is no config.yaml in it")
         return [f"{run}: nothing waits; the run does not report to MLflow"]
@@ -35,7 +34,7 @@ def sync(run: Path) -> list[str]:
 
 def add_file(run: Path, path: Path) -> None:
     """Hand MLflow a file of a run that has ended; if it does not answer, the file waits."""
-    if Target.load(run) is None:
+    if Target.newest(run) is None:
         return
     unreached = Waiting.of(run)
     writer = SpoolWriter(run, EVENTS)

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from keel_megatron.config.run import RunConfig
-from keel_megatron.tracking.spool import FOLDER
+from keel_megatron.tracking.spool import SpoolReader
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 """How an MLflow run ends: as planned; by an error, or without a word; because it was asked to."""
 
 RUN_ID_FILE = "mlflow_run_id"
-_FILE = "target.json"
 _PARAM_LENGTH = 6000
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the courier must know of the configuration; it is kept in the spool."""
+    """What the courier must know of the configuration; every start leaves its own in the spool."""
 
     uri: str | None
     """MLflow's tracking URI; None = the sqlite file in the run's folder."""
@@ -44,18 +43,20 @@ class Target:
         )
 
     @classmethod
-    def load(cls, run: Path) -> Target | None:
-        """That of a run's folder, if it has one."""
-        path = run / FOLDER / _FILE
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    def of_start(cls, start: Mapping[str, Any]) -> Target | None:
+        """That of a start in a run's spool, the item's values; None if there is no start."""
+        return cls(**start["target"]) if start else None
 
-    def save(self, run: Path) -> None:
-        """Keep it in a run's folder."""
-        path = run / FOLDER / _FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        partial.replace(path)
+    @classmethod
+    def newest(cls, run: Path) -> Target | None:
+        """That of the newest start in a run's folder; None if it has never reported to MLflow."""
+        reader = SpoolReader(run)
+        reader.scan()
+        return cls.of_start(reader.last_start)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `of_start` reads."""
+        return asdict(self)
 
     def uri_of(self, run: Path) -> str:
         """The URI, wherever the run's folder is."""

@@ -16,9 +16,9 @@ def test_a_run_s_spool_is_delivered_and_other_folders_are_named(tmp_path: Path) 
     assert refused.stderr == "error: . holds no run: there is no config.yaml in it\n"
     run = config(tmp_path)
     run.training.folder.mkdir()
-    Target.of(run).save(run.training.folder)
     writer = SpoolWriter(run.training.folder, EVENTS)
-    writer.append("start", name="a", time=1000, host="elsewhere", pid=1, born=0.0)
+    place = {"target": Target.of(run).to_json(), "host": "elsewhere", "pid": 1, "born": 0.0}
+    writer.append("start", name="a", time=1000, **place)
     writer.append("metrics", step=1, time=2000, values={"loss": 5.0})
     done = keel(tmp_path, "track", "sync", "test")
     assert (done.returncode, done.stderr) == (0, "")

@@ -34,10 +34,11 @@ class Session:
         self.run = run
         self.folder: Path = run.training.folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        Target.of(run).save(self.folder)
         self.writer = SpoolWriter(self.folder, EVENTS)
         extra = {} if back_to is None else {"back_to": back_to}
-        self.put("start", name=name, host=socket.gethostname(), pid=pid, born=0.0, **extra)
+        target = Target.of(run).to_json()
+        place = {"host": socket.gethostname(), "pid": pid, "born": 0.0}
+        self.put("start", name=name, target=target, **place, **extra)
 
     def put(self, kind: str, **values: Any) -> None:
         self.time = next(self.clock)
@@ -245,6 +246,44 @@ def test_a_changed_setting_is_a_tag(tmp_path: Path) -> None:
     (found,) = mlflow_runs(longer)
     assert found.data.params["training.steps"] == "4"
     assert found.data.tags["changed.training.steps"] == "8"
+
+
+def test_every_start_s_points_go_to_the_place_that_it_named(tmp_path: Path) -> None:
+    """Whoever delivers them: the first start's come after the second start, by another courier."""
+    here = config(tmp_path)
+    there = config(tmp_path, tracking__uri=f"sqlite:///{tmp_path / 'there.db'}")
+    first, said = Session(here, "a"), []
+    deliver(first.folder)
+    first.losses({1: 5.0})
+    first.put("end", status="KILLED")
+    second = Session(there, "b", back_to=1)
+    second.losses({2: 4.0})
+    deliver(first.folder, said)
+    (old,), (new,) = mlflow_runs(here), mlflow_runs(there)
+    assert (old.info.status, new.info.status) == ("KILLED", "RUNNING")
+    assert history(here, old.info.run_id, "loss") == [(1, 5.0)]
+    assert history(there, new.info.run_id, "loss") == [(2, 4.0)]
+    assert new.data.params["tracking.uri"] == there.tracking.uri
+    assert said == [f"MLflow has no run {old.info.run_id} any longer: a new one is made"]
+
+
+def test_a_place_that_is_gone_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server has another address now: what waited for the old one is not lost."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    gone = config(tmp_path, tracking__uri="http://me:secret@127.0.0.1:9")
+    here, said = config(tmp_path), []
+    for name in ("a", "b"):  # two starts that it never heard of
+        session = Session(gone, name)
+        session.losses({1: 5.0})
+    Session(here, "c", back_to=1).losses({2: 4.0})
+    deliver(session.folder, said)
+    assert len(said) == 1
+    assert said[0].startswith("MLflow (http://***@127.0.0.1:9) does not answer: ")
+    assert "what waits for it goes to sqlite:///" in said[0]
+    runs = [history(here, found.info.run_id, "loss") for found in mlflow_runs(here)]
+    assert runs == [[(1, 5.0)], [(1, 5.0), (2, 4.0)]]
 
 
 def test_a_server_keeps_the_points_and_is_told_that_they_are_void(

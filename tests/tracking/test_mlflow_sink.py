@@ -193,5 +193,5 @@ def test_no_credential_of_the_environment_is_kept(
     sink.finish("FINISHED")
     assert "hunter2" not in json.dumps(flat_params(run))
     files = [path for path in run.training.folder.rglob("*") if path.is_file()]
-    assert {"mlflow.db", "target.json"} <= {path.name for path in files}
+    assert {"mlflow.db", "delivered.json"} <= {path.name for path in files}
     assert [path for path in files if b"hunter2" in path.read_bytes()] == []
