@@ -44,6 +44,12 @@ OFFLOAD = (
     "deepspeed.zero_stage=2",
     "deepspeed.offload_optimizer=true",
 )
+DEEP: dict[str, tuple[str, ...]] = {
+    "Megatron-core's engine": (),
+    "the same, the loss in pieces": ("kernels.logits_mib=512",),
+    "DeepSpeed, offloaded": OFFLOAD,
+}
+"""How 1024 sub-layers may fit."""
 WARMUP, STEPS = 3, 8
 PART_SECONDS = 580
 SHALLOW = ("base: Keel", "Pre-LN", "compile", "CUDA graphs", "compile and CUDA graphs")
@@ -86,13 +92,13 @@ def _plain(step: Step) -> dict[str, Any]:
 def predicted_deep(device: Device) -> dict[str, Any]:
     """The model of 1024 sub-layers on one device, as `keel plan` has it."""
     rows = {}
-    for name, settings in (("Megatron-core's engine", ()), ("DeepSpeed, offloaded", OFFLOAD)):
+    for name, settings in DEEP.items():
         plan = make_plan(load_config(PAPER[1024], (*DEEP_RUN, *settings)), 1, device)
         stage = plan.partition.worst_memory
         rows[name] = {
             "settings": [*DEEP_RUN[1:], *settings],
             "predicted": {
-                "step_seconds": None if settings else plan.step_seconds,
+                "step_seconds": None if settings == OFFLOAD else plan.step_seconds,
                 "memory_gb": stage.memory.total / 1e9,
                 "recomputed": sum(stage.recomputed),
                 "fits": plan.fits,
@@ -162,11 +168,11 @@ def run_levers(part: str, result: dict[str, Any], ends: float) -> None:
 def run_deep(result: dict[str, Any], ends: float) -> None:
     """A few steps of the 1024 sub-layers; offloaded where they do not fit."""
     rows = result["parts"]["deep"]["rows"]
-    for name, settings in (("Megatron-core's engine", ()), ("DeepSpeed, offloaded", OFFLOAD)):
-        if settings and not available("deepspeed"):
+    for name, settings in DEEP.items():
+        if settings == OFFLOAD and not available("deepspeed"):
             found: dict[str, Any] = {"failed": "deepspeed is not installed"}
         else:
-            left = min(ends - time.monotonic(), 290)
+            left = min(ends - time.monotonic(), PART_SECONDS / len(DEEP))
             wanted = [*DEEP_RUN, "training.device=cuda", *settings]
             found = work(PAPER[1024], wanted, left, warmup=1, steps=3)
         keep(result, rows[name], found, f"deep, {name}")

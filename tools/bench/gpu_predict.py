@@ -279,6 +279,12 @@ LEVERS: tuple[Lever, ...] = (
     ),
     Lever("micro-batch 2", (MICRO.format(2),), None, "half the gaps and weights' sums a token"),
     Lever("micro-batch 4", (MICRO.format(4),), None, "a quarter of them"),
+    Lever(
+        "loss in pieces",
+        ("kernels.logits_mib=512",),
+        None,
+        "the head's product made again; a quarter of the logits in memory",
+    ),
     Lever("recompute", ("parallel.recompute=full",), recomputed, "one forward pass more"),
     Lever(
         "Transformer Engine",
