@@ -1,7 +1,8 @@
-"""Without a GPU, Triton's kernels run in its interpreter.
+"""What is settled before any test module is imported.
 
-Triton decides that when it is imported, which importing Megatron-core does: so before any test
-module is.
+Without a GPU, Triton's kernels run in its interpreter: it decides that when it is imported, which
+importing Megatron-core does. And pytest's workers beside each other (`pytest -n`) have one thread
+each: two that share a core wait for each other at every product.
 """
 
 from __future__ import annotations
@@ -12,3 +13,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)

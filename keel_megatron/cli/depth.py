@@ -23,11 +23,14 @@ def depth(
     ] = None,
 ) -> None:
     """Show what every depth of a run was like: a table, and pictures over depth and steps."""
-    from keel_megatron.tracking.depth import read_profiles
+    from keel_megatron.tracking.depth import not_noted, read_profiles
     from keel_megatron.tracking.depth_table import draw, select, table
 
     profiles = read_profiles(run)
     shown = select(profiles, quantity, step)
     print(table(profiles[0], shown, quantity))
+    gap = not_noted(profiles)
+    if gap is not None:
+        print(gap)
     for picture in draw(profiles, shown, quantity, run.resolve().name, out or run):
         print(picture)

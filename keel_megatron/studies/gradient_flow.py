@@ -117,6 +117,7 @@ def _config(residual: str, sub_layers: int, hidden_size: int) -> RunConfig:
                 "steps": 1,
                 "global_batch_size": 1,
                 "device": "cpu",
+                "threads": 1,  # more would wait for each other at every small product
             },
         },
         "gradient flow",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.checkpoint.state import Position
+from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
 from keel_megatron.data.prepare import PreparedData, prepare
@@ -23,10 +24,9 @@ from keel_megatron.model.language_model import build_model
 from keel_megatron.partition.flops import training_flops_per_token
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.tracking.metrics import read_metrics
-from keel_megatron.tracking.records import StepRecord
 from keel_megatron.tracking.tracker import Tracker, open_tracker
 from keel_megatron.training.engines import build_engine
-from keel_megatron.training.loop import peak_memory_gb
+from keel_megatron.training.loop import peak_memory_gb, step_record
 from keel_megatron.training.measure import random_batch
 from keel_megatron.training.run import open_data
 from keel_megatron.training.timers import PASSES, PartTimers
@@ -74,7 +74,8 @@ def time_steps(
 ) -> list[Samples]:
     """Train every configuration, a step of each in turn.
 
-    Nothing of the runs is kept: their folders are temporary.
+    Nothing of the runs is kept: their folders are temporary. Checkpoints of several nodes need one
+    that all share, so there it lies in `training.runs_dir`.
 
     Args:
         configs: by name; of one layout.
@@ -84,10 +85,12 @@ def time_steps(
         random_tokens: draw the tokens in place of reading the run's text.
         say: told how far it is, on rank 0.
         profile: where rank 0 writes a torch trace of one further step of the first configuration.
+
+    Raises:
+        UserError: `training.runs_dir` is needed and cannot be written.
     """
     with ExitStack() as stack:
-        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="keel-bench-"))
-        folder = Path(runtime.from_main(lambda: temporary))
+        folder = runtime.from_main(lambda: _temporary(configs, runtime, stack))
         runs = [
             stack.enter_context(_Run.opened(name, config, runtime, folder, random_tokens))
             for name, config in configs.items()
@@ -105,6 +108,22 @@ def time_steps(
             run.samples.peak_memory_gb = peak_memory_gb(runtime.device)
         runtime.barrier()  # before the folder goes
         return [run.samples for run in runs]
+
+
+def _temporary(configs: dict[str, RunConfig], runtime: Runtime, stack: ExitStack) -> Path:
+    """A folder until the end of the stack."""
+    saving = [config for config in configs.values() if config.checkpoint.every]
+    shared = saving[0].training.runs_dir if saving and len(set(runtime.hosts)) > 1 else None
+    try:
+        if shared is not None:
+            shared.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(prefix=".keel-bench-", dir=shared)
+    except OSError as error:
+        raise UserError(
+            f"training.runs_dir: checkpoints of several nodes are written there, and {shared} "
+            f"cannot be written: {error.strerror}; or set checkpoint.every=0"
+        ) from error
+    return Path(stack.enter_context(made)).resolve()
 
 
 class _Run:
@@ -158,16 +177,18 @@ class _Run:
     def step(self, *, counted: bool) -> None:
         """Take one step; keep its times if it counts."""
         config, position = self.samples.config, self._position
+        rate = config.optimizer.learning_rate
         self.runtime.barrier()
         self._timers.take()
         begin = self._now()
         batches = self._batches(position.consumed_samples)
         read = self._now()
-        result = self._engine.train_step(batches, len(batches), config.optimizer.learning_rate)
+        result = self._engine.train_step(batches, len(batches), rate)
         trained = self._now()
         batch_size = config.training.global_batch_size
         self._position = Position(position.step + 1, position.consumed_samples + batch_size)
-        self._tracker.step(self._record(result.loss, result.grad_norm, trained - begin))
+        seconds = trained - begin
+        self._tracker.step(step_record(config, self.runtime, self._position, result, rate, seconds))
         end = self._now()
         self.last = end - begin
         if not counted:
@@ -198,22 +219,6 @@ class _Run:
         if self.runtime.device.type == "cuda":
             torch.cuda.synchronize(self.runtime.device)
         return time.perf_counter()
-
-    def _record(self, loss: float, grad_norm: float, seconds: float) -> StepRecord:
-        samples, position = self.samples, self._position
-        devices = self.runtime.launch.world_size
-        return StepRecord(
-            step=position.step,
-            loss=loss,
-            grad_norm=grad_norm,
-            learning_rate=samples.config.optimizer.learning_rate,
-            consumed_samples=position.consumed_samples,
-            consumed_tokens=position.consumed_samples * samples.config.data.seq_length,
-            tokens_per_second=samples.tokens / seconds,
-            tflops_per_device=samples.flops / seconds / devices / 1e12,
-            memory_gb=peak_memory_gb(self.runtime.device),
-            seconds=seconds,
-        )
 
 
 def _trace(run: _Run, path: Path) -> None:

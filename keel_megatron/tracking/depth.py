@@ -64,6 +64,8 @@ class DepthProfile:
     """Number of the step; the first is 1."""
     values: Mapping[str, Values]
     """By quantity: fp32 [sub_layers], masked where a sub-layer has no such thing."""
+    missing: frozenset[str] = frozenset()
+    """Quantities that nobody noted, as another version may have left out; masked too."""
 
     @classmethod
     def of(
@@ -87,21 +89,28 @@ class DepthProfile:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> DepthProfile:
-        """What `to_json` made."""
-        values = {
-            name: np.ma.array(
-                np.array(found, dtype=np.float32), mask=[value is None for value in found]
-            )
-            for name in QUANTITIES
-            if (found := record.get(name)) is not None
-        }
-        return cls(record["step"], values)
+        """What `to_json` made, also of another version's quantities.
+
+        Raises:
+            ValueError: it has none of them.
+        """
+        lists = {name: record[name] for name in QUANTITIES if record.get(name) is not None}
+        if not lists:
+            raise ValueError("no quantity")
+        nothing = [None] * len(next(iter(lists.values())))
+        values = {}
+        for name in QUANTITIES:
+            found = lists.get(name, nothing)
+            mask = [value is None for value in found]
+            values[name] = np.ma.array(np.array(found, dtype=np.float32), mask=mask)
+        return cls(record["step"], values, frozenset(QUANTITIES.keys() - lists.keys()))
 
     def to_json(self) -> dict[str, Any]:
         """One flat object: a list a quantity, null where it is absent, fp32's shortest digits."""
         lists = {
             name: [None if value is None else float(str(np.float32(value))) for value in found]
             for name, found in ((name, array.tolist()) for name, array in self.values.items())
+            if name not in self.missing
         }
         return {"step": self.step, **lists}
 
@@ -135,6 +144,16 @@ class DepthProfile:
         return f"step {self.step}: not finite: {', '.join(where)}" if where else None
 
 
+def not_noted(profiles: Sequence[DepthProfile]) -> str | None:
+    """A line that says which quantities are missing at some steps; None if none is."""
+    steps = [profile.step for profile in profiles if profile.missing]
+    if not steps:
+        return None
+    names = {name for profile in profiles for name in profile.missing}
+    between = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+    return f"not noted at {between}: {', '.join(name for name in QUANTITIES if name in names)}"
+
+
 def finite_values(values: Values) -> np.ndarray[Any, Any]:
     """The values that are there and finite."""
     present = values.compressed()
@@ -156,7 +175,15 @@ def read_profiles(run_folder: Path) -> list[DepthProfile]:
     if not run_folder.is_dir():
         raise UserError(f"{run_folder} is no run's folder")
     path = run_folder / DEPTH_FILE
-    profiles = [DepthProfile.from_json(record) for record in iterate_metrics(path)]
+    profiles = []
+    for record in iterate_metrics(path):
+        try:
+            profiles.append(DepthProfile.from_json(record))
+        except ValueError as error:
+            raise UserError(
+                f"{path}: the line of step {record['step']} is no depth profile ({error}); remove "
+                "the line, or move the file away"
+            ) from error
     if not profiles:
         raise UserError(
             f"{path} has no depth profiles; tracking.depth_every sets the steps between them"

@@ -16,6 +16,7 @@ from keel_megatron.tracking.depth import (
     Values,
     finite_values,
     first_nonfinite,
+    not_noted,
 )
 from keel_megatron.tracking.style import ALARM, BLUE, NOTHING, ORANGE, QUIET, TEXT, dress, save
 
@@ -51,7 +52,9 @@ def plot_all(
     lines_out = folder / (LATEST if step is latest else f"depth_step_{step.step}.png")
 
     figure = _grid(names, lambda axes, quantity: draw_heat_map(axes, profiles, quantity))
-    _title(figure, name, f"{latest.sub_layers} sub-layers, steps {first.step} to {latest.step}")
+    facts = f"{latest.sub_layers} sub-layers, steps {first.step} to {latest.step}"
+    gap = not_noted(profiles)
+    _title(figure, name, f"{facts}; pale: {gap}" if gap else facts)
     save(figure, folder / HEAT_MAPS)
     figure = _grid(names, lambda axes, quantity: draw_lines(axes, first, step, quantity))
     _title(figure, name, _beside(first, step))

@@ -40,6 +40,8 @@ def select(
                 f"{', '.join(map(str, near))}"
             )
         found = profiles[steps.index(step)]
+    if quantity in found.missing:
+        raise UserError(f"--quantity: nobody noted {quantity} at step {found.step}; try --step")
     if quantity is not None and not found.values[quantity].count():
         raise UserError(f"--quantity: no sub-layer of this run has {quantity}")
     return found

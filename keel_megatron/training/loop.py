@@ -161,7 +161,10 @@ class Loop:
         seconds = time.perf_counter() - started
         if compiled := compile_report(self.engine.chunks, seconds):
             self.tracker.say(compiled)
-        self.tracker.step(self._record(result, rate, seconds))
+        skipped = self.guard.skipped
+        self.tracker.step(
+            step_record(config, self.runtime, self.position, result, rate, seconds, skipped)
+        )
         if profile is not None:
             self.tracker.depth(profile)
         return True
@@ -212,25 +215,6 @@ class Loop:
             return None
         return DepthCollector(self.engine)
 
-    def _record(self, result: StepResult, rate: float, seconds: float) -> StepRecord:
-        config, position = self.config, self.position
-        seq_length = config.data.seq_length
-        tokens_per_second = config.training.global_batch_size * seq_length / seconds
-        flops = training_flops_per_token(config.model, seq_length, config.data.vocab_size)
-        return StepRecord(
-            step=position.step,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            learning_rate=rate,
-            consumed_samples=position.consumed_samples,
-            consumed_tokens=position.consumed_samples * seq_length,
-            tokens_per_second=tokens_per_second,
-            tflops_per_device=tokens_per_second * flops / self.runtime.launch.world_size / 1e12,
-            memory_gb=peak_memory_gb(self.runtime.device),
-            seconds=seconds,
-            skipped_steps=self.guard.skipped,
-        )
-
     def _validate(self) -> None:
         self.validation_loss = self.engine.validate(self.validation, len(self.validation))
         position = self.position
@@ -243,6 +227,44 @@ class Loop:
                 consumed_tokens=position.consumed_samples * self.config.data.seq_length,
             )
         )
+
+
+def step_record(
+    config: RunConfig,
+    runtime: Runtime,
+    position: Position,
+    result: StepResult,
+    rate: float,
+    seconds: float,
+    skipped: int = 0,
+) -> StepRecord:
+    """What is reported of a step.
+
+    Args:
+        config: the run.
+        runtime: this rank's place.
+        position: after the step.
+        result: the step's.
+        rate: learning rate that it was taken with.
+        seconds: its duration.
+        skipped: steps so far whose update the guard has left out.
+    """
+    seq_length = config.data.seq_length
+    tokens_per_second = config.training.global_batch_size * seq_length / seconds
+    flops = training_flops_per_token(config.model, seq_length, config.data.vocab_size)
+    return StepRecord(
+        step=position.step,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        learning_rate=rate,
+        consumed_samples=position.consumed_samples,
+        consumed_tokens=position.consumed_samples * seq_length,
+        tokens_per_second=tokens_per_second,
+        tflops_per_device=tokens_per_second * flops / runtime.launch.world_size / 1e12,
+        memory_gb=peak_memory_gb(runtime.device),
+        seconds=seconds,
+        skipped_steps=skipped,
+    )
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -151,12 +151,16 @@ def _train(
     before_step: BeforeStep | None,
 ) -> int:
     """Build, resume, train, conclude; the exit code."""
+    _tag(config, runtime, tracker)
+    if found.path is None:
+        _claim(config, runtime, tracker)
     partition = runtime.from_main(lambda: _decided(config, runtime))
     data = runtime.from_main(lambda: prepare(config, tracker.say, found.state.get("data")))
-    runtime.from_main(lambda: claim(config))  # not before: another text may have been refused
+    if found.path is not None:  # not before: another text may have been refused
+        _claim(config, runtime, tracker)
     batches, validation = open_data(config, runtime, data)
     _announce(config, runtime, tracker, data)
-    _tag(config, runtime, tracker, data)
+    tracker.artifact(data.tokenizer_path)
     _announce_stages(runtime, tracker, partition)
     if config.kernels.compile:
         keep_compiled(config.training.folder)
@@ -263,8 +267,14 @@ def _announce(config: RunConfig, runtime: Runtime, tracker: Tracker, data: Prepa
     )
 
 
-def _tag(config: RunConfig, runtime: Runtime, tracker: Tracker, data: PreparedData) -> None:
-    """What MLflow keeps of a run beside its values: where it runs, its configuration, tokenizer."""
+def _claim(config: RunConfig, runtime: Runtime, tracker: Tracker) -> None:
+    """Make the folder this run's, and let MLflow have the configuration."""
+    runtime.from_main(lambda: claim(config))
+    tracker.artifact(tracker.folder / CONFIG)
+
+
+def _tag(config: RunConfig, runtime: Runtime, tracker: Tracker) -> None:
+    """Tag the MLflow run with the code and the place, whatever becomes of the run."""
     hosts = runtime.gather(socket.gethostname())
     if not runtime.is_main:
         return
@@ -275,8 +285,6 @@ def _tag(config: RunConfig, runtime: Runtime, tracker: Tracker, data: PreparedDa
     cuda = runtime.device.type == "cuda"
     device = torch.cuda.get_device_name(runtime.device) if cuda else platform.machine() + " CPU"
     tracker.tags(code_tags() | place_tags(layout, device, hosts))
-    tracker.artifact(tracker.folder / CONFIG)
-    tracker.artifact(data.tokenizer_path)
 
 
 def _announce_stages(runtime: Runtime, tracker: Tracker, partition: Partition) -> None:

@@ -6,13 +6,14 @@ import argparse
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from keel_megatron.checkpoint import folder
 from keel_megatron.checkpoint.identity import claim
@@ -218,15 +219,13 @@ def test_another_configuration_is_refused_and_nothing_is_lost(finished: Path) ->
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (None, "data.text: missing.txt does not exist"),
         (b"", "there is no text in missing.txt"),
         (b"\xff\xfe", "missing.txt is not UTF-8 text"),
         (b"too short", "data.vocab_size: 512 is too large for so little text"),
     ],
 )
-def test_unusable_text_is_named(tmp_path: Path, text: Path, make: Any, expected: str) -> None:
-    if make is not None:
-        (tmp_path / "missing.txt").write_bytes(make)
+def test_unusable_text_is_named(tmp_path: Path, text: Path, make: bytes, expected: str) -> None:
+    (tmp_path / "missing.txt").write_bytes(make)
     config = write_config(tmp_path, text)
     wrong = keel(tmp_path, "train", str(config), "data.text=missing.txt")
     assert wrong.returncode == 2
@@ -234,6 +233,24 @@ def test_unusable_text_is_named(tmp_path: Path, text: Path, make: Any, expected:
     assert "Traceback" not in wrong.stderr
     # No step was made, so with the text mended the same folder serves.
     claim(load_config(config, [f"training.runs_dir={tmp_path / 'runs'}"]))
+
+
+def test_a_run_without_its_text_is_in_mlflow_with_all_that_is_known(
+    tmp_path: Path, text: Path
+) -> None:
+    config = write_config(tmp_path, text, tracking__mlflow=True)
+    wrong = keel(tmp_path, "train", str(config), "data.text=missing.txt")
+    assert wrong.returncode == 2
+    assert "data.text: missing.txt does not exist" in wrong.stderr
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'runs' / 'test' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("keel")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FAILED"
+    assert run.data.params["data.text"] == "['missing.txt']"
+    assert run.data.tags["layout"] == "TP 1 x PP 1 x VPP 1 x DP 1"
+    assert run.data.tags["hosts"] == socket.gethostname()
+    names = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert names == {"config.yaml", "log.txt"}
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import yaml
+from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.config.errors import UserError
 from keel_megatron.studies.step_bench import run_bench
 from keel_megatron.studies.step_time import PARTS, measure_roofline
 from keel_megatron.training.timers import PartTimers
+from tests.distributed import run_ranks
 
 SECTIONS = {
     "model": {"blocks": 4, "hidden_size": 32, "ffn_hidden_size": 96, "num_attention_heads": 2},
@@ -68,6 +73,47 @@ def test_two_rules_are_timed_in_turn_and_their_parts_add_up(path: Path, tmp_path
     assert "keel" in done.stdout
     assert json.loads(trace.read_text())["traceEvents"]
     assert not (tmp_path / "runs").exists()
+
+
+def folders_of_saves(path: Path, overrides: list[str]) -> list[str]:
+    """Where this rank, on a host of its own, saves; each host has a temporary folder of its own."""
+    saved = []
+    with pytest.MonkeyPatch.context() as patch:
+        host = f"host-{os.environ['RANK']}"
+        patch.setattr(socket, "gethostname", lambda: host)
+        (path.parent / host).mkdir()
+        patch.setattr(tempfile, "tempdir", str(path.parent / host))
+        whole = Saver.save
+
+        def save(self: Saver, *arguments: Any) -> None:
+            saved.append(str(self._config.training.folder))
+            whole(self, *arguments)
+
+        patch.setattr(Saver, "save", save)
+        try:
+            run_bench(path, overrides, None, warmup=0, steps=2, random_tokens=True)
+        except UserError as error:
+            saved.append(str(error))
+    return saved
+
+
+def test_nodes_save_where_all_of_them_can(path: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    ranks = run_ranks(
+        2, folders_of_saves, path, ["checkpoint.every=1", f"training.runs_dir={shared}"]
+    )
+    assert ranks[0] == ranks[1]
+    ((folder,), _) = ranks
+    assert Path(folder).is_relative_to(shared)
+    assert list(shared.iterdir()) == []
+
+
+def test_nodes_that_cannot_save_are_told(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for said in run_ranks(
+        2, folders_of_saves, path, ["checkpoint.every=1", f"training.runs_dir={tmp_path}/file"]
+    ):
+        assert said[0].startswith("training.runs_dir: checkpoints of several nodes are written")
 
 
 def test_a_comparison_needs_two_values_of_one_layout(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import shutil
 import warnings
@@ -22,6 +23,7 @@ from keel_megatron.tracking.depth import (
     QUANTITIES,
     DepthProfile,
     first_nonfinite,
+    not_noted,
     read_profiles,
 )
 from keel_megatron.tracking.depth_log import DepthLog
@@ -53,6 +55,34 @@ def test_a_profile_comes_back_to_the_last_bit_and_absent_is_not_nan(tmp_path: Pa
     line = (tmp_path / DEPTH_FILE).read_text()
     assert '"branch_rms": [0.33333334, NaN, Infinity, -Infinity, 1e-45, 3.4e+38]' in line
     assert '"outer_gain_min": [null, NaN,' in line
+
+
+def test_what_an_older_version_did_not_note_is_left_out_and_said(tmp_path: Path) -> None:
+    with DepthLog(tmp_path, None) as log:
+        for step in (1, 2, 4):
+            log.write(profile(step))
+    path = tmp_path / DEPTH_FILE
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for old in lines[:2]:
+        del old["attention_logit_max"], old["gradient_norm"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_profiles(tmp_path)
+    assert [f.to_json() for f in found] == lines
+    assert not_noted(found) == "not noted at steps 1 to 2: gradient_norm, attention_logit_max"
+    assert not_noted(found[2:]) is None
+    assert "gradient_norm" not in table(found[0], select(found, None, 2), None)
+    assert "gradient_norm" in table(found[0], select(found, None, None), None)
+    assert "depth/gradient_norm/min" not in found[0].summary()
+    with pytest.raises(UserError, match=r"nobody noted gradient_norm at step 2; try --step"):
+        select(found, "gradient_norm", 2)
+    shown = select(found, "gradient_norm", 4)
+    (large,) = draw(found, shown, "gradient_norm", "run", tmp_path)
+    maps, _lines = draw(found, shown, None, "run", tmp_path)
+    assert large.is_file()
+    assert maps.is_file()
+    path.write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"the line of step 1 is no depth profile \(no quantity\)"):
+        read_profiles(tmp_path)
 
 
 def test_a_kill_loses_no_earlier_profile_and_a_resumed_run_rewinds(tmp_path: Path) -> None:
