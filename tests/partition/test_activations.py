@@ -168,11 +168,15 @@ def head_bytes(cases: list[dict[str, Any]]) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_the_head_holds_what_is_predicted(tensor: int) -> None:
-    """What it keeps to the byte; its peak to what some numbers a row take."""
+    """What it keeps to the byte; its peak to what some numbers a row take.
+
+    Of what was reduced over ranks, 4 and 8 bytes a row, gloo's thread may let go a moment later.
+    """
     cases = [case for case in HEAD_CASES if case["parallel__tensor"] == tensor]
     for case, (kept, peak) in zip(cases, run_ranks(tensor, head_bytes, cases)[0], strict=True):
         config = small_config(**SHAPE, **case)
         cost = model_costs(config, "torch").head
-        assert kept == cost.logits_bytes, case
-        numbers = 64 * config.data.seq_length * config.training.micro_batch_size
-        assert 0 <= peak - (cost.logits_bytes + cost.working_bytes) < numbers, case
+        tokens = config.data.seq_length * config.training.micro_batch_size
+        reduced = (4 + 8) * tokens if tensor > 1 else 0
+        assert 0 <= kept - cost.logits_bytes <= reduced, case
+        assert 0 <= peak - (cost.logits_bytes + cost.working_bytes) < 64 * tokens, case
