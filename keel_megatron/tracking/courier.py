@@ -68,7 +68,7 @@ class Courier:
         self._say = say
         self.reader = SpoolReader(run)
         self._client: MlflowRun | None = None
-        self._target = Target.of_start(self.reader.session)
+        self._target = Target.of_start(run, self.reader.session)
         self._given_up: set[str] = set()
         self._file_seconds = file_seconds
         self._no_file_since: float | None = None
@@ -161,7 +161,7 @@ class Courier:
     def _send(self, batch: list[Item]) -> None:
         first, values = batch[0], batch[0].values
         if first.kind == "start":
-            self._go_to(Target.of_start(values))
+            self._go_to(Target.of_start(self._run, values))
         client = self._mlflow()
         if first.kind == "start":
             remark = client.start(values["name"], values.get("back_to"), values["time"])

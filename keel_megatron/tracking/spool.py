@@ -4,6 +4,7 @@
                                      (target.py), values, files, tags, rewinds, the ending
     spool/system-HOST.000001.jsonl   a node's own measurements
     spool/delivered.json             how far MLflow has them, replaced in one move
+    spool/target.json                that place, of starts by earlier versions
     spool/lock                       held by the courier that delivers
 
 Only the training process writes a stream and only one courier reads it, so neither waits for the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from keel_megatron.config.run import RunConfig
-from keel_megatron.tracking.spool import SpoolReader
+from keel_megatron.tracking.spool import FOLDER, SpoolReader
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 """How an MLflow run ends: as planned; by an error, or without a word; because it was asked to."""
 
 RUN_ID_FILE = "mlflow_run_id"
+_OLDER_FILE = "target.json"
+"""Where versions whose starts do not name their place kept the run's, in its spool."""
 _PARAM_LENGTH = 6000
 
 
@@ -43,16 +46,26 @@ class Target:
         )
 
     @classmethod
-    def of_start(cls, start: Mapping[str, Any]) -> Target | None:
-        """That of a start in a run's spool, the item's values; None if there is no start."""
-        return cls(**start["target"]) if start else None
+    def of_start(cls, run: Path, start: Mapping[str, Any]) -> Target | None:
+        """That of a start in a run's spool; None if there is no start, or its place is not known.
+
+        Args:
+            run: the run's folder; an earlier version's start has its place there.
+            start: the item's values.
+        """
+        if not start:
+            return None
+        older = run / FOLDER / _OLDER_FILE
+        if "target" not in start and not older.is_file():
+            return None
+        return cls(**(start.get("target") or json.loads(older.read_text(encoding="utf-8"))))
 
     @classmethod
     def newest(cls, run: Path) -> Target | None:
         """That of the newest start in a run's folder; None if it has never reported to MLflow."""
         reader = SpoolReader(run)
         reader.scan()
-        return cls.of_start(reader.last_start)
+        return cls.of_start(run, reader.last_start)
 
     def to_json(self) -> dict[str, Any]:
         """What `of_start` reads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import socket
 import sqlite3
@@ -19,7 +20,7 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from keel_megatron.config import UserError
 from keel_megatron.tracking.courier import Courier, the_only_one
 from keel_megatron.tracking.mlflow_run import MlflowRun
-from keel_megatron.tracking.spool import EVENTS, SpoolWriter, Waiting
+from keel_megatron.tracking.spool import EVENTS, FOLDER, SpoolWriter, Waiting
 from keel_megatron.tracking.sync import add_file, sync
 from keel_megatron.tracking.target import Target, remembered_run_id
 from tests.tracking.samples import config, history, mlflow_client, mlflow_runs
@@ -30,15 +31,21 @@ class Session:
 
     clock = itertools.count(1_700_000_000_000, 1000)
 
-    def __init__(self, run: Any, name: str, back_to: int | None = None, pid: int = 0) -> None:
+    def __init__(
+        self, run: Any, name: str, back_to: int | None = None, pid: int = 0, earlier: bool = False
+    ) -> None:
         self.run = run
         self.folder: Path = run.training.folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.writer = SpoolWriter(self.folder, EVENTS)
-        extra = {} if back_to is None else {"back_to": back_to}
-        target = Target.of(run).to_json()
+        extra: dict[str, Any] = {} if back_to is None else {"back_to": back_to}
+        if earlier:  # as versions did whose starts did not name their place
+            kept = json.dumps(Target.of(run).to_json())
+            (self.folder / FOLDER / "target.json").write_text(kept)
+        else:
+            extra["target"] = Target.of(run).to_json()
         place = {"host": socket.gethostname(), "pid": pid, "born": 0.0}
-        self.put("start", name=name, target=target, **place, **extra)
+        self.put("start", name=name, **place, **extra)
 
     def put(self, kind: str, **values: Any) -> None:
         self.time = next(self.clock)
@@ -265,6 +272,25 @@ def test_every_start_s_points_go_to_the_place_that_it_named(tmp_path: Path) -> N
     assert history(there, new.info.run_id, "loss") == [(2, 4.0)]
     assert new.data.params["tracking.uri"] == there.tracking.uri
     assert said == [f"MLflow has no run {old.info.run_id} any longer: a new one is made"]
+
+
+@pytest.mark.parametrize("delivered", [False, True])
+def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path, delivered: bool) -> None:
+    """Its starts named no place, neither those that wait nor the delivered one: a file did."""
+    there = config(tmp_path, tracking__uri=f"sqlite:///{tmp_path / 'there.db'}")
+    first = Session(there, "a", earlier=True)
+    first.losses({1: 5.0})
+    if delivered:
+        deliver(first.folder)
+    first.losses({2: 4.0})
+    assert f"MLflow ({there.tracking.uri})" in sync(first.folder)[0]
+    here = config(tmp_path)
+    Session(here, "b", back_to=2).losses({3: 3.0})
+    deliver(first.folder)
+    (old,), (new,) = mlflow_runs(there), mlflow_runs(here)
+    assert history(there, old.info.run_id, "loss") == [(1, 5.0), (2, 4.0)]
+    assert history(here, new.info.run_id, "loss") == [(3, 3.0)]
+    assert Target.of_start(tmp_path, {"name": "a"}) is None, "nobody kept it: its disk was full"
 
 
 def test_a_place_that_is_gone_holds_up_no_other(
