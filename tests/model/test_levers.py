@@ -100,15 +100,16 @@ def test_a_users_own_cache_goes_first(tmp_path: Path, monkeypatch: pytest.Monkey
         assert os.environ[compiled.CACHE] == expected
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "overrides"),
     [
-        (1, {"parallel__recompute": "full"}),
+        pytest.param(1, {"parallel__recompute": "full"}, marks=pytest.mark.slow),
         (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}),
-        (2, {"training__precision": "bf16"}),
+        pytest.param(2, {"training__precision": "bf16"}, marks=pytest.mark.slow),
         pytest.param(
-            1, {"training__engine": "deepspeed", "deepspeed__zero_stage": 2}, marks=needs_deepspeed
+            1,
+            {"training__engine": "deepspeed", "deepspeed__zero_stage": 2},
+            marks=[needs_deepspeed, pytest.mark.slow],
         ),
     ],
 )
