@@ -75,6 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         split: Split | None,
         accumulate: bool,
     ) -> Tensor:
+        """See `linear_cross_entropy`."""
         ctx.rows, ctx.split, ctx.accumulate = rows, split, accumulate
         places, foreign = _places(labels.unsqueeze(1), weight.size(0), split)
         whole = _gathered(x, split)
@@ -98,6 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and the weight from those of the losses [n]."""
         x, weight, places, foreign, scale, kept = ctx.saved_tensors
         whole = _gathered(x, ctx.split)
         d = d_losses.unsqueeze(1)

@@ -9,8 +9,8 @@ Source of the backward formulas: y = n g, n = u r, r = (mean(u^2) + eps)^-1/2 gi
     dg = sum over rows of dy n,   du = r (dy g - n mean(dy g n)).
 
 Saved for the backward pass, besides the gains: x', if an inner norm needs it; the sum u, h elements
-of x's type a row (x' itself where no outer norm is); one statistic r a row and norm. Normalised
-values are recomputed.
+of x's type a row (x' itself where no outer norm is); one statistic r a row and norm. The
+backward pass needs no normalised values: it is written in terms of u.
 """
 
 from __future__ import annotations

@@ -98,6 +98,11 @@ def model_costs(config: RunConfig, kernel: Kernel = "triton") -> Costs:
     )
 
 
+def head_pieces(config: RunConfig) -> int:
+    """In how many pieces a micro-batch goes through the output layer and the loss."""
+    return _Shape.of(config).pieces
+
+
 @dataclass(frozen=True)
 class _Shape:
     """One device's share of the shapes of a micro-batch."""
@@ -125,6 +130,7 @@ class _Shape:
 
     @classmethod
     def of(cls, config: RunConfig) -> _Shape:
+        """The sizes of a run."""
         model, tp = config.model, config.parallel.tensor
         seq_length = config.data.seq_length
         tokens = seq_length * config.training.micro_batch_size
@@ -145,6 +151,11 @@ class _Shape:
             rows=min(tokens, config.kernels.rows_at_once(vocabulary)),
             returned=config.training.engine == "deepspeed",
         )
+
+    @property
+    def pieces(self) -> int:
+        """In how many pieces the tokens go through the head."""
+        return -(-self.tokens // self.rows)
 
     def collective_bytes(self) -> float:
         """What a device sends for one all-gather or reduce-scatter of whole activations."""
@@ -254,7 +265,7 @@ def _head(shape: _Shape, kernel: Kernel) -> Cost:
     """Final norm, and output projection and loss in pieces (`kernels/cross_entropy.py`)."""
     t, c, h, v = shape.tokens, shape.c, shape.model.hidden_size, shape.vocabulary
     vectors = h if shape.model.final_norm else 0
-    pieces = -(-t // shape.rows)
+    pieces = shape.pieces
     again = int(pieces > 1)  # the pieces' logits in the backward pass
     flops = head_forward_flops(shape.model, v) * t
     operands = c * (t * (h + v) + pieces * v * h)

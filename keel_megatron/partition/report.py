@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from keel_megatron.partition.costs import head_pieces
 from keel_megatron.partition.memory import GB, StageMemory
 from keel_megatron.partition.plan import Plan
 from keel_megatron.partition.search import Candidate, Found
@@ -118,9 +119,7 @@ def _pieces(plan: Plan) -> str:
     if plan.measured and plan.config.parallel.layout is None:
         counts = ",".join(str(chunk.blocks) for chunk in parts.layout.chunks)
         cut = f"\nA run cuts by predicted times; this cut is parallel.layout=[{counts}]."
-    tokens = plan.config.data.seq_length * plan.config.training.micro_batch_size
-    vocabulary = plan.config.data.vocab_size // plan.config.parallel.tensor
-    head = -(-tokens // plan.config.kernels.rows_at_once(vocabulary))
+    head = head_pieces(plan.config)
     pieces = f" (in {head} pieces, whose logits are made twice)" if head > 1 else ""
     return (
         f"A block takes {seconds(times.block.total)} a micro-batch ({how}), the head as long as "

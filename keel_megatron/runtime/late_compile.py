@@ -44,6 +44,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """The module where it always was, with another loader."""
         if fullname != _MODULE:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -54,5 +55,6 @@ class _Finder(MetaPathFinder):
 
 class _Loader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
+        """The module as it is, with `compile_late` for its decorator."""
         super().exec_module(module)
         module.jit_fuser = compile_late  # type: ignore[attr-defined]

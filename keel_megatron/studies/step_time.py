@@ -254,6 +254,7 @@ def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
     product = torch.empty_like(a)
 
     def seconds(call: Callable[[], Tensor]) -> float:
+        """The fastest of some calls."""
         times = []
         for _ in range(7):
             if cuda:

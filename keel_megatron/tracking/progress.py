@@ -204,6 +204,7 @@ class _Rate:
         self.last = 0.0
 
     def seconds_a_step(self, record: StepRecord) -> float:
+        """Mean so far, after this step; the first one is left out."""
         now = self._clock()
         if self._first is None:
             # The first step has compilation and allocation in it: it starts the measurement.
