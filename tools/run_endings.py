@@ -242,13 +242,13 @@ CASES = [
     Case(
         "not finite, guard.limit of skips",
         "alone",
-        (2, "FAILED"),
+        (65, "FAILED"),
         overrides=(*SPIKES, "guard.action=skip"),
     ),
     Case(
         "not finite, guard.limit of rollbacks",
         "alone",
-        (2, "FAILED"),
+        (65, "FAILED"),
         overrides=(*SPIKES, "guard.action=rollback"),
         resumed=2,
     ),

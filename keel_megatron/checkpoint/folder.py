@@ -90,7 +90,11 @@ def publish(partial: Path, *, damaged: bool = False) -> Path:
 
 
 def prune(
-    run_folder: Path, keep: int, keep_every: int = 0, spare: Collection[int] = ()
+    run_folder: Path,
+    keep: int,
+    keep_every: int = 0,
+    spare: Collection[int] = (),
+    anomaly: int | None = None,
 ) -> list[Path]:
     """Remove all but the newest `keep` checkpoints and those kept for good; the removed ones.
 
@@ -99,11 +103,14 @@ def prune(
         keep: how many of the newest stay.
         keep_every: checkpoints of multiples of so many steps stay too; 0 = none.
         spare: steps of damaged ones: neither counted nor removed.
+        anomaly: step at which training went wrong, if it did lately (`training.guard.Guard`): the
+            newest checkpoint from before it stays too.
     """
     good = [step for step in steps(run_folder) if step not in spare]
+    before = max((step for step in good if anomaly is not None and step < anomaly), default=None)
     removed = []
     for step in good[:-keep]:
-        if keep_every and step % keep_every == 0:
+        if step == before or (keep_every and step % keep_every == 0):
             continue
         path = step_folder(run_folder, step)
         remove(path)

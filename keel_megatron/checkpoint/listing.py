@@ -109,6 +109,7 @@ def describe(run_folder: Path, step: int | None) -> list[str]:
 def prune_run(run_folder: Path, keep: int, keep_every: int, *, damaged: bool) -> list[Path]:
     """Remove old checkpoints, judged by reading all of them; the removed ones.
 
+    After an anomaly that the newest good one knows of, the newest from before it stays.
     Not for a run that is being trained now: what it writes at this moment looks half-written.
 
     Args:
@@ -123,13 +124,22 @@ def prune_run(run_folder: Path, keep: int, keep_every: int, *, damaged: bool) ->
     bad = [entry for entry in entries(run_folder, read_all=True) if entry.problem is not None]
     spare = {entry.step for entry in bad if entry.step is not None}
     try:
-        removed = folder.prune(run_folder, keep, keep_every, spare)
+        removed = folder.prune(run_folder, keep, keep_every, spare, _anomaly(run_folder, spare))
         for entry in reversed(bad) if damaged else []:
             folder.remove(entry.path)
             removed.append(entry.path)
     except OSError as error:
         raise UserError(f"cannot remove {error.filename}: {error.strerror}") from None
     return removed
+
+
+def _anomaly(run_folder: Path, spare: set[int]) -> int | None:
+    """Step at which training went wrong lately, as the guard had it in the newest good one."""
+    good = [step for step in folder.steps(run_folder) if step not in spare]
+    if not good:
+        return None
+    guard = read_json(folder.step_folder(run_folder, good[-1]) / STATE)["extras"].get("guard", {})
+    return guard.get("anomaly")  # absent in older checkpoints
 
 
 def _description(path: Path, files: int, state: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ def rank_of(name: str) -> int | None:
 def write_checked(path: Path, blocks: Iterable[Any]) -> FileRecord:
     """Write a file from buffers, sync it, read it again and compare.
 
+    What it promises: fsync has returned, and what the file system then gave back is what was
+    written. On Linux the pages are dropped from this machine's cache before they are read, so a
+    local file comes back from the device, a network file from its server. Below that nothing can
+    be promised: the caches of a disk, a controller or a server answer for themselves. Where the
+    kernel takes no such advice (macOS, tmpfs) it is the cache that is read.
+
     Raises:
         OSError: it cannot be written, or does not read back as it was written.
     """
@@ -71,10 +78,18 @@ def write_checked(path: Path, blocks: Iterable[Any]) -> FileRecord:
             checksum = zlib.crc32(block, checksum)
         stream.flush()
         os.fsync(stream.fileno())
+        _forget(stream.fileno())
     written = FileRecord(size, f"{checksum:08x}")
     if (found := _record(path)) != written:
         raise OSError(None, f"reads back as {found}, was written as {written}", str(path))
     return written
+
+
+def _forget(descriptor: int) -> None:
+    """Drop a synced file's pages from the cache, as far as the system takes the advice."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_json(path: Path, content: Any) -> FileRecord:

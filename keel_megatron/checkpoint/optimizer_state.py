@@ -34,25 +34,36 @@ def sharded_optimizer_state(
 
 
 def load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
-    """Restore the optimizer's groups and step, then masters and moments.
+    """Restore the optimizer's step, then masters and moments.
+
+    The groups' settings (betas, epsilon, decay) stay as they are here: a run may change them
+    between two starts, and torch's own `load_state_dict` would take those of the checkpoint.
 
     With torch's AdamW, which counts its steps per parameter, the distributed optimizer looks in one
     call for `step` among the sharded tensors, where it is not, so it is set aside while those are
     loaded; and it gives all parameters one and the same counter, which each of them would then
     advance.
     """
-    sharded = loaded.pop("param_state", None)
-    if sharded is None:
-        optimizer.load_state_dict(loaded)
-        return
     (inner,) = optimizer.chained_optimizers
-    _complete_groups(loaded["optimizer"]["param_groups"], inner.optimizer.param_groups)
+    own = [_settings(group) for group in inner.optimizer.param_groups]
+    sharded = loaded.pop("param_state", None)
+    if sharded is not None:
+        _complete_groups(loaded["optimizer"]["param_groups"], own)
     optimizer.load_state_dict(loaded)
+    for group, settings in zip(inner.optimizer.param_groups, own, strict=True):
+        group.update(settings)
+    if sharded is None:
+        return
     states = inner.optimizer.state.values()
     steps = [state.pop("step") for state in states]
     inner.load_parameter_state_from_fully_reshardable(sharded)
     for state, step in zip(states, steps, strict=True):
         state["step"] = step.clone()
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """A group's settings, without its parameters and the step that some Adams keep there."""
+    return {key: value for key, value in group.items() if key not in ("params", "step")}
 
 
 def _complete_groups(loaded: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
@@ -63,5 +74,4 @@ def _complete_groups(loaded: list[dict[str, Any]], own: list[dict[str, Any]]) ->
     for group in loaded:
         like = next(g for g in own if g["wd_mult"] == group["wd_mult"])
         for key, value in like.items():
-            if key not in ("params", "step"):
-                group.setdefault(key, value)
+            group.setdefault(key, value)

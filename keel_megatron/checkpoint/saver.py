@@ -14,9 +14,9 @@ from typing import Any
 from keel_megatron.checkpoint import folder, manifest
 from keel_megatron.checkpoint.manifest import FileRecord, shards_name
 from keel_megatron.checkpoint.shard_file import blocks
-from keel_megatron.checkpoint.sharding import Place, index
+from keel_megatron.checkpoint.sharding import NotFiniteError, Place, index
 from keel_megatron.checkpoint.state import Position, Snapshot, Trained, snapshot
-from keel_megatron.config.errors import UserError
+from keel_megatron.config.errors import DivergedError, UserError
 from keel_megatron.config.load import dump_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.runtime.distributed import Runtime
@@ -35,6 +35,8 @@ class _Report:
     places: dict[str, Place] | None = None
     error: str | None = None
     no_space: bool = False
+    not_finite: str | None = None
+    """Name of a tensor that holds NaN or infinity."""
 
 
 class _Writer(threading.Thread):
@@ -47,11 +49,13 @@ class _Writer(threading.Thread):
         self.report = _Report(error="was not written")
 
     def run(self) -> None:
-        """Write, sync and check."""
+        """Write, sync and check; the values too."""
         content = self._content
         metadata = {"format": "pt", "rank_state": content.rank_state}
         try:
             record = manifest.write_checked(self._path, blocks(content.parts, metadata))
+        except NotFiniteError as error:
+            self.report = _Report(error=f"{error} is not finite", not_finite=str(error))
         except OSError as error:
             text = f"{error.strerror} ({self._path.name})"
             self.report = _Report(error=text, no_space=error.errno in _NO_SPACE)
@@ -80,7 +84,9 @@ class Saver:
     A save copies the state to the host's memory and returns; a thread of each rank writes its file,
     syncs it and reads it again. At the first step after all are done, rank 0 writes the rest, the
     manifest last, and renames the folder. Until then the checkpoint does not exist, and only then
-    are older ones removed. With checkpoint.asynchronous = false, `save` does all of it.
+    are older ones removed. One with a weight, master or moment that is not finite is never
+    published: the run stops, whatever checkpoint.on_error is, since no later one could be better.
+    With checkpoint.asynchronous = false, `save` does all of it.
 
     Args:
         config: the run.
@@ -110,6 +116,8 @@ class Saver:
         self._is_first = True
         self.failure: str | None = None
         """Why the newest save failed; None if it did not."""
+        self.anomaly: int | None = None
+        """Step at which training went wrong, if it did lately; see `folder.prune`."""
 
     def save(
         self,
@@ -120,6 +128,7 @@ class Saver:
         """Begin the checkpoint of `position`, after the one that may still be on its way.
 
         Raises:
+            DivergedError: a weight, or what the optimizer keeps of it, is not finite.
             UserError: it cannot be written, and checkpoint.on_error is stop.
         """
         self.finish()
@@ -154,6 +163,7 @@ class Saver:
         """Publish the checkpoint on its way if every rank has written its file.
 
         Raises:
+            DivergedError: a weight, or what the optimizer keeps of it, is not finite.
             UserError: it could not be written, and checkpoint.on_error is stop.
         """
         if self._pending is None:
@@ -168,6 +178,7 @@ class Saver:
         """Wait for the checkpoint on its way, and publish it.
 
         Raises:
+            DivergedError: a weight, or what the optimizer keeps of it, is not finite.
             UserError: it could not be written, and checkpoint.on_error is stop.
         """
         if self._pending is not None:
@@ -204,6 +215,9 @@ class Saver:
         assert pending is not None
         self._pending = None
         reports = self._runtime.gather(pending.writer.report)
+        diverged = self._runtime.from_main(lambda: self._judge(pending, reports))
+        if diverged is not None:
+            raise DivergedError(diverged, reported=not self._runtime.is_main)
         problem = self._runtime.from_main(lambda: self._publish(pending, reports))
         if problem is not None:
             self._fail(problem)
@@ -220,6 +234,20 @@ class Saver:
         )
         self._progress(f"the save of step {step}")
         self._tracker.say(f"saved {folder.step_folder(self._config.training.folder, step)}")
+
+    def _judge(self, pending: _Pending, reports: list[_Report]) -> str | None:
+        """Rank 0: what to say if a rank's state is not finite; the folder is removed then."""
+        found = [(n, r.not_finite) for n, r in enumerate(reports) if r.not_finite is not None]
+        if not found:
+            return None
+        step = pending.content.position.step
+        shutil.rmtree(folder.partial_folder(self._config.training.folder, step), ignore_errors=True)
+        rank, name = found[0]
+        return (
+            f"training has diverged: {name} is not finite (rank {rank}; {len(found)} of "
+            f"{len(reports)} ranks have such a tensor), so the checkpoint of step {step} is not "
+            "kept. Lower optimizer.learning_rate"
+        )
 
     def _publish(self, pending: _Pending, reports: list[_Report]) -> str | None:
         """Rank 0: complete the folder and rename it; or why that is not possible."""
@@ -261,7 +289,11 @@ class Saver:
         settings = self._config.checkpoint
         try:
             folder.prune(
-                self._config.training.folder, settings.keep, settings.keep_every, self._damaged
+                self._config.training.folder,
+                settings.keep,
+                settings.keep_every,
+                self._damaged,
+                self.anomaly,
             )
         except OSError as error:
             self._tracker.say(f"cannot remove {error.filename}: {error.strerror}")

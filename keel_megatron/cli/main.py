@@ -26,7 +26,7 @@ from keel_megatron.cli import (
     track,
     train,
 )
-from keel_megatron.config.errors import ConfigError, UserError
+from keel_megatron.config.errors import ConfigError, DivergedError, UserError
 from keel_megatron.runtime import exit_codes
 
 
@@ -84,7 +84,10 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one message and exit code 2, no traceback."""
+    """Run the command line; a user's mistake is one message and exit code 2, no traceback.
+
+    Training that has diverged ends the same way, with 65.
+    """
     if exit_codes.is_mistake():  # torchrun starts it again all the same
         sys.exit(exit_codes.USER_ERROR)
     try:
@@ -92,6 +95,8 @@ def main() -> None:
     except UserError as error:
         if not _said_by_another_rank(error):
             print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, DivergedError):
+            sys.exit(exit_codes.for_torchrun(exit_codes.DIVERGED))
         exit_codes.note_mistake()
         sys.exit(exit_codes.USER_ERROR)
 

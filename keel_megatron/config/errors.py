@@ -21,6 +21,10 @@ class UserError(Exception):
         self.reported = reported
 
 
+class DivergedError(UserError):
+    """Training has diverged and stops: the command prints the message alone and exits with 65."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong with a configuration."""

@@ -14,14 +14,17 @@ class GuardConfig(Section):
 
     action: Literal["off", "warn", "skip", "rollback"] = Field(
         default="warn",
-        description="For a step that is not finite or spikes: warn = report it and take it; skip = "
-        "leave weights and optimizer as they are; rollback = return to the last checkpoint and "
-        "jump over all batches since then.",
+        description="For a step whose loss or gradient norm spikes: off = spikes are not looked "
+        "for; warn = report it and take it; skip = leave weights and optimizer as they are; "
+        "rollback = return to the last checkpoint and jump over all batches since then. A step "
+        "that is not finite is never taken: rollback does the same there, the others skip it.",
     )
     window: int = Field(
         default=128,
         ge=8,
-        description="Latest accepted steps whose median and spread a spike is measured by.",
+        description="Latest accepted steps whose median and spread a spike is measured by. After "
+        "a spike or a step that is not finite, so many more must be accepted before the newest "
+        "checkpoint from before it may be removed.",
     )
     min_steps: int = Field(
         default=32, ge=8, description="Accepted steps before spikes are looked for."
@@ -36,7 +39,7 @@ class GuardConfig(Section):
         default=5,
         gt=0,
         description="Skips in a row, or rollbacks within limit_steps, that are borne; one more "
-        "ends the run.",
+        "ends the run with 65.",
     )
     limit_steps: int = Field(
         default=1000, gt=0, description="Steps in which rollbacks are counted against the limit."

@@ -71,7 +71,12 @@ class CheckpointConfig(Section):
     every: int = Field(
         default=0, ge=0, description="Steps between checkpoints; 0 = only at the end."
     )
-    keep: int = Field(default=2, gt=0, description="Newest checkpoints that are kept.")
+    keep: int = Field(
+        default=2,
+        gt=0,
+        description="Newest checkpoints that are kept; beside them the newest from before a recent "
+        "spike or a step that is not finite (guard.window).",
+    )
     keep_every: int = Field(
         default=0,
         ge=0,
@@ -86,7 +91,8 @@ class CheckpointConfig(Section):
     on_error: Literal["stop", "continue"] = Field(
         default="stop",
         description=(
-            "When a checkpoint cannot be written: stop the run, or go on and try again at the next."
+            "When a checkpoint cannot be written: stop the run, or go on and try again at the "
+            "next. One that would hold NaN or infinity always stops it, with 65."
         ),
     )
 

@@ -145,6 +145,9 @@ def _told(
         return "saved", "", ""
     if code is not None and code in exit_codes.FINAL and code > 128:
         return "saved", signal.Signals(code - 128).name, ""
+    if code == exit_codes.DIVERGED:
+        why = _last_error(log, 0.0) or "training has diverged"
+        return "failed", "", f"{why} (code {code})"
     if code is not None:
         return "failed", "", f"it ended with code {code}"
     # Whatever an earlier start left behind is older than what the latest one has written.
@@ -188,12 +191,14 @@ def _watchdog_seconds(settings: dict[str, Any]) -> float:
 def _of_training(last: dict[str, Any], log: list[tuple[float, str]]) -> list[str]:
     """What is wrong with the training itself."""
     found = []
-    loss, skipped = last.get("loss", 0.0), last.get("skipped_steps", 0)
-    if not math.isfinite(loss):
-        found.append(f"the loss is {loss}")
+    skipped = last.get("skipped_steps", 0)
+    for field_name, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
+        value = last.get(field_name, 0.0)
+        if not math.isfinite(value):
+            found.append(f"the {name} is {value}")
     guard = [text for _time, text in log if text.startswith("guard, step ")]
     if skipped:
-        found.append(f"the guard has left out {skipped} step(s)")
+        found.append(f"the updates of {skipped} step(s) were left out")
     if guard:
         found.append(guard[-1])
     return found

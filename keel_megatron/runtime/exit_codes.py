@@ -5,16 +5,17 @@
 | 0 | is done | nothing |
 | 1 | failed with an error | start the group again: it goes on from its newest checkpoint |
 | 2 | met a mistake that only its user can mend | nothing |
+| 65 | diverged: `guard.limit` reached, or weights that are not finite | nothing |
 | 70 | hung, and its watchdog ended it | start the group again |
 | 75 | saved, on SIGUSR1 or at `training.exit_after` | submit the job again |
 | 129, 130, 143 | saved, on SIGHUP, SIGINT or SIGTERM | what the sender of the signal has in mind |
 | other 128 + n | was killed by signal n | start the group again |
 
-70 and 75 are EX_SOFTWARE and EX_TEMPFAIL of sysexits.h.
+65, 70 and 75 are EX_DATAERR, EX_SOFTWARE and EX_TEMPFAIL of sysexits.h.
 
 torchrun hides them: it starts a group again after any code but 0, and itself ends with 1 then. So
 under a torchrun with restarts left to give, a run that was saved leaves with 0; and in any case the
-code stands in the file `exit_code` of the run's folder, which is absent after a failure. A user's
+code stands in the file `exit_code` of the run's folder, which is absent after an error. A user's
 mistake may be about that folder: it is noted in a file of the launcher's, `$KEEL_MISTAKE_FILE`.
 That ends the next starts at once, and the launcher with 2.
 """
@@ -27,11 +28,12 @@ from pathlib import Path
 DONE = 0
 FAILED = 1
 USER_ERROR = 2
+DIVERGED = 65
 HUNG = 70
 SAVED = 75
 INTERRUPTED = 130
 
-FINAL = frozenset({DONE, USER_ERROR, SAVED, 129, INTERRUPTED, 143})
+FINAL = frozenset({DONE, USER_ERROR, DIVERGED, SAVED, 129, INTERRUPTED, 143})
 """Codes after which the same command, started again at once, is not what is wanted."""
 
 FILE = "exit_code"

@@ -7,7 +7,6 @@ micro-batches but the last.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -64,7 +63,7 @@ class DeepSpeedEngine:
         accept: Callable[[StepResult], bool] = lambda _result: True,
         depth: DepthObserver | None = None,
     ) -> StepResult:
-        """As `MegatronEngine.train_step`; but an update of no finite norm is never made."""
+        """As `Engine.train_step`."""
         model = self._model
         assert count == model.gradient_accumulation_steps(), count
         model.train()
@@ -84,7 +83,7 @@ class DeepSpeedEngine:
         result = StepResult(self._mean(total, count), self._zero.gradient_norm())
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        accepted = accept(result) and math.isfinite(result.grad_norm)
+        accepted = accept(result) and result.finite
         with nullcontext() if accepted else _refusing(self._optimizer):
             model.step()
         if depth is not None:

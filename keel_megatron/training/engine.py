@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,7 +35,12 @@ class StepResult:
     loss: float
     """Mean cross entropy of the global batch, in nats per token."""
     grad_norm: float
-    """Global gradient norm before clipping."""
+    """Global gradient norm before clipping, whether anything is clipped or not."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether both are; else the update is never made."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class DepthObserver(Protocol):
@@ -73,8 +79,8 @@ class Engine(Protocol):
         """Forward, backward and update on this replica's `count` micro-batches.
 
         The update, with all that the optimizer keeps, is left out unless `accept` is true of what
-        the passes gave; it must say the same on every rank. `depth` observes the step, if it is
-        given.
+        the passes gave and that is finite; `accept` must say the same on every rank. `depth`
+        observes the step, if it is given.
         """
 
     def validate(self, micro_batches: Iterable[Batch], count: int) -> float:
@@ -142,7 +148,7 @@ class MegatronEngine:
             depth.before_update()
         self.optimizer.prepare_grads()
         result = StepResult(loss, float(self.optimizer.get_grad_norm()))
-        if accept(result):
+        if accept(result) and result.finite:
             self._update(result.grad_norm, learning_rate)
         if depth is not None:
             depth.after_update()

@@ -1,4 +1,8 @@
-"""Judges every step before its update: not finite, or a spike; and what to do about it."""
+"""Judges every step before its update: not finite, or a spike; and what to do about it.
+
+An update whose loss or gradient norm is not finite is never made, whatever `guard.action` is: it is
+left out, or the run is rolled back. `guard.action` decides about spikes.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from keel_megatron.config.errors import UserError
+from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.guard import GuardConfig
 
 _NORMAL = 1.4826
@@ -55,6 +59,9 @@ class Guard:
     Attributes:
         skipped: steps whose update was left out so far in the run.
         rollbacks: steps at which the run was taken back.
+        anomaly: the first step with a finding that is not over yet: it is when `guard.window`
+            steps were accepted after the latest finding. None if there is none. Retention keeps
+            the newest checkpoint from before it (checkpoint/folder.py).
     """
 
     def __init__(self, config: GuardConfig, *, reported: bool = False) -> None:
@@ -66,6 +73,9 @@ class Guard:
         self._in_a_row = 0
         self.skipped = 0
         self.rollbacks: list[int] = []
+        self.anomaly: int | None = None
+        self._accepted = 0
+        """Steps since the latest finding; counts while there is an anomaly."""
 
     @property
     def action(self) -> str:
@@ -73,13 +83,16 @@ class Guard:
         return self._config.action
 
     def judge(self, loss: float, grad_norm: float) -> Finding | None:
-        """What is wrong with a step of this loss and gradient norm, if anything."""
-        if self.action == "off":
-            return None
+        """What is wrong with a step of this loss and gradient norm, if anything.
+
+        With guard.action = off spikes are not looked for.
+        """
         values = {"loss": loss, "grad_norm": grad_norm}
         for quantity, value in values.items():
             if not math.isfinite(value):
                 return Finding(quantity, value, math.nan, math.inf)
+        if self.action == "off":
+            return None
         for quantity, value in values.items():
             window = self._windows[quantity]
             if len(window) < self._config.min_steps:
@@ -90,30 +103,47 @@ class Guard:
         return None
 
     def taken(self, loss: float, grad_norm: float) -> None:
-        """The step was taken: it belongs to the window from now on, if it is finite."""
+        """The step was accepted: it belongs to the window from now on."""
         self._in_a_row = 0
-        if self.action == "off":
-            return
-        for quantity, value in (("loss", loss), ("grad_norm", grad_norm)):
-            if math.isfinite(value):
-                self._windows[quantity].append(value)
+        self._windows["loss"].append(loss)
+        self._windows["grad_norm"].append(grad_norm)
+        if self.anomaly is not None:
+            self._accepted += 1
+            if self._accepted >= self._config.window:
+                self.anomaly = None
 
-    def skip(self, step: int, finding: Finding) -> None:
-        """The step's update is left out.
+    def makes_update(self, finding: Finding) -> bool:
+        """Whether a step with this finding is taken all the same: a spike that is only reported."""
+        return finding.finite and self.action == "warn"
+
+    def note(self, step: int, finding: Finding) -> None:
+        """Count a step with this finding; for a rollback, `roll_back` does the rest.
 
         Raises:
-            UserError: that happened too often in a row.
+            DivergedError: too many updates were left out in a row.
         """
+        self.anomaly = step if self.anomaly is None else self.anomaly
+        self._accepted = 0
+        if self.makes_update(finding):
+            self._in_a_row = 0
+        elif self.action != "rollback":
+            self._skip(step, finding)
+
+    def _skip(self, step: int, finding: Finding) -> None:
         self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row > self._config.limit:
-            self._give_up(f"step {step} would be skip number {self._in_a_row} in a row", finding)
+            self._give_up(
+                f"the update of step {step} would be number {self._in_a_row} in a row to be left "
+                "out",
+                finding,
+            )
 
     def roll_back(self, step: int, finding: Finding) -> None:
         """The run is taken back from this step.
 
         Raises:
-            UserError: that happened too often lately.
+            DivergedError: that happened too often lately.
         """
         self.rollbacks.append(step)
         lately = [s for s in self.rollbacks if s > step - self._config.limit_steps]
@@ -122,9 +152,10 @@ class Guard:
             self._give_up(f"step {step} would be rollback number {len(lately)} {within}", finding)
 
     def _give_up(self, what: str, finding: Finding) -> None:
-        raise UserError(
-            f"guard.limit: {what} ({finding}); {self._config.limit} are borne. Lower optimizer."
-            "learning_rate, raise guard.threshold, or look at what the reports above name",
+        raise DivergedError(
+            f"training has diverged: {what} ({finding}), and guard.limit = {self._config.limit}. "
+            "Lower optimizer.learning_rate, raise guard.threshold if these are spikes, or look at "
+            "what the reports above name",
             reported=self._reported,
         )
 
@@ -135,6 +166,8 @@ class Guard:
             "in_a_row": self._in_a_row,
             "skipped": self.skipped,
             "rollbacks": list(self.rollbacks),
+            "anomaly": self.anomaly,
+            "accepted": self._accepted,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -144,6 +177,13 @@ class Guard:
         self._in_a_row = state["in_a_row"]
         self.skipped = state["skipped"]
         self.rollbacks = list(state["rollbacks"])
+        self.anomaly = state.get("anomaly")  # absent in older checkpoints
+        self._accepted = state.get("accepted", 0)
+
+    def outlast(self, before: dict[str, Any]) -> None:
+        """Keep, of the state `before` a rollback, what restoring a checkpoint must not undo."""
+        self.rollbacks = list(before["rollbacks"])
+        self.anomaly, self._accepted = before["anomaly"], before["accepted"]
 
 
 def robust_z(value: float, window: deque[float]) -> tuple[float, float]:

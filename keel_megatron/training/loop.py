@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -12,11 +13,11 @@ from typing import Any, Protocol
 
 import torch
 
-from keel_megatron.checkpoint import state
+from keel_megatron.checkpoint import folder, state
 from keel_megatron.checkpoint.find import newest_good
 from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.checkpoint.state import Position
-from keel_megatron.config.errors import UserError
+from keel_megatron.config.errors import DivergedError, UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch, BatchSource
 from keel_megatron.model.compiled import compile_report
@@ -80,7 +81,17 @@ class Loop:
 
         Returns:
             The exit code, the same on every rank: 0, or that of the request to stop.
+
+        Raises:
+            DivergedError: training has diverged; the checkpoint that was on its way is written.
+            UserError: a checkpoint cannot be written, and checkpoint.on_error is stop.
         """
+        try:
+            return self._run(stop)
+        except DivergedError as error:
+            raise self._diverged(error) from None
+
+    def _run(self, stop: StopRequest) -> int:
         steps = self.config.training.steps
         stopping = exit_codes.DONE
         if self.guard.action == "rollback" and self.position.step == 0:
@@ -91,6 +102,8 @@ class Loop:
             self.saver.poll()
             stopping = self.runtime.max(stop.exit_code)
             last = self.position.step == steps
+            if last:
+                stopping = exit_codes.DONE  # there is nothing left to stop
             if last or (self._due(self.config.training.validate_every) and not stopping):
                 self._validate()
             if last or stopping or self._due(self.config.checkpoint.every):
@@ -104,6 +117,26 @@ class Loop:
             )
         return stopping
 
+    def _diverged(self, error: DivergedError) -> DivergedError:
+        """The error, with what there is to go on from once the save on its way is done."""
+        text = str(error)
+        try:
+            self.saver.finish()
+        except UserError as unsaved:
+            text += f"\n{unsaved}"
+        run_folder, first = self.config.training.folder, self.guard.anomaly
+        steps = folder.steps(run_folder)
+        newest = folder.latest(run_folder)
+        text += f"\nnewest checkpoint: {newest or 'none'}"
+        before = [step for step in steps if first is not None and step < first]
+        if before and before[-1] != steps[-1]:
+            text += (
+                f"; the newest from before the trouble, which began at step {first}: "
+                f"{folder.step_folder(run_folder, before[-1])} (to go on from it, move the later "
+                "ones away)"
+            )
+        return DivergedError(text, reported=not self.runtime.is_main)
+
     def restore(self, checkpoint: Path) -> None:
         """Go back, or on, to a checkpoint: all of its state, and the position.
 
@@ -116,6 +149,7 @@ class Loop:
                 part.restore(loaded.extras[name])
         self.position = loaded.position
         self.saved_step = loaded.position.step
+        self.saver.anomaly = self.guard.anomaly
 
     def save(self) -> None:
         """Begin a checkpoint of the current position, unless there is one already."""
@@ -148,11 +182,14 @@ class Loop:
                 self.guard.taken(result.loss, result.grad_norm)
                 return True
             findings.append(finding)
-            return self._answer(step, finding, locate.describe(self.engine, batches, result.loss))
+            self._report(step, finding, locate.describe(self.engine, batches, result.loss))
+            self.guard.note(step, finding)
+            return self.guard.makes_update(finding)
 
         depth = self._depth_collector(step)
         result = self.engine.train_step(batches, len(batches), rate, accept, depth)
         profile = None if depth is None else depth.profile(step)
+        self.saver.anomaly = self.guard.anomaly
         self.position = Position(step, position.consumed_samples + batch_size)
         self.watchdog.mark(f"step {step}")
         if findings and self.guard.action == "rollback":
@@ -169,13 +206,12 @@ class Loop:
             self.tracker.depth(profile)
         return True
 
-    def _answer(self, step: int, finding: Finding, where: str) -> bool:
-        """Report what the guard has found at a step; whether the step is taken all the same."""
+    def _report(self, step: int, finding: Finding, where: str) -> None:
+        """Say what the guard has found at a step, and what becomes of its update."""
         action = self.guard.action
-        self.tracker.say(f"guard, step {step} ({action}): {finding}; {where}")
-        if action == "skip":
-            self.guard.skip(step, finding)
-        return action == "warn"
+        left_out = action != "rollback" and not self.guard.makes_update(finding)
+        outcome = ", its update is left out" if left_out else ""
+        self.tracker.say(f"guard, step {step} ({action}): {finding}{outcome}; {where}")
 
     def _roll_back(self, step: int, finding: Finding) -> None:
         """Return to the last checkpoint, and go on with the data after this step's batch.
@@ -184,7 +220,7 @@ class Loop:
         step again. Should the run be killed before its next checkpoint, it repeats all this.
         """
         self.guard.roll_back(step, finding)
-        rollbacks, consumed = self.guard.rollbacks, self.position.consumed_samples
+        before, consumed = self.guard.state(), self.position.consumed_samples
         self.saver.finish()
         run_folder, every = self.config.training.folder, self.config.checkpoint.every
         # Not one that a signal made: whether there was a signal must make no difference.
@@ -200,7 +236,8 @@ class Loop:
             self.tracker.say(remark)
         self.saver.set_aside(found.damaged)
         self.restore(found.path)
-        self.guard.rollbacks = rollbacks
+        self.guard.outlast(before)
+        self.saver.anomaly = self.guard.anomaly
         restored, self.position = self.position, Position(self.position.step, consumed)
         self.tracker.rewind(restored.step)
         self.watchdog.mark(f"the rollback to step {restored.step}")
@@ -227,6 +264,13 @@ class Loop:
                 consumed_tokens=position.consumed_samples * self.config.data.seq_length,
             )
         )
+        if position.step == self.config.training.steps and not math.isfinite(self.validation_loss):
+            # The guard cannot speak of it any more: there is no further step.
+            raise DivergedError(
+                f"training has diverged: the last validation loss is {self.validation_loss}, and "
+                f"step {position.step} is not saved. Lower optimizer.learning_rate",
+                reported=not self.runtime.is_main,
+            )
 
 
 def step_record(
@@ -247,7 +291,7 @@ def step_record(
         result: the step's.
         rate: learning rate that it was taken with.
         seconds: its duration.
-        skipped: steps so far whose update the guard has left out.
+        skipped: steps so far whose update was left out.
     """
     seq_length = config.data.seq_length
     tokens_per_second = config.training.global_batch_size * seq_length / seconds

@@ -16,6 +16,7 @@ from keel_megatron.checkpoint.identity import check_folder, check_identity, clai
 from keel_megatron.checkpoint.manifest import CONFIG
 from keel_megatron.checkpoint.plain import from_json
 from keel_megatron.checkpoint.saver import Saver
+from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import (
@@ -77,6 +78,7 @@ def run_training(
         ConfigError: the configuration is wrong, or does not fit the number of processes.
         UserError: the text, the run's folder or the device is not as the configuration says, or
             the nodes do not fit together.
+        DivergedError: training has diverged.
     """
     end_with_launcher()
     launch = Launch.from_environment()
@@ -108,7 +110,12 @@ def run_training(
                 for remark in [*remarks, *found.remarks]:
                     tracker.say(remark)
                 with measured_machine(config, runtime.launch.local_rank):
-                    code = _train(config, runtime, tracker, found, stop, before_step)
+                    try:
+                        code = _train(config, runtime, tracker, found, stop, before_step)
+                    except DivergedError:
+                        if runtime.is_main:
+                            exit_codes.write(config.training.folder, exit_codes.DIVERGED)
+                        raise
                 if code != exit_codes.DONE:
                     tracker.close("KILLED")
             # Together: a launcher takes the first that leaves for the sign to end the others.

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -19,8 +19,8 @@ SIGNAL_FILE = "KEEL_SIGNAL_FILE"
 that is still importing would die of it or miss it, and torchrun would start it again."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SAME_SECONDS = 1.0
-"""The same signal again within so many seconds is the same request: a scheduler signals every
-process of a job, and a launcher hands on what it was sent."""
+"""A signal that comes again within so many seconds of its first is the same request: a scheduler
+signals every process of a job, and a launcher hands on what it was sent."""
 
 
 class StopRequest:
@@ -52,6 +52,10 @@ class StopRequest:
 @contextmanager
 def stop_requests(exit_after: float | None = None) -> Iterator[StopRequest]:
     """Within the block the signals only set the request; the same one again ends the process.
+
+    The first signal is the request, and says so on standard error (once a node). Any signal that
+    comes more than SAME_SECONDS after its own first ends the process at once, whatever else has
+    come between: SIGTERM, then Ctrl-C is still one request, and Ctrl-C once more ends it.
 
     That must also work while the main thread waits inside a collective, where Python runs no signal
     handler. So a thread of its own takes the signals' numbers, which the interpreter's C handler
@@ -97,19 +101,34 @@ def _handed_on() -> signal.Signals | None:
 
 
 def _listen(receiver: socket.socket, request: StopRequest) -> None:
-    """Set the request at the first signal; end the process when that signal comes again."""
-    first = time.monotonic()  # a launcher may have noted it already
+    """Set the request at the first signal; end the process when one comes again."""
+    first: dict[int, float] = {}
+    if request.signal is not None:  # a launcher has noted it already
+        first[request.signal] = time.monotonic()
     while numbers := receiver.recv(16):
         for number in numbers:
             if number not in SIGNALS:
                 continue
             if request.signal is None:
                 request.signal = signal.Signals(number)
-                first = time.monotonic()
-            elif request.signal == number and time.monotonic() - first > SAME_SECONDS:
+                _acknowledge(request.signal)
+            if number not in first:
+                first[number] = time.monotonic()
+            elif time.monotonic() - first[number] > SAME_SECONDS:
                 if request.last_word is not None:
                     request.last_word()
                 os._exit(exit_codes.to_shell(-number))
+
+
+def _acknowledge(number: signal.Signals) -> None:
+    """Say that the signal was heard: a step and a save may take minutes."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        text = (
+            f"{number.name}: stopping after this step, with a checkpoint; {number.name} again "
+            "ends the run at once\n"
+        )
+        with suppress(OSError):  # nobody may read it any more
+            os.write(2, text.encode())
 
 
 def launched_at() -> float:

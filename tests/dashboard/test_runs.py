@@ -167,7 +167,7 @@ def test_what_is_wrong_with_the_training_is_told(tmp_path: Path) -> None:
     log(run, "guard, step 9 (skip): the loss is nan; from sub-layer 3")
     assert only(run).problems == [
         "the loss is nan",
-        "the guard has left out 3 step(s)",
+        "the updates of 3 step(s) were left out",
         "guard, step 9 (skip): the loss is nan; from sub-layer 3",
     ]
     assert json.loads(json.dumps(only(run).to_json(), allow_nan=False))["loss"] == "nan"
