@@ -6,25 +6,29 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from keel_megatron.checkpoint import manifest
 from keel_megatron.checkpoint.find import newest_good
 from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.checkpoint.state import Position
 from keel_megatron.config import UserError
+from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.runtime.watchdog import Watchdog
 from keel_megatron.tracking.records import CheckpointRecord, Record, StepRecord
 from keel_megatron.tracking.tracker import NullTracker
+from keel_megatron.training.engine import MegatronEngine
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.loop import Loop
 from keel_megatron.training.stop import StopRequest
@@ -95,6 +99,15 @@ class Ran:
     counted: list[float] = field(default_factory=list)
     error: str | None = None
     """Message of the UserError that ended it."""
+    diverged: bool = False
+    """Whether that was a DivergedError."""
+    records: list[Record] = field(default_factory=list)
+    """All that was reported."""
+
+    @property
+    def skipped(self) -> list[int]:
+        """After each step, how many updates were left out."""
+        return [r.skipped_steps for r in self.records if isinstance(r, StepRecord)]
 
 
 def run_in_turn(size: int, runs: list[Sections], faults: Faults | None = None) -> list[list[Ran]]:
@@ -142,6 +155,48 @@ def quota_of_rank_1(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(manifest, "write_checked", limited)
 
 
+def poison(steps: Collection[int], patch: pytest.MonkeyPatch) -> None:
+    """The batches of these steps have a loss that is not a number, and so have all gradients."""
+    real = MadeUp.micro_batches
+
+    def poisoned(self: MadeUp, consumed_samples: int, global_batch_size: int) -> Iterator[Batch]:
+        batches = real(self, consumed_samples, global_batch_size)
+        if consumed_samples // global_batch_size + 1 in steps:
+            return (replace(batch, loss_mask=batch.loss_mask * torch.nan) for batch in batches)
+        return batches
+
+    patch.setattr(MadeUp, "micro_batches", poisoned)
+
+
+def no_validation_loss(patch: pytest.MonkeyPatch) -> None:
+    """Every validation gives NaN."""
+    patch.setattr(MegatronEngine, "validate", lambda *_arguments: float("nan"))
+
+
+def spoil(name: str, patch: pytest.MonkeyPatch) -> None:
+    """On the last rank a master, moment or weight is infinite when the second save begins."""
+    real, begun = Saver.save, []
+
+    def spoiled(self: Saver, trained: Any, position: Position, extras: dict[str, Any]) -> None:
+        begun.append(position)
+        if len(begun) == 2 and self._runtime.rank == self._runtime.launch.world_size - 1:
+            content = trained.to_save()
+
+            def spoilt() -> dict[str, Any]:
+                chosen = next(
+                    item
+                    for item in nested_values(content)
+                    if isinstance(item, ShardedTensor) and item.key.startswith(name)
+                )
+                chosen.data.detach().view(-1)[0] = torch.inf
+                return content
+
+            patch.setattr(trained, "to_save", spoilt)
+        real(self, trained, position, extras)
+
+    patch.setattr(Saver, "save", spoiled)
+
+
 def die_while_saving(patch: pytest.MonkeyPatch) -> None:
     """As kill -9 does, when a part of the second checkpoint is written."""
     write, begun = manifest.write_checked, []
@@ -175,8 +230,8 @@ def run(sections: Sections) -> Ran:
         except UserError as error:
             return Ran([], "", None, (), [], [], error=str(error))
         engine = build_engine(config, runtime, build_model(config, runtime))
-        tracker, part = Recorder(config), Counter()
-        error = None
+        tracker, part, guard = Recorder(config), Counter(), Guard(config.guard)
+        error: UserError | None = None
         with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:
             loop = Loop(
                 config,
@@ -187,16 +242,16 @@ def run(sections: Sections) -> Ran:
                 tracker,
                 Position(),
                 Saver(config, runtime, tracker, {"fingerprint": "made up"}, found.damaged),
-                Guard(config.guard),
+                guard,
                 watchdog,
-                parts={"counter": part},
+                parts={"counter": part, "guard": guard},
             )
             try:
                 if found.path is not None:
                     loop.restore(found.path)
                 loop.run(StopRequest())
             except UserError as caught:
-                error = str(caught)
+                error = caught
         steps = [record for record in tracker.records if isinstance(record, StepRecord)]
         return Ran(
             losses=[(record.step, record.loss, record.grad_norm) for record in steps],
@@ -206,7 +261,9 @@ def run(sections: Sections) -> Ran:
             said=tracker.said,
             saves=[record for record in tracker.records if isinstance(record, CheckpointRecord)],
             counted=part.seen,
-            error=error,
+            error=None if error is None else str(error),
+            diverged=isinstance(error, DivergedError),
+            records=tracker.records,
         )
 
 

@@ -110,6 +110,7 @@ def test_a_process_of_this_machine_that_writes_the_metrics_is_alive(tmp_path: Pa
         (143, "saved", "SIGTERM"),
         (130, "saved", "SIGINT"),
         (9, "failed", ""),
+        (exit_codes.DIVERGED, "failed", ""),
     ],
 )
 def test_the_exit_code_is_believed(tmp_path: Path, code: int, state: str, detail: str) -> None:

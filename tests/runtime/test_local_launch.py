@@ -48,6 +48,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["0=exit70,1=freeze", "0=exit0,1=exit0"], 1, 0),
         (["0=wait,1=exit1", "0=exit1,1=wait", "0=exit4,1=exit4"], 2, 4),
         (["0=exit75,1=exit75"], 3, 75),  # saved on purpose
+        (["0=exit65,1=exit65"], 3, 65),  # it would diverge again
         (["0=exit1,1=exit2"], 3, 2),  # only the user can mend it
     ],
 )
@@ -109,7 +110,7 @@ time.sleep(60)
 def test_torchrun_is_told_that_a_saved_run_succeeded(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would start it again; without restarts it gets the truth."""
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    assert [exit_codes.for_torchrun(code) for code in (0, 75, 130, 143)] == [0, 0, 0, 0]
+    assert [exit_codes.for_torchrun(code) for code in (0, 65, 75, 130, 143)] == [0, 0, 0, 0, 0]
     assert [exit_codes.for_torchrun(code) for code in (1, 2, 70)] == [1, 2, 70]
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
     assert [exit_codes.for_torchrun(code) for code in (0, 75, 2)] == [0, 75, 2]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from keel_megatron.config import UserError
+from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.guard import GuardConfig
 from keel_megatron.training.guard import Guard, robust_z
 from tests.distributed import run_ranks
@@ -74,7 +74,22 @@ def test_spikes_need_a_window_and_numbers_do_not() -> None:
         fresh.taken(1.0, 1.0)
     assert fresh.judge(99.0, 99.0) is None
     assert fresh.judge(math.nan, 1.0) is not None
-    assert guard(action="off").judge(math.nan, math.nan) is None
+
+
+def test_off_looks_for_no_spikes_and_still_for_numbers() -> None:
+    off = warmed(action="off")
+    assert off.judge(99.0, 99.0) is None
+    assert str(off.judge(2.0, math.nan)) == "grad_norm is nan"
+
+
+@pytest.mark.parametrize("action", ["off", "warn", "skip", "rollback"])
+def test_only_a_spike_that_is_reported_is_taken(action: str) -> None:
+    judging = warmed(action=action)
+    spike, nan = warmed().judge(9.0, 1.0), judging.judge(math.nan, 1.0)
+    assert spike is not None
+    assert nan is not None
+    assert judging.makes_update(spike) == (action == "warn")
+    assert not judging.makes_update(nan)
 
 
 def test_yaml_may_write_off_without_quotes() -> None:
@@ -97,18 +112,70 @@ def test_the_state_goes_on_where_it_was() -> None:
     assert len(kept.state()["windows"]["loss"]) == 16
 
 
-def test_skips_in_a_row_have_a_limit() -> None:
-    limited = warmed()
-    finding = limited.judge(9.0, 1.0)
+@pytest.mark.parametrize(
+    ("action", "loss"), [("skip", 9.0), ("off", math.nan), ("warn", math.nan), ("skip", math.inf)]
+)
+def test_left_out_updates_in_a_row_have_a_limit(action: str, loss: float) -> None:
+    limited = warmed(action=action)
+    finding = limited.judge(loss, 1.0)
     assert finding is not None
     for step in (1, 2):
-        limited.skip(step, finding)
+        limited.note(step, finding)
     limited.taken(2.0, 1.0)  # the row ends
     for step in (4, 5):
-        limited.skip(step, finding)
-    with pytest.raises(UserError, match=r"guard.limit: step 6 would be skip number 3 in a row"):
-        limited.skip(6, finding)
+        limited.note(step, finding)
+    with pytest.raises(DivergedError, match=r"the update of step 6 would be number 3 in a row"):
+        limited.note(6, finding)
     assert limited.skipped == 5
+
+
+def test_a_spike_that_is_taken_ends_the_row() -> None:
+    limited = warmed(action="warn")
+    for step in range(1, 8):
+        finding = limited.judge(9.0 if step % 3 == 0 else math.nan, 1.0)
+        assert finding is not None
+        limited.note(step, finding)
+    assert limited.skipped == 5
+
+
+def test_an_anomaly_is_over_when_a_window_of_steps_was_accepted() -> None:
+    """Counted from the latest finding, remembered from the first, through a checkpoint."""
+    watching = warmed(action="warn")
+    assert watching.anomaly is None
+    for step, loss in enumerate([math.nan, *[2.0] * 15, 9.0, *[2.0] * 15], start=20):
+        finding = watching.judge(loss, 1.0)
+        if finding is None:
+            watching.taken(loss, 1.0)
+        else:
+            watching.note(step, finding)
+        restored = guard(action="warn")
+        restored.restore(watching.state())
+        watching = restored
+        assert watching.anomaly == 20
+    watching.taken(2.0, 1.0)
+    assert watching.anomaly is None
+
+
+def test_a_rollback_does_not_undo_what_the_guard_knows() -> None:
+    """The older state comes back, but for the rollbacks and the anomaly."""
+    back = warmed(action="rollback")
+    older = back.state()
+    finding = back.judge(math.nan, 1.0)
+    assert finding is not None
+    back.note(7, finding)
+    back.roll_back(7, finding)
+    before = back.state()
+    back.restore(older)
+    back.outlast(before)
+    assert (back.rollbacks, back.anomaly, back.skipped) == ([7], 7, 0)
+
+
+def test_a_state_of_an_older_version_is_gone_on_with() -> None:
+    older = warmed().state()
+    del older["anomaly"], older["accepted"]
+    restored = guard()
+    restored.restore(older)
+    assert restored.anomaly is None
 
 
 def test_rollbacks_have_a_limit_within_some_steps() -> None:
@@ -117,7 +184,7 @@ def test_rollbacks_have_a_limit_within_some_steps() -> None:
     assert finding is not None
     for step in (10, 90, 150):
         limited.roll_back(step, finding)
-    with pytest.raises(UserError, match=r"step 160 would be rollback number 3 within"):
+    with pytest.raises(DivergedError, match=r"step 160 would be rollback number 3 within"):
         limited.roll_back(160, finding)
 
 

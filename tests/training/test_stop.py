@@ -8,11 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from keel_megatron.training.stop import SIGNAL_FILE, StopRequest, launched_at, stop_requests
+from keel_megatron.training import stop
+from keel_megatron.training.stop import (
+    SAME_SECONDS,
+    SIGNAL_FILE,
+    StopRequest,
+    launched_at,
+    stop_requests,
+)
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 75}
 
@@ -31,53 +39,102 @@ with stop_requests():
 @pytest.mark.parametrize("number", CODES)
 def test_a_signal_is_only_remembered(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with stop_requests() as stop:
-        assert not stop
-        assert stop.exit_code == 0
+    with stop_requests() as request:
+        assert not request
+        assert request.exit_code == 0
         os.kill(os.getpid(), number)
         end = time.monotonic() + 5
-        while not stop and time.monotonic() < end:
+        while not request and time.monotonic() < end:
             time.sleep(0.01)
-        assert stop.exit_code == CODES[number]
+        assert request.exit_code == CODES[number]
     assert signal.getsignal(number) is before
 
 
-def test_a_second_ctrl_c_ends_a_process_that_waits_in_c() -> None:
-    with subprocess.Popen([sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE) as process:
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        ([signal.SIGINT, signal.SIGINT], 130),
+        ([signal.SIGTERM, signal.SIGINT, signal.SIGINT], 130),
+        ([signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM], 143),
+        ([signal.SIGINT, signal.SIGTERM, signal.SIGINT], 130),
+    ],
+)
+def test_a_signal_that_comes_again_ends_a_process_that_waits_in_c(
+    sent: list[signal.Signals], code: int
+) -> None:
+    """More than a second later, whatever came before or between; the others change nothing."""
+    with subprocess.Popen(
+        [sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
+        assert process.stderr is not None
         assert process.stdout.readline() == b"ready\n"
-        process.send_signal(signal.SIGINT)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=0.7)
-        process.send_signal(signal.SIGTERM)  # another signal is no second one
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=0.7)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) == 130
+        for number in sent[:-1]:
+            process.send_signal(number)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=1.1 * SAME_SECONDS)
+        process.send_signal(sent[-1])
+        assert process.wait(timeout=60) == code
+        heard = process.stderr.read().decode()
+    assert heard.startswith(f"{sent[0].name}: stopping after this step, with a checkpoint; ")
+    assert heard.count("stopping") == 1
 
 
-def test_what_a_scheduler_and_a_launcher_both_send_is_one_request() -> None:
-    with subprocess.Popen([sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        for _ in range(3):
-            process.send_signal(signal.SIGUSR1)
-            time.sleep(0.05)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=1.2)
-        process.send_signal(signal.SIGUSR1)
-        assert process.wait(timeout=10) == 128 + signal.SIGUSR1
+def heard_by_a_listener(
+    sent: list[tuple[float, signal.Signals]], monkeypatch: pytest.MonkeyPatch
+) -> tuple[signal.Signals | None, int | None]:
+    """The request, and what the process ended with, for signals at times in seconds."""
+
+    class EndedError(Exception):
+        pass
+
+    def end(code: int) -> None:
+        raise EndedError(code)
+
+    def receive(_size: int) -> bytes:
+        if not sent:
+            return b""
+        monkeypatch.setattr(stop.time, "monotonic", lambda now=sent[0][0]: now)
+        return bytes([sent.pop(0)[1]])
+
+    monkeypatch.setattr(stop.os, "_exit", end)
+    request = StopRequest()
+    try:
+        stop._listen(SimpleNamespace(recv=receive), request)  # type: ignore[arg-type]
+    except EndedError as ended:
+        return request.signal, ended.args[0]
+    return request.signal, None
+
+
+INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        ([(0.0, USR1), (0.05, USR1), (0.9, USR1)], None),  # a scheduler and a launcher
+        ([(0.0, TERM), (0.1, TERM), (5.0, INT), (5.1, INT)], None),
+        ([(0.0, TERM), (9.0, INT)], None),
+        ([(0.0, TERM), (9.0, INT), (10.5, INT)], 130),
+        ([(0.0, TERM), (9.0, INT), (9.1, TERM)], 143),
+        ([(0.0, INT), (0.4, INT), (0.8, INT), (1.2, INT)], 130),  # an impatient hand
+    ],
+)
+def test_what_is_one_request_and_what_ends_the_process(
+    sent: list[tuple[float, signal.Signals]], code: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert heard_by_a_listener(list(sent), monkeypatch) == (sent[0][1], code)
 
 
 def test_a_process_below_a_deaf_torchrun_hears_the_request_to_save() -> None:
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
-        with stop_requests() as stop:
+        with stop_requests() as request:
             os.kill(os.getpid(), signal.SIGUSR1)
             end = time.monotonic() + 5
-            while not stop and time.monotonic() < end:
+            while not request and time.monotonic() < end:
                 time.sleep(0.01)
-            assert stop.exit_code == 75
+            assert request.exit_code == 75
     finally:
         signal.signal(signal.SIGUSR1, before)
 
@@ -85,10 +142,10 @@ def test_a_process_below_a_deaf_torchrun_hears_the_request_to_save() -> None:
 def test_a_process_under_nohup_goes_on_ignoring_a_lost_terminal() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with stop_requests() as stop:
+        with stop_requests() as request:
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.1)
-            assert not stop
+            assert not request
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -101,8 +158,8 @@ def test_the_time_limit_counts_from_the_launch(monkeypatch: pytest.MonkeyPatch) 
     # A group that torchrun starts again has what is left of torchrun's own time.
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
     assert launched_at() == psutil.Process().parent().create_time()
-    with stop_requests(exit_after=60.0) as stop:
-        assert stop.deadline == launched_at() + 3600
+    with stop_requests(exit_after=60.0) as request:
+        assert request.deadline == launched_at() + 3600
 
 
 def test_a_signal_that_came_while_it_was_starting_counts(
@@ -113,11 +170,11 @@ def test_a_signal_that_came_while_it_was_starting_counts(
     for text in (None, "", "nonsense"):
         if text is not None:
             noted.write_text(text)
-        with stop_requests() as stop:
-            assert not stop
+        with stop_requests() as request:
+            assert not request
     noted.write_text("SIGUSR1\n")  # as launchers/torchrun.sh writes it
-    with stop_requests() as stop:
-        assert stop.exit_code == CODES[signal.SIGUSR1]
+    with stop_requests() as request:
+        assert request.exit_code == CODES[signal.SIGUSR1]
         os.kill(os.getpid(), signal.SIGUSR1)  # and hands it on: the same request
         time.sleep(0.2)
-        assert stop.exit_code == CODES[signal.SIGUSR1]
+        assert request.exit_code == CODES[signal.SIGUSR1]
