@@ -24,8 +24,16 @@ class Section(BaseModel):
 
 
 def _as_path(value: Any) -> Any:
-    return Path(value) if isinstance(value, str) and value else value
+    """Text as a path, its `~` or `~user` expanded: no shell does that in `section.key=~/runs`."""
+    if not isinstance(value, str) or not value:
+        return value
+    try:
+        path = Path(value).expanduser() if value.startswith("~") else Path(value)
+    except RuntimeError:
+        raise ValueError("begins with the home folder of a user who is not known here") from None
+    # A folder that is called ~ (./~/runs) is still itself when the configuration is read again.
+    return path.absolute() if str(path).startswith("~") else path
 
 
 TextPath = Annotated[Path, BeforeValidator(_as_path)]
-"""A path, written as text."""
+"""A path, written as text; `~` is the home folder."""
