@@ -26,6 +26,7 @@ from keel_megatron.cli import (
     track,
     train,
 )
+from keel_megatron.cli.console import tolerate_consoles
 from keel_megatron.config.errors import ConfigError, UserError
 from keel_megatron.runtime import exit_codes
 
@@ -85,6 +86,7 @@ def _root(
 
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit code 2, no traceback."""
+    tolerate_consoles()
     if exit_codes.is_mistake():  # torchrun starts it again all the same
         sys.exit(exit_codes.USER_ERROR)
     try:
