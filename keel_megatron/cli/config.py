@@ -7,6 +7,7 @@ import json
 import typer
 
 from keel_megatron.cli.arguments import ConfigPath, Overrides
+from keel_megatron.cli.console import print_path
 
 app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 
@@ -24,7 +25,7 @@ def folder(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print the run's folder, for scripts; says everything that is wrong with the configuration."""
     from keel_megatron.config.load import load_config
 
-    print(load_config(config, overrides or ()).training.folder)
+    print_path(load_config(config, overrides or ()).training.folder)
 
 
 @app.command("schema")

@@ -26,6 +26,7 @@ from keel_megatron.cli import (
     track,
     train,
 )
+from keel_megatron.cli.console import tolerate_consoles
 from keel_megatron.config.errors import ConfigError, DivergedError, UserError
 from keel_megatron.runtime import exit_codes
 
@@ -88,6 +89,7 @@ def main() -> None:
 
     Training that has diverged ends the same way, with 65.
     """
+    tolerate_consoles()
     if exit_codes.is_mistake():  # torchrun starts it again all the same
         sys.exit(exit_codes.USER_ERROR)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,8 +26,24 @@ class Section(BaseModel):
 
 
 def _as_path(value: Any) -> Any:
-    return Path(value) if isinstance(value, str) and value else value
+    """Text as a path, its `~` or `~user` expanded: no shell does that in `section.key=~/runs`."""
+    if not isinstance(value, str) or not value:
+        return value
+    if "\0" in value:
+        raise ValueError("has a NUL character in it, which no path can have")
+    try:
+        os.fsencode(value)
+        path = Path(value).expanduser() if value.startswith("~") else Path(value)
+    except RuntimeError:
+        raise ValueError("begins with the home folder of a user who is not known here") from None
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"cannot be the name of a file in this locale ({sys.getfilesystemencoding()}); "
+            "set LC_ALL=C.UTF-8"
+        ) from None
+    # A folder that is called ~ (./~/runs) is still itself when the configuration is read again.
+    return path.absolute() if str(path).startswith("~") else path
 
 
 TextPath = Annotated[Path, BeforeValidator(_as_path)]
-"""A path, written as text."""
+"""A path, written as text; `~` is the home folder."""

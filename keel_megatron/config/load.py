@@ -13,7 +13,7 @@ from keel_megatron.config.checks import known_problems, problems
 from keel_megatron.config.errors import ConfigError, Problem
 from keel_megatron.config.run import RunConfig
 from keel_megatron.config.wording import section_suggestion, translate
-from keel_megatron.config.yaml_text import read_yaml, shown, write_yaml
+from keel_megatron.config.yaml_text import read_inline, read_yaml, shown, write_yaml
 
 
 def load_config(
@@ -23,7 +23,7 @@ def load_config(
 
     Args:
         path: the YAML file.
-        overrides: `section.key=value` each, the value in YAML; a later one wins.
+        overrides: `section.key=value` each, the value in YAML, null written out; a later one wins.
         world_size: processes of the run, to check the layout against; None leaves that out.
 
     Raises:
@@ -95,7 +95,7 @@ def _apply(mapping: dict[str, Any], override: str) -> Problem | None:
         near = near if "." in near else ""
         return Problem(override, f"an override is written section.key=value{near}")
     try:
-        value = read_yaml(text)
+        value = read_inline(text)
     except ValueError as error:
         return Problem(path, f"{shown(text)} {error}")
     if mapping.get(section) is None:

@@ -37,7 +37,10 @@ class TrainingConfig(Section):
         default="auto", description="auto = CUDA with NCCL where present, else CPU with gloo."
     )
     threads: int = Field(
-        default=0, ge=0, description="CPU threads of a process; 0 = cores / processes per node."
+        default=0,
+        ge=0,
+        description="CPU threads of a process; 0 = cores that it may use (affinity, container's "
+        "quota) / processes per node.",
     )
     validate_every: int = Field(
         default=0, ge=0, description="Steps between validations; 0 = only at the end."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -98,10 +99,10 @@ def _translate(error: ErrorDetails) -> Problem:
         return Problem(path, f"{shown(value)} {words} {error['ctx'][key]}")
     if kind == "literal_error":
         return Problem(path, f"{shown(value)} must be {_choices(location)}{_quotes(value)}")
-    words = _KINDS.get(kind, error["msg"])
+    words = _KINDS.get(kind, error["msg"].removeprefix("Value error, "))
     if words == _INTEGER and isinstance(value, float) and value.is_integer():
         words += f" (write {value:.0f})"
-    if words == _TEXT and value is not None and not isinstance(value, (list, dict)):
+    if words == _TEXT and value is not None:
         words += " (put it in quotes)"
     if words in (_INTEGER, _NUMBER, _SWITCH):
         words += _quotes(value)
@@ -109,14 +110,24 @@ def _translate(error: ErrorDetails) -> Problem:
 
 
 def _quotes(value: Any) -> str:
-    """A hint, if the value is text only because it stands in quotes."""
+    """A hint, if the value is text only because it is in quotes, or no decimal number."""
     if not isinstance(value, str):
         return ""
     try:
         bare = read_yaml(value)
     except ValueError:
         return ""
-    return " (remove the quotes)" if isinstance(bare, (bool, int, float)) else ""
+    if isinstance(bare, (bool, int, float)):
+        return " (remove the quotes)"
+    if value.lower() in _YAML_1_1:
+        return f" (write {_YAML_1_1[value.lower()]})"
+    for base in (10, 0):  # 0100, then 0x1f, 0o17 and 0b1
+        with suppress(ValueError):
+            return f" (write {int(value, base)})"
+    return ""
+
+
+_YAML_1_1 = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
 
 def _sections() -> Iterator[str]:

@@ -1,7 +1,13 @@
-"""YAML as people write it: `1e-3` is a number, a key stands once, and what is dumped reads back."""
+"""YAML as people write it: no key twice, no surprising scalars, and a dump that reads back equal.
+
+The scalars are those of YAML 1.2, not 1.1: numbers are decimal (`100`, `1_000`, `1e-3`), switches
+are `true` and `false`, null is `null`, `~` or nothing. `0100`, `0x1f`, `1:30`, `yes`, `off` and
+`2024-01-31` are text.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -9,7 +15,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 in which a key stands once."""
+    """YAML in which a key stands once."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """A mapping as it is written, before merge keys (`<<`) bring in the keys of others."""
@@ -39,11 +45,22 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-# YAML 1.1 wants a dot in a number with an exponent: 1.0e-3. People write 1e-3. The dumper knows it
-# too: a run named "1e3" would otherwise be saved without quotes and read back as a number.
-_FLOAT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_DECIMAL = r"(0|[1-9][0-9]*(_[0-9]+)*)"
+_SCALARS = {
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": rf"[-+]?{_DECIMAL}",
+    "float": rf"[-+]?({_DECIMAL}\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
+    rf"|[-+]?{_DECIMAL}[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "null": r"~|null|Null|NULL|",
+    "merge": r"<<",
+}
+_Loader.yaml_implicit_resolvers = {}
+for _kind, _pattern in _SCALARS.items():
+    # The dumper knows them beside those of YAML 1.1, so it quotes what either takes for no text.
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_kind}", re.compile(rf"({_pattern})\Z"), [None]
+        )
 
 
 def read_yaml(text: str) -> Any:
@@ -65,8 +82,53 @@ def read_yaml(text: str) -> Any:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise ValueError(f"is not valid YAML: {said}{where}") from error
-    except (yaml.YAMLError, ValueError) as error:  # a date such as 2024-13-01 is a ValueError
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_inline(text: str) -> Any:
+    """The value that one line of YAML stands for, if it is what its writer can have meant.
+
+    Raises:
+        ValueError: it is not valid YAML, is empty, or YAML would leave out a part of it: a comment,
+            white space around text, line breaks, an anchor. The message says how to write it.
+    """
+    if not text.strip():
+        raise ValueError("is empty; write null for none, '\"\"' for empty text")
+    if text.strip() == "~":
+        raise ValueError("is null in YAML, not a folder; write null, or a whole path")
+    value = read_yaml(text)
+    kept = text == value if isinstance(value, str) and _is_plain(text) else _is_whole(text)
+    if not kept:
+        meant = json.dumps(text, ensure_ascii=False)
+        raise ValueError(f"would be read as {shown(value)}; for all of it as text, write '{meant}'")
+    return value
+
+
+def _is_plain(text: str) -> bool:
+    """Whether the text is one scalar without quotes."""
+    node = yaml.compose(text, Loader=_Loader)
+    return isinstance(node, yaml.ScalarNode) and node.style is None
+
+
+def _is_whole(text: str) -> bool:
+    """Whether all of a text counts: it has no comments, anchors, tags or document marks."""
+    end = 0
+    for token in yaml.scan(text, Loader=_Loader):
+        if "#" in text[end : token.start_mark.index] or isinstance(token, _MARKS):
+            return False
+        end = token.end_mark.index
+    return True
+
+
+_MARKS = (
+    yaml.AnchorToken,
+    yaml.AliasToken,
+    yaml.TagToken,
+    yaml.DirectiveToken,
+    yaml.DocumentStartToken,
+    yaml.DocumentEndToken,
+)
 
 
 def write_yaml(value: Any) -> str:

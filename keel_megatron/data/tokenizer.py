@@ -86,9 +86,6 @@ def _reason(error: RuntimeError, vocab_size: int) -> str:
 class Tokenizer:
     """A trained SentencePiece model.
 
-    Also what Megatron-core's GPTDataset asks of a tokenizer: `eod`, `pad`, `vocab_size` and
-    `unique_identifiers`.
-
     Raises:
         UserError: the file is missing or no SentencePiece model.
     """
@@ -109,9 +106,6 @@ class Tokenizer:
         self._space_mark = [
             int(self._model.piece_to_id(f"<0x{byte:02X}>")) for byte in _SPACE_MARK.encode()
         ]
-        # No token stands for padding: sequences are cut from a stream and always full.
-        self.pad = -1
-        self.unique_identifiers = {"class": type(self).__name__, "vocab_size": self.vocab_size}
 
     def encode(self, text: str) -> list[int]:
         """The text's tokens."""

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from keel_megatron.config.errors import UserError
+from keel_megatron.runtime.cores import available_cores
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,6 @@ def choose_device(preference: Literal["auto", "cuda", "cpu"], local_rank: int) -
 
 def set_threads(threads: int, local_world_size: int) -> int:
     """Set and return the CPU threads of this process; 0 shares the node's cores evenly."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    count = threads or max(1, (cores or 1) // local_world_size)
+    count = threads or max(1, available_cores() // local_world_size)
     torch.set_num_threads(count)
     return count

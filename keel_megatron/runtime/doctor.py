@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import os
 import platform
 import socket
 import warnings
@@ -21,6 +20,7 @@ import torch
 import keel_megatron
 from keel_megatron.config.load import flatten
 from keel_megatron.config.run import RunConfig
+from keel_megatron.runtime.cores import available_cores
 
 _EMPTY_TRANSFORMER_ENGINE = (
     "transformer-engine is installed without its core (an empty package), and Megatron-core cannot "
@@ -113,8 +113,7 @@ def describe_devices() -> str:
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(n) for n in range(len(memory))}
         return f"{len(memory)} x {' and '.join(sorted(names))}, {min(memory):.1f} GB each"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"no CUDA device; {cores} CPU cores, {memory[0]:.1f} GB"
+    return f"no CUDA device; {available_cores()} CPU cores, {memory[0]:.1f} GB"
 
 
 def describe_machine() -> str:

@@ -6,7 +6,6 @@ import platform
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,11 +22,10 @@ from keel_megatron.data.batches import (
     Batch,
     BatchSource,
     SampleOrder,
-    build_dataset,
+    SequenceDataset,
     validation_batches,
 )
 from keel_megatron.data.prepare import PreparedData, prepare
-from keel_megatron.data.tokenizer import Tokenizer
 from keel_megatron.model.compiled import keep_compiled
 from keel_megatron.model.language_model import build_model
 from keel_megatron.partition.flops import parameter_count
@@ -221,21 +219,11 @@ def open_data(
     config: RunConfig, runtime: Runtime, data: PreparedData
 ) -> tuple[BatchSource, list[Batch]]:
     """This replica's training batches and its fixed validation micro-batches."""
-    tokenizer = Tokenizer(data.tokenizer_path)
     seed, training = config.training.seed, config.training
-
-    def datasets() -> tuple[Any, Any]:
-        return tuple(
-            build_dataset(prefix, tokenizer, config.data.seq_length, seed, data.folder)
-            for prefix in (data.train_prefix, data.validation_prefix)
-        )
-
-    # Rank 0 writes the indices that the others then read.
-    if runtime.is_main:
-        train, validation = datasets()
-    runtime.barrier()
-    if not runtime.is_main:
-        train, validation = datasets()
+    train, validation = (
+        SequenceDataset(prefix, config.data.seq_length, seed)
+        for prefix in (data.train_prefix, data.validation_prefix)
+    )
     source = BatchSource(
         train,
         SampleOrder(len(train), seed),

@@ -38,7 +38,17 @@ def complaints(path: Path, *overrides: str, world_size: int | None = None) -> li
         ("training.seed=true", "training.seed: true is not a whole number"),
         ("model.blocks=8.0", "model.blocks: 8.0 is not a whole number (write 8)"),
         ("model.blocks=e", "model.blocks: 'e' is not a whole number"),
-        ("model.blocks=", "model.blocks: null is not a whole number"),
+        ("model.blocks=null", "model.blocks: null is not a whole number"),
+        ("model.blocks=0100", "model.blocks: '0100' is not a whole number (write 100)"),
+        ("model.blocks=0x10", "model.blocks: '0x10' is not a whole number (write 16)"),
+        ("model.blocks=0o17", "model.blocks: '0o17' is not a whole number (write 15)"),
+        ("model.blocks=1:30", "model.blocks: '1:30' is not a whole number"),
+        ("model.blocks=1__0", "model.blocks: '1__0' is not a whole number"),
+        ("tracking.mlflow=yes", "tracking.mlflow: 'yes' is not true or false (write true)"),
+        ("tracking.mlflow=Off", "tracking.mlflow: 'Off' is not true or false (write false)"),
+        ("training.name=[a]", "training.name: [a] is not text (put it in quotes)"),
+        ("data.cache=~no-such-user/x", "begins with the home folder of a user who is not known"),
+        ("data.text=~", "data.text: '~' is null in YAML, not a folder; write null, or a whole"),
         ("model.blocks=0", "model.blocks: 0 must be greater than 0"),
         ("model.dropout=1", "model.dropout: 1 must be less than 1.0"),
         ("model.residual=kel", "model.residual: 'kel' must be one of keel, pre_ln, post_ln"),
@@ -48,8 +58,8 @@ def complaints(path: Path, *overrides: str, world_size: int | None = None) -> li
         ('model.alpha="2"', "model.alpha: '2' must be auto or a number (remove the quotes)"),
         ("model.alpha=.nan", "model.alpha: .nan is not a finite number"),
         ("training.precision=fp8", "training.precision: 'fp8' must be fp32 or bf16"),
-        ("training.name=2024-01-31", "2024-01-31 is not text (put it in quotes)"),
-        ("training.name=", "training.name: null is not text"),
+        ("training.name=12", "12 is not text (put it in quotes)"),
+        ("training.name=null", "training.name: null is not text"),
         ("tracking.mlflow=1", "tracking.mlflow: 1 is not true or false"),
         ("model.alpha=-1", "model.alpha: -1.0 must be auto or a positive number"),
         ("model.block=3", "model.block: is unknown; did you mean model.blocks?"),
@@ -177,7 +187,7 @@ def test_a_setting_outside_its_section_is_sent_there(tmp_path: Path) -> None:
 
 def test_a_word_that_yaml_takes_for_true_is_no_key(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings()).replace("data:", "data:\n  on: 3"))
+    path.write_text(yaml.safe_dump(settings()).replace("data:", "data:\n  true: 3"))
     (found,) = complaints(path)
     assert found.startswith("data.true: is unknown; known are text, seq_length")
 
@@ -208,7 +218,6 @@ def test_a_missing_setting_is_described(tmp_path: Path) -> None:
         (b"model: 1\nx: '\x07'", "the character #x0007 is not allowed (line 2)"),
         (b"x: " + b"[" * 5000, "is not valid YAML: it is nested too deeply"),
         (b"a: 1\n---\nb: 1", "expected a single document"),
-        (b"x: 2024-13-01", "is not valid YAML: month must be in 1..12"),
         (b"model:\n  blocks: 1\n  blocks: 2\n", "'blocks' stands twice, on lines 2 and 3"),
         (b"\xff\xfe\x00", "is not UTF-8 text"),
     ],
@@ -236,6 +245,87 @@ def test_overrides_are_yaml_and_the_last_wins(config_file: Path) -> None:
     assert load_config(config_file, ["data.text=null"]).data.text is None
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.text=", "is empty; write null for none, '\"\"' for empty text"),
+        ("tracking.uri=  ", "is empty; write null for none"),
+        ("tracking.sample_prompt=a # b", "read as 'a'; for all of it as text, write '\"a # b\"'"),
+        ("tracking.sample_prompt=# b", "read as null; for all of it as text, write '\"# b\"'"),
+        ("tracking.sample_prompt=The ", "read as 'The'; for all of it as text, write '\"The \"'"),
+        ("tracking.sample_prompt=a\nb", r"read as 'a b'; for all of it as text, write "),
+        ("tracking.sample_prompt=&a b", "read as 'b'; for all"),
+        ("tracking.sample_prompt=--- b", "read as 'b'; for all"),
+        ("tracking.sample_prompt=!!str 5", "read as '5'; for all"),
+        ('tracking.sample_prompt="a" # b', "read as 'a'; for all"),
+        ("training.steps=3 # few", "read as 3; for all"),
+        ("data.text=[a, b] # c", "read as [a, b]; for all"),
+    ],
+)
+def test_an_override_of_which_yaml_would_lose_a_part_is_refused(
+    config_file: Path, override: str, expected: str
+) -> None:
+    (found,) = complaints(config_file, override)
+    assert expected in found
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('"a # b"', "a # b"),
+        ("'# a'", "# a"),
+        ("a#b", "a#b"),
+        ('" The "', " The "),
+        ('""', ""),
+        (r'"a\nb"', "a\nb"),
+        ("null", None),
+    ],
+)
+def test_an_override_in_quotes_is_taken_whole(
+    config_file: Path, text: str, value: str | None
+) -> None:
+    config = load_config(config_file, [f"tracking.sample_prompt={text}"])
+    assert config.tracking.sample_prompt == value
+
+
+@pytest.mark.parametrize("name", ["2024-01-31", "0100", "0x1f", "no", "on", "2024-13-01"])
+def test_what_yaml_1_1_alone_takes_for_no_text_is_text(config_file: Path, name: str) -> None:
+    config = load_config(config_file, [f"training.name={name}"])
+    assert config.training.name == name
+    dumped = yaml.safe_load(dump_config(config))  # as any other program reads it
+    assert dumped["training"]["name"] == name
+
+
+def test_numbers_are_decimal(config_file: Path) -> None:
+    config = load_config(config_file, ["training.steps=1_000", "optimizer.learning_rate=+.5e-2"])
+    assert config.training.steps == 1000
+    assert config.optimizer.learning_rate == 0.005
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_the_home_folder_in_a_path_is_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_file: bool
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    path, sections = tmp_path / "run.yaml", settings()
+    values = {
+        "data": {"text": ["~/a", "b/~"], "tokenizer": "~/t.model", "cache": "~"},
+        "training": {"runs_dir": "./~/runs"},
+    }
+    for section, entries in values.items() if in_file else ():
+        sections[section] |= entries
+    path.write_text(yaml.safe_dump(sections))
+    overrides = ["data.text=[~/a, b/~]", "data.tokenizer=~/t.model", 'data.cache="~"']
+    overrides += ["training.runs_dir=./~/runs"]
+    config = load_config(path, [] if in_file else overrides)
+    assert config.data.text == (Path("/home/me/a"), Path("b/~"))
+    assert config.data.tokenizer == Path("/home/me/t.model")
+    assert config.data.cache == Path("/home/me")
+    assert config.training.runs_dir == tmp_path / "~/runs"  # a folder that is called so
+    assert parse_config(read_yaml(dump_config(config)), "dump") == config
+
+
 # Text that YAML would read as something else, were it dumped without quotes.
 _texts = st.one_of(
     st.sampled_from(
@@ -253,6 +343,12 @@ _texts = st.one_of(
             "a: b",
             "\x85",
             "a\u2028b\n",
+            "1_000.5e3",
+            "0100",
+            "=",
+            "~",
+            "TRUE",
+            "2024-01-31",
         ]
     ),
     st.text(st.characters(codec="utf-8")),

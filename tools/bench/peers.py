@@ -26,6 +26,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from keel_megatron.runtime.cores import available_cores  # noqa: E402
+
 ENVIRONMENTS = ROOT / "build" / "peers"
 RESULTS = ROOT / "docs" / "benchmarks"
 TORCH = "torch==2.13.0"
@@ -254,7 +258,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, action="append", help="one shape (default: all)")
     parser.add_argument("--peers", default=",".join(NOTES), help="contenders, comma-separated")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each (default 9)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--pip-args", default="", help="extra arguments of every pip install")
     arguments = parser.parse_args()
     names = [name.strip() for name in arguments.peers.split(",")]
@@ -274,7 +278,7 @@ def main() -> None:
             "shape": SHAPES[shape],
             "threads": arguments.threads,
             "rounds": arguments.rounds,
-            "machine": f"{len(os.sched_getaffinity(0))} cores of {cpu_name()}",
+            "machine": f"{available_cores()} cores of {cpu_name()}",
             "date": datetime.date.today().isoformat(),
         } | measured
         write(results)

@@ -15,7 +15,6 @@ import argparse
 import collections
 import datetime
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+from keel_megatron.runtime.cores import available_cores  # noqa: E402
 from tools.bench.peers import cpu_name  # noqa: E402
 
 PRODUCTS = re.compile(r"aten::(mm|addmm_?|bmm|baddbmm|matmul|linear)$")
@@ -178,7 +178,7 @@ def main() -> None:
         "",
         "One step, traced: every moment belongs to the innermost operator that runs then. Tracing",
         "makes small operators look larger than they are. "
-        f"{len(os.sched_getaffinity(0))} cores of {cpu_name()}, {datetime.date.today()}.",
+        f"{available_cores()} cores of {cpu_name()}, {datetime.date.today()}.",
         "",
         f"`{arguments.write}`, then `python tools/bench/trace.py trace.json --write ...`",
         "",

@@ -1,0 +1,74 @@
+"""Standard output and standard error that fail no command: a run outlives its terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+
+
+def tolerate_consoles() -> None:
+    """Let this process's output be shown as far as the console can, whatever it is.
+
+    A character that its encoding lacks is written as its code (backslashreplace). When whoever
+    reads a pipe has left (`keel train ... | head`), the rest is discarded: what the command does
+    and its exit code are the same.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if type(stream) is io.TextIOWrapper:  # not one that a test or a notebook put there
+            setattr(sys, name, _Tolerant(stream))
+
+
+def print_path(path: Path) -> None:
+    """Print a path for scripts: byte for byte, even if the console cannot show it."""
+    if isinstance(sys.stdout, _Tolerant):
+        sys.stdout.flush()
+        sys.stdout.write_bytes(os.fsencode(path) + b"\n")
+    else:
+        print(path)
+
+
+class _Tolerant(io.TextIOWrapper):
+    """A standard stream in place of the interpreter's own."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        encoding, line_buffering = stream.encoding, stream.line_buffering
+        write_through = stream.write_through
+        super().__init__(
+            stream.detach(),
+            encoding=encoding,
+            errors="backslashreplace",
+            line_buffering=line_buffering,
+            write_through=write_through,
+        )
+
+    def write(self, text: str, /) -> int:
+        """Write text, or discard it if nobody reads any more."""
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self._discard()
+            return len(text)
+
+    def write_bytes(self, content: bytes) -> None:
+        """Write bytes as they are."""
+        try:
+            self.buffer.write(content)
+            self.buffer.flush()
+        except BrokenPipeError:
+            self._discard()
+
+    def flush(self) -> None:
+        """Hand on what is buffered, or discard it."""
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self._discard()
+
+    def _discard(self) -> None:
+        """Lead the stream, and what is still in its buffer, to nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)

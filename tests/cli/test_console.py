@@ -1,0 +1,83 @@
+"""What a console cannot show, and a reader that leaves, fail no command."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import yaml
+from keel_megatron.cli import console
+from tests.settings import settings
+
+
+def pipe(monkeypatch: pytest.MonkeyPatch, encoding: str = "ascii") -> int:
+    """Make standard output a pipe, as the interpreter sets it up; the end to read from."""
+    reader, writer = os.pipe()
+    stream = io.TextIOWrapper(os.fdopen(writer, "wb"), encoding=encoding, line_buffering=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    console.tolerate_consoles()
+    return reader
+
+
+def test_what_the_console_cannot_show_is_shown_as_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = pipe(monkeypatch)
+    print("привет \ufffd \udcff", "plain")
+    assert (
+        os.read(reader, 1000)
+        == rb"\u043f\u0440\u0438\u0432\u0435\u0442 \ufffd \udcff plain" + b"\n"
+    )
+    os.close(reader)
+
+
+def test_a_path_for_scripts_is_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = pipe(monkeypatch)
+    path = Path(os.fsdecode(b"runs/\xff\xd1\x82"))
+    console.print_path(path)
+    assert os.read(reader, 1000) == b"runs/\xff\xd1\x82\n"
+    os.close(reader)
+
+
+def test_a_reader_that_leaves_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = pipe(monkeypatch)
+    print("one")
+    os.close(reader)
+    for _ in range(3):
+        print("two")
+        sys.stdout.flush()
+    print("three", end="")
+    console.print_path(Path("four"))
+    sys.stdout.close()  # as the interpreter does at its end
+
+
+def test_a_stream_of_somebody_elses_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", shown)
+    console.tolerate_consoles()
+    console.print_path(Path("a"))
+    assert shown.getvalue() == "a\n"
+
+
+@pytest.mark.parametrize("verb", ["show", "schema"])
+def test_a_command_whose_reader_has_left_ends_well(tmp_path: Path, verb: str) -> None:
+    """And one in a locale that cannot show its text."""
+    path = tmp_path / "run.yaml"
+    sections = settings(tracking__sample_prompt="привет")
+    path.write_text(yaml.safe_dump(sections), encoding="utf-8")
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = ["config", verb, *([str(path)] if verb == "show" else [])]
+    done = subprocess.run(
+        [sys.executable, "-m", "keel_megatron", *arguments],
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
