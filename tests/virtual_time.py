@@ -7,7 +7,6 @@ offered it and takes its link's time, and who waits for it is then that late.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -111,31 +110,10 @@ class Work(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
         work = sum(tensor.numel() for tensor in tensors)
         if func.overloadpacket in _PRODUCTS:
-            a, b = tensors[-3:-1]
+            a, b = args[-2:]
             work += a.numel() * b.shape[-1]
         self._clock.add(work)
         return result
 
 
-_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm}
-
-
-def calls_of(function: Callable[[], Any]) -> tuple[Any, int]:
-    """What a function returns, and how many calls it makes, Python's and C's.
-
-    The number is the same on every machine, however busy: it bounds an algorithm's work where a
-    measured time would not.
-    """
-    count = 0
-
-    def note(_frame: Any, event: str, _argument: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        result = function()
-    finally:
-        sys.setprofile(before)
-    return result, count
+_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.addmm_}
