@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +118,7 @@ def test_a_plan_needs_none_of_the_heavy_packages() -> None:
         "heavy = {'torch', 'megatron', 'numpy', 'matplotlib', 'mlflow'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
-    assert time.perf_counter() - started < 20.0  # half a second on an idle core

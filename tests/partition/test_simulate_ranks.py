@@ -1,16 +1,17 @@
-"""The simulator against Megatron-core's schedules on gloo ranks, with passes of known length.
+"""The simulator against Megatron-core's schedules on gloo ranks, by clocks of their own.
 
-A pass sleeps instead of computing, so what is held against the clock is the order of passes and
-messages and who waits for whom, whatever else the machine does.
+A pass adds its length to its rank's clock instead of computing, and messages set the clocks
+(tests/virtual_time.py). So what is compared is the order of passes and messages and who waits for
+whom, and it is compared exactly, whatever else the machine does.
 """
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
@@ -21,40 +22,44 @@ from keel_megatron.partition.stages import own_partition
 from keel_megatron.runtime.distributed import start
 from tests.distributed import run_ranks
 from tests.settings import settings
+from tests.virtual_time import VirtualClock
 
-PIPELINE, MICRO_BATCHES, REPEATS = 3, 6, 2
-UNIT = 0.02
-# Forward units of every chunk, and how many backward units for each forward one.
-CASES: dict[str, tuple[list[float], float]] = {
-    "1F1B, slow head": ([1, 2, 5], 2),
-    "1F1B, slow middle, fast backward": ([1, 6, 1], 0.5),
-    "interleaved, slow head": ([1, 1, 1, 2, 1, 4], 2),
-    "interleaved, slow first stage": ([3, 1, 1, 3, 1, 1], 1),
+PIPELINE, MICRO_BATCHES = 3, 6
+# Forward times of every chunk, how many backward times for each forward one, and the links'.
+CASES: dict[str, tuple[list[float], float, list[float]]] = {
+    "1F1B, slow head": ([1, 2, 5], 2, [0, 0, 0]),
+    "1F1B, slow middle, fast backward": ([1, 6, 1], 0.5, [0, 0, 0]),
+    "1F1B, slow links": ([3, 2, 2], 2, [1, 4, 0]),
+    "interleaved, slow head": ([1, 1, 1, 2, 1, 4], 2, [0, 0, 0]),
+    "interleaved, slow first stage": ([3, 1, 1, 3, 1, 1], 1, [0, 0, 0]),
+    "interleaved, slow links": ([2, 1, 1, 2, 1, 3], 2, [1, 0.5, 2]),
 }
 
 
-class Nap(torch.autograd.Function):
-    """The identity, whose passes take so many seconds."""
+class Pass(torch.autograd.Function):
+    """The identity, whose passes take so long by the clock."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ahead: float, back: float) -> Tensor:
-        ctx.back = back
-        time.sleep(ahead)
+    def forward(ctx: Any, x: Tensor, clock: VirtualClock, ahead: float, back: float) -> Tensor:
+        ctx.clock, ctx.back = clock, back
+        clock.add(ahead)
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        time.sleep(ctx.back)
-        return gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.clock.add(ctx.back)
+        return gradient, None, None, None
 
 
-class Sleeper(nn.Module):
-    """A chunk that sleeps."""
+class Chunk(nn.Module):
+    """A chunk of a model that only takes time."""
 
-    def __init__(self, config: Any, number: int, ahead: float, back: float) -> None:
+    def __init__(
+        self, config: Any, number: int, clock: VirtualClock, ahead: float, back: float
+    ) -> None:
         super().__init__()
         self.config, self.vp_stage, self.model_type = config, number, None
-        self.ahead, self.back = ahead, back
+        self.clock, self.ahead, self.back = clock, ahead, back
         self.input: Tensor | None = None
 
     def set_input_tensor(self, tensor: Any) -> None:
@@ -62,33 +67,35 @@ class Sleeper(nn.Module):
 
     def forward(self) -> Tensor:
         x = self.input if self.input is not None else torch.zeros(32, 2, 64, requires_grad=True)
-        return Nap.apply(x, self.ahead, self.back)
+        return Pass.apply(x, self.clock, self.ahead, self.back)
 
 
 def sections(virtual: int) -> dict[str, dict[str, Any]]:
     return settings(parallel__pipeline=PIPELINE, parallel__virtual_pipeline=virtual)
 
 
-def sleep_all() -> list[list[float]]:
-    """Seconds of a step of every case on this rank, as often as they are repeated."""
+def step_all() -> list[float]:
+    """This rank's time after a step of every case."""
     found = []
-    for forward, ratio in CASES.values():
+    for name, (forward, ratio, link) in CASES.items():
         virtual = len(forward) // PIPELINE
         config = RunConfig.model_validate(sections(virtual))
         with start(config.parallel, config.training) as runtime:
             layout = own_partition(config, runtime).layout
             megatron = transformer_config(config, layout, 0, torch.float32, runtime.device)
+            store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+            clock = VirtualClock(store, link)
             chunks = [
-                Sleeper(megatron, chunk, UNIT * units, UNIT * units * ratio)
-                for chunk, units in enumerate(forward[runtime.pipeline_rank :: PIPELINE])
+                Chunk(megatron, chunk, clock, time, time * ratio)
+                for chunk, time in enumerate(forward[runtime.pipeline_rank :: PIPELINE])
             ]
-            found.append([_step(runtime, chunks, config) for _ in range(REPEATS)])
+            with clock.on_messages():
+                found.append(_step(clock, chunks, config))
+            runtime.barrier()
     return found
 
 
-def _step(runtime: Any, chunks: list[Sleeper], config: RunConfig) -> float:
-    runtime.barrier()
-    started = time.perf_counter()
+def _step(clock: VirtualClock, chunks: list[Chunk], config: RunConfig) -> float:
     get_forward_backward_func()(
         forward_step_func=lambda _data, model: (model(), lambda out: (out.sum(), out.sum())),
         data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
@@ -97,30 +104,21 @@ def _step(runtime: Any, chunks: list[Sleeper], config: RunConfig) -> float:
         seq_length=config.data.seq_length,
         micro_batch_size=config.training.micro_batch_size,
     )
-    runtime.barrier()
-    return time.perf_counter() - started
+    return clock.now
 
 
 @pytest.fixture(scope="module")
-def slept() -> dict[str, float]:
-    """The fastest step of each case."""
-    ranks = run_ranks(PIPELINE, sleep_all)
-    return {
-        name: min(max(step) for step in zip(*(rank[number] for rank in ranks), strict=True))
-        for number, name in enumerate(CASES)
-    }
+def stepped() -> dict[str, list[float]]:
+    """Every rank's time after the step of each case."""
+    ranks = run_ranks(PIPELINE, step_all)
+    return {name: [rank[number] for rank in ranks] for number, name in enumerate(CASES)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_takes_what_the_simulator_says(case: str, slept: dict[str, float]) -> None:
-    forward, ratio = CASES[case]
+def test_a_step_takes_what_the_simulator_says(case: str, stepped: dict[str, list[float]]) -> None:
+    forward, ratio, link = CASES[case]
     times = PipelineTimes(
-        PIPELINE,
-        tuple(UNIT * units for units in forward),
-        tuple(UNIT * units * ratio for units in forward),
-        (0.0,) * PIPELINE,
+        PIPELINE, tuple(forward), tuple(time * ratio for time in forward), tuple(link)
     )
-    # A sleep is never shorter; a busy machine wakes its sleepers late.
-    predicted = simulate(times, MICRO_BATCHES).seconds
-    assert 0.995 * predicted < slept[case] < 1.25 * predicted
+    # The first stage has the last pass, and nothing to send after it.
+    assert stepped[case][0] == simulate(times, MICRO_BATCHES).seconds

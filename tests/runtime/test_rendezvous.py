@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from torch._C._distributed_c10d import Store, TCPStore
 
 from keel_megatron.runtime.rendezvous import CollectiveTimeoutError, meet
+from tests.hosts import await_that
 
 
 def client(server: TCPStore) -> Store:
@@ -22,11 +22,21 @@ def server() -> TCPStore:
 
 
 def start(server: TCPStore, ranks: int, late: int | None = None) -> list[Store]:
-    """What every rank of a start gets; one of them comes late."""
+    """What every rank of a start gets; one of them comes when the others have said hello."""
+    hellos = [f"keel/hello/{rank}" for rank in range(1, ranks) if rank != late]
+    earlier = {key: server.get(key) for key in hellos if server.check([key])}
 
     def one(rank: int) -> Store:
-        time.sleep(0.5 if rank == late else 0.0)
-        return meet(client(server), rank, ranks, 20.0)
+        store = client(server)
+        if rank == late:
+            await_that(
+                lambda: all(
+                    store.check([key]) and store.get(key) != earlier.get(key) for key in hellos
+                ),
+                300,
+                "the others",
+            )
+        return meet(store, rank, ranks, 300.0)
 
     with ThreadPoolExecutor(ranks) as pool:
         return list(pool.map(one, range(ranks)))

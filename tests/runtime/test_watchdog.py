@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
+import timeit
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,29 @@ import pytest
 from keel_megatron.runtime import local_launch
 from keel_megatron.runtime.watchdog import RankReport, verdict
 
-# Rank 1 hangs in the first start and not in the second.
+# Rank 1 hangs in the first start and not in the second. There the watchdog has more patience than a
+# busy machine needs, and before the hang a single step is due.
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
 from keel_megatron.config.run import RunConfig
 from keel_megatron.runtime.distributed import start
+from keel_megatron.runtime import watchdog as module
 from keel_megatron.runtime.watchdog import Watchdog
 from tests.settings import small_config
+
+if sys.argv[1] == "sleep":
+    module.ANSWER_SECONDS = 300.0  # every rank will report: no wait is too long
 
 def oversleep():
     time.sleep(600)
 
 config = small_config(parallel__pipeline=2)
 with start(config.parallel, config.training) as runtime:
-    with Watchdog(runtime, Path("run"), 4.0) as watchdog:
-        for step in range(30):
-            if step == 20 and runtime.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    with Watchdog(runtime, Path("run"), 4.0 if first else 300.0) as watchdog:
+        for step in range(3):
+            if step == 1 and runtime.rank == 1 and first:
                 oversleep() if sys.argv[1] == "sleep" else os.kill(os.getpid(), signal.SIGSTOP)
             runtime.barrier()
             watchdog.mark(f"step {step + 1}")
@@ -107,8 +114,9 @@ def test_a_hung_rank_is_named_and_the_group_starts_again(
     tmp_path: Path, how: str, named: str
 ) -> None:
     code = (
-        f"import sys; from {local_launch.__name__} import launch; "
-        f"sys.exit(launch(2, ['-c', {RANK!r}, {how!r}], 1))"
+        f"import sys; import {local_launch.__name__} as local_launch; "
+        "local_launch.GRACE_SECONDS = 1.0; "  # a stopped rank does not hear SIGTERM
+        f"sys.exit(local_launch.launch(2, ['-c', {RANK!r}, {how!r}], 1))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -116,7 +124,7 @@ def test_a_hung_rank_is_named_and_the_group_starts_again(
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert named in done.stderr
@@ -126,19 +134,20 @@ def test_a_hung_rank_is_named_and_the_group_starts_again(
     stacks = {path.name: path.read_text() for path in hang.glob("rank_*.txt")}
     assert ("rank_00001.txt" in stacks) == (how == "sleep")
     assert "in barrier" in stacks["rank_00000.txt"]
-    assert '"last": "step 20"' in stacks["rank_00000.txt"]
+    assert '"last": "step 1"' in stacks["rank_00000.txt"]
     assert "thread watchdog" in stacks["rank_00000.txt"]
     if how == "sleep":
         assert "in oversleep" in stacks["rank_00001.txt"]
 
 
 def test_a_mark_costs_nothing_that_a_step_would_notice() -> None:
-    """A step takes 10 ms at the very least; a thousandth of that is 10 us, shared by all marks."""
+    """A step takes 10 ms at the very least, thousands of times what calling anything takes."""
     from keel_megatron.runtime.watchdog import Watchdog
 
     watchdog = Watchdog.__new__(Watchdog)
     watchdog._marks = 0
-    begun = time.perf_counter()
-    for _ in range(10_000):
-        watchdog.mark("step 1")
-    assert (time.perf_counter() - begun) / 10_000 < 10e-6
+
+    def fastest(call: Callable[[], object]) -> float:
+        return min(timeit.repeat(call, number=100, repeat=100))
+
+    assert fastest(lambda: watchdog.mark("step 1")) < 30 * fastest(lambda: None)

@@ -145,17 +145,19 @@ class PoisonedBatch:
             self._hook = parameter.register_hook(lambda gradient: gradient * torch.nan)
 
 
-def roll_back(folder: str, sections: dict[str, dict[str, Any]]) -> tuple[Any, Any, str]:
-    """A run that is rolled back, and the same steps by hand: (loss, gradient norm) of each."""
-    path = Path(folder) / "run.yaml"
-    path.write_text(yaml.safe_dump(sections))
+def roll_back(path: Path) -> tuple[Any, Any, str]:
+    """A run that is rolled back, and the same steps by hand: (loss, gradient norm) of each.
+
+    Args:
+        path: the run's YAML; every rank reads it, so the test writes it before they start.
+    """
     outcome = run.run_training(path, before_step=PoisonedBatch(3))
     reported = [
         (line["loss"], line["grad_norm"])
         for line in read_metrics(outcome.folder / "metrics.jsonl")
         if "loss" in line
     ]
-    config = RunConfig.model_validate(sections)
+    config = RunConfig.model_validate(yaml.safe_load(path.read_text()))
     with start(config.parallel, config.training) as runtime:
         data = runtime.from_main(lambda: run.prepare(config, print))
         source, _validation = run.open_data(config, runtime, data)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import yaml
 from keel_megatron.config.checks import problems
 from tests.distributed import run_ranks
 from tests.settings import settings, small_config
@@ -129,7 +130,9 @@ def test_a_rollback_returns_to_the_checkpoint(name: str, tmp_path: Path) -> None
         checkpoint__every=2,
         guard__action="rollback",
     )
-    (reported, expected, log), _ = run_ranks(2, faults.roll_back, str(tmp_path), sections)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    (reported, expected, log), _ = run_ranks(2, faults.roll_back, path)
     assert reported == expected
     assert "guard, step 4 (rollback): grad_norm is inf; gradients are not finite in" in log
     assert "guard: back at step 2; the data goes on after sequence 64" in log

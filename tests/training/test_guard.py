@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import yaml
 from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.guard import GuardConfig
 from keel_megatron.training.guard import Guard, robust_z
@@ -248,7 +249,9 @@ def test_a_rollback_jumps_over_the_batches_since_the_checkpoint(tmp_path: Path) 
         checkpoint__every=2,
         guard__action="rollback",
     )
-    (reported, expected, log), _ = run_ranks(2, faults.roll_back, str(tmp_path), sections)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    (reported, expected, log), _ = run_ranks(2, faults.roll_back, path)
     assert reported == expected
     assert "guard, step 4 (rollback): grad_norm is nan; gradients are not finite in" in log
     assert "guard: back at step 2; the data goes on after sequence 64" in log
