@@ -15,10 +15,10 @@ from keel_megatron.config.errors import UserError
 from keel_megatron.dashboard.folders import find_runs, saved_settings
 from keel_megatron.dashboard.merge import TRAINING_PAGES, MergedStore
 from keel_megatron.dashboard.server import Server, free_port, require_mlflow_server
+from keel_megatron.tracking.sqlite_uri import sqlite_file
 from keel_megatron.tracking.target import without_credentials
 
 REFRESH_SECONDS = 5.0
-_SQLITE = "sqlite:///"
 _LISTED = 20
 
 
@@ -78,10 +78,10 @@ def _databases(runs: Sequence[Path]) -> tuple[list[Path], list[str]]:
     elsewhere = []
     for run in runs:
         tracking = saved_settings(run).get("tracking", {})
-        uri = tracking.get("uri") or f"{_SQLITE}{run / 'mlflow.db'}"
-        path = Path(uri.removeprefix(_SQLITE).partition("?")[0])
-        if not uri.startswith(_SQLITE):
-            elsewhere.append(f"{run.name} reports to {without_credentials(uri)}: look there")
+        uri = tracking.get("uri")
+        path = run / "mlflow.db" if uri is None else sqlite_file(str(uri))
+        if path is None:
+            elsewhere.append(f"{run.name} reports to {without_credentials(str(uri))}: look there")
         elif path.is_file():
             found[path.resolve()] = None
         else:

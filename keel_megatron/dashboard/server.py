@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from keel_megatron.config.errors import UserError
+from keel_megatron.tracking.sqlite_uri import sqlite_uri
 
 HOST = "127.0.0.1"
 _START_SECONDS = 120.0
@@ -65,7 +66,7 @@ class Server:
         self.url = f"http://{HOST}:{port}"
         self._log = folder / "server.log"
         command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.database}"]
+        command += ["--workers", "1", "--backend-store-uri", sqlite_uri(self.database)]
         command += ["--default-artifact-root", str(folder / "artifacts")]
         quiet = {
             # Pages that are looked at on this machine tell MLflow's makers nothing.

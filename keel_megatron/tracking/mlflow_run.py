@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keel_megatron.tracking.overwrite import delete_after, sqlite_file
+from keel_megatron.tracking.overwrite import delete_after
+from keel_megatron.tracking.sqlite_uri import sqlite_file, sqlite_uri
 from keel_megatron.tracking.target import (
     Status,
     Target,
@@ -50,7 +51,7 @@ def _create_database(folder: Path) -> None:
         left.unlink()
     # A name of its own each time: MLflow remembers within a process what it has made where.
     partial = database.with_name(f"{database.name}.{uuid.uuid4().hex}.partial")
-    MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
+    MlflowClient(tracking_uri=sqlite_uri(partial)).search_experiments(max_results=1)
     partial.replace(database)
 
 

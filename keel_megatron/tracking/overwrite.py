@@ -22,14 +22,6 @@ SELECT key, value, timestamp, step, is_nan, run_uuid FROM (
 _WAIT_SECONDS = 20.0
 
 
-def sqlite_file(uri: str) -> Path | None:
-    """The file of a sqlite URI; None for any other."""
-    kind, _, rest = uri.partition("://")
-    if kind.partition("+")[0] != "sqlite":
-        return None
-    return Path(rest.removeprefix("/").partition("?")[0])
-
-
 def delete_after(database: Path, run_id: str, step: int) -> int:
     """Delete a run's points after a step, except those of the machines (`system/`).
 

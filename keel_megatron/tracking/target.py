@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.tracking.spool import FOLDER, SpoolReader
+from keel_megatron.tracking.sqlite_uri import sqlite_file, sqlite_uri
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 """How an MLflow run ends: as planned; by an error, or without a word; because it was asked to."""
@@ -78,7 +79,7 @@ class Target:
 
 def local_uri(run: Path) -> str:
     """The sqlite file in a run's folder."""
-    return f"sqlite:///{(run / 'mlflow.db').resolve()}"
+    return sqlite_uri((run / "mlflow.db").resolve())
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -120,10 +121,11 @@ def flat_params(config: RunConfig) -> dict[str, str]:
 
 def _artifact_location(config: RunConfig) -> str | None:
     """A database has no place of its own for files, and MLflow's default is ./mlruns."""
-    kind, _, rest = tracking_uri(config).partition("://")
-    if kind.startswith("sqlite"):
-        parent = Path(rest.removeprefix("/").partition("?")[0]).parent
-    elif kind.partition("+")[0] in ("postgresql", "mysql", "mssql"):
+    uri = tracking_uri(config)
+    database = sqlite_file(uri)
+    if database is not None:
+        parent = database.parent
+    elif uri.partition("://")[0].partition("+")[0] in ("postgresql", "mysql", "mssql"):
         parent = config.training.runs_dir
     else:
         return None

@@ -19,6 +19,7 @@ from keel_megatron.tracking.metrics import MetricsFile
 from keel_megatron.tracking.mlflow_sink import MlflowSink
 from keel_megatron.tracking.progress import Progress
 from keel_megatron.tracking.records import CheckpointRecord, Record, ValidationRecord
+from keel_megatron.tracking.sqlite_uri import sqlite_file
 from keel_megatron.tracking.target import Status, without_credentials
 
 
@@ -248,7 +249,7 @@ def where(config: RunConfig) -> list[str]:
     lines = [f"files      {folder}/ (metrics.jsonl, loss.png, log.txt, checkpoints/)"]
     if config.tracking.mlflow:
         uri = config.tracking.uri
-        if uri is None or uri.startswith("sqlite:///"):
+        if uri is None or sqlite_file(uri) is not None:
             show = f"keel dashboard {shlex.quote(str(folder))}  (extra: dashboard)"
         elif uri.startswith(("http://", "https://", "databricks")):
             show = without_credentials(uri)
