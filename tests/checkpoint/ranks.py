@@ -168,6 +168,18 @@ def poison(steps: Collection[int], patch: pytest.MonkeyPatch) -> None:
     patch.setattr(MadeUp, "micro_batches", poisoned)
 
 
+def full_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """No file of this step's checkpoint can be written."""
+    write = manifest.write_checked
+
+    def failing(path: Path, blocks: Any) -> Any:
+        if path.parent.name == f"step_{step:08d}.partial":
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
+        return write(path, blocks)
+
+    patch.setattr(manifest, "write_checked", failing)
+
+
 def no_validation_loss(patch: pytest.MonkeyPatch) -> None:
     """Every validation gives NaN."""
     patch.setattr(MegatronEngine, "validate", lambda *_arguments: float("nan"))
