@@ -93,11 +93,12 @@ set -m
 torchrun=$!
 set +m
 
-stopped="" # the exit code, if a signal came before there were trainers
+asked="" # the exit code of the latest signal, for a run that it ended without one of its own
 # hand_on SIGNAL CODE. Trainers are the children of torchrun, whatever thread started them.
 # shellcheck disable=SC2317,SC2329  # the traps call it
 hand_on() {
     local trainers
+    asked=$2
     read -ra trainers < <(cat /proc/"$torchrun"/task/*/children 2>/dev/null) || true # no newline
     if ((${#trainers[@]})); then
         say "SIG$1: handing it to the trainers"
@@ -105,7 +106,6 @@ hand_on() {
         kill -s "$1" "${trainers[@]}" || true
     else
         say "SIG$1: no trainer runs, torchrun waits for other nodes: ending it"
-        stopped=$2
         kill -s TERM "$torchrun" || true
     fi
 }
@@ -123,7 +123,7 @@ if [[ $VERB == train && -f $RUN_FOLDER/exit_code ]]; then
     code=$(<"$RUN_FOLDER/exit_code")
 elif [[ -s $KEEL_MISTAKE_FILE ]]; then
     code=$EXIT_USER
-elif [[ -n $stopped ]]; then
-    code=$stopped
+elif [[ -n $asked ]]; then
+    code=$asked
 fi
 exit "$code"

@@ -58,7 +58,10 @@ def prune(
         typer.Option(help="Damaged and half-written ones too; not while it trains."),
     ] = False,
 ) -> None:
-    """Remove old checkpoints; what is not said is as in the run's checkpoint.* settings."""
+    """Remove old checkpoints; unspecified options default to the run's checkpoint.* settings.
+
+    After a recent spike or non-finite step, the newest checkpoint from before it stays too.
+    """
     from keel_megatron.checkpoint.identity import saved_config
     from keel_megatron.checkpoint.listing import prune_run
 

@@ -117,7 +117,7 @@ def _listen(receiver: socket.socket, request: StopRequest) -> None:
             elif time.monotonic() - first[number] > SAME_SECONDS:
                 if request.last_word is not None:
                     request.last_word()
-                os._exit(exit_codes.to_shell(-number))
+                os._exit(exit_codes.for_torchrun(exit_codes.to_shell(-number)))
 
 
 def _acknowledge(number: signal.Signals) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,8 @@ class Ran:
     counted: list[float] = field(default_factory=list)
     error: str | None = None
     """Message of the UserError that ended it."""
+    code: int | None = None
+    """What it would have ended with; None after an error."""
     diverged: bool = False
     """Whether that was a DivergedError."""
     records: list[Record] = field(default_factory=list)
@@ -168,6 +171,23 @@ def poison(steps: Collection[int], patch: pytest.MonkeyPatch) -> None:
     patch.setattr(MadeUp, "micro_batches", poisoned)
 
 
+def full_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """No file of this step's checkpoint can be written."""
+    write = manifest.write_checked
+
+    def failing(path: Path, blocks: Any) -> Any:
+        if path.parent.name == f"step_{step:08d}.partial":
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
+        return write(path, blocks)
+
+    patch.setattr(manifest, "write_checked", failing)
+
+
+def asked_to_stop(patch: pytest.MonkeyPatch) -> None:
+    """A request to stop is there from the first step on."""
+    patch.setattr("tests.checkpoint.ranks.StopRequest", partial(StopRequest, 0.0))
+
+
 def no_validation_loss(patch: pytest.MonkeyPatch) -> None:
     """Every validation gives NaN."""
     patch.setattr(MegatronEngine, "validate", lambda *_arguments: float("nan"))
@@ -232,6 +252,7 @@ def run(sections: Sections) -> Ran:
         engine = build_engine(config, runtime, build_model(config, runtime))
         tracker, part, guard = Recorder(config), Counter(), Guard(config.guard)
         error: UserError | None = None
+        code = None
         with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:
             loop = Loop(
                 config,
@@ -249,7 +270,7 @@ def run(sections: Sections) -> Ran:
             try:
                 if found.path is not None:
                     loop.restore(found.path)
-                loop.run(StopRequest())
+                code = loop.run(StopRequest())
             except UserError as caught:
                 error = caught
         steps = [record for record in tracker.records if isinstance(record, StepRecord)]
@@ -262,6 +283,7 @@ def run(sections: Sections) -> Ran:
             saves=[record for record in tracker.records if isinstance(record, CheckpointRecord)],
             counted=part.seen,
             error=None if error is None else str(error),
+            code=code,
             diverged=isinstance(error, DivergedError),
             records=tracker.records,
         )

@@ -48,6 +48,20 @@ def test_some_are_kept_for_good_and_damaged_ones_do_not_count(tmp_path: Path) ->
     assert folder.steps(tmp_path) == [30, 40, 50, 60, 70]
 
 
+@pytest.mark.parametrize(
+    ("anomaly", "left"),
+    [(None, [60, 70]), (45, [40, 60, 70]), (40, [20, 60, 70]), (65, [60, 70]), (5, [60, 70])],
+)
+def test_the_newest_from_before_an_anomaly_stays(
+    tmp_path: Path, anomaly: int | None, left: list[int]
+) -> None:
+    """One more than `keep`; a damaged one (of step 30) is none."""
+    for step in range(10, 80, 10):
+        write(tmp_path, step)
+    folder.prune(tmp_path, keep=2, spare={30}, anomaly=anomaly)
+    assert [step for step in folder.steps(tmp_path) if step != 30] == left
+
+
 def test_a_damaged_one_is_set_aside_when_its_step_comes_again(tmp_path: Path) -> None:
     for step in (7, 7):
         write(tmp_path, step)

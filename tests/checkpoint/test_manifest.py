@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,34 @@ def cut(path: Path) -> None:
 
 def grow(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"x")
+
+
+def test_a_file_leaves_the_cache_before_it_is_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Synced, dropped, read; and a file system that takes no advice changes nothing."""
+    done: list[str] = []
+    sync, record = os.fsync, manifest._record
+
+    def synced(descriptor: int) -> None:
+        sync(descriptor)
+        done.append("synced")
+
+    def advise(_descriptor: int, offset: int, length: int, advice: int) -> None:
+        assert (offset, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        done.append("dropped")
+        raise OSError("not here")
+
+    def read(path: Path) -> manifest.FileRecord:
+        done.append("read")
+        return record(path)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_DONTNEED", 4, raising=False)
+    monkeypatch.setattr(manifest, "_record", read)
+    assert manifest.write_checked(tmp_path / "file", [b"abc", b"d"]).bytes == 4
+    assert done == ["synced", "dropped", "read"]
 
 
 def test_a_complete_one(checkpoint: Path) -> None:

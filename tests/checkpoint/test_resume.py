@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from keel_megatron.checkpoint import folder
-from tests.checkpoint.ranks import Ran, Sections, run_in_turn
+from tests.checkpoint.ranks import Ran, Sections, asked_to_stop, run_in_turn
 from tests.settings import settings
 
 STEPS, SAVED = 4, 2
@@ -112,6 +112,14 @@ def test_dropout_was_on_and_the_generators_count(
     ((again, _other),) = run_in_turn(2, [sections(runs, name, model__dropout=0.1)])
     assert again.error is None
     assert again.losses != same[name][0][0].losses[SAVED:]
+
+
+def test_a_run_that_is_done_was_not_stopped(runs: Path) -> None:
+    """A request during the last step has nothing left to stop: the code is that of the end."""
+    config = sections(runs, "asked")
+    config["training"]["steps"] = 2
+    ran = [run_in_turn(1, [config], {"asked": asked_to_stop})[0][0] for _ in range(2)]
+    assert [(run.code, len(run.losses)) for run in ran] == [(75, 1), (0, 1)]
 
 
 def test_other_parts_come_back(same: dict[str, tuple[list[Ran], list[Ran]]]) -> None:
