@@ -31,7 +31,8 @@ from keel_megatron.data.fingerprint import (
 )
 
 FORMAT = 2
-_TOKENIZER, _TRAIN, _VALIDATION, _MANIFEST = "tokenizer.model", "train", "validation", "data.json"
+TOKENIZER = "tokenizer.model"
+_TRAIN, _VALIDATION, _MANIFEST = "train", "validation", "data.json"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class PreparedData:
     @property
     def tokenizer_path(self) -> Path:
         """The SentencePiece model."""
-        return self.folder / _TOKENIZER
+        return self.folder / TOKENIZER
 
     @property
     def train_prefix(self) -> Path:
@@ -116,6 +117,27 @@ def prepare(
         refuse_other_files(expected, prepared.identity(), folder)
     _check_length(config, prepared)
     return prepared
+
+
+def keep_tokenizer(data: PreparedData, run_folder: Path) -> Path:
+    """Copy the tokenizer into a run's folder, which then needs the prepared data no more.
+
+    Returns:
+        The copy.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    kept = run_folder / TOKENIZER
+    partial = kept.with_suffix(".partial")
+    try:
+        shutil.copyfile(data.tokenizer_path, partial)
+        partial.replace(kept)
+    except OSError as error:
+        raise UserError(
+            f"training.runs_dir: cannot write {error.filename or kept}: {error.strerror}"
+        ) from error
+    return kept
 
 
 def _origin(config: RunConfig, sources: Sources) -> dict[str, Any]:
@@ -200,8 +222,8 @@ def _build(
     from keel_megatron.data.tokenizer import Tokenizer
 
     training, validation = split(corpus, config.data.validation_fraction)
-    (partial / _TOKENIZER).write_bytes(_tokenizer_model(config, training, log))
-    tokenizer = Tokenizer(partial / _TOKENIZER)
+    (partial / TOKENIZER).write_bytes(_tokenizer_model(config, training, log))
+    tokenizer = Tokenizer(partial / TOKENIZER)
     if tokenizer.vocab_size != config.data.vocab_size:
         raise UserError(
             f"data.vocab_size: {config.data.vocab_size} is not the {tokenizer.vocab_size} pieces "
