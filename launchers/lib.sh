@@ -53,6 +53,15 @@ parse_arguments() {
 
 is_number() { [[ $1 =~ ^(0|[1-9][0-9]*)$ ]]; } # bash takes 08 for octal
 is_positive() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
+is_port() { is_positive "$1" && ((${#1} < 6 && $1 < 65536)); }
+
+# split_endpoint NAME HOST[:PORT]: sets HOST and PORT (29500); brackets of an IPv6 address go.
+split_endpoint() {
+    [[ $2 =~ ^\[(.+)\](:([^:]*))?$ || $2 =~ ^([^:]+)(:([^:]*))?$ || $2 =~ ^(.+)()()$ ]] ||
+        die "$1=$2 must be HOST or HOST:PORT"
+    HOST=${BASH_REMATCH[1]} PORT=${BASH_REMATCH[3]:-29500}
+    is_port "$PORT" || die "$1=$2: $PORT is no port, a number from 1 to 65535"
+}
 
 # need NAME WHY: the variable must be set.
 need() { [[ -n ${!1:-} ]] || die "$1 is not set: $2"; }
@@ -115,10 +124,18 @@ find_run_folder() {
     RUN_FOLDER=$("$PYTHON" -m keel_megatron config folder "$CONFIG" "${OVERRIDES[@]}") || exit $?
 }
 
+# The exit code that the run has left in its folder; 1 if it is not whole.
+saved_code() {
+    local code
+    code=$(<"$RUN_FOLDER/exit_code")
+    if is_number "$code"; then echo "$code"; else echo 1; fi
+}
+
 # wait_for HOST PORT SECONDS: until something listens there, or say that nothing does.
 wait_for() {
     local end=$((SECONDS + $3))
-    until timeout 2 bash -c ": <>/dev/tcp/$1/$2" 2>/dev/null; do
+    # shellcheck disable=SC2016  # they are that bash's arguments, not a part of its program
+    until timeout 2 bash -c ': <>"/dev/tcp/$0/$1"' "$1" "$2" 2>/dev/null; do
         ((SECONDS < end)) ||
             die "no answer from $1 port $2 in $3 s, seen from $(hostname): is the first node" \
                 "started, is the name right, does a firewall stand between them?"

@@ -9,7 +9,8 @@
 #   NPROC_PER_NODE  processes of this node (default: its GPUs; without any 1)
 #   MASTER_ADDR     the first node: a static rendezvous, with NODE_RANK on every node
 #   MASTER_PORT     its port (default 29500)
-#   RDZV_ENDPOINT   HOST[:PORT] of the first node: a c10d rendezvous, which gives out the ranks
+#   RDZV_ENDPOINT   HOST[:PORT] of the first node: a c10d rendezvous, which gives out the ranks;
+#                   an IPv6 address with a port is written [ADDRESS]:PORT
 #   RDZV_ID         the job's name there (default keel)
 #   NODE_RANK       this node's number, from 0; 0 is the first node
 #   LOCAL_ADDR      this node's address, where its host name does not lead to it
@@ -42,20 +43,23 @@ check_devices "$processes"
 # A step, a save and the last report may take longer than torchrun's 30 s after SIGTERM.
 command=("$PYTHON" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes"
     --max-restarts "$MAX_RESTARTS" --shutdown-timeout 600)
-first="" # HOST PORT of the first node, for all others
+first=() # HOST PORT of the first node, for all others
 if [[ -n $endpoint ]]; then
-    [[ $endpoint == *:* ]] || endpoint+=:29500
-    command+=(--rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "${RDZV_ID:-keel}")
+    split_endpoint RDZV_ENDPOINT "$endpoint"
+    first=("$HOST" "$PORT")
+    [[ $HOST != *:* ]] || HOST="[$HOST]"
+    command+=(--rdzv-backend c10d --rdzv-endpoint "$HOST:$PORT" --rdzv-id "${RDZV_ID:-keel}")
     # The first node by its number, where it has one: names and addresses can mislead torchrun.
     [[ -n $node_rank ]] && command+=(--rdzv-conf "is_host=$((node_rank == 0))")
-    first="${endpoint%:*} ${endpoint##*:}"
 elif ((nodes > 1)); then
     [[ -n $address ]] || die "NNODES=$nodes needs MASTER_ADDR=<first node> with" \
         "NODE_RANK=<this node's number>, or RDZV_ENDPOINT=<first node>:<port>"
     [[ -n $node_rank ]] ||
         die "NODE_RANK is not set: this node's number, 0 to $((nodes - 1)), 0 on $address"
+    address=${address#[} address=${address%]}
+    is_port "$port" || die "MASTER_PORT=$port is no port, a number from 1 to 65535"
     command+=(--node-rank "$node_rank" --master-addr "$address" --master-port "$port")
-    first="$address $port"
+    first=("$address" "$port")
 else
     command+=(--standalone)
 fi
@@ -65,9 +69,8 @@ command+=(-m keel_megatron "$VERB" "$CONFIG" "${OVERRIDES[@]}")
 show "${command[@]}"
 ((DRY_RUN)) && exit 0
 find_run_folder
-if [[ -n $first && -n $node_rank && $node_rank != 0 ]]; then
-    # shellcheck disable=SC2086  # two words on purpose
-    wait_for $first "${WAIT_SECONDS:-300}"
+if ((${#first[@]})) && [[ -n $node_rank && $node_rank != 0 ]]; then
+    wait_for "${first[@]}" "${WAIT_SECONDS:-300}"
 fi
 
 # torchrun (2.13) announces its shared store in the first round of a c10d rendezvous only: a node that
@@ -120,7 +123,7 @@ while kill -0 "$torchrun" 2>/dev/null; do # a signal ends `wait`, not torchrun
     wait "$torchrun" || code=$?
 done
 if [[ $VERB == train && -f $RUN_FOLDER/exit_code ]]; then
-    code=$(<"$RUN_FOLDER/exit_code")
+    code=$(saved_code)
 elif [[ -s $KEEL_MISTAKE_FILE ]]; then
     code=$EXIT_USER
 elif [[ -n $asked ]]; then

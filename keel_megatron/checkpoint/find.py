@@ -69,9 +69,21 @@ def newest_good(run_folder: Path, runtime: Runtime, multiple_of: int = 1) -> Fou
     return Found(remarks=tuple(remarks))
 
 
+def checked(path: Path, runtime: Runtime) -> Found:
+    """One checkpoint, read whole; collective over all ranks.
+
+    Raises:
+        UserError: it is damaged; on every rank.
+    """
+    problem, state = _judge(path, runtime)
+    if problem is not None:
+        raise UserError(f"{path} is damaged: {problem}", reported=not runtime.is_main)
+    return Found(path, state)
+
+
 def _unfinished(path: Path) -> str:
     if path.suffix == ".partial":
-        return f"{path} was never finished: it is not used, and left until its step is saved again"
+        return f"{path} is not complete: it is not used, and left until its step is saved again"
     return f"{path} was set aside when its step was saved again: it is not used"
 
 

@@ -33,7 +33,8 @@ CHANGEABLE = (
     "tracking.",
     "data.cache",
     "data.text",  # where it lies: its contents are fingerprinted
-    "data.tokenizer",
+    "data.tokenizer",  # likewise
+    "data.allow_lossy_tokenizer",
     "training.name",
     "training.runs_dir",
     "training.steps",
@@ -45,6 +46,8 @@ CHANGEABLE = (
     "training.validate_every",
     "training.validation_sequences",
 )
+
+_PLACES = ("data.text", "data.tokenizer")
 
 
 def claim(config: RunConfig) -> None:
@@ -103,7 +106,8 @@ def check_identity(saved: Path, config: RunConfig) -> None:
 
 def changeable() -> str:
     """The settings that a run may change between two starts, as text."""
-    return ", ".join(f"{path}*" if path.endswith(".") else path for path in CHANGEABLE)
+    notes = {path: f"{path} (the place, not the contents)" for path in _PLACES}
+    return ", ".join(notes.get(p, f"{p}*" if p.endswith(".") else p) for p in CHANGEABLE)
 
 
 def _has_steps(folder: Path) -> bool:

@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 STATE = "state.json"
 INDEX = "index.json"
+TOKENIZER = "tokenizer.model"  # not in checkpoints of earlier versions
 BACKEND = "metadata.json"  # Megatron-core's own mark of a distributed checkpoint
 FORMAT = 1
 
@@ -154,7 +155,7 @@ def check_file(folder: Path, name: str, record: FileRecord) -> None:
         open_shards(path)
     elif name == CONFIG:
         _check_yaml(path)
-    else:
+    elif name != TOKENIZER:
         read_json(path)
 
 
@@ -215,7 +216,8 @@ def _check_yaml(path: Path) -> None:
 
 
 def _belongs(name: str) -> bool:
-    return name in (MANIFEST, CONFIG, STATE, INDEX, BACKEND) or rank_of(name) is not None
+    known = (MANIFEST, CONFIG, STATE, INDEX, BACKEND, TOKENIZER)
+    return name in known or rank_of(name) is not None
 
 
 def _names(folder: Path) -> list[str]:

@@ -95,6 +95,7 @@ class Saver:
         data: what the run is trained on (`data.prepare.PreparedData.identity`).
         damaged: steps of damaged checkpoints, which retention neither counts nor removes.
         progress: told that a save goes on, for whoever watches over the run.
+        tokenizer: the SentencePiece model that each checkpoint keeps, on rank 0; empty = none.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Saver:
         data: dict[str, Any],
         damaged: Collection[int] = (),
         progress: Callable[[str], None] = lambda _what: None,
+        tokenizer: bytes = b"",
     ) -> None:
         self._config = config
         self._runtime = runtime
@@ -112,6 +114,7 @@ class Saver:
         self._data = data
         self._damaged = set(damaged)
         self._progress = progress
+        self._tokenizer = tokenizer
         self._pending: _Pending | None = None
         self._is_first = True
         self.failure: str | None = None
@@ -277,6 +280,9 @@ class Saver:
         text = dump_config(self._config).encode()
         written = {name: record for name, record in files.items() if record is not None}
         written[manifest.CONFIG] = manifest.write_checked(partial / manifest.CONFIG, [text])
+        if self._tokenizer:
+            path = partial / manifest.TOKENIZER
+            written[path.name] = manifest.write_checked(path, [self._tokenizer])
         for name, value in (
             (manifest.STATE, content.run_state),
             (manifest.INDEX, index(places)),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from keel_megatron.cli.arguments import RunFolder
-
 
 def generate(
-    run: RunFolder,
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="A run's folder, runs/NAME, or one of its checkpoints."),
+    ],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 = always the likeliest token.")] = 0.8,
@@ -19,7 +21,7 @@ def generate(
     ] = 0.95,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Continue a prompt with the newest checkpoint of a run."""
+    """Continue a prompt with the newest checkpoint of a run, or with the one given."""
     from keel_megatron.inference.generate import generate_from_run
 
     print(

@@ -28,11 +28,16 @@ class DataConfig(Section):
         default=None,
         description="A SentencePiece model to use instead of one trained on the text.",
     )
+    allow_lossy_tokenizer: bool = Field(
+        default=False,
+        description="Take a data.tokenizer that loses more than 0.1 % of the text's characters.",
+    )
     validation_fraction: float = Field(
         default=0.02,
         gt=0.0,
         lt=0.5,
-        description="Share of the documents (of a single file: of its text) kept for validation.",
+        description="Share of the documents (of a single file: of its text) kept for validation; "
+        "at least one document.",
     )
     cache: TextPath = Field(
         default=Path("data"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from keel_megatron.config.errors import UserError
+from keel_megatron.data.folder import NOT_TEXT, LeftOut, files_below
 
 # Tests and vendored packages are left out of the demo corpus: it is the library itself.
 _DEMO_WITHOUT = {
@@ -24,6 +25,11 @@ _DEMO_WITHOUT = {
     "__pycache__",
     "ensurepip",
 }
+
+
+_BOM = "\ufeff"
+# Text, but not text to learn: what a model makes of these is their syntax.
+_MARKUP = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".html", ".xml")
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ def contents_fingerprint(contents: Mapping[str, list[Any]]) -> str:
 def find_corpus(text: tuple[Path, ...] | None, log: Callable[[str], None]) -> Corpus:
     """The corpus of `data.text`; None is the demo corpus.
 
-    A file that is named must be text; in a folder, what is not UTF-8 text is left out and counted.
+    A file that is named must be text; of a folder, what is not UTF-8 text, hidden or a broken link
+    is left out and counted. Links to folders are followed.
 
     Raises:
         UserError: a path is missing or unreadable, or all of them hold nothing but white space.
@@ -99,13 +106,14 @@ def find_corpus(text: tuple[Path, ...] | None, log: Callable[[str], None]) -> Co
     if text is None:
         root = Path(sysconfig.get_path("stdlib"))
         found = [path for path in sorted(root.rglob("*.py")) if _is_demo(path.relative_to(root))]
-        files = _text_files(root, found, log)
+        files = _text_files(found, LeftOut(root))
         description = f"the Python standard library's sources ({root})"
     else:
         files = []
         for path in text:
             files.extend(_user_files(path, log))
         files = _each_once(files)
+        _warn_of_markup(files, log)
         description = ", ".join(str(path) for path in text)
     if not files:
         raise UserError(
@@ -124,12 +132,14 @@ def _user_files(path: Path, log: Callable[[str], None]) -> list[TextFile]:
     except OSError as error:
         raise UserError(f"data.text: {path} cannot be read: {error.strerror}") from error
     if is_folder:
-        found = [
-            entry
-            for entry in sorted(path.rglob("*"))
-            if entry.is_file() and not any(p.startswith(".") for p in entry.relative_to(path).parts)
-        ]
-        return _text_files(path, found, log)
+        left_out = LeftOut(path)
+        try:
+            files = _text_files(files_below(path, left_out), left_out)
+        except OSError as error:
+            raise UserError(f"data.text: {path} cannot be read: {error.strerror}") from error
+        if left_out.found:
+            log(f"data.text: left out of {path}: {left_out.text()}")
+        return files
     if not exists:
         raise UserError(f"data.text: {path} does not exist")
     if not is_file:
@@ -155,22 +165,27 @@ def _each_once(files: list[TextFile]) -> list[TextFile]:
     return named
 
 
-def _text_files(root: Path, paths: list[Path], log: Callable[[str], None]) -> list[TextFile]:
+def _warn_of_markup(files: list[TextFile], log: Callable[[str], None]) -> None:
+    """Say of which files the syntax, not the text alone, is learned."""
+    found = [file for file in files if file.path.suffix.lower() in _MARKUP]
+    if found:
+        log(
+            f"warning: data.text: {len(found):,} of {len(files):,} files, such as {found[0].path}, "
+            f"are {found[0].path.suffix} and are learned as they stand, syntax and all; to learn "
+            "the text in them alone, extract it into text files first"
+        )
+
+
+def _text_files(paths: list[Path], left_out: LeftOut) -> list[TextFile]:
     """Those of a folder's files that are text; blank ones hold none."""
     files = []
-    skipped: list[Path] = []
     for path in paths:
         try:
             if _has_text(path):
-                name = path.relative_to(root).as_posix()
+                name = path.relative_to(left_out.root).as_posix()
                 files.append(TextFile(name, path, path.stat().st_size))
         except UserError:
-            skipped.append(path)
-    if skipped:
-        log(
-            f"data.text: left out {len(skipped)} files of {root} that are not readable UTF-8 "
-            f"text, such as {skipped[0].relative_to(root)}"
-        )
+            left_out.add(NOT_TEXT, path)
     return files
 
 
@@ -182,7 +197,7 @@ def _opened(path: Path) -> BufferedReader:
 
 
 def _has_text(path: Path) -> bool:
-    """Whether a file holds more than white space, read a block at a time.
+    """Whether a file holds more than white space and a byte order mark, a block at a time.
 
     Raises:
         UserError: it cannot be read or is not UTF-8 text.
@@ -195,7 +210,8 @@ def _has_text(path: Path) -> bool:
                 if b"\0" in block:
                     raise UserError(f"data.text: {path} is not text: it holds NUL bytes")
                 begun = len(decoder.getstate()[0])  # of a character that the last block began
-                found |= bool(decoder.decode(block).strip())
+                text = decoder.decode(block)
+                found |= bool((text if offset else text.removeprefix(_BOM)).strip())
                 offset += len(block)
             begun = len(decoder.getstate()[0])
             decoder.decode(b"", final=True)
@@ -207,7 +223,7 @@ def _has_text(path: Path) -> bool:
 
 
 def _read(file: TextFile) -> str:
-    """The file's text, its line ends untouched."""
+    """The file's text, its line ends untouched, without a byte order mark."""
     try:
         with _opened(file.path) as stream:
             content = stream.read()
@@ -216,7 +232,7 @@ def _read(file: TextFile) -> str:
                 f"data.text: {file.path} changed while it was prepared ({file.size} bytes, then "
                 f"{len(content)}); start again when it is complete"
             )
-        return content.decode("utf-8")
+        return content.decode("utf-8").removeprefix(_BOM)
     except OSError as error:
         raise UserError(f"data.text: {file.path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -235,9 +251,7 @@ def split(corpus: Corpus, fraction: float) -> tuple[Callable[[], Iterator[Docume
     """
     if len(corpus.files) == 1:
         return tuple(lambda part=part: iter([_cut(corpus, fraction)[part]]) for part in (0, 1))
-    ordered = sorted(corpus.files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
-    count = min(len(ordered) - 1, max(1, round(fraction * len(ordered))))
-    chosen = {file.name for file in ordered[:count]}
+    chosen = {file.name for file in _held_out(corpus, fraction)}
 
     def side(validation: bool) -> Iterator[Document]:
         for document in corpus.documents():
@@ -245,6 +259,24 @@ def split(corpus: Corpus, fraction: float) -> tuple[Callable[[], Iterator[Docume
                 yield document
 
     return (lambda: side(False)), (lambda: side(True))
+
+
+def describe_split(corpus: Corpus, fraction: float) -> str:
+    """What is held out for validation, in words: whole documents may be more than was asked for."""
+    if len(corpus.files) == 1:
+        return f"validation: the last {fraction:.3g} of the only document"
+    chosen = _held_out(corpus, fraction)
+    share = sum(file.size for file in chosen) / corpus.size
+    return (
+        f"validation: {len(chosen):,} of {len(corpus.files):,} documents, {share:.1%} of the "
+        f"text's bytes (data.validation_fraction = {fraction:g}, in whole documents)"
+    )
+
+
+def _held_out(corpus: Corpus, fraction: float) -> list[TextFile]:
+    """The documents that are kept for validation."""
+    ordered = sorted(corpus.files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
+    return ordered[: min(len(ordered) - 1, max(1, round(fraction * len(ordered))))]
 
 
 def _cut(corpus: Corpus, fraction: float) -> tuple[Document, Document]:

@@ -52,14 +52,16 @@ def refuse_other_text(
         return
     if expected["corpus"] == found["corpus"]:
         raise UserError(
-            "data.tokenizer: it is not the one that the run was trained with (SHA-256 "
-            f"{expected['tokenizer']} then, {found['tokenizer']} now); give that one again, or "
-            "start another run under another training.name"
+            "data.tokenizer: it is not the one that the run was trained with "
+            f"({_given(expected['tokenizer'])} then, {_given(found['tokenizer'])} now); give that "
+            "one again, or train with this one under another training.name, which begins with new "
+            "weights"
         )
     raise UserError(
         "data.text: it is not the text that the run was trained on: "
-        f"{_text_difference(expected, found, cache, sources)}; restore it, or start another run "
-        "under another training.name"
+        f"{_text_difference(expected, found, cache, sources)}. A run goes on with its own text "
+        "alone (data.text may name another place of it): restore it, or train on this text under "
+        "another training.name, which begins with new weights"
     )
 
 
@@ -81,8 +83,13 @@ def refuse_other_files(expected: Mapping[str, Any], found: Mapping[str, Any], fo
                 f"data.cache: {folder / name} is not what the run was trained on: "
                 f"{_file_text(then)} then, {_file_text(now)} now, from the same text; other "
                 "versions of sentencepiece or megatron-core may prepare it otherwise. Restore that "
-                "folder, or start another run under another training.name"
+                "folder or those versions, or train under another training.name, which begins with "
+                "new weights"
             )
+
+
+def _given(digest: str | None) -> str:
+    return "none was given" if digest is None else f"SHA-256 {digest[:12]}"
 
 
 def _file_text(record: Mapping[str, Any] | None) -> str:

@@ -13,14 +13,21 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
-from keel_megatron.data.corpus import Corpus, contents_fingerprint, find_corpus, split
+from keel_megatron.data.corpus import (
+    Corpus,
+    Document,
+    contents_fingerprint,
+    describe_split,
+    find_corpus,
+    split,
+)
 from keel_megatron.data.fingerprint import (
     SOURCES,
     Sources,
@@ -30,8 +37,15 @@ from keel_megatron.data.fingerprint import (
     refuse_other_text,
 )
 
+if TYPE_CHECKING:
+    from keel_megatron.data.tokenizer import Tokenizer
+
 FORMAT = 2
-_TOKENIZER, _TRAIN, _VALIDATION, _MANIFEST = "tokenizer.model", "train", "validation", "data.json"
+_SAMPLE = 1_000_000
+"""Characters of the text on which a tokenizer that was given is tried."""
+_LOST_AT_MOST = 0.001
+TOKENIZER = "tokenizer.model"
+_TRAIN, _VALIDATION, _MANIFEST = "train", "validation", "data.json"
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,7 @@ class PreparedData:
     @property
     def tokenizer_path(self) -> Path:
         """The SentencePiece model."""
-        return self.folder / _TOKENIZER
+        return self.folder / TOKENIZER
 
     @property
     def train_prefix(self) -> Path:
@@ -97,16 +111,18 @@ def prepare(
         UserError: the text, tokenizer or cache is not as the configuration says, or not what is
             expected.
     """
+    log = _tolerant(log)
     corpus = find_corpus(config.data.text, log)
     sources = corpus.contents()
     origin = _origin(config, sources)
     if expected is not None:
         refuse_other_text(expected, origin, config.data.cache, sources)
     folder = config.data.cache / origin["fingerprint"][:16]
-    with _locked(config.data.cache, folder.name):
+    with _locked(config.data.cache, folder.name, log):
         prepared = _find(folder, log)
         if prepared is None:
             log(f"preparing {corpus.description}: {corpus.size / 1e6:.1f} MB")
+            log(describe_split(corpus, config.data.validation_fraction))
             with _partial(folder) as partial:
                 (partial / SOURCES).write_text(json.dumps(sources))
                 prepared = _build(config, corpus, partial, folder, origin, log)
@@ -114,8 +130,39 @@ def prepare(
             log(f"reusing the prepared data in {folder}")
     if expected is not None:
         refuse_other_files(expected, prepared.identity(), folder)
-    _check_length(config, prepared)
+    _check_length(config, prepared, len(corpus.files))
     return prepared
+
+
+def _tolerant(log: Callable[[str], None]) -> Callable[[str], None]:
+    """A log that nobody can read any more is no failure of the preparation."""
+
+    def say(text: str) -> None:
+        with suppress(OSError):
+            log(text)
+
+    return say
+
+
+def keep_tokenizer(data: PreparedData, run_folder: Path) -> Path:
+    """Copy the tokenizer into a run's folder, which then needs the prepared data no more.
+
+    Returns:
+        The copy.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    kept = run_folder / TOKENIZER
+    partial = kept.with_suffix(".partial")
+    try:
+        shutil.copyfile(data.tokenizer_path, partial)
+        partial.replace(kept)
+    except OSError as error:
+        raise UserError(
+            f"training.runs_dir: cannot write {error.filename or kept}: {error.strerror}"
+        ) from error
+    return kept
 
 
 def _origin(config: RunConfig, sources: Sources) -> dict[str, Any]:
@@ -144,12 +191,16 @@ def _file_hash(path: Path) -> str:
 
 
 @contextmanager
-def _locked(cache: Path, name: str) -> Iterator[None]:
-    """Hold the cache's lock of one folder; whoever comes later waits."""
+def _locked(cache: Path, name: str, log: Callable[[str], None]) -> Iterator[None]:
+    """Hold the cache's lock of one folder; whoever comes later waits, and says so."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with (cache / f".{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log(f"another process prepares {cache / name}: waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield
     except OSError as error:
         raise UserError(
@@ -200,13 +251,8 @@ def _build(
     from keel_megatron.data.tokenizer import Tokenizer
 
     training, validation = split(corpus, config.data.validation_fraction)
-    (partial / _TOKENIZER).write_bytes(_tokenizer_model(config, training, log))
-    tokenizer = Tokenizer(partial / _TOKENIZER)
-    if tokenizer.vocab_size != config.data.vocab_size:
-        raise UserError(
-            f"data.vocab_size: {config.data.vocab_size} is not the {tokenizer.vocab_size} pieces "
-            f"of data.tokenizer = {config.data.tokenizer}"
-        )
+    (partial / TOKENIZER).write_bytes(_tokenizer_model(config, training, log))
+    tokenizer = Tokenizer(partial / TOKENIZER)
     train = write_indexed(training(), tokenizer, partial / _TRAIN, log)
     held_out = write_indexed(validation(), tokenizer, partial / _VALIDATION, log)
     prepared = PreparedData(
@@ -227,12 +273,53 @@ def _build(
 def _tokenizer_model(
     config: RunConfig, training: Callable[[], Iterator[Any]], log: Callable[[str], None]
 ) -> bytes:
-    from keel_megatron.data.tokenizer import train_tokenizer
+    from keel_megatron.data.tokenizer import Tokenizer, train_tokenizer
 
-    if config.data.tokenizer is not None:
-        return config.data.tokenizer.read_bytes()
+    given = config.data.tokenizer
+    if given is not None:
+        _check_tokenizer(config, Tokenizer(given), training, log)
+        return given.read_bytes()
     log(f"training a tokenizer of {config.data.vocab_size} pieces")
     return train_tokenizer((document.text for document in training()), config.data.vocab_size)
+
+
+def _check_tokenizer(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    training: Callable[[], Iterator[Document]],
+    log: Callable[[str], None],
+) -> None:
+    """See that a tokenizer that was given fits the run and loses no text.
+
+    Raises:
+        UserError: it has another size, or loses more than 0.1 % of a sample's characters.
+    """
+    data = config.data
+    if tokenizer.vocab_size != data.vocab_size:
+        raise UserError(
+            f"data.vocab_size: {data.vocab_size} is not the {tokenizer.vocab_size} pieces "
+            f"of data.tokenizer = {data.tokenizer}"
+        )
+    size = lost = 0
+    for document in training():
+        text = document.text[: _SAMPLE - size]
+        size, lost = size + len(text), lost + tokenizer.lost(text)
+        if size >= _SAMPLE:
+            break
+    if not lost:
+        return
+    said = (
+        f"data.tokenizer: {data.tokenizer} loses {lost / size:.2%} of the text's characters "
+        f"({lost:,} of the first {size:,}): {'; '.join(tokenizer.losses()) or 'it encodes too few'}"
+    )
+    if lost <= _LOST_AT_MOST * size or data.allow_lossy_tokenizer:
+        log(f"warning: {said}")
+        return
+    raise UserError(
+        f"{said}. Give one trained with byte_fallback=true, normalization_rule_name=identity and "
+        "remove_extra_whitespaces=false, or none to have one trained; or set "
+        "data.allow_lossy_tokenizer to true"
+    )
 
 
 def _publish(partial: Path, folder: Path, prepared: PreparedData) -> None:
@@ -247,9 +334,11 @@ def _publish(partial: Path, folder: Path, prepared: PreparedData) -> None:
     partial.rename(folder)
 
 
-def _check_length(config: RunConfig, prepared: PreparedData) -> None:
+def _check_length(config: RunConfig, prepared: PreparedData, documents: int) -> None:
     """A sequence needs seq_length tokens and the one that follows the last."""
     needed = config.data.seq_length + 1
+    # Of two documents one is held out, whatever the fraction.
+    fraction = "" if documents == 2 else " or another data.validation_fraction"
     for side, tokens in (
         ("training", prepared.train_tokens),
         ("validation", prepared.validation_tokens),
@@ -257,6 +346,6 @@ def _check_length(config: RunConfig, prepared: PreparedData) -> None:
         if tokens < needed:
             raise UserError(
                 f"data.text: its {side} part has {tokens} tokens, fewer than the {needed} of one "
-                f"sequence (data.seq_length + 1); give more text, a shorter data.seq_length or "
-                f"another data.validation_fraction"
+                f"sequence (data.seq_length + 1); give more text, a shorter data.seq_length"
+                f"{fraction}"
             )

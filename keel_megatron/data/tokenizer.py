@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -102,7 +103,11 @@ class Tokenizer:
         self.vocab_size = int(self._model.get_piece_size())
         self.eod = int(self._model.eos_id())
         if self.eod < 0:
-            raise UserError(f"data.tokenizer: {path} has no end-of-sentence piece")
+            raise UserError(
+                f"data.tokenizer: {path} has no end-of-sentence piece, which ends each document; "
+                "train it with eos_id set"
+            )
+        self._unknown = int(self._model.unk_id())
         self._space_mark = [
             int(self._model.piece_to_id(f"<0x{byte:02X}>")) for byte in _SPACE_MARK.encode()
         ]
@@ -118,3 +123,20 @@ class Tokenizer:
     def decode(self, tokens: list[int]) -> str:
         """The tokens' text; the end of a document has none."""
         return str(self._model.decode([token for token in tokens if token != self.eod]))
+
+    def lost(self, text: str) -> int:
+        """How many of a text's characters do not come back from its tokens."""
+        known = [token for token in self.encode(text) if token != self._unknown]
+        return (Counter(text) - Counter(self.decode(known))).total()
+
+    def losses(self) -> list[str]:
+        """Why a text may not come back, found out by trying."""
+        return [reason for probe, reason in _PROBES if self.lost(probe)]
+
+
+_PROBES = (
+    ("a\nb\tc", "it has no line ends or tabs"),
+    ("a  b   c", "it merges white space (remove_extra_whitespaces)"),
+    ("\uff21\ufb01", "it normalises characters (normalization_rule_name)"),
+    ("\U0001f9ff\u0d9e", "it has no byte fallback: unknown characters become <unk>"),
+)

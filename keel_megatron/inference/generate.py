@@ -1,25 +1,17 @@
-"""Generate text from a trained run: load its newest checkpoint in one process and sample."""
+"""Generate text from a trained run: load a checkpoint in one process and sample."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from keel_megatron.checkpoint import state
-from keel_megatron.checkpoint.find import newest_good
-from keel_megatron.checkpoint.identity import saved_config
 from keel_megatron.config.errors import UserError
-from keel_megatron.config.parallel import ParallelConfig
-from keel_megatron.config.run import RunConfig
-from keel_megatron.data.prepare import prepare
-from keel_megatron.data.tokenizer import Tokenizer
-from keel_megatron.model.language_model import build_model
+from keel_megatron.inference.source import config_of, load
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import start
 
@@ -53,57 +45,43 @@ def generate_from_run(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> str:
-    """The prompt and its continuation by the newest checkpoint of a run's folder.
+    """The prompt and its continuation by a checkpoint.
+
+    The model sees the last data.seq_length tokens at a time; a prompt may be longer.
+
+    Args:
+        run: a run's folder, of which the newest good checkpoint is taken, or a checkpoint's.
+        prompt: the text to continue.
+        max_new_tokens: as in `Sampling`, like the others.
+        temperature: likewise.
+        top_p: likewise.
+        seed: likewise.
 
     Raises:
-        UserError: the folder holds no run or no checkpoint, the prompt does not fit, or a
-            sampling setting is out of range.
+        UserError: the folder holds no run or no checkpoint, or a sampling setting is out of range.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    with _loaded(run) as (config, tokenizer, next_logits):
-        tokens = tokenizer.encode(prompt) or [tokenizer.eod]
-        room = config.data.seq_length - len(tokens)
-        if room < 1:
-            raise UserError(
-                f"--prompt: {len(tokens)} tokens leave no room in sequences of "
-                f"data.seq_length = {config.data.seq_length}"
-            )
-        if sampling.max_new_tokens > room:
-            raise UserError(
-                f"--max-new-tokens: {sampling.max_new_tokens} after a prompt of {len(tokens)} "
-                f"tokens exceed data.seq_length = {config.data.seq_length}; at most {room} fit"
-            )
-        return tokenizer.decode(continue_tokens(tokens, tokenizer.eod, sampling, next_logits))
-
-
-@contextmanager
-def _loaded(run: Path) -> Iterator[tuple[RunConfig, Tokenizer, Callable[[list[int]], Tensor]]]:
-    """The run's configuration, tokenizer and next-token logits, in this process alone."""
-    config = saved_config(run)
-    alone = config.model_copy(
-        update={
-            "parallel": ParallelConfig(timeout_seconds=config.parallel.timeout_seconds),
-            "training": config.training.model_copy(update={"threads": 0}),
-        }
-    )
-    with start(alone.parallel, alone.training, Launch(0, 1, 0, 1)) as runtime:
-        newest = newest_good(run, runtime)
-        if newest.path is None:
-            raise UserError(f"{run} has no complete checkpoint yet; train it first")
-        for remark in newest.remarks:
+    config = config_of(run)
+    with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
+        source = load(run, config, runtime)
+        for remark in source.remarks:
             print(remark, file=sys.stderr)
-        data = prepare(alone, lambda _text: None, newest.state.get("data"))
-        (chunk,) = build_model(alone, runtime)
-        state.load_weights(newest.path, runtime, [chunk])
-        chunk.eval()
+        tokenizer, context = source.tokenizer, config.data.seq_length
+        tokens = tokenizer.encode(prompt) or [tokenizer.eod]
+        if len(tokens) > context:
+            print(
+                f"--prompt: of its {len(tokens)} tokens the model sees the last {context} "
+                "(data.seq_length)",
+                file=sys.stderr,
+            )
 
         @torch.inference_mode()
         def next_logits(tokens: list[int]) -> Tensor:
-            row = torch.tensor([tokens], device=runtime.device)
-            positions = torch.arange(len(tokens), device=runtime.device)[None]
-            return chunk(row, positions, None)[0, -1].float()
+            row = torch.tensor([tokens[-context:]], device=runtime.device)
+            positions = torch.arange(row.shape[1], device=runtime.device)[None]
+            return source.model(row, positions, None)[0, -1].float()
 
-        yield config, Tokenizer(data.tokenizer_path), next_logits
+        return tokenizer.decode(continue_tokens(tokens, tokenizer.eod, sampling, next_logits))
 
 
 def continue_tokens(

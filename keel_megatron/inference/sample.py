@@ -2,31 +2,74 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
+import psutil
+import torch
+
 from keel_megatron.checkpoint.identity import saved_config
+from keel_megatron.config.run import RunConfig
 from keel_megatron.inference.generate import generate_from_run
+from keel_megatron.partition.flops import parameter_count
 from keel_megatron.tracking.sync import add_file
 
 SAMPLE_TOKENS = 64
+_HEADROOM = 1.3
+"""What the model takes beside its weights: activations of one sequence, a file that is read."""
 
 
 def sample_run(run: Path, *, again: bool) -> None:
     """Print what the run's model makes of `tracking.sample_prompt`, and keep it in samples.txt.
 
+    The run is complete and saved: whatever ails its sample is a remark.
+
     Args:
         run: the run's folder.
         again: generate it; otherwise the kept one is shown if there is one.
     """
+    try:
+        _sample(run, again)
+    except KeyboardInterrupt:
+        _remark(run, "it was interrupted")
+    except Exception as error:
+        said = str(error).strip() or type(error).__name__
+        _remark(run, said.splitlines()[0])
+
+
+def _sample(run: Path, again: bool) -> None:
     config = saved_config(run)
     prompt = config.tracking.sample_prompt
     if prompt is None:
         return
     kept = run / "samples.txt"
     if again or not kept.is_file():
+        lack = _lack_of_memory(config)
+        if lack is not None:
+            _remark(run, lack)
+            return
         text = generate_from_run(
             run, prompt, max_new_tokens=min(SAMPLE_TOKENS, config.data.seq_length // 2)
         )
         kept.write_text(text + "\n", encoding="utf-8")
         add_file(run, kept)
     print(f"\nsample ({kept}):\n{kept.read_text(encoding='utf-8')}")
+
+
+def _remark(run: Path, why: str) -> None:
+    print(f"no sample: {why} (the run is complete; keel generate {run} --prompt TEXT)")
+
+
+def _lack_of_memory(config: RunConfig) -> str | None:
+    """Why one device has no room for the whole model, if it has none."""
+    gc.collect()  # what training left behind
+    count = parameter_count(config.model, config.data.vocab_size)
+    needed = _HEADROOM * count * (4 if config.training.precision == "fp32" else 2)
+    if torch.cuda.is_available() and config.training.device != "cpu":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = psutil.virtual_memory().available
+    if needed <= free:
+        return None
+    return f"the whole model takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free here"

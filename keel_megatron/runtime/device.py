@@ -23,19 +23,47 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> Launch:
-        """Read torchrun's variables; DeepSpeed's launcher calls the last one LOCAL_SIZE."""
+        """Read torchrun's variables; DeepSpeed's launcher calls the last one LOCAL_SIZE.
+
+        Raises:
+            UserError: they contradict each other, or one is missing.
+        """
         local = "LOCAL_SIZE" if "LOCAL_WORLD_SIZE" not in os.environ else "LOCAL_WORLD_SIZE"
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", local)
-        values = []
-        for name, default in zip(names, (0, 1, 0, 1), strict=True):
-            text = os.environ.get(name, str(default))
-            if not text.isdecimal():
-                raise UserError(
-                    f"environment variable {name}={text!r} must be a whole number; "
-                    "start the run with torchrun"
-                )
-            values.append(int(text))
-        return cls(*values)
+        rank, size, local_rank, local_size = (
+            _number(name, default) for name, default in zip(names, (0, 1, 0, 1), strict=True)
+        )
+        for name, value, limit, of in (
+            ("RANK", rank, size, "WORLD_SIZE"),
+            ("LOCAL_RANK", local_rank, local_size, local),
+            (local, local_size, size + 1, "WORLD_SIZE + 1"),
+        ):
+            if value >= limit:
+                raise _odd(f"{name}={value} must be below {of}={limit}")
+        if size > 1:
+            missing = [name for name in (*names, *_MEETING) if not os.environ.get(name)]
+            if missing:
+                raise _odd(f"WORLD_SIZE={size} needs {', '.join(missing)} too")
+            if not 0 < _number("MASTER_PORT", 0) < 65536:
+                raise _odd(f"MASTER_PORT={os.environ['MASTER_PORT']} must be from 1 to 65535")
+        return cls(rank, size, local_rank, local_size)
+
+
+_MEETING = ("MASTER_ADDR", "MASTER_PORT")
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdecimal()):
+        raise _odd(f"{name}={text!r} must be a whole number")
+    return int(text)
+
+
+def _odd(what: str) -> UserError:
+    return UserError(
+        f"environment variable {what}; start the run with keel train --processes, torchrun or a "
+        "launcher of launchers/, which set it, or unset RANK, WORLD_SIZE and their like"
+    )
 
 
 def choose_device(preference: Literal["auto", "cuda", "cpu"], local_rank: int) -> torch.device:

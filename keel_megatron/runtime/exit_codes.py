@@ -23,6 +23,7 @@ That ends the next starts at once, and the launcher with 2.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 DONE = 0
@@ -52,8 +53,16 @@ def for_torchrun(code: int) -> int:
 
 
 def write(folder: Path, code: int) -> None:
-    """Leave the code in a run's folder."""
-    (folder / FILE).write_text(f"{code}\n", encoding="utf-8")
+    """Leave the code in a run's folder, whole or not at all.
+
+    A disk that is full says so here, and changes nothing about how the run has ended.
+    """
+    partial = folder / f"{FILE}.partial"
+    try:
+        partial.write_text(f"{code}\n", encoding="utf-8")
+        partial.replace(folder / FILE)
+    except OSError as error:
+        print(f"cannot write {folder / FILE}: {error.strerror}", file=sys.stderr)
 
 
 def clear(folder: Path) -> None:

@@ -18,7 +18,17 @@ from keel_megatron.tracking.depth import (
     first_nonfinite,
     not_noted,
 )
-from keel_megatron.tracking.style import ALARM, BLUE, NOTHING, ORANGE, QUIET, TEXT, dress, save
+from keel_megatron.tracking.style import (
+    ALARM,
+    BLUE,
+    NOTHING,
+    ORANGE,
+    QUIET,
+    TEXT,
+    TITLE,
+    dress,
+    save,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -286,7 +296,7 @@ def _title(figure: Figure, name: str, facts: str) -> None:
     height = figure.get_figheight()
     at = 0.12 / figure.get_figwidth()
     top = 1 - 0.12 / height
-    figure.text(at, top, name, fontsize=14, fontweight="bold", color=TEXT, va="top")
+    figure.text(at, top, name, va="top", **TITLE)
     figure.text(at, top - 0.3 / height, facts, fontsize=10, color=QUIET, va="top")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.tracking.metrics import read_metrics
-from keel_megatron.tracking.style import BLUE, ORANGE, QUIET, SLATE, TEXT, dress, save
+from keel_megatron.tracking.style import BLUE, ORANGE, QUIET, SLATE, TEXT, TITLE, dress, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,7 +165,7 @@ def _title(
             where = "below" if distance >= 0 else "above"
             facts.append(f"{abs(distance):.2f} nats {where} the unigram entropy")
     axes = figure.axes[0]
-    axes.set_title(name, loc="left", fontsize=14, fontweight="bold", color=TEXT, pad=24)
+    axes.set_title(name, loc="left", pad=24, **TITLE)
     axes.annotate(
         ",  ".join(facts),
         (0, 1),

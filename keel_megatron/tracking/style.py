@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, SLATE, ALARM = "#2b6cb0", "#dd6b20", "#4a5568", "#e5007d"
 TEXT, QUIET, GRID, NOTHING = "#1a202c", "#718096", "#e2e8f0", "#edf2f7"
+# A run may be called a$b: no formula.
+TITLE: dict[str, Any] = {"fontsize": 14, "fontweight": "bold", "color": TEXT, "parse_math": False}
 
 
 def dress(axes: Axes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import socket
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from keel_megatron.data.batches import (
     SequenceDataset,
     validation_batches,
 )
-from keel_megatron.data.prepare import PreparedData, prepare
+from keel_megatron.data.prepare import PreparedData, keep_tokenizer, prepare
 from keel_megatron.model.compiled import keep_compiled
 from keel_megatron.model.language_model import build_model
 from keel_megatron.partition.flops import parameter_count
@@ -165,7 +166,7 @@ def _train(
         _claim(config, runtime, tracker)
     batches, validation = open_data(config, runtime, data)
     _announce(config, runtime, tracker, data)
-    tracker.artifact(data.tokenizer_path)
+    tracker.artifact(runtime.from_main(lambda: keep_tokenizer(data, config.training.folder)))
     _announce_stages(runtime, tracker, partition)
     if config.kernels.compile:
         keep_compiled(config.training.folder)
@@ -181,7 +182,15 @@ def _train(
             validation,
             tracker,
             state.Position(),
-            Saver(config, runtime, tracker, data.identity(), found.damaged, watchdog.mark),
+            Saver(
+                config,
+                runtime,
+                tracker,
+                data.identity(),
+                found.damaged,
+                watchdog.mark,
+                data.tokenizer_path.read_bytes() if runtime.is_main else b"",
+            ),
             guard,
             watchdog,
             before_step,
@@ -304,14 +313,17 @@ def _conclude(
         )
         return
     below = data.unigram_entropy - loop.validation_loss
+    compared = f": {abs(below):.3f} nats {'below' if below >= 0 else 'ABOVE'} it"
     tracker.say(
         f"validation loss {loop.validation_loss:.3f} nats per token; unigram entropy "
-        f"{data.unigram_entropy:.3f}: {abs(below):.3f} nats "
-        f"{'below' if below >= 0 else 'ABOVE'} it"
+        f"{data.unigram_entropy:.3f}{compared if math.isfinite(below) else ''}"
     )
     if runtime.is_main:
         picture = config.training.folder / "loss.png"
-        plot_loss(config.training.folder, picture, data.unigram_entropy)
-        tracker.artifact(picture)
+        try:
+            plot_loss(config.training.folder, picture, data.unigram_entropy)
+            tracker.artifact(picture)
+        except Exception as error:  # the run is complete and saved, whatever ails its picture
+            tracker.say(f"cannot draw {picture}: {type(error).__name__}: {error}")
         for line in where(config):
             tracker.say(line)

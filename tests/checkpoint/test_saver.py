@@ -161,7 +161,7 @@ def test_damage_a_kill_and_a_folder_that_cannot_be_written(tmp_path: Path) -> No
     assert "common.pt is no part of a checkpoint" in pickled.remarks[1]
     assert not marker.exists()
     assert killed.resumed == "step_00000001"
-    assert "step_00000002.partial was never finished" in killed.remarks[0]
+    assert "step_00000002.partial is not complete" in killed.remarks[0]
     for ran in (flipped, pickled, killed):
         assert ran.error is None
         assert ran.digest == whole.digest

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from keel_megatron.config import UserError
-from keel_megatron.data.corpus import find_corpus, split
+from keel_megatron.data.corpus import describe_split, find_corpus, split
 
 
 def ignore(_text: str) -> None:
@@ -59,8 +61,10 @@ def test_a_folder_gives_its_text_files_and_counts_the_rest(tmp_path: Path) -> No
     said: list[str] = []
     corpus = find_corpus((tmp_path,), said.append)
     assert [file.name for file in corpus.files] == ["b/two.md", "one.txt"]
-    assert len(said) == 1
-    assert "left out 2 files" in said[0]
+    assert said == [
+        f"data.text: left out of {tmp_path}: 1 hidden (such as .hidden), 2 not readable UTF-8 text "
+        "(such as image.bin)"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -160,3 +164,67 @@ def test_a_file_that_grows_meanwhile(tmp_path: Path) -> None:
 def test_a_path_that_cannot_be_one() -> None:
     with pytest.raises(UserError, match=r"data.text: a+ cannot be read: File name too long"):
         find_corpus((Path("a" * 300),), ignore)
+
+
+def test_links_are_followed_once_and_the_rest_is_counted(tmp_path: Path) -> None:
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "root"
+    for folder in (elsewhere, root / "own"):
+        folder.mkdir(parents=True)
+        (folder / "text.txt").write_text(folder.name)
+    (root / "a_link").symlink_to(elsewhere)
+    (root / "another").symlink_to(elsewhere)
+    (root / "an_own_link").symlink_to(root / "own")
+    (elsewhere / "cycle").symlink_to(root)
+    (root / "broken").symlink_to(tmp_path / "nothing")
+    (root / "file.txt").symlink_to(elsewhere / "text.txt")
+    os.mkfifo(root / "pipe")
+    said: list[str] = []
+    corpus = find_corpus((root,), said.append)
+    # A folder that is there is called by its own path, as it was before links were followed.
+    assert [file.name for file in corpus.files] == ["a_link/text.txt", "own/text.txt"]
+    assert said == [
+        f"data.text: left out of {root}: 1 broken link (such as broken), "
+        "1 neither file nor folder (such as pipe)"
+    ]
+
+
+def test_a_folder_that_cannot_be_entered_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: Path) -> Any:
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root, as whom tests may run, may enter any
+    said: list[str] = []
+    assert len(find_corpus((tmp_path,), said.append).files) == 1
+    assert said == [f"data.text: left out of {tmp_path}: 1 unreadable folder (such as closed)"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "mark.txt").write_bytes(mark)
+    (tmp_path / "blank.txt").write_bytes(mark + b" \n")
+    (tmp_path / "text.txt").write_bytes(mark + "a\ufeffb".encode())
+    corpus = find_corpus((tmp_path,), ignore)
+    assert [document.text for document in corpus.documents()] == ["a\ufeffb"]
+
+
+def test_the_validation_side_is_told_as_it_is(tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / f"{number}.txt").write_text("word " * 10)
+    text = describe_split(find_corpus((tmp_path,), ignore), 0.01)
+    assert text.startswith("validation: 1 of 12 documents, 8.3% of the text's bytes")
+
+
+def test_files_whose_syntax_is_learned_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    said: list[str] = []
+    find_corpus((tmp_path / "a.jsonl",), said.append)
+    assert "1 of 1 files" in said[0]
+    assert "syntax and all" in said[0]

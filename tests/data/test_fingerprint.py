@@ -64,7 +64,7 @@ def test_other_text_is_refused_by_name_before_it_is_prepared(
         (other / "more.py").write_text("x = 1\n")
         expected = r"more\.py is new"
     changed = small_config(data__text=str(other), data__cache=str(data.folder.parent))
-    with pytest.raises(UserError, match=rf"data\.text: it is not the text .*: {expected}; restore"):
+    with pytest.raises(UserError, match=rf"data\.text: it is not the text .*: {expected}\. A run"):
         prepare(changed, ignore, data.identity())
     assert [path.name for path in data.folder.parent.iterdir() if path.is_dir()] == [
         data.folder.name
@@ -101,7 +101,9 @@ def test_another_tokenizer_is_refused(
         data__cache=str(data.folder.parent),
         data__tokenizer=str(data.tokenizer_path),
     )
-    with pytest.raises(UserError, match=r"data\.tokenizer: it is not the one .*None then"):
+    with pytest.raises(
+        UserError, match=r"data\.tokenizer: it is not the .*\(none was given then, S"
+    ):
         prepare(given, ignore, data.identity())
 
 

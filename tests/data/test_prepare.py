@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
 import math
 import multiprocessing
+import threading
+import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sentencepiece
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from keel_megatron.config import UserError
@@ -138,4 +144,98 @@ def test_a_cache_that_cannot_be_written(text: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = small_config(data__text=str(text), data__cache=str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match=r"data.cache: cannot write .*Not a directory"):
+        prepare(config, ignore)
+
+
+def foreign(folder: Path, text: Path, **options: object) -> Path:
+    """A tokenizer that a user has trained with SentencePiece's own defaults, but for `options`."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter((text / "argparse.py").read_text().splitlines()),
+        model_writer=model,
+        **{"model_type": "bpe", "vocab_size": 512, "minloglevel": 2, **options},
+    )
+    path = folder / "foreign.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def test_a_tokenizer_that_loses_text_is_refused_unless_that_is_allowed(
+    text: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "data__text": str(text),
+        "data__cache": str(tmp_path / "cache"),
+        "data__tokenizer": str(foreign(tmp_path, text)),
+    }
+    with pytest.raises(UserError) as caught:
+        prepare(small_config(**options), ignore)
+    message = str(caught.value)
+    assert f"data.tokenizer: {tmp_path}/foreign.model loses 2" in message  # a fifth and more
+    assert "it has no line ends or tabs; it merges white space" in message
+    assert "no byte fallback" in message
+    assert "set data.allow_lossy_tokenizer to true" in message
+    assert "partial" not in message
+    said: list[str] = []
+    prepare(small_config(**options, data__allow_lossy_tokenizer=True), said.append)
+    assert any(line.startswith("warning: data.tokenizer: ") for line in said)
+
+
+def test_a_tokenizer_that_loses_nothing_is_taken_in_silence(text: Path, tmp_path: Path) -> None:
+    whole = {
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+    }
+    options = {"data__text": str(text), "data__cache": str(tmp_path / "cache")}
+    given = str(foreign(tmp_path, text, **whole))
+    said: list[str] = []
+    prepare(small_config(**options, data__tokenizer=given), said.append)
+    assert not any("data.tokenizer" in line for line in said)
+
+
+def test_a_tokenizer_without_an_end_is_named(text: Path, tmp_path: Path) -> None:
+    given = foreign(tmp_path, text, eos_id=-1)
+    config = small_config(
+        data__text=str(text), data__cache=str(tmp_path / "cache"), data__tokenizer=str(given)
+    )
+    with pytest.raises(UserError, match=rf"data\.tokenizer: {given} has no end-of-sentence piece"):
+        prepare(config, ignore)
+
+
+def test_a_log_that_fails_is_no_fault_of_the_cache(text: Path, tmp_path: Path) -> None:
+    def closed(_text: str) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    config = small_config(data__text=str(text), data__cache=str(tmp_path))
+    assert not prepare(config, closed).reused
+
+
+def test_whoever_waits_for_another_says_so(text: Path, tmp_path: Path) -> None:
+    config = small_config(data__text=str(text), data__cache=str(tmp_path))
+    folder = prepare(config, ignore).folder
+    said: list[str] = []
+    with (tmp_path / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=prepare, args=(config, said.append))
+        waiting.start()
+        while not said:
+            time.sleep(0.01)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        waiting.join()
+    assert said[0] == f"another process prepares {folder}: waiting for it"
+
+
+def test_a_fraction_is_offered_only_where_it_changes_something(tmp_path: Path) -> None:
+    words = "".join(f"{word} {word * 3}\n" for word in map(chr, range(97, 123))) * 4
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(words)
+    config = small_config(
+        data__text=str(tmp_path), data__cache=str(tmp_path / ".cache"), data__vocab_size=320
+    )
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"seq_length": 100_000})}
+    )
+    with pytest.raises(UserError, match=r"a shorter data\.seq_length$"):
         prepare(config, ignore)

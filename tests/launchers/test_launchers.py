@@ -90,6 +90,20 @@ LONG = "--max-restarts 3 --shutdown-timeout 600"
             f"--rdzv-endpoint first:7000 --rdzv-id j1 --local-addr 10.0.0.9 "
             f"-m keel_megatron train {DEMO}",
         ),
+        (
+            "torchrun.sh",
+            [DEMO],
+            {"NNODES": "2", "RDZV_ENDPOINT": "::1"},
+            f"{TORCHRUN} --nnodes 2 --nproc-per-node 1 {LONG} --rdzv-backend c10d "
+            rf"--rdzv-endpoint \[::1\]:29500 --rdzv-id keel -m keel_megatron train {DEMO}",
+        ),
+        (
+            "torchrun.sh",
+            [DEMO],
+            {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "[fe80::1]"},
+            f"{TORCHRUN} --nnodes 2 --nproc-per-node 1 {LONG} --node-rank 0 --master-addr fe80::1 "
+            f"--master-port 29500 -m keel_megatron train {DEMO}",
+        ),
         (  # as the Kubeflow trainer announces a node
             "torchrun.sh",
             [DEMO],
@@ -172,6 +186,24 @@ def test_a_dry_run_of_deepspeed_shows_the_exact_command(tmp_path: Path) -> None:
             {"NNODES": "9", "MASTER_ADDR": "a", "NODE_RANK": "08"},
             "NODE_RANK=08 is no number",
         ),
+        (
+            "torchrun.sh",
+            [DEMO],
+            {"NNODES": "2", "RDZV_ENDPOINT": "[::1]:x"},
+            "RDZV_ENDPOINT=[::1]:x: x is no port, a number from 1 to 65535",
+        ),
+        (
+            "torchrun.sh",
+            [DEMO],
+            {"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "0", "MASTER_PORT": "65536"},
+            "MASTER_PORT=65536 is no port",
+        ),
+        (
+            "slurm.sbatch",
+            [DEMO],
+            {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"},
+            "scontrol is missing on ",
+        ),
         ("torchrun.sh", [DEMO], {"KEEL_PYTHON": "nopython"}, "no interpreter nopython on"),
         ("torchrun.sh", [DEMO, "training.device=cuda"], {"NPROC_PER_NODE": "2"}, "has no GPU"),
         ("slurm.sbatch", [DEMO], {}, "SLURM_JOB_ID is not set: submit this file with sbatch"),
@@ -199,6 +231,37 @@ def test_a_wrong_configuration_is_told_before_a_node_waits() -> None:
     done = launch("torchrun.sh", DEMO, WAIT_SECONDS="1", **variables)
     assert done.returncode == 2
     assert "no answer from host.invalid port 29500 in 1 s, seen from" in done.stderr
+
+
+@pytest.mark.parametrize("endpoint", ["[::1]:{port}", "127.0.0.1:{port}"])
+def test_the_first_node_is_waited_for_at_its_own_address(tmp_path: Path, endpoint: str) -> None:
+    """With a stand-in for the interpreter: what matters is that the wait ends."""
+    (tmp_path / "python").write_text('#!/bin/sh\n[ "$2" = keel_megatron ] && echo runs/x\nexit 0\n')
+    (tmp_path / "python").chmod(0o755)
+    family = socket.AF_INET6 if "::" in endpoint else socket.AF_INET
+    address = "::1" if "::" in endpoint else "127.0.0.1"
+    try:
+        listening = socket.create_server((address, 0), family=family)
+    except OSError:
+        pytest.skip(f"this machine has no {address}")
+    with listening as first:
+        variables = {
+            "NNODES": "2",
+            "NODE_RANK": "1",
+            "RDZV_ENDPOINT": endpoint.format(port=first.getsockname()[1]),
+            "KEEL_PYTHON": str(tmp_path / "python"),
+            "WAIT_SECONDS": "20",
+        }
+        done = launch("torchrun.sh", DEMO, folder=tmp_path, **variables)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_address_is_no_program(tmp_path: Path) -> None:
+    variables = {"NNODES": "2", "NODE_RANK": "1", "WAIT_SECONDS": "1"}
+    endpoint = f"x$(touch${{IFS}}{tmp_path}/mark)y:29500"
+    done = launch("torchrun.sh", DEMO, RDZV_ENDPOINT=endpoint, **variables)
+    assert done.returncode == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mistake_that_the_trainers_find_is_told_once() -> None:
@@ -279,5 +342,5 @@ def test_shellcheck_is_content() -> None:
 
 
 def test_launchers_can_be_read_in_one_sitting() -> None:
-    assert max(len(script.read_text().splitlines()) for script in SCRIPTS) <= 130
+    assert max(len(script.read_text().splitlines()) for script in SCRIPTS) <= 150
     assert sum(len(script.read_text().splitlines()) for script in SCRIPTS) <= 600

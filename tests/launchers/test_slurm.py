@@ -27,6 +27,7 @@ for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
     tasks+=($!)
 done
 trap 'kill -USR1 "${tasks[@]}"' USR1
+trap 'kill -TERM "${tasks[@]}"' TERM
 worst=0
 for task in "${tasks[@]}"; do
     code=0
@@ -117,6 +118,27 @@ def test_a_job_saves_before_its_limit_and_is_requeued_until_done(tmp_path: Path)
     assert f"going on from runs/test/checkpoints/step_{saved:08d}" in out
     assert [step for step, _loss, _norm in losses_of(metrics)] == list(range(1, 13))
     assert (tmp_path / "calls").read_text().count(requeue) == 1
+
+
+def test_sigterm_to_the_batch_script_is_handed_on(tmp_path: Path) -> None:
+    """With a stand-in for the whole of a node: it says which signal it got."""
+    node = "trap 'echo got TERM; exit 143' TERM; touch ready; while true; do sleep 0.05; done"
+    for name, text in (("srun", f"#!/usr/bin/env bash\n{node}\n"), ("scontrol", SCONTROL)):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    write_config(tmp_path, Path(argparse.__file__))
+    batch = submit(tmp_path, 1, 0)
+    try:
+        await_that((tmp_path / "ready").is_file, 120, "the job's step")
+        batch.send_signal(signal.SIGTERM)
+        out, _ = batch.communicate(timeout=60)
+    finally:
+        end(batch)
+    assert batch.returncode == 143, out
+    assert "SIGTERM: the run is to save and end" in out
+    assert "got TERM" in out
+    assert "requeue" not in (tmp_path / "calls").read_text()
 
 
 def end(batch: subprocess.Popen[str]) -> None:

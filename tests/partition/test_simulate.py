@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keel_megatron.partition.simulate import PipelineTimes, Timeline, simulate
+from keel_megatron.partition.simulate import PipelineTimes, simulate
 from tests.calls import calls_of
 
 SECONDS = st.floats(0.01, 10.0)

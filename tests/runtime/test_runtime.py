@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from datetime import timedelta
@@ -46,8 +47,46 @@ def test_a_launch_is_read_from_torchruns_variables(monkeypatch: pytest.MonkeyPat
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert Launch.from_environment() == Launch(0, 1, 0, 1)
-    monkeypatch.setenv("RANK", "five")
-    with pytest.raises(UserError, match="RANK='five' must be a whole number"):
+    for name, value in WHOLE.items():
+        monkeypatch.setenv(name, value)
+    assert Launch.from_environment() == Launch(1, 4, 1, 2)
+
+
+WHOLE = {
+    "RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"RANK": "five"}, "RANK='five' must be a whole number"),
+        ({"RANK": ""}, "RANK='' must be a whole number"),
+        ({"RANK": "4"}, "RANK=4 must be below WORLD_SIZE=4"),
+        ({"WORLD_SIZE": "0"}, "RANK=1 must be below WORLD_SIZE=0"),
+        ({"WORLD_SIZE": None}, "RANK=1 must be below WORLD_SIZE=1"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 must be below LOCAL_WORLD_SIZE=2"),
+        ({"LOCAL_WORLD_SIZE": "8"}, "LOCAL_WORLD_SIZE=8 must be below WORLD_SIZE + 1=5"),
+        ({"RANK": None, "MASTER_PORT": None}, "WORLD_SIZE=4 needs RANK, MASTER_PORT too"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0 must be from 1 to 65535"),
+        ({"MASTER_PORT": "29500x"}, "MASTER_PORT='29500x' must be a whole number"),
+    ],
+)
+def test_odd_variables_are_one_message(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, str | None], expected: str
+) -> None:
+    for name, value in (WHOLE | change).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    with pytest.raises(UserError, match=re.escape(f"environment variable {expected}; start")):
         Launch.from_environment()
 
 

@@ -88,3 +88,10 @@ def test_the_mean_neither_lags_nor_hides_what_is_not_finite() -> None:
     assert smoothed(ramp)[99] == pytest.approx(98.0)  # it looks back two
     means = smoothed([1.0, math.nan, 3.0, math.inf])
     assert [math.isfinite(mean) for mean in means] == [True, False, True, False]
+
+
+def test_a_runs_name_is_no_formula(tmp_path: Path) -> None:
+    run = tmp_path / r"a$\frac{$"
+    write_run(run, [3.0, 2.5])
+    plot_loss(run, tmp_path / "loss.png", None)
+    assert (tmp_path / "loss.png").is_file()

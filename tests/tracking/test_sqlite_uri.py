@@ -18,7 +18,7 @@ STRANGE = [
     "50% #1?a=b/my runs",
     "pc%41t",
     "100%",
-    "it's \"so\"",
+    'it\'s "so"',
     "Läufe",
     "a&b;c:d=e@f",
     "back\\slash",

@@ -1,0 +1,105 @@
+"""What there is to generate from: weights and a tokenizer, from a run's folder or a checkpoint's.
+
+Neither the text nor data.cache nor the working directory has a say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from keel_megatron.checkpoint import folder, state
+from keel_megatron.checkpoint.find import Found, checked, newest_good
+from keel_megatron.checkpoint.identity import saved_config
+from keel_megatron.checkpoint.manifest import CONFIG, MANIFEST, TOKENIZER
+from keel_megatron.config.errors import UserError
+from keel_megatron.config.load import load_config
+from keel_megatron.config.parallel import ParallelConfig
+from keel_megatron.config.run import RunConfig
+from keel_megatron.data.tokenizer import Tokenizer
+from keel_megatron.model.language_model import build_model
+from keel_megatron.runtime.distributed import Runtime
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to generate from, loaded."""
+
+    config: RunConfig
+    model: nn.Module
+    tokenizer: Tokenizer
+    remarks: tuple[str, ...]
+    """What was passed over and why."""
+
+
+def config_of(path: Path) -> RunConfig:
+    """The configuration of the run whose folder, or one of whose checkpoints, this is.
+
+    Made for one process alone, on a GPU if there is one and the run was not on a CPU by choice.
+
+    Raises:
+        UserError: it is neither.
+    """
+    config = load_config(path / CONFIG) if _is_checkpoint(path) else saved_config(path)
+    device = "cpu" if config.training.device == "cpu" else "auto"
+    return config.model_copy(
+        update={
+            "parallel": ParallelConfig(timeout_seconds=config.parallel.timeout_seconds),
+            "training": config.training.model_copy(update={"threads": 0, "device": device}),
+        }
+    )
+
+
+def load(path: Path, config: RunConfig, runtime: Runtime) -> Source:
+    """Build the model and load a checkpoint: the one given, or the newest good one of a run.
+
+    Args:
+        path: a run's folder, or a checkpoint's.
+        config: as `config_of` returns it.
+        runtime: of this process alone.
+
+    Raises:
+        UserError: there is no good checkpoint, or its tokenizer is nowhere.
+    """
+    model: nn.Module | None = None
+    while True:
+        before = folder.steps(path)
+        try:
+            found = checked(path, runtime) if _is_checkpoint(path) else newest_good(path, runtime)
+            if found.path is None:
+                raise UserError(f"{path} has no complete checkpoint yet; train it first")
+            tokenizer = Tokenizer(_tokenizer(path, found.path, found, config))
+            if model is None:
+                (model,) = build_model(config, runtime)
+            state.load_weights(found.path, runtime, [model])
+        except (UserError, OSError):
+            # A run that is being trained removes old checkpoints: perhaps this one, meanwhile.
+            if folder.steps(path) == before:
+                raise
+            continue
+        return Source(config, model.eval(), tokenizer, found.remarks)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def _tokenizer(given: Path, checkpoint: Path, found: Found, config: RunConfig) -> Path:
+    """The checkpoint's own tokenizer; for one of an earlier version, where it was prepared."""
+    if (checkpoint / TOKENIZER).is_file():
+        return checkpoint / TOKENIZER
+    data = found.state.get("data", {})
+    digest = data.get("files", {}).get(TOKENIZER, {}).get("sha256")
+    prepared = config.data.cache / str(data.get("fingerprint"))[:16]
+    run = checkpoint.parent.parent if given == checkpoint else given
+    for place in (run / TOKENIZER, prepared / TOKENIZER):
+        if place.is_file() and hashlib.sha256(place.read_bytes()).hexdigest() == digest:
+            return place
+    raise UserError(
+        f"{checkpoint} holds no tokenizer, as an earlier version wrote it, and neither has "
+        f"{prepared} (data.cache); call it in the folder in which the run was started, or prepare "
+        f"its text there again: keel data build {checkpoint / CONFIG}"
+    )
