@@ -131,6 +131,13 @@ saved_code() {
     if is_number "$code"; then echo "$code"; else echo 1; fi
 }
 
+# Whether this start has left its code there. An earlier start's is not removed: this one may be
+# refused.
+mark_exit_code() { MARK=$(stat -c '%i %y' "$RUN_FOLDER/exit_code" 2>/dev/null || true); }
+has_exit_code() {
+    local before=$MARK && mark_exit_code && [[ $VERB == train && $MARK != "$before" && -n $MARK ]]
+}
+
 # wait_for HOST PORT SECONDS: until something listens there, or say that nothing does.
 wait_for() {
     local end=$((SECONDS + $3))

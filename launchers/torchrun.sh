@@ -78,8 +78,7 @@ fi
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # One thread a process until keel sets training.threads; torchrun would set and announce the same.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# The code of an earlier start must not be taken for this one's.
-[[ $VERB != train ]] || rm -f "$RUN_FOLDER/exit_code"
+mark_exit_code
 # Where a user's mistake is noted (runtime/exit_codes.py): torchrun would start it again and end with 1.
 KEEL_MISTAKE_FILE=$(mktemp)
 # The signal that was handed on, for trainers that could not hear it yet (training/stop.py).
@@ -122,10 +121,10 @@ while kill -0 "$torchrun" 2>/dev/null; do # a signal ends `wait`, not torchrun
     code=0
     wait "$torchrun" || code=$?
 done
-if [[ $VERB == train && -f $RUN_FOLDER/exit_code ]]; then
-    code=$(saved_code)
-elif [[ -s $KEEL_MISTAKE_FILE ]]; then
+if [[ -s $KEEL_MISTAKE_FILE ]]; then
     code=$EXIT_USER
+elif has_exit_code; then
+    code=$(saved_code)
 elif [[ -n $asked ]]; then
     code=$asked
 fi

@@ -59,33 +59,29 @@ def claim(config: RunConfig) -> None:
         UserError: the folder holds another run, or cannot be written.
     """
     check_folder(config)
-    saved = config.training.folder / CONFIG_FILE
+    folder = config.training.folder
+    saved = folder / CONFIG_FILE
     partial = saved.with_suffix(".partial")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         partial.write_text(dump_config(config), encoding="utf-8")
         partial.replace(saved)
     except OSError as error:
-        raise _unwritable(config.training.folder, error) from error
+        raise UserError(
+            f"training.runs_dir: cannot write the run's folder {folder}: {error.strerror}"
+        ) from error
 
 
 def check_folder(config: RunConfig) -> None:
-    """See that the run's folder can be this run's, and make it; what it holds stays as it is.
+    """See that the run's folder can be this run's; nothing is written.
 
     Raises:
-        UserError: as `claim`.
+        UserError: the folder holds another run.
     """
     folder = config.training.folder
     saved = folder / CONFIG_FILE
     if saved.is_file() and _has_steps(folder):
         check_identity(saved, config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"training.runs_dir: cannot write the run's folder {folder}: {error.strerror}")
 
 
 def check_identity(saved: Path, config: RunConfig) -> None:

@@ -10,6 +10,9 @@ from typing import Annotated
 import typer
 
 from keel_megatron.cli.arguments import ConfigPath, Overrides
+from keel_megatron.config.load import load_config
+from keel_megatron.runtime.local_launch import launch
+from keel_megatron.runtime.processes import default_processes, is_rank
 
 
 def bench(
@@ -31,7 +34,10 @@ def bench(
     ] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     processes: Annotated[
-        int, typer.Option(min=0, help="Start so many processes on this machine.")
+        int,
+        typer.Option(
+            min=0, help="Start so many processes on this machine; 0 = as keel train does."
+        ),
     ] = 0,
 ) -> None:
     """Time a run's steps, part by part, against this device's own best.
@@ -40,11 +46,11 @@ def bench(
     torchrun ... -m keel_megatron bench CONFIG on one or many machines.
     """
     settings = list(overrides or ())
-    if processes:
-        from keel_megatron.config.load import load_config
-        from keel_megatron.runtime.local_launch import launch
-
+    if processes or not is_rank():
+        loaded = load_config(config, tuple(settings), world_size=processes or None)
+        processes = processes or default_processes(loaded)
         load_config(config, tuple(settings), world_size=processes)
+    if processes > 1:
         options = ["--steps", str(steps), "--warmup", str(warmup)]
         options += ["--compare", compare] if compare else []
         options += ["--random-tokens"] if random_tokens else []

@@ -55,23 +55,26 @@ def prune(
     ] = None,
     damaged: Annotated[
         bool,
-        typer.Option(help="Damaged and half-written ones too; not while it trains."),
+        typer.Option(help="Damaged and half-written ones too."),
     ] = False,
 ) -> None:
     """Remove old checkpoints; unspecified options default to the run's checkpoint.* settings.
 
     After a recent spike or non-finite step, the newest checkpoint from before it stays too.
+    Refused while the run is being trained.
     """
     from keel_megatron.checkpoint.identity import saved_config
     from keel_megatron.checkpoint.listing import prune_run
+    from keel_megatron.runtime import ownership
 
     settings = saved_config(run).checkpoint
-    removed = prune_run(
-        run,
-        settings.keep if keep is None else keep,
-        settings.keep_every if keep_every is None else keep_every,
-        damaged=damaged,
-    )
+    with ownership.take(run, "pruned"):
+        removed = prune_run(
+            run,
+            settings.keep if keep is None else keep,
+            settings.keep_every if keep_every is None else keep_every,
+            damaged=damaged,
+        )
     for path in removed:
         print(f"removed {path}")
     if not removed:

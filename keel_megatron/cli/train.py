@@ -3,43 +3,86 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from keel_megatron.cli.arguments import ConfigPath, Overrides
-from keel_megatron.runtime import exit_codes
+from keel_megatron.config.load import load_config
+from keel_megatron.runtime import exit_codes, ownership
+from keel_megatron.runtime.local_launch import launch
+from keel_megatron.runtime.processes import default_processes, is_rank
+from keel_megatron.training import startup
+from keel_megatron.training.stop import stop_requests
 
 
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
     processes: Annotated[
-        int, typer.Option(min=0, help="Start so many processes on this machine, as torchrun does.")
+        int,
+        typer.Option(
+            min=0,
+            help="Start so many processes on this machine, as torchrun does; 0 = those of the "
+            "layout, with as many replicas as there are GPUs or cores for.",
+        ),
     ] = 0,
     max_restarts: Annotated[
-        int,
-        typer.Option(min=0, help="With --processes: start a group that fails so often again."),
+        int, typer.Option(min=0, help="Start a group of processes that fails so often again.")
     ] = 0,
 ) -> None:
     """Train a run, or go on with it from its newest checkpoint.
 
-    Several processes: --processes N on this machine, or
-    torchrun ... -m keel_megatron train CONFIG on one or many.
+    It starts its processes itself: --processes N on this machine. On several machines:
+    torchrun ... -m keel_megatron train CONFIG.
     """
     settings = tuple(overrides or ())
-    if processes:
-        from keel_megatron.config.load import load_config
-        from keel_megatron.runtime.local_launch import launch
+    if is_rank() and not processes:
+        sys.exit(_train_here(config, settings))
+    sys.exit(_start(config, settings, processes, max_restarts))
 
-        load_config(config, settings, world_size=processes)
-        command = ["-m", "keel_megatron", "train", str(config), *settings]
-        sys.exit(launch(processes, command, max_restarts))
-    from keel_megatron.training.run import run_training
 
-    outcome = run_training(config, settings)
+def _start(path: Path, settings: tuple[str, ...], processes: int, max_restarts: int) -> int:
+    """Check what can be checked without torch, then start the ranks; the exit code."""
+    config = load_config(path, settings, world_size=processes or None)
+    if not processes:
+        processes = default_processes(config)
+        load_config(path, settings, world_size=processes)
+    startup.check(config)
+    with ownership.take(config.training.folder) as owned:
+        newest = startup.complete(config)
+        if newest is not None:
+            print(startup.complete_text(config, newest), flush=True)
+            exit_codes.write(config.training.folder, exit_codes.DONE)
+            _sample(config.training.folder, again=False)
+            return exit_codes.DONE
+        layout = config.parallel
+        print(
+            f"starting {processes} process(es) on this machine: TP {layout.tensor} x PP "
+            f"{layout.pipeline} x DP {processes // layout.model_parallel_size}",
+            flush=True,
+        )
+        if processes == 1 and not max_restarts:
+            return _train_here(path, settings, owned)
+        command = ["-m", "keel_megatron", "train", str(path), *settings]
+        return launch(processes, command, max_restarts, owned)
+
+
+def _train_here(
+    path: Path, settings: tuple[str, ...], owned: ownership.Ownership | None = None
+) -> int:
+    """Be a rank, or the only process; the exit code."""
+    with stop_requests(starting=True) as stop:
+        from keel_megatron.training.run import run_training
+
+        outcome = run_training(path, settings, owned=owned, stop=stop)
     if outcome.is_main and outcome.exit_code == exit_codes.DONE:
-        from keel_megatron.inference.sample import sample_run
+        _sample(outcome.folder, again=outcome.trained)
+    return exit_codes.for_torchrun(outcome.exit_code)
 
-        sample_run(outcome.folder, again=outcome.trained)
-    sys.exit(exit_codes.for_torchrun(outcome.exit_code))
+
+def _sample(folder: Path, *, again: bool) -> None:
+    from keel_megatron.inference.sample import sample_run
+
+    sample_run(folder, again=again)

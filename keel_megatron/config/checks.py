@@ -40,6 +40,11 @@ def known_problems(partial: RunConfig, world_size: int | None = None) -> Iterato
             yield from _world(partial, world_size)
 
 
+def fits(config: RunConfig, world_size: int) -> bool:
+    """Whether a valid configuration's layout and batch can be divided among so many processes."""
+    return not any(_world(config, world_size))
+
+
 def _heads(config: RunConfig) -> Iterator[tuple[str, str]]:
     model = config.model
     if model.hidden_size % model.num_attention_heads:
@@ -353,8 +358,8 @@ def _world(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
         yield (
             "parallel.tensor x parallel.pipeline",
             f"{parallel.tensor} x {parallel.pipeline} = {replica} must divide the "
-            f"{world_size} process(es) of this launch; start "
-            f"torchrun --nproc-per-node {replica}, or change the layout",
+            f"{world_size} process(es) of this launch; start {replica} or a multiple of it "
+            f"(keel train --processes {replica}; torchrun --nproc-per-node), or change the layout",
         )
         return
     replicas = world_size // replica
@@ -363,7 +368,8 @@ def _world(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
         yield (
             "training.global_batch_size",
             f"{training.global_batch_size} must be a multiple of micro_batch_size x replicas = "
-            f"{training.micro_batch_size} x {replicas} = {batch}",
+            f"{training.micro_batch_size} x {replicas} = {batch}; replicas are processes "
+            f"(--processes) / {replica}",
         )
         return
     micro_batches = training.global_batch_size // batch

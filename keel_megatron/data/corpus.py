@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -116,22 +117,54 @@ def find_corpus(text: tuple[Path, ...] | None, log: Callable[[str], None]) -> Co
         _warn_of_markup(files, log)
         description = ", ".join(str(path) for path in text)
     if not files:
-        raise UserError(
-            f"data.text: there is no text in {description}; name files or folders with UTF-8 text"
-        )
+        raise _no_text(description)
     return Corpus(description, tuple(files))
+
+
+def check_paths(text: tuple[Path, ...] | None) -> None:
+    """See in a moment, without reading any text, that `data.text` can be a corpus.
+
+    Raises:
+        UserError: a path is missing or unreadable, or there is nothing in any of them.
+    """
+    if text is None:
+        return
+    is_empty = True
+    for path in text:
+        if _is_folder(path):
+            is_empty &= not any(files for _folder, _folders, files in os.walk(path))
+        else:
+            with _opened(path):
+                is_empty &= path.stat().st_size == 0
+    if is_empty:
+        raise _no_text(", ".join(map(str, text)))
+
+
+def _no_text(where: str) -> UserError:
+    return UserError(
+        f"data.text: there is no text in {where}; name files or folders with UTF-8 text"
+    )
 
 
 def _is_demo(relative: Path) -> bool:
     return not _DEMO_WITHOUT.intersection(relative.parts)
 
 
-def _user_files(path: Path, log: Callable[[str], None]) -> list[TextFile]:
+def _is_folder(path: Path) -> bool:
+    """Whether a path is a folder; otherwise it is a file."""
     try:
         is_folder, is_file, exists = path.is_dir(), path.is_file(), path.exists()
     except OSError as error:
         raise UserError(f"data.text: {path} cannot be read: {error.strerror}") from error
-    if is_folder:
+    if not exists:
+        raise UserError(f"data.text: {path} does not exist")
+    if not is_folder and not is_file:
+        raise UserError(f"data.text: {path} is neither a file nor a folder")
+    return is_folder
+
+
+def _user_files(path: Path, log: Callable[[str], None]) -> list[TextFile]:
+    if _is_folder(path):
         left_out = LeftOut(path)
         try:
             files = _text_files(files_below(path, left_out), left_out)
@@ -140,10 +173,6 @@ def _user_files(path: Path, log: Callable[[str], None]) -> list[TextFile]:
         if left_out.found:
             log(f"data.text: left out of {path}: {left_out.text()}")
         return files
-    if not exists:
-        raise UserError(f"data.text: {path} does not exist")
-    if not is_file:
-        raise UserError(f"data.text: {path} is neither a file nor a folder")
     return [TextFile(path.name, path, path.stat().st_size)] if _has_text(path) else []
 
 

@@ -14,14 +14,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.parallel import ParallelConfig
 from keel_megatron.config.training import TrainingConfig
 from keel_megatron.runtime import cpu
 from keel_megatron.runtime.device import Launch, choose_device, set_threads
-from keel_megatron.runtime.rendezvous import CollectiveTimeoutError, agree, meet
+from keel_megatron.runtime.rendezvous import CollectiveTimeoutError, agree, meet, shared_store
 from keel_megatron.runtime.seeds import seed_dropout
 
 T = TypeVar("T")
@@ -158,7 +157,7 @@ def _init_process_group(
     if launch.world_size == 1:
         store: Store = HashStore()
     else:
-        shared, _rank, _world_size = next(rendezvous("env://", timeout=timeout))
+        shared = shared_store(timeout_seconds)
         store = meet(shared, launch.rank, launch.world_size, timeout_seconds)
         if alike:
             agree(store, launch.rank, launch.world_size, socket.gethostname(), alike)

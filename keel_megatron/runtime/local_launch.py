@@ -1,13 +1,15 @@
 """Start several processes of a command on this machine, as `torchrun --standalone` does.
 
 torchrun itself would do, but it hides the processes' exit codes and starts again what was saved and
-stopped on purpose, or what only its user can mend (runtime/exit_codes.py).
+stopped on purpose, or what only its user can mend (runtime/exit_codes.py). Nor need this process
+import torch, so it is there at once.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +19,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from keel_megatron.runtime import exit_codes
+from keel_megatron.runtime.interpreter import environment, python
+from keel_megatron.runtime.ownership import PASSED_ON, Ownership
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 POLL_SECONDS = 0.05
@@ -26,13 +30,26 @@ LEAVE_SECONDS = 60.0
 """After the first that was stopped on purpose, for the others to deliver what they report."""
 GRACE_SECONDS = 10.0
 """From SIGTERM to SIGKILL for those that do not."""
+STORE_LISTENER = "KEEL_STORE_LISTENER"
+"""Variable with the number of the listening socket on which rank 0 opens the group's store."""
 
 
-def launch(processes: int, command: list[str], max_restarts: int = 0) -> int:
+def launch(
+    processes: int,
+    command: list[str],
+    max_restarts: int = 0,
+    owned: Ownership | None = None,
+) -> int:
     """Run `python COMMAND` as a group of processes of this machine.
 
     A group that fails is started again, up to `max_restarts` times. Signals that ask a run to stop
     are handed to every process; then nothing is started again.
+
+    Args:
+        processes: how many.
+        command: the arguments of each.
+        max_restarts: how often a group is started again.
+        owned: the hold on the run's folder, which rank 0 of every group shares.
 
     Returns:
         The exit code: 0, or that of the first process that failed (128 + n for signal n).
@@ -42,10 +59,12 @@ def launch(processes: int, command: list[str], max_restarts: int = 0) -> int:
         for restart in range(max_restarts + 1):
             if forward.asked is not None:
                 return exit_codes.to_shell(-forward.asked)
-            forward.group = _Group(processes, command, run_id, restart)
+            forward.group = _Group(processes, command, run_id, restart, owned)
             if forward.asked is not None:  # while they were being started
                 forward.group.signal(forward.asked)
             rank, code = forward.group.wait()
+            if forward.asked == signal.SIGUSR1 and code == exit_codes.to_shell(-signal.SIGUSR1):
+                code = exit_codes.SAVED  # it died before it could hear it: nothing is lost
             if code in exit_codes.FINAL or forward.asked is not None or restart == max_restarts:
                 return code
             print(
@@ -58,45 +77,59 @@ def launch(processes: int, command: list[str], max_restarts: int = 0) -> int:
 
 
 class _Group:
-    """The processes of one attempt, and the store through which they find each other."""
+    """The processes of one attempt, and the port at which they find each other."""
 
-    def __init__(self, processes: int, command: list[str], run_id: str, restart: int) -> None:
-        import torch.distributed as dist
-
-        # Held here rather than by rank 0: the port is free for sure.
-        self._store = dist.TCPStore(  # type: ignore[attr-defined]
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False
-        )
-        self._workers = [
-            subprocess.Popen(
-                [sys.executable, *command],
-                env=os.environ | self._environment(rank, processes, run_id, restart),
-                # Ctrl-C in a terminal reaches the launcher alone, which hands it on once.
-                process_group=0,
-            )
-            for rank in range(processes)
-        ]
+    def __init__(
+        self,
+        processes: int,
+        command: list[str],
+        run_id: str,
+        restart: int,
+        owned: Ownership | None,
+    ) -> None:
+        with socket.create_server(("127.0.0.1", 0), backlog=max(128, processes)) as listener:
+            # Opened here, so that the port is free for sure, and not to be reached from outside.
+            self._port = listener.getsockname()[1]
+            for_main = {STORE_LISTENER: listener.fileno()}
+            if owned is not None:
+                for_main[PASSED_ON] = owned.descriptor
+            self._workers = [
+                subprocess.Popen(
+                    [*python(), *command],
+                    env=environment()
+                    | self._environment(rank, processes, run_id, restart)
+                    | ({} if rank else {name: str(number) for name, number in for_main.items()}),
+                    pass_fds=() if rank else tuple(for_main.values()),
+                    # Ctrl-C in a terminal reaches the launcher alone, which hands it on once.
+                    process_group=0,
+                )
+                for rank in range(processes)
+            ]
 
     def _environment(self, rank: int, size: int, run_id: str, restart: int) -> dict[str, str]:
-        """What torchrun tells its processes."""
+        """What torchrun tells its processes, and what the user has not chosen."""
         values = {
             "RANK": rank,
             "LOCAL_RANK": rank,
             "WORLD_SIZE": size,
             "LOCAL_WORLD_SIZE": size,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": self._store.port,
+            "MASTER_PORT": self._port,
             "TORCHELASTIC_RUN_ID": run_id,
             "TORCHELASTIC_RESTART_COUNT": restart,
             # The launcher itself starts again what is to be started again.
             "TORCHELASTIC_MAX_RESTARTS": 0,
+            # No rank opens a store of its own at that port.
             "TORCHELASTIC_USE_AGENT_STORE": True,
             # The ranks end with it (runtime/parent.py).
             "KEEL_LAUNCHER_PID": os.getpid(),
+            # gloo's own connections: as little to be reached from outside as the port is.
+            **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
             # Each process sets its own threads (training.threads); this is what it starts with.
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            "OMP_NUM_THREADS": 1,
         }
-        return {name: str(value) for name, value in values.items()}
+        chosen = {"GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS"} & os.environ.keys()
+        return {name: str(value) for name, value in values.items() if name not in chosen}
 
     def signal(self, number: int) -> None:
         """Hand a signal to every process that runs."""

@@ -9,6 +9,7 @@ ranks agree on a name of their own first, and everything else happens under it.
 from __future__ import annotations
 
 import json
+import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,12 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import DistStoreError
+from torch.distributed.rendezvous import rendezvous
 
 from keel_megatron.config.errors import UserError
+from keel_megatron.runtime.local_launch import STORE_LISTENER
 
 _SECONDS_BETWEEN_LOOKS = 0.02
 _SHOWN = 6
@@ -28,6 +31,26 @@ _SHOWN = 6
 
 class CollectiveTimeoutError(RuntimeError):
     """A collective or message did not complete in `parallel.timeout_seconds`."""
+
+
+def shared_store(timeout_seconds: float) -> Store:
+    """The store that the launcher's variables name; that of `keel train --processes` is rank 0's.
+
+    Args:
+        timeout_seconds: longest wait for it.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    listener = os.environ.pop(STORE_LISTENER, None)
+    if listener is None:
+        return next(rendezvous("env://", timeout=timeout))[0]
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=int(listener),
+    )
 
 
 def meet(store: Store, rank: int, world_size: int, timeout_seconds: float) -> Store:

@@ -24,11 +24,11 @@ from keel_megatron.model.language_model import build_model
 from keel_megatron.partition.flops import training_flops_per_token
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.tracking.metrics import read_metrics
-from keel_megatron.tracking.tracker import Tracker, open_tracker
+from keel_megatron.tracking.tracker import Tracker, open_progress, open_tracker
 from keel_megatron.training.engines import build_engine
 from keel_megatron.training.loop import peak_memory_gb, step_record
 from keel_megatron.training.measure import random_batch
-from keel_megatron.training.run import open_data
+from keel_megatron.training.ready import open_data
 from keel_megatron.training.timers import PASSES, PartTimers
 
 PARTS = (*PASSES, "optimizer", "data", "logging")
@@ -170,7 +170,7 @@ class _Run:
         config = config.model_copy(update={"training": training, "tracking": tracking})
         with (
             Path(os.devnull).open("w") as nowhere,
-            open_tracker(config, runtime.rank, None, nowhere) as tracker,
+            open_tracker(config, runtime.rank, None, open_progress(config, nowhere)) as tracker,
         ):
             yield cls(name, config, runtime, tracker, random_tokens)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -15,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from keel_megatron.config.run import RunConfig
+from keel_megatron.runtime.interpreter import environment, python
 from keel_megatron.tracking import courier
 from keel_megatron.tracking.records import Record
 from keel_megatron.tracking.spool import EVENTS, FOLDER, SpoolWriter, Waiting, relative
@@ -134,9 +134,10 @@ class MlflowSink:
             )
 
     def _start_courier(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", courier.__name__, str(self._run)]
+        command = [*python(), "-m", courier.__name__, str(self._run)]
         return subprocess.Popen(
             [*command, "--parent", str(os.getpid()), "--start", self._name],
+            env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

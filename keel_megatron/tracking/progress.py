@@ -32,7 +32,7 @@ class Progress:
 
     Args:
         steps: steps of the whole run.
-        log: file to which everything is added, with the time in UTC.
+        log: file to which everything is added, with the time in UTC; None = `keep` names it.
         log_every: steps between plain lines.
         stream: where to show it; standard output if None.
         clock: seconds that only go forward, for the time left.
@@ -41,7 +41,7 @@ class Progress:
     def __init__(
         self,
         steps: int,
-        log: Path,
+        log: Path | None,
         log_every: int,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -50,7 +50,10 @@ class Progress:
         self._steps = steps
         self._every = log_every
         self._lock = threading.RLock()
-        self._log: TextIO | None = log.open("a", encoding="utf-8")
+        self._log: TextIO | None = None
+        self._unkept: list[str] = []
+        if log is not None:
+            self.keep(log)
         # Not as rich would guess: a variable such as FORCE_COLOR makes no terminal of a file.
         terminal = self._stream.isatty()
         self._console = Console(
@@ -71,6 +74,14 @@ class Progress:
         self._last: StepRecord | None = None
         self._validation_loss: float | None = None
 
+    def keep(self, log: Path) -> None:
+        """Add everything to a file from now on, and first what there was before."""
+        with self._lock:
+            self._log = log.open("a", encoding="utf-8")
+            self._log.writelines(self._unkept)
+            self._log.flush()
+            self._unkept.clear()
+
     def say(self, text: str) -> None:
         """Show a message, above the live display if there is one, and keep it in the log."""
         with self._lock:
@@ -80,10 +91,13 @@ class Progress:
     def note(self, text: str) -> None:
         """Keep a message in the log only."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        lines = [f"{now} {line}\n" for line in text.splitlines() or [""]]
         with self._lock:
             if self._log is not None:
-                self._log.writelines(f"{now} {line}\n" for line in text.splitlines() or [""])
+                self._log.writelines(lines)
                 self._log.flush()
+            else:
+                self._unkept += lines
 
     def step(self, record: StepRecord) -> None:
         """Show a finished step."""

@@ -13,9 +13,9 @@ from typing import TextIO
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
-from keel_megatron.tracking.depth import DepthProfile
+from keel_megatron.tracking.depth import DEPTH_FILE, DepthProfile
 from keel_megatron.tracking.depth_log import DepthLog
-from keel_megatron.tracking.metrics import MetricsFile
+from keel_megatron.tracking.metrics import MetricsFile, iterate_metrics
 from keel_megatron.tracking.mlflow_sink import MlflowSink
 from keel_megatron.tracking.progress import Progress
 from keel_megatron.tracking.records import CheckpointRecord, Record, ValidationRecord
@@ -32,14 +32,14 @@ class Tracker:
     Args:
         config: the run.
         resume_step: step of the checkpoint that the run goes on from; None starts it anew.
-        stream: where progress is shown; standard output if None.
+        progress: where the run has spoken so far; None makes one on standard output.
 
     Raises:
         UserError: metrics.jsonl or depth.jsonl cannot be gone on with.
     """
 
     def __init__(
-        self, config: RunConfig, resume_step: int | None, stream: TextIO | None = None
+        self, config: RunConfig, resume_step: int | None, progress: Progress | None = None
     ) -> None:
         self._config = config
         self._closed = False
@@ -52,10 +52,9 @@ class Tracker:
             else:
                 self._metrics.rewind(resume_step)
             self._depth = undo.enter_context(DepthLog(folder, resume_step))
-            self._progress = Progress(
-                config.training.steps, folder / "log.txt", config.tracking.log_every, stream
-            )
+            self._progress = progress or open_progress(config)
             undo.callback(self._progress.close)
+            self._progress.keep(folder / "log.txt")
             self._mlflow: MlflowSink | None = None
             if config.tracking.mlflow:
                 # A group that its launcher starts again is the same run even without a checkpoint.
@@ -229,7 +228,7 @@ class NullTracker(Tracker):
 
 
 def open_tracker(
-    config: RunConfig, rank: int, resume_step: int | None, stream: TextIO | None = None
+    config: RunConfig, rank: int, resume_step: int | None, progress: Progress | None = None
 ) -> Tracker:
     """The tracker of a rank.
 
@@ -238,9 +237,30 @@ def open_tracker(
         rank: global rank; 0 reports.
         resume_step: step of the checkpoint that the run goes on from: later records of
             metrics.jsonl are dropped and the MLflow run goes on. None starts both anew.
+        progress: where rank 0 has spoken so far; None makes one on standard output.
+    """
+    return Tracker(config, resume_step, progress) if rank == 0 else NullTracker(config)
+
+
+def open_progress(config: RunConfig, stream: TextIO | None = None) -> Progress:
+    """Where a run speaks before its folder is its own; its tracker keeps in log.txt what was said.
+
+    Args:
+        config: the run.
         stream: where progress is shown; standard output if None.
     """
-    return Tracker(config, resume_step, stream) if rank == 0 else NullTracker(config)
+    return Progress(config.training.steps, None, config.tracking.log_every, stream)
+
+
+def check_records(folder: Path) -> None:
+    """See that a run's metrics.jsonl and depth.jsonl can be gone on with.
+
+    Raises:
+        UserError: a line in the middle of one is no record.
+    """
+    for name in ("metrics.jsonl", DEPTH_FILE):
+        for _record in iterate_metrics(folder / name):
+            pass
 
 
 def where(config: RunConfig) -> list[str]:

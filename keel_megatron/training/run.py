@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import platform
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,33 +21,26 @@ from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
-from keel_megatron.data.batches import (
-    Batch,
-    BatchSource,
-    SampleOrder,
-    SequenceDataset,
-    validation_batches,
-)
-from keel_megatron.data.prepare import PreparedData, keep_tokenizer, prepare
-from keel_megatron.model.compiled import keep_compiled
-from keel_megatron.model.language_model import build_model
-from keel_megatron.partition.flops import parameter_count
-from keel_megatron.partition.stages import Partition, own_partition, require_fit
-from keel_megatron.partition.table import stage_table, write_stages
-from keel_megatron.runtime import doctor, exit_codes, preflight
+from keel_megatron.data.prepare import TOKENIZER, PreparedData, keep_tokenizer
+from keel_megatron.partition.table import write_stages
+from keel_megatron.runtime import doctor, exit_codes, ownership, preflight
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
+from keel_megatron.runtime.ownership import Ownership
 from keel_megatron.runtime.parent import end_with_launcher
+from keel_megatron.runtime.rendezvous import CollectiveTimeoutError
 from keel_megatron.runtime.watchdog import Watchdog
 from keel_megatron.tracking.plot import plot_loss
+from keel_megatron.tracking.progress import Progress
 from keel_megatron.tracking.system import measured_machine
 from keel_megatron.tracking.tags import code_tags, place_tags
 from keel_megatron.tracking.target import remember_run_id, remembered_run_id
-from keel_megatron.tracking.tracker import Tracker, open_tracker, where
-from keel_megatron.training.engines import build_engine
+from keel_megatron.tracking.tracker import Tracker, open_progress, open_tracker, where
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.loop import MLFLOW_RUN_ID, BeforeStep, Loop
-from keel_megatron.training.stop import StopRequest, stop_requests
+from keel_megatron.training.ready import Ready, get_ready
+from keel_megatron.training.startup import complete_text
+from keel_megatron.training.stop import StopRequest, deadline, stop_requests
 
 
 @dataclass(frozen=True)
@@ -62,90 +57,147 @@ class Outcome:
 
 
 def run_training(
-    config_path: Path, overrides: tuple[str, ...] = (), before_step: BeforeStep | None = None
+    config_path: Path,
+    overrides: tuple[str, ...] = (),
+    before_step: BeforeStep | None = None,
+    owned: Ownership | None = None,
+    stop: StopRequest | None = None,
 ) -> Outcome:
     """Train the run that a YAML file and overrides describe, in this process of a torchrun group.
 
-    A run folder with a checkpoint goes on from it; a complete one is left as it is.
+    A run folder with a checkpoint goes on from it; a complete one is left as it is. A start that
+    is refused, or that a signal breaks off before its first step, changes neither the run's folder
+    nor its MLflow run.
 
     Args:
         config_path: the YAML file.
         overrides: `section.key=value` each.
         before_step: called before every step; tests make faults there.
+        owned: the hold on the run's folder; None = rank 0 takes it, or its launcher has it.
+        stop: the requests to stop that were heard so far; None listens from now on.
 
     Raises:
         ConfigError: the configuration is wrong, or does not fit the number of processes.
-        UserError: the text, the run's folder or the device is not as the configuration says, or
-            the nodes do not fit together.
+        UserError: the text, the run's folder or the device is not as the configuration says,
+            another process trains the run, or the nodes do not fit together.
         DivergedError: training has diverged.
+        SystemExit: a signal has asked to stop before the run could begin.
     """
     end_with_launcher()
     launch = Launch.from_environment()
     config = load_config(config_path, overrides, world_size=launch.world_size)
-    code = exit_codes.DONE
-    checked = preflight.wanted(config, launch)
-    with (
-        stop_requests(config.training.exit_after) as stop,
-        start(
-            config.parallel, config.training, launch, doctor.facts(config) if checked else None
-        ) as runtime,
-    ):
+    with ExitStack() as stack:
+        if stop is None:
+            stop = stack.enter_context(stop_requests(starting=True))
+        stop.deadline = deadline(config.training.exit_after)
+        checked = preflight.wanted(config, launch)
+        facts = doctor.facts(config) if checked else None
+        stack.enter_context(_broken_off(stop))
+        runtime = stack.enter_context(start(config.parallel, config.training, launch, facts))
         remarks = preflight.check(config, runtime) if checked else []
-        found = _take_folder(config, runtime)
-        newest = found.path
-        done = _step_of(newest) >= config.training.steps
-        if done:
+        if owned is None:
+            stack.enter_context(_owned(config, runtime, stop))
+        found = _look(config, runtime)
+        if found.path is not None and folder.step_of(found.path) >= config.training.steps:
             if runtime.is_main:
-                print(
-                    f"{config.training.folder} is complete: {config.training.steps} steps, newest "
-                    f"checkpoint {newest}.\nMore: training.steps=N goes on; training.name=NAME "
-                    "starts another run."
-                )
-        else:
-            with open_tracker(
-                config, runtime.rank, resume_step=_step_of(newest) if newest else None
-            ) as tracker:
-                stop.last_word = lambda: tracker.last_word("KILLED")
-                for remark in [*remarks, *found.remarks]:
-                    tracker.say(remark)
-                with measured_machine(config, runtime.launch.local_rank):
-                    try:
-                        code = _train(config, runtime, tracker, found, stop, before_step)
-                    except DivergedError:
-                        if runtime.is_main:
-                            exit_codes.write(config.training.folder, exit_codes.DIVERGED)
-                        raise
-                if code != exit_codes.DONE:
-                    tracker.close("KILLED")
-            # Together: a launcher takes the first that leaves for the sign to end the others.
-            runtime.barrier()
-        if runtime.is_main:
-            exit_codes.write(config.training.folder, code)
-        return Outcome(config.training.folder, code, runtime.is_main, trained=not done)
+                print(complete_text(config, found.path), flush=True)
+                exit_codes.write(config.training.folder, exit_codes.DONE)
+            return Outcome(config.training.folder, exit_codes.DONE, runtime.is_main, trained=False)
+        progress = open_progress(config) if runtime.is_main else None
+        for remark in [*remarks, *found.remarks]:
+            _say(progress, remark)
+        ready = get_ready(config, runtime, found, lambda text: _say(progress, text))
+        code = _accepted(config, runtime, found, ready, progress, stop, before_step)
+        return Outcome(config.training.folder, code, runtime.is_main, trained=True)
 
 
-def _take_folder(config: RunConfig, runtime: Runtime) -> Found:
+@contextmanager
+def _broken_off(stop: StopRequest) -> Iterator[None]:
+    """What a rank sees of another one that a signal has ended before this one heard it."""
+    try:
+        yield
+    except CollectiveTimeoutError:
+        if stop.signal is not None:
+            stop.break_off(stop.signal)
+        raise
+
+
+@contextmanager
+def _owned(config: RunConfig, runtime: Runtime, stop: StopRequest) -> Iterator[None]:
+    """Have rank 0 own the run's folder, by itself or by its launcher; collective."""
+    run_folder = config.training.folder
+    held: list[Ownership] = []
+
+    def take() -> None:
+        held.append(ownership.passed_on(run_folder) or ownership.take(run_folder))
+
+    runtime.from_main(take)
+    try:
+        stop.last_word = held[0].release if held else None
+        yield
+    finally:
+        for hold in held:
+            hold.release()
+
+
+def _look(config: RunConfig, runtime: Runtime) -> Found:
     """See that the run's folder is this run's; the checkpoint to go on from. Collective."""
     runtime.from_main(lambda: check_folder(config))
-    if runtime.is_main:
-        exit_codes.clear(config.training.folder)
     found = newest_good(config.training.folder, runtime)
-    runtime.from_main(lambda: _check_checkpoint(config, found))
+    newest = found.path
+    if newest is not None:
+        runtime.from_main(lambda: check_identity(newest / CONFIG, config))
     return found
 
 
-def _check_checkpoint(config: RunConfig, found: Found) -> None:
-    """Refuse a checkpoint of another configuration; keep the MLflow run that it names."""
-    if found.path is None:
-        return
-    check_identity(found.path / CONFIG, config)
-    run_id = from_json(found.state["extras"]).get(MLFLOW_RUN_ID)
+def _say(progress: Progress | None, text: str) -> None:
+    if progress is not None:
+        progress.say(text)
+
+
+def _accepted(
+    config: RunConfig,
+    runtime: Runtime,
+    found: Found,
+    ready: Ready,
+    progress: Progress | None,
+    stop: StopRequest,
+    before_step: BeforeStep | None,
+) -> int:
+    """Make the folder this run's, report its start, and train; the exit code. Collective.
+
+    Nothing is written before, and nothing is refused after.
+    """
+    runtime.barrier()  # no rank is still to be broken off
+    stop.starting = False
+    resume_step = None if found.path is None else folder.step_of(found.path)
+    runtime.from_main(lambda: _claim(config, found, ready.data))
+    with open_tracker(config, runtime.rank, resume_step, progress) as tracker:
+        stop.last_word = lambda: tracker.last_word("KILLED")
+        try:
+            with measured_machine(config, runtime.launch.local_rank):
+                code = _train(config, runtime, tracker, found, ready, stop, before_step)
+        except DivergedError:
+            if runtime.is_main:
+                exit_codes.write(config.training.folder, exit_codes.DIVERGED)
+            raise
+        if code != exit_codes.DONE:
+            tracker.close("KILLED")
+    # Together: a launcher takes the first that leaves for the sign to end the others.
+    runtime.barrier()
+    if runtime.is_main:
+        exit_codes.write(config.training.folder, code)
+    return code
+
+
+def _claim(config: RunConfig, found: Found, data: PreparedData) -> None:
+    """Make the folder this run's; keep the tokenizer, and the MLflow run of the checkpoint."""
+    exit_codes.clear(config.training.folder)
+    claim(config)
+    keep_tokenizer(data, config.training.folder)
+    run_id = from_json(found.state["extras"]).get(MLFLOW_RUN_ID) if found.state else None
     if run_id is not None and remembered_run_id(config.training.folder) is None:
         remember_run_id(config.training.folder, run_id)
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return folder.step_of(checkpoint) if checkpoint else 0
 
 
 def _train(
@@ -153,44 +205,32 @@ def _train(
     runtime: Runtime,
     tracker: Tracker,
     found: Found,
+    ready: Ready,
     stop: StopRequest,
     before_step: BeforeStep | None,
 ) -> int:
-    """Build, resume, train, conclude; the exit code."""
-    _tag(config, runtime, tracker)
-    if found.path is None:
-        _claim(config, runtime, tracker)
-    partition = runtime.from_main(lambda: _decided(config, runtime))
-    data = runtime.from_main(lambda: prepare(config, tracker.say, found.state.get("data")))
-    if found.path is not None:  # not before: another text may have been refused
-        _claim(config, runtime, tracker)
-    batches, validation = open_data(config, runtime, data)
-    _announce(config, runtime, tracker, data)
-    tracker.artifact(runtime.from_main(lambda: keep_tokenizer(data, config.training.folder)))
-    _announce_stages(runtime, tracker, partition)
-    if config.kernels.compile:
-        keep_compiled(config.training.folder)
-        tracker.say("kernels.compile: the first steps compile, and take longer")
-    engine = build_engine(config, runtime, build_model(config, runtime, partition))
+    """Describe, resume, train, conclude; the exit code."""
+    _describe(runtime, tracker, config, ready)
     guard = Guard(config.guard, reported=not runtime.is_main)
     with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:
+        saver = Saver(
+            config,
+            runtime,
+            tracker,
+            ready.data.identity(),
+            found.damaged,
+            watchdog.mark,
+            ready.data.tokenizer_path.read_bytes() if runtime.is_main else b"",
+        )
         loop = Loop(
             config,
             runtime,
-            engine,
-            batches,
-            validation,
+            ready.engine,
+            ready.batches,
+            ready.validation,
             tracker,
             state.Position(),
-            Saver(
-                config,
-                runtime,
-                tracker,
-                data.identity(),
-                found.damaged,
-                watchdog.mark,
-                data.tokenizer_path.read_bytes() if runtime.is_main else b"",
-            ),
+            saver,
             guard,
             watchdog,
             before_step,
@@ -200,10 +240,31 @@ def _train(
             loop.restore(found.path)
             tracker.say(f"going on from {found.path}")
             _note_versions(tracker, found)
+        if runtime.any(stop.signal is not None):  # since the run was accepted
+            tracker.say(f"stopped before step {loop.position.step + 1}: nothing new to save")
+            return runtime.max(stop.exit_code)
         code = loop.run(stop)
     tracker.draw_depth(ending=True)
-    _conclude(config, runtime, tracker, data, loop)
+    _conclude(config, runtime, tracker, ready.data, loop)
     return code
+
+
+def _describe(runtime: Runtime, tracker: Tracker, config: RunConfig, ready: Ready) -> None:
+    """Let MLflow have the code, the place and what the run is made of."""
+    hosts = runtime.gather(socket.gethostname())
+    if not runtime.is_main:
+        return
+    layout = (
+        f"TP {runtime.tensor_size} x PP {runtime.pipeline_size} x VPP "
+        f"{config.parallel.virtual_pipeline} x DP {runtime.data_size}"
+    )
+    cuda = runtime.device.type == "cuda"
+    device = torch.cuda.get_device_name(runtime.device) if cuda else platform.machine() + " CPU"
+    tracker.tags(code_tags() | place_tags(layout, device, hosts))
+    stages = tracker.folder / "stages.json"
+    write_stages(ready.partition, stages)
+    for path in (tracker.folder / CONFIG, tracker.folder / TOKENIZER, stages):
+        tracker.artifact(path)
 
 
 def _note_versions(tracker: Tracker, found: Found) -> None:
@@ -215,90 +276,6 @@ def _note_versions(tracker: Tracker, found: Found) -> None:
                 f"{name} was {then.get(name, 'absent')} when it was written, is "
                 f"{now.get(name, 'absent')} now: the last bits may differ"
             )
-
-
-def _decided(config: RunConfig, runtime: Runtime) -> Partition:
-    """Which blocks live where: rank 0's decision, should devices differ in memory."""
-    partition = own_partition(config, runtime)
-    require_fit(partition, config)
-    return partition
-
-
-def open_data(
-    config: RunConfig, runtime: Runtime, data: PreparedData
-) -> tuple[BatchSource, list[Batch]]:
-    """This replica's training batches and its fixed validation micro-batches."""
-    seed, training = config.training.seed, config.training
-    train, validation = (
-        SequenceDataset(prefix, config.data.seq_length, seed)
-        for prefix in (data.train_prefix, data.validation_prefix)
-    )
-    source = BatchSource(
-        train,
-        SampleOrder(len(train), seed),
-        training.micro_batch_size,
-        runtime.data_rank,
-        runtime.data_size,
-    )
-    fixed = validation_batches(
-        validation,
-        training.validation_sequences,
-        training.micro_batch_size,
-        runtime.data_rank,
-        runtime.data_size,
-        multiple=config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,
-    )
-    return source, list(fixed)
-
-
-def _announce(config: RunConfig, runtime: Runtime, tracker: Tracker, data: PreparedData) -> None:
-    """What is about to be trained, on what, where."""
-    model, parallel = config.model, config.parallel
-    parameters = parameter_count(model, config.data.vocab_size)
-    tracker.say(
-        f"{model.residual}: {model.sub_layers} sub-layers in {model.blocks} blocks, hidden "
-        f"{model.hidden_size}, {parameters / 1e6:.2f} M parameters"
-    )
-    tracker.say(
-        f"{runtime.launch.world_size} process(es) on {runtime.device.type}, "
-        f"{runtime.threads} thread(s) each: TP {runtime.tensor_size}"
-        f"{' + SP' if parallel.sequence else ''} x PP {runtime.pipeline_size} x DP "
-        f"{runtime.data_size}"
-    )
-    tracker.say(
-        f"{data.train_tokens:,} training tokens in {data.train_documents:,} documents; "
-        f"unigram entropy {data.unigram_entropy:.3f} nats per token"
-    )
-
-
-def _claim(config: RunConfig, runtime: Runtime, tracker: Tracker) -> None:
-    """Make the folder this run's, and let MLflow have the configuration."""
-    runtime.from_main(lambda: claim(config))
-    tracker.artifact(tracker.folder / CONFIG)
-
-
-def _tag(config: RunConfig, runtime: Runtime, tracker: Tracker) -> None:
-    """Tag the MLflow run with the code and the place, whatever becomes of the run."""
-    hosts = runtime.gather(socket.gethostname())
-    if not runtime.is_main:
-        return
-    layout = (
-        f"TP {runtime.tensor_size} x PP {runtime.pipeline_size} x VPP "
-        f"{config.parallel.virtual_pipeline} x DP {runtime.data_size}"
-    )
-    cuda = runtime.device.type == "cuda"
-    device = torch.cuda.get_device_name(runtime.device) if cuda else platform.machine() + " CPU"
-    tracker.tags(code_tags() | place_tags(layout, device, hosts))
-
-
-def _announce_stages(runtime: Runtime, tracker: Tracker, partition: Partition) -> None:
-    """The stage table, shown and kept with the run."""
-    for line in stage_table(partition):
-        tracker.say(line)
-    if runtime.is_main:
-        saved = tracker.folder / "stages.json"
-        write_stages(partition, saved)
-        tracker.artifact(saved)
 
 
 def _conclude(

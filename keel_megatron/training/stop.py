@@ -18,6 +18,8 @@ SIGNAL_FILE = "KEEL_SIGNAL_FILE"
 """Variable with a file in which launchers/torchrun.sh notes the signal that it hands on: a trainer
 that is still importing would die of it or miss it, and torchrun would start it again."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+LEAVE_SECONDS = 5.0
+"""For a start that a signal breaks off to end by itself."""
 SAME_SECONDS = 1.0
 """A signal that comes again within so many seconds of its first is the same request: a scheduler
 signals every process of a job, and a launcher hands on what it was sent."""
@@ -28,13 +30,16 @@ class StopRequest:
 
     Args:
         deadline: when to stop, in seconds since 1970; None = never.
+        starting: the run is being prepared; a signal ends the process.
     """
 
-    def __init__(self, deadline: float | None = None) -> None:
+    def __init__(self, deadline: float | None = None, *, starting: bool = False) -> None:
         self.signal: signal.Signals | None = None
         self.deadline = deadline
+        self.starting = starting
+        """Until somebody sets it to False, a signal raises SystemExit in the main thread."""
         self.last_word: Callable[[], None] | None = None
-        """Called before a second signal ends the process at once."""
+        """Called before a signal ends the process at once."""
 
     def __bool__(self) -> bool:
         return self.exit_code != exit_codes.DONE
@@ -43,19 +48,35 @@ class StopRequest:
     def exit_code(self) -> int:
         """What the process ends with (runtime/exit_codes.py); 0 while nobody asks it to stop."""
         if self.signal is not None:
-            asked_to_save = self.signal is signal.SIGUSR1
-            return exit_codes.SAVED if asked_to_save else exit_codes.to_shell(-self.signal)
+            return _code(self.signal)
         late = self.deadline is not None and time.time() >= self.deadline
         return exit_codes.SAVED if late else exit_codes.DONE
 
+    def break_off(self, number: int) -> None:
+        """End the process with a signal's code, unless the start is over.
+
+        Raises:
+            SystemExit: that is the end.
+        """
+        if self.starting:
+            raise SystemExit(exit_codes.for_torchrun(_code(number)))
+
+
+def _code(number: int) -> int:
+    return exit_codes.SAVED if number == signal.SIGUSR1 else exit_codes.to_shell(-number)
+
 
 @contextmanager
-def stop_requests(exit_after: float | None = None) -> Iterator[StopRequest]:
+def stop_requests(
+    exit_after: float | None = None, *, starting: bool = False
+) -> Iterator[StopRequest]:
     """Within the block the signals only set the request; the same one again ends the process.
 
     The first signal is the request, and says so on standard error (once a node). Any signal that
     comes more than SAME_SECONDS after its own first ends the process at once, whatever else has
     come between: SIGTERM, then Ctrl-C is still one request, and Ctrl-C once more ends it.
+
+    While the run is being prepared, there is nothing to save: the first one ends the process.
 
     That must also work while the main thread waits inside a collective, where Python runs no signal
     handler. So a thread of its own takes the signals' numbers, which the interpreter's C handler
@@ -63,9 +84,15 @@ def stop_requests(exit_after: float | None = None) -> Iterator[StopRequest]:
 
     Args:
         exit_after: minutes from the start of the launch to the request; None = never.
+        starting: the run is being prepared, until `StopRequest.starting` is set to False.
+
+    Raises:
+        SystemExit: a signal came while it was being prepared.
     """
-    request = StopRequest(None if exit_after is None else launched_at() + 60.0 * exit_after)
+    request = StopRequest(deadline(exit_after), starting=starting)
     request.signal = _handed_on()
+    if request.signal is not None:
+        request.break_off(request.signal)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -74,7 +101,11 @@ def stop_requests(exit_after: float | None = None) -> Iterator[StopRequest]:
     chosen = [
         n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN or n == signal.SIGUSR1
     ]
-    previous = {number: signal.signal(number, lambda _number, _frame: None) for number in chosen}
+
+    def hear(number: int, _frame: object) -> None:
+        request.break_off(number)
+
+    previous = {number: signal.signal(number, hear) for number in chosen}
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
@@ -83,6 +114,7 @@ def stop_requests(exit_after: float | None = None) -> Iterator[StopRequest]:
     try:
         yield request
     finally:
+        request.starting = False
         for number, handler in previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(before)
@@ -111,7 +143,10 @@ def _listen(receiver: socket.socket, request: StopRequest) -> None:
                 continue
             if request.signal is None:
                 request.signal = signal.Signals(number)
-                _acknowledge(request.signal)
+                if request.starting:
+                    _leave_soon(request)
+                else:
+                    _acknowledge(request.signal)
             if number not in first:
                 first[number] = time.monotonic()
             elif time.monotonic() - first[number] > SAME_SECONDS:
@@ -129,6 +164,30 @@ def _acknowledge(number: signal.Signals) -> None:
         )
         with suppress(OSError):  # nobody may read it any more
             os.write(2, text.encode())
+
+
+def _leave_soon(request: StopRequest) -> None:
+    """Say that a start is broken off, and end the process should its main thread not do so."""
+    assert request.signal is not None
+    number = request.signal
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(OSError):  # nobody may read it any more
+            os.write(2, f"{number.name}: no step was made yet, ending\n".encode())
+
+    def leave() -> None:
+        if request.starting:
+            if request.last_word is not None:
+                request.last_word()
+            os._exit(exit_codes.for_torchrun(_code(number)))
+
+    timer = threading.Timer(LEAVE_SECONDS, leave)
+    timer.daemon = True
+    timer.start()
+
+
+def deadline(exit_after: float | None) -> float | None:
+    """When a launch that may take `exit_after` minutes is to stop, in seconds since 1970."""
+    return None if exit_after is None else launched_at() + 60.0 * exit_after
 
 
 def launched_at() -> float:

@@ -1,0 +1,120 @@
+"""What a run needs before its first step: all that can be refused, while nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from keel_megatron.checkpoint.find import Found
+from keel_megatron.config.run import RunConfig
+from keel_megatron.data.batches import (
+    Batch,
+    BatchSource,
+    SampleOrder,
+    SequenceDataset,
+    validation_batches,
+)
+from keel_megatron.data.prepare import PreparedData, prepare
+from keel_megatron.model.compiled import keep_compiled
+from keel_megatron.model.language_model import build_model
+from keel_megatron.partition.flops import parameter_count
+from keel_megatron.partition.stages import Partition, own_partition, require_fit
+from keel_megatron.partition.table import stage_table
+from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.tracking.tracker import check_records
+from keel_megatron.training.engine import Engine
+from keel_megatron.training.engines import build_engine
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that can begin."""
+
+    partition: Partition
+    data: PreparedData
+    batches: BatchSource
+    validation: list[Batch]
+    engine: Engine
+
+
+def get_ready(config: RunConfig, runtime: Runtime, found: Found, say: Say) -> Ready:
+    """Decide the partition, prepare the data, build the model; the run's folder stays as it is.
+
+    Args:
+        config: the run.
+        runtime: this rank's place.
+        found: the checkpoint to go on from.
+        say: told what happens; heard on rank 0.
+
+    Raises:
+        UserError: the model does not fit, the text is not as the configuration or the checkpoint
+            says, the records cannot be gone on with, or a library is missing.
+    """
+    partition = runtime.from_main(lambda: _decided(config, runtime))
+    runtime.from_main(lambda: check_records(config.training.folder))
+    data = runtime.from_main(lambda: prepare(config, say, found.state.get("data")))
+    batches, validation = open_data(config, runtime, data)
+    _announce(config, runtime, say, data)
+    for line in stage_table(partition):
+        say(line)
+    if config.kernels.compile:
+        keep_compiled(config.training.folder)
+        say("kernels.compile: the first steps compile, and take longer")
+    engine = build_engine(config, runtime, build_model(config, runtime, partition))
+    return Ready(partition, data, batches, validation, engine)
+
+
+def _decided(config: RunConfig, runtime: Runtime) -> Partition:
+    """Which blocks live where: rank 0's decision, should devices differ in memory."""
+    partition = own_partition(config, runtime)
+    require_fit(partition, config)
+    return partition
+
+
+def open_data(
+    config: RunConfig, runtime: Runtime, data: PreparedData
+) -> tuple[BatchSource, list[Batch]]:
+    """This replica's training batches and its fixed validation micro-batches."""
+    seed, training = config.training.seed, config.training
+    train, validation = (
+        SequenceDataset(prefix, config.data.seq_length, seed)
+        for prefix in (data.train_prefix, data.validation_prefix)
+    )
+    source = BatchSource(
+        train,
+        SampleOrder(len(train), seed),
+        training.micro_batch_size,
+        runtime.data_rank,
+        runtime.data_size,
+    )
+    fixed = validation_batches(
+        validation,
+        training.validation_sequences,
+        training.micro_batch_size,
+        runtime.data_rank,
+        runtime.data_size,
+        multiple=config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,
+    )
+    return source, list(fixed)
+
+
+def _announce(config: RunConfig, runtime: Runtime, say: Say, data: PreparedData) -> None:
+    """What is about to be trained, on what, where."""
+    model, parallel = config.model, config.parallel
+    parameters = parameter_count(model, config.data.vocab_size)
+    say(
+        f"{model.residual}: {model.sub_layers} sub-layers in {model.blocks} blocks, hidden "
+        f"{model.hidden_size}, {parameters / 1e6:.2f} M parameters"
+    )
+    say(
+        f"{runtime.launch.world_size} process(es) on {runtime.device.type}, "
+        f"{runtime.threads} thread(s) each: TP {runtime.tensor_size}"
+        f"{' + SP' if parallel.sequence else ''} x PP {runtime.pipeline_size} x DP "
+        f"{runtime.data_size}"
+    )
+    say(
+        f"{data.train_tokens:,} training tokens in {data.train_documents:,} documents; "
+        f"unigram entropy {data.unigram_entropy:.3f} nats per token"
+    )

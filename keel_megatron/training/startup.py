@@ -1,0 +1,63 @@
+"""What is known of a run before any rank is started; mistakes are told at once. No torch here.
+
+The ranks look again, and closer: they may have been started by another launcher, and some of it
+takes long (reading a large checkpoint) or needs the device.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from keel_megatron.checkpoint import folder, manifest
+from keel_megatron.checkpoint.identity import check_folder, check_identity
+from keel_megatron.config.errors import UserError
+from keel_megatron.config.run import RunConfig
+from keel_megatron.data.corpus import check_paths
+
+READ_BYTES = 1_000_000_000
+"""Checkpoints up to this size are read here, in about a second; larger ones by all ranks."""
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what cannot be trained; nothing is written.
+
+    Raises:
+        UserError: the run's folder holds another run, or data.text or data.tokenizer cannot be
+            read.
+    """
+    check_folder(config)
+    newest = folder.latest(config.training.folder)
+    if newest is not None and (newest / manifest.CONFIG).is_file():
+        check_identity(newest / manifest.CONFIG, config)
+    check_paths(config.data.text)
+    tokenizer = config.data.tokenizer
+    if tokenizer is not None and not (tokenizer.is_file() and os.access(tokenizer, os.R_OK)):
+        found = "cannot be read" if tokenizer.exists() else "does not exist"
+        raise UserError(f"data.tokenizer: {tokenizer} {found}; name a SentencePiece model")
+
+
+def complete(config: RunConfig) -> Path | None:
+    """The newest checkpoint of a run all of whose steps are done; None if it is not good.
+
+    None also if it is too large to be read here.
+    """
+    newest = folder.latest(config.training.folder)
+    if newest is None or folder.step_of(newest) < config.training.steps:
+        return None
+    try:
+        files = manifest.read_manifest(newest)
+        if sum(record.bytes for record in files.values()) > READ_BYTES:
+            return None
+        manifest.check(newest)
+    except manifest.DamagedError:
+        return None
+    return newest
+
+
+def complete_text(config: RunConfig, newest: Path) -> str:
+    """What the user of a complete run is told."""
+    return (
+        f"{config.training.folder} is complete: {folder.step_of(newest)} steps, newest checkpoint "
+        f"{newest}.\nMore: training.steps=N goes on; training.name=NAME starts another run."
+    )
