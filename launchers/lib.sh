@@ -106,11 +106,7 @@ check_devices() {
 }
 
 # The exact command, to be copied into a shell.
-show() {
-    printf '+'
-    printf ' %q' "$@"
-    printf '\n'
-}
+show() { printf '+' && printf ' %q' "$@" && printf '\n'; }
 
 # run_command COMMAND...: show it and become it; under --dry-run only show it.
 run_command() {

@@ -80,9 +80,8 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 mark_exit_code
 # Where a user's mistake is noted (runtime/exit_codes.py): torchrun would start it again and end with 1.
-KEEL_MISTAKE_FILE=$(mktemp)
-# The signal that was handed on, for trainers that could not hear it yet (training/stop.py).
-KEEL_SIGNAL_FILE=$(mktemp)
+# And the signal that was handed on, for trainers that could not hear it yet (training/stop.py).
+KEEL_MISTAKE_FILE=$(mktemp) KEEL_SIGNAL_FILE=$(mktemp)
 export KEEL_MISTAKE_FILE KEEL_SIGNAL_FILE
 trap 'rm -f "$KEEL_MISTAKE_FILE" "$KEEL_SIGNAL_FILE"' EXIT
 # A job of its own, so that Ctrl-C reaches the trainers once, through here. Deaf to SIGUSR1, which

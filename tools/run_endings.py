@@ -52,7 +52,7 @@ class Started:
         keel = ["-m", "keel_megatron", "train", "run.yaml", *self.overrides]
         kind, _, options = self.launcher.partition(" ")
         command = {
-            "alone": keel,
+            "alone": [*keel, "--processes", "1"],
             "keel": [*keel, "--processes", "2", *options.split()],
             "torchrun": [
                 *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
@@ -259,9 +259,7 @@ CASES = [
         (2, "KILLED"),
         at(3, damage_and_start_again),
     ),
-    Case(
-        "user's error: no such text", "alone", (2, "FAILED"), overrides=("data.text=/nowhere.txt",)
-    ),
+    Case("user's error: no such text", "alone", (2, "-"), overrides=("data.text=/nowhere.txt",)),
     Case("user's error: configuration", "alone", (2, "-"), overrides=("model.blocks=0",)),
     Case("node lost, then `keel track sync`", "alone", (-9, "FAILED"), at(3, lose_node)),
     Case(

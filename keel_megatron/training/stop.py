@@ -38,6 +38,7 @@ class StopRequest:
         self.deadline = deadline
         self.starting = starting
         """Until somebody sets it to False, a signal raises SystemExit in the main thread."""
+        self._unsaid = threading.Lock()
         self.last_word: Callable[[], None] | None = None
         """Called before a signal ends the process at once."""
 
@@ -59,7 +60,15 @@ class StopRequest:
             SystemExit: that is the end.
         """
         if self.starting:
+            self.say_ending(number)
             raise SystemExit(exit_codes.for_torchrun(_code(number)))
+
+    def say_ending(self, number: int) -> None:
+        """Say once that a signal breaks the start off."""
+        if self._unsaid.acquire(blocking=False) and os.environ.get("LOCAL_RANK", "0") == "0":
+            name = signal.Signals(number).name
+            with suppress(OSError):  # nobody may read it any more
+                os.write(2, f"{name}: no step was made yet, ending\n".encode())
 
 
 def _code(number: int) -> int:
@@ -167,12 +176,10 @@ def _acknowledge(number: signal.Signals) -> None:
 
 
 def _leave_soon(request: StopRequest) -> None:
-    """Say that a start is broken off, and end the process should its main thread not do so."""
+    """End a process that is starting, should its main thread not do so."""
     assert request.signal is not None
     number = request.signal
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        with suppress(OSError):  # nobody may read it any more
-            os.write(2, f"{number.name}: no step was made yet, ending\n".encode())
+    request.say_ending(number)
 
     def leave() -> None:
         if request.starting:

@@ -117,3 +117,49 @@ def test_torchrun_is_told_that_a_saved_run_succeeded(monkeypatch: pytest.MonkeyP
     assert [exit_codes.for_torchrun(code) for code in (1, 2, 70)] == [1, 2, 70]
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
     assert [exit_codes.for_torchrun(code) for code in (0, 75, 2)] == [0, 75, 2]
+
+
+def test_ranks_get_python_s_own_modules_and_the_launcher_s_package(tmp_path: Path) -> None:
+    """Whatever lies in the working directory."""
+    (tmp_path / "queue.py").write_text("raise SystemExit('the wrong one')")
+    (tmp_path / "keel_megatron").mkdir()
+    (tmp_path / "keel_megatron" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    assert local_launch.launch(2, ["-c", "import queue, keel_megatron.runtime.parent"]) == 0
+
+
+def test_ranks_meet_where_no_other_machine_can_come(tmp_path: Path) -> None:
+    """Rank 0 opens the store at the launcher's port; the launcher needs no torch for it."""
+    rank = """
+import os, pathlib, psutil, torch.distributed as dist
+from keel_megatron.runtime.rendezvous import shared_store
+rank = int(os.environ["RANK"])
+store = shared_store(60.0)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+found = [None, None]
+dist.all_gather_object(found, rank)
+listening = {c.laddr.ip for c in psutil.Process().net_connections() if c.status == "LISTEN"}
+pathlib.Path(f"met_{rank}").write_text(f"{found} {listening}")
+dist.barrier()
+dist.destroy_process_group()
+"""
+    assert local_launch.launch(2, ["-c", rank]) == 0
+    for number in range(2):
+        assert (tmp_path / f"met_{number}").read_text() == "[0, 1] {'127.0.0.1'}"
+
+
+def test_a_group_that_died_of_the_request_to_save_is_saved(tmp_path: Path) -> None:
+    """It was still starting: nothing was trained, and a scheduler is to submit the job again."""
+    rank = """
+import os, pathlib, time
+pathlib.Path("ready_" + os.environ["RANK"]).touch()
+time.sleep(60)
+"""
+    code = (
+        f"import sys; from {local_launch.__name__} import launch; "
+        f"sys.exit(launch(2, ['-c', {rank!r}]))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment) as process:
+        await_that(lambda: len(list(tmp_path.glob("ready_*"))) == 2, 60, "two ranks")
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=60) == exit_codes.SAVED

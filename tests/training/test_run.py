@@ -1,4 +1,4 @@
-"""What a run takes over from its checkpoint before it starts."""
+"""What a run takes over from its checkpoint when it begins."""
 
 from __future__ import annotations
 
@@ -10,31 +10,36 @@ from typing import Any
 import pytest
 
 from keel_megatron.checkpoint.find import Found
-from keel_megatron.checkpoint.identity import claim
-from keel_megatron.config import UserError, dump_config
 from keel_megatron.runtime import exit_codes
 from keel_megatron.tracking.target import remembered_run_id
 from keel_megatron.training import run
-from keel_megatron.training.run import _check_checkpoint
 from tests.settings import small_config
+
+
+def data_in(folder: Path) -> Any:
+    """Prepared data of which only the tokenizer is there."""
+    (folder / "tokenizer").write_bytes(b"model")
+    return SimpleNamespace(tokenizer_path=folder / "tokenizer")
 
 
 def test_the_mlflow_run_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
     config = small_config(training__runs_dir=str(tmp_path))
-    claim(config)
-    (tmp_path / "config.yaml").write_text(dump_config(config))
+    run._claim(config, Found(), data_in(tmp_path))
+    assert remembered_run_id(config.training.folder) is None
     found = Found(tmp_path, {"extras": {"mlflow_run_id": "feed"}})
-    _check_checkpoint(config, found)
+    run._claim(config, found, data_in(tmp_path))
     assert remembered_run_id(config.training.folder) == "feed"
-    _check_checkpoint(config, Found(tmp_path, {"extras": {"mlflow_run_id": "other"}}))
+    other = Found(tmp_path, {"extras": {"mlflow_run_id": "other"}})
+    run._claim(config, other, data_in(tmp_path))
     assert remembered_run_id(config.training.folder) == "feed"
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+def test_the_code_of_an_earlier_start_is_gone(tmp_path: Path) -> None:
     config = small_config(training__runs_dir=str(tmp_path))
-    (tmp_path / "config.yaml").write_text(dump_config(small_config(model__blocks=4)))
-    with pytest.raises(UserError, match=r"model\.blocks: 4 there, 8 now"):
-        _check_checkpoint(config, Found(tmp_path, {"extras": {}}))
+    config.training.folder.mkdir()
+    exit_codes.write(config.training.folder, exit_codes.SAVED)
+    run._claim(config, Found(), data_in(tmp_path))
+    assert not (config.training.folder / exit_codes.FILE).exists()
 
 
 def test_a_picture_that_cannot_be_drawn_fails_no_run(

@@ -167,3 +167,63 @@ def test_a_signal_that_came_while_it_was_starting_counts(
         os.kill(os.getpid(), signal.SIGUSR1)  # and hands it on: the same request
         time.sleep(0.2)
         assert request.exit_code == CODES[signal.SIGUSR1]
+
+
+STARTING = """
+import ctypes, sys, time
+from keel_megatron.training import stop
+stop.LEAVE_SECONDS = 0.3
+with stop.stop_requests(starting=True) as request:
+    request.last_word = lambda: print("last word", flush=True)
+    if sys.argv[1] == "accepted":
+        request.starting = False
+    print("ready", flush=True)
+    try:
+        if sys.argv[1] == "in C":
+            library, lock = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+            library.pthread_mutex_lock(lock)
+            library.pthread_mutex_lock(lock)
+        time.sleep(2.0 if sys.argv[1] == "accepted" else 60.0)
+    finally:
+        print("unwound", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "code", "shown"),
+    [
+        ("in Python", signal.SIGINT, 130, ["unwound"]),
+        ("in Python", signal.SIGUSR1, 75, ["unwound"]),
+        ("in C", signal.SIGTERM, 143, ["last word"]),
+        ("accepted", signal.SIGTERM, 0, ["unwound"]),
+    ],
+)
+def test_a_signal_ends_a_run_that_is_being_prepared(
+    where: str, number: signal.Signals, code: int, shown: list[str]
+) -> None:
+    """Unless its main thread waits in C, everything that it has begun is undone."""
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTING, where],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output.split("\n")[:-1]) == (code, shown)
+    word = f"{number.name}: no step was made yet, ending\n"
+    assert (word in errors) == (where != "accepted")
+
+
+def test_a_signal_that_the_launcher_noted_breaks_a_start_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    noted = tmp_path / "signal"
+    noted.write_text("SIGUSR1\n")
+    monkeypatch.setenv(SIGNAL_FILE, str(noted))
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
+    with pytest.raises(SystemExit) as end, stop_requests(starting=True):
+        raise AssertionError("it was let in")
+    assert end.value.code == CODES[signal.SIGUSR1]

@@ -1,0 +1,99 @@
+"""Starts of a run that is being trained, and starts that are broken off."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from keel_megatron.runtime.ownership import FILE
+from keel_megatron.tracking.metrics import read_metrics
+from tests.hosts import await_that
+from tests.integration.commands import environment, keel, write_config
+
+TEXT = Path(argparse.__file__)
+
+
+def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`keel train` in a folder, at work."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "keel_megatron", "train", "run.yaml", *arguments],
+        cwd=home,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def quiet_files(run: Path) -> dict[str, bytes]:
+    """The files that a run which only makes steps leaves alone, and how many others there are."""
+    growing = ("metrics.jsonl", "events.", "delivered.json", "mlflow.db", FILE)
+    files = [path for path in run.rglob("*") if path.is_file()]
+    found = {str(p): p.read_bytes() for p in files if not p.name.startswith(growing)}
+    spool = [path for path in files if path.name.startswith("events.")]
+    return found | {"spool": b" ".join(path.name.encode() for path in spool)}
+
+
+def test_a_run_that_is_trained_is_left_alone_and_free_once_its_ranks_are_gone(
+    tmp_path: Path,
+) -> None:
+    write_config(tmp_path, TEXT, tracking__mlflow=True, checkpoint__every=0)
+    run = tmp_path / "runs" / "test"
+    metrics = run / "metrics.jsonl"
+    long = "training.steps=100000"
+    with start(tmp_path, "--processes", "2", long) as first:
+        try:
+            await_that(lambda: len(read_metrics(metrics)) > 3, 200, "steps")
+            await_that(lambda: (run / "mlflow_run_id").exists(), 200, "MLflow's run")
+            before, inode = quiet_files(run), metrics.stat().st_ino
+            refused = keel(tmp_path, "train", "run.yaml", long, "--processes", "2")
+            pruned = keel(tmp_path, "checkpoint", "prune", "runs/test")
+            steps = len(read_metrics(metrics))
+            await_that(lambda: len(read_metrics(metrics)) > steps, 60, "another step")
+            assert quiet_files(run) == before
+            assert metrics.stat().st_ino == inode
+            ranks = psutil.Process(first.pid).children()
+            first.kill()
+            first.wait()
+            # They save, and then the run is whoever's asks for it.
+            again = keel(tmp_path, "train", "run.yaml", long, "training.exit_after=0.0001")
+        finally:
+            first.kill()
+    named = f"error: runs/test is being trained by process {first.pid} on host "
+    assert (refused.returncode, pruned.returncode) == (2, 2)
+    assert refused.stderr.startswith(named)
+    assert pruned.stderr.startswith(named)
+    assert refused.stdout == ""
+    assert again.returncode == 75, again.stderr
+    assert not any(rank.is_running() for rank in ranks)
+    recorded = [line["step"] for line in read_metrics(metrics) if "loss" in line]
+    assert recorded == list(range(1, recorded[-1] + 1))
+    assert not (run / FILE).exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_the_data_is_prepared_ends_the_start(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    (tmp_path / "text").write_text(TEXT.read_text() * 200)
+    write_config(tmp_path, tmp_path / "text")
+    with start(tmp_path, "--processes", "2") as process:
+        assert process.stdout is not None
+        while "preparing" not in process.stdout.readline():
+            assert process.poll() is None
+        sent = time.monotonic()
+        process.send_signal(number)
+        _shown, errors = process.communicate(timeout=120)
+        took = time.monotonic() - sent
+    assert process.returncode == code
+    assert errors == f"{number.name}: no step was made yet, ending\n"
+    assert took < 60
+    assert not (tmp_path / "runs").exists()
+    assert not list((tmp_path / "data").glob("*/train.bin"))
