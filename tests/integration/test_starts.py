@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from keel_megatron.runtime.ownership import FILE
+from keel_megatron.checkpoint import folder
+from keel_megatron.runtime.ownership import FILE, take
 from keel_megatron.tracking.metrics import read_metrics
 from tests.hosts import await_that
 from tests.integration.commands import environment, keel, write_config
@@ -32,13 +33,15 @@ def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def quiet_files(run: Path) -> dict[str, bytes]:
-    """The files that a run which only makes steps leaves alone, and how many others there are."""
-    growing = ("metrics.jsonl", "events.", "delivered.json", "mlflow.db", FILE)
-    files = [path for path in run.rglob("*") if path.is_file()]
-    found = {str(p): p.read_bytes() for p in files if not p.name.startswith(growing)}
-    spool = [path for path in files if path.name.startswith("events.")]
-    return found | {"spool": b" ".join(path.name.encode() for path in spool)}
+def marks(run: Path) -> dict[str, object]:
+    """What a second start that is let in changes: which files there are, and by whom."""
+    kept = ("config.yaml", "mlflow_run_id", "metrics.jsonl", "log.txt", FILE)
+    return {
+        "starts": sorted(path.name for path in (run / "spool").glob("events.*")),
+        "ended": (run / "exit_code").exists(),
+        "written": (run / "config.yaml").stat().st_mtime_ns,
+        "files": {name: (run / name).stat().st_ino for name in kept},
+    }
 
 
 def test_a_run_that_is_trained_is_left_alone_and_free_once_its_ranks_are_gone(
@@ -52,18 +55,18 @@ def test_a_run_that_is_trained_is_left_alone_and_free_once_its_ranks_are_gone(
         try:
             await_that(lambda: len(read_metrics(metrics)) > 3, 200, "steps")
             await_that(lambda: (run / "mlflow_run_id").exists(), 200, "MLflow's run")
-            before, inode = quiet_files(run), metrics.stat().st_ino
+            before = marks(run)
             refused = keel(tmp_path, "train", "run.yaml", long, "--processes", "2")
             pruned = keel(tmp_path, "checkpoint", "prune", "runs/test")
             steps = len(read_metrics(metrics))
             await_that(lambda: len(read_metrics(metrics)) > steps, 60, "another step")
-            assert quiet_files(run) == before
-            assert metrics.stat().st_ino == inode
+            assert marks(run) == before
             ranks = psutil.Process(first.pid).children()
             first.kill()
             first.wait()
-            # They save, and then the run is whoever's asks for it.
-            again = keel(tmp_path, "train", "run.yaml", long, "training.exit_after=0.0001")
+            # They save and end; then the run is whoever's asks for it.
+            await_that(lambda: not any(map(works, ranks)), 120, "the ranks' end")
+            take(run).release()
         finally:
             first.kill()
     named = f"error: runs/test is being trained by process {first.pid} on host "
@@ -71,11 +74,16 @@ def test_a_run_that_is_trained_is_left_alone_and_free_once_its_ranks_are_gone(
     assert refused.stderr.startswith(named)
     assert pruned.stderr.startswith(named)
     assert refused.stdout == ""
-    assert again.returncode == 75, again.stderr
-    assert not any(rank.is_running() for rank in ranks)
     recorded = [line["step"] for line in read_metrics(metrics) if "loss" in line]
     assert recorded == list(range(1, recorded[-1] + 1))
+    assert (run / "exit_code").read_text() == "143\n"
+    assert folder.steps(run) == [recorded[-1]]
     assert not (run / FILE).exists()
+
+
+def works(process: psutil.Process) -> bool:
+    """Whether it has not ended; one whose parent was killed may stay a zombie."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
