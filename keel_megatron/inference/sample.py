@@ -5,12 +5,8 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
-import psutil
-import torch
-
 from keel_megatron.checkpoint.identity import saved_config
 from keel_megatron.config.run import RunConfig
-from keel_megatron.inference.generate import generate_from_run
 from keel_megatron.partition.flops import parameter_count
 from keel_megatron.tracking.sync import add_file
 
@@ -44,6 +40,9 @@ def _sample(run: Path, again: bool) -> None:
         return
     kept = run / "samples.txt"
     if again or not kept.is_file():
+        # Only now: the kept one is shown without torch.
+        from keel_megatron.inference.generate import generate_from_run
+
         lack = _lack_of_memory(config)
         if lack is not None:
             _remark(run, lack)
@@ -62,6 +61,9 @@ def _remark(run: Path, why: str) -> None:
 
 def _lack_of_memory(config: RunConfig) -> str | None:
     """Why one device has no room for the whole model, if it has none."""
+    import psutil
+    import torch
+
     gc.collect()  # what training left behind
     count = parameter_count(config.model, config.data.vocab_size)
     needed = _HEADROOM * count * (4 if config.training.precision == "fp32" else 2)
