@@ -130,5 +130,6 @@ def saved_config(folder: Path) -> RunConfig:
     if not saved.is_file() and newest is not None:
         saved = newest / CONFIG_FILE
     if not saved.is_file():
-        raise UserError(f"{folder} holds no run: there is no {CONFIG_FILE} in it")
+        why = f"there is no {CONFIG_FILE} in it" if folder.is_dir() else "it does not exist"
+        raise UserError(f"{folder} holds no run: {why}; a run's folder is runs/NAME")
     return load_config(saved)

@@ -60,7 +60,10 @@ def entries(run_folder: Path, *, read_all: bool) -> list[Entry]:
         UserError: the folder holds no checkpoints.
     """
     if not folder.root(run_folder).is_dir():
-        raise UserError(f"{run_folder} holds no checkpoints: there is no {folder.root(run_folder)}")
+        raise UserError(
+            f"{run_folder} holds no checkpoints: there is no {folder.root(run_folder)}; a run's "
+            "folder is runs/NAME"
+        )
     look: Callable[[Path], Any] = check if read_all else read_manifest
     found = []
     for step in folder.steps(run_folder):
@@ -96,7 +99,8 @@ def describe(run_folder: Path, step: int | None) -> list[str]:
         raise UserError(f"{run_folder} has no good checkpoint")
     path = folder.step_folder(run_folder, good[-1] if step is None else step)
     if not path.is_dir():
-        raise UserError(f"--step: there is no {path}; there are {folder.steps(run_folder)}")
+        there = ", ".join(map(str, folder.steps(run_folder))) or "none"
+        raise UserError(f"--step: there is no {path}; there are: {there}")
     try:
         files, state = read_manifest(path), read_json(path / STATE)
         return list(_description(path, len(files), state))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from keel_megatron.cli.arguments import ConfigPath, Overrides
+from keel_megatron.cli.arguments import ConfigPath, Overrides, writing
+from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import load_config
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.runtime.processes import default_processes, is_rank
@@ -45,6 +47,9 @@ def bench(
     Nothing of the run is kept. Several processes: --processes N here, or
     torchrun ... -m keel_megatron bench CONFIG on one or many machines.
     """
+    for option, path in (("--json", output), ("--profile", profile)):
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise UserError(f"{option}: {path} cannot be written: no folder to write in")
     settings = list(overrides or ())
     if processes or not is_rank():
         loaded = load_config(config, tuple(settings), world_size=processes or None)
@@ -73,4 +78,5 @@ def bench(
         return
     print("\n".join(result.lines))
     if output is not None:
-        output.write_text(json.dumps(result.figures, indent=1) + "\n")
+        with writing("--json", output):
+            output.write_text(json.dumps(result.figures, indent=1) + "\n")

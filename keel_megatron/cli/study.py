@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from keel_megatron.cli.arguments import writing
+
 app = typer.Typer(help="Repeat the paper's studies.", no_args_is_help=True)
 
 
@@ -28,13 +30,15 @@ def gradient_flow(
     out: Annotated[Path, typer.Option(help="Folder of gradient_flow.png and .json.")] = Path("."),
 ) -> None:
     """Jacobian products down the skip path at initialization, beside the paper's prediction."""
+    with writing("--out", out):
+        out.mkdir(parents=True, exist_ok=True)
     from keel_megatron.studies import flow_report
     from keel_megatron.studies import gradient_flow as study
 
     depths, rules = sub_layers or [64, 256, 1024], residual or ["keel", "post_ln", "deepnorm"]
     flows = [study.gradient_flow(rule, depth) for depth in depths for rule in rules]
     print(flow_report.flow_table(flows))
-    out.mkdir(parents=True, exist_ok=True)
-    flow_report.save_flows(flows, out / "gradient_flow.json")
-    flow_report.plot_flows(flows, out / "gradient_flow.png")
+    with writing("--out", out):
+        flow_report.save_flows(flows, out / "gradient_flow.json")
+        flow_report.plot_flows(flows, out / "gradient_flow.png")
     print(f"{out / 'gradient_flow.png'}, {out / 'gradient_flow.json'}")

@@ -162,11 +162,15 @@ def validation_batches(
     stride = micro_batch_size * data_parallel_size
     count = min(sequences, len(dataset)) // (stride * multiple) * (stride * multiple)
     if count == 0:
-        raise UserError(
-            f"training.validation_sequences: {sequences} (the validation text has "
-            f"{len(dataset)}) do not fill {multiple} micro-batch(es) on each replica: "
+        needed = (
             f"{stride * multiple} are needed (training.micro_batch_size x replicas x {multiple})"
         )
+        if len(dataset) < stride * multiple:
+            raise UserError(
+                f"data.validation_fraction: the validation text makes {len(dataset)} sequence(s), "
+                f"and {needed}; hold out more of the text, give more, or take smaller micro-batches"
+            )
+        raise UserError(f"training.validation_sequences: {sequences} are too few: {needed}")
     for start in range(0, count, stride):
         first = start + data_parallel_rank * micro_batch_size
         yield collate([dataset[number] for number in range(first, first + micro_batch_size)])

@@ -298,7 +298,7 @@ def describe_split(corpus: Corpus, fraction: float) -> str:
     share = sum(file.size for file in chosen) / corpus.size
     return (
         f"validation: {len(chosen):,} of {len(corpus.files):,} documents, {share:.1%} of the "
-        f"text's bytes (data.validation_fraction = {fraction:g}, in whole documents)"
+        f"bytes (data.validation_fraction = {fraction:g})"
     )
 
 

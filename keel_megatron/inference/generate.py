@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,8 +31,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens: {self.max_new_tokens} must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"--temperature: {self.temperature} must not be negative")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature: {self.temperature} must be a number from 0 on")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed: {self.seed} must be from 0 to 2^63 - 1")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p: {self.top_p} must be above 0 and at most 1")
 
@@ -113,6 +116,11 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
 
     Nucleus (top-p) sampling: Holtzman et al. 2020, arXiv 1904.09751.
     """
+    if not logits.isfinite().all():
+        raise UserError(
+            "the model's logits are not finite: its training has diverged; give an earlier "
+            "checkpoint, RUN/checkpoints/step_NNNNNNNN"
+        )
     if sampling.temperature == 0:
         return int(logits.argmax())
     probabilities = torch.softmax(logits / sampling.temperature, dim=-1)

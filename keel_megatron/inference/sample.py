@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
-import psutil
-
 from keel_megatron.checkpoint.identity import saved_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.partition.flops import parameter_count
@@ -63,6 +61,7 @@ def _remark(run: Path, why: str) -> None:
 
 def _lack_of_memory(config: RunConfig) -> str | None:
     """Why one device has no room for the whole model, if it has none."""
+    import psutil
     import torch
 
     gc.collect()  # what training left behind

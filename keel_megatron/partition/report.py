@@ -267,15 +267,15 @@ def _why(best: Candidate, second: Candidate) -> str:
         if abs(gain) > 1e-4 * best.step_seconds
     )
     gain = second.step_seconds / best.step_seconds - 1.0
-    memory = [one.plan.partition.worst_memory.memory.total / GB for one in (best, second)]
+    memory = [f"{one.plan.partition.worst_memory.memory.total / GB:.1f}" for one in (best, second)]
     return (
         f"1 is {gain:.2%} faster than 2{': it ' + words if words else ''}.\n"
-        f"Memory: {memory[0]:.1f} GB, not {memory[1]:.1f}."
+        f"Memory of a device: {memory[0]} GB with 1, {memory[1]} GB with 2."
     )
 
 
 def _pair(best: Candidate, second: Candidate, of: Callable[[Candidate], float]) -> str:
-    return f"{seconds(of(best))}, not {seconds(of(second))}"
+    return f"{seconds(of(best))} against {seconds(of(second))}"
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
@@ -294,16 +294,21 @@ def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
 def si(number: float) -> str:
     """A number to three digits, with its unit."""
     for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
+        if number >= 0.9995 * size:
+            return f"{digits(number / size)}{unit}"
     return f"{number:.3g}"
+
+
+def digits(number: float) -> str:
+    """Three digits, or all of a number that has more in front of the point."""
+    return f"{number:,.0f}" if number >= 999.5 else f"{number:.3g}"
 
 
 def seconds(value: float) -> str:
     """A time to three digits."""
     for size, unit in ((1.0, "s"), (1e-3, "ms")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
+        if value >= 0.9995 * size:
+            return f"{digits(value / size)} {unit}"
     return f"{value * 1e6:.3g} us"
 
 

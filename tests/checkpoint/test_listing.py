@@ -74,7 +74,7 @@ def test_show_tells_what_is_kept_and_what_may_change(run: Path) -> None:
 
 
 def test_show_says_what_is_not_there(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--step: there is no .*step_00000011; there are \[10"):
+    with pytest.raises(UserError, match=r"--step: there is no .*step_00000011; there are: 10"):
         describe(run, 11)
     with pytest.raises(UserError, match=r"step_00000050 is damaged: state\.json"):
         describe(run, 50)

@@ -92,6 +92,9 @@ def test_validation_may_need_a_multiple_of_micro_batches(dataset: SequenceDatase
 def test_too_few_validation_sequences(dataset: SequenceDataset) -> None:
     with pytest.raises(UserError, match=r"training.validation_sequences: 4 .* 8 are needed"):
         list(validation_batches(dataset, 4, 2, 0, 4))
+    few = 2 * len(dataset)
+    with pytest.raises(UserError, match=rf"data.validation_fraction: .* {len(dataset)} sequence"):
+        list(validation_batches(dataset, 64, few, 0, 1))
 
 
 def megatron(prefix: Path, seq_length: int, seed: int) -> list[dict[str, torch.Tensor]]:

@@ -219,7 +219,7 @@ def test_the_validation_side_is_told_as_it_is(tmp_path: Path) -> None:
     for number in range(12):
         (tmp_path / f"{number}.txt").write_text("word " * 10)
     text = describe_split(find_corpus((tmp_path,), ignore), 0.01)
-    assert text.startswith("validation: 1 of 12 documents, 8.3% of the text's bytes")
+    assert text.startswith("validation: 1 of 12 documents, 8.3% of the bytes")
 
 
 def test_files_whose_syntax_is_learned_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -48,9 +50,18 @@ def test_a_document_ends_at_its_end() -> None:
     [
         ({"max_new_tokens": 0}, "--max-new-tokens"),
         ({"temperature": -1.0}, "--temperature"),
+        ({"temperature": math.nan}, "--temperature: nan must be a number"),
+        ({"seed": -1}, "--seed: -1 must be from 0"),
+        ({"seed": 10**20}, "--seed"),
         ({"top_p": 0.0}, "--top-p"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, float], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         Sampling(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_has_diverged_is_told(temperature: float) -> None:
+    with pytest.raises(UserError, match=r"logits are not finite: its training has diverged"):
+        draw([0.0, math.nan], 1, temperature=temperature)

@@ -10,7 +10,7 @@ import pytest
 
 from keel_megatron.checkpoint import folder, manifest
 from keel_megatron.config import UserError
-from keel_megatron.inference import sample, source
+from keel_megatron.inference import generate, sample, source
 from keel_megatron.inference.generate import generate_from_run
 from tests.integration.commands import keel, write_config
 
@@ -142,7 +142,7 @@ def test_whatever_ails_the_sample_is_a_remark(
         def fail(*_arguments: object, **_options: object) -> str:
             raise raised[ailment]
 
-        monkeypatch.setattr(sample, "generate_from_run", fail)
+        monkeypatch.setattr(generate, "generate_from_run", fail)
     sample.sample_run(run, again=True)
     said = {
         "error": "no tokenizer",

@@ -202,23 +202,6 @@ def test_generation_is_repeatable_and_continues_the_prompt(finished: Path) -> No
     assert keel(finished, *arguments, "--seed", "1").stdout != first.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--prompt", "x " * 100], "leave no room in sequences of data.seq_length = 32"),
-        (["--prompt", "x", "--max-new-tokens", "100"], "at most"),
-        (["--prompt", "x", "--top-p", "2"], "--top-p: 2.0 must be above 0"),
-    ],
-)
-def test_generation_says_what_does_not_fit(
-    finished: Path, arguments: list[str], expected: str
-) -> None:
-    wrong = keel(finished, "generate", "runs/test", *arguments)
-    assert wrong.returncode == 2
-    assert expected in wrong.stderr
-    assert "Traceback" not in wrong.stderr
-
-
 def test_another_configuration_is_refused_and_nothing_is_lost(finished: Path) -> None:
     before = contents(finished)
     wrong = keel(finished, "train", "run.yaml", "model.alpha=3", "--processes", "2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from keel_megatron.config import load_config
 from keel_megatron.config.errors import UserError
 from keel_megatron.partition.devices import device_named
 from keel_megatron.partition.plan import make_plan
-from keel_megatron.partition.report import describe_search
+from keel_megatron.partition.report import describe_search, seconds, si
 from keel_megatron.partition.search import _layouts, _pipeline_seconds, _replicas, search
 from keel_megatron.partition.simulate import PipelineTimes, simulate
 from tests.calls import calls_of
@@ -59,6 +60,7 @@ def test_ten_thousand_devices_take_few_calls() -> None:
     assert all(0.0 <= one.message_seconds < one.pipeline_seconds for one in found.best)
     words = describe_search(found, 10_000)
     assert "faster than 2" in words
+    assert re.search(r"Memory of a device: [\d.]+ GB with 1, [\d.]+ GB with 2\.", words)
     assert f"leaves {10_000 - found.best[0].plan.gpus:,} devices idle" in words
 
 
@@ -79,3 +81,16 @@ def test_a_long_steps_rate_goes_on() -> None:
     forward = tuple(1.0 + 0.05 * (number % 3) for number in range(32))
     times = PipelineTimes(16, forward, tuple(2 * one for one in forward), (0.01,) * 16)
     assert _pipeline_seconds(times, 1600) == pytest.approx(simulate(times, 1600).seconds, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(1.86e15, "1,860 T"), (999.9e9, "1 T"), (12.3e9, "12.3 B"), (999.6, "1 k"), (7, "7")],
+)
+def test_numbers_are_never_in_powers_of_ten(number: float, words: str) -> None:
+    assert si(number) == words
+
+
+@pytest.mark.parametrize(("value", "words"), [(0.9999, "1 s"), (1234.5, "1,234 s"), (2e-3, "2 ms")])
+def test_times_are_never_in_powers_of_ten(value: float, words: str) -> None:
+    assert seconds(value) == words
