@@ -123,11 +123,11 @@ def test_sigterm_to_the_batch_script_is_handed_on(tmp_path: Path) -> None:
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     write_config(tmp_path, Path(argparse.__file__))
-    batch = submit(tmp_path, 1, 0)
+    batch = submit(tmp_path, 1, 0, 9)
     try:
-        await_that((tmp_path / "ready").is_file, 120, "the job's step")
+        await_that((tmp_path / "ready").is_file, 300, "the job's step")
         batch.send_signal(signal.SIGTERM)
-        out, _ = batch.communicate(timeout=60)
+        out, _ = batch.communicate(timeout=300)
     finally:
         end(batch)
     assert batch.returncode == 143, out
