@@ -20,7 +20,7 @@ with stop_requests():
 """
 
 
-def end(process: subprocess.Popen[bytes], number: signal.Signals, seconds: float = 60.0) -> int:
+def end(process: subprocess.Popen[bytes], number: signal.Signals, seconds: float = 300.0) -> int:
     """Send a signal until the process ends, as often as a slow machine needs; its exit code."""
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:

@@ -12,16 +12,17 @@ from keel_megatron.config.errors import UserError
 from keel_megatron.dashboard.serve import serve
 from keel_megatron.dashboard.server import free_port
 from tests.dashboard.test_runs import make_run
+from tests.ports import reserved_port
 
 
 def test_a_taken_port_is_refused() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"--port: {port} on 127.0.0.1 cannot be had"):
+    with reserved_port() as port:
+        with (
+            socket.create_server(("127.0.0.1", port)),
+            pytest.raises(UserError, match=f"--port: {port} on 127.0.0.1 cannot be had"),
+        ):
             free_port(port)
-    assert free_port(port) == port
+        assert free_port(port) == port
     assert free_port(0) > 0
 
 

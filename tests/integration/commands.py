@@ -15,7 +15,7 @@ from tests.settings import settings
 Completed = subprocess.CompletedProcess[str]
 
 
-def keel(folder: Path, *arguments: str, timeout: float = 300) -> Completed:
+def keel(folder: Path, *arguments: str, timeout: float = 600) -> Completed:
     """`keel ARGUMENTS` in a folder; its output is taken, its exit code left to the caller."""
     return subprocess.run(
         [sys.executable, "-m", "keel_megatron", *arguments],

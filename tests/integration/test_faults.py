@@ -36,7 +36,7 @@ def test_the_time_limit_ends_a_run_for_torchrun_and_for_the_local_launcher(tmp_p
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "stopped after step 1 of 6, checkpoint written" in done.stdout
@@ -76,14 +76,14 @@ def test_torchrun_starts_a_killed_group_again_and_the_curve_is_the_same(tmp_path
         for step, rank in ((5, 1), (15, 0)):
             worker = rank_once_at(step, rank, group, metrics)
             worker.kill()
-            worker.wait(30)
-        assert group.wait(200) == 0
+            worker.wait(300)
+        assert group.wait(600) == 0
     assert losses_of(metrics) == losses_of(tmp_path / "runs" / "calm" / "metrics.jsonl")
 
 
 def rank_once_at(step: int, rank: int, group: Any, metrics: Path) -> psutil.Process:
     """The process of a rank of torchrun's group, as soon as a step is done."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and group.poll() is None:
         if len(losses_of(metrics)) >= step:
             for process in psutil.Process(group.pid).children():
@@ -121,7 +121,7 @@ def test_a_hurt_run_ends_like_an_unhurt_one(tmp_path: Path) -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for kind in ("inside a save", "SIGSTOP", "bit flipped", "disk full", "NaN in a gradient"):

@@ -19,16 +19,18 @@ from pathlib import Path
 import pytest
 
 import yaml
+from keel_megatron.checkpoint import folder as checkpoints
 from tests.hosts import Hosts, await_that, why_not
 from tests.integration.commands import environment, keel, losses_of, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 16
+STEPS = 32
+"""Many more than are made while a test sees that one was."""
 CALM: dict[tuple[str, ...], list[tuple[int, float, float]]] = {}
 HANG = 8
 """Seconds without progress until the watchdog acts."""
-END = 60
-"""Within so many seconds after a cut every launcher has ended: HANG, reports, torchrun's end."""
+END = 600
+"""Seconds in which launchers must end: many times what they need, however busy the machine is."""
 PIPELINE, DATA = "parallel.pipeline=2", "parallel.pipeline=1"
 
 
@@ -75,12 +77,23 @@ class Job:
     def start_all(self, *options: str) -> list[subprocess.Popen[bytes]]:
         return [self.start(name, *options) for name in self.hosts.names]
 
-    def await_step(self, step: int) -> None:
-        await_that(lambda: self.reached() >= step, 120, f"step {step}:\n{self.logs()}")
+    def await_step(self, step: int, saved: bool = False) -> None:
+        """Wait for a step, and for a checkpoint that is finished."""
+
+        def there() -> bool:
+            return self.reached() >= step and bool(
+                not saved or checkpoints.steps(self.metrics.parent)
+            )
+
+        await_that(there, END, f"step {step}:\n{self.logs()}")
 
     def reached(self) -> int:
         steps = losses_of(self.metrics) if self.metrics.is_file() else []
         return steps[-1][0] if steps else 0
+
+    def newest_checkpoint(self) -> int:
+        """The last one that was finished; while nothing trains."""
+        return checkpoints.steps(self.metrics.parent)[-1]
 
     def log(self, name: str) -> str:
         path = self.folder / f"{name}.log"
@@ -89,14 +102,14 @@ class Job:
     def logs(self) -> str:
         return "\n".join(f"== {name}\n{self.log(name)[-3000:]}" for name in self.hosts.names)
 
-    def all_end(self, started: list[subprocess.Popen[bytes]], seconds: float) -> list[int]:
+    def all_end(self, started: list[subprocess.Popen[bytes]]) -> list[int]:
         """Exit codes of the launchers, in bounded time."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + END
         for process in started:
             try:
                 process.wait(max(0.1, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                raise AssertionError(f"still running after {seconds} s:\n{self.logs()}") from None
+                raise AssertionError(f"still running after {END} s:\n{self.logs()}") from None
         return [process.returncode for process in started]
 
     def resumed_from(self) -> list[int]:
@@ -146,7 +159,7 @@ def test_a_pipeline_across_hosts_outlasts_a_short_cut(
     time.sleep(2)
     assert (before := job.reached()) < STEPS
     two.mend("host-b")
-    assert job.all_end(started, 120) == [0, 0], job.logs()
+    assert job.all_end(started) == [0, 0], job.logs()
     assert losses_of(job.metrics) == calm(tmp_path_factory, PIPELINE)
     assert job.resumed_from() == []
     assert before >= 5
@@ -162,20 +175,20 @@ def test_a_replica_on_a_host_that_dies_goes_on_when_it_is_back(
     """The survivor names the dead host, waits for it, and both go on from the checkpoint."""
     job = Job(tmp_path, two, DATA, static=False)
     first, _second = job.start_all("--max-restarts", "3")
-    job.await_step(6)
-    reached = job.reached()
+    job.await_step(6, saved=True)
     two.power_off("host-b")
     began = time.monotonic()
     named = "rank 1 on host host-b gives no answer (stopped, dead or cut off)"
     await_that(lambda: named in job.log("host-a"), END, f"a verdict:\n{job.logs()}")
     seconds = time.monotonic() - began
+    reached, newest = job.reached(), job.newest_checkpoint()
     two.mend("host-b")
     again = job.start("host-b", "--max-restarts", "3")
-    assert job.all_end([first, again], 150) == [0, 0], job.logs()
+    assert job.all_end([first, again]) == [0, 0], job.logs()
     assert losses_of(job.metrics) == calm(tmp_path_factory, DATA)
     (resumed,) = job.resumed_from()
-    assert resumed % 4 == 0
-    assert 0 <= reached - resumed <= 4
+    assert resumed == newest
+    assert 4 <= resumed <= reached
     note(job, "DP 2", "host-b's power; started again", reached - resumed, seconds)
 
 
@@ -186,7 +199,7 @@ def test_the_doctor_names_a_slow_cable(tmp_path: Path) -> None:
         hosts.throttle("host-c", 8)
         job = Job(tmp_path, hosts, "parallel.pipeline=4", static=True)
         started = job.start_all("--doctor", "--max-restarts", "0")
-        assert job.all_end(started, 120) == [0] * 4, job.logs()
+        assert job.all_end(started) == [0] * 4, job.logs()
         log = job.log("host-a")
         slow = re.findall(
             r"warning: slow link host (\S+) -> host (\S+) .*: (\S+) MB/s, others", log
@@ -203,19 +216,20 @@ def test_a_cut_for_good_ends_both_in_time_and_the_run_goes_on_later(
 ) -> None:
     job = Job(tmp_path, two, PIPELINE, static=True)
     started = job.start_all("--max-restarts", "0")
-    job.await_step(6)
-    reached = job.reached()
+    job.await_step(6, saved=True)
     two.cut("host-b")
     began = time.monotonic()
-    codes = job.all_end(started, END)
+    codes = job.all_end(started)
     seconds = time.monotonic() - began
+    reached, newest = job.reached(), job.newest_checkpoint()
     assert 0 not in codes
     assert "the hosts host-a and host-b do not reach each other" in job.logs()
     two.mend("host-b")
-    assert job.all_end(job.start_all(), 150) == [0, 0], job.logs()
+    assert job.all_end(job.start_all()) == [0, 0], job.logs()
     assert losses_of(job.metrics) == calm(tmp_path_factory, PIPELINE)
     (resumed,) = job.resumed_from()
-    assert 0 <= reached - resumed <= 4
+    assert resumed == newest
+    assert 4 <= resumed <= reached
     note(job, "PP 2", "host-b's cable, for good; all started again", reached - resumed, seconds)
 
 
@@ -226,20 +240,21 @@ def test_four_hosts_lose_one(tmp_path: Path, tmp_path_factory: pytest.TempPathFa
     with Hosts("host-a", "host-b", "host-c", "host-d") as hosts:
         job = Job(tmp_path, hosts, *layout, static=False)
         started = job.start_all("--max-restarts", "3")
-        job.await_step(6)
-        reached = job.reached()
+        job.await_step(6, saved=True)
         hosts.cut("host-c")
         began = time.monotonic()
         named = "host host-c is cut off: no connection to host-a, host-b, host-d"
         await_that(lambda: named in job.logs(), END, f"a verdict:\n{job.logs()}")
         seconds = time.monotonic() - began
         hosts.power_off("host-c")
+        reached, newest = job.reached(), job.newest_checkpoint()
         hosts.mend("host-c")
         started[2] = job.start("host-c", "--max-restarts", "3")
-        assert job.all_end(started, 240) == [0] * 4, job.logs()
+        assert job.all_end(started) == [0] * 4, job.logs()
         assert losses_of(job.metrics) == calm(tmp_path_factory, *layout)
         resumed = job.resumed_from()[0]
-        assert 0 <= reached - resumed <= 4
+        assert resumed == newest
+        assert 4 <= resumed <= reached
         note(job, "PP 2 x DP 2", "host-c's cable, then its power", reached - resumed, seconds)
 
 
@@ -251,7 +266,7 @@ def test_sigusr1_on_one_host_saves_on_all(tmp_path: Path, two: Hosts) -> None:
     job.await_step(3)
     # ip and unshare have become the launcher itself.
     os.kill(started[1].pid, signal.SIGUSR1)
-    assert job.all_end(started, 60) == [75, 75], job.logs()
+    assert job.all_end(started) == [75, 75], job.logs()
     assert "checkpoint written" in job.log("host-a")
 
 
@@ -264,7 +279,7 @@ def test_a_node_that_is_not_like_the_others_is_told_before_training(
     first = job.start("host-a", "--max-restarts", "0")
     job.settings = [f"training.steps={STEPS}", DATA, "training.seed=5"]
     second = job.start("host-b", "--max-restarts", "0")
-    assert 0 not in job.all_end([first, second], END)
+    assert 0 not in job.all_end([first, second])
     log = job.log("host-a")
     assert "the nodes are not alike; host host-a with rank 0 sets the norm" in log
     assert "host host-b: parallel.pipeline is 1, not 2; training.seed is 5, not 1234" in log
@@ -278,7 +293,7 @@ def test_a_node_that_is_not_like_the_others_is_told_before_training(
     other = Job(alone, two, PIPELINE, static=True)
     started = [job.start("host-a", "--max-restarts", "0")]
     started.append(other.start("host-b", "--max-restarts", "0"))
-    assert 0 not in job.all_end(started, END)
+    assert 0 not in job.all_end(started)
     expected = (
         "training.runs_dir: .*/alone/runs on host host-b|training.runs_dir: .* on host host-b"
     )
@@ -290,7 +305,7 @@ def test_a_node_that_is_not_like_the_others_is_told_before_training(
 def test_a_rendezvous_that_nobody_answers_is_told(tmp_path: Path, two: Hosts) -> None:
     job = Job(tmp_path, two, PIPELINE, static=True)
     alone = job.start("host-b", WAIT_SECONDS="2")
-    assert job.all_end([alone], 30) == [2]
+    assert job.all_end([alone]) == [2]
     assert "no answer from host-a port 29500 in 2 s, seen from host-b" in job.log("host-b")
     config = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert config["training"]["name"] == "test"

@@ -6,7 +6,6 @@ import base64
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import yaml
+from tests.ports import reserved_port
 from tools.image_steps import Image, instructions
 
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
@@ -31,7 +31,7 @@ def run_server(**settings: str) -> subprocess.CompletedProcess[str]:
     """The server's start with settings under which it does not start."""
     environment = {"PATH": os.environ["PATH"], **settings}
     return subprocess.run(
-        [sys.executable, str(SERVER)], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, str(SERVER)], env=environment, capture_output=True, text=True, timeout=300
     )
 
 
@@ -48,9 +48,12 @@ def test_what_the_server_lacks_is_named() -> None:
 @contextmanager
 def server(tmp_path: Path, **settings: str) -> Iterator[str]:
     """MLflow's server as the image starts it, on a free port of loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with reserved_port() as port, _server(tmp_path, port, settings) as url:
+        yield url
+
+
+@contextmanager
+def _server(tmp_path: Path, port: int, settings: dict[str, str]) -> Iterator[str]:
     environment = os.environ | {
         "KEEL_MLFLOW_STORE": f"sqlite:///{tmp_path / 'mlflow.db'}",
         "KEEL_MLFLOW_ARTIFACTS": str(tmp_path / "artifacts"),
@@ -63,7 +66,7 @@ def server(tmp_path: Path, **settings: str) -> Iterator[str]:
             [sys.executable, str(SERVER)], env=environment, stdout=log, stderr=log, cwd=tmp_path
         )
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 300
         while answer(f"http://127.0.0.1:{port}/health") != 200:
             assert process.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline
@@ -71,7 +74,7 @@ def server(tmp_path: Path, **settings: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(300)
 
 
 def answer(url: str, **headers: str) -> int:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from keel_megatron.checkpoint import folder
 from keel_megatron.config import load_config
 from keel_megatron.partition.flops import parameter_count
 from keel_megatron.tracking.metrics import read_metrics
+from tests.hosts import await_that
 from tests.integration.commands import environment, keel, write_config
 
 
@@ -246,11 +246,12 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
     ) as process:
-        deadline = time.monotonic() + 120
-        while len(read_metrics(metrics)) < 3 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.send_signal(number)
-        shown, _ = process.communicate(timeout=60)
+        try:
+            await_that(lambda: len(read_metrics(metrics)) > 2, 300, "step 3")
+            process.send_signal(number)
+            shown, _ = process.communicate(timeout=300)
+        finally:
+            process.kill()
     assert process.returncode == code
     done = losses(tmp_path)[-1][0]
     assert f"stopped after step {done} of 100000, checkpoint written" in shown

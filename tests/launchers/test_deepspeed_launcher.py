@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import socket
 from pathlib import Path
 
 import pytest
 
 from tests.integration.commands import losses_of, write_config
 from tests.launchers.test_launchers import launch
+from tests.ports import reserved_port
 
 SETTINGS = ("parallel.pipeline=2", "training.steps=2", "training.validation_sequences=4")
 
@@ -20,10 +20,9 @@ SETTINGS = ("parallel.pipeline=2", "training.steps=2", "training.validation_sequ
 def test_a_hostfile_of_one_host_trains(tmp_path: Path) -> None:
     write_config(tmp_path, Path(argparse.__file__))
     (tmp_path / "hostfile").write_text("localhost slots=2\n")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
-    variables = {"timeout": 280, "MASTER_PORT": port}
-    done = launch("deepspeed.sh", "run.yaml", *SETTINGS, folder=tmp_path, **variables)
+    with reserved_port() as port:
+        variables = {"timeout": 600, "MASTER_PORT": str(port)}
+        done = launch("deepspeed.sh", "run.yaml", *SETTINGS, folder=tmp_path, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     losses = losses_of(tmp_path / "runs" / "test" / "metrics.jsonl")
     assert [step for step, _loss, _norm in losses] == [1, 2]

@@ -31,7 +31,7 @@ def checked(text: str) -> subprocess.CompletedProcess[str]:
         input=text,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

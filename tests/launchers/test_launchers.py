@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts import await_that
+from tests.ports import reserved_port
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ROOT / "launchers"
@@ -26,7 +27,7 @@ def launch(
     *arguments: str,
     path: Path | None = None,
     folder: Path = ROOT,
-    timeout: float = 60,
+    timeout: float = 300,
     **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run a launcher in a clean environment; `path` comes first in PATH."""
@@ -273,8 +274,11 @@ def test_a_mistake_that_the_trainers_find_is_told_once() -> None:
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGUSR1", 75)])
 def test_a_signal_ends_the_wait_for_other_nodes(tmp_path: Path, name: str, code: int) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    with reserved_port() as port:
+        _end_the_wait(tmp_path, name, code, port)
+
+
+def _end_the_wait(tmp_path: Path, name: str, code: int, port: int) -> None:
     env = {"NNODES": "2", "NODE_RANK": "0", "RDZV_ENDPOINT": f"127.0.0.1:{port}"}
     started = subprocess.Popen(
         ["bash", str(LAUNCHERS / "torchrun.sh"), DEMO, f"training.runs_dir={tmp_path}"],
@@ -289,9 +293,9 @@ def test_a_signal_ends_the_wait_for_other_nodes(tmp_path: Path, name: str, code:
             return asking.connect_ex(("127.0.0.1", port)) == 0
 
     try:
-        await_that(listens, 60, "a rendezvous")
+        await_that(listens, 300, "a rendezvous")
         started.send_signal(getattr(signal, name))
-        _out, said = started.communicate(timeout=60)
+        _out, said = started.communicate(timeout=300)
     finally:
         if started.poll() is None:
             started.terminate()
@@ -336,7 +340,7 @@ def test_shellcheck_is_content() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout
 

@@ -55,9 +55,9 @@ def test_a_request_and_then_ctrl_c_twice(launcher: str, tmp_path: Path) -> None:
             command(launcher, tmp_path), stdout=out, stderr=err, env=environment
         )
     try:
-        await_that(lambda: ready.read_text().count("ready") == ranks, 120, "the ranks")
+        await_that(lambda: ready.read_text().count("ready") == ranks, 300, "the ranks")
         process.send_signal(signal.SIGTERM)
-        await_that(lambda: "SIGTERM: stopping after this step" in said.read_text(), 60, "a word")
+        await_that(lambda: "SIGTERM: stopping after this step" in said.read_text(), 300, "a word")
         assert process.poll() is None
         assert end(process, signal.SIGINT) == 130
     finally:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from tests.hosts import await_that
 from tests.integration.commands import environment, losses_of, write_config
 from tests.launchers.test_launchers import ROOT
+from tests.ports import reserved_port
 
 # One task a node, each told its number; SIGUSR1 handed to the tasks; the largest exit code.
 SRUN = """#!/usr/bin/env bash
@@ -43,16 +43,7 @@ if [[ $1 == show ]]; then for ((n = 0; n < 5000; n++)); do echo localhost; done;
 """
 
 
-def free_job() -> int:
-    """A job number whose port (slurm.sbatch: 20000 + number) nobody uses."""
-    for number in range(os.getpid() % 5000, 10_000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", 20_000 + number)) != 0:
-                return number
-    raise AssertionError("no free port")
-
-
-def submit(folder: Path, job: int, restarts: int) -> subprocess.Popen[str]:
+def submit(folder: Path, job: int, restarts: int, steps: int) -> subprocess.Popen[str]:
     """What SLURM does with the batch script: run it on the first node."""
     env = environment() | {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
@@ -69,7 +60,7 @@ def submit(folder: Path, job: int, restarts: int) -> subprocess.Popen[str]:
     copy = folder / "slurm_script"  # as SLURM runs it
     copy.write_text((ROOT / "launchers" / "slurm.sbatch").read_text())
     # Both "nodes" have this machine's name, which the pre-flight would refuse.
-    settings = ["training.steps=12", "parallel.pipeline=2", "parallel.preflight=never"]
+    settings = [f"training.steps={steps}", "parallel.pipeline=2", "parallel.preflight=never"]
     return subprocess.Popen(
         ["bash", str(copy), "run.yaml", *settings],
         cwd=folder,
@@ -88,17 +79,21 @@ def test_a_job_saves_before_its_limit_and_is_requeued_until_done(tmp_path: Path)
         (tmp_path / "bin" / name).chmod(0o755)
     write_config(tmp_path, Path(argparse.__file__), training__validation_sequences=4)
     metrics = tmp_path / "runs" / "test" / "metrics.jsonl"
-    requeue = f"requeue {(job := free_job())}\n"
+    with reserved_port() as port:
+        _saves_and_is_requeued(tmp_path, port - 20_000, metrics)
 
-    first = submit(tmp_path, job, 0)
+
+def _saves_and_is_requeued(tmp_path: Path, job: int, metrics: Path) -> None:
+    requeue = f"requeue {job}\n"
+    first = submit(tmp_path, job, 0, 100_000)  # the signal comes before its end for sure
     try:
         await_that(
             lambda: first.poll() is not None or (metrics.is_file() and len(losses_of(metrics)) > 2),
-            120,
+            300,
             "step 3",
         )
         first.send_signal(signal.SIGUSR1)  # --signal=B:USR1@600
-        out, _ = first.communicate(timeout=120)
+        out, _ = first.communicate(timeout=300)
     finally:
         end(first)
     assert first.returncode == 75, out
@@ -107,16 +102,16 @@ def test_a_job_saves_before_its_limit_and_is_requeued_until_done(tmp_path: Path)
     assert f"saved: job {job} goes back into the queue" in out
     assert (tmp_path / "calls").read_text().endswith(requeue)
     saved = len(losses_of(metrics))
-    assert saved < 12
+    steps = saved + 6
 
-    second = submit(tmp_path, job, 1)
+    second = submit(tmp_path, job, 1, steps)
     try:
-        out, _ = second.communicate(timeout=120)
+        out, _ = second.communicate(timeout=300)
     finally:
         end(second)
     assert second.returncode == 0, out
     assert f"going on from runs/test/checkpoints/step_{saved:08d}" in out
-    assert [step for step, _loss, _norm in losses_of(metrics)] == list(range(1, 13))
+    assert [step for step, _loss, _norm in losses_of(metrics)] == list(range(1, steps + 1))
     assert (tmp_path / "calls").read_text().count(requeue) == 1
 
 
@@ -128,11 +123,11 @@ def test_sigterm_to_the_batch_script_is_handed_on(tmp_path: Path) -> None:
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     write_config(tmp_path, Path(argparse.__file__))
-    batch = submit(tmp_path, 1, 0)
+    batch = submit(tmp_path, 1, 0, 9)
     try:
-        await_that((tmp_path / "ready").is_file, 120, "the job's step")
+        await_that((tmp_path / "ready").is_file, 300, "the job's step")
         batch.send_signal(signal.SIGTERM)
-        out, _ = batch.communicate(timeout=60)
+        out, _ = batch.communicate(timeout=300)
     finally:
         end(batch)
     assert batch.returncode == 143, out
@@ -145,4 +140,4 @@ def end(batch: subprocess.Popen[str]) -> None:
     """Whatever became of the test, nothing of the job is left running."""
     if batch.poll() is None:
         os.killpg(batch.pid, signal.SIGTERM)
-        batch.wait(60)
+        batch.wait(300)

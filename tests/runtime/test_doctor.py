@@ -34,7 +34,7 @@ def find(folder: Path, name: str, files: dict[str, str], version: str) -> tuple[
         "print(found.text); print(found.warning)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", probe], capture_output=True, text=True, timeout=300, check=True
     )
     text, warning = done.stdout.splitlines()
     return text, warning

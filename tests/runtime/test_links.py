@@ -77,8 +77,8 @@ def test_real_ranks_measure_each_link_once() -> None:
     ranks = [link.ranks for links, _, _ in found for link in links]
     assert sorted(ranks) == [(0, 1), (1, 2), (2, 0)]
     for links, reduction, notes in found:
-        assert all(link.rate > 1e6 and 0 < link.latency < 1 for link in links)
+        assert all(link.rate > 0 and link.latency > 0 for link in links)
         assert reduction.size == 3
-        assert reduction.rate > 1e6
+        assert reduction.rate > 0
         assert all(note.startswith("an answer from rank ") for note in notes)
         assert len(notes) == 2  # each neighbour

@@ -20,7 +20,9 @@ restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 rank = os.environ["RANK"]
 act = dict(pair.split("=") for pair in sys.argv[1 + restart].split(","))[rank]
 open(f"start_{restart}_{rank}", "w").close()
-while not all(os.path.exists(f"start_{restart}_{other}") for other in "01"):
+for _ in range(30_000):
+    if all(os.path.exists(f"start_{restart}_{other}") for other in "01"):
+        break
     time.sleep(0.01)
 if act == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -71,7 +73,9 @@ def note(number, frame):
     with open("got_" + os.environ["RANK"], "a") as f: f.write(f"{number} ")
 signal.signal(signal.SIGUSR1, note)
 pathlib.Path("ready_" + os.environ["RANK"]).touch()
-while not all(pathlib.Path(f"got_{rank}").exists() for rank in (0, 1)): time.sleep(0.01)
+for _ in range(30_000):
+    if all(pathlib.Path(f"got_{rank}").exists() for rank in (0, 1)): break
+    time.sleep(0.01)
 time.sleep(0.3)
 sys.exit(1)
 """

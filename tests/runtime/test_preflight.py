@@ -53,7 +53,7 @@ def disagree(sections: dict) -> tuple[str, bool]:
 
 
 def test_ranks_of_other_layouts_learn_it_before_they_make_groups() -> None:
-    found = run_ranks(4, disagree, settings(), timeout_seconds=200)
+    found = run_ranks(4, disagree, settings())
     assert all("parallel.pipeline is 2, not 1 (rank 2)" in text for text, _ in found)
     assert [reported for _, reported in found] == [False, True, True, True]
 

@@ -17,9 +17,11 @@ import torch
 
 import yaml
 from keel_megatron.checkpoint.saver import Saver
+from keel_megatron.config import load_config
 from keel_megatron.config.errors import UserError
+from keel_megatron.runtime.distributed import start
 from keel_megatron.studies.step_bench import run_bench
-from keel_megatron.studies.step_time import PARTS, measure_roofline
+from keel_megatron.studies.step_time import PARTS, measure_roofline, time_steps
 from keel_megatron.training.timers import PartTimers
 from tests.distributed import run_ranks
 
@@ -47,7 +49,7 @@ def path(tmp_path: Path) -> Path:
     return file
 
 
-def test_two_rules_are_timed_in_turn_and_their_parts_add_up(path: Path, tmp_path: Path) -> None:
+def test_two_rules_are_timed_in_turn(path: Path, tmp_path: Path) -> None:
     out, trace = tmp_path / "bench.json", tmp_path / "trace.json"
     command = [sys.executable, "-m", "keel_megatron", "bench", str(path), "--processes", "2"]
     command += ["--random-tokens", "--compare", "model.residual=pre_ln,keel", "--steps", "6"]
@@ -55,7 +57,7 @@ def test_two_rules_are_timed_in_turn_and_their_parts_add_up(path: Path, tmp_path
     with socket.create_server(("127.0.0.1", 0)) as server:  # a team's: it is to hear nothing
         uri = f"http://127.0.0.1:{server.getsockname()[1]}"
         command += ["tracking.mlflow=true", f"tracking.uri={uri}"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
             server.accept()
@@ -64,8 +66,6 @@ def test_two_rules_are_timed_in_turn_and_their_parts_add_up(path: Path, tmp_path
     assert [one["name"] for one in figures["variants"]] == ["pre_ln", "keel"]
     for one in figures["variants"]:
         assert one["steps"] == 6
-        parts = sum(part["mean"] for part in one["parts"].values())
-        assert parts == pytest.approx(one["step_seconds"], rel=0.35)  # medians, not a sum
         for part in ("forward", "backward", "pipeline messages", "optimizer"):
             assert one["parts"][part]["mean"] > 0.0
         assert one["checkpoint_stall_seconds"] > 0.0
@@ -73,6 +73,25 @@ def test_two_rules_are_timed_in_turn_and_their_parts_add_up(path: Path, tmp_path
     assert "keel" in done.stdout
     assert json.loads(trace.read_text())["traceEvents"]
     assert not (tmp_path / "runs").exists()
+
+
+def timed(path: Path) -> list[tuple[float, float]]:
+    """Each step's time on this rank, and the sum of its parts."""
+    config = load_config(path, world_size=2)
+    with start(config.parallel, config.training) as runtime:
+        (found,) = time_steps(
+            {"run": config}, runtime, warmup=1, steps=2, random_tokens=True, say=lambda _text: None
+        )
+    return [
+        (step, sum(values))
+        for step, *values in zip(found.steps, *found.parts.values(), strict=True)
+    ]
+
+
+def test_the_parts_of_a_step_add_up(path: Path) -> None:
+    for steps in run_ranks(2, timed, path):
+        for step, parts in steps:
+            assert parts == pytest.approx(step, rel=1e-6)
 
 
 def folders_of_saves(path: Path, overrides: list[str]) -> list[str]:

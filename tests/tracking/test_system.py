@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from keel_megatron.tracking import tags
 from keel_megatron.tracking.spool import SpoolReader
 from keel_megatron.tracking.system import Machine, measured_machine, node_name
+from tests.hosts import await_that
 from tests.tracking.samples import config
 
 
@@ -30,14 +31,14 @@ def test_one_process_a_node_measures(
     run = config(tmp_path, **({"tracking__system_metrics_every": 0.02} | settings))
     reader = SpoolReader(run.training.folder)
     with measured_machine(run, local_rank):
-        deadline = time.monotonic() + (20 if measures else 0.2)
-        while time.monotonic() < deadline and len(found := list(reader.waiting())) < 2:
-            time.sleep(0.01)
+        threads = {thread.name for thread in threading.enumerate()}
+        assert ("system metrics" in threads) == measures
+        if measures:
+            await_that(lambda: len(list(reader.waiting())) > 1, 300, "two measurements")
     if not measures:
-        assert found == []
         assert not run.training.folder.exists()
         return
-    values = found[1].values["values"]
+    values = list(reader.waiting())[1].values["values"]
     name = f"system/{node_name()}/"
     assert all(key.startswith(name) for key in values)
     assert 0 < values[name + "system_memory_usage_percentage"] < 100

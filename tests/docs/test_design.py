@@ -1,0 +1,30 @@
+"""docs/design.md speaks of what there is: packages, files, rules."""
+
+from __future__ import annotations
+
+import re
+
+from keel_megatron.model.residual import RULES
+from tests.docs.commands import ROOT
+
+TEXT = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+PACKAGE = ROOT / "keel_megatron"
+
+
+def test_its_packages_are_those_of_the_code() -> None:
+    house = TEXT.partition("    keel_megatron/\n")[2].partition("\n    launchers/")[0]
+    named = re.findall(r"^      (\w+)/", house, re.MULTILINE)
+    assert sorted(named) == sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+
+
+def test_its_files_exist() -> None:
+    named = re.findall(r"`((?:\w+/)+\w+\.\w+)`", TEXT)
+    assert len(named) > 20
+    absent = [name for name in named if not any((at / name).is_file() for at in (ROOT, PACKAGE))]
+    assert absent == []
+
+
+def test_its_rules_are_those_of_the_table() -> None:
+    (line,) = (line for line in TEXT.splitlines() if "holds each residual rule" in line)
+    named = re.findall(r"`(\w+)`", line)
+    assert set(named) == set(RULES)
