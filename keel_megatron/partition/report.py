@@ -294,8 +294,9 @@ def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
 def si(number: float) -> str:
     """A number to three digits, with its unit."""
     for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
+        if number >= 0.9995 * size:  # what would be rounded up to it, too
+            scaled = number / size
+            return f"{f'{scaled:.3g}' if scaled < 999.5 else f'{scaled:,.0f}'}{unit}"
     return f"{number:.3g}"
 
 

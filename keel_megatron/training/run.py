@@ -14,7 +14,6 @@ from keel_megatron.checkpoint import folder, state
 from keel_megatron.checkpoint.find import Found, newest_good
 from keel_megatron.checkpoint.identity import check_folder, check_identity, claim
 from keel_megatron.checkpoint.manifest import CONFIG
-from keel_megatron.checkpoint.plain import from_json
 from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.load import load_config
@@ -40,11 +39,11 @@ from keel_megatron.runtime.watchdog import Watchdog
 from keel_megatron.tracking.plot import plot_loss
 from keel_megatron.tracking.system import measured_machine
 from keel_megatron.tracking.tags import code_tags, place_tags
-from keel_megatron.tracking.target import remember_run_id, remembered_run_id
 from keel_megatron.tracking.tracker import Tracker, open_tracker, where
 from keel_megatron.training.engines import build_engine
 from keel_megatron.training.guard import Guard
-from keel_megatron.training.loop import MLFLOW_RUN_ID, BeforeStep, Loop
+from keel_megatron.training.lineage import Lineage, accept
+from keel_megatron.training.loop import BeforeStep, Loop
 from keel_megatron.training.stop import StopRequest, stop_requests
 
 
@@ -102,6 +101,7 @@ def run_training(
                     "starts another run."
                 )
         else:
+            lineage = runtime.from_main(lambda: accept(config, found))
             with open_tracker(
                 config, runtime.rank, resume_step=_step_of(newest) if newest else None
             ) as tracker:
@@ -110,7 +110,9 @@ def run_training(
                     tracker.say(remark)
                 with measured_machine(config, runtime.launch.local_rank):
                     try:
-                        code = _train(config, runtime, tracker, found, stop, before_step)
+                        code = _train(
+                            config, runtime, tracker, found, lineage, stop, before_step
+                        )
                     except DivergedError:
                         if runtime.is_main:
                             exit_codes.write(config.training.folder, exit_codes.DIVERGED)
@@ -135,13 +137,9 @@ def _take_folder(config: RunConfig, runtime: Runtime) -> Found:
 
 
 def _check_checkpoint(config: RunConfig, found: Found) -> None:
-    """Refuse a checkpoint of another configuration; keep the MLflow run that it names."""
-    if found.path is None:
-        return
-    check_identity(found.path / CONFIG, config)
-    run_id = from_json(found.state["extras"]).get(MLFLOW_RUN_ID)
-    if run_id is not None and remembered_run_id(config.training.folder) is None:
-        remember_run_id(config.training.folder, run_id)
+    """Refuse a checkpoint of another configuration."""
+    if found.path is not None:
+        check_identity(found.path / CONFIG, config)
 
 
 def _step_of(checkpoint: Path | None) -> int:
@@ -153,11 +151,13 @@ def _train(
     runtime: Runtime,
     tracker: Tracker,
     found: Found,
+    lineage: Lineage,
     stop: StopRequest,
     before_step: BeforeStep | None,
 ) -> int:
     """Build, resume, train, conclude; the exit code."""
     _tag(config, runtime, tracker)
+    lineage.report(tracker)
     if found.path is None:
         _claim(config, runtime, tracker)
     partition = runtime.from_main(lambda: _decided(config, runtime))
@@ -194,7 +194,7 @@ def _train(
             guard,
             watchdog,
             before_step,
-            parts={"guard": guard},
+            parts={"guard": guard, **lineage.parts()},
         )
         if found.path is not None:
             loop.restore(found.path)

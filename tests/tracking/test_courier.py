@@ -76,13 +76,13 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_doubled_points(tmp_path: 
     deliver(first.folder)
     (found,) = mlflow_runs(run)
     run_id = found.info.run_id
-    assert found.data.metrics["loss"] == 4.0, "the last value that counts"
+    assert found.data.metrics["train/loss"] == 4.0, "the last value that counts"
     second.losses({3: 3.5, 4: 2.5})
     second.put("rewind", back_to=3)
     second.losses({4: 2.25})
     second.put("end", status="FINISHED")
     deliver(first.folder)
-    assert history(run, run_id, "loss") == [(1, 5.0), (2, 4.0), (3, 3.5), (4, 2.25)]
+    assert history(run, run_id, "train/loss") == [(1, 5.0), (2, 4.0), (3, 3.5), (4, 2.25)]
     (found,) = mlflow_runs(run)
     assert found.info.status == "FINISHED"
     assert found.data.tags["resumed.1"].startswith("from step 2, 2023-11-14T22:")
@@ -102,8 +102,8 @@ def test_an_undelivered_beginning_makes_its_run_when_it_can(tmp_path: Path) -> N
     deliver(last.folder)
     old, new = mlflow_runs(run)
     assert (old.info.status, new.info.status) == ("FAILED", "RUNNING")
-    assert history(run, old.info.run_id, "loss") == [(1, 9.0)]
-    assert history(run, new.info.run_id, "loss") == [(1, 5.0), (2, 4.0), (3, 3.5)]
+    assert history(run, old.info.run_id, "train/loss") == [(1, 9.0)]
+    assert history(run, new.info.run_id, "train/loss") == [(1, 5.0), (2, 4.0), (3, 3.5)]
     assert remembered_run_id(last.folder) == new.info.run_id
 
 
@@ -115,11 +115,11 @@ def test_a_delivery_that_is_repeated_changes_nothing(tmp_path: Path) -> None:
     session.put("rewind", back_to=2)
     session.losses({3: 3.5})
     deliver(session.folder)
-    before = history(run, mlflow_runs(run)[0].info.run_id, "loss")
+    before = history(run, mlflow_runs(run)[0].info.run_id, "train/loss")
     (session.folder / "spool" / "delivered.json").unlink()
     deliver(session.folder)
     (found,) = mlflow_runs(run)
-    assert str(history(run, found.info.run_id, "loss")) == str(before)
+    assert str(history(run, found.info.run_id, "train/loss")) == str(before)
     assert [step for step, _ in before] == [1, 2, 3]
     assert "resumed.2" not in found.data.tags
 
@@ -147,7 +147,7 @@ def test_a_server_that_is_down_costs_nothing_but_time(
     monkeypatch.setattr(MlflowRun, "log", whole)
     assert courier.deliver()
     assert said[1].endswith("answers again: what waited is being delivered")
-    assert history(run, mlflow_runs(run)[0].info.run_id, "loss") == [(1, 5.0), (2, 4.0)]
+    assert history(run, mlflow_runs(run)[0].info.run_id, "train/loss") == [(1, 5.0), (2, 4.0)]
     assert (len(said), courier.points) == (2, 2)
 
 
@@ -160,7 +160,7 @@ def test_what_mlflow_refuses_is_said_and_holds_up_nothing(tmp_path: Path) -> Non
     session.put("end", status="KILLED")
     deliver(session.folder, said)
     (found,) = mlflow_runs(run)
-    assert (found.info.status, found.data.metrics) == ("KILLED", {"loss": 5.0})
+    assert (found.info.status, found.data.metrics) == ("KILLED", {"train/loss": 5.0})
     assert len(said) == 2
     assert "refuses metrics of step 1" in said[0]
     assert "refuses the file nowhere.txt" in said[1]
@@ -192,7 +192,7 @@ def test_a_store_of_files_that_fails_holds_up_no_points(
         assert time.monotonic() < deadline
     assert (tries > 1) == isinstance(error, PermissionError)
     (found,) = mlflow_runs(run)
-    assert (found.info.status, found.data.metrics) == ("KILLED", {"loss": 5.0})
+    assert (found.info.status, found.data.metrics) == ("KILLED", {"train/loss": 5.0})
     left_out = [line for line in said if line.endswith("it is left out")]
     assert ["one.txt" in left_out[0], "log.txt" in left_out[1]] == [True, True]
 
@@ -241,7 +241,7 @@ def test_a_run_that_is_deleted_while_it_trains_is_replaced_once(tmp_path: Path) 
     assert said == [f"MLflow has no run {gone} any longer: a new one is made"]
     (found,) = mlflow_runs(run)
     assert (found.info.status, found.data.params["training.steps"]) == ("FINISHED", "4")
-    assert history(run, found.info.run_id, "loss") == [(2, 4.0), (3, 3.0)]
+    assert history(run, found.info.run_id, "train/loss") == [(2, 4.0), (3, 3.0)]
 
 
 def test_a_changed_setting_is_a_tag(tmp_path: Path) -> None:
@@ -268,8 +268,8 @@ def test_every_start_s_points_go_to_the_place_that_it_named(tmp_path: Path) -> N
     deliver(first.folder, said)
     (old,), (new,) = mlflow_runs(here), mlflow_runs(there)
     assert (old.info.status, new.info.status) == ("KILLED", "RUNNING")
-    assert history(here, old.info.run_id, "loss") == [(1, 5.0)]
-    assert history(there, new.info.run_id, "loss") == [(2, 4.0)]
+    assert history(here, old.info.run_id, "train/loss") == [(1, 5.0)]
+    assert history(there, new.info.run_id, "train/loss") == [(2, 4.0)]
     assert new.data.params["tracking.uri"] == there.tracking.uri
     assert said == [f"MLflow has no run {old.info.run_id} any longer: a new one is made"]
 
@@ -288,8 +288,8 @@ def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path, delivered: bool)
     Session(here, "b", back_to=2).losses({3: 3.0})
     deliver(first.folder)
     (old,), (new,) = mlflow_runs(there), mlflow_runs(here)
-    assert history(there, old.info.run_id, "loss") == [(1, 5.0), (2, 4.0)]
-    assert history(here, new.info.run_id, "loss") == [(3, 3.0)]
+    assert history(there, old.info.run_id, "train/loss") == [(1, 5.0), (2, 4.0)]
+    assert history(here, new.info.run_id, "train/loss") == [(3, 3.0)]
     assert Target.of_start(tmp_path, {"name": "a"}) is None, "nobody kept it: its disk was full"
 
 
@@ -308,7 +308,7 @@ def test_a_place_that_is_gone_holds_up_no_other(
     assert len(said) == 1
     assert said[0].startswith("MLflow (http://***@127.0.0.1:9) does not answer: ")
     assert "what waits for it goes to sqlite:///" in said[0]
-    runs = [history(here, found.info.run_id, "loss") for found in mlflow_runs(here)]
+    runs = [history(here, found.info.run_id, "train/loss") for found in mlflow_runs(here)]
     assert runs == [[(1, 5.0)], [(1, 5.0), (2, 4.0)]]
 
 
@@ -322,9 +322,9 @@ def test_a_server_keeps_the_points_and_is_told_that_they_are_void(
     Session(run, "b", back_to=1).losses({2: 4.5})
     deliver(run.training.folder)
     (found,) = mlflow_runs(run)
-    assert sorted(history(run, found.info.run_id, "loss")) == [(1, 5.0), (2, 4.0), (2, 4.5)]
+    assert sorted(history(run, found.info.run_id, "train/loss")) == [(1, 5.0), (2, 4.0), (2, 4.5)]
     assert found.data.tags["resumed.1"].endswith("of two points of a step the later counts")
-    assert found.data.metrics["loss"] == 4.5
+    assert found.data.metrics["train/loss"] == 4.5
 
 
 def test_a_database_that_was_never_finished_is_made_anew(
@@ -349,7 +349,7 @@ def test_a_database_that_was_never_finished_is_made_anew(
     monkeypatch.setattr(MlflowClient, "search_experiments", whole)
     deliver(session.folder)
     assert not partial.exists()
-    assert history(run, mlflow_runs(run)[0].info.run_id, "loss") == [(1, 5.0)]
+    assert history(run, mlflow_runs(run)[0].info.run_id, "train/loss") == [(1, 5.0)]
 
 
 def test_sync_delivers_and_tells_the_end_of_a_process_that_is_gone(tmp_path: Path) -> None:
