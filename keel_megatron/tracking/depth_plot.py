@@ -266,7 +266,8 @@ def _step_ticks(first: int, last: int) -> list[int]:
 
     room = 0.12 * (last - first)
     found = (round(tick) for tick in MaxNLocator(integer=True, nbins=4).tick_values(first, last))
-    return [first, *(t for t in found if first + room < t < last - room), *([last] * (last > first))]
+    between = [tick for tick in found if first + room < tick < last - room]
+    return [first, *between, last] if last > first else [first]
 
 
 def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

@@ -110,9 +110,7 @@ def run_training(
                     tracker.say(remark)
                 with measured_machine(config, runtime.launch.local_rank):
                     try:
-                        code = _train(
-                            config, runtime, tracker, found, lineage, stop, before_step
-                        )
+                        code = _train(config, runtime, tracker, found, lineage, stop, before_step)
                     except DivergedError:
                         if runtime.is_main:
                             exit_codes.write(config.training.folder, exit_codes.DIVERGED)

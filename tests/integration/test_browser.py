@@ -56,9 +56,8 @@ def _delivered(run: Path) -> int:
     """Steps that MLflow has of a run that is being trained."""
     try:
         with closing(sqlite3.connect(f"file:{run / 'mlflow.db'}?mode=ro", uri=True)) as database:
-            return int(
-                database.execute("SELECT count(*) FROM metrics WHERE key = 'train/loss'").fetchone()[0]
-            )
+            counted = "SELECT count(*) FROM metrics WHERE key = 'train/loss'"
+            return int(database.execute(counted).fetchone()[0])
     except sqlite3.Error:
         return 0
 

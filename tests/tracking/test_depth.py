@@ -151,7 +151,8 @@ def test_the_summary_leaves_out_what_is_not_finite_and_says_where_it_begins() ->
     assert found.alarm() == "step 3: not finite: branch_rms from sub-layer 3"
     assert profile(3).alarm() is None
     nothing = profile(3, branch_rms=[math.nan] * 6).summary()
-    assert [key for key in nothing if "branch_rms" in key] == ["vs_depth/branch_rms/first_nonfinite"]
+    found = [key for key in nothing if "branch_rms" in key]
+    assert found == ["vs_depth/branch_rms/first_nonfinite"]
 
 
 def test_mlflow_gets_the_summary_and_the_pictures(
