@@ -71,4 +71,4 @@ def _shortened(text: str) -> str:
     """At most so many characters, ending with a whole word."""
     if len(text) <= _LENGTH:
         return text
-    return f"{text[:_LENGTH].rpartition(' ')[0]} ..."
+    return f"{text[:_LENGTH].rpartition(' ')[0] or text[:_LENGTH]} ..."

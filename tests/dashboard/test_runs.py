@@ -226,7 +226,7 @@ def test_a_field_of_a_wrong_type_costs_a_line(tmp_path: Path) -> None:
     for name, old, new in (
         ("metrics.jsonl", '"step": 10, "loss": 4.9', '"step": 10, "loss": null'),
         ("config.yaml", "steps: 100", "steps: many"),
-        ("config.yaml", "timeout_seconds: 600", "timeout_seconds: [1]"),
+        ("config.yaml", "timeout_seconds: 600.0", "timeout_seconds: [1]"),
     ):
         text = (run / name).read_text()
         assert old in text

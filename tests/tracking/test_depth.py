@@ -287,3 +287,21 @@ def test_what_a_user_gets_wrong_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--out: cannot write into"):
         draw(profiles, profiles[0], None, "run", tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("steps", "ticks"),
+    [
+        ((1, 20, 40, 60, 80, 100, 120, 140, 160, 180, 200), [1, 50, 100, 150, 200]),
+        ((1, 2), [1, 2]),
+        ((7,), [7]),
+    ],
+)
+def test_a_heat_map_begins_and_ends_with_its_steps(
+    steps: tuple[int, ...], ticks: list[int]
+) -> None:
+    axes = Figure().subplots()
+    draw_heat_map(axes, [profile(step) for step in steps], "stream_rms")
+    assert axes.get_xticks().tolist() == ticks
+    if len(steps) > 1:
+        assert axes.get_xlim() == (steps[0], steps[-1])
