@@ -216,7 +216,7 @@ def test_the_pictures_show_the_values(tmp_path: Path, figures: list[Figure]) -> 
     assert cells.shape[:2] == (6, 3)
     pink = np.isclose(cells, to_rgba(ALARM), atol=0.01).all(-1)
     assert np.argwhere(pink).tolist() == [[2, 2], [3, 2]]
-    assert heat.axes[panel].get_xlim() == (-48.5, 250.0)
+    assert heat.axes[panel].get_xlim() == (1, 200)
     outer = colours_of(heat.axes[list(QUANTITIES).index("outer_gain_min")])
     pale = np.isclose(outer, to_rgba(NOTHING), atol=0.01).all(-1)
     assert np.argwhere(pale)[:, 0].tolist() == [0, 0, 0]
