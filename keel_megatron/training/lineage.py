@@ -102,11 +102,8 @@ def learning_rate_lines(saved: RunConfig, config: RunConfig, step: int) -> list[
     """
     if step >= config.training.steps:
         return []
-    was, planned, now = (
-        learning_rate(at, of.training.steps, of.optimizer, of.schedule)
-        for at, of in ((step, saved), (step + 1, saved), (step + 1, config))
-    )
-    before = "no step yet" if step == 0 else f"{was:.4g} at step {step}"
+    planned, now = _rate(saved, step + 1), _rate(config, step + 1)
+    before = f"{_rate(saved, step):.4g} at step {step}" if step else "no step yet"
     lines = [f"learning rate: {before}, {now:.4g} at step {step + 1}"]
     if max(planned, now) > _JUMP * min(planned, now):
         lines.append(
@@ -117,6 +114,10 @@ def learning_rate_lines(saved: RunConfig, config: RunConfig, step: int) -> list[
             "schedule.warmup_steps=0; to follow its curve, give these settings as they were"
         )
     return lines
+
+
+def _rate(config: RunConfig, step: int) -> float:
+    return learning_rate(step, config.training.steps, config.optimizer, config.schedule)
 
 
 def _changes_in(extras: Mapping[str, Any]) -> list[Change]:
