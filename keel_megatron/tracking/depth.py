@@ -123,19 +123,19 @@ class DepthProfile:
     def summary(self) -> dict[str, float]:
         """Minimum, median, maximum and first depth that is not finite, for MLflow.
 
-        Keys are `vs_depth/QUANTITY/min`, `/median`, `/max` (of what is finite) and
-        `/first_nonfinite`, a sub-layer's number, which is only there if there is one.
+        Keys are `depth.QUANTITY.min`, `.median`, `.max` (of what is finite) and
+        `.first_nonfinite`, a sub-layer's number, which is only there if there is one.
         """
         found: dict[str, float] = {}
         for name, values in self.values.items():
             finite = finite_values(values)
             if finite.size:
-                found[f"{DEPTH}{name}/min"] = float(finite.min())
-                found[f"{DEPTH}{name}/median"] = float(np.median(finite))
-                found[f"{DEPTH}{name}/max"] = float(finite.max())
+                found[f"{DEPTH}{name}.min"] = float(finite.min())
+                found[f"{DEPTH}{name}.median"] = float(np.median(finite))
+                found[f"{DEPTH}{name}.max"] = float(finite.max())
             first = first_nonfinite(values)
             if first is not None:
-                found[f"{DEPTH}{name}/first_nonfinite"] = float(first)
+                found[f"{DEPTH}{name}.first_nonfinite"] = float(first)
         return found
 
     def alarm(self) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from keel_megatron.tracking.metric_names import DEPTH, EARLIER_DEPTH, NAMES
+from keel_megatron.tracking.metric_names import NAMES
 
 # MLflow 3.17: `metrics` has every point; `latest_metrics` has of every key the one that is last by
 # (step, timestamp, value), which is what MLflow shows as the metric's value.
@@ -92,9 +92,8 @@ def settle(database: Path, artifacts: str, experiment: str) -> None:
                 [(new, old) for old, new in NAMES.items()],
             )
             connection.execute(
-                f"UPDATE OR REPLACE {table} SET key = ? || substr(key, ?) "
-                "WHERE key >= ? AND key < ?",
-                (DEPTH, len(EARLIER_DEPTH) + 1, EARLIER_DEPTH, EARLIER_DEPTH[:-1] + "0"),
+                f"UPDATE OR REPLACE {table} SET key = replace(key, '/', '.') "
+                "WHERE key >= 'depth/' AND key < 'depth0'"
             )
         if experiment != DEFAULT_EXPERIMENT:
             connection.execute(HIDE_DEFAULT)

@@ -302,7 +302,7 @@ def test_names_of_an_earlier_version_are_brought_up_to_date(tmp_path: Path) -> N
     session.losses({2: 4.0})
     deliver(session.folder)
     (found,) = mlflow_runs(run)
-    assert found.data.metrics == {"train/loss": 4.0, "vs_depth/stream_rms/max": 5.0}
+    assert found.data.metrics == {"train/loss": 4.0, "depth.stream_rms.max": 5.0}
     assert history(run, found.info.run_id, "train/loss") == [(1, 5.0), (2, 4.0)]
 
 

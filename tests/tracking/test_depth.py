@@ -72,7 +72,7 @@ def test_what_an_older_version_did_not_note_is_left_out_and_said(tmp_path: Path)
     assert not_noted(found[2:]) is None
     assert "gradient_norm" not in table(found[0], select(found, None, 2), None)
     assert "gradient_norm" in table(found[0], select(found, None, None), None)
-    assert "vs_depth/gradient_norm/min" not in found[0].summary()
+    assert "depth.gradient_norm.min" not in found[0].summary()
     with pytest.raises(UserError, match=r"nobody noted gradient_norm at step 2; try --step"):
         select(found, "gradient_norm", 2)
     shown = select(found, "gradient_norm", 4)
@@ -140,19 +140,19 @@ def test_the_summary_leaves_out_what_is_not_finite_and_says_where_it_begins() ->
     found = profile(3, branch_rms=[4.0, 1.0, 2.0, math.nan, 9.0, math.inf])
     summary = found.summary()
     assert {key: value for key, value in summary.items() if "branch_rms" in key} == {
-        "vs_depth/branch_rms/min": 1.0,
-        "vs_depth/branch_rms/median": 3.0,
-        "vs_depth/branch_rms/max": 9.0,
-        "vs_depth/branch_rms/first_nonfinite": 3.0,
+        "depth.branch_rms.min": 1.0,
+        "depth.branch_rms.median": 3.0,
+        "depth.branch_rms.max": 9.0,
+        "depth.branch_rms.first_nonfinite": 3.0,
     }
-    assert summary["vs_depth/outer_gain_mean/max"] == pytest.approx(0.1)  # sub-layer 0 has none
-    assert summary["vs_depth/attention_logit_max/median"] == pytest.approx(0.01)
+    assert summary["depth.outer_gain_mean.max"] == pytest.approx(0.1)  # sub-layer 0 has none
+    assert summary["depth.attention_logit_max.median"] == pytest.approx(0.01)
     assert sum("first_nonfinite" in key for key in summary) == 1
     assert found.alarm() == "step 3: not finite: branch_rms from sub-layer 3"
     assert profile(3).alarm() is None
     nothing = profile(3, branch_rms=[math.nan] * 6).summary()
     found = [key for key in nothing if "branch_rms" in key]
-    assert found == ["vs_depth/branch_rms/first_nonfinite"]
+    assert found == ["depth.branch_rms.first_nonfinite"]
 
 
 def test_mlflow_gets_the_summary_and_the_pictures(
@@ -164,9 +164,9 @@ def test_mlflow_gets_the_summary_and_the_pictures(
         tracker.depth(profile(2, stream_rms=[1.0, 2.0, math.nan, 1.0, 1.0, 1.0]))
         tracker.draw_depth(ending=True)
     (found,) = mlflow_runs(run)
-    key = "vs_depth/stream_rms/max"
+    key = "depth.stream_rms.max"
     assert history(run, found.info.run_id, key) == [(1, 1.0), (2, 2.0)]
-    assert history(run, found.info.run_id, "vs_depth/stream_rms/first_nonfinite") == [(2, 2.0)]
+    assert history(run, found.info.run_id, "depth.stream_rms.first_nonfinite") == [(2, 2.0)]
     files = {file.path for file in mlflow_client(run).list_artifacts(found.info.run_id)}
     assert files == {"depth_heat_maps.png", "depth_latest.png", "log.txt"}
     assert "step 2: not finite: stream_rms from sub-layer 2" in capsys.readouterr().out

@@ -57,7 +57,7 @@ def test_params_metrics_by_step_tags_files_and_status(tmp_path: Path) -> None:
     assert history(run, found.info.run_id, "train/loss") == [(n, 1.0 / n) for n in range(1, 301)]
     assert history(run, found.info.run_id, "validation/loss") == [(300, 0.25)]
     # The user interface can draw any metric over any other of the same steps.
-    tokens = history(run, found.info.run_id, "train/consumed_tokens")
+    tokens = history(run, found.info.run_id, "workload/consumed_tokens")
     assert tokens[-1] == (300, 153600.0)
     assert "step" not in found.data.metrics
     (file,) = mlflow_client(run).list_artifacts(found.info.run_id)
