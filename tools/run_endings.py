@@ -352,7 +352,7 @@ def _ending(code: int, folder: Path) -> Ending:
     ending = Ending(code, [run.info.status for run in runs], synced=late)
     for run in runs:
         ending.resumed += sum(name.startswith("resumed.") for name in run.data.tags)
-        steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss")]
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
         ending.doubled += len(steps) - len(set(steps))
     return ending
 

@@ -25,7 +25,7 @@ from tools.browser import MISSING, Browser, browser  # noqa: E402
 
 SIZE = (1360, 980)
 LOW = 620
-CHARTS = "^(loss|validation_loss|grad_norm)$"
+CHARTS = "^(train|validation)/(loss|grad_norm)$"
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def main() -> None:
     with dashboard(arguments.run) as address, browser(*SIZE) as shown:
         shown.open(page(address, "model-metrics"), "Auto-refresh")
         shown.type("input[placeholder='Search metric charts']", CHARTS)
-        shown.wait(lambda: {"loss", "grad_norm"} <= shown.charts().keys(), "the charts")
+        shown.wait(lambda: {"train/loss", "train/grad_norm"} <= shown.charts().keys(), "the charts")
         tidy(shown)
         shoot(shown, arguments.out / "dashboard_run.png", LOW)
         shown.open(page(address, "artifacts"), "depth_heat_maps.png")

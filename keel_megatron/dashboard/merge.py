@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from keel_megatron.tracking.overwrite import HIDE_DEFAULT
+
 TRAINING_PAGES = "?workflowType=machine_learning"
 """MLflow's pages for training rather than for language model applications."""
 _KIND = ("mlflow.experimentKind", "custom_model_development")
@@ -83,6 +85,7 @@ class MergedStore:
             target.execute("ATTACH ? AS source", (where,))
             with target:  # one transaction: a reader sees all of it or nothing
                 last = self._copy_rows(target, source)
+                target.execute(HIDE_DEFAULT)
                 copied = _metrics_until(target, last)
             source.last, source.copied = last, copied
 

@@ -42,6 +42,11 @@ _QUIET_SECONDS = 30.0
 _WATCHDOG_SECONDS = 300.0
 """Until a watchdog acts, where config.yaml does not say."""
 _WATCHDOG_GRACE = 60.0
+_SETTINGS = (
+    ("training", "steps"),
+    ("training", "hang_timeout"),
+    ("parallel", "timeout_seconds"),
+)
 _SIGNS = ("metrics.jsonl", "log.txt", "config.yaml", "checkpoints")
 _LOG_LINE = re.compile(r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) (.*)$")
 _ERROR = re.compile(r"^(error: |Traceback \(most recent call last\))")
@@ -102,12 +107,13 @@ def look(runs: list[Path], now: float | None = None) -> list[RunStatus]:
 
 
 def _look(run: Path, is_held: bool, now: float) -> RunStatus:
-    settings = saved_settings(run)
-    records = _last_records(run / "metrics.jsonl")
+    settings, wrong = _numeric_settings(run)
+    records, bad_record = _last_records(run / "metrics.jsonl")
+    wrong += bad_record
     recent = [record for record in records if "loss" in record][-_STEPS_AVERAGED:]
     validation = next((r["validation_loss"] for r in records[::-1] if "validation_loss" in r), None)
     last = recent[-1] if recent else {}
-    step, steps = last.get("step", 0), settings.get("training", {}).get("steps")
+    step, steps = last.get("step", 0), settings.get("steps")
     seconds = [record["seconds"] for record in recent if "seconds" in record]
     silent = max(0.0, now - _last_sign(run))
     checkpoint, damaged = _newest_checkpoint(run)
@@ -130,7 +136,7 @@ def _look(run: Path, is_held: bool, now: float) -> RunStatus:
         checkpoint=checkpoint,
         checkpoint_age=_age(run, checkpoint, now),
         seconds_silent=silent,
-        problems=[*([cause] if cause else []), *damaged, *_of_training(last, log)],
+        problems=[*([cause] if cause else []), *wrong, *damaged, *_of_training(last, log)],
     )
 
 
@@ -164,7 +170,7 @@ def _told(
 
 
 def _guessed(
-    settings: dict[str, Any], step: int, seconds: list[float], silent: float, is_held: bool
+    settings: dict[str, float], step: int, seconds: list[float], silent: float, is_held: bool
 ) -> tuple[State, str, str]:
     """The same for a run that says nothing, from the time since its last sign of life."""
     patience = max(_QUIET_SECONDS, _QUIET_STEPS * max(seconds, default=0.0))
@@ -179,10 +185,26 @@ def _guessed(
     return "lost", "", f"no sign for {wait}: it was killed; the same command goes on"
 
 
-def _watchdog_seconds(settings: dict[str, Any]) -> float:
+def _numeric_settings(run: Path) -> tuple[dict[str, Any], list[str]]:
+    """The numbers among config.yaml's settings that are used here, and what of them is none."""
+    saved, found, wrong = saved_settings(run), {}, []
+    for section, name in _SETTINGS:
+        value = saved.get(section, {}).get(name)
+        if _is_number(value):
+            found[name] = value
+        elif value is not None:
+            wrong.append(f"config.yaml: {section}.{name} is no number but {value!r}")
+    return found, wrong
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _watchdog_seconds(settings: dict[str, float]) -> float:
     """How long a run may be silent before its watchdog, or a collective's time-out, ends it."""
-    timeout = settings.get("parallel", {}).get("timeout_seconds", 2 * _WATCHDOG_SECONDS)
-    chosen = settings.get("training", {}).get("hang_timeout")
+    timeout = settings.get("timeout_seconds", 2 * _WATCHDOG_SECONDS)
+    chosen = settings.get("hang_timeout")
     if chosen == 0:
         return float(timeout)
     return float(timeout / 2 if chosen is None else chosen)
@@ -263,17 +285,22 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
-def _last_records(path: Path) -> list[dict[str, Any]]:
-    """The whole records at the end of a metrics file."""
-    found = []
+def _last_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The whole records at the end of a metrics file, and a line about one that is none."""
+    found, wrong = [], []
     for line in _tail(path):
         try:
             record = json.loads(line)
         except ValueError:
             continue  # the writer is in the middle of it
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            continue
+        bad = next((name for name, value in record.items() if not _is_number(value)), None)
+        if bad is None:
             found.append(record)
-    return found
+        else:
+            wrong.append(f"{path.name}: {bad} of step {record['step']} is no number: not counted")
+    return found, wrong[-1:]
 
 
 def _log_tail(path: Path) -> list[tuple[float, str]]:

@@ -15,6 +15,7 @@ from keel_megatron.config.errors import UserError
 from keel_megatron.dashboard.folders import find_runs, saved_settings
 from keel_megatron.dashboard.merge import TRAINING_PAGES, MergedStore
 from keel_megatron.dashboard.server import Server, free_port, require_mlflow_server
+from keel_megatron.tracking.run_file import original_of
 from keel_megatron.tracking.sqlite_uri import sqlite_file
 from keel_megatron.tracking.target import without_credentials
 
@@ -80,7 +81,10 @@ def _databases(runs: Sequence[Path]) -> tuple[list[Path], list[str]]:
         tracking = saved_settings(run).get("tracking", {})
         uri = tracking.get("uri")
         path = run / "mlflow.db" if uri is None else sqlite_file(str(uri))
-        if path is None:
+        original = original_of(run)
+        if original is not None:
+            elsewhere.append(f"{run.name} is a copy of {original} that was not started yet")
+        elif path is None:
             elsewhere.append(f"{run.name} reports to {without_credentials(str(uri))}: look there")
         elif path.is_file():
             found[path.resolve()] = None

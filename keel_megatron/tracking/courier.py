@@ -27,7 +27,10 @@ from typing import Any
 
 import psutil
 
+from keel_megatron.tracking.changes import Change
+from keel_megatron.tracking.metric_names import mlflow_name
 from keel_megatron.tracking.mlflow_run import METRICS_PER_CALL, MlflowRun, Point
+from keel_megatron.tracking.reasons import is_rejected, problem, reason
 from keel_megatron.tracking.spool import EVENTS, FOLDER, Item, SpoolReader
 from keel_megatron.tracking.target import Status, Target, without_credentials
 
@@ -41,11 +44,6 @@ FILE_SECONDS = 60.0
 
 DELIVERED, UNUSABLE, LEFT = 0, 2, 3
 """Exit codes: all is delivered; MLflow cannot be used at all; something waits."""
-
-_REJECTIONS = frozenset(
-    {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
-)
-"""MLflow's answers to what will never be taken; anything else may pass."""
 
 
 class Courier:
@@ -73,7 +71,7 @@ class Courier:
         self._file_seconds = file_seconds
         self._no_file_since: float | None = None
         self.problem: str | None = None
-        """Why MLflow does not answer, while it does not."""
+        """What MLflow does instead of answering (reasons.problem); None while it answers."""
         self.points = 0
         """Points delivered so far."""
 
@@ -130,7 +128,7 @@ class Courier:
             self._send(batch)
         except Exception as error:
             is_file = batch[0].kind == "artifact"
-            if not _is_rejected(error) and not (is_file and self._gives_up_file(error)):
+            if not is_rejected(error) and not (is_file and self._gives_up_file(error)):
                 raise
             remark = None if self._client is None else self._client.replace_if_gone()
             if remark is not None:
@@ -156,7 +154,7 @@ class Courier:
         return isinstance(error, ImportError) or now - self._no_file_since >= self._file_seconds
 
     def _leave_out(self, what: str, error: Exception) -> None:
-        self._say(f"MLflow ({self.shown_uri}) refuses {what}: {_reason(error)}; it is left out")
+        self._say(f"MLflow ({self.shown_uri}) refuses {what}: {reason(error)}; it is left out")
 
     def _send(self, batch: list[Item]) -> None:
         first, values = batch[0], batch[0].values
@@ -175,6 +173,8 @@ class Courier:
             self.points += len(points)
         elif first.kind == "tags":
             client.tag(values["tags"])
+        elif first.kind == "changes":
+            client.set_changes([Change.from_json(change) for change in values["changes"]])
         elif first.kind == "artifact":
             client.log_file(self._run / values["path"])
             self._no_file_since = None
@@ -224,7 +224,7 @@ class Courier:
         self._given_up.add(here)
         self._go_to(newest)
         self._say(
-            f"MLflow ({shown}) does not answer: {_reason(error)}; what waits for it goes to "
+            f"MLflow ({shown}) {problem(error)}; what waits for it goes to "
             f"{self.shown_uri}, where the run reports now"
         )
         return True
@@ -236,10 +236,10 @@ class Courier:
 
     def _no_answer(self, error: Exception) -> None:
         first = self.problem is None
-        self.problem = _reason(error)
+        self.problem = problem(error)
         if first:
             self._say(
-                f"MLflow ({self.shown_uri}) does not answer: {self.problem}; "
+                f"MLflow ({self.shown_uri}) {self.problem}; "
                 f"training goes on, and what it reports waits in {self._run / FOLDER}"
             )
 
@@ -248,21 +248,9 @@ def _points(item: Item, client: MlflowRun) -> list[Point]:
     values = item.values
     time_ms = values["time"]
     step = values["step"] if item.kind == "metrics" else client.seconds_since_start(time_ms)
-    return [Point(name, value, step, time_ms) for name, value in values["values"].items()]
-
-
-def _is_rejected(error: Exception) -> bool:
-    if isinstance(error, FileNotFoundError):
-        return True
-    code = getattr(error, "error_code", None)
-    if code == "BAD_REQUEST" and not hasattr(error, "json"):
-        return False  # not MLflow's own words, but those of a proxy before it
-    return code in _REJECTIONS
-
-
-def _reason(error: Exception) -> str:
-    text = without_credentials((str(error).splitlines() or [""])[0])[:200]
-    return f"{type(error).__name__}: {text}"
+    return [
+        Point(mlflow_name(name), value, step, time_ms) for name, value in values["values"].items()
+    ]
 
 
 def _shown(item: Item) -> str:
@@ -388,7 +376,7 @@ def main() -> None:
         )
         code = UNUSABLE
     except Exception as error:
-        say(f"MLflow's courier stops: {_reason(error)}")
+        say(f"MLflow's courier stops: {reason(error)}")
         code = 1
     with suppress(OSError):
         sys.stdout.close()

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from keel_megatron.config.errors import UserError
+from keel_megatron.tracking.metric_names import DEPTH
 from keel_megatron.tracking.metrics import iterate_metrics
 
 DEPTH_FILE = "depth.jsonl"
@@ -122,19 +123,19 @@ class DepthProfile:
     def summary(self) -> dict[str, float]:
         """Minimum, median, maximum and first depth that is not finite, for MLflow.
 
-        Keys are `depth/QUANTITY/min`, `/median`, `/max` (of what is finite) and
-        `/first_nonfinite`, a sub-layer's number, which is only there if there is one.
+        Keys are `depth.QUANTITY.min`, `.median`, `.max` (of what is finite) and
+        `.first_nonfinite`, a sub-layer's number, which is only there if there is one.
         """
         found: dict[str, float] = {}
         for name, values in self.values.items():
             finite = finite_values(values)
             if finite.size:
-                found[f"depth/{name}/min"] = float(finite.min())
-                found[f"depth/{name}/median"] = float(np.median(finite))
-                found[f"depth/{name}/max"] = float(finite.max())
+                found[f"{DEPTH}{name}.min"] = float(finite.min())
+                found[f"{DEPTH}{name}.median"] = float(np.median(finite))
+                found[f"{DEPTH}{name}.max"] = float(finite.max())
             first = first_nonfinite(values)
             if first is not None:
-                found[f"depth/{name}/first_nonfinite"] = float(first)
+                found[f"{DEPTH}{name}.first_nonfinite"] = float(first)
         return found
 
     def alarm(self) -> str | None:

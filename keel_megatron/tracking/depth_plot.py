@@ -135,12 +135,13 @@ def draw_heat_map(
     picture[np.ma.getmaskarray(grid)] = to_rgba(NOTHING)
     rows = grid.shape[0]
     borders = np.arange(rows + 1) * math.ceil(values.shape[1] / rows)
-    axes.pcolorfast(_edges([profile.step for profile in profiles]), borders, picture)
+    steps = [profile.step for profile in profiles]
+    axes.pcolorfast(_edges(steps), borders, picture)
     axes.set_ylim(0, values.shape[1])
     axes.set_title(QUANTITIES[quantity].label, loc="left", fontsize=10.5, color=TEXT)
     axes.set_xlabel("step", color=TEXT)
     axes.set_ylabel("sub-layer", color=TEXT)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    axes.set_xticks(_step_ticks(steps[0], steps[-1]))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     _quiet(axes)
     if colour_bar:
@@ -252,11 +253,21 @@ def _grouped(values: Values) -> Values:
 
 
 def _edges(steps: list[int]) -> np.ndarray[Any, Any]:
-    """Borders of the columns: halfway between the steps."""
+    """Borders of the columns: the first and the last step, and halfway between the steps."""
     if len(steps) == 1:
         return np.array([steps[0] - 0.5, steps[0] + 0.5])
     middle = (np.array(steps[1:]) + np.array(steps[:-1])) / 2
-    return np.array([2 * steps[0] - middle[0], *middle, 2 * steps[-1] - middle[-1]])
+    return np.array([steps[0], *middle, steps[-1]])
+
+
+def _step_ticks(first: int, last: int) -> list[int]:
+    """About five steps to label: the first, the last, and round ones that leave these room."""
+    from matplotlib.ticker import MaxNLocator
+
+    room = 0.12 * (last - first)
+    found = (round(tick) for tick in MaxNLocator(integer=True, nbins=4).tick_values(first, last))
+    between = [tick for tick in found if first + room < tick < last - room]
+    return [first, *between, last] if last > first else [first]
 
 
 def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

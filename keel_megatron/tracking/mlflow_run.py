@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import os
 import sqlite3
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keel_megatron.tracking.overwrite import delete_after
+from keel_megatron.tracking.changes import Change
+from keel_megatron.tracking.metric_names import DESCRIPTION
+from keel_megatron.tracking.overwrite import delete_after, set_params, settle
 from keel_megatron.tracking.sqlite_uri import sqlite_file, sqlite_uri
 from keel_megatron.tracking.target import (
     Status,
     Target,
+    local_artifacts,
     local_uri,
     remember_run_id,
     remembered_run_id,
@@ -24,6 +28,7 @@ from keel_megatron.tracking.target import (
 
 METRICS_PER_CALL = 1000
 _PER_CALL = 100
+_TAG_LENGTH = 4000
 _START_TAG = "keel.start"
 _DEFAULTS = {
     # A training job tells MLflow's makers nothing unless its user says so, and the run's address is
@@ -91,6 +96,7 @@ class MlflowRun:
         self._uri = target.uri_of(folder)
         if target.uri is None:
             _create_database(folder)
+            self._overwrite(settle, local_artifacts(folder), target.experiment)
         self._client: Any = MlflowClient(tracking_uri=self._uri)
         self._run: Any = None
 
@@ -125,11 +131,12 @@ class MlflowRun:
         else:
             self._run = known
             self.rewind(back_to, time_ms)
+            self._rename()
             self.tag({_START_TAG: start})
         assert self._run is not None
         if self._run.info.status != "RUNNING":
             self._client.update_run(self.run_id, status="RUNNING")
-        self._log_params(self._run.data.params)
+        self._log_params(self._run)
         return remark
 
     def reopen(self) -> None:
@@ -145,14 +152,20 @@ class MlflowRun:
             return None
         gone, start = self.run_id, self._run.data.tags.get(_START_TAG, "")
         self._create(start, None)
-        self._log_params({})
+        self._log_params(self._run)
         return _replaced(gone)
 
     def log(self, points: Sequence[Point]) -> None:
-        """Write values, in as few calls as MLflow allows."""
+        """Write values, in as few calls as MLflow allows.
+
+        An infinite one is written as NaN: MLflow would make it 1.8e308.
+        """
         from mlflow.entities import Metric
 
-        metrics = [Metric(p.name, float(p.value), p.timestamp_ms, p.step) for p in points]
+        def stored(value: float) -> float:
+            return math.nan if math.isinf(value) else float(value)
+
+        metrics = [Metric(p.name, stored(p.value), p.timestamp_ms, p.step) for p in points]
         for start in range(0, len(metrics), METRICS_PER_CALL):
             self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
 
@@ -181,16 +194,21 @@ class MlflowRun:
         before = [value for name, value in tags.items() if name.startswith("resumed.")]
         if any(value.startswith(text) for value in before):
             return
-        database = sqlite_file(self._uri)
-        if database is not None:
-            try:
-                delete_after(database, str(self.run_id), step)
-            except sqlite3.OperationalError as error:
-                if "locked" in str(error):
-                    raise
-                database = None  # tables of another MLflow: marked, as on a server
-        kept = "" if database is not None else "; of two points of a step the later counts"
+        deleted = self._overwrite(delete_after, str(self.run_id), step)
+        kept = "" if deleted else "; of two points of a step the later counts"
         self.tag({f"resumed.{len(before) + 1}": text + kept})
+
+    def set_changes(self, changes: Sequence[Change]) -> None:
+        """Say which settings were changed and where, a tag `changed.step_NNNNNNNN` each.
+
+        Tags of changes that are not among them are removed: those of steps that the run went back
+        behind, and the `changed.SETTING` of earlier versions.
+        """
+        by_step: dict[str, list[str]] = {}
+        for change in changes:
+            by_step.setdefault(f"changed.step_{change.step:08d}", []).append(str(change))
+        wanted = {name: _cut("; ".join(texts)) for name, texts in by_step.items()}
+        self._set_tags("changed.", wanted)
 
     def log_file(self, path: Path) -> None:
         """Copy a file, or a folder under its name and its parent's."""
@@ -236,27 +254,60 @@ class MlflowRun:
             experiment_id = self._client.create_experiment(
                 target.experiment, artifact_location=target.artifacts
             )
-        tags = {_START_TAG: start}
+        tags = {_START_TAG: start, "mlflow.note.content": DESCRIPTION}
         self._run = self._client.create_run(
             experiment_id, start_time=time_ms, run_name=target.name, tags=tags
         )
         remember_run_id(self._folder, str(self.run_id))
 
-    def _log_params(self, known: dict[str, str]) -> None:
-        """The configuration. A param never changes, so what a resumed run changes is a tag."""
+    def _log_params(self, run: Any) -> None:
+        """The configuration in force.
+
+        MLflow keeps a parameter's first value. In a sqlite file it is replaced; elsewhere a tag
+        `config.KEY` has the value in force of each parameter that shows another one.
+        """
         from mlflow.entities import Param
 
-        wanted = self._target.params
+        wanted, known = self._target.params, run.data.params
         params = [Param(key, value) for key, value in wanted.items() if key not in known]
         for start in range(0, len(params), _PER_CALL):
             self._client.log_batch(self.run_id, params=params[start : start + _PER_CALL])
-        self.tag(
-            {
-                f"changed.{key}": value
-                for key, value in wanted.items()
-                if known.get(key, value) != value
-            }
-        )
+        other = {key: value for key, value in wanted.items() if known.get(key, value) != value}
+        if other and self._overwrite(set_params, str(self.run_id), other):
+            other = {}
+        self._set_tags("config.", {f"config.{key}": _cut(value) for key, value in other.items()})
+
+    def _rename(self) -> None:
+        """Follow a changed training.name; a name that was given in MLflow's pages stays."""
+        data, name = self._run.data, self._target.name
+        before = data.tags.get("config.training.name", data.params.get("training.name", name))
+        if before != name:
+            self._client.update_run(self.run_id, name=name)
+
+    def _set_tags(self, prefix: str, wanted: Mapping[str, str]) -> None:
+        """Make these all the tags whose names begin so."""
+        known = self._client.get_run(self.run_id).data.tags
+        self.tag({key: value for key, value in wanted.items() if known.get(key) != value})
+        for key in known:
+            if key.startswith(prefix) and key not in wanted:
+                self._client.delete_tag(self.run_id, key)
+
+    def _overwrite(self, change: Callable[..., object], *arguments: Any) -> bool:
+        """Make a change of overwrite.py; False on a server, or in tables of another MLflow."""
+        database = sqlite_file(self._uri)
+        if database is None:
+            return False
+        try:
+            change(database, *arguments)
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise
+            return False
+        return True
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _TAG_LENGTH else text[: _TAG_LENGTH - 3] + "..."
 
 
 def _replaced(run_id: str | None) -> str:

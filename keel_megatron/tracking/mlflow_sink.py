@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -16,7 +16,8 @@ import psutil
 from keel_megatron.config.run import RunConfig
 from keel_megatron.runtime.interpreter import environment, python
 from keel_megatron.tracking import courier
-from keel_megatron.tracking.records import Record
+from keel_megatron.tracking.changes import Change
+from keel_megatron.tracking.records import Record, ValidationRecord
 from keel_megatron.tracking.spool import EVENTS, FOLDER, SpoolWriter, Waiting, relative
 from keel_megatron.tracking.target import Status, Target, tracking_uri, without_credentials
 
@@ -70,16 +71,22 @@ class MlflowSink:
     def record(self, record: Record) -> None:
         """Hand over a record's values."""
         values = record.to_json()
-        del values["step"]
+        if isinstance(record, ValidationRecord):  # the step's own record has the rest
+            values = {"validation_loss": record.validation_loss}
+        values.pop("step", None)
         self.values(record.step, values)
 
     def values(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand over a step's values under their names."""
+        """Hand over a step's values by their fields' names (metric_names.py) or MLflow's."""
         self._put("metrics", step=step, values=values)
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Hand over tags."""
         self._put("tags", tags=tags)
+
+    def changes(self, changes: Sequence[Change]) -> None:
+        """Hand over all changes of settings on the way to where the run stands."""
+        self._put("changes", changes=[change.to_json() for change in changes])
 
     def artifact(self, path: Path) -> None:
         """Hand over a file, copied when its turn comes."""

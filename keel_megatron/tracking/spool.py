@@ -1,7 +1,8 @@
 """What waits to be delivered to MLflow: append-only files of JSON lines in the run's folder.
 
     spool/events.000001.jsonl        rank 0's: starts, each with the place that it reports to
-                                     (target.py), values, files, tags, rewinds, the ending
+                                     (target.py), values, files, tags, changed settings, rewinds,
+                                     the ending
     spool/system-HOST.000001.jsonl   a node's own measurements
     spool/delivered.json             how far MLflow has them, replaced in one move
     spool/target.json                that place, of starts by earlier versions
@@ -110,7 +111,7 @@ class Item:
 
     @property
     def kind(self) -> str:
-        """What it is: start, metrics, system, tags, artifact, rewind or end."""
+        """What it is: start, metrics, system, tags, changes, artifact, rewind or end."""
         return str(self.values["kind"])
 
     @property

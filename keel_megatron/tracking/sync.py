@@ -6,6 +6,7 @@ from pathlib import Path
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.tracking.courier import Courier, is_alive, the_only_one
+from keel_megatron.tracking.run_file import original_of
 from keel_megatron.tracking.spool import EVENTS, FOLDER, SpoolWriter, Waiting, relative
 from keel_megatron.tracking.target import Target
 
@@ -26,6 +27,9 @@ def sync(run: Path) -> list[str]:
         if not (run / "config.yaml").is_file():
             raise UserError(f"{run} holds no run: there is no config.yaml in it")
         return [f"{run}: nothing waits; the run does not report to MLflow"]
+    original = original_of(run)
+    if original is not None:
+        return [f"{run}: nothing waits: it is a copy of {original}, which delivers its own reports"]
     with the_only_one(run, wait=False) as free:
         if not free:
             raise UserError(f"{run}: the run is at work and delivers what waits itself")
@@ -34,7 +38,7 @@ def sync(run: Path) -> list[str]:
 
 def add_file(run: Path, path: Path) -> None:
     """Hand MLflow a file of a run that has ended; if it does not answer, the file waits."""
-    if Target.newest(run) is None:
+    if Target.newest(run) is None or original_of(run) is not None:
         return
     unreached = Waiting.of(run)
     writer = SpoolWriter(run, EVENTS)
@@ -57,7 +61,7 @@ def _deliver(run: Path) -> list[str]:
         ended = courier.reader.ended
         if not courier.deliver():
             raise UserError(
-                f"MLflow ({courier.shown_uri}) does not answer: {courier.problem}; "
+                f"MLflow ({courier.shown_uri}) {courier.problem}; "
                 f"{Waiting.of(run)} still wait in {run / FOLDER}"
             )
         if not waiting and ended:  # tags and marks count as nothing
@@ -83,5 +87,5 @@ def _settle(run: Path, courier: Courier) -> str:
     if is_alive(session, run):
         return f"{run}: its status stays RUNNING: {where} seems to be at work"
     if not courier.end("FAILED"):
-        raise UserError(f"MLflow ({courier.shown_uri}) does not answer: {courier.problem}")
+        raise UserError(f"MLflow ({courier.shown_uri}) {courier.problem}")
     return f"{run}: its status is FAILED now: {where} is gone and did not say how it ended"

@@ -19,6 +19,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 RUN_ID_FILE = "mlflow_run_id"
 _OLDER_FILE = "target.json"
 """Where versions whose starts do not name their place kept the run's, in its spool."""
+_ARTIFACTS = "mlflow_artifacts"
 _PARAM_LENGTH = 6000
 
 
@@ -82,6 +83,11 @@ def local_uri(run: Path) -> str:
     return sqlite_uri((run / "mlflow.db").resolve())
 
 
+def local_artifacts(run: Path) -> str:
+    """URI of the folder of artifacts beside that file."""
+    return (run.resolve() / _ARTIFACTS).as_uri()
+
+
 def tracking_uri(config: RunConfig) -> str:
     """`tracking.uri`, or the sqlite file in the run's folder."""
     return config.tracking.uri or local_uri(config.training.folder)
@@ -129,4 +135,4 @@ def _artifact_location(config: RunConfig) -> str | None:
         parent = config.training.runs_dir
     else:
         return None
-    return (parent / "mlflow_artifacts").resolve().as_uri()
+    return (parent.resolve() / _ARTIFACTS).as_uri()

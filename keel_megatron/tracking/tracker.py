@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +13,7 @@ from typing import TextIO
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
+from keel_megatron.tracking.changes import Change
 from keel_megatron.tracking.depth import DEPTH_FILE, DepthProfile
 from keel_megatron.tracking.depth_log import DepthLog
 from keel_megatron.tracking.metrics import MetricsFile, iterate_metrics
@@ -127,6 +128,11 @@ class Tracker:
         if self._mlflow is not None:
             self._mlflow.tags(tags)
 
+    def changes(self, changes: Sequence[Change]) -> None:
+        """Let MLflow have all changes of settings on the way to where the run stands."""
+        if self._mlflow is not None:
+            self._mlflow.changes(changes)
+
     def last_word(self, status: Status) -> None:
         """Leave how the run ends, for a process that is about to end itself; any thread may."""
         if self._mlflow is not None and not self._closed:
@@ -215,6 +221,9 @@ class NullTracker(Tracker):
         """Nothing."""
 
     def tags(self, tags: Mapping[str, str]) -> None:
+        """Nothing."""
+
+    def changes(self, changes: Sequence[Change]) -> None:
         """Nothing."""
 
     def last_word(self, status: Status) -> None:

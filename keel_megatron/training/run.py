@@ -16,7 +16,6 @@ from keel_megatron.checkpoint import folder, state
 from keel_megatron.checkpoint.find import Found, newest_good
 from keel_megatron.checkpoint.identity import check_folder, check_identity, claim
 from keel_megatron.checkpoint.manifest import CONFIG
-from keel_megatron.checkpoint.plain import from_json
 from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.load import load_config
@@ -34,10 +33,10 @@ from keel_megatron.tracking.plot import plot_loss
 from keel_megatron.tracking.progress import Progress
 from keel_megatron.tracking.system import measured_machine
 from keel_megatron.tracking.tags import code_tags, place_tags
-from keel_megatron.tracking.target import remember_run_id, remembered_run_id
 from keel_megatron.tracking.tracker import Tracker, open_progress, open_tracker, where
 from keel_megatron.training.guard import Guard
-from keel_megatron.training.loop import MLFLOW_RUN_ID, BeforeStep, Loop
+from keel_megatron.training.lineage import Lineage, accept
+from keel_megatron.training.loop import BeforeStep, Loop
 from keel_megatron.training.ready import Ready, get_ready
 from keel_megatron.training.startup import complete_text
 from keel_megatron.training.stop import StopRequest, deadline, stop_requests
@@ -171,12 +170,12 @@ def _accepted(
     runtime.barrier()  # no rank is still to be broken off
     stop.starting = False
     resume_step = None if found.path is None else folder.step_of(found.path)
-    runtime.from_main(lambda: _claim(config, found, ready.data))
+    lineage = runtime.from_main(lambda: _claim(config, found, ready.data))
     with open_tracker(config, runtime.rank, resume_step, progress) as tracker:
         stop.last_word = lambda: tracker.last_word("KILLED")
         try:
             with measured_machine(config, runtime.launch.local_rank):
-                code = _train(config, runtime, tracker, found, ready, stop, before_step)
+                code = _train(config, runtime, tracker, found, ready, lineage, stop, before_step)
         except DivergedError:
             if runtime.is_main:
                 exit_codes.write(config.training.folder, exit_codes.DIVERGED)
@@ -190,14 +189,13 @@ def _accepted(
     return code
 
 
-def _claim(config: RunConfig, found: Found, data: PreparedData) -> None:
-    """Make the folder this run's; keep the tokenizer, and the MLflow run of the checkpoint."""
+def _claim(config: RunConfig, found: Found, data: PreparedData) -> Lineage:
+    """Make the folder this run's, with its tokenizer; which run that is and what has changed."""
     exit_codes.clear(config.training.folder)
+    lineage = accept(config, found)
     claim(config)
     keep_tokenizer(data, config.training.folder)
-    run_id = from_json(found.state["extras"]).get(MLFLOW_RUN_ID) if found.state else None
-    if run_id is not None and remembered_run_id(config.training.folder) is None:
-        remember_run_id(config.training.folder, run_id)
+    return lineage
 
 
 def _train(
@@ -206,11 +204,13 @@ def _train(
     tracker: Tracker,
     found: Found,
     ready: Ready,
+    lineage: Lineage,
     stop: StopRequest,
     before_step: BeforeStep | None,
 ) -> int:
     """Describe, resume, train, conclude; the exit code."""
     _describe(runtime, tracker, config, ready)
+    lineage.report(tracker)
     guard = Guard(config.guard, reported=not runtime.is_main)
     with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:
         saver = Saver(
@@ -234,7 +234,7 @@ def _train(
             guard,
             watchdog,
             before_step,
-            parts={"guard": guard},
+            parts={"guard": guard, **lineage.parts()},
         )
         if found.path is not None:
             loop.restore(found.path)

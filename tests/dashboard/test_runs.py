@@ -218,3 +218,26 @@ def test_the_work_is_that_of_the_last_records(
     assert (first.step, second.step) == (1000, 1000)
     assert many == pytest.approx(few, rel=0.02)
     assert few < 50_000
+
+
+def test_a_field_of_a_wrong_type_costs_a_line(tmp_path: Path) -> None:
+    """A hand has edited one run's files; the others are listed all the same."""
+    run, other = make_run(tmp_path, "edited"), make_run(tmp_path, "other")
+    for name, old, new in (
+        ("metrics.jsonl", '"step": 10, "loss": 4.9', '"step": 10, "loss": null'),
+        ("config.yaml", "steps: 100", "steps: many"),
+        ("config.yaml", "timeout_seconds: 600.0", "timeout_seconds: [1]"),
+    ):
+        text = (run / name).read_text()
+        assert old in text
+        (run / name).write_text(text.replace(old, new))
+    age(run, 500.0)
+    found = {status.name: status for status in look([run, other], NOW)}
+    assert (found["edited"].step, found["edited"].steps) == (9, None)
+    assert found["edited"].problems[1:] == [
+        "config.yaml: training.steps is no number but 'many'",
+        "config.yaml: parallel.timeout_seconds is no number but [1]",
+        "metrics.jsonl: loss of step 10 is no number: not counted",
+    ]
+    assert found["other"].problems == []
+    Console(file=open(os.devnull, "w")).print(runs_table(list(found.values())))  # noqa: SIM115

@@ -56,9 +56,8 @@ def _delivered(run: Path) -> int:
     """Steps that MLflow has of a run that is being trained."""
     try:
         with closing(sqlite3.connect(f"file:{run / 'mlflow.db'}?mode=ro", uri=True)) as database:
-            return int(
-                database.execute("SELECT count(*) FROM metrics WHERE key = 'loss'").fetchone()[0]
-            )
+            counted = "SELECT count(*) FROM metrics WHERE key = 'train/loss'"
+            return int(database.execute(counted).fetchone()[0])
     except sqlite3.Error:
         return 0
 
@@ -103,8 +102,8 @@ def test_a_killed_and_resumed_run_is_one_run_with_one_curve(home: Path, address:
         assert page.rsplit("/", 1)[1] == (run / "mlflow_run_id").read_text().strip()
 
         shown.open(f"{page}/model-metrics?{query}", "Auto-refresh")
-        shown.type("input[placeholder='Search metric charts']", "^loss$")
-        steps, losses = shown.wait(lambda: shown.charts().get("loss"), "the loss")
+        shown.type("input[placeholder='Search metric charts']", "^train/loss$")
+        steps, losses = shown.wait(lambda: shown.charts().get("train/loss"), "the loss")
         assert steps == sorted(steps)
         assert set(steps) == set(wanted)
         for step, loss in zip(steps, losses, strict=True):

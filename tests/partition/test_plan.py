@@ -280,6 +280,7 @@ def test_many_stages_share_lines() -> None:
 
 def test_numbers_are_read_at_a_glance() -> None:
     assert [si(n) for n in (999, 1500, 6.71e9, 1.9e11)] == ["999", "1.5 k", "6.71 B", "190 B"]
+    assert [si(n) for n in (1.86e15, 999_900, 9.996e11)] == ["1,860 T", "1 M", "1 T"]
     assert [seconds(t) for t in (2.5, 0.0125, 3e-6)] == ["2.5 s", "12.5 ms", "3 us"]
     assert [duration(t) for t in (864000, 7200, 90)] == ["10.0 days", "2.0 hours", "1.5 minutes"]
 

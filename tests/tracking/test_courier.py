@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 from keel_megatron.config import UserError
+from keel_megatron.tracking.changes import Change
 from keel_megatron.tracking.courier import Courier, the_only_one
 from keel_megatron.tracking.mlflow_run import MlflowRun
 from keel_megatron.tracking.spool import EVENTS, FOLDER, SpoolWriter, Waiting
@@ -76,13 +77,13 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_doubled_points(tmp_path: 
     deliver(first.folder)
     (found,) = mlflow_runs(run)
     run_id = found.info.run_id
-    assert found.data.metrics["loss"] == 4.0, "the last value that counts"
+    assert found.data.metrics["train/loss"] == 4.0, "the last value that counts"
     second.losses({3: 3.5, 4: 2.5})
     second.put("rewind", back_to=3)
     second.losses({4: 2.25})
     second.put("end", status="FINISHED")
     deliver(first.folder)
-    assert history(run, run_id, "loss") == [(1, 5.0), (2, 4.0), (3, 3.5), (4, 2.25)]
+    assert history(run, run_id, "train/loss") == [(1, 5.0), (2, 4.0), (3, 3.5), (4, 2.25)]
     (found,) = mlflow_runs(run)
     assert found.info.status == "FINISHED"
     assert found.data.tags["resumed.1"].startswith("from step 2, 2023-11-14T22:")
@@ -102,8 +103,8 @@ def test_an_undelivered_beginning_makes_its_run_when_it_can(tmp_path: Path) -> N
     deliver(last.folder)
     old, new = mlflow_runs(run)
     assert (old.info.status, new.info.status) == ("FAILED", "RUNNING")
-    assert history(run, old.info.run_id, "loss") == [(1, 9.0)]
-    assert history(run, new.info.run_id, "loss") == [(1, 5.0), (2, 4.0), (3, 3.5)]
+    assert history(run, old.info.run_id, "train/loss") == [(1, 9.0)]
+    assert history(run, new.info.run_id, "train/loss") == [(1, 5.0), (2, 4.0), (3, 3.5)]
     assert remembered_run_id(last.folder) == new.info.run_id
 
 
@@ -115,11 +116,11 @@ def test_a_delivery_that_is_repeated_changes_nothing(tmp_path: Path) -> None:
     session.put("rewind", back_to=2)
     session.losses({3: 3.5})
     deliver(session.folder)
-    before = history(run, mlflow_runs(run)[0].info.run_id, "loss")
+    before = history(run, mlflow_runs(run)[0].info.run_id, "train/loss")
     (session.folder / "spool" / "delivered.json").unlink()
     deliver(session.folder)
     (found,) = mlflow_runs(run)
-    assert str(history(run, found.info.run_id, "loss")) == str(before)
+    assert str(history(run, found.info.run_id, "train/loss")) == str(before)
     assert [step for step, _ in before] == [1, 2, 3]
     assert "resumed.2" not in found.data.tags
 
@@ -147,7 +148,7 @@ def test_a_server_that_is_down_costs_nothing_but_time(
     monkeypatch.setattr(MlflowRun, "log", whole)
     assert courier.deliver()
     assert said[1].endswith("answers again: what waited is being delivered")
-    assert history(run, mlflow_runs(run)[0].info.run_id, "loss") == [(1, 5.0), (2, 4.0)]
+    assert history(run, mlflow_runs(run)[0].info.run_id, "train/loss") == [(1, 5.0), (2, 4.0)]
     assert (len(said), courier.points) == (2, 2)
 
 
@@ -160,7 +161,7 @@ def test_what_mlflow_refuses_is_said_and_holds_up_nothing(tmp_path: Path) -> Non
     session.put("end", status="KILLED")
     deliver(session.folder, said)
     (found,) = mlflow_runs(run)
-    assert (found.info.status, found.data.metrics) == ("KILLED", {"loss": 5.0})
+    assert (found.info.status, found.data.metrics) == ("KILLED", {"train/loss": 5.0})
     assert len(said) == 2
     assert "refuses metrics of step 1" in said[0]
     assert "refuses the file nowhere.txt" in said[1]
@@ -192,7 +193,7 @@ def test_a_store_of_files_that_fails_holds_up_no_points(
         assert time.monotonic() < deadline
     assert (tries > 1) == isinstance(error, PermissionError)
     (found,) = mlflow_runs(run)
-    assert (found.info.status, found.data.metrics) == ("KILLED", {"loss": 5.0})
+    assert (found.info.status, found.data.metrics) == ("KILLED", {"train/loss": 5.0})
     left_out = [line for line in said if line.endswith("it is left out")]
     assert ["one.txt" in left_out[0], "log.txt" in left_out[1]] == [True, True]
 
@@ -241,18 +242,90 @@ def test_a_run_that_is_deleted_while_it_trains_is_replaced_once(tmp_path: Path) 
     assert said == [f"MLflow has no run {gone} any longer: a new one is made"]
     (found,) = mlflow_runs(run)
     assert (found.info.status, found.data.params["training.steps"]) == ("FINISHED", "4")
-    assert history(run, found.info.run_id, "loss") == [(2, 4.0), (3, 3.0)]
+    assert history(run, found.info.run_id, "train/loss") == [(2, 4.0), (3, 3.0)]
 
 
-def test_a_changed_setting_is_a_tag(tmp_path: Path) -> None:
-    session = Session(config(tmp_path), "a")
-    deliver(session.folder)
+def test_parameters_are_those_in_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a sqlite file they are replaced; a server keeps the first, and tags say what is new."""
+    first = config(tmp_path)
+    Session(first, "a")
+    deliver(first.training.folder)
     longer = config(tmp_path, training__steps=8)
     Session(longer, "b", back_to=0)
-    deliver(session.folder)
+    deliver(first.training.folder)
     (found,) = mlflow_runs(longer)
-    assert found.data.params["training.steps"] == "4"
-    assert found.data.tags["changed.training.steps"] == "8"
+    assert found.data.params["training.steps"] == "8"
+    monkeypatch.setattr("keel_megatron.tracking.mlflow_run.sqlite_file", lambda uri: None)
+    for name, run, tag in (("c", first, "4"), ("d", longer, None)):
+        Session(run, name, back_to=0)
+        deliver(first.training.folder)
+        (found,) = mlflow_runs(longer)
+        assert found.data.params["training.steps"] == "8"
+        assert found.data.tags.get("config.training.steps") == tag
+
+
+def test_changed_settings_are_a_history_without_what_is_void(tmp_path: Path) -> None:
+    run = config(tmp_path)
+    session = Session(run, "a")
+    session.put("tags", tags={"changed.optimizer.learning_rate": "0.1"})  # an earlier version's
+    rate = [Change(step, "optimizer.learning_rate", 1e-3, 1e-4) for step in (6, 8)]
+    steps = Change(6, "training.steps", 6, 12)
+    long = Change(10, "data.text", None, ["x" * 9000])
+    for changes, tags in (
+        ([rate[0], steps, rate[1]], {"6": f"{rate[0]}; {steps}", "8": str(rate[1])}),
+        ([rate[0], steps], {"6": f"{rate[0]}; {steps}"}),
+        ([long], {"10": f"data.text null -> ['{'x' * 195}..."}),
+        ([], {}),
+    ):
+        session.put("changes", changes=[change.to_json() for change in changes])
+        deliver(session.folder)
+        (found,) = mlflow_runs(run)
+        shown = {k: v for k, v in found.data.tags.items() if k.startswith("changed.")}
+        assert shown == {f"changed.step_{int(step):08d}": text for step, text in tags.items()}
+    assert str(rate[0]) == "optimizer.learning_rate 0.001 -> 0.0001"
+
+
+def test_names_of_an_earlier_version_are_brought_up_to_date(tmp_path: Path) -> None:
+    """In the run's own database, so that a resumed run is one curve; others keep both names."""
+    run = config(tmp_path)
+    session = Session(run, "a")
+    session.losses({1: 5.0})
+    deliver(session.folder)
+    with closing(sqlite3.connect(session.folder / "mlflow.db")) as database, database:
+        for table in ("metrics", "latest_metrics"):
+            database.execute(f"UPDATE {table} SET key = 'loss'")
+            columns = "run_uuid, value, timestamp, step, is_nan"
+            database.execute(
+                f"INSERT INTO {table} (key, {columns}) "
+                f"SELECT 'depth/stream_rms/max', {columns} FROM {table}"
+            )
+    session.losses({2: 4.0})
+    deliver(session.folder)
+    (found,) = mlflow_runs(run)
+    assert found.data.metrics == {"train/loss": 4.0, "depth.stream_rms.max": 5.0}
+    assert history(run, found.info.run_id, "train/loss") == [(1, 5.0), (2, 4.0)]
+
+
+def test_an_infinite_value_is_nan(tmp_path: Path) -> None:
+    """MLflow itself would make it 1.8e308."""
+    run = config(tmp_path)
+    session = Session(run, "a")
+    session.put("metrics", step=1, values={"loss": float("inf"), "grad_norm": float("-inf")})
+    deliver(session.folder)
+    (found,) = mlflow_runs(run)
+    assert {name: str(value) for name, value in found.data.metrics.items()} == {
+        "train/loss": "nan",
+        "train/grad_norm": "nan",
+    }
+
+
+def test_there_is_no_empty_default_experiment(tmp_path: Path) -> None:
+    run = config(tmp_path)
+    deliver(Session(run, "a").folder)
+    assert [found.name for found in mlflow_client(run).search_experiments()] == ["keel"]
+    default = config(tmp_path, training__name="other", tracking__experiment="Default")
+    deliver(Session(default, "a").folder)
+    assert len(mlflow_runs(default)) == 1
 
 
 def test_every_start_s_points_go_to_the_place_that_it_named(tmp_path: Path) -> None:
@@ -268,8 +341,8 @@ def test_every_start_s_points_go_to_the_place_that_it_named(tmp_path: Path) -> N
     deliver(first.folder, said)
     (old,), (new,) = mlflow_runs(here), mlflow_runs(there)
     assert (old.info.status, new.info.status) == ("KILLED", "RUNNING")
-    assert history(here, old.info.run_id, "loss") == [(1, 5.0)]
-    assert history(there, new.info.run_id, "loss") == [(2, 4.0)]
+    assert history(here, old.info.run_id, "train/loss") == [(1, 5.0)]
+    assert history(there, new.info.run_id, "train/loss") == [(2, 4.0)]
     assert new.data.params["tracking.uri"] == there.tracking.uri
     assert said == [f"MLflow has no run {old.info.run_id} any longer: a new one is made"]
 
@@ -288,8 +361,8 @@ def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path, delivered: bool)
     Session(here, "b", back_to=2).losses({3: 3.0})
     deliver(first.folder)
     (old,), (new,) = mlflow_runs(there), mlflow_runs(here)
-    assert history(there, old.info.run_id, "loss") == [(1, 5.0), (2, 4.0)]
-    assert history(here, new.info.run_id, "loss") == [(3, 3.0)]
+    assert history(there, old.info.run_id, "train/loss") == [(1, 5.0), (2, 4.0)]
+    assert history(here, new.info.run_id, "train/loss") == [(3, 3.0)]
     assert Target.of_start(tmp_path, {"name": "a"}) is None, "nobody kept it: its disk was full"
 
 
@@ -308,7 +381,7 @@ def test_a_place_that_is_gone_holds_up_no_other(
     assert len(said) == 1
     assert said[0].startswith("MLflow (http://***@127.0.0.1:9) does not answer: ")
     assert "what waits for it goes to sqlite:///" in said[0]
-    runs = [history(here, found.info.run_id, "loss") for found in mlflow_runs(here)]
+    runs = [history(here, found.info.run_id, "train/loss") for found in mlflow_runs(here)]
     assert runs == [[(1, 5.0)], [(1, 5.0), (2, 4.0)]]
 
 
@@ -322,9 +395,9 @@ def test_a_server_keeps_the_points_and_is_told_that_they_are_void(
     Session(run, "b", back_to=1).losses({2: 4.5})
     deliver(run.training.folder)
     (found,) = mlflow_runs(run)
-    assert sorted(history(run, found.info.run_id, "loss")) == [(1, 5.0), (2, 4.0), (2, 4.5)]
+    assert sorted(history(run, found.info.run_id, "train/loss")) == [(1, 5.0), (2, 4.0), (2, 4.5)]
     assert found.data.tags["resumed.1"].endswith("of two points of a step the later counts")
-    assert found.data.metrics["loss"] == 4.5
+    assert found.data.metrics["train/loss"] == 4.5
 
 
 def test_a_database_that_was_never_finished_is_made_anew(
@@ -349,7 +422,7 @@ def test_a_database_that_was_never_finished_is_made_anew(
     monkeypatch.setattr(MlflowClient, "search_experiments", whole)
     deliver(session.folder)
     assert not partial.exists()
-    assert history(run, mlflow_runs(run)[0].info.run_id, "loss") == [(1, 5.0)]
+    assert history(run, mlflow_runs(run)[0].info.run_id, "train/loss") == [(1, 5.0)]
 
 
 def test_sync_delivers_and_tells_the_end_of_a_process_that_is_gone(tmp_path: Path) -> None:

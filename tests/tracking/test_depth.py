@@ -72,7 +72,7 @@ def test_what_an_older_version_did_not_note_is_left_out_and_said(tmp_path: Path)
     assert not_noted(found[2:]) is None
     assert "gradient_norm" not in table(found[0], select(found, None, 2), None)
     assert "gradient_norm" in table(found[0], select(found, None, None), None)
-    assert "depth/gradient_norm/min" not in found[0].summary()
+    assert "depth.gradient_norm.min" not in found[0].summary()
     with pytest.raises(UserError, match=r"nobody noted gradient_norm at step 2; try --step"):
         select(found, "gradient_norm", 2)
     shown = select(found, "gradient_norm", 4)
@@ -140,18 +140,19 @@ def test_the_summary_leaves_out_what_is_not_finite_and_says_where_it_begins() ->
     found = profile(3, branch_rms=[4.0, 1.0, 2.0, math.nan, 9.0, math.inf])
     summary = found.summary()
     assert {key: value for key, value in summary.items() if "branch_rms" in key} == {
-        "depth/branch_rms/min": 1.0,
-        "depth/branch_rms/median": 3.0,
-        "depth/branch_rms/max": 9.0,
-        "depth/branch_rms/first_nonfinite": 3.0,
+        "depth.branch_rms.min": 1.0,
+        "depth.branch_rms.median": 3.0,
+        "depth.branch_rms.max": 9.0,
+        "depth.branch_rms.first_nonfinite": 3.0,
     }
-    assert summary["depth/outer_gain_mean/max"] == pytest.approx(0.1)  # sub-layer 0 has none
-    assert summary["depth/attention_logit_max/median"] == pytest.approx(0.01)
+    assert summary["depth.outer_gain_mean.max"] == pytest.approx(0.1)  # sub-layer 0 has none
+    assert summary["depth.attention_logit_max.median"] == pytest.approx(0.01)
     assert sum("first_nonfinite" in key for key in summary) == 1
     assert found.alarm() == "step 3: not finite: branch_rms from sub-layer 3"
     assert profile(3).alarm() is None
     nothing = profile(3, branch_rms=[math.nan] * 6).summary()
-    assert [key for key in nothing if "branch_rms" in key] == ["depth/branch_rms/first_nonfinite"]
+    found = [key for key in nothing if "branch_rms" in key]
+    assert found == ["depth.branch_rms.first_nonfinite"]
 
 
 def test_mlflow_gets_the_summary_and_the_pictures(
@@ -163,9 +164,9 @@ def test_mlflow_gets_the_summary_and_the_pictures(
         tracker.depth(profile(2, stream_rms=[1.0, 2.0, math.nan, 1.0, 1.0, 1.0]))
         tracker.draw_depth(ending=True)
     (found,) = mlflow_runs(run)
-    key = "depth/stream_rms/max"
+    key = "depth.stream_rms.max"
     assert history(run, found.info.run_id, key) == [(1, 1.0), (2, 2.0)]
-    assert history(run, found.info.run_id, "depth/stream_rms/first_nonfinite") == [(2, 2.0)]
+    assert history(run, found.info.run_id, "depth.stream_rms.first_nonfinite") == [(2, 2.0)]
     files = {file.path for file in mlflow_client(run).list_artifacts(found.info.run_id)}
     assert files == {"depth_heat_maps.png", "depth_latest.png", "log.txt"}
     assert "step 2: not finite: stream_rms from sub-layer 2" in capsys.readouterr().out
@@ -215,7 +216,7 @@ def test_the_pictures_show_the_values(tmp_path: Path, figures: list[Figure]) -> 
     assert cells.shape[:2] == (6, 3)
     pink = np.isclose(cells, to_rgba(ALARM), atol=0.01).all(-1)
     assert np.argwhere(pink).tolist() == [[2, 2], [3, 2]]
-    assert heat.axes[panel].get_xlim() == (-48.5, 250.0)
+    assert heat.axes[panel].get_xlim() == (1, 200)
     outer = colours_of(heat.axes[list(QUANTITIES).index("outer_gain_min")])
     pale = np.isclose(outer, to_rgba(NOTHING), atol=0.01).all(-1)
     assert np.argwhere(pale)[:, 0].tolist() == [0, 0, 0]
@@ -286,3 +287,21 @@ def test_what_a_user_gets_wrong_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--out: cannot write into"):
         draw(profiles, profiles[0], None, "run", tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("steps", "ticks"),
+    [
+        ((1, 20, 40, 60, 80, 100, 120, 140, 160, 180, 200), [1, 50, 100, 150, 200]),
+        ((1, 2), [1, 2]),
+        ((7,), [7]),
+    ],
+)
+def test_a_heat_map_begins_and_ends_with_its_steps(
+    steps: tuple[int, ...], ticks: list[int]
+) -> None:
+    axes = Figure().subplots()
+    draw_heat_map(axes, [profile(step) for step in steps], "stream_rms")
+    assert axes.get_xticks().tolist() == ticks
+    if len(steps) > 1:
+        assert axes.get_xlim() == (steps[0], steps[-1])

@@ -55,10 +55,10 @@ def test_params_metrics_by_step_tags_files_and_status(tmp_path: Path) -> None:
     assert len(text) == 6000
     assert text.endswith("...")
     assert len(found.data.params) == sum(len(v) for v in run.model_dump().values())
-    assert history(run, found.info.run_id, "loss") == [(n, 1.0 / n) for n in range(1, 301)]
-    assert history(run, found.info.run_id, "validation_loss") == [(300, 0.25)]
+    assert history(run, found.info.run_id, "train/loss") == [(n, 1.0 / n) for n in range(1, 301)]
+    assert history(run, found.info.run_id, "validation/loss") == [(300, 0.25)]
     # The user interface can draw any metric over any other of the same steps.
-    tokens = history(run, found.info.run_id, "consumed_tokens")
+    tokens = history(run, found.info.run_id, "workload/consumed_tokens")
     assert tokens[-1] == (300, 153600.0)
     assert "step" not in found.data.metrics
     (file,) = mlflow_client(run).list_artifacts(found.info.run_id)
@@ -150,7 +150,7 @@ def test_the_courier_says_how_a_process_ended_that_cannot(tmp_path: Path, status
     run = config(tmp_path)
     (found,) = mlflow_runs(run)
     assert found.info.status == status
-    assert history(run, found.info.run_id, "loss") == [(1, 5.0)]
+    assert history(run, found.info.run_id, "train/loss") == [(1, 5.0)]
 
 
 def wait_for_end_of(pid: int) -> None:

@@ -27,7 +27,7 @@ def test_a_normal_end_is_finished_and_everything_is_there(
     tracker.close("FAILED")  # the first end counts
     (found,) = mlflow_runs(run)
     assert found.info.status == "FINISHED"
-    assert found.data.metrics["validation_loss"] == 0.25
+    assert found.data.metrics["validation/loss"] == 0.25
     lines = read_metrics(tracker.folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 3]
     shown = capsys.readouterr().out
@@ -60,7 +60,7 @@ def test_the_status_is_how_it_ended(
         end_badly()
     (found,) = mlflow_runs(run)
     assert found.info.status == status
-    assert history(run, found.info.run_id, "loss") == [(1, 1.0)]
+    assert history(run, found.info.run_id, "train/loss") == [(1, 1.0)]
     log = [
         line.split(" ", 1)[1] for line in (run.training.folder / "log.txt").read_text().splitlines()
     ]
@@ -88,8 +88,8 @@ def test_resuming_goes_on_and_starting_anew_starts_anew(tmp_path: Path) -> None:
         tracker.step(record(1))
     assert [line["step"] for line in read_metrics(metrics)] == [1]
     first, second = mlflow_runs(run)
-    assert history(run, first.info.run_id, "loss")[-1][0] == 4
-    assert history(run, second.info.run_id, "loss") == [(1, 1.0)]
+    assert history(run, first.info.run_id, "train/loss")[-1][0] == 4
+    assert history(run, second.info.run_id, "train/loss") == [(1, 1.0)]
 
 
 def test_what_its_launcher_starts_again_is_the_same_run_without_a_checkpoint_too(
@@ -102,7 +102,7 @@ def test_what_its_launcher_starts_again_is_the_same_run_without_a_checkpoint_too
             for step, loss in enumerate(losses, start=1):
                 tracker.step(record(step, loss))
     (found,) = mlflow_runs(run)
-    assert history(run, found.info.run_id, "loss") == [(1, 5.0)]
+    assert history(run, found.info.run_id, "train/loss") == [(1, 5.0)]
 
 
 def test_a_validation_may_come_as_a_step(tmp_path: Path) -> None:

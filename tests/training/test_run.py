@@ -11,7 +11,6 @@ import pytest
 
 from keel_megatron.checkpoint.find import Found
 from keel_megatron.runtime import exit_codes
-from keel_megatron.tracking.target import remembered_run_id
 from keel_megatron.training import run
 from tests.settings import small_config
 
@@ -20,18 +19,6 @@ def data_in(folder: Path) -> Any:
     """Prepared data of which only the tokenizer is there."""
     (folder / "tokenizer").write_bytes(b"model")
     return SimpleNamespace(tokenizer_path=folder / "tokenizer")
-
-
-def test_the_mlflow_run_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
-    config = small_config(training__runs_dir=str(tmp_path))
-    run._claim(config, Found(), data_in(tmp_path))
-    assert remembered_run_id(config.training.folder) is None
-    found = Found(tmp_path, {"extras": {"mlflow_run_id": "feed"}})
-    run._claim(config, found, data_in(tmp_path))
-    assert remembered_run_id(config.training.folder) == "feed"
-    other = Found(tmp_path, {"extras": {"mlflow_run_id": "other"}})
-    run._claim(config, other, data_in(tmp_path))
-    assert remembered_run_id(config.training.folder) == "feed"
 
 
 def test_the_code_of_an_earlier_start_is_gone(tmp_path: Path) -> None:

@@ -206,6 +206,7 @@ def delivered(run: Path, uri: str) -> int:
     """Points of the run's records that MLflow has."""
     from mlflow import MlflowClient
 
+    from keel_megatron.tracking.metric_names import mlflow_name
     from keel_megatron.tracking.target import remembered_run_id
 
     run_id = remembered_run_id(run)
@@ -213,7 +214,7 @@ def delivered(run: Path, uri: str) -> int:
         return 0
     client = MlflowClient(tracking_uri=uri)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    names = {name for record in records for name in record} - {"step"}
+    names = {mlflow_name(name) for record in records for name in record if name != "step"}
     return sum(len(client.get_metric_history(run_id, name)) for name in names)
 
 

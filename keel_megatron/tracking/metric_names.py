@@ -1,0 +1,54 @@
+"""The names under which MLflow has what a run reports; metrics.jsonl keeps the fields' names.
+
+A run's page in MLflow has a section for each part of a name before its last `/`, sorted by
+character, and one for all other names below them. So `train` and `validation` come first, then
+`workload`, and the many charts of the depth profiles, whose names have no `/`, come last.
+"""
+
+from __future__ import annotations
+
+NAMES = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "consumed_samples": "workload/consumed_samples",
+    "consumed_tokens": "workload/consumed_tokens",
+    "skipped_steps": "workload/skipped_steps",
+    "memory_gb": "workload/memory_gb",
+    "seconds": "workload/step_seconds",
+    "tflops_per_device": "workload/tflops_per_device",
+    "tokens_per_second": "workload/tokens_per_second",
+    "checkpoint_bytes": "workload/checkpoint_bytes",
+    "checkpoint_seconds": "workload/checkpoint_seconds",
+    "checkpoint_stall_seconds": "workload/checkpoint_stall_seconds",
+    "validation_loss": "validation/loss",
+}
+"""By the field's name, which is also the metric's name in MLflow runs of earlier versions."""
+DEPTH, EARLIER_DEPTH = "depth.", "depth/"
+"""Beginning of the depth profiles' names, and what it was in earlier versions."""
+
+DESCRIPTION = """\
+| metric | meaning |
+|---|---|
+| `train/loss` | cross entropy of the step's global batch, nats per token |
+| `train/grad_norm` | L2 norm of the gradient before clipping |
+| `train/learning_rate` | learning rate of the step |
+| `validation/loss` | cross entropy of the validation sequences, nats per token |
+| `workload/consumed_tokens`, `workload/consumed_samples` | tokens and sequences seen so far |
+| `workload/skipped_steps` | steps so far whose update was skipped |
+| `workload/...` | speed, memory (1e9 bytes) and checkpoints |
+| `depth.QUANTITY.min`, `.median`, `.max` | over the sub-layers |
+| `depth.QUANTITY.first_nonfinite` | the first sub-layer whose value is not finite |
+| `system/HOST/...` | each node's machine; the step is seconds since the run's first start |
+
+An infinite value is shown as NaN. `metrics.jsonl` and `depth.jsonl` in the run's folder have \
+everything in full.
+"""
+"""The description of a new MLflow run."""
+
+
+def mlflow_name(name: str) -> str:
+    """MLflow's name for a field of a record, or for a metric of an earlier version."""
+    if name.startswith(EARLIER_DEPTH):
+        return name.replace("/", ".")
+    return NAMES.get(name, name)

@@ -1,0 +1,74 @@
+"""What MLflow's errors mean, and how they are told."""
+
+from __future__ import annotations
+
+import re
+
+from keel_megatron.tracking.target import without_credentials
+
+_REJECTIONS = frozenset(
+    {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
+)
+"""MLflow's answers to what will never be taken; anything else may pass."""
+_LENGTH = 300
+_STATUS = re.compile(r"error code (\d{3})\b|too many (\d{3}) error responses")
+_CAUSE = re.compile(r"\(Caused by (.*)\)$", re.DOTALL)
+# urllib3 says where its connection objects lie in memory.
+_OBJECT = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>:? ?|\bHTTPS?Connection\([^)]*\):? ?")
+_STATUS_WORDS = {
+    400: "Bad Request",
+    404: "Not Found",
+    413: "Content Too Large",
+    429: "Too Many Requests",
+    500: "Internal Server Error",
+    502: "Bad Gateway",
+    503: "Service Unavailable",
+    504: "Gateway Timeout",
+}
+
+
+def is_rejected(error: Exception) -> bool:
+    """Whether MLflow will never take what it was given."""
+    if isinstance(error, FileNotFoundError):
+        return True
+    code = getattr(error, "error_code", None)
+    if code == "BAD_REQUEST" and not hasattr(error, "json"):
+        return False  # not MLflow's own words, but those of a proxy before it
+    return code in _REJECTIONS
+
+
+def problem(error: Exception) -> str:
+    """What MLflow does instead of taking something, to follow its name in a sentence."""
+    status = _status(str(error))
+    if status in (401, 403):
+        return (
+            f"refuses the credentials (HTTP {status}): set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+    return f"does not answer: {reason(error)}"
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in a line without credentials."""
+    text = " ".join(str(error).split())
+    status = _status(text)
+    if cause := _CAUSE.search(text):
+        text = _OBJECT.sub("", cause[1])  # before it is only the address
+    told = f"{type(error).__name__}: {_shortened(without_credentials(text))}"
+    if status is None:
+        return told
+    words = _STATUS_WORDS.get(status)
+    return f"HTTP {status} {words}, {told}" if words else f"HTTP {status}, {told}"
+
+
+def _status(text: str) -> int | None:
+    """The HTTP status of an answer that MLflow's client gave up on."""
+    found = _STATUS.search(text)
+    return None if found is None else int(found[1] or found[2])
+
+
+def _shortened(text: str) -> str:
+    """At most so many characters, ending with a whole word."""
+    if len(text) <= _LENGTH:
+        return text
+    return f"{text[:_LENGTH].rpartition(' ')[0] or text[:_LENGTH]} ..."

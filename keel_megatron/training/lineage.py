@@ -1,0 +1,135 @@
+"""Where a start comes from: which run it is, what changed, and where its learning rate goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from keel_megatron.checkpoint.find import Found
+from keel_megatron.checkpoint.folder import step_of
+from keel_megatron.checkpoint.manifest import CONFIG
+from keel_megatron.checkpoint.plain import from_json
+from keel_megatron.config.load import flatten, load_config
+from keel_megatron.config.run import RunConfig
+from keel_megatron.tracking.changes import Change, differences
+from keel_megatron.tracking.run_file import RunFile, take_run_file
+from keel_megatron.tracking.target import remember_run_id, remembered_run_id
+from keel_megatron.tracking.tracker import Tracker
+from keel_megatron.training.loop import MLFLOW_RUN_ID
+from keel_megatron.training.schedule import learning_rate
+
+RUN, CHANGES = "run", "changes"
+"""Names of the run's identity and of its changed settings among a checkpoint's extras."""
+_JUMP = 2.0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A part of the run that every checkpoint keeps as it was at the start (loop.Stateful)."""
+
+    value: Any
+
+    def state(self) -> Any:
+        """The value."""
+        return self.value
+
+    def restore(self, state: Any) -> None:
+        """Nothing: a rollback within this start does not change it."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What a start is, as far as it follows from the run's folder and the checkpoint."""
+
+    run: RunFile
+    changes: list[Change] = field(default_factory=list)
+    """All on the way to where the run stands, this start's last."""
+    lines: list[str] = field(default_factory=list)
+    """What the user should know."""
+    resumes: bool = False
+
+    def parts(self) -> dict[str, Kept]:
+        """What checkpoints keep of it."""
+        kept = [change.to_json() for change in self.changes]
+        return {RUN: Kept(self.run.to_json()), CHANGES: Kept(kept)}
+
+    def report(self, tracker: Tracker) -> None:
+        """Show it, keep it in log.txt, and let MLflow have it."""
+        for line in self.lines:
+            tracker.say(line)
+        if self.run.origin is not None:
+            tracker.tags(self.run.origin.tags())
+        if self.resumes:
+            tracker.changes(self.changes)
+
+
+def accept(config: RunConfig, found: Found) -> Lineage:
+    """Take the run's folder for a start that is certain to train; on rank 0.
+
+    Args:
+        config: the run.
+        found: the checkpoint that it resumes from, if there is one.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = config.training.folder
+    if found.path is None:
+        run, lines = take_run_file(folder)
+        return Lineage(run, [], lines)
+    step = step_of(found.path)
+    extras = from_json(found.state["extras"])
+    run, lines = take_run_file(folder, step, extras.get(RUN))
+    _take_mlflow_run(config, run, extras)
+    saved = load_config(found.path / CONFIG)
+    new = list(differences(step, flatten(saved), flatten(config)))
+    changes = [*_changes_in(extras), *new]
+    lines += [f"since the checkpoint of step {step}: {change}" for change in new]
+    if not new:
+        lines.append(f"the settings are those of the checkpoint of step {step}")
+    return Lineage(run, changes, [*lines, *learning_rate_lines(saved, config, step)], resumes=True)
+
+
+def learning_rate_lines(saved: RunConfig, config: RunConfig, step: int) -> list[str]:
+    """The learning rate before and after a resume, and a warning if it jumps.
+
+    Args:
+        saved: the configuration of the checkpoint.
+        config: the one in force now.
+        step: the checkpoint's.
+    """
+    if step >= config.training.steps:
+        return []
+    planned, now = _rate(saved, step + 1), _rate(config, step + 1)
+    before = f"{_rate(saved, step):.4g} at step {step}" if step else "no step yet"
+    lines = [f"learning rate: {before}, {now:.4g} at step {step + 1}"]
+    if max(planned, now) > _JUMP * min(planned, now):
+        lines.append(
+            f"warning: the learning rate jumps: step {step + 1} is taken with {now:.4g}, and was "
+            f"to be taken with {planned:.4g}. training.steps, optimizer.learning_rate and "
+            "schedule.* set the whole curve anew, not from this step on. To go on at the "
+            f"checkpoint's rate: optimizer.learning_rate={planned:.4g} schedule.decay=constant "
+            "schedule.warmup_steps=0; to follow its curve, give these settings as they were"
+        )
+    return lines
+
+
+def _rate(config: RunConfig, step: int) -> float:
+    return learning_rate(step, config.training.steps, config.optimizer, config.schedule)
+
+
+def _changes_in(extras: Mapping[str, Any]) -> list[Change]:
+    """The changes that a checkpoint keeps; none in those of earlier versions."""
+    with suppress(KeyError, TypeError):
+        return [Change.from_json(change) for change in extras.get(CHANGES) or []]
+    return []
+
+
+def _take_mlflow_run(config: RunConfig, run: RunFile, extras: Mapping[str, Any]) -> None:
+    """Keep the MLflow run that the checkpoint names, if it is this run's."""
+    run_id, saved = extras.get(MLFLOW_RUN_ID), RunFile.from_json(extras.get(RUN))
+    is_own = run.origin is None if saved is None else saved.id == run.id
+    if is_own and run_id is not None and remembered_run_id(config.training.folder) is None:
+        remember_run_id(config.training.folder, run_id)
