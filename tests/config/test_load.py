@@ -7,12 +7,12 @@ from pathlib import Path
 import hypothesis
 import pytest
 from hypothesis import strategies as st
+from keel_megatron.model.residual import sub_layer
 
 import yaml
 from keel_megatron.config import ConfigError, RunConfig, dump_config, load_config, parse_config
 from keel_megatron.config.parallel import ParallelConfig
 from keel_megatron.config.yaml_text import read_yaml
-from keel_megatron.model.residual import sub_layer
 from tests.settings import settings, small_config
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from keel_megatron.partition.costs import Cost, model_costs
+from keel_megatron.partition.costs import model_costs
+from keel_megatron.partition.work import Cost
 from tests.distributed import run_ranks
 from tests.settings import settings, small_config
 

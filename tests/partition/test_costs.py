@@ -7,16 +7,11 @@ from typing import Any
 import pytest
 
 from keel_megatron.partition import launches
-from keel_megatron.partition.costs import (
-    Cost,
-    Costs,
-    Times,
-    UnitTimes,
-    model_costs,
-    predicted_times,
-)
+from keel_megatron.partition.costs import model_costs
 from keel_megatron.partition.devices import DEVICES, device_named
 from keel_megatron.partition.flops import parameter_count, training_flops_per_token
+from keel_megatron.partition.times import Times, UnitTimes, predicted_times
+from keel_megatron.partition.work import Cost, Costs
 from tests.settings import small_config
 
 TOKENS = 2 * 32

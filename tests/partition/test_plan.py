@@ -11,12 +11,12 @@ import pytest
 from keel_megatron.config import load_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.partition.advice import smallest_change
-from keel_megatron.partition.costs import Times, UnitTimes
 from keel_megatron.partition.devices import Device, device_named
 from keel_megatron.partition.flops import training_flops_per_token
 from keel_megatron.partition.plan import Measured, Plan, make_plan
 from keel_megatron.partition.report import describe, duration, seconds, si
 from keel_megatron.partition.simulate import MemoryTrace, Timeline
+from keel_megatron.partition.times import Times, UnitTimes
 from keel_megatron.partition.traffic import gradient_seconds, link_seconds, message_bytes
 from tests.settings import small_config
 
