@@ -143,7 +143,7 @@ def _moved(shape: Shape, rows: Rows, kernel: Kernel, execution: Execution) -> tu
     joins = [_join_moved(shape, one, fused) for one in _joins(rows)]
     forward, backward = (sum(way) for way in zip(*joins, strict=True))
     if execution.compiled:
-        # Rotary in one pass each, contiguous; the sums of the norm weights' gradients read their operands once more.
+        # Rotary in one pass each; the norm weights' gradients read their operands once more.
         forward += 2 * c * (a + g)
         backward += 2 * c * (a + 2 * g) + 2 * 3 * STREAM_BYTES * shape.h
     if any(row.qkv_norm for row in rows[:2]):  # to fp32, normalised, back

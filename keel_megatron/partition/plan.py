@@ -84,7 +84,7 @@ class Plan:
         if self.measured:
             return "pieces measured here"
         if self.device.name == "cpu":
-            return "predicted, not measured here (--measure does that)"
+            return "predicted, not measured; --measure times the pieces here"
         return "predicted, not measured on a GPU"
 
     @property

@@ -135,11 +135,11 @@ def _prediction(plan: Plan) -> list[str]:
     tokens = plan.tokens_per_step * plan.config.training.steps
     low, high = plan.spread.low, plan.spread.high
     lines = [
-        f"Step: {seconds(plan.step_seconds)}, between {seconds(plan.step_range[0])} and "
-        f"{seconds(plan.step_range[1])} ({plan.basis}): passes {seconds(plan.timeline.seconds)} with a "
+        f"Step: {seconds(plan.step_seconds)}: passes {seconds(plan.timeline.seconds)} with a "
         f"bubble of {plan.bubble:.1%}, gradients and update {seconds(plan.closing_seconds)}.",
+        f"Between {' and '.join(map(seconds, plan.step_range))}: {plan.basis}.",
         f"Speed: {si(plan.tokens_per_second)} tokens/s, {plan.mfu:.1%} MFU of "
-        f"{plan.device.tflops:g} TFLOP/s (between {plan.mfu / high:.0%} and {plan.mfu / low:.0%}).",
+        f"{plan.device.tflops:g} TFLOP/s ({plan.mfu / high:.0%} to {plan.mfu / low:.0%}).",
         f"Run: {count(plan.config.training.steps, 'step')}, {si(tokens)} tokens: "
         f"{duration(plan.config.training.steps * plan.step_seconds)}.",
     ]

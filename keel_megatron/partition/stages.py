@@ -14,7 +14,7 @@ from keel_megatron.partition.flops import vector_parameters
 from keel_megatron.partition.layout import Chunk, Layout, from_counts
 from keel_megatron.partition.memory import GB, MemoryModel, StageMemory
 from keel_megatron.partition.times import UnitTimes, predicted_times
-from keel_megatron.partition.work import Costs
+from keel_megatron.partition.work import Costs, Kernel
 
 if TYPE_CHECKING:  # a plan starts without torch
     from keel_megatron.runtime.distributed import Runtime

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from keel_megatron.partition import launches
+from keel_megatron.partition.block import typical_rows
 from keel_megatron.partition.costs import model_costs
 from keel_megatron.partition.devices import DEVICES, device_named
 from keel_megatron.partition.flops import parameter_count, training_flops_per_token
@@ -109,7 +110,10 @@ def test_a_head_in_pieces_multiplies_once_more_and_keeps_no_logits() -> None:
 def test_a_roofline_is_bound_by_launches_memory_or_products() -> None:
     costs = costs_of(**PAPER)
     slow_host = device_named("h200", kernel_launch_us=1000.0)
-    launching = [1e-3 * count for count in launches.total(launches.BLOCK)]
+    launching = [
+        1e-3 * count
+        for count in launches.total(launches.block(typical_rows(small_config(**PAPER).model)))
+    ]
     found = predicted_times(costs, slow_host).block
     assert [found.forward, found.backward] == pytest.approx(launching)
     free = {"kernel_launch_us": 0.0}
