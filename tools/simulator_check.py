@@ -30,9 +30,9 @@ sys.path.insert(0, str(ROOT))
 
 from keel_megatron.config.load import parse_config  # noqa: E402
 from keel_megatron.config.run import RunConfig  # noqa: E402
-from keel_megatron.partition.costs import Times, UnitTimes  # noqa: E402
 from keel_megatron.partition.devices import device_named  # noqa: E402
 from keel_megatron.partition.plan import Measured, make_plan  # noqa: E402
+from keel_megatron.partition.times import Times, UnitTimes  # noqa: E402
 
 PROCESSES = 2
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from urllib.parse import unquote
 
+from keel_megatron.architecture.residual import RULES
 from keel_megatron.config.kernel_checks import KERNEL_CHECKS
 from keel_megatron.config.run import RunConfig
 
@@ -75,16 +76,17 @@ def _alpha(config: RunConfig) -> Iterator[tuple[str, str]]:
         return
     if model.alpha <= 0:
         yield "model.alpha", f"{model.alpha} must be auto or a positive number"
-    elif model.residual in ("pre_ln", "post_ln", "hybrid_norm", "mix_ln"):
+    elif RULES[model.residual].alpha_exponent is None:
         yield "model.alpha", f"{model.alpha} has no place in {model.residual}; leave it at auto"
 
 
 def _first_block(config: RunConfig) -> Iterator[tuple[str, str]]:
     model = config.model
-    if model.first_block != "v2" and model.residual != "keel":
+    if model.first_block != "v2" and not RULES[model.residual].has_first_block:
+        having = ", ".join(name for name, rule in RULES.items() if rule.has_first_block)
         yield (
             "model.first_block",
-            f"{model.first_block} has no place in {model.residual}; keel only",
+            f"{model.first_block} has no place in {model.residual}; {having} only",
         )
 
 

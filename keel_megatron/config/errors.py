@@ -5,20 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from keel_megatron.errors import UserError
 
-class UserError(Exception):
-    """A mistake in input or surroundings: the command prints the message alone and exits with 2.
-
-    The message names the setting (or file) and says what would be right.
-
-    Args:
-        message: what is said to the user.
-        reported: another rank of the run says it; this one only ends.
-    """
-
-    def __init__(self, message: str, *, reported: bool = False) -> None:
-        super().__init__(message)
-        self.reported = reported
+__all__ = ["ConfigError", "Problem", "UserError"]
 
 
 class DivergedError(UserError):

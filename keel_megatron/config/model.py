@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
+from keel_megatron.architecture.residual import RULES
 from keel_megatron.config.base import Section
+
+
+def _known_rule(name: Any) -> Any:
+    """A rule of the table, which is looked at when a configuration is read."""
+    if not isinstance(name, str) or name not in RULES:
+        raise PydanticCustomError(
+            "unknown_rule", "must be one of {rules}", {"rules": ", ".join(RULES)}
+        )
+    return name
+
+
+def _rules_schema(schema: dict[str, Any]) -> None:
+    schema["enum"] = list(RULES)
 
 
 class ModelConfig(Section):
@@ -23,17 +38,10 @@ class ModelConfig(Section):
         gt=0,
         description="Key/value heads (grouped-query attention); null = num_attention_heads.",
     )
-    residual: Literal[
-        "keel",
-        "pre_ln",
-        "post_ln",
-        "deepnorm",
-        "hybrid_norm",
-        "mix_ln",
-        "scaled_post_ln",
-        "scaled_post_ln_beta",
-    ] = Field(
-        default="keel", description="How a branch joins the residual stream (model/residual.py)."
+    residual: Annotated[str, BeforeValidator(_known_rule)] = Field(
+        default="keel",
+        description="How a branch joins the residual stream (architecture/residual.py).",
+        json_schema_extra=_rules_schema,
     )
     first_block: Literal["v2", "v1"] = Field(
         default="v2",

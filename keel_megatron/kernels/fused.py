@@ -8,8 +8,8 @@ Source of the backward formulas: y = n g, n = u r, r = (mean(u^2) + eps)^-1/2 gi
 
     dg = sum over rows of dy n,   du = r (dy g - n mean(dy g n)).
 
-Saved for the backward pass, besides the gains: x', if an inner norm needs it; the sum u, h elements
-of x's type a row (x' itself where no outer norm is); one statistic r a row and norm. The
+Saved for the backward pass, besides the gains, are each norm's input, h elements of x's type a row
+(the sum u for the outer norm, x' for the inner one), and its statistic r, one a row. The
 backward pass needs no normalised values: it is written in terms of u.
 """
 
@@ -46,8 +46,9 @@ class ScaledAddNorm(torch.autograd.Function):
         if inner_gain is not None:
             inner_rstd = _rstd(x_new, eps)
             z = (x_new * inner_rstd).mul_(inner_gain).to(z_dtype)
-        kept = None if inner_gain is None else x_new
-        ctx.save_for_backward(u, kept, outer_gain, inner_gain, outer_rstd, inner_rstd)
+        # A norm keeps its input; without one the sum itself is not needed again.
+        kept = (None if gain is None else of for gain, of in ((outer_gain, u), (inner_gain, x_new)))
+        ctx.save_for_backward(*kept, outer_gain, inner_gain, outer_rstd, inner_rstd)
         ctx.alpha, ctx.f_dtype = alpha, f.dtype
         return x_new, z
 
@@ -58,7 +59,7 @@ class ScaledAddNorm(torch.autograd.Function):
         u, x_new, outer_gain, inner_gain, outer_rstd, inner_rstd = ctx.saved_tensors
         d, d_outer, d_inner = dx_new, None, None
         if dz is not None and inner_gain is not None:
-            d, d_inner = _norm_backward(dz.to(u.dtype), x_new, inner_gain, inner_rstd, dx_new)
+            d, d_inner = _norm_backward(dz.to(x_new.dtype), x_new, inner_gain, inner_rstd, dx_new)
         if outer_gain is not None:
             d, d_outer = _norm_backward(d, u, outer_gain, outer_rstd)
         dx = d if ctx.alpha == 1.0 else d * ctx.alpha

@@ -16,24 +16,26 @@ import shutil
 import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from keel_megatron.architecture.residual import Inner, Reader, SubLayer
 from keel_megatron.config.errors import UserError
 from keel_megatron.kernels import reference, triton_is_installed
 from keel_megatron.model.attention import causal_attention
+from keel_megatron.model.join import COLUMNS, join
 from keel_megatron.model.layer import KeelLayer
-from keel_megatron.model.norm import BranchVector, HeadNorm, RMSNorm
 from keel_megatron.model.rotary import apply_rotary
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 KINDS = 32
 """Structures of blocks, with and without gradients, that are compiled at most."""
 
-Inner = Literal["norm", "vector", "cast"]
+COMPILED = Reader("kernels.compile", (*COLUMNS, "qkv_norm"))
+
 Gains = tuple[Tensor, Tensor, Tensor]
 
 
@@ -43,10 +45,8 @@ class Structure:
 
     groups: int
     epsilon: float
-    attention_alpha: float
-    mlp_alpha: float
-    inner: Inner
-    """In front of the FFN."""
+    attention: SubLayer
+    mlp: SubLayer
     following: Inner | None
     """In front of the next block's attention; None = not known here."""
 
@@ -80,15 +80,32 @@ def block(
     mixed = functional.linear(z, qkv)
     context = causal_attention(*_query_key_value(mixed, table, structure, heads))
     branch = functional.linear(context, proj)
-    x = _join(x, branch, structure.attention_alpha, outer[0], structure.epsilon)
-    gate, up = functional.linear(
-        _inner(x, structure.inner, inner[0], structure.epsilon, z.dtype), fc1
-    ).chunk(2, dim=-1)
+    x, z = _join(structure, structure.attention, x, branch, outer[0], structure.mlp.inner, inner[0])
+    gate, up = functional.linear(z, fc1).chunk(2, dim=-1)
     branch = functional.linear(functional.silu(gate) * up, fc2)
-    x = _join(x, branch, structure.mlp_alpha, outer[1], structure.epsilon)
-    if structure.following is None:
-        return x, None
-    return x, _inner(x, structure.following, inner[1], structure.epsilon, z.dtype)
+    return _join(structure, structure.mlp, x, branch, outer[1], structure.following, inner[1])
+
+
+def _join(
+    structure: Structure,
+    rule: SubLayer,
+    x: Tensor,
+    branch: Tensor,
+    outer: Tensor | None,
+    inner: Inner | None,
+    weight: Tensor | None,
+) -> tuple[Tensor, Any]:
+    """`model.join` with the operation's definition, which torch compiles."""
+    return join(
+        reference.scaled_add_norm,
+        rule,
+        x,
+        branch,
+        outer,
+        None if inner is None else (inner, weight),
+        structure.epsilon,
+        branch.dtype,
+    )
 
 
 def _query_key_value(
@@ -107,22 +124,6 @@ def _query_key_value(
             for one, gain in zip((query, key, value), gains, strict=True)
         )
     return apply_rotary(query, table), apply_rotary(key, table), value
-
-
-def _join(x: Tensor, branch: Tensor, alpha: float, gain: Tensor | None, epsilon: float) -> Tensor:
-    """N_out(alpha x + F)."""
-    return reference.scaled_add_norm(x, branch, alpha, gain, None, epsilon, x.dtype)[0]
-
-
-def _inner(
-    x: Tensor, kind: Inner, weight: Tensor | None, epsilon: float, dtype: torch.dtype
-) -> Tensor:
-    """What stands in front of a branch."""
-    if kind == "cast" or weight is None:
-        return x.to(dtype)
-    if kind == "vector":
-        return (weight * x).to(dtype)
-    return reference.rms_norm(x, weight, epsilon, dtype)
 
 
 @dataclass
@@ -177,15 +178,18 @@ class CompiledBlock:
 
     def __init__(self, layer: KeelLayer, compiler: Compiler) -> None:
         attention, mlp = layer.self_attention, layer.mlp
-        following = layer.following[0].input_layernorm if layer.following else None
+        first = 2 * (layer.layer_number - 1)
+        rules = [COMPILED.sub_layer(first + l, layer.model) for l in range(2)]
+        following = None
+        if layer.following:
+            following = COMPILED.sub_layer(first + 2, layer.model).inner
         self._compiler = compiler
         self._structure = Structure(
             groups=attention.num_query_groups_per_partition,
             epsilon=layer.config.layernorm_epsilon,
-            attention_alpha=layer.attention_rule.alpha,
-            mlp_alpha=layer.mlp_rule.alpha,
-            inner=_kind(layer.pre_mlp_layernorm),
-            following=None if following is None else _kind(following),
+            attention=rules[0],
+            mlp=rules[1],
+            following=following,
         )
         self._products = tuple(
             one.weight
@@ -198,9 +202,10 @@ class CompiledBlock:
         )
         norms = (layer.attention_outer_norm, layer.mlp_outer_norm)
         self._outer = tuple(map(_weight, norms))
-        self._inner = tuple(map(_weight, (layer.pre_mlp_layernorm, following)))
+        after = layer.following[0].input_layernorm if layer.following else None
+        self._inner = (_weight(layer.pre_mlp_layernorm), _weight(after))
         heads = (attention.q_layernorm, attention.k_layernorm, attention.v_layernorm)
-        self._heads = tuple(map(_weight, heads)) if isinstance(heads[0], HeadNorm) else None
+        self._heads = tuple(map(_weight, heads)) if rules[0].qkv_norm else None
 
     def __call__(self, x: Tensor, z: Tensor, table: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `model.layer.Compiled`."""
@@ -214,12 +219,6 @@ class CompiledBlock:
             self._inner,
             self._heads,
         )
-
-
-def _kind(module: nn.Module) -> Inner:
-    if isinstance(module, RMSNorm):
-        return "norm"
-    return "vector" if isinstance(module, BranchVector) else "cast"
 
 
 def _weight(module: nn.Module | None) -> Tensor | None:

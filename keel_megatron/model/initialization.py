@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from keel_megatron.architecture.residual import branch_init_scale
 from keel_megatron.config.model import ModelConfig
-from keel_megatron.model.residual import branch_init_scale
 from keel_megatron.runtime.seeds import derive_seed
 
 
@@ -66,7 +66,7 @@ def initialize(
 
 
 def _scale_branch(whole: Tensor, name: str, model: ModelConfig) -> None:
-    """Scale value, output and FFN weights as the residual rule wants (model/residual.py)."""
+    """Scale value, output and FFN weights as the residual rule wants (architecture/residual.py)."""
     scale = branch_init_scale(model)
     if scale == 1.0 or ".layers." not in name:
         return

@@ -186,6 +186,7 @@ def build_model(
     interleaved = layout.virtual_pipeline > 1
     chunks: list[nn.Module] = []
     for number, part in enumerate(layout.stage(runtime.pipeline_rank)):
+        blocks = range(part.first_block, part.first_block + part.blocks)
         chunk = LanguageModel(
             transformer_config(
                 config,
@@ -196,7 +197,7 @@ def build_model(
                 gradient_fusion=backend.gradient_fusion and dtype == torch.bfloat16,
             ),
             config,
-            transformer_layer_spec=chunk_spec(config, backend.modules, part.blocks),
+            transformer_layer_spec=chunk_spec(config, backend.modules, blocks),
             pre_process=part.embedding,
             post_process=part.head,
             vp_stage=number if interleaved else None,

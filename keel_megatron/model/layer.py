@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -16,14 +16,18 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor, nn
 from torch.nn import functional
 
+from keel_megatron.architecture.residual import Reader, SubLayer
 from keel_megatron.config.model import ModelConfig
 from keel_megatron.kernels import scaled_add_norm
-from keel_megatron.model.norm import RMSNorm
-from keel_megatron.model.residual import SubLayer, sub_layer
+from keel_megatron.model.join import COLUMNS, join, weight_of
+
+BLOCKS = Reader("a block of the model", (*COLUMNS, "qkv_norm"))
 
 Observer = Callable[[int, Tensor, Tensor, float, Tensor], None]
 """Is told (l, x, F, alpha, x') of every sub-layer's sum: its global number from 0, the stream
-before it, its branch's output, the scale of the skip path and the stream after it."""
+before it, its branch's output as it is added, the scale of the skip path and the stream after."""
+
+SubLayerName = Literal["attention", "mlp"]
 
 Compiled = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """(stream, attention input, rotary table) to what `KeelLayer.forward` returns."""
@@ -68,8 +72,9 @@ class KeelLayer(TransformerLayer):
     ) -> None:
         super().__init__(config, submodules, layer_number, **kwargs)
         block = self.layer_number - 1
-        self.attention_rule = sub_layer(2 * block, model)
-        self.mlp_rule = sub_layer(2 * block + 1, model)
+        self.model = model
+        self.attention_rule = BLOCKS.sub_layer(2 * block, model)
+        self.mlp_rule = BLOCKS.sub_layer(2 * block + 1, model)
         instead = {"vector": submodules.inner_vector, "none": submodules.no_inner}
         if self.attention_rule.inner != "norm":
             self.input_layernorm = self._build(instead[self.attention_rule.inner])
@@ -119,51 +124,70 @@ class KeelLayer(TransformerLayer):
         if self.compiled is not None and self.training and self.observer is None:
             return self.compiled(x, z, rotary_pos_emb)
         branch, _bias = self.self_attention(z, attention_mask, rotary_pos_emb=rotary_pos_emb)
-        x, z = self.join(
-            l, x, branch, self.attention_rule, self.attention_outer_norm, self.pre_mlp_layernorm
+        x, z = self._join(
+            l, x, branch, self.attention_rule, self.attention_outer_norm, (self, "mlp")
         )
         branch, _bias = self.mlp(z)
-        following = self.following[0].input_layernorm if self.following else None
-        return self.join(l + 1, x, branch, self.mlp_rule, self.mlp_outer_norm, following)
+        after = self.following[0] if self.following else None
+        return self._join(
+            l + 1,
+            x,
+            branch,
+            self.mlp_rule,
+            self.mlp_outer_norm,
+            None if after is None else (after, "attention"),
+        )
 
-    def join(
+    def inner(self, which: SubLayerName) -> tuple[SubLayer, nn.Module]:
+        """The columns of a sub-layer of this block, and the module in front of its branch."""
+        if which == "attention":
+            return self.attention_rule, self.input_layernorm
+        return self.mlp_rule, self.pre_mlp_layernorm
+
+    def _join(
         self,
         l: int,
         x: Tensor,
         branch: Tensor,
         rule: SubLayer,
         outer_norm: nn.Module | None,
-        following: nn.Module | None,
+        following: tuple[KeelLayer, SubLayerName] | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The stream after a sub-layer, N_out(alpha x + F), and the following branch's input.
+        """The stream after sub-layer l (global, from 0), and the following branch's input.
 
         Where the following branch has an inner norm, that is one kernel (kernels/__init__.py).
 
         Args:
-            l: the sub-layer's global number, from 0.
+            l: the sub-layer's global number.
             x: the stream before it.
             branch: F, in the compute type.
-            rule: the sub-layer's rule.
+            rule: the sub-layer's columns.
             outer_norm: N_out, or None.
-            following: what stands before the following branch, or None if it is not known here.
+            following: the block and sub-layer that the stream enters next; None = not known here.
         """
         if self.hidden_dropout and self.training:
             branch = functional.dropout(branch, self.hidden_dropout)
-        inner_norm = following if isinstance(following, RMSNorm) else None
-        x_new, z = scaled_add_norm(
+        front = None
+        if following is not None:
+            next_rule, module = following[0].inner(following[1])
+            front = (next_rule.inner, weight_of(module))
+        observer = None if self.observer is None else self._observed(l, rule)
+        return join(
+            scaled_add_norm,
+            rule,
             x,
             branch,
-            rule.alpha,
-            None if outer_norm is None else outer_norm.gain,  # type: ignore[arg-type]
-            None if inner_norm is None else inner_norm.gain,
+            weight_of(outer_norm),
+            front,
             self.config.layernorm_epsilon,
             self.config.params_dtype,
+            observer,
         )
-        if self.observer is not None:
-            self.observer(l, x, branch, rule.alpha, x_new)
-        if following is not None and inner_norm is None:
-            z = following(x_new)
-        return x_new, z
+
+    def _observed(self, l: int, rule: SubLayer) -> Callable[[Tensor, Tensor, Tensor], None]:
+        observer = self.observer
+        assert observer is not None
+        return lambda x, branch, x_new: observer(l, x, branch, rule.alpha, x_new)
 
 
 def link(layers: nn.ModuleList) -> None:

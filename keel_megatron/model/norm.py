@@ -9,6 +9,7 @@ from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from keel_megatron.kernels import rms_norm
+from keel_megatron.model.join import branch_input
 
 
 def stream_dtype(compute_dtype: torch.dtype) -> torch.dtype:
@@ -81,7 +82,7 @@ class BranchVector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Beta * x for x: [..., h] in the stream's type."""
-        return (self.weight * x).to(self.output_dtype)
+        return branch_input("vector", x, self.weight, self.output_dtype)
 
 
 class BranchCast(nn.Module):
@@ -93,4 +94,4 @@ class BranchCast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X: [..., h] in the type of the matrix products."""
-        return x.to(self.output_dtype)
+        return branch_input("none", x, None, self.output_dtype)

@@ -14,11 +14,10 @@ from keel_megatron.config.model import ModelConfig
 from keel_megatron.config.run import RunConfig
 from keel_megatron.model.attention import SdpaAttention, SelfAttention
 from keel_megatron.model.backend import Modules
-from keel_megatron.model.layer import KeelLayer, KeelLayerSubmodules
+from keel_megatron.model.layer import BLOCKS, KeelLayer, KeelLayerSubmodules
 from keel_megatron.model.linear import ColumnParallelLinear, RowParallelLinear
 from keel_megatron.model.mlp import MLP
 from keel_megatron.model.norm import BranchCast, BranchVector, HeadNorm, RMSNorm
-from keel_megatron.model.residual import sub_layer
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,9 @@ def transformer_engine() -> Family:
     )
 
 
-def layer_spec(model: ModelConfig, family: Family) -> ModuleSpec:
-    """A block under the configured residual rule, made of a family's modules."""
-    head_norm = HeadNorm if sub_layer(0, model).qkv_norm else None
+def layer_spec(model: ModelConfig, family: Family, block: int) -> ModuleSpec:
+    """Block number `block` (from 0) under the residual rule, made of a family's modules."""
+    head_norm = HeadNorm if BLOCKS.sub_layer(2 * block, model).qkv_norm else None
     return ModuleSpec(
         module=KeelLayer,
         params={"model": model},
@@ -81,11 +80,11 @@ def layer_spec(model: ModelConfig, family: Family) -> ModuleSpec:
     )
 
 
-def chunk_spec(config: RunConfig, modules: Modules, blocks: int) -> TransformerBlockSubmodules:
-    """The spec of a chunk of `blocks` blocks, with what precedes the head after its last one."""
+def chunk_spec(config: RunConfig, modules: Modules, blocks: range) -> TransformerBlockSubmodules:
+    """The spec of a chunk of blocks (global numbers), and of what precedes the head after them."""
     model = config.model
     family = transformer_engine() if modules == "transformer_engine" else LOCAL
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(model, family)] * blocks,
+        layer_specs=[layer_spec(model, family, block) for block in blocks],
         layer_norm=RMSNorm if model.final_norm else BranchCast,
     )

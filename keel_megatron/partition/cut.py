@@ -17,7 +17,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from keel_megatron.partition.costs import UnitTimes
+from keel_megatron.partition.times import UnitTimes
 
 Recompute = Callable[[int, Sequence[int]], tuple[int, ...] | None]
 """(stage, blocks of its chunks) -> recomputed blocks of its chunks, or None: it does not fit."""

@@ -35,20 +35,37 @@ class Device:
     devices_per_node: int
     matmul_fraction: float
     """Share of the peak that large matrix products reach."""
+    attention_fraction: float
+    """Share of the peak that causal attention reaches at head size 64: torch's."""
+    cudnn_fraction: float
+    """The same of Transformer Engine's."""
+    fp8_fraction: float
+    """Share of fp8's peak, twice bf16's, that its products reach."""
     bandwidth_fraction: float
     """Share of the memory bandwidth that element-wise kernels reach."""
+    strided_fraction: float
+    """The same of the rotary embedding's, whose accesses are strided and not vectorised."""
+    kernel_gap_us: float
+    """Idle time behind every kernel."""
     kernel_launch_us: float
-    """Time for which the host is busy with one kernel: work cannot be shorter than that."""
+    """Time for which the host is busy with one kernel, Python and autograd included: work cannot be
+    shorter than that."""
 
+
+_GPU_HOPPER = (0.65, 0.35, 0.5, 0.5, 0.85, 0.31, 1.2, 20.0)
+_GPU_AMPERE = (0.75, 0.5, 0.5, 0.5, 0.85, 0.31, 1.2, 20.0)
+_CPU = (0.8, 0.8, 0.8, 0.8, 0.5, 0.5, 0.0, 25.0)
+"""Fractions (products, attention, cuDNN's, fp8's, bandwidth, strided), a kernel's gap and
+its launch."""
 
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        Device("h200", 989.0, 141.0, 4.0, 4800.0, 450.0, 8.0, 50.0, 20.0, 8, 0.65, 0.85, 6.0),
-        Device("h100", 989.0, 80.0, 4.0, 3350.0, 450.0, 8.0, 50.0, 20.0, 8, 0.65, 0.85, 6.0),
-        Device("a100", 312.0, 80.0, 4.0, 2039.0, 300.0, 8.0, 25.0, 20.0, 8, 0.75, 0.85, 6.0),
-        Device("b200", 2250.0, 180.0, 4.0, 8000.0, 900.0, 8.0, 50.0, 20.0, 8, 0.65, 0.85, 6.0),
-        Device("cpu", 0.12, None, 0.0, 40.0, 1.0, 100.0, 1.0, 200.0, 64, 0.8, 0.5, 25.0),
+        Device("h200", 989.0, 141.0, 4.0, 4800.0, 450.0, 8.0, 50.0, 20.0, 8, *_GPU_HOPPER),
+        Device("h100", 989.0, 80.0, 4.0, 3350.0, 450.0, 8.0, 50.0, 20.0, 8, *_GPU_HOPPER),
+        Device("a100", 312.0, 80.0, 4.0, 2039.0, 300.0, 8.0, 25.0, 20.0, 8, *_GPU_AMPERE),
+        Device("b200", 2250.0, 180.0, 4.0, 8000.0, 900.0, 8.0, 50.0, 20.0, 8, *_GPU_HOPPER),
+        Device("cpu", 0.12, None, 0.0, 40.0, 1.0, 100.0, 1.0, 200.0, 64, *_CPU),
     )
 }
 """By name.
@@ -56,8 +73,9 @@ DEVICES: dict[str, Device] = {
 Peaks, memory, memory bandwidth and NVLink (half of the two-way figure) are from NVIDIA's data
 sheets of the H200 SXM, H100 SXM, A100 80GB SXM and B200 (HGX), the dense figures without sparsity;
 inter-node links are one 400 Gb/s port a GPU (200 Gb/s beside an A100). The fractions, latencies,
-reserved memory and launch times are rules of thumb for eager PyTorch, not measurements. `cpu` is
-for plausibility, one core with gloo over loopback: measured times take its place.
+reserved memory, gaps and launch times are rules of thumb for eager PyTorch, not measurements: none
+was measured on a GPU. `cpu` is for plausibility, one core with gloo over loopback: measured times
+take its place.
 """
 
 

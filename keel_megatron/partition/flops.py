@@ -7,7 +7,14 @@ softmax are left out, as is recomputation.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from keel_megatron.architecture.residual import Reader, SubLayer
 from keel_megatron.config.model import ModelConfig
+
+COUNTS = Reader(
+    "the count of parameters", ("alpha", "branch_factor", "inner", "outer_norm", "qkv_norm")
+)
 
 
 def block_forward_flops(model: ModelConfig, seq_length: int) -> float:
@@ -36,28 +43,23 @@ def training_flops_per_token(model: ModelConfig, seq_length: int, vocab_size: in
 
 
 def parameter_count(model: ModelConfig, vocab_size: int) -> int:
-    """Weights and gains of the whole model."""
+    """Weights of the whole model, those of norms included."""
     h, d = model.hidden_size, model.head_dim
     attention = h * d * (2 * model.num_attention_heads + 2 * model.query_groups)
     matrices = attention + 3 * h * model.ffn_hidden_size
     embeddings = vocab_size * h * (1 if model.tie_embeddings else 2)
-    return model.blocks * matrices + embeddings + _vector_parameters(model)
+    vectors = vector_parameters(model, range(model.blocks))
+    final = h if model.final_norm else 0
+    return model.blocks * matrices + embeddings + vectors + final
 
 
-def block_vector_parameters(model: ModelConfig, block: int) -> int:
-    """Gains and learned vectors that the residual rule gives block number `block`, from 0."""
-    h = model.hidden_size
-    if model.residual == "hybrid_norm":
-        return h + 3 * model.head_dim
-    if model.residual == "keel":
-        if block == 0:
-            return 3 * h if model.first_block == "v2" else 2 * h
-        return 4 * h
-    return (4 if model.residual == "scaled_post_ln_beta" else 2) * h
+def vector_parameters(model: ModelConfig, blocks: Iterable[int]) -> int:
+    """Norm weights and learned vectors that the residual rule gives some blocks, from 0."""
+    rows = (COUNTS.sub_layer(l, model) for block in blocks for l in (2 * block, 2 * block + 1))
+    return sum(row_parameters(row, model) for row in rows)
 
 
-def _vector_parameters(model: ModelConfig) -> int:
-    """Parameters of the norms and learned vectors of the whole model."""
-    final = model.hidden_size if model.final_norm else 0
-    rest = (model.blocks - 1) * block_vector_parameters(model, 1)
-    return final + block_vector_parameters(model, 0) + rest
+def row_parameters(row: SubLayer, model: ModelConfig) -> int:
+    """The same of a sub-layer with these columns."""
+    whole = int(row.inner != "none") + int(row.outer_norm)
+    return whole * model.hidden_size + (3 * model.head_dim if row.qkv_norm else 0)

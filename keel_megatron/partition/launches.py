@@ -6,7 +6,10 @@ counts them in a trace.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from keel_megatron.architecture.residual import SubLayer
 
 
 @dataclass(frozen=True)
@@ -19,34 +22,79 @@ class Launches:
     what: str
 
 
-BLOCK: tuple[Launches, ...] = (
-    Launches("products", 4, 8, "qkv, proj, fc1, fc2; going back one each for input and weight"),
-    Launches("rotary", 7, 7, "query and key a product and two halves each; value copied"),
-    Launches(
+Rows = tuple[SubLayer, SubLayer, SubLayer]
+"""A block's attention and FFN, and the attention of the block after it."""
+
+
+def joins(rows: Rows) -> tuple[tuple[SubLayer, SubLayer], ...]:
+    """A block's two joins: (the sub-layer that is joined, the one that comes next)."""
+    return (rows[0], rows[1]), (rows[1], rows[2])
+
+
+def weights(rows: Rows) -> int:
+    """Weights of norms and learned vectors that a block has."""
+    return sum(
+        int(row.inner != "none") + int(row.outer_norm) + 3 * int(row.qkv_norm) for row in rows[:2]
+    )
+
+
+def block(rows: Rows, *, compiled: bool = False, fused: bool = True) -> tuple[Launches, ...]:
+    """A block's kernels.
+
+    Args:
+        rows: the columns of its rule.
+        compiled: as `kernels.compile` should make it.
+        fused: whether scaled add and norms are one kernel, or torch's operators.
+    """
+    return tuple(_parts(rows, compiled, fused or compiled))
+
+
+def _parts(rows: Rows, compiled: bool, fused: bool) -> Iterator[Launches]:
+    yield Launches("products", 4, 8, "qkv, proj, fc1, fc2; backward one each for input and weight")
+    if compiled:
+        yield Launches("rotary", 2, 2, "query and key; backward one tensor, key's part apart")
+    else:
+        yield Launches("rotary", 7, 7, "query and key a product and two halves each; value copied")
+    if any(row.qkv_norm for row in rows[:2]):
+        yield Launches("query, key and value norms", 10, 15, "each cast to fp32, normalised, cast")
+    yield Launches(
         "attention",
         1,
         6,
-        "flash; going back row sums, its kernel, a cast, key and value "
+        "flash; backward row sums, its kernel, a cast, key and value "
         "summed over their group, an emptied buffer",
-    ),
-    Launches("SwiGLU", 1, 1, "Megatron-core's compiled kernel"),
-    Launches("joins", 2, 4, "the fused kernel twice; going back also the gains' partial sums"),
-    Launches(
-        "gradient sums", 0, 8, "DDP adds each of four weights' and four gains' to the fp32 sum"
-    ),
-)
+    )
+    yield Launches("SwiGLU", 1, 1, "fused" if compiled else "Megatron-core's compiled kernel")
+    each = [_join(*one, compiled, fused) for one in joins(rows)]
+    forward, backward = (sum(way) for way in zip(*each, strict=True))
+    yield Launches(
+        "joins",
+        forward,
+        backward,
+        "fused; backward a pass for the stream, one for the norm weights in two steps"
+        if compiled
+        else "the fused kernel twice; backward also the norm weights' partial sums"
+        if fused
+        else "the sum, seven operators a norm, a cast; backward eight a norm, and four",
+    )
+    yield Launches(
+        "gradient sums",
+        0,
+        4 + weights(rows),
+        f"DDP adds each of four matrices' and {weights(rows)} norm weights' to the fp32 sum",
+    )
 
-COMPILED: tuple[Launches, ...] = (
-    Launches("products", 4, 8, "as before"),
-    Launches("rotary", 2, 2, "query and key; going back one tensor, key's part apart"),
-    Launches("attention", 1, 6, "as before"),
-    Launches("SwiGLU", 1, 1, "fused"),
-    Launches(
-        "joins", 2, 8, "fused; going back a pass for the stream, one for the gains in two steps"
-    ),
-    Launches("gradient sums", 0, 8, "as before"),
-)
-"""What `kernels.compile` should make of it."""
+
+def _join(row: SubLayer, following: SubLayer, compiled: bool, fused: bool) -> tuple[int, int]:
+    if compiled:
+        return 1, 4
+    norms = int(row.outer_norm) + int(following.inner == "norm")
+    forward, backward = (1, 2) if fused else (2 + 7 * norms, 4 + 8 * norms)
+    if following.inner != "norm":  # a product with the vector; the cast to the compute type
+        own = 1 + int(following.inner == "vector")
+        forward, backward = forward + own, backward + 1 + own
+    factor = int(row.branch_factor != 1.0)
+    return forward + factor, backward + factor
 
 
 def total(parts: tuple[Launches, ...]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from keel_megatron.config.run import RunConfig
-from keel_megatron.partition.costs import STREAM_BYTES, Cost, Costs
+from keel_megatron.partition.work import STREAM_BYTES, Cost, Costs
 from keel_megatron.partition.zero import Sizes, ZeroMemory, zero_memory
 
 GB = 1e9

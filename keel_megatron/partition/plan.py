@@ -7,14 +7,15 @@ from functools import cached_property
 from typing import Any
 
 from keel_megatron.config.run import RunConfig
-from keel_megatron.partition.costs import UnitTimes
 from keel_megatron.partition.devices import Device
 from keel_megatron.partition.flops import parameter_count, training_flops_per_token
 from keel_megatron.partition.memory import GB
 from keel_megatron.partition.simulate import MemoryTrace, PipelineTimes, Timeline, simulate
 from keel_megatron.partition.stages import Partition, Stage, partition
 from keel_megatron.partition.table import stage_rows
+from keel_megatron.partition.times import Spread, UnitTimes, measured_spread, spread
 from keel_megatron.partition.traffic import closing_seconds, link_seconds
+from keel_megatron.partition.work import Kernel
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,29 @@ class Plan:
     def step_seconds(self) -> float:
         """Of one optimizer step."""
         return self.timeline.seconds + self.closing_seconds
+
+    @cached_property
+    def spread(self) -> Spread:
+        """How far the step may be from `step_seconds`, as factors (times.py)."""
+        if self.measured:
+            return measured_spread()
+        stage = self.partition.slowest
+        pieces = (int(stage.embedding), stage.blocks, int(stage.head))
+        return spread(self.partition.costs, self.device, pieces)
+
+    @property
+    def step_range(self) -> tuple[float, float]:
+        """The shortest and the longest step that are thought possible, in seconds."""
+        return self.step_seconds * self.spread.low, self.step_seconds * self.spread.high
+
+    @property
+    def basis(self) -> str:
+        """What the times rest on."""
+        if self.measured:
+            return "pieces measured here"
+        if self.device.name == "cpu":
+            return "predicted, not measured; --measure times the pieces here"
+        return "predicted, not measured on a GPU"
 
     @property
     def bubble(self) -> float:
@@ -131,6 +155,8 @@ class Plan:
             "balance": self.partition.balance,
             "bubble": self.bubble,
             "step_seconds": self.step_seconds,
+            "step_seconds_range": list(self.step_range),
+            "basis": self.basis,
             "closing_seconds": self.closing_seconds,
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
@@ -142,7 +168,11 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig, gpus: int, device: Device, measured: Measured | None = None
+    config: RunConfig,
+    gpus: int,
+    device: Device,
+    measured: Measured | None = None,
+    kernel: Kernel | None = None,
 ) -> Plan:
     """Plan a valid run.
 
@@ -151,9 +181,11 @@ def make_plan(
         gpus: devices, one a process.
         device: what they are.
         measured: times to use instead of predicted ones.
+        kernel: how scaled add + norms are done; None = as the device does them.
     """
     replicas = config.data_parallel_size(gpus)
-    parts = partition(config, replicas, device, times=measured.times if measured else None)
+    times = measured.times if measured else None
+    parts = partition(config, replicas, device, times=times, kernel=kernel)
     links = link_seconds(config, device, replicas)
     closing = closing_seconds(config, device, replicas, parts, _update(parts, measured))
     return Plan(config, gpus, device, parts, _pass_times(parts, links), closing, bool(measured))

@@ -133,11 +133,13 @@ def _pieces(plan: Plan) -> str:
 def _prediction(plan: Plan) -> list[str]:
     parts, worst = plan.partition, plan.partition.worst_memory
     tokens = plan.tokens_per_step * plan.config.training.steps
+    low, high = plan.spread.low, plan.spread.high
     lines = [
         f"Step: {seconds(plan.step_seconds)}: passes {seconds(plan.timeline.seconds)} with a "
         f"bubble of {plan.bubble:.1%}, gradients and update {seconds(plan.closing_seconds)}.",
+        f"Between {' and '.join(map(seconds, plan.step_range))}: {plan.basis}.",
         f"Speed: {si(plan.tokens_per_second)} tokens/s, {plan.mfu:.1%} MFU of "
-        f"{plan.device.tflops:g} TFLOP/s.",
+        f"{plan.device.tflops:g} TFLOP/s ({plan.mfu / high:.0%} to {plan.mfu / low:.0%}).",
         f"Run: {count(plan.config.training.steps, 'step')}, {si(tokens)} tokens: "
         f"{duration(plan.config.training.steps * plan.step_seconds)}.",
     ]
@@ -201,10 +203,12 @@ def describe_search(found: Found, gpus: int) -> str:
             ]
         )
     best = found.best[0]
+    low, high = best.plan.spread.low - 1.0, best.plan.spread.high - 1.0
     lines = [
         f"{found.tried:,} layouts on up to {gpus:,} x {best.plan.device.name}, "
         f"{found.fitting:,} of them fit. The best by tokens/s:",
         table(rows, left=()),
+        f"Times are {best.plan.basis}: of the best {low:+.0%} to {high:+.0%}.",
         *([_why(best, found.best[1])] if len(found.best) > 1 else []),
     ]
     if best.plan.gpus < gpus:
@@ -229,6 +233,11 @@ def search_object(found: Found) -> dict[str, Any]:
                 "bubble": one.bubble,
                 "memory_gb": one.plan.partition.worst_memory.memory.total / GB,
                 "step_seconds": one.step_seconds,
+                "step_seconds_range": [
+                    one.step_seconds * one.plan.spread.low,
+                    one.step_seconds * one.plan.spread.high,
+                ],
+                "basis": one.plan.basis,
                 "tokens_per_second": one.tokens_per_second,
                 "mfu": one.plan.mfu_at(one.tokens_per_second),
             }

@@ -14,13 +14,15 @@ from typing import Any
 from keel_megatron.config.checks import problems
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
-from keel_megatron.partition.costs import Costs, Kernel, UnitTimes, model_costs, predicted_times
+from keel_megatron.partition.costs import model_costs
 from keel_megatron.partition.devices import Device
 from keel_megatron.partition.memory import MemoryModel
 from keel_megatron.partition.plan import Plan, make_plan
 from keel_megatron.partition.simulate import PipelineTimes, simulate
 from keel_megatron.partition.stages import memory_limit
+from keel_megatron.partition.times import UnitTimes, predicted_times
 from keel_megatron.partition.traffic import gradient_seconds, link_seconds, update_seconds
+from keel_megatron.partition.work import Costs, Kernel
 
 BEST = 10
 _SIMULATED = 16

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
-from keel_megatron.partition.costs import Costs, UnitTimes, model_costs, predicted_times
+from keel_megatron.partition.costs import model_costs
 from keel_megatron.partition.cut import StageShare, cut
 from keel_megatron.partition.devices import Device, this_device
-from keel_megatron.partition.flops import block_vector_parameters
+from keel_megatron.partition.flops import vector_parameters
 from keel_megatron.partition.layout import Chunk, Layout, from_counts
 from keel_megatron.partition.memory import GB, MemoryModel, StageMemory
+from keel_megatron.partition.times import UnitTimes, predicted_times
+from keel_megatron.partition.work import Costs, Kernel
 
 if TYPE_CHECKING:  # a plan starts without torch
     from keel_megatron.runtime.distributed import Runtime
@@ -113,6 +115,7 @@ def partition(
     *,
     times: UnitTimes | None = None,
     layout: Layout | None = None,
+    kernel: Kernel | None = None,
 ) -> Partition:
     """Decide which blocks live on which stage, and predict every stage's time and memory.
 
@@ -126,8 +129,9 @@ def partition(
         device: what every stage runs on.
         times: of the pieces; None = predicted from their costs.
         layout: judge this layout instead of choosing one.
+        kernel: how scaled add + norms are done; None = as the device does them.
     """
-    costs = model_costs(config, "torch" if device.name == "cpu" else "triton")
+    costs = model_costs(config, kernel or ("torch" if device.name == "cpu" else "triton"))
     times = times or predicted_times(costs, device)
     limit = memory_limit(config, device)
     memory = MemoryModel(config, costs, data_parallel)
@@ -195,10 +199,13 @@ def _stage(
         pieces.append((costs.embedding, times.embedding, 1))
     if chunks[-1].head:
         pieces.append((costs.head, times.head, 1))
-    parameters = sum((cost.parameters + cost.vector_parameters) * n for cost, _, n in pieces)
-    if chunks[0].first_block == 0 and blocks[0]:
-        model = config.model
-        parameters += block_vector_parameters(model, 0) - block_vector_parameters(model, 1)
+    # A rule may give each block other norms, so they are counted block by block.
+    parameters = sum(cost.parameters * n for cost, _, n in pieces)
+    parameters += sum(
+        vector_parameters(config.model, range(chunk.first_block, chunk.first_block + chunk.blocks))
+        for chunk in chunks
+    )
+    parameters += costs.head.vector_parameters if chunks[-1].head else 0
     return Stage(
         number=number,
         chunks=chunks,

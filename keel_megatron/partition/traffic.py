@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 from keel_megatron.config.run import RunConfig
-from keel_megatron.partition.costs import STREAM_BYTES
 from keel_megatron.partition.devices import Device
 from keel_megatron.partition.stages import Partition
+from keel_megatron.partition.work import STREAM_BYTES
 
 _UPDATE_BYTES = 4 + 4 + 8 + 8 + 16
 """A parameter in one update: gradient zeroed, read for its norm, scaled in place; moments read and
 written, with the master (or the weight itself) read and written."""
+_COPY_BYTES = 4 + 2
+"""And under bf16 its master copied to the weight."""
 
 
 def message_bytes(config: RunConfig) -> int:
@@ -74,7 +76,8 @@ def update_seconds(config: RunConfig, device: Device, data_parallel: int, parame
     """Clip and AdamW on a device's share of its parameters, at the memory's bandwidth."""
     share = parameters / (data_parallel if config.parallel.distributed_optimizer else 1)
     bandwidth = device.memory_bandwidth_gb * 1e9 * device.bandwidth_fraction
-    return share * _UPDATE_BYTES / bandwidth
+    copied = _COPY_BYTES if config.training.precision == "bf16" else 0
+    return share * (_UPDATE_BYTES + copied) / bandwidth
 
 
 def closing_seconds(

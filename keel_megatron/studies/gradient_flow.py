@@ -1,9 +1,10 @@
 """How gradients travel down the stack at initialization, beside what the analysis predicts.
 
 The paper (arXiv 2601.19895, section 3) follows the skip path alone: the product of the Jacobians of
-x_{l+1} = N_out(alpha x_l + F_l), F_l held fixed. With all gains at 1 and branches of RMS 1, each is
+x_{l+1} = N_out(alpha x_l + c F_l), F_l held fixed. With all gains at 1 and branches of RMS 1, each
+is, with c = 1 in the paper's rules,
 
-    |J_l| = alpha / sqrt(alpha^2 + 1),
+    |J_l| = alpha / sqrt(alpha^2 + c^2),
 
 so a stack of L sub-layers keeps (1 + 1/alpha^2)^(-L/2): about 1 for Keel (alpha = L), 2^(-L/2) for
 Post-LN (alpha = 1), exp(-sqrt(L)/2) for DeepNorm (alpha = L^1/4). Left out by the analysis: the
@@ -19,14 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keel_megatron.architecture.residual import Reader
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import parse_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.model.language_model import build_model
-from keel_megatron.model.residual import sub_layer
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import start
 
+ANALYSIS = Reader(
+    "the study of gradient flow",
+    ("alpha", "branch_factor", "inner", "outer_norm", "qkv_norm"),  # a fixed branch has any inside
+)
 FIRST = 2
 """The analysis starts after the first block: Keel's is plainer, and x_0 is the embedding."""
 _SEQUENCE, _VOCABULARY = 32, 512
@@ -54,7 +59,7 @@ def gradient_flow(residual: str, sub_layers: int, hidden_size: int = 128) -> Gra
     as much as those of the paper's width do. What the analysis leaves out is of order 1/h.
 
     Args:
-        residual: a rule of model/residual.py whose sub-layers all end in an outer norm.
+        residual: a rule of architecture/residual.py whose sub-layers all end in an outer norm.
         sub_layers: L, even.
         hidden_size: width; a multiple of 16.
 
@@ -65,11 +70,11 @@ def gradient_flow(residual: str, sub_layers: int, hidden_size: int = 128) -> Gra
     if sub_layers % 2:
         raise UserError(f"sub-layers: {sub_layers} must be even, two a block")
     config = _config(residual, sub_layers, hidden_size)
-    rules = [sub_layer(l, config.model) for l in range(FIRST, sub_layers)]
+    rules = [ANALYSIS.sub_layer(l, config.model) for l in range(FIRST, sub_layers)]
     if not all(rule.outer_norm for rule in rules):
         raise UserError(
             f"residual: {residual} has sub-layers without an outer norm; the analysis is of "
-            "x_{l+1} = N_out(alpha x_l + F_l)"
+            "x_{l+1} = N_out(alpha x_l + c F_l)"
         )
     with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
         (chunk,) = build_model(config, runtime, compute_dtype=torch.float64)
@@ -93,10 +98,10 @@ def gradient_flow(residual: str, sub_layers: int, hidden_size: int = 128) -> Gra
 
 
 def predicted_skip(config: RunConfig, l: int) -> float:
-    """|d x_L / d x_l| along the skip path by the analysis: the product of alpha/sqrt(alpha^2+1)."""
+    """|d x_L / d x_l| along the skip path by the analysis: the product of all |J_l|."""
     model = config.model
-    alphas = (sub_layer(number, model).alpha for number in range(l, model.sub_layers))
-    return math.prod(alpha / math.hypot(alpha, 1.0) for alpha in alphas)
+    rules = (ANALYSIS.sub_layer(number, model) for number in range(l, model.sub_layers))
+    return math.prod(rule.alpha / math.hypot(rule.alpha, rule.branch_factor) for rule in rules)
 
 
 def _config(residual: str, sub_layers: int, hidden_size: int) -> RunConfig:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from keel_megatron.partition.costs import model_costs, predicted_times
+from keel_megatron.partition.costs import model_costs
 from keel_megatron.partition.devices import Device
+from keel_megatron.partition.times import predicted_times
 from keel_megatron.studies.step_time import PARTS, Roofline, Samples
 
 
@@ -58,7 +59,12 @@ def _ideal_seconds(samples: Samples, roofline: Roofline, devices: int) -> float:
         inter_node_latency_us=0.0,
         devices_per_node=devices,
         matmul_fraction=1.0,
+        attention_fraction=1.0,
+        cudnn_fraction=1.0,
+        fp8_fraction=1.0,
         bandwidth_fraction=1.0,
+        strided_fraction=1.0,
+        kernel_gap_us=0.0,
         kernel_launch_us=0.0,
     )
     times = predicted_times(model_costs(config), device)

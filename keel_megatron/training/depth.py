@@ -22,10 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from keel_megatron.architecture.residual import Reader
+from keel_megatron.model.join import COLUMNS
 from keel_megatron.model.layer import KeelLayer
-from keel_megatron.model.residual import sub_layer
 from keel_megatron.tracking.depth import DepthProfile
 from keel_megatron.training.engine import Engine, is_matrix
+
+PROFILE = Reader("a depth profile (tracking.depth_every)", (*COLUMNS, "qkv_norm"))
 
 _SUMS = {
     name: column
@@ -191,7 +194,7 @@ class DepthCollector:
     def _absent(self) -> dict[str, list[bool]]:
         """Which sub-layers have no such thing."""
         model = self._config.model
-        rules = [sub_layer(l, model) for l in range(model.sub_layers)]
+        rules = [PROFILE.sub_layer(l, model) for l in range(model.sub_layers)]
         return {
             "outer_gain": [not rule.outer_norm for rule in rules],
             "inner_gain": [rule.inner == "none" for rule in rules],

@@ -15,8 +15,8 @@ from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
 from keel_megatron.model.language_model import build_model
-from keel_megatron.partition.costs import Times, UnitTimes
 from keel_megatron.partition.plan import Measured
+from keel_megatron.partition.times import Times, UnitTimes
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.training.engine import MegatronEngine

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import strategies as st
 
 import yaml
+from keel_megatron.architecture.residual import alpha as skip_scale
 from keel_megatron.config import ConfigError, RunConfig, dump_config, load_config, parse_config
 from keel_megatron.config.parallel import ParallelConfig
 from keel_megatron.config.yaml_text import read_yaml
-from keel_megatron.model.residual import sub_layer
 from tests.settings import settings, small_config
 
 
@@ -385,9 +385,9 @@ def test_a_dump_is_whole_and_in_order(config_file: Path) -> None:
 
 
 def test_alpha_is_twice_the_blocks_unless_it_is_given(config_file: Path) -> None:
-    assert sub_layer(5, load_config(config_file).model).alpha == 16.0
-    assert sub_layer(5, load_config(config_file, ["model.alpha=3"]).model).alpha == 3.0
-    assert sub_layer(5, load_config(config_file, ["model.residual=deepnorm"]).model).alpha == 2.0
+    assert skip_scale(load_config(config_file).model) == 16.0
+    assert skip_scale(load_config(config_file, ["model.alpha=3"]).model) == 3.0
+    assert skip_scale(load_config(config_file, ["model.residual=deepnorm"]).model) == 2.0
 
 
 def test_the_recipes_load() -> None:

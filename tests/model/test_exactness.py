@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from keel_megatron.architecture.residual import RULES
 from keel_megatron.config.run import RunConfig
-from keel_megatron.model.residual import RULES
 from tests.distributed import run_ranks
 from tests.reference_model import ReferenceModel, Shape
 from tests.settings import small_config

@@ -35,7 +35,7 @@ def refusals() -> list[str]:
             lossy = replace(decided, layout=from_counts(counts, 2))
             said.append(refused(partition=lossy))
         whole = language_model.chunk_spec
-        language_model.chunk_spec = lambda run, modules, blocks: whole(run, modules, blocks - 1)
+        language_model.chunk_spec = lambda run, modules, blocks: whole(run, modules, blocks[:-1])
         said.append(refused())
     return said
 

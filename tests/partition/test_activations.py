@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from keel_megatron.partition.costs import Cost, model_costs
+from keel_megatron.architecture.residual import RULES
+from keel_megatron.partition.costs import model_costs
+from keel_megatron.partition.work import Cost
 from tests.distributed import run_ranks
 from tests.settings import settings, small_config
 
@@ -30,6 +32,18 @@ CASES: list[dict[str, Any]] = [
         (2, {"kernels__logits_mib": 0.05}),  # of 128 tokens' logits 25 at once
         (2, {"model__residual": "keel", "kernel": "triton"}),
     )
+]
+# Every rule; of 5 to 7 blocks as many are post-norm under Mix-LN.
+RULE_CASES: list[dict[str, Any]] = [
+    {
+        "training__precision": precision,
+        "model__residual": rule,
+        "model__num_query_groups": 2,
+        **more,
+    }
+    for precision in ("fp32", "bf16")
+    for rule in RULES
+    for more in ({}, {"kernel": "triton"})
 ]
 TENSOR_CASES: list[dict[str, Any]] = [
     {"training__precision": precision, "parallel__sequence": sequence, "parallel__tensor": 2}
@@ -79,8 +93,8 @@ def kept_bytes(sections: dict[str, Any], runtime: Any) -> int:
     return sum(kept.values())
 
 
-def measure(cases: list[dict[str, Any]]) -> list[list[int]]:
-    """For every case the bytes that models of 2, 3 and 4 blocks keep."""
+def measure(cases: list[dict[str, Any]], first: int = 2) -> list[list[int]]:
+    """For every case the bytes that models of `first` blocks, one more and two more keep."""
     from keel_megatron.config.run import RunConfig
     from keel_megatron.kernels import scaled_add_norm
     from keel_megatron.model import layer
@@ -96,7 +110,7 @@ def measure(cases: list[dict[str, Any]]) -> list[list[int]]:
             found.append(
                 [
                     kept_bytes(settings(**overrides, model__blocks=blocks), runtime)
-                    for blocks in (2, 3, 4)
+                    for blocks in range(first, first + 3)
                 ]
             )
     return found
@@ -118,6 +132,14 @@ def test_a_block_keeps_what_is_predicted(measured: Any) -> None:
         full = overrides.get("parallel__recompute") == "full"
         expected = cost.recompute_bytes if full else cost.activation_bytes
         assert (three - two, four - three) == (expected, expected), case
+
+
+def test_a_block_of_every_rule_keeps_what_is_predicted() -> None:
+    for case, found in zip(RULE_CASES, run_ranks(1, measure, RULE_CASES, 5)[0], strict=True):
+        overrides = {**SHAPE, **case, "model__blocks": 7}
+        kernel = overrides.pop("kernel", "torch")
+        expected = model_costs(small_config(**overrides), kernel).block.activation_bytes
+        assert (found[1] - found[0], found[2] - found[1]) == (expected, expected), case
 
 
 def test_embedding_and_head_keep_what_is_predicted(measured: Any) -> None:

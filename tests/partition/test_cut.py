@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keel_megatron.partition.costs import Times, UnitTimes, model_costs, predicted_times
+from keel_megatron.partition.costs import model_costs
 from keel_megatron.partition.cut import Recompute, StageShare, cut
 from keel_megatron.partition.devices import DEVICES
 from keel_megatron.partition.memory import MemoryModel
+from keel_megatron.partition.times import Times, UnitTimes, predicted_times
 from tests.calls import calls_of
 from tests.settings import small_config
 

@@ -17,7 +17,9 @@ sys.path.insert(0, str(BENCH))
 import gpu  # type: ignore[import-not-found]  # noqa: E402
 import gpu_table  # type: ignore[import-not-found]  # noqa: E402
 
+from keel_megatron.config.load import load_config  # noqa: E402
 from keel_megatron.partition.devices import DEVICES  # noqa: E402
+from keel_megatron.partition.plan import make_plan  # noqa: E402
 
 SMALL = (
     "parallel.pipeline=1",
@@ -41,6 +43,25 @@ def test_the_page_is_made_of_the_figures_and_every_lever_has_an_expectation() ->
     for row in rows.values():
         assert 0.5 < row["predicted"]["ratio"] < 2.0
         assert row["why"]
+
+
+def test_the_pages_figures_are_the_plans() -> None:
+    """What `keel plan` prints for the command of a row is what the page expects of it."""
+    kept = json.loads((ROOT / "docs/benchmarks/gpu.json").read_text())
+    page = (ROOT / "docs/benchmarks/gpu.md").read_text()
+    assert "Nothing here is measured on a GPU yet" in page
+    for part, blocks in (("levers-64", 64), ("levers-32", 32)):
+        for name, row in kept["parts"][part]["rows"].items():
+            if name == "joins in torch's operators":  # no setting asks for it
+                continue
+            settings = [*gpu.LEVER_RUN, f"model.blocks={blocks}", *row["settings"]]
+            plan = make_plan(load_config(gpu.PAPER[128], settings), 1, DEVICES["h200"]).as_object()
+            for key in ("step_seconds", "step_seconds_range", "mfu"):
+                assert row["predicted"][key] == pytest.approx(plan[key], rel=1e-9), (name, key)
+    plan = make_plan(load_config(gpu.PAPER[128], gpu.LEVER_RUN), 1, DEVICES["h200"])
+    assert f"| step | {plan.step_seconds * 1e3:.1f} | MFU {plan.mfu:.1%} |" in page
+    low, high = plan.step_range
+    assert f"It may be {low * 1e3:.0f} to {high * 1e3:.0f} ms" in page
 
 
 def test_expectations_are_consistent() -> None:
@@ -71,7 +92,8 @@ def test_what_fails_is_told_and_the_rest_goes_on(
 
     monkeypatch.setattr(gpu, "work", work)
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
-    result = {"gpu": "h200", "parts": gpu.with_earlier(gpu.predictions(DEVICES["h200"]))}
+    result = {"gpu": "h200", "assumptions": "none"}
+    result["parts"] = gpu.with_earlier(gpu.predictions(DEVICES["h200"]))
     gpu.run_levers("levers-32", result, ends=float("inf"))
     page = (tmp_path / "gpu.md").read_text()
     assert len(asked) == len(gpu.SHALLOW)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from keel_megatron.model.residual import RULES
+from keel_megatron.architecture.residual import RULES
 from tests.distributed import run_ranks
 from tests.settings import settings
 from tests.training.ranks import observed_steps

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from keel_megatron.model.residual import RULES
+from keel_megatron.architecture.residual import RULES
 from tests.training.matrix import MATRIX, TP2_SP_PP2_VPP2, Found, deviation, spread, trained
 
 STEPS = 4

@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from gpu_predict import LEVERS, Lever, Step, step_of
+from gpu_predict import LEVERS, Lever, assumptions, plan_of, step_parts
 from gpu_table import page
 
 from keel_megatron.config.load import load_config
@@ -72,21 +72,23 @@ def levers_of(part: str) -> tuple[int, list[Lever]]:
 def predicted_levers(part: str, device: Device) -> dict[str, Any]:
     """Every lever's expected step beside the base's."""
     blocks, levers = levers_of(part)
-    base = step_of(lever_config(levers[0], blocks), device)
+    plans = [
+        plan_of(lever_config(lever, blocks), device, operators=lever.operators) for lever in levers
+    ]
     rows = {}
-    for lever in levers:
-        step = step_of(lever_config(lever, blocks), device, lever.change)
+    for lever, plan in zip(levers, plans, strict=True):
         rows[lever.name] = {
             "settings": [*lever.settings, *(["joins in torch's operators"] * lever.operators)],
             "why": lever.why,
-            "predicted": _plain(step) | {"ratio": step.seconds / base.seconds},
+            "predicted": {
+                "step_seconds": plan.step_seconds,
+                "step_seconds_range": list(plan.step_range),
+                "mfu": plan.mfu,
+                "parts": step_parts(plan),
+                "ratio": plan.step_seconds / plans[0].step_seconds,
+            },
         }
     return {"blocks": blocks, "rows": rows}
-
-
-def _plain(step: Step) -> dict[str, Any]:
-    parts = {"head and loss": step.head, "embedding": step.embedding, "optimizer": step.update}
-    return {"step_seconds": step.seconds, "mfu": step.mfu, "parts": step.parts | parts}
 
 
 def predicted_deep(device: Device) -> dict[str, Any]:
@@ -235,7 +237,9 @@ def main() -> int:
     parser.add_argument("--part", choices=PARTS, action="append", help="measure these parts alone")
     parser.add_argument("--gpu", default="h200", help="what is predicted for (default h200)")
     chosen = parser.parse_args()
-    result = {"gpu": chosen.gpu, "parts": with_earlier(predictions(device_named(chosen.gpu)))}
+    device = device_named(chosen.gpu)
+    result: dict[str, Any] = {"gpu": chosen.gpu, "assumptions": assumptions(device)}
+    result["parts"] = with_earlier(predictions(device))
     if chosen.predict:
         write(result)
         print(f"wrote {RESULTS / 'gpu.md'} and gpu.json: expectations")

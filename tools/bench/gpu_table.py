@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpu_predict import ASSUMPTIONS
-
+from keel_megatron.config.model import ModelConfig
 from keel_megatron.partition import launches
+from keel_megatron.partition.block import typical_rows
+
+MODEL: dict[str, int] = {
+    "blocks": 4,
+    "hidden_size": 64,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 1,
+}
+"""Any of Keel's: a block's kernels depend on the rule alone."""
 
 HEAD = """# The speed levers on one GPU
 
 Written by `make bench-gpu` (`tools/bench/gpu.py`); `--predict` writes it without a GPU. What is
-expected was computed before anything was measured, from `partition/costs.py`,
-`partition/launches.py` and the {gpu} of `partition/devices.py`. Rules of thumb beyond those:
-{assumptions}.
+expected is what `keel plan` says of the same run (`partition/times.py`) on one {gpu}, whose rates
+are rules of thumb (`partition/devices.py`): {assumptions}.
 {state}
 """
 SHAPE = """## {sub_layers} sub-layers in {blocks} blocks
@@ -28,11 +35,11 @@ def page(result: dict[str, Any]) -> str:
     """The Markdown page."""
     parts = result["parts"]
     state = (
-        "\n**Nothing here is measured yet: no GPU was at hand.**"
+        "\n**Nothing here is measured on a GPU yet.**"
         if not any(map(_measured, parts.values()))
         else ""
     )
-    lines = [HEAD.format(gpu=result["gpu"], assumptions=ASSUMPTIONS, state=state)]
+    lines = [HEAD.format(gpu=result["gpu"], assumptions=result["assumptions"], state=state)]
     for part in ("levers-64", "levers-32"):
         lines += _levers(part, parts[part])
     lines += [*_where(parts["levers-64"]), *_kernels(parts), *_deep(parts["deep"])]
@@ -94,10 +101,16 @@ def _where(part: dict[str, Any]) -> list[str]:
     lines += [f"The base of {part['blocks']} blocks, expected:", ""]
     lines += ["| part | ms | share |", "|---|-:|-:|"]
     for name, seconds in step["parts"].items():
-        title = name if name in ("head and loss", "embedding", "optimizer") else f"blocks: {name}"
         share = seconds / step["step_seconds"]
-        lines.append(f"| {title} | {seconds * 1e3:.1f} | {share:.1%} |")
+        lines.append(f"| {name} | {seconds * 1e3:.1f} | {share:.1%} |")
     lines.append(f"| step | {step['step_seconds'] * 1e3:.1f} | MFU {step['mfu']:.1%} |")
+    low, high = step["step_seconds_range"]
+    flops = step["mfu"] * step["step_seconds"]
+    lines += [
+        "",
+        f"It may be {low * 1e3:.0f} to {high * 1e3:.0f} ms (MFU {flops / high:.0%} to "
+        f"{flops / low:.0%}): `partition/times.py` says why.",
+    ]
     if "parts" in found:
         shown = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in found["parts"].items())
         lines += ["", f"Measured: {shown}."]
@@ -107,11 +120,12 @@ def _where(part: dict[str, Any]) -> list[str]:
 def _kernels(parts: dict[str, Any]) -> list[str]:
     """What a block launches."""
     lines = ["## Kernels of a block", "", "| part | forward | backward | |", "|---|-:|-:|---|"]
-    for part in launches.BLOCK:
+    rows = typical_rows(ModelConfig(**MODEL))
+    for part in launches.block(rows):
         lines.append(f"| {part.part} | {part.forward} | {part.backward} | {part.what} |")
-    forward, backward = launches.total(launches.BLOCK)
+    forward, backward = launches.total(launches.block(rows))
     lines.append(f"| all | {forward} | {backward} | |")
-    forward, backward = launches.total(launches.COMPILED)
+    forward, backward = launches.total(launches.block(rows, compiled=True))
     lines.append(f"| all, compiled | {forward} | {backward} | |")
     counted = [parts[name]["rows"]["base: Keel"].get("measured", {}) for name in PARTS_COUNTED]
     if all("kernels" in found for found in counted):

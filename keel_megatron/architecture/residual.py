@@ -1,0 +1,204 @@
+"""The residual rules: how each sub-layer's branch joins the residual stream.
+
+Sub-layers are numbered l = 0 .. L-1 over the whole model (even: attention, odd: FFN), L = 2 x
+blocks. N is an RMSNorm with learned weights and no bias. Every rule is an instance of
+
+    x_{l+1} = N_out(alpha * x_l + c * F_l(G(x_l)))
+
+where N_out may be absent, G is a norm N_in, a learned vector or nothing, and c is a factor of the
+branch. So a rule is the table of what each sub-layer has, and a new rule is one more entry of
+`RULES`: the choices of `model.residual`, the model, the compiled blocks, the planner's costs and
+the counts of parameters all read the table.
+
+They read it through a `Reader`, which lists the columns that its code honours. A sub-layer that
+needs another column is refused there: no code can ignore a column it does not know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, dataclass, fields
+from typing import Literal, Protocol
+
+from keel_megatron.errors import UserError
+
+Inner = Literal["norm", "vector", "none"]
+
+
+class Model(Protocol):
+    """What the rules ask of a model; the section `model` of a configuration has it."""
+
+    @property
+    def residual(self) -> str:
+        """Name of the rule, a key of `RULES`."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of attention and FFN."""
+
+    @property
+    def alpha(self) -> str | float:
+        """Scale of the skip path, or `auto`."""
+
+    @property
+    def first_block(self) -> str:
+        """Version of Keel's first block, v1 or v2."""
+
+
+@dataclass(frozen=True)
+class SubLayer:
+    """One sub-layer of the general form above. A column at its default changes nothing."""
+
+    alpha: float = 1.0
+    """Scale of the skip path."""
+    branch_factor: float = 1.0
+    """c, factor of the branch's output."""
+    inner: Inner = "none"
+    """G, in front of the branch: N_in, a learned vector (from 1), or nothing."""
+    outer_norm: bool = False
+    """N_out, after the addition."""
+    qkv_norm: bool = False
+    """Norms of query, key and value within attention."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One residual rule."""
+
+    sub_layer: Callable[[int, Model], SubLayer]
+    """(l, model) to the columns of sub-layer l."""
+    alpha_exponent: float | None = None
+    """p of `model.alpha: auto`, which is L^p; None = the rule has no such scale."""
+    branch_init_exponent: float = 0.0
+    """p of the factor L^p of the initial value, output and FFN weights."""
+    has_first_block: bool = False
+    """Whether `model.first_block` changes the rule."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A part of the program that reads the table, and the columns that it honours.
+
+    Args:
+        path: what the part is called in an error.
+        columns: names of the columns.
+        inner: values of the column `inner` that are honoured.
+    """
+
+    path: str
+    columns: Collection[str]
+    inner: Collection[str] = ("norm", "vector", "none")
+
+    def sub_layer(self, l: int, model: Model) -> SubLayer:
+        """The columns of sub-layer l (from 0, over the whole model) under `model.residual`.
+
+        Raises:
+            UserError: the sub-layer needs a column, or a value of `inner`, that is not honoured.
+        """
+        row = RULES[model.residual].sub_layer(l, model)
+        for field in fields(row):
+            value = getattr(row, field.name)
+            if field.default is not MISSING and value == field.default:
+                continue
+            allowed = field.name in self.columns
+            if not allowed or (field.name == "inner" and value not in self.inner):
+                raise UserError(
+                    f"model.residual: {model.residual} sets {field.name} = {value} in sub-layer "
+                    f"{l}, which {self.path} cannot honour; choose another rule, or add the column "
+                    "there (architecture/residual.py)"
+                )
+        if row.qkv_norm and l % 2:
+            raise UserError(
+                f"model.residual: {model.residual} sets qkv_norm in sub-layer {l}, an FFN; only "
+                "attention (even sub-layers) has a query, a key and a value"
+            )
+        return row
+
+
+def keel(l: int, model: Model) -> SubLayer:
+    """Keel (arXiv 2601.19895, version 2; v1 differs in the first block); alpha = L by default.
+
+    x_1     = x_0 + F_0(N_in(x_0))
+    x_2     = N_out(x_1 + F_1(N_in(x_1)))             (first_block v1: without N_out)
+    x_{l+1} = N_out(alpha x_l + F_l(N_in(x_l)))       l >= 2
+    """
+    if l == 0:
+        return SubLayer(inner="norm")
+    if l == 1:
+        return SubLayer(inner="norm", outer_norm=model.first_block == "v2")
+    return SubLayer(alpha=alpha(model), inner="norm", outer_norm=True)
+
+
+def pre_ln(_l: int, _model: Model) -> SubLayer:
+    """Pre-norm (Xiong et al. 2020, arXiv 2002.04745): x_{l+1} = x_l + F_l(N_in(x_l))."""
+    return SubLayer(inner="norm")
+
+
+def post_ln(_l: int, _model: Model) -> SubLayer:
+    """Post-norm (Vaswani et al. 2017, arXiv 1706.03762): x_{l+1} = N_out(x_l + F_l(x_l))."""
+    return SubLayer(outer_norm=True)
+
+
+def deepnorm(_l: int, model: Model) -> SubLayer:
+    """DeepNorm as the Keel paper compares it: x_{l+1} = N_out(alpha x_l + F_l(x_l)), alpha = L^1/4.
+
+    Value, output and FFN weights start smaller by L^-1/4. Wang et al. 2022 (arXiv 2203.00555) count
+    N = L / 2 decoder blocks: alpha = (2N)^1/4, the same, but (8N)^-1/4, which is (4L)^-1/4, for the
+    weights.
+    """
+    return SubLayer(alpha=alpha(model), outer_norm=True)
+
+
+def hybrid_norm(l: int, _model: Model) -> SubLayer:
+    """HybridNorm (Zhuo et al. 2025, arXiv 2503.04598): QKV-norm attention, post-norm FFN.
+
+    Y  = X + Attn_QKVnorm(X)
+    X' = N(Y) + FFN(N(Y))
+
+    N(Y) is what both paths of the FFN start from: the outer norm of the attention sub-layer.
+    """
+    return SubLayer(outer_norm=True, qkv_norm=True) if l % 2 == 0 else SubLayer()
+
+
+def mix_ln(l: int, model: Model) -> SubLayer:
+    """Mix-LN (Li et al. 2024, arXiv 2412.13795): post-norm in the first quarter of the blocks.
+
+    blocks // 4 blocks are post-norm, the rest pre-norm.
+    """
+    return post_ln(l, model) if l // 2 < model.blocks // 4 else pre_ln(l, model)
+
+
+def scaled_post_ln(_l: int, model: Model) -> SubLayer:
+    """The Keel paper's first attempt, abandoned: x_{l+1} = N_out(alpha x_l + F_l(x_l))."""
+    return SubLayer(alpha=alpha(model), outer_norm=True)
+
+
+def scaled_post_ln_beta(_l: int, model: Model) -> SubLayer:
+    """Its second: x_{l+1} = N_out(alpha x_l + F_l(beta * x_l)), beta a learned vector from 1."""
+    return SubLayer(alpha=alpha(model), inner="vector", outer_norm=True)
+
+
+RULES: dict[str, Rule] = {
+    "keel": Rule(keel, alpha_exponent=1.0, has_first_block=True),
+    "pre_ln": Rule(pre_ln),
+    "post_ln": Rule(post_ln),
+    "deepnorm": Rule(deepnorm, alpha_exponent=0.25, branch_init_exponent=-0.25),
+    "hybrid_norm": Rule(hybrid_norm),
+    "mix_ln": Rule(mix_ln),
+    "scaled_post_ln": Rule(scaled_post_ln, alpha_exponent=1.0),
+    "scaled_post_ln_beta": Rule(scaled_post_ln_beta, alpha_exponent=1.0),
+}
+"""By name, which is what `model.residual` says."""
+
+
+def alpha(model: Model) -> float:
+    """`model.alpha`; auto is L to the rule's exponent, or 1 where the rule has no such scale."""
+    if model.alpha != "auto":
+        return float(model.alpha)
+    return float(2 * model.blocks) ** (RULES[model.residual].alpha_exponent or 0.0)
+
+
+def branch_init_scale(model: Model) -> float:
+    """Factor of the initial value, output and FFN weights under `model.residual`."""
+    return math.pow(2 * model.blocks, RULES[model.residual].branch_init_exponent)

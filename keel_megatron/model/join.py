@@ -1,0 +1,78 @@
+"""The join of a branch and the residual stream: the one place that says what a rule's columns do.
+
+The plain blocks (model/layer.py) and the compiled ones (model/compiled.py) differ only in how the
+fused operation is done: `kernels.scaled_add_norm` chooses a kernel, and what torch compiles is
+`kernels.reference.scaled_add_norm`, its definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keel_megatron.architecture.residual import Inner, SubLayer
+
+COLUMNS = ("alpha", "branch_factor", "inner", "outer_norm")
+"""What `join` and `branch_input` honour."""
+
+Operation = Callable[..., tuple[Tensor, Tensor | None]]
+"""The fused scaled add + norms: `kernels.scaled_add_norm` or its definition."""
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+"""Is told (x, branch as it is added, x')."""
+
+
+def join(
+    operation: Operation,
+    rule: SubLayer,
+    x: Tensor,
+    branch: Tensor,
+    outer_weight: Tensor | None,
+    following: tuple[Inner, Tensor | None] | None,
+    epsilon: float,
+    dtype: torch.dtype,
+    observer: Observer | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The stream after a sub-layer, N_out(alpha x + c F), and the next branch's input.
+
+    Args:
+        operation: how sum and norms are done.
+        rule: the sub-layer's columns.
+        x: the stream before it, [s, b, h].
+        branch: F, of x's shape, in the compute type.
+        outer_weight: weight [h] of N_out, or None.
+        following: what stands in front of the next branch, and its weight [h] or None; None = the
+            next branch is not known here.
+        epsilon: of the norms.
+        dtype: type of the next branch's input.
+        observer: told of the sum.
+    """
+    if rule.branch_factor != 1.0:
+        branch = branch * rule.branch_factor
+    inner, weight = following if following is not None else ("none", None)
+    x_new, z = operation(
+        x, branch, rule.alpha, outer_weight, weight if inner == "norm" else None, epsilon, dtype
+    )
+    if observer is not None:
+        observer(x, branch, x_new)
+    if following is not None and inner != "norm":
+        z = branch_input(inner, x_new, weight, dtype)
+    return x_new, z
+
+
+def branch_input(inner: Inner, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """G(x) where no norm is: a learned vector times x, or x, in the compute type."""
+    if inner == "vector":
+        assert weight is not None
+        return (weight * x).to(dtype)
+    return x.to(dtype)
+
+
+def weight_of(module: Any) -> Tensor | None:
+    """The weight of a norm or vector in the stream's type, or None."""
+    if module is None or not hasattr(module, "weight"):
+        return None
+    weight: Tensor = getattr(module, "gain", module.weight)
+    return weight
