@@ -19,6 +19,8 @@ import json
 import random
 import sys
 import tempfile
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +31,17 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from keel_megatron.checkpoint.state import Position
+from keel_megatron.config.errors import UserError
 from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.tracking.metrics import read_metrics
 from keel_megatron.training.engine import MegatronEngine
-from tools.chaos_faults import Disturbed, Injected
+from tools.chaos_faults import SLOW_FILE, Disturbed, Injected
 
 GRADIENT = "NaN in a gradient"
-STEPS_PER_FAULT = 8
+STEPS_PER_FAULT = 10
+SLOW_SECONDS = 1.0
+"""Of a step while another start is tried beside the run, which would else be over before it."""
 BATCH = 8
 
 
@@ -73,16 +78,16 @@ def chaos(folder: Path, arguments: argparse.Namespace) -> int:
         return 1
     print("disturbed ...", flush=True)
     faults = [kind for kind in plan if kind != GRADIENT]
-    disturbed = Disturbed(folder, worker(folder, "hurt"), arguments.processes, chance)
+    disturbed = Disturbed(folder, partial(worker, folder), arguments.processes, chance)
     injected = disturbed.run(faults)
     calm, hurt = folder / "runs" / "calm", folder / "runs" / "hurt"
     skipped = report(injected, poisoned, hurt)
     return verdict(injected, skipped, differences(calm, hurt), arguments.faults)
 
 
-def worker(folder: Path, name: str) -> list[str]:
-    """The command of one rank."""
-    return [str(Path(__file__).resolve()), "worker", str(folder / "job.json"), name]
+def worker(folder: Path, name: str, *overrides: str) -> list[str]:
+    """The command of one rank of a run."""
+    return [str(Path(__file__).resolve()), "worker", str(folder / "job.json"), name, *overrides]
 
 
 def write_config(folder: Path, steps: int, arguments: argparse.Namespace) -> Path:
@@ -145,14 +150,36 @@ class Poison:
             self._hook = chosen.register_hook(lambda gradient: torch.full_like(gradient, torch.nan))
 
 
-def train(job_file: str, name: str) -> None:
+class SlowSteps:
+    """Holds up every step of the disturbed run while a file is there."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __call__(self) -> None:
+        until = time.monotonic() + SLOW_SECONDS
+        while self._file.exists() and time.monotonic() < until:
+            time.sleep(0.02)
+
+
+def train(job_file: str, name: str, *overrides: str) -> None:
     """One rank of one of the runs."""
     from keel_megatron.training.run import run_training
 
     job = json.loads(Path(job_file).read_text())
-    outcome = run_training(
-        Path(job["config"]), (f"training.name={name}",), before_step=Poison(job["poisoned"])
-    )
+    settings = (f"training.name={name}", *overrides)
+    poison, slow = Poison(job["poisoned"]), SlowSteps(Path(job_file).with_name(SLOW_FILE))
+
+    def before_step(position: Position, engine: MegatronEngine) -> None:
+        if name == "hurt":
+            slow()
+        poison(position, engine)
+
+    try:
+        outcome = run_training(Path(job["config"]), settings, before_step=before_step)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(exit_codes.USER_ERROR)
     sys.exit(outcome.exit_code)
 
 

@@ -18,11 +18,14 @@ import psutil
 
 from keel_megatron.checkpoint import folder, manifest
 from keel_megatron.runtime import exit_codes
-from keel_megatron.tracking.metrics import read_metrics
+from tools import chaos_starts
 
 PATIENCE_SECONDS = 300.0
 SMALL_FILE_BYTES = 600_000
 """More than log.txt and metrics.jsonl come to, less than a rank's part of a checkpoint."""
+
+SLOW_FILE = "slow"
+"""In the folder of the runs: while it is there the disturbed run takes its time for a step."""
 
 
 @dataclass
@@ -39,7 +42,7 @@ class Injected:
     seconds: float
     """From the fault until the run was at work again."""
     lost: bool
-    """A newer good checkpoint was there."""
+    """A newer good checkpoint was there, or a start beside the run was not as it should be."""
 
 
 class Disturbed:
@@ -47,7 +50,7 @@ class Disturbed:
 
     Args:
         home: has the runs, and gets the output.
-        command: of one rank.
+        command: of one rank of a run, by its name and overrides.
         processes: how many ranks.
         chance: decides.
     """
@@ -61,17 +64,26 @@ class Disturbed:
         "SIGTERM",
         "checkpoint file truncated",
         "checkpoint file deleted",
+        *chaos_starts.KINDS,
     )
 
     def __init__(
-        self, home: Path, command: list[str], processes: int, chance: random.Random
+        self,
+        home: Path,
+        command: Callable[..., list[str]],
+        processes: int,
+        chance: random.Random,
     ) -> None:
         self._run = home / "runs" / "hurt"
+        self._slow = home / SLOW_FILE
         self._command = command
         self._processes = processes
         self._chance = chance
         self._output = (home / "output.txt").open("w")
         self._launcher = self._start()
+        self._starts_beside = chaos_starts.Starts(
+            self._run, home / "runs" / "calm", self._group, self._output, self._wait
+        )
 
     def run(self, kinds: list[str]) -> list[Injected]:
         """Inject the faults one after the other, then let the run come to its end."""
@@ -95,6 +107,8 @@ class Disturbed:
         return injected
 
     def _inject(self, kind: str) -> Injected:
+        if kind in chaos_starts.KINDS:
+            return self._start_beside(kind)
         rank = self._chance.randrange(self._processes)
         starts, written = self._starts(), self._log().count("was not written")
         good, step, begun = self._good(), self._last_step(), time.monotonic()
@@ -128,14 +142,35 @@ class Disturbed:
         seconds = time.monotonic() - begun
         return Injected(kind, shown, step, resumed, repeated, seconds, lost)
 
+    def _start_beside(self, kind: str) -> Injected:
+        step, starts, begun = self._last_step(), self._starts(), time.monotonic()
+        self._slow.touch()
+        try:
+            problem = self._starts_beside.inject(kind)
+        finally:
+            self._slow.unlink()
+        if self._starts() != starts:
+            problem = problem or "the run was started again"
+        if problem is not None:
+            print(f"{kind}: {problem}", flush=True)
+        seconds = time.monotonic() - begun
+        return Injected(kind, "-", step, "-", 0, seconds, lost=problem is not None)
+
     def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self._group(self._run.name, restarts=1000),
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def _group(self, name: str, *overrides: str, restarts: int = 0) -> list[str]:
+        """The command that starts a run's ranks."""
+        command = self._command(name, *overrides)
         code = (
             "import sys; from keel_megatron.runtime.local_launch import launch; "
-            f"sys.exit(launch({self._processes}, {self._command!r}, 1000))"
+            f"sys.exit(launch({self._processes}, {command!r}, {restarts}))"
         )
-        return subprocess.Popen(
-            [sys.executable, "-c", code], stdout=self._output, stderr=subprocess.STDOUT
-        )
+        return [sys.executable, "-c", code]
 
     def _stop(self) -> None:
         """SIGTERM to the launcher: the run must save and end with the code that says so."""
@@ -192,8 +227,7 @@ class Disturbed:
         return good
 
     def _last_step(self) -> int:
-        lines = read_metrics(self._run / "metrics.jsonl")
-        return max((line["step"] for line in lines if "loss" in line), default=0)
+        return chaos_starts.last_step(self._run)
 
     def _log(self) -> str:
         path = self._run / "log.txt"
