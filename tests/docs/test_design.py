@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from keel_megatron.model.residual import RULES
+from keel_megatron.architecture.residual import RULES
 from tests.docs.commands import ROOT
 
 TEXT = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
