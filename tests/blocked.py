@@ -5,6 +5,9 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from keel_megatron.training.stop import SAME_SECONDS
 
@@ -20,13 +23,31 @@ with stop_requests():
 """
 
 
+@contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that hears SIGINT, also if the tests run in a script's background; killed after."""
+
+    def hear() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(command, preexec_fn=hear, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def end(process: subprocess.Popen[bytes], number: signal.Signals, seconds: float = 300.0) -> int:
-    """Send a signal until the process ends, as often as a slow machine needs; its exit code."""
-    limit = time.monotonic() + seconds
+    """Send a signal until the process ends, as often as a slow machine needs; its exit code.
+
+    Seldom after the second one: a launcher that is leaving no longer takes them.
+    """
+    limit, patience = time.monotonic() + seconds, 1.1 * SAME_SECONDS
     while time.monotonic() < limit:
         process.send_signal(number)
         try:
-            return process.wait(timeout=1.1 * SAME_SECONDS)
+            return process.wait(timeout=patience)
         except subprocess.TimeoutExpired:
-            continue
+            patience = 15.0
     raise AssertionError(f"{number.name} did not end it in {seconds} s")

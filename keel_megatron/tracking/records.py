@@ -30,7 +30,7 @@ class StepRecord:
     seconds: float
     """Duration of the step in seconds."""
     skipped_steps: int = 0
-    """Steps so far in the run whose update the guard has left out."""
+    """Steps so far in the run whose update was left out."""
 
     def to_json(self) -> dict[str, float]:
         """The record as one flat object, with the fields' names as keys."""

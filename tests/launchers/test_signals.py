@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.blocked import BLOCKED, end
+from tests.blocked import BLOCKED, end, started
 from tests.hosts import await_that
 from tests.launchers.test_launchers import DEMO, LAUNCHERS, ROOT
 
@@ -50,19 +49,16 @@ def test_a_request_and_then_ctrl_c_twice(launcher: str, tmp_path: Path) -> None:
         "NPROC_PER_NODE": "1",
     }
     ranks = 1 if launcher == "torchrun.sh" else 2
-    with ready.open("wb") as out, said.open("wb") as err:
-        process = subprocess.Popen(
-            command(launcher, tmp_path), stdout=out, stderr=err, env=environment
-        )
-    try:
+    with (
+        ready.open("wb") as out,
+        said.open("wb") as err,
+        started(command(launcher, tmp_path), stdout=out, stderr=err, env=environment) as process,
+    ):
         await_that(lambda: ready.read_text().count("ready") == ranks, 300, "the ranks")
         process.send_signal(signal.SIGTERM)
         await_that(lambda: "SIGTERM: stopping after this step" in said.read_text(), 300, "a word")
         assert process.poll() is None
         assert end(process, signal.SIGINT) == 130
-    finally:
-        process.kill()
-        process.wait()
     assert said.read_text().count("stopping after this step") == 1
     assert "starting all" not in said.read_text()
     if launcher == "torchrun.sh":

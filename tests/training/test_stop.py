@@ -21,7 +21,7 @@ from keel_megatron.training.stop import (
     launched_at,
     stop_requests,
 )
-from tests.blocked import BLOCKED, end
+from tests.blocked import BLOCKED, end, started
 from tests.hosts import await_that
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 75}
@@ -52,9 +52,8 @@ def test_a_signal_that_comes_again_ends_a_process_that_waits_in_c(
     sent: list[signal.Signals], code: int
 ) -> None:
     """More than a second later, whatever came before or between; the others change nothing."""
-    with subprocess.Popen(
-        [sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with started([sys.executable, "-c", BLOCKED], **pipes) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline() == b"ready\n"
