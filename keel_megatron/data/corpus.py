@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import os
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -132,7 +131,7 @@ def check_paths(text: tuple[Path, ...] | None) -> None:
     is_empty = True
     for path in text:
         if _is_folder(path):
-            is_empty &= not any(files for _folder, _folders, files in os.walk(path))
+            is_empty &= not _below(path, LeftOut(path))
         else:
             with _opened(path):
                 is_empty &= path.stat().st_size == 0
@@ -163,13 +162,18 @@ def _is_folder(path: Path) -> bool:
     return is_folder
 
 
+def _below(path: Path, left_out: LeftOut) -> list[Path]:
+    """The files of a folder that can be entered."""
+    try:
+        return files_below(path, left_out)
+    except OSError as error:
+        raise UserError(f"data.text: {path} cannot be read: {error.strerror}") from error
+
+
 def _user_files(path: Path, log: Callable[[str], None]) -> list[TextFile]:
     if _is_folder(path):
         left_out = LeftOut(path)
-        try:
-            files = _text_files(files_below(path, left_out), left_out)
-        except OSError as error:
-            raise UserError(f"data.text: {path} cannot be read: {error.strerror}") from error
+        files = _text_files(_below(path, left_out), left_out)
         if left_out.found:
             log(f"data.text: left out of {path}: {left_out.text()}")
         return files

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from keel_megatron.config import UserError
-from keel_megatron.data.corpus import describe_split, find_corpus, split
+from keel_megatron.data.corpus import check_paths, describe_split, find_corpus, split
 
 
 def ignore(_text: str) -> None:
@@ -186,6 +186,18 @@ def test_links_are_followed_once_and_the_rest_is_counted(tmp_path: Path) -> None
         f"data.text: left out of {root}: 1 broken link (such as broken), "
         "1 neither file nor folder (such as pipe)"
     ]
+
+
+def test_a_folder_of_links_alone_has_text(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a.txt").write_text("text")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "there").symlink_to(tmp_path / "there")
+    check_paths((tmp_path / "links",))
+    assert len(find_corpus((tmp_path / "links",), ignore).files) == 1
+    (tmp_path / "there" / "a.txt").rename(tmp_path / "there" / ".hidden")
+    with pytest.raises(UserError, match=r"data.text: there is no text in .*links"):
+        check_paths((tmp_path / "links",))
 
 
 def test_a_folder_that_cannot_be_entered_is_counted(
