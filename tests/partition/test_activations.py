@@ -35,15 +35,9 @@ CASES: list[dict[str, Any]] = [
 ]
 # Every rule; of 5 to 7 blocks as many are post-norm under Mix-LN.
 RULE_CASES: list[dict[str, Any]] = [
-    {
-        "training__precision": precision,
-        "model__residual": rule,
-        "model__num_query_groups": 2,
-        **more,
-    }
-    for precision in ("fp32", "bf16")
+    {"training__precision": precision, "model__residual": rule, "model__num_query_groups": 2, **way}
     for rule in RULES
-    for more in ({}, {"kernel": "triton"})
+    for precision, way in (("fp32", {}), ("bf16", {}), ("bf16", {"kernel": "triton"}))
 ]
 TENSOR_CASES: list[dict[str, Any]] = [
     {"training__precision": precision, "parallel__sequence": sequence, "parallel__tensor": 2}
