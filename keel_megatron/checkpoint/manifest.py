@@ -18,10 +18,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from keel_megatron.checkpoint import shard_file
 from keel_megatron.config.yaml_text import read_yaml
+
+if TYPE_CHECKING:
+    from keel_megatron.checkpoint.shard_file import ShardFile
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
@@ -169,14 +171,16 @@ def check(folder: Path) -> None:
         check_file(folder, name, record)
 
 
-def open_shards(path: Path) -> shard_file.ShardFile:
+def open_shards(path: Path) -> ShardFile:
     """A rank's tensors.
 
     Raises:
         DamagedError: the file is no safetensors file.
     """
+    from keel_megatron.checkpoint.shard_file import ShardFile  # numpy: not for every command
+
     try:
-        return shard_file.ShardFile(path)
+        return ShardFile(path)
     except OSError as error:
         raise DamagedError(f"{path.name} cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keel_megatron.config import UserError
@@ -19,6 +19,7 @@ def tokenizer(prepared: PreparedData) -> Tokenizer:
     return Tokenizer(prepared.tokenizer_path)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     tokens = tokenizer.encode(text)
