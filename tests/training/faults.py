@@ -20,6 +20,7 @@ from keel_megatron.training import locate, run
 from keel_megatron.training.engine import Engine, MegatronEngine, StepResult
 from keel_megatron.training.engines import build_engine
 from keel_megatron.training.optimizer import set_learning_rate
+from keel_megatron.training.ready import open_data
 from keel_megatron.training.schedule import learning_rate
 from tests.training.ranks import made_up_batches
 
@@ -161,7 +162,7 @@ def roll_back(path: Path) -> tuple[Any, Any, str]:
     config = RunConfig.model_validate(yaml.safe_load(path.read_text()))
     with start(config.parallel, config.training) as runtime:
         data = runtime.from_main(lambda: prepare(config, print))
-        source, _validation = run.open_data(config, runtime, data)
+        source, _validation = open_data(config, runtime, data)
         engine = build_engine(config, runtime, build_model(config, runtime))
         expected = []
         size, steps = config.training.global_batch_size, config.training.steps
