@@ -131,7 +131,7 @@ def test_commands_in_the_text_exist(page: Path) -> None:
 def test_what_is_trained_is_valid_and_a_run_of_its_own(command: Command, home: Path) -> None:
     """Also of those that only the slow tests run."""
     _keel, _train, config, *rest = command.line.split()
-    processes = int(rest[rest.index("--processes") + 1]) if "--processes" in rest else 1
+    processes = int(rest[rest.index("--processes") + 1]) if "--processes" in rest else None
     settings = [word for word in rest if "=" in word]
     load_config(home / config, settings, world_size=processes)
     same = [c.line for c in RUN if c.page == command.page and c.text.startswith("keel train")]

@@ -12,6 +12,7 @@ from torch import nn
 import yaml
 from keel_megatron.checkpoint.state import Position
 from keel_megatron.config.run import RunConfig
+from keel_megatron.data.prepare import prepare
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.tracking.metrics import read_metrics
@@ -19,6 +20,7 @@ from keel_megatron.training import locate, run
 from keel_megatron.training.engine import Engine, MegatronEngine, StepResult
 from keel_megatron.training.engines import build_engine
 from keel_megatron.training.optimizer import set_learning_rate
+from keel_megatron.training.ready import open_data
 from keel_megatron.training.schedule import learning_rate
 from tests.training.ranks import made_up_batches
 
@@ -159,8 +161,8 @@ def roll_back(path: Path) -> tuple[Any, Any, str]:
     ]
     config = RunConfig.model_validate(yaml.safe_load(path.read_text()))
     with start(config.parallel, config.training) as runtime:
-        data = runtime.from_main(lambda: run.prepare(config, print))
-        source, _validation = run.open_data(config, runtime, data)
+        data = runtime.from_main(lambda: prepare(config, print))
+        source, _validation = open_data(config, runtime, data)
         engine = build_engine(config, runtime, build_model(config, runtime))
         expected = []
         size, steps = config.training.global_batch_size, config.training.steps
