@@ -3,10 +3,10 @@
 python beside.py constraints.txt > beside.txt    # what it lacks as pinned there, torch as it is
 python beside.py --check beside.txt > TRUE.txt   # after the installation: what the image now has
 
-constraints.txt says nothing about the packages of the base image. So the image carries a list of its
-own (/opt/keel/constraints.txt): what was installed as pinned, what the base brought, and what of
-that a requirement replaced. The check fails if torch has changed, or if a package was installed that
-is pinned nowhere.
+constraints.txt says nothing about the packages of the base image. So the image carries its own list
+(/opt/keel/constraints.txt): what was installed as pinned, what the base brought, and what of that a
+requirement replaced. The check fails if torch has changed, or if an installed package is pinned
+nowhere.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def authentication(uri: str) -> tuple[list[str], dict[str, str]]:
         if not is_loopback(bind):
             raise SystemExit(
                 f"KEEL_BIND: {bind} is open to other machines, and KEEL_MLFLOW_AUTH is none:"
-                " whoever reaches it could change and delete every run. Set KEEL_MLFLOW_AUTH=basic, or"
-                " publish on 127.0.0.1"
+                " whoever reaches it could change and delete every run. Set KEEL_MLFLOW_AUTH=basic,"
+                " or publish on 127.0.0.1"
             )
         return [], {}
     if kind != "basic":

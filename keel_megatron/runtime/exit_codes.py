@@ -58,8 +58,8 @@ def for_torchrun(code: int) -> int:
 def write(folder: Path, code: int) -> None:
     """Leave the code in a run's folder, whole or not at all.
 
-    On a full disk it takes the room that `clear` has kept. If even that fails, standard error says so,
-    and nothing changes about how the run has ended.
+    On a full disk it takes the room that `clear` has kept. If even that fails, standard error says
+    so, and nothing changes about how the run has ended.
     """
     try:
         kept = os.open(folder / _RESERVED, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)

@@ -222,7 +222,7 @@ def test_a_rendezvous_endpoint_is_no_code(tmp_path: Path) -> None:
 )
 def test_an_exit_code_is_a_number(tmp_path: Path, left: str, code: int) -> None:
     (tmp_path / "exit_code").write_text(left)
-    script = f"source {LAUNCHERS}/lib.sh; exit $(exit_code_of exit_code)"
+    script = f"source {LAUNCHERS}/lib.sh; RUN_FOLDER=$PWD; exit $(saved_code)"
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, timeout=20)
     assert done.returncode == code
     assert not (tmp_path / "mark").exists()

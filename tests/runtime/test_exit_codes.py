@@ -39,7 +39,7 @@ def test_a_write_that_fails_leaves_nothing_behind(
     monkeypatch.setattr(os, "write", fails)
     exit_codes.write(tmp_path, 75)
     assert "exit_code" not in names(tmp_path)
-    assert "exit_code could not be written: No space left on device" in capsys.readouterr().err
+    assert "exit_code: No space left on device" in capsys.readouterr().err
 
 
 @pytest.fixture
