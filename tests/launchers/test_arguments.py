@@ -20,7 +20,8 @@ from keel_megatron.cli.main import app
 from keel_megatron.runtime import local_launch
 from tests.integration.commands import write_config
 from tests.launchers.test_launchers import DEMO, LAUNCHERS, launch
-from tests.launchers.test_slurm import SCONTROL, SRUN, free_job
+from tests.launchers.test_slurm import SCONTROL, SRUN
+from tests.ports import reserved_port
 
 pytestmark = pytest.mark.security
 
@@ -42,6 +43,7 @@ NASTY = (
     "\x01\x1b[2J",
     "",
 )
+SLOW = {"timeout": 300.0}
 SETTINGS = [f"data.value_{number}={value}" for number, value in enumerate(NASTY)]
 # In place of the package: every rank notes what it was started with.
 RANK = """
@@ -111,10 +113,16 @@ def ranks(folder: Path) -> list[tuple[list[str], dict[str, str], str]]:
 
 def test_slurm_and_torchrun(tmp_path: Path) -> None:
     path = stand_ins(tmp_path, srun=SRUN, scontrol=SCONTROL)
-    job = {"SLURM_JOB_ID": str(free_job()), "SLURM_JOB_NODELIST": "n[1-2]"}
-    job |= {"SLURM_JOB_NUM_NODES": "2", "NPROC_PER_NODE": "1", "CALLS": str(tmp_path / "calls")}
-    variables = recorded(tmp_path) | job
-    done = launch("slurm.sbatch", "run.yaml", *SETTINGS, folder=tmp_path, path=path, **variables)
+    variables = recorded(tmp_path) | {
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "NPROC_PER_NODE": "1",
+        "CALLS": str(tmp_path / "calls"),
+    }
+    with reserved_port() as port:
+        variables["SLURM_JOB_ID"] = str(port - 20_000)
+        arguments = ["run.yaml", *SETTINGS]
+        done = launch("slurm.sbatch", *arguments, folder=tmp_path, path=path, **SLOW, **variables)
     assert done.returncode == 0, done.stderr
     started = ranks(tmp_path)
     assert [arguments for arguments, _env, _parent in started] == [
@@ -145,7 +153,7 @@ def test_deepspeed_over_ssh_and_its_secrets(tmp_path: Path) -> None:
     (tmp_path / "hostfile").write_text("host-a slots=1\nhost-b slots=1\n")
     variables = recorded(tmp_path) | secrets | {"MASTER_ADDR": "127.0.0.1", "TMPDIR": str(tmp_path)}
     arguments = ["run.yaml", *SETTINGS]
-    done = launch("deepspeed.sh", *arguments, folder=tmp_path, path=path, **variables)
+    done = launch("deepspeed.sh", *arguments, folder=tmp_path, path=path, **SLOW, **variables)
     assert done.returncode == 0, done.stderr
     first, second = ranks(tmp_path)
     assert first[0] == second[0] == ["train", *arguments]
@@ -288,7 +296,7 @@ def expanded(text: str, variables: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("kind", ["job", "pytorchjob"])
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
 def test_kubernetes(kind: str, value: str) -> None:
     module = render()
