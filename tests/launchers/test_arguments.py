@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -261,10 +262,14 @@ def test_processes_of_this_machine(
     """The command's settings go to the ranks as they are, and the ranks have them so."""
     config = write_config(tmp_path, Path(argparse.__file__))
     commands: list[list[str]] = []
-    monkeypatch.setattr(local_launch, "launch", lambda _n, command, *_: commands.append(command))
+    monkeypatch.chdir(tmp_path)
+    for place in (local_launch, sys.modules["keel_megatron.cli.train"]):
+        monkeypatch.setattr(place, "launch", lambda _n, command, *_: commands.append(command))
     prompts = [f"tracking.sample_prompt='{value}'" for value in NASTY if value.isprintable()]
     prompts = [prompt for prompt in prompts if prompt.count("'") == 2]
-    CliRunner().invoke(app, [verb, str(config), *prompts, "--processes", "1"])
+    prompts.append("parallel.pipeline=2")
+    done = CliRunner().invoke(app, [verb, str(config), *prompts, "--processes", "2"])
+    assert done.exit_code == 0, done.output
     assert commands == [["-m", "keel_megatron", verb, str(config), *prompts]]
 
 

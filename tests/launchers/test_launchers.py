@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -274,9 +275,20 @@ def test_an_address_is_no_program(tmp_path: Path) -> None:
 
 
 def test_a_mistake_that_the_trainers_find_is_told_once() -> None:
-    done = launch("torchrun.sh", "--max-restarts", "2", DEMO, "parallel.pipeline=2")
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("parallel.tensor x parallel.pipeline: 1 x 2 = 2 must divide") == 1
+    """torchrun starts them again all the same, and itself ends with 1."""
+    nodes = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1"}
+    arguments = ("torchrun.sh", "--max-restarts", "1", DEMO, "parallel.pipeline=3")
+    with reserved_port() as port, ThreadPoolExecutor(2) as pool:
+        started = [
+            pool.submit(
+                launch, *arguments, timeout=300, NODE_RANK=node, MASTER_PORT=str(port), **nodes
+            )
+            for node in ("0", "1")
+        ]
+        ended = [each.result() for each in started]
+    for done in ended:
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.count("parallel.tensor x parallel.pipeline: 1 x 3 = 3 must divide") == 1
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGUSR1", 75)])
