@@ -9,7 +9,7 @@ PIP_ARGS ?=
 PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup validators train test test-all test-gpu check format bench-kernel bench-gpu bench-peers chaos check-images clean
+.PHONY: help setup lock validators train test test-all test-security test-gpu check format bench-kernel bench-gpu bench-peers chaos check-images clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -26,6 +26,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	DS_BUILD_OPS=0 $(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS) --no-build-isolation \
 		--editable '.[dev]'
 	touch $@
+
+lock: setup ## Write docker/locks: the images' pins with their hashes.
+	$(BIN)/python tools/lock.py
 
 validators: $(VENV)/validators/.installed ## Make the manifests' validators an environment.
 
@@ -44,6 +47,9 @@ test: setup validators ## Run the tests (the quick ones: about 14 minutes on 2 c
 
 test-all: setup validators ## Run every test that needs no GPU.
 	$(BIN)/python -m pytest -m 'not gpu'
+
+test-security: setup validators ## Run the attacks that must fail (SECURITY.md).
+	$(BIN)/python -m pytest -m 'security and not gpu'
 
 test-gpu: ## Run the GPU suite with the python3 at hand (CUDA torch, megatron-core, pydantic, pytest).
 	$(PYTHON) -m pytest -m gpu tests/kernels/test_gpu.py tests/training/test_device.py

@@ -11,6 +11,7 @@
 #   NNODES         pods (default 2)
 #   GPUS_PER_NODE  GPUs of each (default 8; 0 = a CPU)
 #   CLAIM          volume claim that all pods can write, for runs/ and data/ (default keel)
+#   SECRET         with MLFLOW_TRACKING_USERNAME and its like, if there is one (default keel-mlflow)
 #   NAMESPACE      (default: kubectl's own)
 #
 # CONFIG is a file here; it travels as a ConfigMap. The same call with --dry-run and
@@ -33,7 +34,7 @@ is_number "$gpus" || die "GPUS_PER_NODE=$gpus is no number"
 options=(--max-restarts "$MAX_RESTARTS")
 [[ $VERB == doctor ]] && options+=(--doctor)
 manifest=("$PYTHON" "$ROOT/launchers/kubernetes/render.py" "$kind" "$name" "${IMAGE:-keel-megatron}"
-    "$nodes" "$gpus" "$claim" "$CONFIG" "${options[@]}" "$CONFIG" "${OVERRIDES[@]}")
+    "$nodes" "$gpus" "$claim" "${SECRET:-keel-mlflow}" "$CONFIG" "${options[@]}" "$CONFIG" "${OVERRIDES[@]}")
 apply=(kubectl ${NAMESPACE:+--namespace "$NAMESPACE"} apply --filename -)
 show "${manifest[@]}"
 show "${apply[@]}"

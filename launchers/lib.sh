@@ -47,7 +47,10 @@ parse_arguments() {
     local setting
     for setting in "${OVERRIDES[@]}"; do
         [[ $setting =~ ^[a-z_]+\.[a-z_0-9]+= ]] ||
-            die "$setting: a setting is written section.key=value"
+            {
+                without_secrets "$setting"
+                die "$REPLY: a setting is written section.key=value"
+            }
     done
 }
 
@@ -105,8 +108,30 @@ check_devices() {
     fi
 }
 
-# The exact command, to be copied into a shell.
-show() { printf '+' && printf ' %q' "$@" && printf '\n'; }
+# without_secrets ARGUMENT: REPLY is the argument without what may be a secret: the user part, the query
+# and the fragment of a URL, and the value of a setting that is called like one.
+without_secrets() {
+    REPLY=$1
+    if [[ $1 =~ ^[a-z_]+\.[a-z_0-9]*(passw(or)?d|secret|token|(api|access)_key)= ]]; then
+        REPLY="${BASH_REMATCH[0]}***"
+    elif [[ $1 == *://* ]]; then
+        local rest=${1#*://}
+        [[ $rest != *@* ]] || rest="***@${rest##*@}"
+        [[ ! $rest =~ ^[^?#]*[?#] ]] || rest="${BASH_REMATCH[0]}***"
+        REPLY="${1%%://*}://$rest"
+    fi
+}
+
+# The exact command but for secrets, to be copied into a shell.
+show() {
+    local part
+    printf '+'
+    for part in "$@"; do
+        without_secrets "$part"
+        printf ' %q' "$REPLY"
+    done
+    printf '\n'
+}
 
 # run_command COMMAND...: show it and become it; under --dry-run only show it.
 run_command() {
@@ -120,11 +145,11 @@ find_run_folder() {
     RUN_FOLDER=$("$PYTHON" -m keel_megatron config folder "$CONFIG" "${OVERRIDES[@]}") || exit $?
 }
 
-# The exit code that the run has left in its folder; 1 if it is not whole.
+# The exit code that the run has left in its folder; a failure if what stands there is none.
 saved_code() {
-    local code
-    code=$(<"$RUN_FOLDER/exit_code")
-    if is_number "$code"; then echo "$code"; else echo 1; fi
+    local text=""
+    IFS= read -r -n 8 text <"$RUN_FOLDER/exit_code" || true
+    if is_number "$text" && ((text <= 255)); then echo "$text"; else echo 1; fi
 }
 
 # Whether this start has left its code there. An earlier start's is not removed: this one may be
@@ -133,6 +158,9 @@ mark_exit_code() { MARK=$(stat -c '%i %y' "$RUN_FOLDER/exit_code" 2>/dev/null ||
 has_exit_code() {
     local before=$MARK && mark_exit_code && [[ $VERB == train && $MARK != "$before" && -n $MARK ]]
 }
+
+# A name that nobody guesses.
+random_id() { od -An -N16 -tx1 /dev/urandom | tr -d ' \n'; }
 
 # wait_for HOST PORT SECONDS: until something listens there, or say that nothing does.
 wait_for() {

@@ -27,9 +27,6 @@ is_positive "$processes" ||
     die "N must be a positive number: local.sh N CONFIG [section.key=value ...]"
 find_python
 check_devices "$processes"
-if [[ $VERB == doctor ]]; then
-    run_command "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
-        -m keel_megatron doctor "$CONFIG" "${OVERRIDES[@]}"
-fi
-run_command "$PYTHON" -m keel_megatron train "$CONFIG" "${OVERRIDES[@]}" \
-    --processes "$processes" --max-restarts "$MAX_RESTARTS"
+options=(--processes "$processes")
+[[ $VERB == train ]] && options+=(--max-restarts "$MAX_RESTARTS")
+run_command "$PYTHON" -m keel_megatron "$VERB" "$CONFIG" "${OVERRIDES[@]}" "${options[@]}"

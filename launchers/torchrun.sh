@@ -5,13 +5,13 @@
 #
 #   options: --dry-run, --doctor, --max-restarts N
 #
-#   NNODES          nodes (default 1)
+#   NNODES          nodes (default 1: as launchers/local.sh, nothing listens beyond loopback)
 #   NPROC_PER_NODE  processes of this node (default: its GPUs; without any 1)
 #   MASTER_ADDR     the first node: a static rendezvous, with NODE_RANK on every node
 #   MASTER_PORT     its port (default 29500)
 #   RDZV_ENDPOINT   HOST[:PORT] of the first node: a c10d rendezvous, which gives out the ranks;
 #                   an IPv6 address with a port is written [ADDRESS]:PORT
-#   RDZV_ID         the job's name there (default keel)
+#   RDZV_ID         the job's name there: random, the same on every node (docs/cluster.md, 5)
 #   NODE_RANK       this node's number, from 0; 0 is the first node
 #   LOCAL_ADDR      this node's address, where its host name does not lead to it
 #   WAIT_SECONDS    how long to wait for the first node (default 300)
@@ -38,7 +38,14 @@ if [[ -n $node_rank ]]; then
     is_number "$node_rank" || die "NODE_RANK=$node_rank is no number"
     ((node_rank < nodes)) || die "NODE_RANK=$node_rank must be below NNODES=$nodes"
 fi
+is_number "${WAIT_SECONDS:=300}" || die "WAIT_SECONDS=$WAIT_SECONDS is no whole number"
 check_devices "$processes"
+if ((nodes == 1)); then
+    options=(--max-restarts "$MAX_RESTARTS")
+    ((DRY_RUN)) && options+=(--dry-run)
+    [[ $VERB == doctor ]] && options+=(--doctor)
+    exec "$BASH" "$ROOT/launchers/local.sh" "${options[@]}" "$processes" "$CONFIG" "${OVERRIDES[@]}"
+fi
 
 # A step, a save and the last report may take longer than torchrun's 30 s after SIGTERM.
 command=("$PYTHON" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes"
@@ -48,10 +55,13 @@ if [[ -n $endpoint ]]; then
     split_endpoint RDZV_ENDPOINT "$endpoint"
     first=("$HOST" "$PORT")
     [[ $HOST != *:* ]] || HOST="[$HOST]"
-    command+=(--rdzv-backend c10d --rdzv-endpoint "$HOST:$PORT" --rdzv-id "${RDZV_ID:-keel}")
+    [[ -n ${RDZV_ID:-} ]] || die "RDZV_ID is not set: a random text, the same on every node;" \
+        "for example $(random_id)"
+    export PET_RDZV_ID=$RDZV_ID # torchrun's --rdzv-id, out of the sight of \`ps\`
+    command+=(--rdzv-backend c10d --rdzv-endpoint "$HOST:$PORT")
     # The first node by its number, where it has one: names and addresses can mislead torchrun.
     [[ -n $node_rank ]] && command+=(--rdzv-conf "is_host=$((node_rank == 0))")
-elif ((nodes > 1)); then
+else
     [[ -n $address ]] || die "NNODES=$nodes needs MASTER_ADDR=<first node> with" \
         "NODE_RANK=<this node's number>, or RDZV_ENDPOINT=<first node>:<port>"
     [[ -n $node_rank ]] ||
@@ -60,17 +70,16 @@ elif ((nodes > 1)); then
     is_port "$port" || die "MASTER_PORT=$port is no port, a number from 1 to 65535"
     command+=(--node-rank "$node_rank" --master-addr "$address" --master-port "$port")
     first=("$address" "$port")
-else
-    command+=(--standalone)
 fi
 [[ -n ${LOCAL_ADDR:-} ]] && command+=(--local-addr "$LOCAL_ADDR")
-command+=(-m keel_megatron "$VERB" "$CONFIG" "${OVERRIDES[@]}")
+# torchrun reads $$ as $, and $local_rank as the rank (torch.distributed.elastic, macros).
+command+=(-m keel_megatron "$VERB" "${CONFIG//\$/\$\$}" "${OVERRIDES[@]//\$/\$\$}")
 
 show "${command[@]}"
 ((DRY_RUN)) && exit 0
 find_run_folder
-if ((${#first[@]})) && [[ -n $node_rank && $node_rank != 0 ]]; then
-    wait_for "${first[@]}" "${WAIT_SECONDS:-300}"
+if [[ -n $node_rank && $node_rank != 0 ]]; then
+    wait_for "${first[@]}" "$WAIT_SECONDS"
 fi
 
 # torchrun (2.13) announces its shared store in the first round of a c10d rendezvous only: a node that

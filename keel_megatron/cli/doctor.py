@@ -22,6 +22,9 @@ def doctor(
         Path | None, typer.Argument(metavar="[CONFIG]", help="The run's YAML file.")
     ] = None,
     overrides: Overrides = None,
+    processes: Annotated[
+        int, typer.Option(min=0, help="Try CONFIG with so many processes of this machine.")
+    ] = 0,
 ) -> None:
     """Show what is installed here and what a run would use; with CONFIG also try its nodes.
 
@@ -31,6 +34,8 @@ def doctor(
     from keel_megatron.config.load import load_config
     from keel_megatron.runtime.device import Launch
 
+    if processes:
+        sys.exit(_on_this_machine(config, tuple(overrides or ()), processes))
     launch = Launch.from_environment()
     run = None
     if config is not None:
@@ -41,6 +46,17 @@ def doctor(
         _show(run)
     if run is not None and "RANK" in os.environ:
         _preflight(run, launch)
+
+
+def _on_this_machine(config: Path | None, overrides: tuple[str, ...], processes: int) -> int:
+    from keel_megatron.config.errors import UserError
+    from keel_megatron.config.load import load_config
+    from keel_megatron.runtime.local_launch import launch
+
+    if config is None:
+        raise UserError("--processes needs CONFIG: the run whose processes are tried")
+    load_config(config, overrides, world_size=processes)
+    return launch(processes, ["-m", "keel_megatron", "doctor", str(config), *overrides])
 
 
 def _show(run: RunConfig | None) -> None:

@@ -22,6 +22,8 @@ That ends the next starts at once, and the launcher with 2.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
@@ -38,6 +40,7 @@ FINAL = frozenset({DONE, USER_ERROR, DIVERGED, SAVED, 129, INTERRUPTED, 143})
 """Codes after which the same command, started again at once, is not what is wanted."""
 
 FILE = "exit_code"
+_RESERVED = "exit_code.partial"
 MISTAKE = "KEEL_MISTAKE_FILE"
 
 
@@ -55,19 +58,30 @@ def for_torchrun(code: int) -> int:
 def write(folder: Path, code: int) -> None:
     """Leave the code in a run's folder, whole or not at all.
 
-    A disk that is full says so here, and changes nothing about how the run has ended.
+    On a full disk it takes the room that `clear` has kept. If even that fails, standard error says
+    so, and nothing changes about how the run has ended.
     """
-    partial = folder / f"{FILE}.partial"
     try:
-        partial.write_text(f"{code}\n", encoding="utf-8")
-        partial.replace(folder / FILE)
+        kept = os.open(folder / _RESERVED, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            text = f"{code}\n".encode()
+            if os.write(kept, text) != len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.ftruncate(kept, len(text))
+        finally:
+            os.close(kept)
+        os.replace(folder / _RESERVED, folder / FILE)
     except OSError as error:
         print(f"cannot write {folder / FILE}: {error.strerror}", file=sys.stderr)
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier process left."""
+    """Remove what an earlier process left, and keep room for what `write` will leave."""
     (folder / FILE).unlink(missing_ok=True)
+    reserved = folder / _RESERVED
+    with contextlib.suppress(OSError):  # `write` tries again
+        reserved.unlink(missing_ok=True)
+        reserved.write_text(" " * 8, encoding="utf-8")
 
 
 def note_mistake() -> None:

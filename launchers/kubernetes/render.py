@@ -1,6 +1,6 @@
 """Fill in a manifest of this folder; launchers/kubernetes.sh calls it and says what is what.
 
-render.py job|pytorchjob NAME IMAGE NNODES GPUS_PER_NODE CLAIM CONFIG [ARGUMENT ...]
+render.py job|pytorchjob NAME IMAGE NNODES GPUS_PER_NODE CLAIM SECRET CONFIG [ARGUMENT ...]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def render(
     nodes: int,
     gpus: int,
     claim: str,
+    secret: str,
     config: str,
     arguments: list[str],
 ) -> list[dict[str, Any]]:
@@ -34,6 +35,7 @@ def render(
         nodes: pods.
         gpus: of each pod; 0 = a CPU.
         claim: the volume claim that all pods share.
+        secret: with the variables of MLflow's client; it may be absent.
         config: the YAML of the run.
         arguments: options and settings of torchrun.sh; CONFIG stands where MOUNTED does.
     """
@@ -42,13 +44,16 @@ def render(
     for entry in found.values():
         entry["metadata"]["name"] = name
     found["ConfigMap"]["data"] = {"run.yaml": config}
+    policy = found["NetworkPolicy"]["spec"]
+    own = dict.fromkeys(policy["podSelector"]["matchLabels"], name)
+    policy["podSelector"] = policy["ingress"][0]["from"][0]["podSelector"] = {"matchLabels": own}
     if kind == "job":
-        found["Service"]["spec"]["selector"] = {"batch.kubernetes.io/job-name": name}
+        found["Service"]["spec"]["selector"] = own
         spec = found["Job"]["spec"]
         spec["completions"] = spec["parallelism"] = nodes
         template = spec["template"]
         template["spec"]["subdomain"] = name
-        values = {"NNODES": str(nodes), "RDZV_ENDPOINT": f"{name}-0.{name}:29500", "RDZV_ID": name}
+        values = {"NNODES": str(nodes), "RDZV_ENDPOINT": f"{name}-0.{name}:29500"}
     else:
         spec = found["PyTorchJob"]["spec"]
         spec["nprocPerNode"] = str(gpus or 1)
@@ -58,7 +63,7 @@ def render(
         if nodes == 1:
             del replicas["Worker"]
         values = {"KEEL_JOB_ID": name}
-    _fill_pod(template["spec"], name, image, gpus, claim, arguments)
+    _fill_pod(template["spec"], name, image, gpus, claim, secret, arguments)
     for variable in template["spec"]["containers"][0]["env"]:
         if variable["name"] in values:
             variable["value"] = values[variable["name"]]
@@ -67,10 +72,18 @@ def render(
 
 
 def _fill_pod(
-    pod: dict[str, Any], name: str, image: str, gpus: int, claim: str, arguments: list[str]
+    pod: dict[str, Any],
+    name: str,
+    image: str,
+    gpus: int,
+    claim: str,
+    secret: str,
+    arguments: list[str],
 ) -> None:
     container = pod["containers"][0]
-    container |= {"image": image, "args": arguments}
+    # Kubernetes reads $(NAME) as a variable's value, and $$ as $.
+    container |= {"image": image, "args": [text.replace("$", "$$") for text in arguments]}
+    container["envFrom"][0]["secretRef"]["name"] = secret
     if gpus:  # whole nodes: what they have of cores and memory
         container["resources"] = {"limits": {"nvidia.com/gpu": gpus}}
     for volume in pod["volumes"]:
@@ -97,10 +110,10 @@ _Dumper.add_representer(str, _text)
 
 def main() -> None:
     """Render what the arguments say to standard output."""
-    kind, name, image, nodes, gpus, claim, config, *arguments = sys.argv[1:]
+    kind, name, image, nodes, gpus, claim, secret, config, *arguments = sys.argv[1:]
     text = Path(config).read_text(encoding="utf-8")
     given = [MOUNTED if argument == config else argument for argument in arguments]
-    objects = render(kind, name, image, int(nodes), int(gpus), claim, text, given)
+    objects = render(kind, name, image, int(nodes), int(gpus), claim, secret, text, given)
     yaml.dump_all(objects, sys.stdout, Dumper=_Dumper, sort_keys=False)
 
 

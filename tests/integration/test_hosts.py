@@ -62,7 +62,11 @@ class Job:
     ) -> subprocess.Popen[bytes]:
         """Start the launcher on a host."""
         first = self.hosts.names[0]
-        meeting = {"MASTER_ADDR": first} if self.static else {"RDZV_ENDPOINT": f"{first}:29400"}
+        meeting = (
+            {"MASTER_ADDR": first}
+            if self.static
+            else {"RDZV_ENDPOINT": f"{first}:29400", "RDZV_ID": "a random text"}
+        )
         env = environment() | {
             "PYTHONPATH": str(ROOT),
             "KEEL_PYTHON": sys.executable,

@@ -21,6 +21,7 @@ import pytest
 import yaml
 from tests.ports import reserved_port
 from tools.image_steps import Image, instructions
+from tools.lock import LEFT_OUT, requirements
 
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
 SERVER = DOCKER / "mlflow_server.py"
@@ -43,6 +44,22 @@ def test_what_the_server_lacks_is_named() -> None:
     assert short.stderr == "KEEL_MLFLOW_ADMIN_PASSWORD: give 12 characters or more\n"
     wrong = run_server(KEEL_MLFLOW_STORE="sqlite:////nowhere", KEEL_MLFLOW_AUTH="ldap")
     assert wrong.stderr == "KEEL_MLFLOW_AUTH: ldap is neither none nor basic\n"
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("bind", ["0.0.0.0", "::", "[::]", "10.0.0.7", "host.example", None])
+def test_an_open_address_needs_passwords(bind: str | None) -> None:
+    settings = {"KEEL_MLFLOW_STORE": "sqlite:////nowhere/x"}
+    refused = run_server(**settings, **({} if bind is None else {"KEEL_BIND": bind}))
+    assert refused.returncode == 1
+    assert "is open to other machines, and KEEL_MLFLOW_AUTH is none" in refused.stderr
+
+
+@pytest.mark.security
+def test_no_pattern_of_hosts_is_taken() -> None:
+    settings = {"KEEL_MLFLOW_STORE": "sqlite:////nowhere/x", "KEEL_BIND": "127.0.0.1"}
+    wrong = run_server(**settings, KEEL_MLFLOW_HOSTS="a:5000,10.*")
+    assert wrong.stderr == "KEEL_MLFLOW_HOSTS: 10.* must be HOST:PORT, without a wildcard\n"
 
 
 @contextmanager
@@ -90,6 +107,7 @@ def answer(url: str, **headers: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.security
 def test_one_setting_asks_for_passwords(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text(PASSWORD + "\n")
@@ -109,13 +127,19 @@ def test_one_setting_asks_for_passwords(tmp_path: Path) -> None:
         assert answer(search, Authorization=basic("password1234")) == 401
         assert answer(search, Authorization=basic(PASSWORD)) == 200
         assert answer(search, Authorization=basic(PASSWORD), Host="mlflow:5000") == 200
-        assert answer(search, Authorization=basic(PASSWORD), Host="evil.example") == 403
+        # A stranger's names for this address; a pattern for private ones would take them.
+        for name in ("evil.example", "10.evil.example", "192.168.evil.example:5000", "localhost:1"):
+            assert answer(search, Authorization=basic(PASSWORD), Host=name) == 403
 
 
 def test_compose_publishes_on_loopback_and_holds_no_password() -> None:
     compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
     published = [p for service in compose["services"].values() for p in service.get("ports", ())]
     assert published == ["${KEEL_BIND:-127.0.0.1}:${KEEL_MLFLOW_PORT:-5000}:5000"]
+    # What the server judges by is what is published.
+    server = compose["services"]["mlflow"]["environment"]
+    assert server["KEEL_BIND"] == "${KEEL_BIND:-127.0.0.1}"
+    assert "*" not in server["KEEL_MLFLOW_HOSTS"]
     for service in compose["services"].values():
         for name, value in service.get("environment", {}).items():
             if "PASSWORD" in name or "KEY" in name:
@@ -141,15 +165,60 @@ def test_images_name_their_bases_once_and_leave_root() -> None:
 
 def test_the_base_keeps_its_packages(tmp_path: Path) -> None:
     constraints = tmp_path / "constraints.txt"
-    constraints.write_text("# pins\ntorch==1.0\nnumpy==0.1\nno-such_Package==3\n")
+    text = "# pins\ntorch==1.0\nnumpy==0.1\nno-such_Package==3\n"
+    constraints.write_text(text)
     beside = [sys.executable, str(DOCKER / "beside.py")]
     lines = subprocess.run([*beside, constraints], capture_output=True, text=True, check=True)
-    assert lines.stdout.splitlines() == [f"torch=={version('torch')}", "no-such_Package==3"]
-    constraints.write_text(lines.stdout)
-    subprocess.run([*beside, "--check", constraints], check=True)
-    constraints.write_text("torch==1.0\n")
-    changed = subprocess.run([*beside, "--check", constraints], capture_output=True, text=True)
-    assert "the base has torch==1.0, the installation made" in changed.stderr
+    numpy = f"numpy=={version('numpy')}"
+    first, second, *base = lines.stdout.splitlines()
+    assert (first, second) == (f"torch=={version('torch')}", "no-such-package==3")
+    assert f"# base: {numpy}" in base
+
+    def checked(text: str) -> tuple[str, str]:
+        constraints.write_text(text)
+        done = subprocess.run([*beside, "--check", constraints], capture_output=True, text=True)
+        return done.stdout, done.stderr
+
+    # The image's own list: installed as pinned, replaced, of the base.
+    told = f"torch=={version('torch')}\n{numpy}\n" + "".join(
+        f"{line}\n" for line in base if not line.startswith(("# base: numpy", "# base: pyyaml"))
+    )
+    said, wrong = checked(told + "# base: pyyaml==1.0\n")
+    assert wrong == ""
+    pinned, replaced, kept = said.split("# Of the base, ")
+    assert numpy in pinned.splitlines()
+    assert replaced.splitlines()[1:] == [f"pyyaml=={version('pyyaml')}"]
+    assert f"torch=={version('torch')}" in kept.splitlines()
+    _said, wrong = checked(told.replace(numpy, "numpy==0.1") + "# base: pyyaml==1.0\n")
+    assert "in neither the base nor constraints.txt: ['numpy']" in wrong
+    _said, wrong = checked(told.replace(first, "torch==1.0"))
+    assert "the base has torch==1.0, the installation made" in wrong
+
+
+def test_the_locks_have_a_hash_for_every_pin() -> None:
+    """And are those of constraints.txt and pyproject.toml as they are now (make lock)."""
+    pins = constraint_pins()
+    locks = {path.stem: path.read_text() for path in sorted((DOCKER / "locks").glob("*.txt"))}
+    assert locks.keys() == requirements().keys()
+    for name, wanted in requirements().items():
+        lines = [line for line in locks[name].splitlines() if not line.startswith("#")]
+        found = dict(line.split(" ", 1)[0].split("==") for line in lines)
+        assert all(re.fullmatch(r"\S+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
+        assert found.items() <= pins.items()
+        direct = {normal(re.split(r"[\[<>=!;]", each)[0]) for each in wanted}
+        assert direct - LEFT_OUT <= found.keys()
+    for image, name in (("Dockerfile.cpu", "cpu"), ("Dockerfile.cpu", "test")):
+        assert f"--require-hashes --no-deps -r {name}.txt" in (DOCKER / image).read_text()
+
+
+def constraint_pins() -> dict[str, str]:
+    lines = (DOCKER.parent / "constraints.txt").read_text().splitlines()
+    pairs = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    return {normal(name): pin for name, pin in pairs}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
 def test_steps_are_read_as_an_engine_reads_them(tmp_path: Path) -> None:

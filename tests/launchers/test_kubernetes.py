@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import yaml
+from tests.launchers.pod_security import violations
 from tests.launchers.test_launchers import DEMO, ROOT, launch
 
 VALIDATORS = ROOT / ".venv" / "validators" / "bin" / "python"
@@ -64,6 +65,59 @@ def test_an_indexed_job() -> None:
     assert by_action == {"FailJob": [2, 65], "Ignore": [75, 143]}
 
 
+def pods(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pods' specs of a job."""
+    if "Job" in found:
+        return [found["Job"]["spec"]["template"]["spec"]]
+    replicas = found["PyTorchJob"]["spec"]["pytorchReplicaSpecs"]
+    return [replica["template"]["spec"] for replica in replicas.values()]
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("kind", ["job", "pytorchjob"])
+@pytest.mark.parametrize("gpus", ["0", "8"])
+def test_the_restricted_standard_accepts_the_pods(kind: str, gpus: str) -> None:
+    _text, found = rendered(kind, GPUS_PER_NODE=gpus)
+    for pod in pods(found):
+        assert list(violations(pod)) == []
+        assert pod["automountServiceAccountToken"] is False
+        del pod["containers"][0]["securityContext"], pod["securityContext"]
+        trainer = pod["containers"][0]["name"]
+        rules = ("allowPrivilegeEscalation", "capabilities.drop", "runAsNonRoot", "seccompProfile")
+        assert list(violations(pod)) == [f"{trainer}: {rule}" for rule in rules]
+
+
+@pytest.mark.security
+@pytest.mark.parametrize(
+    ("kind", "label"),
+    [("job", "batch.kubernetes.io/job-name"), ("pytorchjob", "training.kubeflow.org/job-name")],
+)
+def test_only_a_jobs_own_pods_reach_it(kind: str, label: str) -> None:
+    _text, found = rendered(kind, NAME="deep")
+    own = {"podSelector": {"matchLabels": {label: "deep"}}}
+    policy = found["NetworkPolicy"]["spec"]
+    assert policy == own | {"policyTypes": ["Ingress"], "ingress": [{"from": [own]}]}
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("kind", ["job", "pytorchjob"])
+def test_credentials_come_from_a_secret(kind: str) -> None:
+    _text, found = rendered(kind, SECRET="tracking")
+    for pod in pods(found):
+        (container,) = pod["containers"]
+        assert container["envFrom"] == [{"secretRef": {"name": "tracking", "optional": True}}]
+        assert not any("MLFLOW" in variable["name"] for variable in container["env"])
+
+
+@pytest.mark.security
+def test_the_rendezvous_is_named_by_the_jobs_random_uid() -> None:
+    _text, found = rendered("job")
+    (pod,) = pods(found)
+    (name,) = (v for v in pod["containers"][0]["env"] if v["name"] == "RDZV_ID")
+    path = "metadata.labels['batch.kubernetes.io/controller-uid']"
+    assert name["valueFrom"] == {"fieldRef": {"fieldPath": path}}
+
+
 @pytest.mark.parametrize("kind", ["job", "pytorchjob"])
 @pytest.mark.parametrize("image", ["Dockerfile", "Dockerfile.cpu"])
 def test_the_images_have_what_the_manifests_start(kind: str, image: str) -> None:
@@ -72,7 +126,8 @@ def test_the_images_have_what_the_manifests_start(kind: str, image: str) -> None
     assert "command: [/opt/keel/launchers/torchrun.sh]" in manifest
     assert "COPY launchers /opt/keel/launchers\n" in recipe
     assert "!launchers\n" in (ROOT / ".dockerignore").read_text()
-    assert f"fsGroup: {re.search('--uid ([0-9]+)', recipe)[1]}\n" in manifest
+    for field in ("fsGroup", "runAsUser", "runAsGroup"):
+        assert f"{field}: {re.search('--uid ([0-9]+)', recipe)[1]}\n" in manifest
     assert "workingDir: /work " in manifest
     assert "WORKDIR /work\n" in recipe
 

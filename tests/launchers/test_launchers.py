@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -61,14 +62,13 @@ LONG = "--max-restarts 3 --shutdown-timeout 600"
             "local.sh",
             ["--doctor", "--max-restarts", "0", "2", DEMO],
             {},
-            f"{TORCHRUN} --standalone --nproc-per-node 2 -m keel_megatron doctor {DEMO}",
+            f"+ {PYTHON} -m keel_megatron doctor {DEMO} --processes 2",
         ),
         (
             "torchrun.sh",
             [DEMO],
             {},
-            f"{TORCHRUN} --nnodes 1 --nproc-per-node 1 {LONG} --standalone "
-            f"-m keel_megatron train {DEMO}",
+            f"+ {PYTHON} -m keel_megatron train {DEMO} --processes 1 --max-restarts 3",
         ),
         (
             "torchrun.sh",
@@ -88,15 +88,15 @@ LONG = "--max-restarts 3 --shutdown-timeout 600"
                 "LOCAL_ADDR": "10.0.0.9",
             },
             f"{TORCHRUN} --nnodes 4 --nproc-per-node 1 {LONG} --rdzv-backend c10d "
-            f"--rdzv-endpoint first:7000 --rdzv-id j1 --local-addr 10.0.0.9 "
+            f"--rdzv-endpoint first:7000 --local-addr 10.0.0.9 "
             f"-m keel_megatron train {DEMO}",
         ),
         (
             "torchrun.sh",
             [DEMO],
-            {"NNODES": "2", "RDZV_ENDPOINT": "::1"},
+            {"NNODES": "2", "RDZV_ENDPOINT": "::1", "RDZV_ID": "j1"},
             f"{TORCHRUN} --nnodes 2 --nproc-per-node 1 {LONG} --rdzv-backend c10d "
-            rf"--rdzv-endpoint \[::1\]:29500 --rdzv-id keel -m keel_megatron train {DEMO}",
+            rf"--rdzv-endpoint \[::1\]:29500 -m keel_megatron train {DEMO}",
         ),
         (
             "torchrun.sh",
@@ -122,7 +122,7 @@ LONG = "--max-restarts 3 --shutdown-timeout 600"
             "slurm.sbatch",
             [DEMO, "parallel.pipeline=2"],
             {},
-            "+ env NNODES=NODES RDZV_ENDPOINT=FIRST_NODE:PORT RDZV_ID=JOB-0 "
+            "+ env NNODES=NODES RDZV_ENDPOINT=FIRST_NODE:PORT "
             f"KEEL_ROOT={ROOT} srun --nodes NODES --ntasks-per-node 1 --kill-on-bad-exit=0 "
             r"--wait 900 bash -c NODE_RANK=\$SLURM_NODEID\ exec\ \"\$KEEL_ROOT\"/launchers/"
             r"torchrun.sh\ \"\$@\" torchrun.sh --max-restarts 3 "
@@ -133,7 +133,8 @@ LONG = "--max-restarts 3 --shutdown-timeout 600"
             [DEMO],
             {"NNODES": "16", "IMAGE": "registry/keel:1", "NAMESPACE": "ml"},
             f"+ {PYTHON} {LAUNCHERS}/kubernetes/render.py job keel registry/keel:1 16 8 keel "
-            f"{DEMO} --max-restarts 3 {DEMO}\n+ kubectl --namespace ml apply --filename -",
+            f"keel-mlflow {DEMO} --max-restarts 3 {DEMO}\n"
+            "+ kubectl --namespace ml apply --filename -",
         ),
     ],
 )
@@ -151,8 +152,9 @@ def test_a_dry_run_of_deepspeed_shows_the_exact_command(tmp_path: Path) -> None:
     done = launch("deepspeed.sh", "--dry-run", DEMO, folder=tmp_path, HOSTFILE="hosts")
     assert done.returncode == 0, done.stderr
     assert done.stdout == (
-        f"+ {PYTHON} -m deepspeed.launcher.runner --hostfile hosts --no_local_rank "
-        f"--master_port 29500 --module keel_megatron train {DEMO}\non 2 host(s): host-a host-b\n"
+        f"+ {PYTHON} -m deepspeed.launcher.runner --hostfile hosts --force_multi --no_local_rank "
+        f"--master_port 29500 {LAUNCHERS}/deepspeed_rank.py PACKED\n"
+        f"PACKED + keel train {DEMO}\non 2 host(s): host-a host-b\n"
     )
 
 
@@ -205,6 +207,12 @@ def test_a_dry_run_of_deepspeed_shows_the_exact_command(tmp_path: Path) -> None:
             {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"},
             "scontrol is missing on ",
         ),
+        (
+            "torchrun.sh",
+            [DEMO],
+            {"NNODES": "2", "RDZV_ENDPOINT": "a"},
+            "RDZV_ID is not set: a random text, the same on every node; for example ",
+        ),
         ("torchrun.sh", [DEMO], {"KEEL_PYTHON": "nopython"}, "no interpreter nopython on"),
         ("torchrun.sh", [DEMO, "training.device=cuda"], {"NPROC_PER_NODE": "2"}, "has no GPU"),
         ("slurm.sbatch", [DEMO], {}, "SLURM_JOB_ID is not set: submit this file with sbatch"),
@@ -250,6 +258,7 @@ def test_the_first_node_is_waited_for_at_its_own_address(tmp_path: Path, endpoin
             "NNODES": "2",
             "NODE_RANK": "1",
             "RDZV_ENDPOINT": endpoint.format(port=first.getsockname()[1]),
+            "RDZV_ID": "x",
             "KEEL_PYTHON": str(tmp_path / "python"),
             "WAIT_SECONDS": "20",
         }
@@ -258,7 +267,7 @@ def test_the_first_node_is_waited_for_at_its_own_address(tmp_path: Path, endpoin
 
 
 def test_an_address_is_no_program(tmp_path: Path) -> None:
-    variables = {"NNODES": "2", "NODE_RANK": "1", "WAIT_SECONDS": "1"}
+    variables = {"NNODES": "2", "NODE_RANK": "1", "WAIT_SECONDS": "1", "RDZV_ID": "x"}
     endpoint = f"x$(touch${{IFS}}{tmp_path}/mark)y:29500"
     done = launch("torchrun.sh", DEMO, RDZV_ENDPOINT=endpoint, **variables)
     assert done.returncode == 2
@@ -267,9 +276,19 @@ def test_an_address_is_no_program(tmp_path: Path) -> None:
 
 def test_a_mistake_that_the_trainers_find_is_told_once() -> None:
     """torchrun starts them again all the same, and itself ends with 1."""
-    done = launch("torchrun.sh", "--max-restarts", "2", DEMO, "parallel.pipeline=2")
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("parallel.tensor x parallel.pipeline: 1 x 2 = 2 must divide") == 1
+    nodes = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1"}
+    arguments = ("torchrun.sh", "--max-restarts", "1", DEMO, "parallel.pipeline=3")
+    with reserved_port() as port, ThreadPoolExecutor(2) as pool:
+        started = [
+            pool.submit(
+                launch, *arguments, timeout=300, NODE_RANK=node, MASTER_PORT=str(port), **nodes
+            )
+            for node in ("0", "1")
+        ]
+        ended = [each.result() for each in started]
+    for done in ended:
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.count("parallel.tensor x parallel.pipeline: 1 x 3 = 3 must divide") == 1
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGUSR1", 75)])
@@ -279,7 +298,7 @@ def test_a_signal_ends_the_wait_for_other_nodes(tmp_path: Path, name: str, code:
 
 
 def _end_the_wait(tmp_path: Path, name: str, code: int, port: int) -> None:
-    env = {"NNODES": "2", "NODE_RANK": "0", "RDZV_ENDPOINT": f"127.0.0.1:{port}"}
+    env = {"NNODES": "2", "NODE_RANK": "0", "RDZV_ENDPOINT": f"127.0.0.1:{port}", "RDZV_ID": "x"}
     started = subprocess.Popen(
         ["bash", str(LAUNCHERS / "torchrun.sh"), DEMO, f"training.runs_dir={tmp_path}"],
         env=os.environ | env | {"PYTHONPATH": str(ROOT), "KEEL_PYTHON": PYTHON},
@@ -309,7 +328,7 @@ def test_more_processes_than_gpus_are_refused(tmp_path: Path) -> None:
     driver.write_text("#!/bin/sh\necho 'GPU 0: X (UUID: a)'\necho 'GPU 1: X (UUID: b)'\n")
     driver.chmod(0o755)
     done = launch("torchrun.sh", "--dry-run", DEMO, path=tmp_path)
-    assert "--nproc-per-node 2 " in done.stdout  # its GPUs
+    assert "--processes 2 " in done.stdout  # its GPUs
     done = launch("torchrun.sh", DEMO, path=tmp_path, NPROC_PER_NODE="3")
     assert done.returncode == 2
     assert "has 2 GPU(s), fewer than the 3 processes asked for" in done.stderr
@@ -346,5 +365,5 @@ def test_shellcheck_is_content() -> None:
 
 
 def test_launchers_can_be_read_in_one_sitting() -> None:
-    assert max(len(script.read_text().splitlines()) for script in SCRIPTS) <= 150
-    assert sum(len(script.read_text().splitlines()) for script in SCRIPTS) <= 600
+    assert max(len(script.read_text().splitlines()) for script in SCRIPTS) <= 180
+    assert sum(len(script.read_text().splitlines()) for script in SCRIPTS) <= 680

@@ -47,6 +47,8 @@ def test_a_request_and_then_ctrl_c_twice(launcher: str, tmp_path: Path) -> None:
         "PYTHONPATH": str(ROOT),
         "KEEL_PYTHON": str(tmp_path / "python"),
         "NPROC_PER_NODE": "1",
+        # With one node it would start no torchrun.
+        **{"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"},
     }
     ranks = 1 if launcher == "torchrun.sh" else 2
     with (

@@ -1,0 +1,74 @@
+"""Write docker/locks/*.txt: the pins of constraints.txt that an image installs, with their hashes.
+
+python tools/lock.py    # make lock
+
+pip resolves what each image asks for within constraints.txt, without installing it, and reports the
+hash of every file that it would take: those for the images' platform, which is why this runs on it
+(Linux on x86_64, CPython 3.11). Left out are torch, whose CPU build comes from an index of its own,
+and DeepSpeed, which is built against that torch; the images install them by constraints.txt alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCKS = ROOT / "docker" / "locks"
+LEFT_OUT = {"torch", "deepspeed"}
+HEAD = "# Made by `make lock`: Linux on x86_64, CPython 3.11; without torch and DeepSpeed.\n"
+
+
+def requirements() -> dict[str, list[str]]:
+    """What each image asks for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    cpu = [*project["dependencies"], "setuptools"]
+    dev = project["optional-dependencies"]["dev"]
+    return {"cpu": cpu, "test": [*cpu, *dev], "mlflow": ["mlflow[auth]", "psycopg2-binary"]}
+
+
+def resolve(wanted: list[str]) -> list[dict[str, Any]]:
+    """pip's report of what it would install."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+    command += ["--no-build-isolation", "--constraint", str(ROOT / "constraints.txt")]
+    done = subprocess.run(
+        [*command, "--report", "-", *wanted],
+        env=os.environ | {"DS_BUILD_OPS": "0"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return list(json.loads(done.stdout)["install"])
+
+
+def lines(report: list[dict[str, Any]]) -> list[str]:
+    """A line of a requirements file for each package."""
+    found = {}
+    for entry in report:
+        name, version = entry["metadata"]["name"], entry["metadata"]["version"]
+        normal = re.sub(r"[-_.]+", "-", name).lower()
+        if normal not in LEFT_OUT:
+            digest = entry["download_info"]["archive_info"]["hashes"]["sha256"]
+            found[normal] = f"{normal}=={version} --hash=sha256:{digest}\n"
+    return [found[name] for name in sorted(found)]
+
+
+def main() -> None:
+    here = (platform.system(), platform.machine(), *sys.version_info[:2])
+    if here != ("Linux", "x86_64", 3, 11):
+        raise SystemExit("the images' platform is needed: Linux on x86_64 with CPython 3.11")
+    LOCKS.mkdir(exist_ok=True)
+    for name, wanted in requirements().items():
+        text = HEAD + "".join(lines(resolve(wanted)))
+        (LOCKS / f"{name}.txt").write_text(text, encoding="utf-8")
+        print(f"docker/locks/{name}.txt: {text.count('--hash')} packages")
+
+
+if __name__ == "__main__":
+    main()
