@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ from keel_megatron.training.loop import BeforeStep, Loop
 from keel_megatron.training.ready import Ready, get_ready
 from keel_megatron.training.startup import complete_text
 from keel_megatron.training.stop import StopRequest, deadline, stop_requests
+
+_SIGNAL_SECONDS = 3.0
+"""In which a signal that one rank has heard reaches the others."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,9 @@ def _broken_off(stop: StopRequest) -> Iterator[None]:
     try:
         yield
     except CollectiveTimeoutError:
+        end = time.monotonic() + _SIGNAL_SECONDS
+        while stop.starting and stop.signal is None and time.monotonic() < end:
+            time.sleep(0.05)
         if stop.signal is not None:
             stop.break_off(stop.signal)
         raise
