@@ -207,8 +207,10 @@ def test_a_signal_ends_a_run_that_is_being_prepared(
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
+        status = psutil.Process(process.pid).status
+        await_that(lambda: status() == psutil.STATUS_SLEEPING, 60, "its wait")
         process.send_signal(number)
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=120)
     assert (process.returncode, output.split("\n")[:-1]) == (code, shown)
     word = f"{number.name}: no step was made yet, ending\n"
     assert (word in errors) == (where != "accepted")
