@@ -29,34 +29,43 @@ PIPELINE, MICRO_BATCHES = 3, 6
 CASES: dict[str, tuple[list[float], float, list[float]]] = {
     "1F1B, slow head": ([1, 2, 5], 2, [0, 0, 0]),
     "1F1B, slow middle, fast backward": ([1, 6, 1], 0.5, [0, 0, 0]),
-    "1F1B, slow links": ([3, 2, 2], 2, [1, 4, 0]),
+    "1F1B, slow first stage": ([5, 1, 1], 1, [0, 0, 0]),
+    "1F1B, slow links": ([1, 1, 1], 3, [2, 2, 2]),
     "interleaved, slow head": ([1, 1, 1, 2, 1, 4], 2, [0, 0, 0]),
     "interleaved, slow first stage": ([3, 1, 1, 3, 1, 1], 1, [0, 0, 0]),
     "interleaved, slow links": ([2, 1, 1, 2, 1, 3], 2, [1, 0.5, 2]),
 }
 
 
+class Clock(VirtualClock):
+    """A rank's clock, and when each of its passes ended."""
+
+    def __init__(self, store: Any, link: list[float]) -> None:
+        super().__init__(store, link)
+        self.ends: list[float] = []
+
+
 class Pass(torch.autograd.Function):
     """The identity, whose passes take so long by the clock."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clock: VirtualClock, ahead: float, back: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, clock: Clock, ahead: float, back: float) -> Tensor:
         ctx.clock, ctx.back = clock, back
         clock.add(ahead)
+        clock.ends.append(clock.now)
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.clock.add(ctx.back)
+        ctx.clock.ends.append(ctx.clock.now)
         return gradient, None, None, None
 
 
 class Chunk(nn.Module):
     """A chunk of a model that only takes time."""
 
-    def __init__(
-        self, config: Any, number: int, clock: VirtualClock, ahead: float, back: float
-    ) -> None:
+    def __init__(self, config: Any, number: int, clock: Clock, ahead: float, back: float) -> None:
         super().__init__()
         self.config, self.vp_stage, self.model_type = config, number, None
         self.clock, self.ahead, self.back = clock, ahead, back
@@ -74,8 +83,8 @@ def sections(virtual: int) -> dict[str, dict[str, Any]]:
     return settings(parallel__pipeline=PIPELINE, parallel__virtual_pipeline=virtual)
 
 
-def step_all() -> list[float]:
-    """This rank's time after a step of every case."""
+def step_all() -> list[list[float]]:
+    """When each pass of this rank ended, in a step of every case."""
     found = []
     for name, (forward, ratio, link) in CASES.items():
         virtual = len(forward) // PIPELINE
@@ -84,7 +93,7 @@ def step_all() -> list[float]:
             layout = own_partition(config, runtime).layout
             megatron = transformer_config(config, layout, 0, torch.float32, runtime.device)
             store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
-            clock = VirtualClock(store, link)
+            clock = Clock(store, link)
             chunks = [
                 Chunk(megatron, chunk, clock, time, time * ratio)
                 for chunk, time in enumerate(forward[runtime.pipeline_rank :: PIPELINE])
@@ -95,7 +104,7 @@ def step_all() -> list[float]:
     return found
 
 
-def _step(clock: VirtualClock, chunks: list[Chunk], config: RunConfig) -> float:
+def _step(clock: Clock, chunks: list[Chunk], config: RunConfig) -> list[float]:
     get_forward_backward_func()(
         forward_step_func=lambda _data, model: (model(), lambda out: (out.sum(), out.sum())),
         data_iterator=[None] * len(chunks) if len(chunks) > 1 else None,
@@ -104,21 +113,23 @@ def _step(clock: VirtualClock, chunks: list[Chunk], config: RunConfig) -> float:
         seq_length=config.data.seq_length,
         micro_batch_size=config.training.micro_batch_size,
     )
-    return clock.now
+    return clock.ends
 
 
 @pytest.fixture(scope="module")
-def stepped() -> dict[str, list[float]]:
-    """Every rank's time after the step of each case."""
+def stepped() -> dict[str, list[list[float]]]:
+    """When each pass of every rank ended, in a step of each case."""
     ranks = run_ranks(PIPELINE, step_all)
     return {name: [rank[number] for rank in ranks] for number, name in enumerate(CASES)}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_takes_what_the_simulator_says(case: str, stepped: dict[str, list[float]]) -> None:
+def test_a_step_takes_what_the_simulator_says(
+    case: str, stepped: dict[str, list[list[float]]]
+) -> None:
     forward, ratio, link = CASES[case]
     times = PipelineTimes(
         PIPELINE, tuple(forward), tuple(time * ratio for time in forward), tuple(link)
     )
-    # The first stage has the last pass, and nothing to send after it.
-    assert stepped[case][0] == simulate(times, MICRO_BATCHES).seconds
+    simulated = simulate(times, MICRO_BATCHES).stages
+    assert stepped[case] == [[span.end for span in stage] for stage in simulated]
