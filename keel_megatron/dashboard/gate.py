@@ -101,9 +101,13 @@ _SAFE: Headers = [
     ),
 ]
 _ENTER = b"""<!doctype html><title>Keel dashboard</title>
-<script>location.replace(location.pathname + location.hash)</script>"""
+<script>
+localStorage["mlflow.assistant.fab.autoOpenedOnFirstLoad_v1"] = "true"
+location.replace(location.pathname + location.hash)
+</script>"""
 """Goes on to the pages without the token in the address. By a script and not by a redirect: only
-what a page of this site asks for carries a cookie that is SameSite=Strict."""
+what a page of this site asks for carries a cookie that is SameSite=Strict. MLflow's assistant, to
+which nothing goes through, does not open by itself."""
 
 
 class RefusedError(Exception):
@@ -271,6 +275,7 @@ class Gate:
         more = [
             (b"content-disposition", f"attachment; filename*=UTF-8''{name}".encode()),
             (b"cache-control", b"no-cache"),
+            (b"content-security-policy", b"sandbox; default-src 'none'"),
         ]
         with os.fdopen(descriptor, "rb", buffering=0) as file:
             await _start(send, 200, size, content_type(path).encode(), more)
