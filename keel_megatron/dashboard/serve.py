@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import shutil
 import signal
 import tempfile
@@ -141,12 +142,21 @@ def _databases(runs: Sequence[Path]) -> tuple[list[Path], list[str]]:
             elsewhere.append(f"{run.name} is a copy of {original} that was not started yet")
         elif path is None:
             elsewhere.append(f"{run.name} reports to {without_credentials(str(uri))}: look there")
-        elif path.is_file():
+        elif _is_file(path):
             found[path.resolve()] = None
+        elif not os.access(run, os.R_OK | os.X_OK):
+            elsewhere.append(f"{run.name} cannot be read")
         else:
             why = "tracking.mlflow is false" if tracking.get("mlflow") is False else f"no {path}"
             elsewhere.append(f"{run.name} cannot be shown: {why}")
     return list(found), elsewhere
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a folder of another user
+        return False
 
 
 @contextmanager
