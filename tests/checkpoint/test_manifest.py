@@ -224,5 +224,5 @@ def test_a_strange_rank_is_no_part_of_a_checkpoint(checkpoint: Path) -> None:
 def test_a_huge_manifest_is_not_read(checkpoint: Path) -> None:
     with (checkpoint / "manifest.json").open("wb") as file:
         file.truncate(200 << 30)
-    with pytest.raises(DamagedError, match="manifest.json cannot be read: has more than"):
+    with pytest.raises(DamagedError, match=r"manifest.json cannot be read: has more than"):
         read_manifest(checkpoint)

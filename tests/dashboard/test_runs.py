@@ -262,7 +262,7 @@ def test_one_hostile_folder_is_one_line(tmp_path: Path) -> None:
     names = ("config.yaml", "metrics.jsonl", "log.txt", exit_codes.FILE)
     for name in names:
         for kind in (sparse, fifo):
-            kind(make_run(tmp_path, f"{kind.__name__} {name}") / name)
+            kind(make_run(tmp_path, f"{kind.__name__}-{name}") / name)
     bomb = make_run(tmp_path, "bomb")
     (bomb / "config.yaml").write_text(test_strangers.MERGES)
     (make_run(tmp_path, "deep") / "config.yaml").write_text("[" * 500_000)
@@ -306,7 +306,8 @@ def test_a_folder_that_cannot_be_looked_at_is_one_line(
 
 @pytest.mark.security
 def test_names_and_messages_do_not_steer_the_terminal(tmp_path: Path) -> None:
-    run = make_run(tmp_path, "evil\x1b[2J\nrun", silent=9000.0)
+    run = make_run(tmp_path, "run", silent=9000.0)
+    run = run.rename(tmp_path / "evil\x1b[2J\nrun")
     log(run, "error: \x1b]52;c;ZXZpbA==\x07 failed", silent=9000.0)
     shown = io.StringIO()
     Console(file=shown, width=200).print(runs_table(look([run], NOW)))
