@@ -100,7 +100,7 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         for number, line in lines:
             try:
                 record = parse_json(line)
-                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                if not isinstance(record, dict) or not _is_step(record.get("step")):
                     raise ValueError("no object with a step")
             except ValueError as error:
                 if not line.endswith(b"\n"):
@@ -110,6 +110,10 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                     "remove the line, or move the file away"
                 ) from error
             yield line.rstrip(b"\n"), record
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 10**15
 
 
 def _lines(stream: BinaryIO, path: Path) -> Iterator[bytes]:
