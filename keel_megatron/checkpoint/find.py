@@ -78,7 +78,8 @@ def checked(path: Path, runtime: Runtime) -> Found:
     Raises:
         UserError: it is damaged; on every rank.
     """
-    problem, state = _judge(path, runtime)
+    # A link of its user's: the checkpoint that it leads to.
+    problem, state = _judge(path.resolve(), None, runtime)
     if problem is not None:
         raise UserError(f"{path} is damaged: {problem}", reported=not runtime.is_main)
     return Found(path, state)
@@ -90,7 +91,9 @@ def _unfinished(path: Path) -> str:
     return f"{path} was set aside when its step was saved again: it is not used"
 
 
-def _judge(path: Path, run_folder: Path, runtime: Runtime) -> tuple[str | None, dict[str, Any]]:
+def _judge(
+    path: Path, run_folder: Path | None, runtime: Runtime
+) -> tuple[str | None, dict[str, Any]]:
     """What is wrong with a checkpoint, if anything, and its state.json."""
     problem, files, state = runtime.from_main(lambda: _outline(path, run_folder))
     if problem is not None:
@@ -109,12 +112,13 @@ def _judge(path: Path, run_folder: Path, runtime: Runtime) -> tuple[str | None, 
 
 
 def _outline(
-    path: Path, run_folder: Path
+    path: Path, run_folder: Path | None
 ) -> tuple[str | None, dict[str, FileRecord], dict[str, Any]]:
     """The first look: names, sizes, and whose it is."""
     try:
         files, state = read_manifest(path), read_json(path / STATE)
-        _check_identity(path, run_folder)
+        if run_folder is not None:
+            _check_identity(path, run_folder)
         return None, files, state
     except DamagedError as error:
         return str(error), {}, {}
