@@ -49,7 +49,7 @@ def dashboard(run: Path) -> Iterator[str]:
 
 def page(address: str, tab: str) -> str:
     """A tab of a run's page."""
-    path, _, query = address.partition("?")
+    path, _, query = address.rpartition("?")
     return f"{path}/{tab}?{query}"
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from keel_megatron.checkpoint import folder
+from keel_megatron.checkpoint.identity import identity_changes
 from keel_megatron.checkpoint.manifest import (
+    CONFIG,
     STATE,
     DamagedError,
     FileRecord,
@@ -16,7 +18,8 @@ from keel_megatron.checkpoint.manifest import (
     read_json,
     read_manifest,
 )
-from keel_megatron.config.errors import UserError
+from keel_megatron.config.errors import ConfigError, UserError
+from keel_megatron.config.load import load_config
 from keel_megatron.runtime.distributed import Runtime
 
 
@@ -54,7 +57,7 @@ def newest_good(run_folder: Path, runtime: Runtime, multiple_of: int = 1) -> Fou
         if step % multiple_of if multiple_of else step:
             continue
         path = folder.step_folder(run_folder, step)
-        problem, state = _judge(path, runtime)
+        problem, state = _judge(path, run_folder, runtime)
         if problem is None:
             return Found(path, state, tuple(remarks), frozenset(damaged))
         damaged.append(step)
@@ -75,7 +78,8 @@ def checked(path: Path, runtime: Runtime) -> Found:
     Raises:
         UserError: it is damaged; on every rank.
     """
-    problem, state = _judge(path, runtime)
+    # A link of its user's: the checkpoint that it leads to.
+    problem, state = _judge(path.resolve(), None, runtime)
     if problem is not None:
         raise UserError(f"{path} is damaged: {problem}", reported=not runtime.is_main)
     return Found(path, state)
@@ -87,9 +91,11 @@ def _unfinished(path: Path) -> str:
     return f"{path} was set aside when its step was saved again: it is not used"
 
 
-def _judge(path: Path, runtime: Runtime) -> tuple[str | None, dict[str, Any]]:
+def _judge(
+    path: Path, run_folder: Path | None, runtime: Runtime
+) -> tuple[str | None, dict[str, Any]]:
     """What is wrong with a checkpoint, if anything, and its state.json."""
-    problem, files, state = runtime.from_main(lambda: _outline(path))
+    problem, files, state = runtime.from_main(lambda: _outline(path, run_folder))
     if problem is not None:
         return problem, {}
     mine = None
@@ -105,9 +111,26 @@ def _judge(path: Path, runtime: Runtime) -> tuple[str | None, dict[str, Any]]:
     return problem, state
 
 
-def _outline(path: Path) -> tuple[str | None, dict[str, FileRecord], dict[str, Any]]:
-    """The first look: names and sizes."""
+def _outline(
+    path: Path, run_folder: Path | None
+) -> tuple[str | None, dict[str, FileRecord], dict[str, Any]]:
+    """The first look: names, sizes, and whose it is."""
     try:
-        return None, read_manifest(path), read_json(path / STATE)
+        files, state = read_manifest(path), read_json(path / STATE)
+        if run_folder is not None:
+            _check_identity(path, run_folder)
+        return None, files, state
     except DamagedError as error:
         return str(error), {}, {}
+
+
+def _check_identity(path: Path, run_folder: Path) -> None:
+    """See that a checkpoint is of the run in whose folder it lies."""
+    try:
+        own, saved = load_config(run_folder / CONFIG), load_config(path / CONFIG)
+    except ConfigError:
+        return  # the run's is not there, or one is of another version: loading compares the tensors
+    changes = list(identity_changes(saved, own))
+    if changes:
+        name, there, here = changes[0]
+        raise DamagedError(f"it is another run's: {name} is {there} in it, {here} in the run")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-_NAME = re.compile(r"^step_(\d{8,})$")
-_PARTIAL = re.compile(r"^step_\d{8,}\.partial$")
-_ASIDE = re.compile(r"^step_\d{8,}\.(damaged|replaced)(-\d+)?$")
+_NAME = re.compile(r"^step_([0-9]{8,15})$")
+_PARTIAL = re.compile(r"^step_[0-9]{8,15}\.partial$")
+_ASIDE = re.compile(r"^step_[0-9]{8,15}\.(damaged|replaced)(-[0-9]+)?$")
 
 
 def root(run_folder: Path) -> Path:
@@ -61,8 +62,7 @@ def partial_folder(run_folder: Path, step: int) -> Path:
 def begin(run_folder: Path, step: int) -> Path:
     """An empty folder beside the checkpoint's own, to write into."""
     partial = partial_folder(run_folder, step)
-    if partial.exists():
-        shutil.rmtree(partial)
+    _discard(partial)
     partial.mkdir(parents=True)
     sync(root(run_folder))
     return partial
@@ -79,13 +79,13 @@ def publish(partial: Path, *, damaged: bool = False) -> Path:
     final = partial.with_suffix("")
     sync(partial)
     old = None
-    if final.exists():
+    if os.path.lexists(final):
         old = _free_name(final, "damaged" if damaged else "replaced")
         final.rename(old)
     partial.rename(final)
     sync(final.parent)
     if old is not None and not damaged:
-        shutil.rmtree(old)
+        _discard(old)
     return final
 
 
@@ -95,6 +95,7 @@ def prune(
     keep_every: int = 0,
     spare: Collection[int] = (),
     anomaly: int | None = None,
+    is_whole: Callable[[Path], bool] = lambda _path: True,
 ) -> list[Path]:
     """Remove all but the newest `keep` checkpoints and those kept for good; the removed ones.
 
@@ -105,7 +106,15 @@ def prune(
         spare: steps of damaged ones: neither counted nor removed.
         anomaly: step at which training went wrong, if it did lately (`training.guard.Guard`): the
             newest checkpoint from before it stays too.
+        is_whole: whether a folder is the checkpoint that its name says; what is not stays.
+
+    Raises:
+        OSError: one cannot be removed, or the folder of checkpoints is a link: what lies there may
+            be another run's.
     """
+    if root(run_folder).is_symlink():
+        why = "is a link, and old checkpoints are only removed from the run's own folder"
+        raise OSError(errno.ELOOP, why, str(root(run_folder)))
     good = [step for step in steps(run_folder) if step not in spare]
     before = max((step for step in good if anomaly is not None and step < anomaly), default=None)
     removed = []
@@ -113,6 +122,8 @@ def prune(
         if step == before or (keep_every and step % keep_every == 0):
             continue
         path = step_folder(run_folder, step)
+        if not is_whole(path):
+            continue
         remove(path)
         removed.append(path)
     return removed
@@ -120,12 +131,23 @@ def prune(
 
 def remove(path: Path) -> None:
     """Remove a checkpoint; a kill on the way leaves a half-written one, never a damaged one."""
-    if not path.suffix:
+    if not path.suffix and not path.is_symlink():
         partial = path.with_suffix(".partial")
-        if partial.exists():
-            shutil.rmtree(partial)
+        _discard(partial)
         path = path.rename(partial)
-    shutil.rmtree(path)
+    _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder with all that is in it; a link or file as such. What is not there is fine.
+
+    Raises:
+        OSError: it cannot be removed; with the file's name and why.
+    """
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def sync(path: Path) -> None:
@@ -139,7 +161,7 @@ def sync(path: Path) -> None:
 
 def _free_name(final: Path, kind: str) -> Path:
     aside, number = final.with_name(f"{final.name}.{kind}"), 1
-    while aside.exists():
+    while os.path.lexists(aside):
         number += 1
         aside = final.with_name(f"{final.name}.{kind}-{number}")
     return aside

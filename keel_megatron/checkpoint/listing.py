@@ -133,7 +133,8 @@ def prune_run(run_folder: Path, keep: int, keep_every: int, *, damaged: bool) ->
             folder.remove(entry.path)
             removed.append(entry.path)
     except OSError as error:
-        raise UserError(f"cannot remove {error.filename}: {error.strerror}") from None
+        where = error.filename or folder.root(run_folder)
+        raise UserError(f"cannot remove {where}: {error.strerror or error}") from None
     return removed
 
 
@@ -142,8 +143,12 @@ def _anomaly(run_folder: Path, spare: set[int]) -> int | None:
     good = [step for step in folder.steps(run_folder) if step not in spare]
     if not good:
         return None
-    guard = read_json(folder.step_folder(run_folder, good[-1]) / STATE)["extras"].get("guard", {})
-    return guard.get("anomaly")  # absent in older checkpoints
+    try:
+        state = read_json(folder.step_folder(run_folder, good[-1]) / STATE)
+        anomaly = state["extras"].get("guard", {}).get("anomaly")  # absent in older checkpoints
+    except (DamagedError, TypeError, KeyError, AttributeError):
+        return None
+    return anomaly if type(anomaly) is int else None
 
 
 def _description(path: Path, files: int, state: dict[str, Any]) -> list[str]:
@@ -165,4 +170,6 @@ def _description(path: Path, files: int, state: dict[str, Any]) -> list[str]:
 
 
 def _size(path: Path) -> int:
+    if path.is_symlink():
+        return 0
     return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())

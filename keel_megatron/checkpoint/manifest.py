@@ -20,6 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keel_megatron.config.reading import (
+    LARGE,
+    SMALL,
+    open_regular,
+    parse_json,
+    read_small,
+    read_small_text,
+)
 from keel_megatron.config.yaml_text import read_yaml
 
 if TYPE_CHECKING:
@@ -33,8 +41,11 @@ TOKENIZER = "tokenizer.model"  # not in checkpoints of earlier versions
 BACKEND = "metadata.json"  # Megatron-core's own mark of a distributed checkpoint
 FORMAT = 1
 
-_SHARDS = re.compile(r"^rank_(\d{5,})\.safetensors$")
+_SHARDS = re.compile(r"^rank_([0-9]{5,9})\.safetensors$")
+_STEP = re.compile(r"^step_([0-9]{8,15})$")
 _BLOCK = 1 << 22
+_LIMITS = {MANIFEST: 1 << 24, BACKEND: SMALL}
+"""Bytes that these may have; the others LARGE."""
 
 
 class DamagedError(Exception):
@@ -116,19 +127,24 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     Raises:
         DamagedError: a file is missing, of another size, or does not belong there.
     """
+    if folder.is_symlink():
+        raise DamagedError("it is a link, which is not followed")
     content = read_json(folder / MANIFEST)
     try:
-        if _sealed(content) != (folder / MANIFEST).read_bytes():
+        if _sealed(content) != read_small(folder / MANIFEST, _LIMITS[MANIFEST]):
             raise DamagedError(f"{MANIFEST} is not as it was written")
-        known = content["format"] == FORMAT
+        known, step = content["format"] == FORMAT, content["step"]
         files = {
             str(name): FileRecord(int(entry["bytes"]), str(entry["crc32"]))
             for name, entry in content["files"].items()
         }
     except (TypeError, KeyError, ValueError, AttributeError):
         raise DamagedError(f"{MANIFEST} is not a list of files") from None
+    except OSError as error:
+        raise DamagedError(f"{MANIFEST} cannot be read: {error.strerror}") from None
     if not known:
         raise DamagedError(f"{MANIFEST} is of format {content['format']}, not {FORMAT}")
+    _check_step(folder, MANIFEST, step)
     strangers = [name for name in (*files, *_names(folder)) if not _belongs(name)]
     if strangers:
         raise DamagedError(f"{strangers[0]} is no part of a checkpoint: it is not read")
@@ -138,6 +154,15 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     for name, record in files.items():
         _check_size(folder / name, record)
     return files
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the names, the sizes and the step of a checkpoint are as they were written."""
+    try:
+        read_manifest(folder)
+    except DamagedError:
+        return False
+    return True
 
 
 def check_file(folder: Path, name: str, record: FileRecord) -> None:
@@ -157,6 +182,9 @@ def check_file(folder: Path, name: str, record: FileRecord) -> None:
         open_shards(path)
     elif name == CONFIG:
         _check_yaml(path)
+    elif name == STATE:
+        content = read_json(path)
+        _check_step(folder, STATE, content.get("step") if isinstance(content, dict) else None)
     elif name != TOKENIZER:
         read_json(path)
 
@@ -194,13 +222,20 @@ def read_json(path: Path) -> Any:
         DamagedError: it is missing or not JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(read_small(path, _LIMITS.get(path.name, LARGE)))
     except FileNotFoundError:
         raise DamagedError(f"{path.name} is missing") from None
     except OSError as error:
         raise DamagedError(f"{path.name} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise DamagedError(f"{path.name} is not JSON") from None
+
+
+def _check_step(folder: Path, name: str, step: Any) -> None:
+    """See that a checkpoint is of the step by whose name it would be used or removed."""
+    named = _STEP.match(folder.name)
+    if named is not None and (type(step) is not int or step != int(named[1])):
+        raise DamagedError(f"{name} is of step {step!r}")
 
 
 def _sealed(content: dict[str, Any]) -> bytes:
@@ -212,7 +247,7 @@ def _sealed(content: dict[str, Any]) -> bytes:
 
 def _check_yaml(path: Path) -> None:
     try:
-        is_mapping = isinstance(read_yaml(path.read_text(encoding="utf-8")), dict)
+        is_mapping = isinstance(read_yaml(read_small_text(path)), dict)
     except ValueError:
         is_mapping = False
     if not is_mapping:
@@ -238,7 +273,7 @@ def _check_size(path: Path, record: FileRecord) -> None:
 
 def _record(path: Path) -> FileRecord:
     size = checksum = 0
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         while block := stream.read(_BLOCK):
             size += len(block)
             checksum = zlib.crc32(block, checksum)

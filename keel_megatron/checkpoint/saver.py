@@ -300,9 +300,11 @@ class Saver:
                 settings.keep_every,
                 self._damaged,
                 self.anomaly,
+                manifest.is_whole,
             )
         except OSError as error:
-            self._tracker.say(f"cannot remove {error.filename}: {error.strerror}")
+            where = error.filename or folder.root(self._config.training.folder)
+            self._tracker.say(f"cannot remove {where}: {error.strerror or error}")
 
     def _give_up(self, partial: Path, step: int, size: int, reason: str, no_space: bool) -> str:
         text = self._message(step, size, reason, no_space=no_space)

@@ -6,12 +6,16 @@ import io
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+from keel_megatron.config.terminal import printable
 
 
 def tolerate_consoles() -> None:
     """Let this process's output be shown as far as the console can, whatever it is.
 
-    A character that its encoding lacks is written as its code (backslashreplace). When whoever
+    A character that its encoding lacks is written as its code (backslashreplace), and so is one
+    that a terminal would obey. When whoever
     reads a pipe has left (`keel train ... | head`), the rest is discarded: what the command does
     and its exit code are the same.
     """
@@ -30,8 +34,26 @@ def print_path(path: Path) -> None:
         print(path)
 
 
+class _Trusted:
+    """The same stream for our own display, whose control sequences are meant."""
+
+    def __init__(self, stream: _Tolerant) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text as it is."""
+        return self._stream.write_unchanged(text)
+
+
 class _Tolerant(io.TextIOWrapper):
-    """A standard stream in place of the interpreter's own."""
+    """A standard stream in place of the interpreter's own.
+
+    Attributes:
+        trusted: see `config.terminal.trusted`.
+    """
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         encoding, line_buffering = stream.encoding, stream.line_buffering
@@ -43,8 +65,14 @@ class _Tolerant(io.TextIOWrapper):
             line_buffering=line_buffering,
             write_through=write_through,
         )
+        self.trusted = _Trusted(self)
 
     def write(self, text: str, /) -> int:
+        """Write text as `printable` has it."""
+        self.write_unchanged(printable(text))
+        return len(text)
+
+    def write_unchanged(self, text: str) -> int:
         """Write text, or discard it if nobody reads any more."""
         try:
             return super().write(text)

@@ -19,12 +19,30 @@ def dashboard(
     open_browser: Annotated[
         bool, typer.Option("--open", help="Open the newest run's page in a browser.")
     ] = False,
+    edit: Annotated[
+        bool,
+        typer.Option("--edit", help="Let notes, tags and names be changed in the pages."),
+    ] = False,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:PORT]",
+            help="Also answer under this name; else 127.0.0.1 and localhost alone. Repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Open MLflow's pages over local runs, those in runs/ if none is given; Ctrl-C ends it.
 
-    Runs that are being trained are followed. The runs' own files are only read: what is renamed,
-    noted or deleted in the pages is gone when the dashboard ends.
+    The pages are for whoever has the address that is printed: it holds a token, a new one each
+    time. Runs that are being trained are followed. The runs' own files are only read: what --edit
+    lets be changed is gone when the dashboard ends.
     """
     from keel_megatron.dashboard.serve import serve
 
-    serve(runs or [Path("runs")], port, open_browser=open_browser)
+    serve(
+        runs or [Path("runs")],
+        port,
+        open_browser=open_browser,
+        edit=edit,
+        names=allowed_host or (),
+    )

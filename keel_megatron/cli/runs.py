@@ -17,7 +17,9 @@ def runs(
 ) -> None:
     """List runs: state, step, loss, speed, time left, last checkpoint, and what is wrong."""
     import json
+    import sys
 
+    from keel_megatron.config.terminal import trusted
     from keel_megatron.dashboard.folders import find_runs
     from keel_megatron.dashboard.runs import look
 
@@ -29,4 +31,5 @@ def runs(
 
     from keel_megatron.dashboard.table import runs_table
 
-    Console(highlight=False, soft_wrap=False).print(runs_table(found))
+    console = Console(file=trusted(sys.stdout), highlight=False, soft_wrap=False)
+    console.print(runs_table(found))

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from keel_megatron.config.checks import known_problems, problems
 from keel_megatron.config.errors import ConfigError, Problem
+from keel_megatron.config.reading import read_small_text
 from keel_megatron.config.run import RunConfig
 from keel_megatron.config.wording import section_suggestion, translate
 from keel_megatron.config.yaml_text import read_inline, read_yaml, shown, write_yaml
@@ -69,7 +70,7 @@ def _read(path: Path) -> dict[str, Any]:
     """The file's mapping of sections."""
     source = str(path)
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
+        content = read_yaml(read_small_text(path))
     except OSError as error:
         raise ConfigError(source, [Problem("file", f"cannot be read: {error.strerror}")]) from error
     except UnicodeDecodeError as error:

@@ -9,9 +9,75 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import yaml
+
+_DEEPEST = 32
+_MOST_VALUES = 100_000
+
+
+def check_structure(text: str, loader: Any) -> None:
+    """See that reading a text with a loader of PyYAML costs about what its length suggests.
+
+    Aliases and merge keys let a few lines stand for billions of values, and a key that is a list is
+    hashed value by value. Nothing here recurses, so that no depth ends the process.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, is nested too deeply, stands for too many values, or has a
+            key that is no scalar.
+    """
+    sizes: dict[str, int] = {}
+    open_nodes: list[_OpenNode] = []
+    for event in yaml.parse(text, Loader=loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            node = _OpenNode(event.anchor, isinstance(event, yaml.MappingStartEvent))
+            _check_key(open_nodes, event)
+            open_nodes.append(node)
+            if len(open_nodes) > _DEEPEST:
+                _refuse(event, f"it is nested more than {_DEEPEST} deep")
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            node = open_nodes.pop()
+            size, anchor = node.values, node.anchor
+        elif isinstance(event, yaml.AliasEvent):
+            _check_key(open_nodes, event)
+            if event.anchor not in sizes:
+                _refuse(event, f"the alias *{event.anchor} stands for nothing before it")
+            size, anchor = sizes[event.anchor], None
+        elif isinstance(event, yaml.ScalarEvent):
+            size, anchor = 1, event.anchor
+        else:
+            continue
+        if anchor is not None:
+            sizes[anchor] = size
+        if open_nodes:
+            open_nodes[-1].children += 1
+            open_nodes[-1].values += size
+            if open_nodes[-1].values > _MOST_VALUES:
+                _refuse(event, f"it stands for more than {_MOST_VALUES:,} values")
+
+
+@dataclass
+class _OpenNode:
+    """A list or mapping whose end is not read yet."""
+
+    anchor: str | None
+    is_mapping: bool
+    children: int = 0
+    values: int = 1
+    """In it, with all that its aliases stand for."""
+
+
+def _check_key(open_nodes: list[_OpenNode], event: yaml.Event) -> None:
+    """What is no scalar may stand where no key is due."""
+    if open_nodes and open_nodes[-1].is_mapping and open_nodes[-1].children % 2 == 0:
+        _refuse(event, "a key is no scalar")
+
+
+def _refuse(event: Any, problem: str) -> NoReturn:
+    raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,9 +136,8 @@ def read_yaml(text: str) -> Any:
         ValueError: it is not valid YAML; the message says why and where, in one line.
     """
     try:
+        check_structure(text, _Loader)
         return yaml.load(text, Loader=_Loader)
-    except RecursionError:
-        raise ValueError("is not valid YAML: it is nested too deeply") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         where = f"the character #x{ord(text[error.position]):04x} is not allowed (line {line})"

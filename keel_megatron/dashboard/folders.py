@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 from keel_megatron.config.errors import UserError
+from keel_megatron.config.reading import read_small_text
+from keel_megatron.config.yaml_text import check_structure
 
 _MARKS = ("config.yaml", "metrics.jsonl", "log.txt")
 # The C loader takes a twentieth of the time, which counts with fifty runs.
@@ -16,7 +18,10 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 def is_run(folder: Path) -> bool:
     """Whether a run was ever started in a folder."""
-    return any((folder / name).is_file() for name in _MARKS)
+    try:
+        return any((folder / name).is_file() for name in _MARKS)
+    except PermissionError:  # `keel runs` says so
+        return True
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -53,7 +58,9 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     Not checked: a list of runs shows those of older versions too.
     """
     try:
-        found = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), _LOADER)
+        text = read_small_text(folder / "config.yaml")
+        check_structure(text, _LOADER)
+        found = yaml.load(text, _LOADER)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     sections = found if isinstance(found, dict) else {}

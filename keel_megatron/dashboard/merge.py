@@ -25,6 +25,8 @@ _KIND = ("mlflow.experimentKind", "custom_model_development")
 _ARTIFACTS = "mlflow_artifacts"
 _BY_RUN = ("params", "tags", "latest_metrics")
 _BUSY_SECONDS = 30.0
+LARGEST = 16 << 30
+"""Bytes of a database; a larger one is not copied."""
 
 
 @dataclass
@@ -59,9 +61,16 @@ class MergedStore:
             state = _state(source.path)
             if state == source.state:
                 continue
+            size = database_bytes(source.path)
+            if size > LARGEST:
+                problems.append(
+                    f"{source.path}: it has {size / 1e9:,.1f} GB, and the dashboard copies up to "
+                    f"{LARGEST / 1e9:,.1f} GB of a run"
+                )
+                continue
             try:
                 self._copy(source)
-            except sqlite3.Error as error:
+            except (sqlite3.Error, ValueError) as error:
                 problems.append(f"{source.path}: {error}")
                 continue
             source.state = state
@@ -82,7 +91,9 @@ class MergedStore:
     def _copy(self, source: Source) -> None:
         with closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS, uri=True)) as target:
             where = f"file:{quote(str(source.path.resolve()))}?mode=ro"
+            target.execute("PRAGMA trusted_schema = OFF")
             target.execute("ATTACH ? AS source", (where,))
+            _check_tables(target)
             with target:  # one transaction: a reader sees all of it or nothing
                 last = self._copy_rows(target, source)
                 target.execute(HIDE_DEFAULT)
@@ -114,6 +125,22 @@ class MergedStore:
         (last,) = target.execute("SELECT max(rowid) FROM source.metrics").fetchone()
         _insert(target, "metrics", f"rowid > {source.last} AND rowid <= {last or 0}")
         return last or 0
+
+
+def _check_tables(target: sqlite3.Connection) -> None:
+    """See that the tables to copy are tables: a view is a query of its author's, without an end.
+
+    Raises:
+        sqlite3.DatabaseError: one is not.
+    """
+    wanted = ("experiments", "experiment_tags", "runs", "metrics", *_BY_RUN)
+    marks = ", ".join("?" * len(wanted))
+    other = target.execute(
+        f"SELECT name, type FROM source.sqlite_master WHERE type != 'table' AND name IN ({marks})",
+        wanted,
+    ).fetchone()
+    if other is not None:
+        raise sqlite3.DatabaseError(f"{other[0]} is a {other[1]}, not a table")
 
 
 def _metrics_until(target: sqlite3.Connection, last: int) -> tuple[object, ...]:
@@ -158,7 +185,8 @@ def _experiments(target: sqlite3.Connection, schema: str) -> list[tuple[int, str
     query = f"SELECT experiment_id, name FROM {schema}.experiments"
     if schema != "main":
         query += f" WHERE experiment_id IN (SELECT experiment_id FROM {schema}.runs)"
-    return target.execute(query).fetchall()
+    # A column of sqlite holds what it is given, and these become parts of queries.
+    return [(int(number), str(name)) for number, name in target.execute(query).fetchall()]
 
 
 def _point_to_artifacts(target: sqlite3.Connection, folder: Path) -> None:
@@ -170,6 +198,11 @@ def _point_to_artifacts(target: sqlite3.Connection, folder: Path) -> None:
                 "UPDATE main.runs SET artifact_uri = ? WHERE run_uuid = ?",
                 (files.resolve().as_uri(), run),
             )
+
+
+def database_bytes(path: Path) -> int:
+    """What a database takes, with its log."""
+    return sum(size for _time, size in _state(path))
 
 
 def _state(path: Path) -> tuple[tuple[int, int], ...]:

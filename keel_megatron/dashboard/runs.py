@@ -7,11 +7,11 @@ in `hangs/`. One that was killed says nothing. So:
   machine, its last sign of life is not older than some steps take.
 - `silent`: neither, but its watchdog would not yet have ended it either.
 - `lost`: no sign for longer than its watchdog allows: it was killed, or its machine was.
+- `unreadable`: its files are not a run's, or not for this user.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -26,16 +26,21 @@ import psutil
 
 from keel_megatron.checkpoint import folder as checkpoints
 from keel_megatron.checkpoint.manifest import DamagedError, read_manifest
+from keel_megatron.config.reading import open_regular, parse_json, read_small
+from keel_megatron.config.yaml_text import shown
 from keel_megatron.dashboard.folders import saved_settings
 from keel_megatron.runtime import exit_codes
 from keel_megatron.tracking.progress import duration
 
-State = Literal["preparing", "running", "silent", "finished", "saved", "failed", "hung", "lost"]
+State = Literal[
+    "preparing", "running", "silent", "finished", "saved", "failed", "hung", "lost", "unreadable"
+]
 
 VERDICTS = "hangs/*/verdict.txt"
 """What runtime/watchdog.py leaves; not imported from there, where torch comes along."""
 
 _TAIL_BYTES = 1 << 16
+_IMPLAUSIBLE = 10**15
 _STEPS_AVERAGED = 20
 _QUIET_STEPS = 5
 _QUIET_SECONDS = 30.0
@@ -60,25 +65,25 @@ class RunStatus:
     folder: str
     state: State
     """The module's docstring tells them apart."""
-    detail: str
+    detail: str = ""
     """The signal that ended it, if one did."""
-    step: int
+    step: int = 0
     """The last finished step; 0 = none yet."""
-    steps: int | None
+    steps: int | None = None
     """Steps of the whole run."""
-    loss: float | None
+    loss: float | None = None
     """Training loss of that step, nats per token."""
-    validation_loss: float | None
+    validation_loss: float | None = None
     """The latest, nats per token."""
-    tokens_per_second: float | None
+    tokens_per_second: float | None = None
     """Mean over the last steps."""
-    seconds_left: float | None
+    seconds_left: float | None = None
     """At the last steps' pace; None if it does not run."""
-    checkpoint: int | None
+    checkpoint: int | None = None
     """Step of the newest checkpoint whose names and sizes are right."""
-    checkpoint_age: float | None
+    checkpoint_age: float | None = None
     """Seconds since it was complete."""
-    seconds_silent: float
+    seconds_silent: float = 0.0
     """Since its last sign of life."""
     problems: list[str] = field(default_factory=list)
     """What is wrong, a line each."""
@@ -102,8 +107,21 @@ def look(runs: list[Path], now: float | None = None) -> list[RunStatus]:
     """
     held = _held_metrics()
     instant = time.time() if now is None else now
-    found = [_look(run, (run / "metrics.jsonl").resolve() in held, instant) for run in runs]
+    found = [_look_safely(run, held, instant) for run in runs]
     return sorted(found, key=lambda status: status.seconds_silent)
+
+
+def _look_safely(run: Path, held: set[Path], now: float) -> RunStatus:
+    """The same for a folder in which anything may lie: what is wrong with it is its own line."""
+    try:
+        os.listdir(run)
+        return _look(run, (run / "metrics.jsonl").resolve() in held, now)
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+    except Exception as error:  # no damage of one run hides the others
+        problem = f"its files are not a run's ({type(error).__name__}: {error})"
+    silent = max(0.0, now - _last_sign(run))
+    return RunStatus(run.name, str(run), "unreadable", problems=[problem], seconds_silent=silent)
 
 
 def _look(run: Path, is_held: bool, now: float) -> RunStatus:
@@ -160,7 +178,7 @@ def _told(
     since = _modified(run / "metrics.jsonl")
     verdict = max(run.glob(VERDICTS), key=_modified, default=None)
     if verdict is not None and _modified(verdict) >= since:
-        return "hung", "", verdict.read_text(encoding="utf-8").strip()
+        return "hung", "", _verdict(verdict)
     error = _last_error(log, since)
     if error is not None:
         return "failed", "", error
@@ -193,12 +211,15 @@ def _numeric_settings(run: Path) -> tuple[dict[str, Any], list[str]]:
         if _is_number(value):
             found[name] = value
         elif value is not None:
-            wrong.append(f"config.yaml: {section}.{name} is no number but {value!r}")
+            wrong.append(f"config.yaml: {section}.{name} is no number but {shown(value)}")
     return found, wrong
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a number that can be counted with and shown; a loss may be infinite."""
+    if type(value) is float and not math.isfinite(value):
+        return True
+    return type(value) in (int, float) and abs(value) < _IMPLAUSIBLE
 
 
 def _watchdog_seconds(settings: dict[str, float]) -> float:
@@ -256,9 +277,16 @@ def _mean_speed(records: list[dict[str, Any]]) -> float | None:
 
 def _exit_code(run: Path) -> int | None:
     try:
-        return int((run / exit_codes.FILE).read_text(encoding="utf-8"))
+        return int(read_small(run / exit_codes.FILE, 64))
     except (OSError, ValueError):
         return None
+
+
+def _verdict(path: Path) -> str:
+    try:
+        return read_small(path, _TAIL_BYTES).decode(errors="replace").strip()
+    except OSError as error:
+        return f"{path}: {error.strerror}"
 
 
 def _last_error(log: list[tuple[float, str]], since: float) -> str | None:
@@ -290,7 +318,7 @@ def _last_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     found, wrong = [], []
     for line in _tail(path):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             continue  # the writer is in the middle of it
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
@@ -299,7 +327,9 @@ def _last_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         if bad is None:
             found.append(record)
         else:
-            wrong.append(f"{path.name}: {bad} of step {record['step']} is no number: not counted")
+            wrong.append(
+                f"{path.name}: {bad} of step {shown(record['step'])} is no number: not counted"
+            )
     return found, wrong[-1:]
 
 
@@ -316,7 +346,7 @@ def _log_tail(path: Path) -> list[tuple[float, str]]:
 def _tail(path: Path) -> list[str]:
     """The last lines of a file: whole ones, but perhaps the very last."""
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - _TAIL_BYTES))
             lines = stream.read().decode(errors="replace").splitlines()

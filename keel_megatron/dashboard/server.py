@@ -1,21 +1,23 @@
-"""MLflow's own server as a child process on loopback."""
+"""MLflow's own server as a child process on loopback, behind the gate."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from keel_megatron.config.errors import UserError
-from keel_megatron.tracking.sqlite_uri import sqlite_uri
+from keel_megatron.dashboard.worker import Settings, environment
 
 HOST = "127.0.0.1"
 _START_SECONDS = 120.0
@@ -29,60 +31,96 @@ def require_mlflow_server() -> None:
     Raises:
         UserError: it is not; with the command that installs it.
     """
-    if any(importlib.util.find_spec(name) is None for name in ("mlflow", "flask")):
+    wanted = ("mlflow", "flask", "fastapi", "uvicorn")
+    if any(importlib.util.find_spec(name) is None for name in wanted):
         raise UserError(
             "MLflow's server is not installed: pip install -c constraints.txt -e '.[dashboard]'"
         )
 
 
-def free_port(port: int) -> int:
-    """The port, seen to be free; for 0 any that is.
+def listen(port: int) -> socket.socket:
+    """A socket that listens on the port of 127.0.0.1; for 0 on any that is free.
+
+    It is handed to the server as it is, so that nobody else can take the port before it.
 
     Raises:
-        UserError: it is taken.
+        UserError: the port is taken.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise UserError(
-                f"--port: {port} on {HOST} cannot be had ({error.strerror}); give another one, "
-                "or 0 for any that is free"
-            ) from None
-        return int(probe.getsockname()[1])
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, port))
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"--port: {port} on {HOST} cannot be had ({error.strerror}); give another one, "
+            "or 0 for any that is free"
+        ) from None
+    return listener
 
 
 class Server:
     """The server over a database; a context manager that ends it.
 
     Args:
-        folder: for the server's own files: mlflow.db, which it makes, and server.log.
-        port: of 127.0.0.1.
+        folder: for the server's own files: mlflow.db, which it makes, and server.log. It goes with
+            the server, should this process be killed.
+        listener: what `listen` has given; the server's from now on.
+        roots: folders of the runs' databases: what files are shown lie in them.
+        names: under which the pages are asked for, beside 127.0.0.1 and localhost.
+        edit: whether notes, tags and names can be changed.
     """
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        listener: socket.socket,
+        roots: Sequence[Path],
+        names: Sequence[str] = (),
+        *,
+        edit: bool = False,
+    ) -> None:
         self.database = folder / "mlflow.db"
-        self.url = f"http://{HOST}:{port}"
+        port = listener.getsockname()[1]
+        self._token = secrets.token_urlsafe(24)
+        self._url = f"http://{HOST}:{port}/"
         self._log = folder / "server.log"
-        command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)]
-        command += ["--workers", "1", "--backend-store-uri", sqlite_uri(self.database)]
-        command += ["--default-artifact-root", str(folder / "artifacts")]
-        quiet = {
-            # Pages that are looked at on this machine tell MLflow's makers nothing.
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        }
-        with self._log.open("w") as log:
+        hosts = [f"{name}:{port}" for name in (HOST, "localhost")]
+        hosts += [name if ":" in name else f"{name}:{port}" for name in names]
+        settings = Settings(
+            folder=str(folder),
+            database=str(self.database),
+            listener=listener.fileno(),
+            token=self._token,
+            hosts=hosts,
+            roots=[str(root.resolve()) for root in roots],
+            edit=edit,
+        )
+        with self._log.open("w") as log, listener:
             self._process = subprocess.Popen(
-                command,
-                env=os.environ | quiet,
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
+                # -P: no module from the working directory, which may be anybody's
+                [sys.executable, "-P", "-m", "keel_megatron.dashboard.worker"],
+                env=environment(),
+                stdin=subprocess.PIPE,  # its end tells the server that we are gone
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                pass_fds=[listener.fileno()],
                 start_new_session=True,  # Ctrl-C reaches us alone, who then end it
             )
+        assert self._process.stdin is not None
+        self._input = self._process.stdin
+        with suppress(BrokenPipeError):  # it has ended: `check` says so
+            self._input.write(settings.to_line())
+            self._input.flush()
+
+    def page(self, place: str = "") -> str:
+        """The address of a page, with the token.
+
+        Args:
+            place: what follows the server's address, from `#` on.
+        """
+        return f"{self._url}?token={self._token}{place}"
 
     def wait_until_ready(self) -> None:
         """Wait until it answers.
@@ -91,12 +129,14 @@ class Server:
             UserError: it ended, or did not answer; with the end of its log.
         """
         deadline = time.monotonic() + _START_SECONDS
+        # Not through a proxy, which would learn the token.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         while time.monotonic() < deadline:
             self.check()
-            with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
+            with suppress(OSError), opener.open(self.page(), timeout=5):
                 return
             time.sleep(_POLL_SECONDS)
-        raise UserError(f"MLflow's server does not answer at {self.url}:\n{self._last_lines()}")
+        raise UserError(f"MLflow's server does not answer at {self._url}:\n{self._last_lines()}")
 
     def check(self) -> None:
         """See that it still runs.
@@ -108,12 +148,14 @@ class Server:
             raise UserError(f"MLflow's server has ended:\n{self._last_lines()}")
 
     def close(self) -> None:
-        """End it, and the processes that it has started."""
+        """End it."""
         for sign, patience in ((signal.SIGTERM, _LEAVE_SECONDS), (signal.SIGKILL, None)):
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, sign)
+            self._process.send_signal(sign)
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(patience)
+                break
+        with suppress(BrokenPipeError):
+            self._input.close()
 
     def __enter__(self) -> Server:
         return self

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from keel_megatron.config.terminal import printable
 from keel_megatron.dashboard.runs import RunStatus
 from keel_megatron.tracking.progress import duration
 
@@ -20,6 +21,7 @@ _COLOURS = {
     "failed": "bold red",
     "hung": "bold red",
     "lost": "bold red",
+    "unreadable": "bold red",
 }
 _NUMBERS = ("step", "loss", "tokens/s", "time left", "checkpoint")
 
@@ -32,7 +34,7 @@ def runs_table(runs: Sequence[RunStatus]) -> RenderableType:
     for name in _NUMBERS:
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
-        cells = Text(run.name, style="bold"), Text(run.state, style=_COLOURS[run.state])
+        cells = Text(_name(run), style="bold"), Text(run.state, style=_COLOURS[run.state])
         table.add_row(*cells, *_figures(run))
     notes = [_note(run, line) for run in runs for line in run.problems]
     return Group(table, *([Text(), *notes] if notes else []))
@@ -61,6 +63,10 @@ def _largest_unit(seconds: float) -> str:
     return found.removeprefix("0") if len(found) > 2 else found
 
 
+def _name(run: RunStatus) -> str:
+    return printable(run.name, one_line=True)
+
+
 def _note(run: RunStatus, line: str) -> Text:
     style = "" if run.state in ("running", "saved", "finished") else _COLOURS[run.state]
-    return Text.assemble((run.name, "bold"), ": ", (line, style))
+    return Text.assemble((_name(run), "bold"), ": ", (printable(line), style))

@@ -11,6 +11,7 @@ from pathlib import Path
 import sentencepiece
 
 from keel_megatron.config.errors import UserError
+from keel_megatron.config.reading import LARGE, read_small
 
 # Training sees at most this many characters, from the corpus's beginning on: merges of a BPE of
 # usual size do not change noticeably beyond.
@@ -95,7 +96,7 @@ class Tokenizer:
         self.path = path
         self._model = sentencepiece.SentencePieceProcessor()
         try:
-            self._model.LoadFromSerializedProto(path.read_bytes())
+            self._model.LoadFromSerializedProto(read_small(path, LARGE))
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"data.tokenizer: {path} cannot be read as a SentencePiece model"

@@ -18,6 +18,7 @@ from keel_megatron.checkpoint.manifest import CONFIG, MANIFEST, TOKENIZER
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import load_config
 from keel_megatron.config.parallel import ParallelConfig
+from keel_megatron.config.reading import LARGE, read_small
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.tokenizer import Tokenizer
 from keel_megatron.model.language_model import build_model
@@ -96,7 +97,7 @@ def _tokenizer(given: Path, checkpoint: Path, found: Found, config: RunConfig) -
     prepared = config.data.cache / str(data.get("fingerprint"))[:16]
     run = checkpoint.parent.parent if given == checkpoint else given
     for place in (run / TOKENIZER, prepared / TOKENIZER):
-        if place.is_file() and hashlib.sha256(place.read_bytes()).hexdigest() == digest:
+        if place.is_file() and hashlib.sha256(read_small(place, LARGE)).hexdigest() == digest:
             return place
     raise UserError(
         f"{checkpoint} holds no tokenizer, as an earlier version wrote it, and neither has "

@@ -285,8 +285,9 @@ def _title(figure: Figure, inches: float, title: str, facts: str, timeline: Time
     def from_top(distance: float) -> float:
         return 1.0 - distance / inches
 
-    figure.text(0.065, from_top(0.2), title, fontsize=15, fontweight="bold", color=_TEXT, va="top")
-    figure.text(0.065, from_top(0.56), facts, fontsize=10, color=_QUIET, va="top")
+    plain: dict[str, Any] = {"va": "top", "parse_math": False}  # a path may have a $
+    figure.text(0.065, from_top(0.2), title, fontsize=15, fontweight="bold", color=_TEXT, **plain)
+    figure.text(0.065, from_top(0.56), facts, fontsize=10, color=_QUIET, **plain)
     chunks = 1 + max(span.operation.chunk for span in timeline.stages[0])
     entries = []
     for name, ends in (("forward", _FORWARD), ("backward", _BACKWARD)):

@@ -93,11 +93,16 @@ class DepthProfile:
         """What `to_json` made, also of another version's quantities.
 
         Raises:
-            ValueError: it has none of them.
+            ValueError: it has none of them, or they are not lists of numbers, one as long as the
+                others.
         """
         lists = {name: record[name] for name in QUANTITIES if record.get(name) is not None}
         if not lists:
             raise ValueError("no quantity")
+        if any(not isinstance(found, list) for found in lists.values()):
+            raise ValueError("a quantity is no list")
+        if len({len(found) for found in lists.values()}) > 1:
+            raise ValueError("its quantities are of different lengths")
         nothing = [None] * len(next(iter(lists.values())))
         values = {}
         for name in QUANTITIES:
@@ -180,7 +185,9 @@ def read_profiles(run_folder: Path) -> list[DepthProfile]:
     for record in iterate_metrics(path):
         try:
             profiles.append(DepthProfile.from_json(record))
-        except ValueError as error:
+            if profiles[-1].sub_layers != profiles[0].sub_layers:
+                raise ValueError("it is of another number of sub-layers")
+        except (ValueError, TypeError) as error:
             raise UserError(
                 f"{path}: the line of step {record['step']} is no depth profile ({error}); remove "
                 "the line, or move the file away"

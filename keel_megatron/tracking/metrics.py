@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from keel_megatron.config.errors import UserError
+from keel_megatron.config.reading import lines_of, open_regular, parse_json
 
 
 class Recordable(Protocol):
@@ -94,11 +95,12 @@ def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Lines as they stand in the file, without their end, and what they say."""
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
+    with open_regular(path) as stream:
+        lines = enumerate(_lines(stream, path), start=1)
+        for number, line in lines:
             try:
-                record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                record = parse_json(line)
+                if not isinstance(record, dict) or not _is_step(record.get("step")):
                     raise ValueError("no object with a step")
             except ValueError as error:
                 if not line.endswith(b"\n"):
@@ -108,6 +110,17 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                     "remove the line, or move the file away"
                 ) from error
             yield line.rstrip(b"\n"), record
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 10**15
+
+
+def _lines(stream: BinaryIO, path: Path) -> Iterator[bytes]:
+    try:
+        yield from lines_of(stream)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}, so no metrics; move the file away") from None
 
 
 def _keep(path: Path, last_step: int | None) -> None:
@@ -124,7 +137,7 @@ def _keep(path: Path, last_step: int | None) -> None:
 
 def _ends_cleanly(path: Path) -> bool:
     """Whether the file is empty or its last line has its end."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         if stream.seek(0, os.SEEK_END) == 0:
             return True
         stream.seek(-1, os.SEEK_END)

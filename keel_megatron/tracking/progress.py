@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from keel_megatron.config.terminal import printable, trusted
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
 
 _LINES_PER_HEADER = 20
@@ -57,7 +58,7 @@ class Progress:
         # Not as rich would guess: a variable such as FORCE_COLOR makes no terminal of a file.
         terminal = self._stream.isatty()
         self._console = Console(
-            file=self._stream,
+            file=trusted(self._stream),
             force_terminal=terminal,
             markup=False,
             emoji=False,
@@ -143,7 +144,7 @@ class Progress:
         if self._stream is None:
             return
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        text = text.encode(encoding, "replace").decode(encoding)
+        text = printable(text).encode(encoding, "replace").decode(encoding)
         try:
             if self._live is not None:
                 self._console.print(text)

@@ -16,6 +16,7 @@ from a run that was moved.
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,11 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from keel_megatron.config.errors import UserError
+from keel_megatron.config.reading import parse_json, read_small
 from keel_megatron.tracking.spool import FOLDER as SPOOL
 from keel_megatron.tracking.target import RUN_ID_FILE, remembered_run_id
 
 FILE = "run.json"
 ORIGIN_FOLDER = "origin"
+_ID = re.compile(r"[0-9a-f]{32}")
 _OF_THE_ORIGINAL = ("mlflow.db*", "mlflow_artifacts", SPOOL, RUN_ID_FILE)
 
 
@@ -68,6 +71,8 @@ class RunFile:
         if not isinstance(values, Mapping):
             return None
         with suppress(KeyError, TypeError):
+            if not _ID.fullmatch(str(values["id"])):  # a folder is named after it
+                return None
             origin = values.get("origin")
             known = None if origin is None else Origin(**origin)
             return cls(str(values["id"]), str(values["place"]), known)
@@ -77,7 +82,7 @@ class RunFile:
 def read_run_file(folder: Path) -> RunFile | None:
     """The identity in a folder; None if there is none, as in those of earlier versions."""
     try:
-        return RunFile.from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
+        return RunFile.from_json(parse_json(read_small(folder / FILE)))
     except (OSError, ValueError):
         return None
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -29,11 +30,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keel_megatron.config.reading import lines_of, open_regular, parse_json, read_small
+
 FOLDER = "spool"
 EVENTS = "events"
 SYSTEM = "system-"
 SEGMENT_BYTES = 8_000_000
 _DELIVERED = "delivered.json"
+_NUMBER = re.compile(r"[0-9]{1,15}")
 
 
 class SpoolWriter:
@@ -125,7 +129,7 @@ def segments(folder: Path, stream: str) -> list[tuple[int, Path]]:
     found = []
     for path in folder.glob(f"{stream}.*.jsonl"):
         number = path.name[len(stream) + 1 : -len(".jsonl")]
-        if number.isdecimal():
+        if _NUMBER.fullmatch(number):
             found.append((int(number), path))
     return sorted(found)
 
@@ -137,8 +141,8 @@ def read_position(folder: Path) -> dict[str, tuple[int, int]]:
 
 def _note(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / _DELIVERED).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return dict(parse_json(read_small(folder / _DELIVERED)))
+    except (OSError, ValueError, TypeError):
         return {}
 
 
@@ -237,14 +241,14 @@ class SpoolReader:
             if number < after[0]:
                 continue
             end = after[1] if number == after[0] else 0
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 file.seek(end)
-                for line in file:
+                for line in lines_of(file):
                     if not line.endswith(b"\n"):
                         break
                     end += len(line)
                     with suppress(ValueError):
-                        yield Item(stream, number, end, json.loads(line))
+                        yield Item(stream, number, end, parse_json(line))
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from keel_megatron.config.reading import parse_json, read_small, read_small_text
 from keel_megatron.config.run import RunConfig
 from keel_megatron.tracking.spool import FOLDER, SpoolReader
 from keel_megatron.tracking.sqlite_uri import sqlite_file, sqlite_uri
@@ -60,7 +60,7 @@ class Target:
         older = run / FOLDER / _OLDER_FILE
         if "target" not in start and not older.is_file():
             return None
-        return cls(**(start.get("target") or json.loads(older.read_text(encoding="utf-8"))))
+        return cls(**(start.get("target") or parse_json(read_small(older))))
 
     @classmethod
     def newest(cls, run: Path) -> Target | None:
@@ -101,7 +101,7 @@ def without_credentials(text: str) -> str:
 def remembered_run_id(folder: Path) -> str | None:
     """The MLflow run of a run's folder, if it has one."""
     marker = folder / RUN_ID_FILE
-    return (marker.read_text(encoding="utf-8").strip() or None) if marker.is_file() else None
+    return (read_small_text(marker).strip() or None) if marker.is_file() else None
 
 
 def remember_run_id(folder: Path, run_id: str) -> None:

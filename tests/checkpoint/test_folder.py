@@ -134,3 +134,53 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"training.runs_dir: cannot write"):
         claim(small_config(training__runs_dir=str(tmp_path / "file")))
+
+
+@pytest.mark.security
+def test_links_are_removed_and_never_followed(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write(tmp_path / "a", step)
+    theirs = folder.root(tmp_path / "a")
+    mine = tmp_path / "b"
+    for step in (10, 20, 40):
+        write(mine, step)
+    (folder.root(mine) / "step_00000015").symlink_to(theirs / "step_00000010")
+    (folder.root(mine) / "step_00000010.partial").symlink_to(theirs / "step_00000020")
+    (folder.root(mine) / "step_00000050.partial").symlink_to(theirs / "step_00000020")
+    removed = folder.prune(mine, keep=1)
+    assert [path.name for path in removed] == ["step_00000010", "step_00000015", "step_00000020"]
+    write(mine, 50)
+    (folder.root(mine) / "step_00000060").symlink_to(theirs / "step_00000030")
+    write(mine, 60)
+    assert sorted(path.name for path in folder.root(mine).iterdir()) == [
+        "step_00000040",
+        "step_00000050",
+        "step_00000060",
+    ]
+    assert all((theirs / f"step_{step:08d}" / "data").is_file() for step in (10, 20, 30))
+
+
+@pytest.mark.security
+def test_a_linked_folder_of_checkpoints_is_not_pruned(tmp_path: Path) -> None:
+    for step in (10, 20):
+        write(tmp_path / "a", step)
+    (tmp_path / "b").mkdir()
+    folder.root(tmp_path / "b").symlink_to(folder.root(tmp_path / "a"))
+    with pytest.raises(OSError, match="is a link") as caught:
+        folder.prune(tmp_path / "b", keep=1)
+    assert caught.value.filename == str(folder.root(tmp_path / "b"))
+    assert folder.steps(tmp_path / "a") == [10, 20]
+
+
+def test_what_is_not_the_checkpoint_of_its_name_stays(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    folder.prune(tmp_path, keep=1, is_whole=lambda path: path.name != "step_00000010")
+    assert folder.steps(tmp_path) == [10, 30]
+
+
+def test_a_step_has_a_plausible_number(tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    for name in ("step_" + "9" * 200, "step_" + 8 * "\u0660"):
+        (folder.root(tmp_path) / name).mkdir()
+    assert folder.steps(tmp_path) == [10]

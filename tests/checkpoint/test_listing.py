@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from keel_megatron.checkpoint import folder
 from keel_megatron.checkpoint.identity import claim
-from keel_megatron.checkpoint.listing import describe, entries
+from keel_megatron.checkpoint.listing import describe, entries, prune_run
 from keel_megatron.cli.main import app
 from keel_megatron.config import UserError
 from tests.checkpoint.samples import write_checkpoint
@@ -104,3 +104,38 @@ def test_prune_takes_the_runs_settings_and_the_damaged_if_asked(run: Path) -> No
 def test_it_does_not_wait_for_torch() -> None:
     code = "import sys, keel_megatron.checkpoint.listing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.security
+def test_prune_removes_a_link_and_not_what_it_leads_to(run: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", 5)
+    link = folder.root(run) / "step_00000005"
+    link.symlink_to(other)
+    code, output = keel("prune", str(run), "--damaged")
+    assert code == 0, output
+    assert not link.is_symlink()
+    assert (other / "manifest.json").is_file()
+
+
+@pytest.mark.security
+def test_prune_says_why_it_does_not_follow(run: Path, tmp_path: Path) -> None:
+    borrowed = small_config(training__runs_dir=str(tmp_path), training__name="borrowed")
+    claim(borrowed)
+    folder.root(borrowed.training.folder).symlink_to(folder.root(run))
+    before = names(run)
+    with pytest.raises(UserError, match=r"cannot remove \S+/borrowed/checkpoints: is a link"):
+        prune_run(borrowed.training.folder, 1, 0, damaged=True)
+    assert names(run) == before
+
+
+@pytest.mark.security
+def test_a_state_of_anything_does_not_stop_prune(tmp_path: Path) -> None:
+    config = small_config(training__runs_dir=str(tmp_path))
+    claim(config)
+    run = config.training.folder
+    for step in (10, 20):
+        write_checkpoint(run, step)
+    state = folder.step_folder(run, 20) / "state.json"
+    state.write_text(state.read_text().replace('"guard": {', '"guard": [{').replace("}", "}"))
+    assert entries(run, read_all=False)[1].problem is not None
+    assert prune_run(run, 1, 0, damaged=False) == []

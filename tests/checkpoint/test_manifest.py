@@ -181,3 +181,48 @@ def test_what_does_not_read_back_is_not_written(
         manifest.write_checked(tmp_path / "file", [b"abc"])
     monkeypatch.setattr(manifest, "_record", record)
     assert manifest.write_checked(tmp_path / "file", [b"a", b"bc"]).bytes == 3
+
+
+@pytest.mark.security
+def test_a_checkpoint_of_another_step_is_damaged(checkpoint: Path) -> None:
+    """By its name it would be used, and the right ones removed as older."""
+    later = checkpoint.rename(checkpoint.with_name("step_00000999"))
+    with pytest.raises(DamagedError, match=r"^manifest.json is of step 5$"):
+        read_manifest(later)
+    state = later / "state.json"
+    with pytest.raises(DamagedError, match=r"^state.json is of step 5$"):
+        manifest.check_file(later, "state.json", manifest._record(state))
+    assert not manifest.is_whole(later)
+
+
+@pytest.mark.security
+def test_a_linked_checkpoint_is_not_followed(checkpoint: Path) -> None:
+    link = checkpoint.with_name("step_00000006")
+    link.symlink_to(checkpoint)
+    with pytest.raises(DamagedError, match="it is a link"):
+        read_manifest(link)
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_regular_file_is_not_waited_for(checkpoint: Path, name: str) -> None:
+    (checkpoint / name).unlink()
+    os.mkfifo(checkpoint / name)
+    with pytest.raises(DamagedError, match=name):
+        check(checkpoint)
+
+
+@pytest.mark.security
+def test_a_strange_rank_is_no_part_of_a_checkpoint(checkpoint: Path) -> None:
+    (checkpoint / f"rank_{'1' * 200}.safetensors").touch()
+    assert manifest.rank_of(f"rank_{'1' * 5000}.safetensors") is None
+    with pytest.raises(DamagedError, match="is no part of a checkpoint"):
+        read_manifest(checkpoint)
+
+
+@pytest.mark.security
+def test_a_huge_manifest_is_not_read(checkpoint: Path) -> None:
+    with (checkpoint / "manifest.json").open("wb") as file:
+        file.truncate(200 << 30)
+    with pytest.raises(DamagedError, match=r"manifest.json cannot be read: has more than"):
+        read_manifest(checkpoint)

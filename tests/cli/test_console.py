@@ -12,6 +12,7 @@ import pytest
 
 import yaml
 from keel_megatron.cli import console
+from keel_megatron.config import terminal
 from tests.settings import settings
 
 
@@ -81,3 +82,14 @@ def test_a_command_whose_reader_has_left_ends_well(tmp_path: Path, verb: str) ->
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.security
+def test_what_a_terminal_would_obey_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for our own display."""
+    reader = pipe(monkeypatch, "utf-8")
+    print("a \x1b]52;c;ZXZpbA==\x07 b \x9b2J")
+    assert os.read(reader, 1000) == rb"a \x1b]52;c;ZXZpbA==\x07 b \x9b2J" + b"\n"
+    terminal.trusted(sys.stdout).write("\x1b[1mbold\n")
+    assert os.read(reader, 1000) == b"\x1b[1mbold\n"
+    os.close(reader)

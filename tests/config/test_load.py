@@ -216,7 +216,7 @@ def test_a_missing_setting_is_described(tmp_path: Path) -> None:
         (b"model: {blocks: 1\ndata: [", "is not valid YAML: while parsing a flow mapping"),
         (b"model:\n\tblocks: 1", "(line 2, column 1)"),
         (b"model: 1\nx: '\x07'", "the character #x0007 is not allowed (line 2)"),
-        (b"x: " + b"[" * 5000, "is not valid YAML: it is nested too deeply"),
+        (b"x: " + b"[" * 5000, "it is nested more than 32 deep (line 1, column 35)"),
         (b"a: 1\n---\nb: 1", "expected a single document"),
         (b"model:\n  blocks: 1\n  blocks: 2\n", "'blocks' stands twice, on lines 2 and 3"),
         (b"\xff\xfe\x00", "is not UTF-8 text"),

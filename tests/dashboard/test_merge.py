@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from keel_megatron.dashboard import merge
 from keel_megatron.dashboard.merge import MergedStore
 from keel_megatron.tracking.mlflow_run import MlflowRun, Point
 from keel_megatron.tracking.target import Target
@@ -146,3 +147,35 @@ def test_a_database_that_cannot_be_read_stops_no_other(runs: list[Path], target:
     runs[0].write_bytes(whole)
     assert store.refresh() == []
     assert query(target, "SELECT count(*) FROM runs") == [(2,)]
+
+
+def test_a_huge_database_costs_its_run_alone(
+    runs: list[Path], target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge, "LARGEST", 4 << 30)
+    with runs[0].open("ab") as file:
+        file.truncate(200 << 30)  # takes no room, but would be copied
+    (problem,) = MergedStore(target, runs).refresh()
+    assert "mlflow.db: it has 214.7 GB, and the dashboard copies up to 4.3 GB of a run" in problem
+    assert query(target, "SELECT name FROM runs") == [("second",)]
+
+
+@pytest.mark.security
+def test_a_hostile_database_costs_its_run_alone(runs: list[Path], target: Path) -> None:
+    """A view would be a query without an end; a number that is a text, a part of our queries."""
+    endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x FROM n) SELECT x FROM n"
+    query(runs[0], "ALTER TABLE metrics RENAME TO old")
+    query(runs[0], f"CREATE VIEW metrics AS {endless}")
+    (problem,) = MergedStore(target, runs).refresh()
+    assert problem.endswith("metrics is a view, not a table")
+    query(runs[0], "DROP VIEW metrics")
+    query(runs[0], "ALTER TABLE old RENAME TO metrics")
+    for table in ("runs", "experiments"):
+        query(runs[0], f"CREATE TABLE copy AS SELECT * FROM {table}")
+        query(runs[0], f"DROP TABLE {table}")
+        query(runs[0], f"CREATE TABLE {table} AS SELECT * FROM copy")
+        query(runs[0], "DROP TABLE copy")
+        query(runs[0], f"UPDATE {table} SET experiment_id = '1 OR 1 = 1'")
+    (problem,) = MergedStore(target, runs).refresh()
+    assert "1 OR 1 = 1" in problem
+    assert query(target, "SELECT name FROM runs") == [("second",)]

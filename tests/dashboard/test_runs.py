@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from keel_megatron.runtime import exit_codes, watchdog
 from keel_megatron.tracking.metrics import MetricsFile
 from keel_megatron.tracking.records import ValidationRecord
 from tests.calls import calls_of
+from tests.config import test_strangers
 from tests.settings import small_config
 from tests.tracking.samples import record
 
@@ -241,3 +243,74 @@ def test_a_field_of_a_wrong_type_costs_a_line(tmp_path: Path) -> None:
     ]
     assert found["other"].problems == []
     Console(file=open(os.devnull, "w")).print(runs_table(list(found.values())))  # noqa: SIM115
+
+
+@pytest.mark.security
+def test_one_hostile_folder_is_one_line(tmp_path: Path) -> None:
+    """Every kind of it beside a good run, which is shown as ever."""
+    good = make_run(tmp_path, "good")
+
+    def sparse(path: Path) -> None:
+        path.unlink(missing_ok=True)
+        with path.open("wb") as file:
+            file.truncate(200 << 30)
+
+    def fifo(path: Path) -> None:
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+
+    names = ("config.yaml", "metrics.jsonl", "log.txt", exit_codes.FILE)
+    for name in names:
+        for kind in (sparse, fifo):
+            kind(make_run(tmp_path, f"{kind.__name__}-{name}") / name)
+    bomb = make_run(tmp_path, "bomb")
+    (bomb / "config.yaml").write_text(test_strangers.MERGES)
+    (make_run(tmp_path, "deep") / "config.yaml").write_text("[" * 500_000)
+    wrong = make_run(tmp_path, "wrong")
+    (wrong / "config.yaml").write_text("training: {steps: many, hang_timeout: [1]}")
+    with (wrong / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 7, "loss": "x", "seconds": null, "grad_norm": {}}\n')
+        metrics.write('{"step": 1' + "0" * 4000 + ', "loss": 1e400}\n')
+    age(wrong, 5.0)
+    damaged = save(make_run(tmp_path, "checkpoint"), 10)
+    (damaged / "manifest.json").unlink()
+    os.mkfifo(damaged / "manifest.json")
+    found = look(find_runs([tmp_path]), NOW)
+    assert len(found) == 2 + 2 * len(names) + 3
+    assert next(run for run in found if run.folder == str(good)).loss == pytest.approx(4.9)
+    (hostile,) = [run for run in found if run.name == "checkpoint"]
+    assert hostile.problems == [
+        "step_00000010 is damaged: manifest.json cannot be read: is not a regular file"
+    ]
+    Console(file=io.StringIO(), width=200).print(runs_table(found))
+
+
+def test_a_folder_that_cannot_be_looked_at_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path, "good")
+    closed = make_run(tmp_path, "closed")
+
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    settings = runs.saved_settings
+    monkeypatch.setattr(
+        runs, "saved_settings", lambda f: refuse(f) if f.name == "closed" else settings(f)
+    )
+    found = {run.name: run for run in look([closed, tmp_path / "good"], NOW)}
+    assert found["good"].step == 10
+    assert found["closed"].state == "unreadable"
+    assert found["closed"].problems == ["cannot be read: Permission denied"]
+
+
+@pytest.mark.security
+def test_names_and_messages_do_not_steer_the_terminal(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "run", silent=9000.0)
+    run = run.rename(tmp_path / "evil\x1b[2J\nrun")
+    log(run, "error: \x1b]52;c;ZXZpbA==\x07 failed", silent=9000.0)
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(runs_table(look([run], NOW)))
+    assert "\x1b" not in shown.getvalue()
+    assert "\\x1b[2J\\nrun" in shown.getvalue()
+    assert "\\x1b]52;c;ZXZpbA==\\x07 failed" in shown.getvalue()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import socket
+import tempfile
+import webbrowser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from keel_megatron.config.errors import UserError
+from keel_megatron.dashboard import serve as serve_module
 from keel_megatron.dashboard.serve import serve
-from keel_megatron.dashboard.server import free_port
+from keel_megatron.dashboard.server import listen
 from tests.dashboard.test_runs import make_run
 from tests.ports import reserved_port
 
@@ -21,9 +26,9 @@ def test_a_taken_port_is_refused() -> None:
             socket.create_server(("127.0.0.1", port)),
             pytest.raises(UserError, match=f"--port: {port} on 127.0.0.1 cannot be had"),
         ):
-            free_port(port)
-        assert free_port(port) == port
-    assert free_port(0) > 0
+            listen(port)
+        with listen(port) as listener:
+            assert listener.getsockname()[1] == port
 
 
 def test_runs_without_a_local_database_are_named(tmp_path: Path) -> None:
@@ -50,3 +55,30 @@ def test_without_the_extra_it_says_how_to_install_it(
     )
     with pytest.raises(UserError, match=r"pip install -c constraints.txt -e '.\[dashboard\]'"):
         serve([tmp_path], 0, open_browser=False)
+
+
+def test_databases_that_do_not_fit_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is copied, and with the numbers."""
+    database = make_run(tmp_path, "run") / "mlflow.db"
+    with database.open("wb") as file:
+        file.truncate(5 << 30)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=1 << 30))
+    with pytest.raises(UserError, match=r"6,\d\d\d MB are needed, 1,074 MB are free.*TMPDIR"):
+        serve([tmp_path], 0, open_browser=False, say=lambda _line: None)
+    assert not list(temporary.iterdir())
+
+
+def test_the_browser_is_given_a_file_and_not_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process's arguments are anybody's to read."""
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    serve_module._open(tmp_path, "http://127.0.0.1:1/?token=t&x#/runs")
+    assert opened == [(tmp_path / "open.html").as_uri()]
+    assert "url=http://127.0.0.1:1/?token=t&amp;x#/runs" in (tmp_path / "open.html").read_text()

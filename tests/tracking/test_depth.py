@@ -305,3 +305,23 @@ def test_a_heat_map_begins_and_ends_with_its_steps(
     assert axes.get_xticks().tolist() == ticks
     if len(steps) > 1:
         assert axes.get_xlim() == (steps[0], steps[-1])
+
+
+@pytest.mark.security
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 3, "gradient_norm": 5}',
+        '{"step": 3, "gradient_norm": [1, 2], "stream_rms": [1]}',
+        '{"step": 3, "gradient_norm": [{}, 1]}',
+        '{"step": 3, "gradient_norm": [1, 2, 3]}',
+        '{"step": 1' + "0" * 400 + ', "gradient_norm": [1, 2]}',
+        '{"step": 1' + "0" * 5000 + "}",
+        "[" * 100_000,
+    ],
+)
+def test_a_line_of_anything_is_named(tmp_path: Path, line: str) -> None:
+    good = '{"step": 1, "gradient_norm": [1, 2]}\n'
+    (tmp_path / DEPTH_FILE).write_text(good + line + "\n" + good)
+    with pytest.raises(UserError, match=r"depth.jsonl(: the line of step 3|, line 2)"):
+        read_profiles(tmp_path)

@@ -167,3 +167,18 @@ def test_a_folder_without_an_identity_gets_one_or_the_checkpoint_s(tmp_path: Pat
     (earlier / "run.json").unlink()
     same, _ = take_run_file(lost, 7, saved)
     assert (same.id, same.place) == (first.id, str(lost))
+
+
+@pytest.mark.security
+def test_an_id_is_no_path(tmp_path: Path) -> None:
+    """A copy's files are set aside under its original's id."""
+    original, copy = tmp_path / "a" / "original", tmp_path / "b" / "copy"
+    evil = json.dumps({"id": "../../../outside", "place": str(original), "origin": None})
+    for folder in (original, copy):
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(evil)
+        (folder / "mlflow_run_id").write_text("text")
+    assert original_of(copy) is None
+    take_run_file(copy)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert (copy / "mlflow_run_id").is_file()

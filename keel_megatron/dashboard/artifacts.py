@@ -1,0 +1,103 @@
+"""The files of MLflow runs, from within the shown folders and nowhere else."""
+
+from __future__ import annotations
+
+import mimetypes
+import os
+import re
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ARTIFACTS = "mlflow_artifacts"
+"""In the folder of a run's database; in it ID/artifacts for every MLflow run."""
+_RUN = re.compile(r"^[0-9a-f]{32}$")
+_MOST_LISTED = 10_000
+_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class ArtifactFolders:
+    """Where the files of MLflow runs lie.
+
+    What a database says of the place (`artifact_uri`) is not asked: it may name any folder. Every
+    path is opened part by part from its root, and no part may be a link; so what is read lies in
+    the root's folder, even if somebody moves links about meanwhile.
+
+    Args:
+        roots: the folders of the runs' databases.
+    """
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self._roots = [root.resolve() / ARTIFACTS for root in roots]
+
+    def open(self, run: str, path: str) -> tuple[int, int]:
+        """A file: a descriptor, which is the caller's to close, and its size in bytes.
+
+        Raises:
+            FileNotFoundError: there is no such file within the run's folder.
+        """
+        descriptor = self._open(run, path)
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(descriptor)
+            raise FileNotFoundError(path)
+        return descriptor, found.st_size
+
+    def list(self, run: str, path: str) -> list[dict[str, Any]]:
+        """What a folder of a run holds, as MLflow's API says it; links are left out.
+
+        Raises:
+            FileNotFoundError: there is no such folder within the run's.
+        """
+        descriptor = self._open(run, path)
+        try:
+            if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise FileNotFoundError(path)
+            found = []
+            with os.scandir(descriptor) as entries:
+                for entry in entries:
+                    name = f"{path}/{entry.name}" if path else entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        found.append({"path": name, "is_dir": True})
+                    elif entry.is_file(follow_symlinks=False):
+                        size = entry.stat(follow_symlinks=False).st_size
+                        found.append({"path": name, "is_dir": False, "file_size": size})
+                    if len(found) == _MOST_LISTED:
+                        break
+        finally:
+            os.close(descriptor)
+        return sorted(found, key=lambda file: str(file["path"]))
+
+    def _open(self, run: str, path: str) -> int:
+        parts = [part for part in path.split("/") if part]
+        if not _RUN.match(run) or any(part in (".", "..") or "\0" in part for part in parts):
+            raise FileNotFoundError(path)
+        for root in self._roots:
+            try:
+                return _open_inside(root, [run, "artifacts", *parts])
+            except (OSError, UnicodeEncodeError):  # not there, or a link
+                continue
+        raise FileNotFoundError(path)
+
+
+def content_type(path: str) -> str:
+    """What a browser is told of a file: never anything that it would run."""
+    kind, _encoding = mimetypes.guess_type(path)
+    if kind is not None and (kind.startswith("image/") or kind == "application/json"):
+        return kind
+    if kind is not None and (kind.startswith("text/") or kind.endswith("xml")):
+        return "text/plain; charset=utf-8"
+    is_text = path.endswith((".yaml", ".yml", ".jsonl", ".log", ".toml"))
+    return "text/plain; charset=utf-8" if is_text else "application/octet-stream"
+
+
+def _open_inside(root: Path, parts: Sequence[str]) -> int:
+    descriptor = os.open(root, _FLAGS)
+    for part in parts:
+        try:
+            inner = os.open(part, _FLAGS, dir_fd=descriptor)
+        finally:
+            os.close(descriptor)
+        descriptor = inner
+    return descriptor
