@@ -1,0 +1,94 @@
+"""Values as YAML has them and as people mean them: overrides, numbers, switches, paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import yaml
+from keel_megatron.config import dump_config, load_config, parse_config
+from keel_megatron.config.yaml_text import read_yaml
+from tests.config.test_load import complaints
+from tests.settings import settings
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.text=", "is empty; write null for none, '\"\"' for empty text"),
+        ("tracking.uri=  ", "is empty; write null for none"),
+        ("tracking.sample_prompt=a # b", "read as 'a'; for all of it as text, write '\"a # b\"'"),
+        ("tracking.sample_prompt=# b", "read as null; for all of it as text, write '\"# b\"'"),
+        ("tracking.sample_prompt=The ", "read as 'The'; for all of it as text, write '\"The \"'"),
+        ("tracking.sample_prompt=a\nb", r"read as 'a b'; for all of it as text, write "),
+        ("tracking.sample_prompt=&a b", "read as 'b'; for all"),
+        ("tracking.sample_prompt=--- b", "read as 'b'; for all"),
+        ("tracking.sample_prompt=!!str 5", "read as '5'; for all"),
+        ('tracking.sample_prompt="a" # b', "read as 'a'; for all"),
+        ("training.steps=3 # few", "read as 3; for all"),
+        ("data.text=[a, b] # c", "read as [a, b]; for all"),
+    ],
+)
+def test_an_override_of_which_yaml_would_lose_a_part_is_refused(
+    config_file: Path, override: str, expected: str
+) -> None:
+    (found,) = complaints(config_file, override)
+    assert expected in found
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('"a # b"', "a # b"),
+        ("'# a'", "# a"),
+        ("a#b", "a#b"),
+        ('" The "', " The "),
+        ('""', ""),
+        (r'"a\nb"', "a\nb"),
+        ("null", None),
+    ],
+)
+def test_an_override_in_quotes_is_taken_whole(
+    config_file: Path, text: str, value: str | None
+) -> None:
+    config = load_config(config_file, [f"tracking.sample_prompt={text}"])
+    assert config.tracking.sample_prompt == value
+
+
+@pytest.mark.parametrize("name", ["2024-01-31", "0100", "0x1f", "no", "on", "2024-13-01"])
+def test_what_yaml_1_1_alone_takes_for_no_text_is_text(config_file: Path, name: str) -> None:
+    config = load_config(config_file, [f"training.name={name}"])
+    assert config.training.name == name
+    dumped = yaml.safe_load(dump_config(config))  # as any other program reads it
+    assert dumped["training"]["name"] == name
+
+
+def test_numbers_are_decimal(config_file: Path) -> None:
+    config = load_config(config_file, ["training.steps=1_000", "optimizer.learning_rate=+.5e-2"])
+    assert config.training.steps == 1000
+    assert config.optimizer.learning_rate == 0.005
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_the_home_folder_in_a_path_is_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_file: bool
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    path, sections = tmp_path / "run.yaml", settings()
+    values = {
+        "data": {"text": ["~/a", "b/~"], "tokenizer": "~/t.model", "cache": "~"},
+        "training": {"runs_dir": "./~/runs"},
+    }
+    for section, entries in values.items() if in_file else ():
+        sections[section] |= entries
+    path.write_text(yaml.safe_dump(sections))
+    overrides = ["data.text=[~/a, b/~]", "data.tokenizer=~/t.model", 'data.cache="~"']
+    overrides += ["training.runs_dir=./~/runs"]
+    config = load_config(path, [] if in_file else overrides)
+    assert config.data.text == (Path("/home/me/a"), Path("b/~"))
+    assert config.data.tokenizer == Path("/home/me/t.model")
+    assert config.data.cache == Path("/home/me")
+    assert config.training.runs_dir == tmp_path / "~/runs"  # a folder that is called so
+    assert parse_config(read_yaml(dump_config(config)), "dump") == config
