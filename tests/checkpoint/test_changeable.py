@@ -132,6 +132,7 @@ ELSEWHERE = {
     "data.text": PLACE,
     "data.tokenizer": PLACE,
     "data.cache": PLACE,
+    "data.allow_lossy_tokenizer": "of the preparation of data: tests/data/test_prepare.py",
     "training.name": PLACE,
     "training.runs_dir": PLACE,
     "training.device": START,
