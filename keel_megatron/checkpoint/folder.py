@@ -106,7 +106,8 @@ def prune(
         spare: steps of damaged ones: neither counted nor removed.
         anomaly: step at which training went wrong, if it did lately (`training.guard.Guard`): the
             newest checkpoint from before it stays too.
-        is_whole: whether a folder is the checkpoint that its name says; what is not stays.
+        is_whole: whether a folder is the checkpoint that its name says; what is not is neither
+            counted nor removed.
 
     Raises:
         OSError: one cannot be removed, or the folder of checkpoints is a link: what lies there may
@@ -116,14 +117,23 @@ def prune(
         why = "is a link, and old checkpoints are only removed from the run's own folder"
         raise OSError(errno.ELOOP, why, str(root(run_folder)))
     good = [step for step in steps(run_folder) if step not in spare]
-    before = max((step for step in good if anomaly is not None and step < anomaly), default=None)
+    whole = 0
+    before, removable = None, []
+    for step in reversed(good):
+        kept_for_good = bool(keep_every) and step % keep_every == 0
+        may_be_before = before is None and anomaly is not None and step < anomaly
+        if whole >= keep and kept_for_good and not may_be_before:
+            continue  # not looked into: there may be many
+        if not is_whole(step_folder(run_folder, step)):
+            continue
+        whole += 1
+        if may_be_before:
+            before = step
+        elif whole > keep and not kept_for_good:
+            removable.append(step)
     removed = []
-    for step in good[:-keep]:
-        if step == before or (keep_every and step % keep_every == 0):
-            continue
+    for step in reversed(removable):
         path = step_folder(run_folder, step)
-        if not is_whole(path):
-            continue
         remove(path)
         removed.append(path)
     return removed

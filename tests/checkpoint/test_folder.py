@@ -175,8 +175,10 @@ def test_a_linked_folder_of_checkpoints_is_not_pruned(tmp_path: Path) -> None:
 def test_what_is_not_the_checkpoint_of_its_name_stays(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         write(tmp_path, step)
-    folder.prune(tmp_path, keep=1, is_whole=lambda path: path.name != "step_00000010")
-    assert folder.steps(tmp_path) == [10, 30]
+    write(tmp_path, 99)
+    strange = ("step_00000010", "step_00000099")
+    folder.prune(tmp_path, keep=1, is_whole=lambda path: path.name not in strange)
+    assert folder.steps(tmp_path) == [10, 30, 99]
 
 
 def test_a_step_has_a_plausible_number(tmp_path: Path) -> None:
@@ -184,3 +186,10 @@ def test_a_step_has_a_plausible_number(tmp_path: Path) -> None:
     for name in ("step_" + "9" * 200, "step_" + 8 * "\u0660"):
         (folder.root(tmp_path) / name).mkdir()
     assert folder.steps(tmp_path) == [10]
+
+
+def test_one_that_is_kept_for_good_is_the_one_before_an_anomaly(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40, 50):
+        write(tmp_path, step)
+    folder.prune(tmp_path, keep=1, keep_every=30, anomaly=35)
+    assert folder.steps(tmp_path) == [30, 50]

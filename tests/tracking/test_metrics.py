@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keel_megatron.config import UserError
@@ -23,6 +23,7 @@ def same(here: float, there: float) -> bool:
     return here == there and math.copysign(1, here) == math.copysign(1, there)
 
 
+@settings(deadline=None)
 @given(loss=st.floats(), norm=st.floats(), rate=st.floats())
 def test_a_float_comes_back_to_the_last_bit(
     tmp_path_factory: pytest.TempPathFactory, loss: float, norm: float, rate: float
@@ -72,6 +73,7 @@ def test_a_line_has_the_keys_that_readers_rely_on_as_soon_as_it_is_written(tmp_p
     }
 
 
+@settings(deadline=None)
 @given(
     steps=st.lists(st.integers(1, 30), unique=True).map(sorted),
     resumed=st.integers(0, 30),
