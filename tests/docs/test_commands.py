@@ -195,7 +195,7 @@ def check_keel(text: str, words: list[str]) -> None:
 def test_a_page_without_a_word_on_its_commands_is_seen(tmp_path: Path) -> None:
     """What the checks are good for: each of these would be found."""
     for text in (
-        "keel trian yaml/demo.yaml",
+        "keel trein yaml/demo.yaml",
         "keel train yaml/demo.yaml --process 2",
         "keel train yaml/demo.yaml model.block=3",
         "make everything",
