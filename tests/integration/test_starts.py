@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import psutil
-import pytest
 
 from keel_megatron.checkpoint import folder
 from keel_megatron.runtime.ownership import FILE, take
@@ -85,19 +84,16 @@ def works(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_while_the_data_is_prepared_ends_the_start(
-    tmp_path: Path, number: signal.Signals, code: int
-) -> None:
+def test_a_signal_while_the_data_is_prepared_ends_the_start(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(TEXT.read_text() * 200)
     write_config(tmp_path, tmp_path / "text")
     with start(tmp_path, "--processes", "2") as process:
         assert process.stdout is not None
         while "preparing" not in process.stdout.readline():
             assert process.poll() is None
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         _shown, errors = process.communicate(timeout=240)
-    assert process.returncode == code
-    assert errors == f"{number.name}: no step was made yet, ending\n"
+    assert process.returncode == 143
+    assert errors == "SIGTERM: no step was made yet, ending\n"
     assert not (tmp_path / "runs").exists()
     assert not list((tmp_path / "data").glob("*/train.bin"))
