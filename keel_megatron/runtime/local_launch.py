@@ -30,6 +30,7 @@ LEAVE_SECONDS = 60.0
 """After the first that was stopped on purpose, for the others to deliver what they report."""
 GRACE_SECONDS = 10.0
 """From SIGTERM to SIGKILL for those that do not."""
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 STORE_LISTENER = "KEEL_STORE_LISTENER"
 """Variable with the number of the listening socket on which rank 0 opens the group's store."""
 
@@ -123,12 +124,12 @@ class _Group:
             "TORCHELASTIC_USE_AGENT_STORE": True,
             # The ranks end with it (runtime/parent.py).
             "KEEL_LAUNCHER_PID": os.getpid(),
-            # gloo's own connections: as little to be reached from outside as the port is.
-            **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
+            # gloo's and NCCL's own connections: as little to be reached from outside as the port is.
+            **(dict.fromkeys(_INTERFACES, "lo") if sys.platform == "linux" else {}),
             # Each process sets its own threads (training.threads); this is what it starts with.
             "OMP_NUM_THREADS": 1,
         }
-        chosen = {"GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS"} & os.environ.keys()
+        chosen = {*_INTERFACES, "OMP_NUM_THREADS"} & os.environ.keys()
         return {name: str(value) for name, value in values.items() if name not in chosen}
 
     def signal(self, number: int) -> None:
