@@ -124,7 +124,7 @@ class _Group:
             "TORCHELASTIC_USE_AGENT_STORE": True,
             # The ranks end with it (runtime/parent.py).
             "KEEL_LAUNCHER_PID": os.getpid(),
-            # gloo's and NCCL's own connections: as little to be reached from outside as the port is.
+            # gloo's and NCCL's own connections: no more reachable from outside than the port.
             **(dict.fromkeys(_INTERFACES, "lo") if sys.platform == "linux" else {}),
             # Each process sets its own threads (training.threads); this is what it starts with.
             "OMP_NUM_THREADS": 1,
