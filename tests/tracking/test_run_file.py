@@ -108,7 +108,7 @@ def test_a_copy_is_a_run_of_its_own(tmp_path: Path, shared: bool) -> None:
     assert own_id != run_id
     assert history(second, own_id, "train/loss") == [(3, 3.0)]
     assert history(first, run_id, "train/loss") == [(1, 1.0)], "what waits is the original's"
-    assert "delivered 1 point(s)" in sync(first.training.folder)[0]
+    assert "delivered 1 point(s)" in sync(first.training.folder, [uri] if uri else [])[0]
     assert history(first, run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
     names = {found.info.run_name for found in mlflow_runs(second)}
     assert names == ({"first", "second"} if shared else {"second"})
