@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from keel_megatron.urls import without_credentials
+
 
 class UserError(Exception):
     """A mistake in input or surroundings: the command prints the message alone and exits with 2.
@@ -9,10 +11,10 @@ class UserError(Exception):
     The message names the setting (or file) and says what would be right.
 
     Args:
-        message: what is said to the user.
+        message: what is said to the user; its URLs are shown without what may be a secret.
         reported: another rank of the run says it; this one only ends.
     """
 
     def __init__(self, message: str, *, reported: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(without_credentials(message))
         self.reported = reported

@@ -9,6 +9,7 @@ from typing import Any
 from keel_megatron.checkpoint.folder import latest, steps
 from keel_megatron.checkpoint.manifest import CONFIG as CONFIG_FILE
 from keel_megatron.config.errors import UserError
+from keel_megatron.config.inside import check_links
 from keel_megatron.config.load import dump_config, flatten, load_config
 from keel_megatron.config.run import RunConfig
 
@@ -76,9 +77,10 @@ def check_folder(config: RunConfig) -> None:
     """See that the run's folder can be this run's; nothing is written.
 
     Raises:
-        UserError: the folder holds another run.
+        UserError: the folder holds another run, or a link in it leads out of it.
     """
     folder = config.training.folder
+    check_links(folder)
     saved = folder / CONFIG_FILE
     if saved.is_file() and _has_steps(folder):
         check_identity(saved, config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from keel_megatron.cli.arguments import RunFolder
@@ -15,9 +17,20 @@ def _group() -> None:
 
 
 @app.command("sync")
-def sync(run: RunFolder) -> None:
+def sync(
+    run: RunFolder,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URI",
+            help="The address that the run reports to, to confirm it: the folder names one, and "
+            "may be somebody else's. MLFLOW_TRACKING_URI confirms it, too. Not needed for the "
+            "store in the run's folder.",
+        ),
+    ] = None,
+) -> None:
     """Deliver what a crash, or a server that was down, left in a run's folder."""
     from keel_megatron.tracking.sync import sync
 
-    for line in sync(run):
+    for line in sync(run, to or ()):
         print(line)

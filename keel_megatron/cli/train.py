@@ -55,7 +55,7 @@ def _start(path: Path, settings: tuple[str, ...], processes: int, max_restarts: 
         if newest is not None:
             print(startup.complete_text(config, newest), flush=True)
             exit_codes.write(config.training.folder, exit_codes.DONE)
-            _sample(config.training.folder, again=False)
+            _sample(config.training.folder, config.tracking.uri, again=False)
             return exit_codes.DONE
         layout = config.parallel
         print(
@@ -78,11 +78,11 @@ def _train_here(
 
         outcome = run_training(path, settings, owned=owned, stop=stop)
     if outcome.is_main and outcome.exit_code == exit_codes.DONE:
-        _sample(outcome.folder, again=outcome.trained)
+        _sample(outcome.folder, outcome.uri, again=outcome.trained)
     return exit_codes.for_torchrun(outcome.exit_code)
 
 
-def _sample(folder: Path, *, again: bool) -> None:
+def _sample(folder: Path, uri: str | None, *, again: bool) -> None:
     from keel_megatron.inference.sample import sample_run
 
-    sample_run(folder, again=again)
+    sample_run(folder, uri, again=again)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from urllib.parse import unquote
 
 from keel_megatron.architecture.residual import RULES
 from keel_megatron.config.kernel_checks import KERNEL_CHECKS
 from keel_megatron.config.run import RunConfig
+from keel_megatron.config.tracking_checks import credentials, known_store
 
 
 def problems(config: RunConfig, world_size: int | None = None) -> Iterator[tuple[str, str]]:
@@ -230,46 +229,6 @@ def _keep_every(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
-def _credentials(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """A configuration is saved, logged and shown: no password may be in it."""
-    uri = config.tracking.uri
-    if uri is None:
-        return
-    scheme, _, rest = uri.partition("://")
-    is_database = scheme.partition("+")[0] in ("postgresql", "mysql", "mssql")
-    # A database's password may have a slash in it, and may stand among the options.
-    user, at, _host = (rest if is_database else rest.partition("/")[0]).rpartition("@")
-    in_front = at and scheme.partition("+")[0] != "sqlite" and (":" in user or not is_database)
-    secret = r"[?&;]\w*(passw|pwd|token|secret)\w*="
-    if in_front or re.search(secret, unquote(rest), re.IGNORECASE):
-        instead = (
-            "the database's own, such as PGPASSWORD or MYSQL_PWD"
-            if is_database
-            else "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-        )
-        yield (
-            "tracking.uri",
-            f"has a user or a password in it; leave them to environment variables: {instead}",
-        )
-
-
-def _store(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """MLflow would take a word for a folder, and a slip of the pen for a server that is down."""
-    uri = config.tracking.uri
-    if uri is None or uri == "databricks":
-        return
-    scheme, separator, _rest = uri.partition("://")
-    if not separator or scheme.partition("+")[0] not in _STORES:
-        yield (
-            "tracking.uri",
-            f"{scheme!r} is no kind of store that MLflow has; write one of "
-            f"{', '.join(name + '://...' for name in _STORES)}, databricks, or null",
-        )
-
-
-_STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks")
-
-
 def _not_with_deepspeed(
     path: str, is_set: Callable[[RunConfig], bool], reason: str
 ) -> Callable[[RunConfig], Iterator[tuple[str, str]]]:
@@ -323,8 +282,8 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _hang_timeout,
     _guard_window,
     _keep_every,
-    _credentials,
-    _store,
+    credentials,
+    known_store,
     _not_with_deepspeed(
         "parallel.pipeline",
         lambda run: run.parallel.pipeline > 1,

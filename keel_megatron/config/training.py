@@ -106,8 +106,9 @@ class TrackingConfig(Section):
     mlflow: bool = Field(default=True, description="Report to MLflow.")
     uri: str | None = Field(
         default=None,
-        description="MLflow tracking URI, without a password: credentials come from MLflow's own "
-        "environment variables; null = a sqlite file, mlflow.db in the run's folder.",
+        description="MLflow tracking URI, without user, password or anything else that may be a "
+        "secret: credentials come from MLflow's own environment variables; null = a sqlite file, "
+        "mlflow.db in the run's folder.",
     )
     experiment: str = Field(default="keel", description="MLflow experiment.")
     system_metrics_every: float = Field(

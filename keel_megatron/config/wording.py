@@ -39,6 +39,8 @@ _KINDS = {
         "must begin with a letter or digit and hold letters, digits, '.', '_' and '-' only"
     ),
 }
+_MAY_HOLD_SECRETS = ("tracking.uri",)
+"""Settings whose values are not shown."""
 _BOUNDS = {
     "greater_than": ("gt", "must be greater than"),
     "greater_than_equal": ("ge", "must be at least"),
@@ -106,6 +108,8 @@ def _translate(error: ErrorDetails) -> Problem:
         words += " (put it in quotes)"
     if words in (_INTEGER, _NUMBER, _SWITCH):
         words += _quotes(value)
+    if path in _MAY_HOLD_SECRETS:
+        return Problem(path, words)
     return Problem(path, f"{shown(str(value) if isinstance(value, Path) else value)} {words}")
 
 

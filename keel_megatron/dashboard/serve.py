@@ -20,7 +20,7 @@ from keel_megatron.dashboard.merge import LARGEST, TRAINING_PAGES, MergedStore, 
 from keel_megatron.dashboard.server import Server, listen, require_mlflow_server
 from keel_megatron.tracking.run_file import original_of
 from keel_megatron.tracking.sqlite_uri import sqlite_file
-from keel_megatron.tracking.target import without_credentials
+from keel_megatron.urls import without_credentials
 
 REFRESH_SECONDS = 5.0
 _LISTED = 20

@@ -15,17 +15,18 @@ _HEADROOM = 1.3
 """What the model takes beside its weights: activations of one sequence, a file that is read."""
 
 
-def sample_run(run: Path, *, again: bool) -> None:
+def sample_run(run: Path, uri: str | None, *, again: bool) -> None:
     """Print what the run's model makes of `tracking.sample_prompt`, and keep it in samples.txt.
 
     The run is complete and saved: whatever ails its sample is a remark.
 
     Args:
         run: the run's folder.
+        uri: tracking.uri of the run's configuration today.
         again: generate it; otherwise the kept one is shown if there is one.
     """
     try:
-        _sample(run, again)
+        _sample(run, uri, again)
     except KeyboardInterrupt:
         _remark(run, "it was interrupted")
     except Exception as error:
@@ -33,7 +34,7 @@ def sample_run(run: Path, *, again: bool) -> None:
         _remark(run, said.splitlines()[0])
 
 
-def _sample(run: Path, again: bool) -> None:
+def _sample(run: Path, uri: str | None, again: bool) -> None:
     config = saved_config(run)
     prompt = config.tracking.sample_prompt
     if prompt is None:
@@ -51,7 +52,7 @@ def _sample(run: Path, again: bool) -> None:
             run, prompt, max_new_tokens=min(SAMPLE_TOKENS, config.data.seq_length // 2)
         )
         kept.write_text(text + "\n", encoding="utf-8")
-        add_file(run, kept)
+        add_file(run, kept, uri)
     print(f"\nsample ({kept}):\n{kept.read_text(encoding='utf-8')}")
 
 

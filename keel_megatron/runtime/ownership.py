@@ -46,6 +46,8 @@ LEFT_BEHIND_SECONDS = 600.0
 PATIENCE_SECONDS = 10.0
 """How long to wait for the ranks of an owner that is gone to end."""
 _POLL_SECONDS = 0.2
+# In somebody else's folder the name may be a link to a file of ours, or a FIFO.
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -186,7 +188,7 @@ def _locked(folder: Path) -> int:
     end: float | None = None
     while True:
         folder.mkdir(parents=True, exist_ok=True)  # an owner may remove what it has made
-        descriptor = os.open(_path(folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(_path(folder), _FLAGS, 0o644)
         try:
             has_locks = _lock(descriptor)
             owner = _read(descriptor)

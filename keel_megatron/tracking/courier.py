@@ -1,10 +1,13 @@
 """The courier: a process that delivers a run's spool to MLflow while the run trains.
 
-    python -m keel_megatron.tracking.courier RUN --parent PID --start NAME
+    python -m keel_megatron.tracking.courier RUN --parent PID --start NAME [--to URI]
 
 MLflow is imported, waited for and retried here, so that training never shares an interpreter with
 it. The courier also sees the training process die, which that process itself cannot report: a run
 that ends without a word, by kill -9 or by its watchdog, has FAILED.
+
+The spool may be a stranger's: reports go to a store in the run's folder, or to an address that the
+user has given today; files are taken from the run's folder alone.
 
 It speaks to its parent by lines on standard output. `keel track sync` does the same work once, for
 what a crash, or a server that was down, left behind.
@@ -13,32 +16,30 @@ what a crash, or a server that was down, left behind.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from keel_megatron.config.inside import inside
 from keel_megatron.tracking.changes import Change
 from keel_megatron.tracking.metric_names import mlflow_name
 from keel_megatron.tracking.mlflow_run import METRICS_PER_CALL, MlflowRun, Point
-from keel_megatron.tracking.reasons import is_rejected, problem, reason
-from keel_megatron.tracking.spool import EVENTS, FOLDER, Item, SpoolReader
-from keel_megatron.tracking.target import Status, Target, without_credentials
+from keel_megatron.tracking.presence import HEARTBEAT_SECONDS, the_only_one
+from keel_megatron.tracking.reasons import UnconfirmedError, is_rejected, problem, reason
+from keel_megatron.tracking.spool import EVENTS, FOLDER, Item, SpoolReader, relative
+from keel_megatron.tracking.target import Status, Target
+from keel_megatron.urls import without_credentials
 
 POLL_SECONDS = 0.5
 LONGEST_PAUSE = 30.0
 LINGER_SECONDS = 60.0
 """How long the courier of a dead run tries to reach a server that is down."""
-HEARTBEAT_SECONDS = 10.0
 FILE_SECONDS = 60.0
 """How long a file that cannot be stored holds up the points behind it while MLflow answers."""
 
@@ -54,15 +55,22 @@ class Courier:
         say: told what the user should know: once when MLflow does not answer and once when it does
             again, and what MLflow refuses.
         file_seconds: how long a file that cannot be stored is tried again while MLflow answers.
+        confirmed: the tracking URIs that the user has given; what the spool says is for another
+            one, but for the store in the run's folder, is delivered to where the run reports now.
 
     Raises:
         ImportError: MLflow is not installed.
     """
 
     def __init__(
-        self, run: Path, say: Callable[[str], None], file_seconds: float = FILE_SECONDS
+        self,
+        run: Path,
+        say: Callable[[str], None],
+        file_seconds: float = FILE_SECONDS,
+        confirmed: Collection[str] = (),
     ) -> None:
         self._run = run
+        self._confirmed = frozenset(confirmed)
         self._say = say
         self.reader = SpoolReader(run)
         self._client: MlflowRun | None = None
@@ -176,7 +184,7 @@ class Courier:
         elif first.kind == "changes":
             client.set_changes([Change.from_json(change) for change in values["changes"]])
         elif first.kind == "artifact":
-            client.log_file(self._run / values["path"])
+            self._log_file(client, values["path"])
             self._no_file_since = None
         elif first.kind == "rewind":
             client.rewind(values["back_to"], values["time"])
@@ -189,8 +197,8 @@ class Courier:
         since = self.reader.last_start.get("time", 0) / 1000
         for path in [self._run / "log.txt", *sorted(self._run.glob("hangs/*"))]:
             try:
-                if path.stat().st_mtime >= since:
-                    client.log_file(path)
+                if path.lstat().st_mtime >= since:
+                    self._log_file(client, relative(self._run, path))
             except FileNotFoundError:
                 continue
             except Exception as error:  # the status does not wait for a file
@@ -199,27 +207,45 @@ class Courier:
                 self._leave_out(f"the file {path.name}", error)
         client.end(values["status"], values["time"])
 
+    def _log_file(self, client: MlflowRun, name: str) -> None:
+        """Hand a file over, if it is the run's."""
+        path = inside(self._run, name)
+        if path is None:
+            self._say(f"the file {name} is not in {self._run}, the run's folder: it is left out")
+        else:
+            client.log_file(path)
+
+    def _newest(self) -> Target | None:
+        """Where the run reports now, as far as the reader has looked ahead."""
+        return Target.of_start(self._run, self.reader.last_start)
+
     def _place(self) -> Target:
-        target = self._target or Target.newest(self._run)
+        target = self._target or self._newest()
         assert target is not None, f"{self._run} has no spool"
         return target
 
     def _mlflow(self) -> MlflowRun:
-        self._client = self._client or MlflowRun(self._run, self._place())
+        if self._client is None:
+            place = self._place()
+            if not place.is_trusted(self._confirmed):
+                raise UnconfirmedError(place.uri_of(self._run))
+            self._client = MlflowRun(self._run, place)
         return self._client
 
     def _go_to(self, target: Target | None) -> None:
         """Deliver there from now on; to where the run reports now if it is a place given up."""
         if target is not None and target.uri_of(self._run) in self._given_up:
-            target = Target.newest(self._run)
+            target = self._newest()
         if target != self._target:
             self._target, self._client = target, None
 
     def _moves_on(self, error: Exception) -> bool:
         """Give up a place that does not answer if the run was since started with another one."""
-        newest = Target.newest(self._run)
+        newest = self._newest()
         here, shown = self._place().uri_of(self._run), self.shown_uri
         if newest is None or newest.uri_of(self._run) == here:
+            return False
+        if not newest.is_trusted(self._confirmed):
             return False
         self._given_up.add(here)
         self._go_to(newest)
@@ -259,47 +285,13 @@ def _shown(item: Item) -> str:
     return f"{item.kind} of step {item.values['step']}" if "step" in item.values else item.kind
 
 
-@contextmanager
-def the_only_one(run: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the spool's lock within the block; False if another courier has it.
-
-    The system frees the lock of a process that dies. A file system without locks gives it to all.
-    """
-    path = run / FOLDER / "lock"
-    with path.open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            pass
-        yield True
-
-
-def is_alive(session: dict[str, Any], run: Path) -> bool:
-    """Whether the training process of a session may still be there.
-
-    On another machine that is so if its courier gave a sign of life within the last minute.
-    """
-    if session.get("host") == socket.gethostname():
-        return process_runs(session.get("pid", 0), session.get("born", 0.0))
-    try:
-        return time.time() - (run / FOLDER / "alive").stat().st_mtime < 6 * HEARTBEAT_SECONDS
-    except OSError:
-        return False
-
-
-def process_runs(pid: int, born: float) -> bool:
-    """Whether a process with this id and time of creation runs."""
-    try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - born) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-def follow(run: Path, parent: int, start: str, say: Callable[[str], None]) -> int:
+def follow(
+    run: Path,
+    parent: int,
+    start: str,
+    say: Callable[[str], None],
+    confirmed: Collection[str] = (),
+) -> int:
     """Deliver until the training process has ended and all is delivered.
 
     Args:
@@ -307,12 +299,13 @@ def follow(run: Path, parent: int, start: str, say: Callable[[str], None]) -> in
         parent: the training process, this one's parent.
         start: name of its start.
         say: as the courier's.
+        confirmed: as the courier's.
 
     Returns:
         The exit code.
     """
     with the_only_one(run, wait=True):
-        courier = Courier(run, say)
+        courier = Courier(run, say, confirmed=confirmed)
         reader = courier.reader
         heartbeat = pause = 0.0
         dead_since: float | None = None
@@ -357,6 +350,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--parent", type=int, required=True, help="the training process")
     parser.add_argument("--start", required=True, help="name of its start")
+    parser.add_argument("--to", action="append", default=[], help="its tracking.uri")
     arguments = parser.parse_args()
     # A launcher's or a scheduler's signals are the training process's matter: its ending is still
     # to be delivered.
@@ -368,7 +362,7 @@ def main() -> None:
             print(text, flush=True)
 
     try:
-        code = follow(arguments.run, arguments.parent, arguments.start, say)
+        code = follow(arguments.run, arguments.parent, arguments.start, say, arguments.to)
     except ImportError as error:
         say(
             f"MLflow cannot be imported ({error}): install mlflow-skinny, sqlalchemy and alembic, "

@@ -6,6 +6,7 @@ import datetime
 import logging
 import math
 import os
+import shutil
 import sqlite3
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -96,7 +97,7 @@ class MlflowRun:
         self._uri = target.uri_of(folder)
         if target.uri is None:
             _create_database(folder)
-            self._overwrite(settle, local_artifacts(folder), target.experiment)
+            self._settle()
         self._client: Any = MlflowClient(tracking_uri=self._uri)
         self._run: Any = None
 
@@ -212,7 +213,9 @@ class MlflowRun:
 
     def log_file(self, path: Path) -> None:
         """Copy a file, or a folder under its name and its parent's."""
-        if path.is_dir():
+        if self._target.uri is None:
+            self._keep_file(path)
+        elif path.is_dir():
             self._client.log_artifacts(self.run_id, str(path), f"{path.parent.name}/{path.name}")
         else:
             self._client.log_artifact(self.run_id, str(path))
@@ -228,6 +231,18 @@ class MlflowRun:
     def end(self, status: Status, time_ms: int | None = None) -> None:
         """Set the final status."""
         self._client.set_terminated(self.run_id, status, end_time=time_ms)
+
+    def _keep_file(self, path: Path) -> None:
+        """Copy it to the run's own folder of artifacts.
+
+        Not through MLflow, which would write to wherever the database says.
+        """
+        place = local_artifacts(self._folder) / str(self.run_id) / "artifacts"
+        if path.is_dir():
+            shutil.copytree(path, place / path.parent.name / path.name, dirs_exist_ok=True)
+        else:
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place / path.name)
 
     def _remembered(self) -> Any:
         run_id = remembered_run_id(self._folder)
@@ -252,13 +267,15 @@ class MlflowRun:
             experiment_id = experiment.experiment_id
         else:
             experiment_id = self._client.create_experiment(
-                target.experiment, artifact_location=target.artifacts
+                target.experiment, artifact_location=target.artifacts(self._folder)
             )
         tags = {_START_TAG: start, "mlflow.note.content": DESCRIPTION}
         self._run = self._client.create_run(
             experiment_id, start_time=time_ms, run_name=target.name, tags=tags
         )
         remember_run_id(self._folder, str(self.run_id))
+        if target.uri is None:  # the default experiment's files would be somewhere else
+            self._settle()
 
     def _log_params(self, run: Any) -> None:
         """The configuration in force.
@@ -291,6 +308,10 @@ class MlflowRun:
         for key in known:
             if key.startswith(prefix) and key not in wanted:
                 self._client.delete_tag(self.run_id, key)
+
+    def _settle(self) -> None:
+        artifacts = local_artifacts(self._folder).as_uri()
+        self._overwrite(settle, artifacts, self._target.experiment)
 
     def _overwrite(self, change: Callable[..., object], *arguments: Any) -> bool:
         """Make a change of overwrite.py; False on a server, or in tables of another MLflow."""

@@ -19,7 +19,8 @@ from keel_megatron.tracking import courier
 from keel_megatron.tracking.changes import Change
 from keel_megatron.tracking.records import Record, ValidationRecord
 from keel_megatron.tracking.spool import EVENTS, FOLDER, SpoolWriter, Waiting, relative
-from keel_megatron.tracking.target import Status, Target, tracking_uri, without_credentials
+from keel_megatron.tracking.target import Status, Target, sync_command, tracking_uri
+from keel_megatron.urls import without_credentials
 
 CLOSE_SECONDS = 30.0
 """Longest wait for MLflow at the end of a run."""
@@ -51,9 +52,11 @@ class MlflowSink:
         self._run = config.training.folder
         self._warn = warn
         self._uri = without_credentials(tracking_uri(config))
+        self._to = config.tracking.uri
         self._close_seconds = CLOSE_SECONDS if close_seconds is None else close_seconds
         self._name = uuid.uuid4().hex
         self._closing = threading.Event()
+        self._said_full = False
         self._spool = SpoolWriter(self._run, EVENTS)
         self._put(
             "start",
@@ -119,6 +122,12 @@ class MlflowSink:
 
     def _put(self, kind: str, **values: object) -> None:
         self._spool.append(kind, time=time.time_ns() // 1_000_000, **values)
+        if self._spool.left_out and not self._said_full:
+            self._said_full = True
+            self._warn(
+                f"{self._run / FOLDER} is full of what MLflow ({self._uri}) did not get: further "
+                "points are left out of MLflow until it answers; metrics.jsonl has every record"
+            )
 
     def _ends_within(self, seconds: float) -> bool:
         try:
@@ -132,18 +141,24 @@ class MlflowSink:
         if waiting:
             self._warn(
                 f"MLflow ({self._uri}) did not get everything: {waiting} wait in "
-                f"{self._run / FOLDER}; `keel track sync {self._run}` delivers them"
+                f"{self._run / FOLDER}; `{sync_command(self._run, self._to)}` delivers them"
             )
         if self._spool.unwritten:
             self._warn(
                 f"MLflow ({self._uri}) did not get {self._spool.unwritten} report(s) for which "
                 f"{self._run / FOLDER} had no room; metrics.jsonl may have them"
             )
+        if self._spool.left_out:
+            self._warn(
+                f"MLflow ({self._uri}) will not get {self._spool.left_out:,} point(s) for which "
+                f"{self._run / FOLDER} had no room; metrics.jsonl has every record"
+            )
 
     def _start_courier(self) -> subprocess.Popen[str]:
         command = [*python(), "-m", courier.__name__, str(self._run)]
+        to = ["--to", self._to] if self._to else []
         return subprocess.Popen(
-            [*command, "--parent", str(os.getpid()), "--start", self._name],
+            [*command, "--parent", str(os.getpid()), "--start", self._name, *to],
             env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

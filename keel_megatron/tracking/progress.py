@@ -19,6 +19,7 @@ from rich.text import Text
 
 from keel_megatron.config.terminal import printable, trusted
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
+from keel_megatron.urls import without_credentials
 
 _LINES_PER_HEADER = 20
 _SECONDS_PER_REFRESH = 0.1
@@ -84,7 +85,11 @@ class Progress:
             self._unkept.clear()
 
     def say(self, text: str) -> None:
-        """Show a message, above the live display if there is one, and keep it in the log."""
+        """Show a message, above the live display if there is one, and keep it in the log.
+
+        URLs in it are shown without what may be a secret.
+        """
+        text = without_credentials(text)
         with self._lock:
             self._show(text)
             self.note(text)
@@ -92,7 +97,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Keep a message in the log only."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        lines = [f"{now} {line}\n" for line in text.splitlines() or [""]]
+        lines = [f"{now} {line}\n" for line in without_credentials(text).splitlines() or [""]]
         with self._lock:
             if self._log is not None:
                 self._log.writelines(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from keel_megatron.tracking.target import without_credentials
+from keel_megatron.urls import without_credentials
 
 _REJECTIONS = frozenset(
     {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
@@ -27,6 +27,10 @@ _STATUS_WORDS = {
 }
 
 
+class UnconfirmedError(Exception):
+    """Reports are for an address that nobody but the run's folder has named."""
+
+
 def is_rejected(error: Exception) -> bool:
     """Whether MLflow will never take what it was given."""
     if isinstance(error, FileNotFoundError):
@@ -39,6 +43,8 @@ def is_rejected(error: Exception) -> bool:
 
 def problem(error: Exception) -> str:
     """What MLflow does instead of taking something, to follow its name in a sentence."""
+    if isinstance(error, UnconfirmedError):
+        return "is an address that the run's folder names, and not today's tracking.uri"
     status = _status(str(error))
     if status in (401, 403):
         return (

@@ -10,7 +10,8 @@
 
 Only the training process writes a stream and only one courier reads it, so neither waits for the
 other. Every start of a writer begins a new file, and so does every file that has grown large;
-delivered files are deleted. A last line that a kill cut short is no item.
+delivered files are deleted, and the others have a limit (SpoolWriter). A last line that a kill cut
+short is no item.
 
 A line is with the system as soon as it is written: no end of the process loses it. It is not
 synced to the disk: a node that loses its power may lose its last seconds, as metrics.jsonl may.
@@ -21,9 +22,11 @@ database stores take a point of the same step, time and value as the same.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,7 +38,16 @@ from keel_megatron.config.reading import lines_of, open_regular, parse_json, rea
 FOLDER = "spool"
 EVENTS = "events"
 SYSTEM = "system-"
+POINTS = ("metrics", "system")
+"""Kinds of items that hold points."""
 SEGMENT_BYTES = 8_000_000
+EVENTS_BYTES = 256_000_000
+"""How large rank 0's stream grows while MLflow does not answer: some 600,000 steps."""
+SYSTEM_BYTES = 32_000_000
+"""Likewise a node's own: some two days of a node with 8 GPUs, at a measurement every 10 s."""
+UNWRITTEN_BYTES = 16_000_000
+"""How much is kept in memory while the disk is full."""
+LOOK_SECONDS = 10.0
 _DELIVERED = "delivered.json"
 _NUMBER = re.compile(r"[0-9]{1,15}")
 
@@ -44,16 +56,26 @@ class SpoolWriter:
     """Appends items to a stream; any thread may.
 
     A full disk does not stop the run: what cannot be written is kept in memory and written with the
-    next item that can be.
+    next item that can be. While nobody delivers, neither files nor memory grow without limit: once
+    they have reached it, points are left out until there is room again. All else is kept.
 
     Args:
         run: the run's folder.
         stream: name of the stream.
+        limit: bytes of its files from which on points are left out.
+
+    Attributes:
+        left_out: points that were left out for want of room.
     """
 
-    def __init__(self, run: Path, stream: str) -> None:
+    def __init__(self, run: Path, stream: str, limit: int = EVENTS_BYTES) -> None:
         self._folder = run / FOLDER
         self._stream = stream
+        self._limit = limit
+        self._is_full = False
+        self._look_at = -math.inf
+        self._unwritten_bytes = 0
+        self.left_out = 0
         self._lock = threading.Lock()
         self._file: Any = None
         self._unwritten: list[bytes] = []
@@ -64,7 +86,11 @@ class SpoolWriter:
         """Write an item, `values` being plain JSON."""
         line = json.dumps({"kind": kind, **values}).encode() + b"\n"
         with self._lock:
+            if kind in POINTS and self._has_no_room():
+                self.left_out += len(values["values"])
+                return
             self._unwritten.append(line)
+            self._unwritten_bytes += len(line)
             with suppress(OSError):
                 self._write()
 
@@ -77,6 +103,16 @@ class SpoolWriter:
         """Close the file."""
         with self._lock:
             self._end_file()
+
+    def _has_no_room(self) -> bool:
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            if self._unwritten:
+                with suppress(OSError):
+                    self._write()
+            self._is_full = _bytes_of(self._folder, self._stream) >= self._limit
+        return self._is_full or self._unwritten_bytes >= UNWRITTEN_BYTES
 
     def _write(self) -> None:
         if self._file is not None and self._file.tell() > SEGMENT_BYTES:
@@ -93,6 +129,7 @@ class SpoolWriter:
             self._end_file()
             raise
         del self._unwritten[: lines[:written].count(b"\n")]
+        self._unwritten_bytes = sum(map(len, self._unwritten))
         if self._unwritten:
             self._end_file()  # its last line is cut short: the next goes to a new file
 
@@ -124,6 +161,29 @@ class Item:
         return self.segment, self.end
 
 
+_FIELDS: dict[str, dict[str, type]] = {
+    "start": {"name": str, "time": int},
+    "metrics": {"step": int, "values": dict, "time": int},
+    "system": {"values": dict, "time": int},
+    "tags": {"tags": dict},
+    "changes": {"changes": list},
+    "artifact": {"path": str},
+    "rewind": {"back_to": int, "time": int},
+    "end": {"status": str, "time": int},
+}
+
+
+def _is_item(values: Any) -> bool:
+    """Whether a line has what its kind must have: not every line need be a writer's."""
+    if not isinstance(values, dict):
+        return False
+    fields = _FIELDS.get(str(values.get("kind")), {"kind": str})
+    back_to = values.get("back_to")
+    return all(isinstance(values.get(name), kind) for name, kind in fields.items()) and (
+        back_to is None or isinstance(back_to, int)
+    )
+
+
 def segments(folder: Path, stream: str) -> list[tuple[int, Path]]:
     """(number, path) of a stream's files in order; `folder` is the spool."""
     found = []
@@ -134,9 +194,20 @@ def segments(folder: Path, stream: str) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def _bytes_of(folder: Path, stream: str) -> int:
+    """Size of a stream's files; those that are delivered meanwhile count as nothing."""
+    size = 0
+    for _number, path in segments(folder, stream):
+        with suppress(OSError):
+            size += path.stat().st_size
+    return size
+
+
 def read_position(folder: Path) -> dict[str, tuple[int, int]]:
     """How far every stream is delivered: (file, byte)."""
-    return {name: (int(s), int(e)) for name, (s, e) in _note(folder).get("streams", {}).items()}
+    with suppress(AttributeError, TypeError, ValueError):
+        return {name: (int(s), int(e)) for name, (s, e) in _note(folder).get("streams", {}).items()}
+    return {}
 
 
 def _note(folder: Path) -> dict[str, Any]:
@@ -162,7 +233,8 @@ class SpoolReader:
     def __init__(self, run: Path) -> None:
         self.folder = run / FOLDER
         note = _note(self.folder)
-        self.session: dict[str, Any] = note.get("session", {})
+        session = note.get("session")
+        self.session: dict[str, Any] = session if isinstance(session, dict) else {}
         self._position = read_position(self.folder)
         self._scanned = self._position.get(EVENTS, (0, 0))
         self._turns: list[tuple[tuple[int, int], int]] = []
@@ -248,7 +320,9 @@ class SpoolReader:
                         break
                     end += len(line)
                     with suppress(ValueError):
-                        yield Item(stream, number, end, parse_json(line))
+                        values = parse_json(line)
+                        if _is_item(values):
+                            yield Item(stream, number, end, values)
 
 
 @dataclass(frozen=True)

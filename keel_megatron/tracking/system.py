@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from keel_megatron.config.run import RunConfig
-from keel_megatron.tracking.spool import SYSTEM, SpoolWriter
+from keel_megatron.tracking.spool import SYSTEM, SYSTEM_BYTES, SpoolWriter
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def measured_machine(config: RunConfig, local_rank: int) -> Iterator[None]:
         yield
         return
     ended = threading.Event()
-    writer = SpoolWriter(config.training.folder, SYSTEM + node_name())
+    writer = SpoolWriter(config.training.folder, SYSTEM + node_name(), SYSTEM_BYTES)
     thread = threading.Thread(
         target=_measure, args=(writer, every, ended), name="system metrics", daemon=True
     )

@@ -21,7 +21,8 @@ from keel_megatron.tracking.mlflow_sink import MlflowSink
 from keel_megatron.tracking.progress import Progress
 from keel_megatron.tracking.records import CheckpointRecord, Record, ValidationRecord
 from keel_megatron.tracking.sqlite_uri import sqlite_file
-from keel_megatron.tracking.target import Status, without_credentials
+from keel_megatron.tracking.target import Status
+from keel_megatron.urls import without_credentials
 
 
 class Tracker:

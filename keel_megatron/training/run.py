@@ -57,6 +57,8 @@ class Outcome:
     """Whether this process is global rank 0."""
     trained: bool
     """False if the run was complete before."""
+    uri: str | None
+    """`tracking.uri`."""
 
 
 def run_training(
@@ -105,13 +107,15 @@ def run_training(
             if runtime.is_main:
                 print(complete_text(config, found.path), flush=True)
                 exit_codes.write(config.training.folder, exit_codes.DONE)
-            return Outcome(config.training.folder, exit_codes.DONE, runtime.is_main, trained=False)
+            done, uri = exit_codes.DONE, config.tracking.uri
+            return Outcome(config.training.folder, done, runtime.is_main, trained=False, uri=uri)
         progress = open_progress(config) if runtime.is_main else None
         for remark in [*remarks, *found.remarks]:
             _say(progress, remark)
         ready = get_ready(config, runtime, found, lambda text: _say(progress, text))
         code = _accepted(config, runtime, found, ready, progress, stop, before_step)
-        return Outcome(config.training.folder, code, runtime.is_main, trained=True)
+        uri = config.tracking.uri
+        return Outcome(config.training.folder, code, runtime.is_main, trained=True, uri=uri)
 
 
 @contextmanager

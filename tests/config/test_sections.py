@@ -232,6 +232,16 @@ def test_a_tracking_uri_of_no_known_kind_is_refused(uri: str) -> None:
     assert "is no kind of store that MLflow has" in found["tracking.uri"]
 
 
-@pytest.mark.parametrize("uri", ["http://host:5000", "sqlite:////a/b.db", "databricks"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://host:5000",
+        "sqlite:////a/b.db",
+        "sqlite:////a@b/c#1.db?timeout=5",
+        "databricks",
+        "databricks://profile",
+        "postgresql://me@db/runs?sslmode=require",
+    ],
+)
 def test_a_tracking_uri_of_a_known_kind_is_taken(uri: str) -> None:
     assert not dict(problems(RunConfig.model_validate(settings(tracking__uri=uri))))

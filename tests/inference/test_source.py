@@ -143,7 +143,7 @@ def test_whatever_ails_the_sample_is_a_remark(
             raise raised[ailment]
 
         monkeypatch.setattr(generate, "generate_from_run", fail)
-    sample.sample_run(run, again=True)
+    sample.sample_run(run, None, again=True)
     said = {
         "error": "no tokenizer",
         "memory": "MemoryError",

@@ -19,8 +19,9 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 from keel_megatron.config import UserError
 from keel_megatron.tracking.changes import Change
-from keel_megatron.tracking.courier import Courier, the_only_one
+from keel_megatron.tracking.courier import Courier
 from keel_megatron.tracking.mlflow_run import MlflowRun
+from keel_megatron.tracking.presence import the_only_one
 from keel_megatron.tracking.spool import EVENTS, FOLDER, SpoolWriter, Waiting
 from keel_megatron.tracking.sync import add_file, sync
 from keel_megatron.tracking.target import Target, remembered_run_id
@@ -57,8 +58,9 @@ class Session:
             self.put("metrics", step=step, values={"loss": loss})
 
 
-def deliver(folder: Path, said: list[str] | None = None) -> Courier:
-    courier = Courier(folder, [].append if said is None else said.append)
+def deliver(folder: Path, said: list[str] | None = None, to: str | None = None) -> Courier:
+    confirmed = [] if to is None else [to]
+    courier = Courier(folder, [].append if said is None else said.append, confirmed=confirmed)
     assert courier.deliver(), courier.problem
     return courier
 
@@ -338,7 +340,7 @@ def test_every_start_s_points_go_to_the_place_that_it_named(tmp_path: Path) -> N
     first.put("end", status="KILLED")
     second = Session(there, "b", back_to=1)
     second.losses({2: 4.0})
-    deliver(first.folder, said)
+    deliver(first.folder, said, there.tracking.uri)
     (old,), (new,) = mlflow_runs(here), mlflow_runs(there)
     assert (old.info.status, new.info.status) == ("KILLED", "RUNNING")
     assert history(here, old.info.run_id, "train/loss") == [(1, 5.0)]
@@ -354,12 +356,12 @@ def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path, delivered: bool)
     first = Session(there, "a", earlier=True)
     first.losses({1: 5.0})
     if delivered:
-        deliver(first.folder)
+        deliver(first.folder, to=there.tracking.uri)
     first.losses({2: 4.0})
-    assert f"MLflow ({there.tracking.uri})" in sync(first.folder)[0]
+    assert f"MLflow ({there.tracking.uri})" in sync(first.folder, [there.tracking.uri])[0]
     here = config(tmp_path)
     Session(here, "b", back_to=2).losses({3: 3.0})
-    deliver(first.folder)
+    deliver(first.folder, to=there.tracking.uri)
     (old,), (new,) = mlflow_runs(there), mlflow_runs(here)
     assert history(there, old.info.run_id, "train/loss") == [(1, 5.0), (2, 4.0)]
     assert history(here, new.info.run_id, "train/loss") == [(3, 3.0)]
@@ -371,13 +373,14 @@ def test_a_place_that_is_gone_holds_up_no_other(
 ) -> None:
     """Its server has another address now: what waited for the old one is not lost."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    gone = config(tmp_path, tracking__uri="http://me:secret@127.0.0.1:9")
+    uri = "http://me:secret@127.0.0.1:9"
+    gone = config(tmp_path, tracking__uri=uri)
     here, said = config(tmp_path), []
     for name in ("a", "b"):  # two starts that it never heard of
         session = Session(gone, name)
         session.losses({1: 5.0})
     Session(here, "c", back_to=1).losses({2: 4.0})
-    deliver(session.folder, said)
+    deliver(session.folder, said, uri)
     assert len(said) == 1
     assert said[0].startswith("MLflow (http://***@127.0.0.1:9) does not answer: ")
     assert "what waits for it goes to sqlite:///" in said[0]
@@ -454,7 +457,7 @@ def test_sync_with_a_server_that_is_down_is_one_message(
     session = Session(run, "a")
     session.losses({1: 5.0})
     with pytest.raises(UserError, match=r"does not answer: .*1 point\(s\) still wait in"):
-        sync(session.folder)
+        sync(session.folder, ["http://127.0.0.1:9"])
 
 
 def test_a_file_of_a_run_that_has_ended_is_delivered(tmp_path: Path) -> None:
@@ -463,7 +466,7 @@ def test_a_file_of_a_run_that_has_ended_is_delivered(tmp_path: Path) -> None:
     session.put("end", status="FINISHED")
     deliver(session.folder)
     (session.folder / "samples.txt").write_text("def f():")
-    add_file(session.folder, session.folder / "samples.txt")
+    add_file(session.folder, session.folder / "samples.txt", None)
     (found,) = mlflow_runs(run)
     assert found.info.status == "FINISHED"
     names = [file.path for file in mlflow_client(run).list_artifacts(found.info.run_id)]

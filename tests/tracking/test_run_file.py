@@ -27,7 +27,8 @@ def report(run: Any, step: int, back_to: int | None = None) -> list[str]:
     _identity, lines = take_run_file(folder, back_to or 0)
     spool(run, step, back_to)
     _artifact_repos_cache.clear()  # every start has a courier's process of its own
-    courier = Courier(folder, lines.append)
+    uri = run.tracking.uri
+    courier = Courier(folder, lines.append, confirmed=[uri] if uri else [])
     assert courier.deliver(), courier.problem
     return lines
 
@@ -107,7 +108,7 @@ def test_a_copy_is_a_run_of_its_own(tmp_path: Path, shared: bool) -> None:
     assert own_id != run_id
     assert history(second, own_id, "train/loss") == [(3, 3.0)]
     assert history(first, run_id, "train/loss") == [(1, 1.0)], "what waits is the original's"
-    assert "delivered 1 point(s)" in sync(first.training.folder)[0]
+    assert "delivered 1 point(s)" in sync(first.training.folder, [uri] if uri else [])[0]
     assert history(first, run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
     names = {found.info.run_name for found in mlflow_runs(second)}
     assert names == ({"first", "second"} if shared else {"second"})
@@ -133,7 +134,7 @@ def test_a_copy_that_was_not_started_delivers_and_shows_nothing(tmp_path: Path) 
         f"{copy}: nothing waits: it is a copy of {run.training.folder}, which delivers its own "
         "reports"
     )
-    add_file(copy, copy / "note.txt")
+    add_file(copy, copy / "note.txt", None)
     assert Waiting.of(copy).points == 1, "untouched"
     databases, elsewhere = _databases([run.training.folder, copy])
     assert databases == [run.training.folder / "mlflow.db"]

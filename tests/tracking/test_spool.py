@@ -52,6 +52,23 @@ def test_a_line_that_a_kill_cut_short_harms_no_other(tmp_path: Path) -> None:
     assert steps(list(SpoolReader(tmp_path).waiting())) == [1, 3]
 
 
+@pytest.mark.security
+def test_a_line_of_nobody_s_writer_is_no_item(tmp_path: Path) -> None:
+    writer = SpoolWriter(tmp_path, EVENTS)
+    metrics(writer, 1)
+    for values in ({"step": "2", "values": {}}, {"step": 2, "values": 3}, {"step": 2}):
+        writer.append("metrics", time=1, **values)
+    writer.append("end", time="never", status="FINISHED")
+    writer.append("start", time=1, name="a", back_to="b")
+    writer.append("artifact", time=1, path=["a"])
+    (path,) = (p for _, p in spool.segments(tmp_path / "spool", EVENTS))
+    path.write_bytes(path.read_bytes() + b'[]\n3\n"end"\nnull\n{}\n')
+    metrics(SpoolWriter(tmp_path, EVENTS), 2)
+    for note in ("[]", "3", '{"streams": 3, "session": []}', '{"streams": {"events": 1}}'):
+        (tmp_path / "spool" / "delivered.json").write_text(note)
+        assert steps(list(SpoolReader(tmp_path).waiting())) == [1, 2]
+
+
 def test_values_that_a_later_start_or_rewind_computes_again_are_left_out(tmp_path: Path) -> None:
     writer = SpoolWriter(tmp_path, EVENTS)
     metrics(writer, 1, 2, 3, 4)
@@ -95,3 +112,37 @@ def test_what_waits_is_counted(tmp_path: Path) -> None:
 def test_paths_survive_a_move_of_the_run(tmp_path: Path) -> None:
     assert relative(tmp_path, tmp_path / "a" / "b.txt") == "a/b.txt"
     assert relative(tmp_path, tmp_path.parent / "b.txt") == str(tmp_path.parent / "b.txt")
+
+
+def test_an_outbox_that_nobody_empties_has_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Points alone are left out, and only until there is room again."""
+    monkeypatch.setattr(spool, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(spool, "SEGMENT_BYTES", 300)
+    writer = SpoolWriter(tmp_path, EVENTS, limit=1000)
+    metrics(writer, *range(1, 101))
+    size = sum(path.stat().st_size for _, path in spool.segments(tmp_path / "spool", EVENTS))
+    assert size < 1100
+    reader = SpoolReader(tmp_path)
+    waiting = list(reader.waiting())
+    assert writer.left_out == 100 - len(waiting) > 50
+    writer.append("end", time=0, status="FINISHED")
+    assert list(reader.waiting())[-1].kind == "end"
+    reader.commit(waiting)
+    metrics(writer, 101)
+    assert steps(list(SpoolReader(tmp_path).waiting())) == [101]
+
+
+def test_a_full_disk_fills_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(spool, "UNWRITTEN_BYTES", 500)
+    writer = SpoolWriter(tmp_path / "gone", EVENTS)
+    (tmp_path / "gone" / "spool").rmdir()  # no file can be made in it
+    metrics(writer, *range(1, 101))
+    assert 0 < writer.unwritten < 12
+    assert writer.left_out == 100 - writer.unwritten
+    (tmp_path / "gone" / "spool").mkdir()
+    metrics(writer, 101)
+    kept = steps(list(SpoolReader(tmp_path / "gone").waiting()))
+    assert (kept[0], kept[-1], writer.unwritten) == (1, 101, 0)

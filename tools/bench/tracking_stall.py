@@ -293,7 +293,7 @@ def run_all(home: Path, steps: int) -> list[tuple[str, Measured]]:
             if name != "off":
                 found.delivered = delivered(run, store)
                 after()
-                for line in sync(run):
+                for line in sync(run, [case_uri] if case_uri else []):
                     print(line, flush=True)
                 found.synced = delivered(run, store)
             measured.append((shown, found))
