@@ -41,6 +41,7 @@ VERDICTS = "hangs/*/verdict.txt"
 
 _TAIL_BYTES = 1 << 16
 _IMPLAUSIBLE = 10**15
+_UNBOUNDED = ("loss", "validation_loss", "grad_norm", "learning_rate")
 _STEPS_AVERAGED = 20
 _QUIET_STEPS = 5
 _QUIET_SECONDS = 30.0
@@ -216,10 +217,16 @@ def _numeric_settings(run: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that can be counted with and shown; a loss may be infinite."""
-    if type(value) is float and not math.isfinite(value):
-        return True
-    return type(value) in (int, float) and abs(value) < _IMPLAUSIBLE
+    """Whether it is a number that can be counted with and shown."""
+    return type(value) in (int, float) and abs(value) < _IMPLAUSIBLE  # False for NaN
+
+
+def _is_sound(name: str, value: Any) -> bool:
+    """Whether a record's field can be counted with and shown.
+
+    What a training that diverges reports may be of any size, or not finite.
+    """
+    return _is_number(value) or (name in _UNBOUNDED and type(value) is float)
 
 
 def _watchdog_seconds(settings: dict[str, float]) -> float:
@@ -323,12 +330,13 @@ def _last_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             continue  # the writer is in the middle of it
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             continue
-        bad = next((name for name, value in record.items() if not _is_number(value)), None)
+        bad = next((name for name, value in record.items() if not _is_sound(name, value)), None)
         if bad is None:
             found.append(record)
         else:
+            what = "too large" if type(record[bad]) in (int, float) else "no number"
             wrong.append(
-                f"{path.name}: {bad} of step {shown(record['step'])} is no number: not counted"
+                f"{path.name}: {bad} of step {shown(record['step'])} is {what}: not counted"
             )
     return found, wrong[-1:]
 

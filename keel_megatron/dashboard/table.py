@@ -23,6 +23,7 @@ _COLOURS = {
     "lost": "bold red",
     "unreadable": "bold red",
 }
+_LARGE_LOSS = 1e5
 _NUMBERS = ("step", "loss", "tokens/s", "time left", "checkpoint")
 
 
@@ -43,11 +44,15 @@ def runs_table(runs: Sequence[RunStatus]) -> RenderableType:
 def _figures(run: RunStatus) -> list[str]:
     return [
         f"{run.step:,}/{run.steps:,}" if run.steps else f"{run.step:,}",
-        "-" if run.loss is None else f"{run.loss:.4f}",
+        "-" if run.loss is None else _loss(run.loss),
         "-" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",
         "-" if run.seconds_left is None else duration(run.seconds_left),
         _checkpoint(run),
     ]
+
+
+def _loss(loss: float) -> str:
+    return f"{loss:.4f}" if abs(loss) < _LARGE_LOSS else f"{loss:.3e}"
 
 
 def _checkpoint(run: RunStatus) -> str:

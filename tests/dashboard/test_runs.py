@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -243,6 +244,23 @@ def test_a_field_of_a_wrong_type_costs_a_line(tmp_path: Path) -> None:
     ]
     assert found["other"].problems == []
     Console(file=open(os.devnull, "w")).print(runs_table(list(found.values())))  # noqa: SIM115
+
+
+def test_a_run_that_diverges_is_shown_at_its_own_step(tmp_path: Path) -> None:
+    """With the loss that it has; but a time or a step of such a size is not counted with."""
+    large = {"loss": 4.9e30, "grad_norm": math.inf, "learning_rate": 9.0e29}
+    run = make_run(tmp_path, "diverges", **large)
+    wrong = make_run(tmp_path, "wrong", tokens_per_second=math.inf)
+    found = {status.name: status for status in look([run, wrong], NOW)}
+    assert (found["diverges"].step, found["diverges"].loss) == (10, 4.9e30)
+    assert found["diverges"].problems == ["the gradient norm is inf"]
+    assert found["wrong"].step == 9
+    assert found["wrong"].problems == [
+        "metrics.jsonl: tokens_per_second of step 10 is too large: not counted"
+    ]
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(runs_table(list(found.values())))
+    assert "4.900e+30" in console.export_text()
 
 
 @pytest.mark.security
