@@ -12,9 +12,8 @@ import typer
 
 from keel_megatron.cli.arguments import ConfigPath, Overrides, writing
 from keel_megatron.config.errors import UserError
-from keel_megatron.config.load import load_config
 from keel_megatron.runtime.local_launch import launch
-from keel_megatron.runtime.processes import default_processes, is_rank
+from keel_megatron.runtime.processes import is_rank, with_processes
 
 
 def bench(
@@ -52,15 +51,10 @@ def bench(
             raise UserError(f"{option}: {path} cannot be written: no folder to write in")
     settings = list(overrides or ())
     if processes or not is_rank():
-        loaded = load_config(config, tuple(settings), world_size=processes or None)
-        processes = processes or default_processes(loaded)
-        load_config(config, tuple(settings), world_size=processes)
+        _, processes = with_processes(config, tuple(settings), processes)
     if processes > 1:
-        options = ["--steps", str(steps), "--warmup", str(warmup)]
-        options += ["--compare", compare] if compare else []
-        options += ["--random-tokens"] if random_tokens else []
-        options += ["--profile", str(profile)] if profile else []
-        options += ["--json", str(output)] if output else []
+        options = _options(steps=steps, warmup=warmup, compare=compare, profile=profile)
+        options += _options(json=output, random_tokens=random_tokens)
         command = ["-m", "keel_megatron", "bench", str(config), *settings, *options]
         sys.exit(launch(processes, command))
     from keel_megatron.studies.step_bench import run_bench
@@ -80,3 +74,15 @@ def bench(
     if output is not None:
         with writing("--json", output):
             output.write_text(json.dumps(result.figures, indent=1) + "\n")
+
+
+def _options(**given: object) -> list[str]:
+    """Options as they stand on a command line, without those that were not given."""
+    found = []
+    for name, value in given.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            found.append(option)
+        elif value is not None and value is not False:
+            found += [option, str(value)]
+    return found

@@ -15,9 +15,8 @@ def tolerate_consoles() -> None:
     """Let this process's output be shown as far as the console can, whatever it is.
 
     A character that its encoding lacks is written as its code (backslashreplace), and so is one
-    that a terminal would obey. When whoever
-    reads a pipe has left (`keel train ... | head`), the rest is discarded: what the command does
-    and its exit code are the same.
+    that a terminal would obey. When whoever reads a pipe has left (`keel train ... | head`), the
+    rest is discarded: what the command does and its exit code are the same.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -9,10 +9,9 @@ from typing import Annotated
 import typer
 
 from keel_megatron.cli.arguments import ConfigPath, Overrides
-from keel_megatron.config.load import load_config
 from keel_megatron.runtime import exit_codes, ownership
 from keel_megatron.runtime.local_launch import launch
-from keel_megatron.runtime.processes import default_processes, is_rank
+from keel_megatron.runtime.processes import is_rank, with_processes
 from keel_megatron.training import startup
 from keel_megatron.training.stop import stop_requests
 
@@ -45,10 +44,7 @@ def train(
 
 def _start(path: Path, settings: tuple[str, ...], processes: int, max_restarts: int) -> int:
     """Check what can be checked without torch, then start the ranks; the exit code."""
-    config = load_config(path, settings, world_size=processes or None)
-    if not processes:
-        processes = default_processes(config)
-        load_config(path, settings, world_size=processes)
+    config, processes = with_processes(path, settings, processes)
     startup.check(config)
     with ownership.take(config.training.folder) as owned:
         newest = startup.complete(config)

@@ -6,10 +6,31 @@ import os
 from pathlib import Path
 
 from keel_megatron.config.checks import fits
+from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.runtime.cores import available_cores
 
 _DEVICES = Path("/dev")
+
+
+def with_processes(
+    path: Path, overrides: tuple[str, ...], processes: int = 0
+) -> tuple[RunConfig, int]:
+    """A configuration, checked against the number of processes that will be started here.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` each.
+        processes: how many; 0 = `default_processes`.
+
+    Raises:
+        ConfigError: with everything that is wrong.
+    """
+    config = load_config(path, overrides, world_size=processes or None)
+    if not processes:
+        processes = default_processes(config)
+        load_config(path, overrides, world_size=processes)
+    return config, processes
 
 
 def default_processes(config: RunConfig) -> int:

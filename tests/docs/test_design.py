@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
 from keel_megatron.architecture.residual import RULES
@@ -28,3 +29,19 @@ def test_its_rules_are_those_of_the_table() -> None:
     (line,) = (line for line in TEXT.splitlines() if "holds each residual rule" in line)
     named = re.findall(r"`([a-z_]+)`", line)
     assert set(named) == set(RULES)
+
+
+def test_its_limits_on_files_and_functions_are_kept() -> None:
+    """Files below 400 lines, functions below 60."""
+    long = []
+    for folder in ("keel_megatron", "tests", "tools", "launchers", "docker"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            if text.count("\n") >= 400:
+                long.append(f"{path}: {text.count(chr(10))} lines")
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                    if lines >= 60:
+                        long.append(f"{path}: {node.name} has {lines} lines")
+    assert long == []
