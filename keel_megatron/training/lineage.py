@@ -106,12 +106,17 @@ def learning_rate_lines(saved: RunConfig, config: RunConfig, step: int) -> list[
     before = f"{_rate(saved, step):.4g} at step {step}" if step else "no step yet"
     lines = [f"learning rate: {before}, {now:.4g} at step {step + 1}"]
     if max(planned, now) > _JUMP * min(planned, now):
+        stay = (
+            f"To go on at the checkpoint's rate: optimizer.learning_rate={planned:.4g} "
+            "schedule.decay=constant schedule.warmup_steps=0; to"
+            if planned
+            else "To"
+        )
         lines.append(
             f"warning: the learning rate jumps: step {step + 1} is taken with {now:.4g}, and was "
             f"to be taken with {planned:.4g}. training.steps, optimizer.learning_rate and "
-            "schedule.* set the whole curve anew, not from this step on. To go on at the "
-            f"checkpoint's rate: optimizer.learning_rate={planned:.4g} schedule.decay=constant "
-            "schedule.warmup_steps=0; to follow its curve, give these settings as they were"
+            f"schedule.* set the whole curve anew, not from this step on. {stay} follow its "
+            "curve, give these settings as they were"
         )
     return lines
 

@@ -97,6 +97,15 @@ def test_a_jump_of_the_rate_is_a_warning(tmp_path: Path, values: dict[str, Any],
     assert len(learning_rate_lines(old, advice, 200)) == 1, "what it says helps"
 
 
+def test_a_rate_of_nothing_is_no_advice(tmp_path: Path) -> None:
+    """At the end of a curve down to 0; optimizer.learning_rate=0 would be refused."""
+    old = settings(tmp_path, schedule__min_learning_rate=0.0)
+    new = settings(tmp_path, schedule__min_learning_rate=0.0, training__steps=2000)
+    _rate, warning = learning_rate_lines(old, new, 200)
+    assert "was to be taken with 0." in warning
+    assert "learning_rate=" not in warning
+
+
 def test_the_mlflow_run_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
     config = settings(tmp_path)
     accept(config, checkpoint(config, 2, None, mlflow_run_id="feed"))
