@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import re
 import sys
 import tempfile
 import time
@@ -35,6 +37,7 @@ from keel_megatron.config.errors import UserError
 from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.tracking.metrics import read_metrics
+from keel_megatron.tracking.spool import SpoolReader
 from keel_megatron.training.engine import MegatronEngine
 from tools.chaos_faults import SLOW_FILE, Disturbed, Injected
 
@@ -71,6 +74,7 @@ def chaos(folder: Path, arguments: argparse.Namespace) -> int:
     job = {"config": str(config), "poisoned": poisoned}
     (folder / "job.json").write_text(json.dumps(job))
 
+    without_mlflow(folder)
     print(f"{steps} steps on {arguments.processes} ranks, in {folder}: undisturbed ...", flush=True)
     code = launch(arguments.processes, worker(folder, "calm"))
     if code != exit_codes.DONE:
@@ -83,6 +87,15 @@ def chaos(folder: Path, arguments: argparse.Namespace) -> int:
     calm, hurt = folder / "runs" / "calm", folder / "runs" / "hurt"
     skipped = report(injected, poisoned, hurt)
     return verdict(injected, skipped, differences(calm, hurt), arguments.faults)
+
+
+def without_mlflow(folder: Path) -> None:
+    """Let MLflow be absent: what is reported to it stays in the run's folder, to be counted."""
+    stub = folder / "without_mlflow" / "mlflow"
+    stub.mkdir(parents=True, exist_ok=True)
+    (stub / "__init__.py").write_text('raise ImportError("left out by tools/chaos.py")\n')
+    found = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(stub.parent), *([found] if found else [])])
 
 
 def worker(folder: Path, name: str, *overrides: str) -> list[str]:
@@ -122,7 +135,7 @@ def write_config(folder: Path, steps: int, arguments: argparse.Namespace) -> Pat
         },
         "checkpoint": {"every": 3, "keep": 4, "on_error": "continue"},
         "guard": {"action": "skip"},
-        "tracking": {"mlflow": False},
+        "tracking": {"mlflow": True, "depth_every": 4},
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(sections))
@@ -203,10 +216,36 @@ def differences(calm: Path, hurt: Path) -> dict[str, int]:
     names = {path.name for checkpoint in newest for path in checkpoint.glob("*.safetensors")}
     assert names, f"no tensors in {newest[0]}"
     for name in names | {"state.json"}:
-        first, second = ((checkpoint / name).read_bytes() for checkpoint in newest)
+        first, second = (content(checkpoint / name) for checkpoint in newest)
         bits += 8 * abs(len(first) - len(second))
         bits += sum((a ^ b).bit_count() for a, b in zip(first, second, strict=False) if a != b)
-    return {"steps": steps, "bits": bits}
+    return {"steps": steps, "bits": bits, "records": missing_records(calm, hurt)}
+
+
+def content(path: Path) -> bytes:
+    """A checkpoint's file, without the identity of its run: both runs have one of their own."""
+    if path.name != "state.json":
+        return path.read_bytes()
+    state = json.loads(path.read_text())
+    del state["extras"]["run"]
+    return json.dumps(state).encode()
+
+
+def missing_records(calm: Path, hurt: Path) -> int:
+    """Steps that depth.jsonl and the reports to MLflow lack, and lines of log.txt not whole."""
+    profiles, reports = [], []
+    for run in (calm, hurt):
+        profiles.append({line["step"] for line in read_metrics(run / "depth.jsonl")})
+        items = SpoolReader(run).waiting()
+        reports.append(
+            {item.values["step"] for item in items if "loss" in item.values.get("values", ())}
+        )
+    log = (hurt / "log.txt").read_text().splitlines()
+    return (
+        len(profiles[0] ^ profiles[1])
+        + len(reports[0] ^ reports[1])
+        + sum(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ", line) is None for line in log)
+    )
 
 
 def report(injected: list[Injected], poisoned: list[int], run: Path) -> int:
@@ -236,7 +275,8 @@ def verdict(injected: list[Injected], skipped: int, found: dict[str, int], wante
         f"\n{wanted} faults, {recovered} recovered from; "
         f"{sum(fault.repeated for fault in injected)} steps repeated; {lost} checkpoints lost; "
         f"{found['steps']} steps of the loss curve and {found['bits']} bits of the final "
-        "checkpoint (weights, optimizer, generators, guard) different"
+        "checkpoint (weights, optimizer, generators, guard) different; "
+        f"{found['records']} records missing (depth profiles, reports to MLflow, log)"
     )
     good = recovered == wanted and not lost and not any(found.values())
     print("nothing was lost" if good else "SOMETHING WAS LOST")

@@ -60,6 +60,7 @@ class Disturbed:
         "SIGSTOP",
         "checkpoint bit flipped",
         "disk full",
+        "disk full for every file",
         "kill -9",
         "SIGTERM",
         "checkpoint file truncated",
@@ -115,6 +116,9 @@ class Disturbed:
         shown = str(rank)
         if kind == "disk full":
             self._fill_disk(rank, written)
+        elif kind.startswith("disk full"):
+            rank, shown = 0, "0"
+            self._fill_disk_for_all(written)
         elif kind.startswith("kill"):
             if kind.endswith("save"):
                 self._wait(self._saving, "a save")
@@ -130,7 +134,7 @@ class Disturbed:
             if kind.startswith("checkpoint"):
                 self._damage(kind, folder.step_folder(self._run, good.pop()))
             self._launcher = self._start()
-        if kind == "disk full":
+        if kind.startswith("disk full"):
             resumed: int | str = "-"
             lost = not set(good[-3:]) <= set(self._good())
             repeated = 0
@@ -198,6 +202,25 @@ class Disturbed:
         self._wait(lambda: self._log().count("was not written") > before, "a save that fails")
         unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+
+    def _fill_disk_for_all(self, before: int) -> None:
+        """Let nothing be added to any file of rank 0 (metrics, log, depth profiles, outbox).
+
+        For two saves, the second of which fails whole; its failure is in the log afterwards.
+        """
+        pid = self._rank(0).pid
+        self._slow.touch()
+        try:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+            for _ in range(2):
+                self._wait(self._saving, "a save")
+                self._wait(lambda: not self._saving(), "the end of a save")
+        finally:
+            resource.prlimit(
+                pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            )
+            self._slow.unlink()
+        self._wait(lambda: self._log().count("was not written") > before, "what was not written")
 
     def _rank(self, rank: int) -> psutil.Process:
         """The process of a rank, once it is there."""

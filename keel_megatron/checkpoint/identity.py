@@ -12,6 +12,7 @@ from keel_megatron.config.errors import UserError
 from keel_megatron.config.inside import check_links
 from keel_megatron.config.load import dump_config, flatten, load_config
 from keel_megatron.config.run import RunConfig
+from keel_megatron.runtime.files import write_whole
 
 # What a run may change between two starts; everything else is the run's identity.
 CHANGEABLE = (
@@ -62,11 +63,9 @@ def claim(config: RunConfig) -> None:
     check_folder(config)
     folder = config.training.folder
     saved = folder / CONFIG_FILE
-    partial = saved.with_suffix(".partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(dump_config(config), encoding="utf-8")
-        partial.replace(saved)
+        write_whole(saved, dump_config(config))
     except OSError as error:
         raise UserError(
             f"training.runs_dir: cannot write the run's folder {folder}: {error.strerror}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from keel_megatron.config.terminal import printable
+from keel_megatron.runtime.files import NO_ROOM
 
 
 def tolerate_consoles() -> None:
@@ -22,6 +23,16 @@ def tolerate_consoles() -> None:
         stream = getattr(sys, name)
         if type(stream) is io.TextIOWrapper:  # not one that a test or a notebook put there
             setattr(sys, name, _Tolerant(stream))
+
+
+def outlive_full_disk() -> None:
+    """Let a full disk under this process's redirected output neither end it nor change its code.
+
+    What it shows is kept elsewhere, too.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, _Tolerant):
+            stream.outlives_full_disk = True
 
 
 def print_path(path: Path) -> None:
@@ -52,6 +63,7 @@ class _Tolerant(io.TextIOWrapper):
 
     Attributes:
         trusted: see `config.terminal.trusted`.
+        outlives_full_disk: whether text is lost, with no error, while a disk is full.
     """
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
@@ -65,6 +77,7 @@ class _Tolerant(io.TextIOWrapper):
             write_through=write_through,
         )
         self.trusted = _Trusted(self)
+        self.outlives_full_disk = False
 
     def write(self, text: str, /) -> int:
         """Write text as `printable` has it."""
@@ -77,7 +90,9 @@ class _Tolerant(io.TextIOWrapper):
             return super().write(text)
         except BrokenPipeError:
             self._discard()
-            return len(text)
+        except OSError as error:
+            self._pardon(error)
+        return len(text)
 
     def write_bytes(self, content: bytes) -> None:
         """Write bytes as they are."""
@@ -93,6 +108,12 @@ class _Tolerant(io.TextIOWrapper):
             super().flush()
         except BrokenPipeError:
             self._discard()
+        except OSError as error:
+            self._pardon(error)
+
+    def _pardon(self, error: OSError) -> None:
+        if not (self.outlives_full_disk and error.errno in NO_ROOM):
+            raise error
 
     def _discard(self) -> None:
         """Lead the stream, and what is still in its buffer, to nowhere."""

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from keel_megatron.cli.arguments import ConfigPath, Overrides
+from keel_megatron.cli.console import outlive_full_disk
 from keel_megatron.runtime import exit_codes, ownership
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.runtime.processes import is_rank, with_processes
@@ -36,6 +37,7 @@ def train(
     It starts its processes itself: --processes N on this machine. On several machines:
     torchrun ... -m keel_megatron train CONFIG.
     """
+    outlive_full_disk()
     settings = tuple(overrides or ())
     if is_rank() and not processes:
         sys.exit(_train_here(config, settings))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keel_megatron.config.errors import UserError
+
+_HEAD = struct.Struct("<9sQBQQ")
+"""Of an index: its mark, version, type of the tokens, and how many sequences and documents."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +54,14 @@ class SequenceDataset:
         prefix: path of the indexed tokens, without .bin and .idx.
         seq_length: tokens of a sequence.
         seed: the run's seed.
+
+    Raises:
+        UserError: the index does not fit the tokens.
     """
 
     def __init__(self, prefix: Path, seq_length: int, seed: int) -> None:
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
         self.seq_length = seq_length
-        self._indexed = IndexedDataset(str(prefix))
+        self._indexed = _open(prefix)
         lengths = self._indexed.sequence_lengths
         random = np.random.RandomState(seed % 2**32)
         self._documents = np.arange(len(lengths), dtype=np.int32)
@@ -84,6 +90,46 @@ class SequenceDataset:
             parts.append(self._indexed.get(document, offset=offset, length=length))
             start, place = start + length, place + 1
         return torch.from_numpy(np.concatenate(parts, dtype=np.int64))
+
+
+def _open(prefix: Path) -> Any:
+    """Megatron-core's IndexedDataset, which maps both files and reads no Python object.
+
+    Raises:
+        UserError: as SequenceDataset.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    index = prefix.with_name(prefix.name + ".idx")
+    tokens = prefix.with_name(prefix.name + ".bin")
+    try:
+        _check_index(index, tokens)
+        return IndexedDataset(str(prefix))
+    except (OSError, ValueError, struct.error) as error:
+        raise UserError(
+            f"data.cache: {index} is no index of {tokens.name} ({error}); remove that folder, and "
+            "it is prepared again"
+        ) from error
+
+
+def _check_index(index: Path, tokens: Path) -> None:
+    """See that an index has the form of Megatron-core's, and that all tokens it names are there."""
+    from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
+
+    with index.open("rb") as stream:
+        magic, version, code, count, documents = _HEAD.unpack(stream.read(_HEAD.size))
+    if (magic, version) != (_INDEX_HEADER, 1) or count == 0:
+        raise ValueError("its head is another")
+    if index.stat().st_size != _HEAD.size + 12 * count + 8 * documents:
+        raise ValueError("its size is another")
+    width, size = DType.size(DType.dtype_from_code(code)), tokens.stat().st_size
+    lengths = np.fromfile(index, "<i4", count, offset=_HEAD.size).astype(np.int64)
+    starts = np.fromfile(index, "<i8", count, offset=_HEAD.size + 4 * count)
+    # The starts by themselves, too: their sums with the lengths may overflow.
+    if lengths.min() < 1 or starts.min() < 0 or starts.max() > size:
+        raise ValueError("it names no tokens")
+    if (starts + width * lengths).max() > size or width * lengths.sum() > size:
+        raise ValueError("it names more tokens than there are")
 
 
 class SampleOrder:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from keel_megatron.config.errors import UserError
+from keel_megatron.config.reading import LARGE, parse_json, read_small
 
 SOURCES = "sources.json"
 _SHOWN = 5
@@ -102,8 +102,12 @@ def _text_difference(
     expected: Mapping[str, Any], found: Mapping[str, Any], cache: Path, sources: Sources
 ) -> str:
     try:
-        before: Sources = json.loads((cache / expected["fingerprint"][:16] / SOURCES).read_text())
-    except (OSError, ValueError):
+        path = cache / expected["fingerprint"][:16] / SOURCES
+        before: Sources = {
+            name: [record[0], record[1]]
+            for name, record in parse_json(read_small(path, LARGE)).items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError, LookupError):
         return f"SHA-256 {expected['corpus'][:12]} then, {found['corpus'][:12]} now"
     lines = [f"{name} is missing" for name in before.keys() - sources.keys()]
     lines += [f"{name} is new" for name in sources.keys() - before.keys()]

@@ -12,13 +12,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keel_megatron.config.errors import UserError
+from keel_megatron.config.reading import parse_json, read_small
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.corpus import (
     Corpus,
@@ -36,16 +37,21 @@ from keel_megatron.data.fingerprint import (
     refuse_other_files,
     refuse_other_text,
 )
+from keel_megatron.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from keel_megatron.data.tokenizer import Tokenizer
 
 FORMAT = 2
+_LOCK = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _SAMPLE = 1_000_000
 """Characters of the text on which a tokenizer that was given is tried."""
 _LOST_AT_MOST = 0.001
 TOKENIZER = "tokenizer.model"
 _TRAIN, _VALIDATION, _MANIFEST = "train", "validation", "data.json"
+_FILES = {SOURCES, TOKENIZER} | {
+    f"{p}.{end}" for p in (_TRAIN, _VALIDATION) for end in ("bin", "idx")
+}
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,28 @@ def prepare(
     if expected is not None:
         refuse_other_text(expected, origin, config.data.cache, sources)
     folder = config.data.cache / origin["fingerprint"][:16]
+    prepared = _find(folder, origin, lambda _text: None)
+    if prepared is not None:  # no lock: others may have made it, where this user only reads
+        log(f"reusing the prepared data in {folder}")
+    else:
+        prepared = _made(config, corpus, sources, folder, origin, log)
+    if expected is not None:
+        refuse_other_files(expected, prepared.identity(), folder)
+    _check_length(config, prepared, len(corpus.files))
+    return prepared
+
+
+def _made(
+    config: RunConfig,
+    corpus: Corpus,
+    sources: Sources,
+    folder: Path,
+    origin: dict[str, Any],
+    log: Callable[[str], None],
+) -> PreparedData:
+    """Build the data, or wait for whoever does."""
     with _locked(config.data.cache, folder.name, log):
-        prepared = _find(folder, log)
+        prepared = _find(folder, origin, log)
         if prepared is None:
             log(f"preparing {corpus.description}: {corpus.size / 1e6:.1f} MB")
             log(describe_split(corpus, config.data.validation_fraction))
@@ -128,9 +154,6 @@ def prepare(
                 prepared = _build(config, corpus, partial, folder, origin, log)
         else:
             log(f"reusing the prepared data in {folder}")
-    if expected is not None:
-        refuse_other_files(expected, prepared.identity(), folder)
-    _check_length(config, prepared, len(corpus.files))
     return prepared
 
 
@@ -154,10 +177,8 @@ def keep_tokenizer(data: PreparedData, run_folder: Path) -> Path:
         UserError: the folder cannot be written.
     """
     kept = run_folder / TOKENIZER
-    partial = kept.with_suffix(".partial")
     try:
-        shutil.copyfile(data.tokenizer_path, partial)
-        partial.replace(kept)
+        write_whole(kept, data.tokenizer_path.read_bytes())
     except OSError as error:
         raise UserError(
             f"training.runs_dir: cannot write {error.filename or kept}: {error.strerror}"
@@ -195,7 +216,8 @@ def _locked(cache: Path, name: str, log: Callable[[str], None]) -> Iterator[None
     """Hold the cache's lock of one folder; whoever comes later waits, and says so."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with (cache / f".{name}.lock").open("w") as lock:
+        # Others may write the cache: the name may be a link to a file of ours, or a FIFO.
+        with os.fdopen(os.open(cache / f".{name}.lock", _LOCK, 0o666), "wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -208,23 +230,41 @@ def _locked(cache: Path, name: str, log: Callable[[str], None]) -> Iterator[None
         ) from error
 
 
-def _find(folder: Path, log: Callable[[str], None]) -> PreparedData | None:
-    """The complete folder, or None if it is absent or damaged."""
+def _find(
+    folder: Path, origin: Mapping[str, Any], log: Callable[[str], None]
+) -> PreparedData | None:
+    """The complete folder, or None if it is absent or not as it was written."""
     manifest = folder / _MANIFEST
-    if not manifest.is_file():
+    if folder.is_symlink() or manifest.is_symlink() or not manifest.is_file():
         return None
     try:
-        content: dict[str, Any] = json.loads(manifest.read_text())
+        content: dict[str, Any] = parse_json(read_small(manifest))
         prepared = PreparedData(folder=folder, reused=True, **content)
-    except (ValueError, TypeError):
+        if prepared.files.keys() != _FILES or any(content[key] != origin[key] for key in origin):
+            raise ValueError("other files, or of other texts")
+        _check_types(prepared)
+        changed = [
+            name for name, file in prepared.files.items() if not _is_good(folder / name, file)
+        ]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         log(f"{manifest} is not as it was written: preparing the data anew")
         return None
-    for name, record in prepared.files.items():
-        path = folder / name
-        if not is_unchanged(path, record):
-            log(f"{path} is missing or not as it was written: preparing the data anew")
-            return None
+    for name in changed[:1]:
+        log(f"{folder / name} is missing or not as it was written: preparing the data anew")
+        return None
     return prepared
+
+
+def _check_types(prepared: PreparedData) -> None:
+    for name in ("train_tokens", "validation_tokens", "train_documents", "validation_documents"):
+        if type(getattr(prepared, name)) is not int:
+            raise TypeError(name)
+    if type(prepared.unigram_entropy) is not float:
+        raise TypeError("unigram_entropy")
+
+
+def _is_good(path: Path, record: Mapping[str, Any]) -> bool:
+    return not path.is_symlink() and is_unchanged(path, record)
 
 
 @contextmanager
@@ -330,6 +370,8 @@ def _publish(partial: Path, folder: Path, prepared: PreparedData) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+    if folder.is_symlink():
+        folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

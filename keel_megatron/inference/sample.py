@@ -8,6 +8,7 @@ from pathlib import Path
 from keel_megatron.checkpoint.identity import saved_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.partition.flops import parameter_count
+from keel_megatron.runtime.files import write_whole
 from keel_megatron.tracking.sync import add_file
 
 SAMPLE_TOKENS = 64
@@ -51,7 +52,7 @@ def _sample(run: Path, uri: str | None, again: bool) -> None:
         text = generate_from_run(
             run, prompt, max_new_tokens=min(SAMPLE_TOKENS, config.data.seq_length // 2)
         )
-        kept.write_text(text + "\n", encoding="utf-8")
+        write_whole(kept, text + "\n")
         add_file(run, kept, uri)
     print(f"\nsample ({kept}):\n{kept.read_text(encoding='utf-8')}")
 

@@ -29,8 +29,8 @@ from keel_megatron.model.attention import causal_attention
 from keel_megatron.model.join import COLUMNS, join
 from keel_megatron.model.layer import KeelLayer
 from keel_megatron.model.rotary import apply_rotary
+from keel_megatron.runtime import compile_cache
 
-CACHE = "TORCHINDUCTOR_CACHE_DIR"
 KINDS = 32
 """Structures of blocks, with and without gradients, that are compiled at most."""
 
@@ -135,6 +135,7 @@ class Compiler:
     _function: Any = None
 
     def __post_init__(self) -> None:
+        compile_cache.use()
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
         self._function = torch.compile(block, fullgraph=True, dynamic=False)
 
@@ -230,7 +231,7 @@ def compile_blocks(chunks: list[nn.Module], device: torch.device) -> None:
     """Give every block of these chunks its compiled form; torch compiles at its first use.
 
     Raises:
-        UserError: there is nothing here to compile with.
+        UserError: there is nothing here to compile with, or somebody else may write the cache.
     """
     require_compiler(device.type)
     compiler = Compiler()
@@ -264,16 +265,6 @@ def require_compiler(device: str) -> None:
             "kernels.compile: true needs Python's headers (Python.h; Debian's python3-dev); "
             "install them, or set kernels.compile to false"
         )
-
-
-def keep_compiled(folder: Path) -> None:
-    """Keep what torch compiles in a run's folder, where the same run finds it again.
-
-    A `TORCHINDUCTOR_CACHE_DIR` of the user's goes first; torch sets its own, torchinductor_USER.
-    """
-    chosen = os.environ.get(CACHE)
-    if chosen is None or Path(chosen).name.startswith("torchinductor_"):
-        os.environ[CACHE] = str(folder.resolve() / "compiled")
 
 
 def compile_report(chunks: list[nn.Module], seconds: float) -> str | None:

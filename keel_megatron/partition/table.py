@@ -10,6 +10,7 @@ from typing import Any
 
 from keel_megatron.partition.memory import GB
 from keel_megatron.partition.stages import Partition, Stage
+from keel_megatron.runtime.files import write_whole
 
 COLUMNS = ("stage", "blocks", "recomputed", "with", "parameters", "memory GB", "time")
 
@@ -42,8 +43,12 @@ def stage_rows(partition: Partition) -> list[dict[str, Any]]:
 
 
 def write_stages(partition: Partition, path: Path) -> None:
-    """Write the rows to a JSON file."""
-    path.write_text(json.dumps({"stages": stage_rows(partition)}, indent=1) + "\n", "utf-8")
+    """Write the rows to a JSON file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_whole(path, json.dumps({"stages": stage_rows(partition)}, indent=1) + "\n")
 
 
 def stage_table(partition: Partition) -> list[str]:

@@ -34,6 +34,9 @@ def compile_late(function: Callable[..., Any]) -> Callable[..., Any]:
         if compiled is None:
             import torch
 
+            from keel_megatron.runtime import compile_cache
+
+            compile_cache.use()
             compiled = torch.compile(function)
         return compiled(*args, **kwargs)
 

@@ -23,11 +23,13 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.runtime.files import write_whole
 from keel_megatron.runtime.reach import ANSWER_SECONDS, Doorbells, cut_off
 
 FOLDER = "hangs"
@@ -108,8 +110,9 @@ class Watchdog:
         grace = min(30.0, max(1.0, self._timeout / 4)) + ANSWER_SECONDS
         # Should the file system be what hangs: C code ends the process without asking anybody.
         faulthandler.dump_traceback_later(2 * grace, exit=True)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._write_report()
+        with suppress(OSError):  # the disk may be full: the others and the exit code matter more
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._write_report()
         hosts = self._runtime.hosts
         deadline = time.monotonic() + grace
         while (
@@ -118,8 +121,9 @@ class Watchdog:
             time.sleep(grace / 20)
         if reports and reports[0].rank == self._runtime.rank:
             text = verdict(reports, hosts, self._timeout) + f"; stacks in {self._folder}"
-            (self._folder / "verdict.txt").write_text(text + "\n", encoding="utf-8")
-            print(text, file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(text, file=sys.stderr, flush=True)
+                write_whole(self._folder / "verdict.txt", text + "\n")
         os._exit(exit_codes.HUNG)
 
     def _write_report(self) -> None:
@@ -142,10 +146,7 @@ class Watchdog:
         for number, frame in frames.items():
             lines.append(f"\nthread {names.get(number, number)}, innermost call last:\n")
             lines += traceback.format_stack(frame)
-        path = self._folder / f"rank_{runtime.rank:05d}.txt"
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.replace(path)
+        write_whole(self._folder / f"rank_{runtime.rank:05d}.txt", "".join(lines))
 
 
 def read_reports(folder: Path) -> list[RankReport]:

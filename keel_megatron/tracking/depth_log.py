@@ -22,9 +22,10 @@ class DepthLog:
         folder: the run's folder.
         resume_step: later profiles are dropped; None drops all.
         clock: seconds that only go forward.
+        say: told when it cannot be written, and when it can be again.
 
     Raises:
-        UserError: a line in the middle of the file is no profile.
+        UserError: a line in the middle of the file is no profile, or it cannot be changed.
     """
 
     def __init__(
@@ -32,9 +33,11 @@ class DepthLog:
         folder: Path,
         resume_step: int | None,
         clock: Callable[[], float] = time.monotonic,
+        say: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self._folder = folder
         self._clock = clock
+        self._say = say
         self._file: MetricsFile | None = None
         self._undrawn = False
         self._seconds = _FIRST_GUESS
@@ -46,7 +49,7 @@ class DepthLog:
     def write(self, profile: DepthProfile) -> None:
         """Append a profile."""
         if self._file is None:
-            self._file = MetricsFile(self._folder / DEPTH_FILE)
+            self._file = MetricsFile(self._folder / DEPTH_FILE, self._say)
         self._file.write(profile)
         self._undrawn = True
 
@@ -95,7 +98,7 @@ class DepthLog:
         self.close()
 
     def _open(self, path: Path, resume_step: int | None) -> None:
-        self._file = MetricsFile(path)
+        self._file = MetricsFile(path, self._say)
         if resume_step is None:
             self._file.clear()
         else:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.reading import lines_of, open_regular, parse_json
+from keel_megatron.runtime.files import LineFile, whole_lines
 
 
 class Recordable(Protocol):
@@ -27,43 +28,56 @@ class MetricsFile:
     finite is written as NaN, Infinity or -Infinity: not strict JSON, but what Python's and pandas'
     readers take, and a null would hide which of the three it was.
 
+    While the disk is full, records are kept in memory (runtime/files.py).
+
     Args:
         path: the file; it is made if it is not there. A last line that a kill cut short is dropped.
+        say: told when it cannot be written, and when it can be again.
 
     Raises:
-        UserError: a line in the middle of the file is no record.
+        UserError: the file cannot be changed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, say: Callable[[str], None] = lambda _text: None) -> None:
         self._path = path
-        if path.is_file() and not _ends_cleanly(path):
-            _keep(path, last_step=None)
-        self._stream = path.open("a", encoding="utf-8", buffering=1)
+        self._lines = LineFile(path, say)
+        with _refused(path):
+            size, tail = _ending(path)
+            self._lines.cut(size, [tail + b"\n"] if _is_record(tail) else [])
 
     def write(self, record: Recordable) -> None:
         """Append a record."""
-        self._stream.write(json.dumps(record.to_json()) + "\n")
+        self._lines.append(json.dumps(record.to_json()))
 
     def rewind(self, step: int) -> None:
         """Drop the records after `step`, which the run is about to compute again.
 
-        The file is replaced in one move: a kill leaves either the old one or the new one.
+        The file is cut before the first of them, which needs no room on the disk. What a save on
+        its way has noted behind it of an earlier step is written anew.
 
         Raises:
-            UserError: a line in the middle of the file is no record.
+            UserError: a line in the middle of the file is no record, or it cannot be changed.
         """
-        self._stream.close()
-        _keep(self._path, last_step=step)
-        self._stream = self._path.open("a", encoding="utf-8", buffering=1)
+        size, kept, cut = 0, list[bytes](), False
+        if self._path.is_file():
+            for line, record in _records(self._path):
+                cut = cut or record["step"] > step
+                if not cut:
+                    size += len(line) + 1
+                elif record["step"] <= step:
+                    kept.append(line + b"\n")
+        kept += [line for line in self._lines.kept if json.loads(line)["step"] <= step]
+        with _refused(self._path):
+            self._lines.cut(size, kept)
 
     def clear(self) -> None:
         """Drop everything: the run starts from its beginning."""
-        self._stream.close()
-        self._stream = self._path.open("w", encoding="utf-8", buffering=1)
+        with _refused(self._path):
+            self._lines.cut(0, [])
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        self._lines.close()
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -123,22 +137,26 @@ def _lines(stream: BinaryIO, path: Path) -> Iterator[bytes]:
         raise UserError(f"{path}: {error}, so no metrics; move the file away") from None
 
 
-def _keep(path: Path, last_step: int | None) -> None:
-    """Replace the file by one with its whole records up to a step, byte for byte."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as stream:
-        for line, record in _records(path):
-            if last_step is None or record["step"] <= last_step:
-                stream.write(line + b"\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-
-
-def _ends_cleanly(path: Path) -> bool:
-    """Whether the file is empty or its last line has its end."""
+def _ending(path: Path) -> tuple[int, bytes]:
+    """Bytes of the file's whole lines, and what a kill has left behind them."""
+    if not path.is_file():
+        return 0, b""
     with open_regular(path) as stream:
-        if stream.seek(0, os.SEEK_END) == 0:
-            return True
-        stream.seek(-1, os.SEEK_END)
-        return stream.read(1) == b"\n"
+        size = whole_lines(stream.fileno())
+        stream.seek(size)
+        return size, stream.read()
+
+
+def _is_record(line: bytes) -> bool:
+    with suppress(ValueError):
+        record = parse_json(line)
+        return isinstance(record, dict) and _is_step(record.get("step"))
+    return False
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"training.runs_dir: cannot write {path}: {error.strerror}") from error

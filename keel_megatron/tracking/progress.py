@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keel_megatron.config.terminal import printable, trusted
+from keel_megatron.runtime.files import NO_ROOM, LineFile
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
 from keel_megatron.urls import without_credentials
 
@@ -52,7 +53,7 @@ class Progress:
         self._steps = steps
         self._every = log_every
         self._lock = threading.RLock()
-        self._log: TextIO | None = None
+        self._log: LineFile | None = None
         self._unkept: list[str] = []
         if log is not None:
             self.keep(log)
@@ -79,9 +80,9 @@ class Progress:
     def keep(self, log: Path) -> None:
         """Add everything to a file from now on, and first what there was before."""
         with self._lock:
-            self._log = log.open("a", encoding="utf-8")
-            self._log.writelines(self._unkept)
-            self._log.flush()
+            self._log = LineFile(log, self._show)
+            for line in self._unkept:
+                self._log.append(line)
             self._unkept.clear()
 
     def say(self, text: str) -> None:
@@ -97,13 +98,13 @@ class Progress:
     def note(self, text: str) -> None:
         """Keep a message in the log only."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        lines = [f"{now} {line}\n" for line in without_credentials(text).splitlines() or [""]]
+        lines = [f"{now} {line}" for line in without_credentials(text).splitlines() or [""]]
         with self._lock:
-            if self._log is not None:
-                self._log.writelines(lines)
-                self._log.flush()
-            else:
+            if self._log is None:
                 self._unkept += lines
+            else:
+                for line in lines:
+                    self._log.append(line)
 
     def step(self, record: StepRecord) -> None:
         """Show a finished step."""
@@ -157,8 +158,9 @@ class Progress:
                 # Not through rich, which ends the whole program when a pipe is closed.
                 self._stream.write(text + "\n")
                 self._stream.flush()
-        except OSError:
-            self._go_silent()
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                self._go_silent()
 
     def _go_silent(self) -> None:
         """Nobody reads any longer (a closed pipe or terminal): the log and the run go on."""

@@ -26,6 +26,7 @@ from typing import Any
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.reading import parse_json, read_small
+from keel_megatron.runtime.files import write_whole
 from keel_megatron.tracking.spool import FOLDER as SPOOL
 from keel_megatron.tracking.target import RUN_ID_FILE, remembered_run_id
 
@@ -158,12 +159,5 @@ def _set_aside(folder: Path, original_id: str) -> None:
 
 
 def _write(folder: Path, identity: RunFile) -> RunFile:
-    text = json.dumps(identity.to_json(), indent=1) + "\n"
-    path = folder / FILE
-    with suppress(OSError):
-        if path.read_text(encoding="utf-8") == text:
-            return identity
-    partial = folder / f"{FILE}.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(folder / FILE, json.dumps(identity.to_json(), indent=1) + "\n")
     return identity

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from keel_megatron.config.reading import lines_of, open_regular, parse_json, read_small
+from keel_megatron.runtime.files import LineFile
 
 FOLDER = "spool"
 EVENTS = "events"
@@ -55,9 +56,9 @@ _NUMBER = re.compile(r"[0-9]{1,15}")
 class SpoolWriter:
     """Appends items to a stream; any thread may.
 
-    A full disk does not stop the run: what cannot be written is kept in memory and written with the
-    next item that can be. While nobody delivers, neither files nor memory grow without limit: once
-    they have reached it, points are left out until there is room again. All else is kept.
+    A full disk does not stop the run: what cannot be written is kept in memory (runtime/files.py).
+    While nobody delivers, neither files nor memory grow without limit: once they have reached it,
+    points are left out until there is room again. All else is kept.
 
     Args:
         run: the run's folder.
@@ -74,70 +75,50 @@ class SpoolWriter:
         self._limit = limit
         self._is_full = False
         self._look_at = -math.inf
-        self._unwritten_bytes = 0
         self.left_out = 0
         self._lock = threading.Lock()
-        self._file: Any = None
-        self._unwritten: list[bytes] = []
+        self._lines: LineFile | None = None
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
 
     def append(self, kind: str, **values: Any) -> None:
         """Write an item, `values` being plain JSON."""
-        line = json.dumps({"kind": kind, **values}).encode() + b"\n"
+        line = json.dumps({"kind": kind, **values})
         with self._lock:
             if kind in POINTS and self._has_no_room():
                 self.left_out += len(values["values"])
-                return
-            self._unwritten.append(line)
-            self._unwritten_bytes += len(line)
-            with suppress(OSError):
-                self._write()
+            else:
+                self._segment().append(line, must=True)
 
     @property
     def unwritten(self) -> int:
         """Items that are in memory only."""
-        return len(self._unwritten)
+        return 0 if self._lines is None else len(self._lines.kept)
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
-            self._end_file()
+            if self._lines is not None:
+                self._lines.close()
 
     def _has_no_room(self) -> bool:
-        now = time.monotonic()
+        now, lines = time.monotonic(), self._segment()
         if now >= self._look_at:
             self._look_at = now + LOOK_SECONDS
-            if self._unwritten:
-                with suppress(OSError):
-                    self._write()
+            lines.write()
             self._is_full = _bytes_of(self._folder, self._stream) >= self._limit
-        return self._is_full or self._unwritten_bytes >= UNWRITTEN_BYTES
+        return self._is_full or lines.kept_bytes >= UNWRITTEN_BYTES
 
-    def _write(self) -> None:
-        if self._file is not None and self._file.tell() > SEGMENT_BYTES:
-            self._end_file()
-        if self._file is None:
+    def _segment(self) -> LineFile:
+        """The file that the next item goes to."""
+        if self._lines is not None and self._lines.written > SEGMENT_BYTES and not self._lines.kept:
+            self._lines.close()
+            self._lines = None
+        if self._lines is None:
             number = max((n for n, _ in segments(self._folder, self._stream)), default=0) + 1
             number = max(number, read_position(self._folder).get(self._stream, (0, 0))[0] + 1)
-            path = self._folder / f"{self._stream}.{number:06d}.jsonl"
-            self._file = path.open("xb", buffering=0)
-        lines = b"".join(self._unwritten)
-        try:
-            written = self._file.write(lines)
-        except OSError:
-            self._end_file()
-            raise
-        del self._unwritten[: lines[:written].count(b"\n")]
-        self._unwritten_bytes = sum(map(len, self._unwritten))
-        if self._unwritten:
-            self._end_file()  # its last line is cut short: the next goes to a new file
-
-    def _end_file(self) -> None:
-        if self._file is not None:
-            with suppress(OSError):
-                self._file.close()
-            self._file = None
+            self._lines = LineFile(self._folder / f"{self._stream}.{number:06d}.jsonl")
+        return self._lines
 
 
 @dataclass(frozen=True)

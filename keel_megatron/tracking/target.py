@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from keel_megatron.config.reading import parse_json, read_small, read_small_text
 from keel_megatron.config.run import RunConfig
+from keel_megatron.runtime.files import write_whole
 from keel_megatron.tracking.spool import FOLDER, SpoolReader
 from keel_megatron.tracking.sqlite_uri import sqlite_file, sqlite_uri
 from keel_megatron.urls import without_credentials
@@ -143,9 +144,7 @@ def remembered_run_id(folder: Path) -> str | None:
 
 def remember_run_id(folder: Path, run_id: str) -> None:
     """Make this the MLflow run of a run's folder."""
-    partial = folder / f"{RUN_ID_FILE}.partial"
-    partial.write_text(run_id + "\n", encoding="utf-8")
-    partial.replace(folder / RUN_ID_FILE)
+    write_whole(folder / RUN_ID_FILE, run_id + "\n")
 
 
 def flat_params(config: RunConfig) -> dict[str, str]:

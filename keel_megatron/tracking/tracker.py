@@ -48,14 +48,15 @@ class Tracker:
         folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as undo:
-            self._metrics = undo.enter_context(MetricsFile(folder / "metrics.jsonl"))
+            self._progress = progress or open_progress(config)
+            undo.callback(self._progress.close)
+            say = self._progress.say
+            self._metrics = undo.enter_context(MetricsFile(folder / "metrics.jsonl", say))
             if resume_step is None:
                 self._metrics.clear()
             else:
                 self._metrics.rewind(resume_step)
-            self._depth = undo.enter_context(DepthLog(folder, resume_step))
-            self._progress = progress or open_progress(config)
-            undo.callback(self._progress.close)
+            self._depth = undo.enter_context(DepthLog(folder, resume_step, say=say))
             self._progress.keep(folder / "log.txt")
             self._mlflow: MlflowSink | None = None
             if config.tracking.mlflow:

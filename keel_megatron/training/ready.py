@@ -15,7 +15,6 @@ from keel_megatron.data.batches import (
     validation_batches,
 )
 from keel_megatron.data.prepare import PreparedData, prepare
-from keel_megatron.model.compiled import keep_compiled
 from keel_megatron.model.language_model import build_model
 from keel_megatron.partition.flops import parameter_count
 from keel_megatron.partition.stages import Partition, own_partition, require_fit
@@ -60,7 +59,6 @@ def get_ready(config: RunConfig, runtime: Runtime, found: Found, say: Say) -> Re
     for line in stage_table(partition):
         say(line)
     if config.kernels.compile:
-        keep_compiled(config.training.folder)
         say("kernels.compile: the first steps compile, and take longer")
     engine = build_engine(config, runtime, build_model(config, runtime, partition))
     return Ready(partition, data, batches, validation, engine)

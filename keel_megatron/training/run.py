@@ -18,7 +18,7 @@ from keel_megatron.checkpoint.find import Found, newest_good
 from keel_megatron.checkpoint.identity import check_folder, check_identity, claim
 from keel_megatron.checkpoint.manifest import CONFIG
 from keel_megatron.checkpoint.saver import Saver
-from keel_megatron.config.errors import DivergedError
+from keel_megatron.config.errors import DivergedError, UserError
 from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.prepare import TOKENIZER, PreparedData, keep_tokenizer
@@ -201,11 +201,23 @@ def _accepted(
 
 
 def _claim(config: RunConfig, found: Found, data: PreparedData) -> Lineage:
-    """Make the folder this run's, with its tokenizer; which run that is and what has changed."""
-    exit_codes.clear(config.training.folder)
-    lineage = accept(config, found)
-    claim(config)
-    keep_tokenizer(data, config.training.folder)
+    """Make the folder this run's, with its tokenizer; which run that is and what has changed.
+
+    What is there already needs no room on the disk.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    run_folder = config.training.folder
+    try:
+        exit_codes.clear(run_folder)
+        lineage = accept(config, found)
+        claim(config)
+        keep_tokenizer(data, run_folder)
+    except OSError as error:
+        raise UserError(
+            f"training.runs_dir: cannot write {error.filename or run_folder}: {error.strerror}"
+        ) from error
     return lineage
 
 
@@ -273,9 +285,13 @@ def _describe(runtime: Runtime, tracker: Tracker, config: RunConfig, ready: Read
     device = torch.cuda.get_device_name(runtime.device) if cuda else platform.machine() + " CPU"
     tracker.tags(code_tags() | place_tags(layout, device, hosts))
     stages = tracker.folder / "stages.json"
-    write_stages(ready.partition, stages)
+    try:
+        write_stages(ready.partition, stages)
+    except OSError as error:  # a full disk: the run goes on, `keel plan` tells the same
+        tracker.say(f"cannot write {stages}: {error.strerror}")
     for path in (tracker.folder / CONFIG, tracker.folder / TOKENIZER, stages):
-        tracker.artifact(path)
+        if path.is_file():
+            tracker.artifact(path)
 
 
 def _note_versions(tracker: Tracker, found: Found) -> None:

@@ -93,3 +93,19 @@ def test_what_a_terminal_would_obey_is_shown(monkeypatch: pytest.MonkeyPatch) ->
     terminal.trusted(sys.stdout).write("\x1b[1mbold\n")
     assert os.read(reader, 1000) == b"\x1b[1mbold\n"
     os.close(reader)
+
+
+@pytest.mark.parametrize(("outlives", "code"), [("outlive_full_disk()", 0), ("pass", 1)])
+def test_output_to_a_full_disk_ends_no_training(outlives: str, code: int) -> None:
+    """Other commands fail of it, as anybody's do."""
+    probe = f"""
+from keel_megatron.cli.console import outlive_full_disk, tolerate_consoles
+tolerate_consoles()
+{outlives}
+print("one")
+"""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", probe], stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == code, done.stderr

@@ -215,6 +215,7 @@ def test_a_log_that_fails_is_no_fault_of_the_cache(text: Path, tmp_path: Path) -
 def test_whoever_waits_for_another_says_so(text: Path, tmp_path: Path) -> None:
     config = small_config(data__text=str(text), data__cache=str(tmp_path))
     folder = prepare(config, ignore).folder
+    (folder / "data.json").unlink()
     said: list[str] = []
     with (tmp_path / f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -15,6 +15,7 @@ from keel_megatron.architecture.residual import RULES
 from keel_megatron.config.checks import problems
 from keel_megatron.config.errors import UserError
 from keel_megatron.model import compiled
+from keel_megatron.runtime import compile_cache
 from tests.distributed import run_ranks
 from tests.settings import settings, small_config
 from tests.training.deepspeed_ranks import needs_deepspeed
@@ -74,34 +75,21 @@ def test_one_graph_serves_all_blocks_of_a_kind(rule: str) -> None:
 
 
 def cache_misses(folder: Path) -> tuple[int, int]:
-    """How many of a run's graphs, forward and backward, the folder had, and how many it had not."""
+    """How many of a run's graphs, forward and backward, the cache had, and how many it had not."""
     from torch._dynamo.utils import counters
 
-    compiled.keep_compiled(folder)
+    os.environ["KEEL_CACHE"] = str(folder)
+    os.environ.pop(compile_cache.INDUCTOR, None)
     train_steps(settings(kernels__compile=True), 1)
     autograd = counters["aot_autograd"]
     return autograd["autograd_cache_hit"], autograd["autograd_cache_miss"]
 
 
 @pytest.mark.slow
-def test_a_resumed_run_finds_what_was_compiled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv(compiled.CACHE, raising=False)
+def test_a_resumed_run_finds_what_was_compiled(tmp_path: Path) -> None:
     assert run_ranks(1, cache_misses, tmp_path) == [(0, 3)]
     assert (tmp_path / "compiled").is_dir()
     assert run_ranks(1, cache_misses, tmp_path) == [(3, 0)]
-
-
-def test_a_users_own_cache_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for kept in ("/scratch/mine", "/tmp/torchinductor_me", None):
-        if kept is None:
-            monkeypatch.delenv(compiled.CACHE)
-        else:
-            monkeypatch.setenv(compiled.CACHE, kept)
-        compiled.keep_compiled(tmp_path)
-        expected = kept if kept == "/scratch/mine" else str(tmp_path / "compiled")
-        assert os.environ[compiled.CACHE] == expected
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from keel_megatron.runtime import compile_cache
 from keel_megatron.runtime.late_compile import compile_late
 
 
@@ -31,6 +32,7 @@ def test_a_function_is_compiled_once_when_it_is_called(monkeypatch: pytest.Monke
         return lambda *args, **kwargs: ("compiled", function(*args, **kwargs))
 
     monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(compile_cache, "use", lambda: compiled.append("the private cache"))
 
     def divide(a: int, b: int = 1) -> float:
         """Words."""
@@ -40,4 +42,4 @@ def test_a_function_is_compiled_once_when_it_is_called(monkeypatch: pytest.Monke
     assert (late.__name__, late.__doc__, compiled) == ("divide", "Words.", [])
     assert late(6, b=3) == ("compiled", 2.0)
     assert late(6) == ("compiled", 6.0)
-    assert compiled == [divide]
+    assert compiled == ["the private cache", divide]

@@ -8,12 +8,13 @@ import sys
 import timeit
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from keel_megatron.runtime import local_launch
-from keel_megatron.runtime.watchdog import RankReport, verdict
+from keel_megatron.runtime import exit_codes, local_launch, watchdog
+from keel_megatron.runtime.watchdog import RankReport, Watchdog, verdict
 
 # Rank 1 hangs in the first start and not in the second. There the watchdog has more patience than a
 # busy machine needs, and before the hang a single step is due.
@@ -151,3 +152,18 @@ def test_a_mark_costs_nothing_that_a_step_would_notice() -> None:
         return min(timeit.repeat(call, number=100, repeat=100))
 
     assert fastest(lambda: watchdog.mark("step 1")) < 30 * fastest(lambda: None)
+
+
+def test_a_folder_that_cannot_be_written_does_not_change_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    hung = object.__new__(Watchdog)
+    hung._folder, hung._timeout = tmp_path / "file" / "hangs", 0.1
+    hung._runtime = SimpleNamespace(hosts=["a"], rank=0)
+    codes: list[int] = []
+    monkeypatch.setattr(watchdog, "ANSWER_SECONDS", 0.0)
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_a, **_k: None)
+    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    hung._end_group()
+    assert codes == [exit_codes.HUNG]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from keel_megatron.config import UserError
 from keel_megatron.tracking.metrics import MetricsFile, read_metrics
-from keel_megatron.tracking.records import ValidationRecord
+from keel_megatron.tracking.records import CheckpointRecord, ValidationRecord
+from tests.disk import Disk
 from tests.tracking.samples import record
 
 
@@ -113,22 +114,37 @@ def test_what_a_kill_left_is_not_glued_to_the_next_line(tmp_path: Path, tail: st
     assert [line["step"] for line in read_metrics(path)] == [*found, 3]
 
 
-def test_a_kill_while_rewinding_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_of_an_earlier_step_stays_wherever_it_stands(tmp_path: Path) -> None:
+    """A save in the background is noted after the steps that were taken meanwhile."""
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path) as metrics:
         for step in (1, 2, 3):
             metrics.write(record(step))
-        before = path.read_bytes()
+        metrics.write(CheckpointRecord(2, 0.1, 0.2, 100))
+        metrics.write(record(4))
+        metrics.rewind(2)
+        metrics.write(record(3))
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 2, 3]
 
-        def killed(descriptor: int) -> None:
-            raise KeyboardInterrupt
 
-        monkeypatch.setattr("os.fsync", killed)
-        with pytest.raises(KeyboardInterrupt):
-            metrics.rewind(1)
-    assert path.read_bytes() == before
+def test_a_full_disk_costs_no_record_and_does_not_hinder_a_rewind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, disk, said = tmp_path / "metrics.jsonl", Disk(monkeypatch), list[str]()
+    with MetricsFile(path, said.append) as metrics:
+        for step in range(1, 9):
+            if step == 3:
+                disk.room = 100
+            metrics.write(record(step))
+        assert [line["step"] for line in read_metrics(path)] == [1, 2]
+        metrics.rewind(6)
+        metrics.write(record(7))
+        assert [line["step"] for line in read_metrics(path)] == [1, 2]
+        metrics.rewind(1)
+        disk.room = 1 << 40
+        metrics.write(record(2))
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    assert len(said) == 2
 
 
 @pytest.mark.parametrize("line", ["scribble", "[1]", '{"loss": 1.0}'])

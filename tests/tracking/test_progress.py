@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pty
@@ -18,6 +19,7 @@ import pytest
 
 from keel_megatron.tracking.progress import Progress, duration
 from keel_megatron.tracking.records import ValidationRecord
+from tests.disk import Disk
 from tests.tracking.samples import record
 
 # Two seconds a step by the clock, whatever the records say; of eight lines the second half.
@@ -198,3 +200,35 @@ def test_a_terminal_gets_live_lines_and_is_given_back(tmp_path: Path, ending: st
     assert "\x1b" not in log
     assert ("the loss is a teapot" in log) == (ending == "error")
     assert ("interrupted" in log) == (ending == "interrupt")
+
+
+def test_a_full_disk_costs_no_line_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, stream = Disk(monkeypatch), io.StringIO()
+    progress = Progress(10, tmp_path / "log.txt", log_every=1, stream=stream)
+    for number in range(8):
+        disk.room = 30 if 2 <= number < 6 else 1 << 40
+        progress.say(f"message {number}")
+    progress.close()
+    log = [line.split(" ", 1)[1] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert log == [f"message {number}" for number in range(8)]
+    assert stream.getvalue().count("cannot write") == 1
+    assert stream.getvalue().count("is written again") == 1
+
+
+def test_a_full_disk_under_standard_output_does_not_silence_it_for_good(tmp_path: Path) -> None:
+    class Full(io.StringIO):
+        is_full = True
+
+        def flush(self) -> None:
+            if self.is_full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    stream = Full()
+    progress = Progress(10, tmp_path / "log.txt", log_every=1, stream=stream)
+    progress.say("lost, or late")
+    stream.is_full = False
+    progress.say("heard")
+    progress.close()
+    assert "heard" in stream.getvalue()

@@ -1,0 +1,110 @@
+"""Where torch keeps what it compiles: a folder of this user's alone.
+
+What torch finds in its cache it executes: pickles, Python, libraries. So the cache lies neither in
+a run's folder, which may come from somebody else, nor in torch's default, a name in the shared
+temporary folder that anybody can take first, but in `KEEL_CACHE`/compiled (by default
+~/.cache/keel-megatron/compiled). Its entries are named after their contents: all runs share it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from keel_megatron.config.errors import UserError
+
+INDUCTOR, TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
+CACHE = "KEEL_CACHE"
+_NAME = "compiled"
+
+
+def use() -> Path:
+    """Let torch compile with the cache from now on; to be called before anything is compiled.
+
+    A `TORCHINDUCTOR_CACHE_DIR` or `TRITON_CACHE_DIR` of the user's goes first. Where no folder can
+    be made, a temporary one serves this process.
+
+    Returns:
+        Inductor's cache.
+
+    Raises:
+        UserError: somebody else may write the cache.
+    """
+    chosen = os.environ.get(INDUCTOR)
+    if chosen is None or Path(chosen).name.startswith("torchinductor_"):  # torch sets its own
+        os.environ[INDUCTOR] = chosen = str(private_folder())
+    os.environ.setdefault(TRITON, str(Path(chosen) / "triton"))
+    _no_shared_headers()
+    return Path(chosen)
+
+
+def private_folder() -> Path:
+    """The cache, which only this user can enter; made if it is not there.
+
+    Raises:
+        UserError: it is a link, or somebody else's, or others may write it.
+    """
+    try:
+        root = _root()
+        root.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (root, root / _NAME):
+            folder.mkdir(mode=0o700, exist_ok=True)
+    except FileExistsError:
+        pass  # something that is no folder: refused below
+    except (OSError, RuntimeError):  # a user without a home
+        return _temporary()
+    for folder in (*reversed(root.parents), root, root / _NAME):
+        _check(folder, ours=folder in (root, root / _NAME))
+    return root / _NAME
+
+
+def _root() -> Path:
+    home = os.environ.get(CACHE)
+    if not home:
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        parent = Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()
+        home = str(parent / "keel-megatron")
+    # Links on the way are the user's own, or an administrator's: ~/.cache is often on another disk.
+    root = Path(os.path.abspath(home))
+    return root.parent.resolve() / root.name
+
+
+def _check(folder: Path, *, ours: bool) -> None:
+    """Refuse a folder in which somebody else may put or exchange something."""
+    found = os.lstat(folder)
+    own = found.st_uid == os.geteuid()
+    problem = None
+    if not stat.S_ISDIR(found.st_mode):
+        problem = "is a link" if stat.S_ISLNK(found.st_mode) else "is no folder"
+    elif ours and not own:
+        problem = f"belongs to another user (id {found.st_uid})"
+    elif ours and stat.S_IMODE(found.st_mode) & 0o077:
+        problem = "can be entered by others"
+    elif found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+        problem = "can be written by everybody"
+    elif found.st_mode & stat.S_IWGRP and not (own or found.st_mode & stat.S_ISVTX):
+        problem = "can be written by its group"
+    if problem is not None:
+        raise UserError(
+            f"{CACHE}: {folder} {problem}. What torch has compiled is executed from there, so it "
+            f"must be yours alone: remove it or `chmod 700` it if all in it is yours, or name "
+            f"another folder in the environment variable {CACHE}"
+        )
+
+
+def _temporary() -> Path:
+    folder = tempfile.mkdtemp(prefix="keel-compiled-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _no_shared_headers() -> None:
+    """Inductor's precompiled C++ headers stay in the shared temporary folder, whatever is set."""
+    from torch._inductor import config
+
+    if hasattr(config, "cpp_cache_precompile_headers"):
+        config.cpp_cache_precompile_headers = False

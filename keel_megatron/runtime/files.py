@@ -1,0 +1,192 @@
+"""Files that a run writes while it trains: a full disk neither ends it nor leaves half of anything.
+
+No write follows a link at the file's own name: a run's folder may come from somebody else.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import accumulate, islice, takewhile
+from pathlib import Path
+
+from keel_megatron.config.reading import read_small
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+KEPT_BYTES = 16_000_000
+"""How much of a file is kept in memory while it cannot be written."""
+_BLOCK = 1 << 20
+_APPEND = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_REPLACE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file in one move: a reader, or whoever comes after a kill, sees all of it or nothing.
+
+    A file that has this content already is left as it is, which needs no room.
+
+    Raises:
+        OSError: it cannot be written; what was there before is there still.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    with suppress(OSError):
+        if not path.is_symlink() and read_small(path, len(content)) == content:
+            return
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        with os.fdopen(os.open(partial, _REPLACE, 0o666), "wb") as stream:
+            stream.write(content)
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+class LineFile:
+    """Appends lines to a text file, each with the system as soon as it is written.
+
+    While they cannot be written, because the disk is full or does not answer, lines are kept in
+    memory, and written with the next one that can be: up to `limit` bytes, beyond which new lines
+    are left out. Never does half a line stay in the file. Not safe among threads by itself.
+
+    Args:
+        path: the file, made with its folder at the first line.
+        say: told once when the file cannot be written and once when it can be again.
+        limit: bytes that are kept in memory.
+
+    Attributes:
+        kept: the lines that are in memory only.
+        kept_bytes: their size.
+        written: bytes that went to the file.
+        left_out: how many were left out for want of memory.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        say: Callable[[str], None] = lambda _text: None,
+        limit: int = KEPT_BYTES,
+    ) -> None:
+        self.path = path
+        self.kept: deque[bytes] = deque()
+        self.kept_bytes = 0
+        self.written = 0
+        self.left_out = 0
+        self._say = say
+        self._limit = limit
+        self._descriptor: int | None = None
+        self._problem: str | None = None
+
+    def append(self, line: str | bytes, *, must: bool = False) -> None:
+        """Append a line, without its end.
+
+        Args:
+            line: the line.
+            must: keep it in memory even beyond the limit.
+        """
+        line = (line.encode("utf-8", "replace") if isinstance(line, str) else line) + b"\n"
+        if not must and self.kept_bytes + len(line) > self._limit and self.kept:
+            self.left_out += 1
+        else:
+            self.kept.append(line)
+            self.kept_bytes += len(line)
+        self.write()
+
+    def write(self) -> bool:
+        """Try to write what is kept; whether all of it is written."""
+        if not self.kept:
+            return True
+        try:
+            self._write()
+        except OSError as error:
+            self._close()
+            if self._problem is None:
+                self._problem = error.strerror or str(error)
+                self._say(
+                    f"cannot write {self.path}: {self._problem}; its lines are kept in memory "
+                    "until there is room again"
+                )
+            return False
+        if self._problem is not None:
+            self._problem = None
+            lack = f"; {self.left_out:,} lines were left out" if self.left_out else ""
+            self._say(f"{self.path} is written again{lack}")
+        return True
+
+    def cut(self, size: int, kept: list[bytes]) -> None:
+        """Make the file, or shorten it, and replace what is kept in memory; this needs no room.
+
+        Args:
+            size: bytes that stay in the file.
+            kept: lines, with their ends, that follow.
+
+        Raises:
+            OSError: the file cannot be changed.
+        """
+        os.ftruncate(self._open(), size)
+        self.kept = deque(kept)
+        self.kept_bytes = sum(map(len, kept))
+        self.write()
+
+    def close(self) -> None:
+        """Try once more, say what is missing, and close the file."""
+        self.write()
+        self._close()
+        missing = len(self.kept) + self.left_out
+        if missing:
+            self._say(f"{self.path} lacks {missing:,} lines, for which there was no room")
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, _APPEND, 0o666)
+            whole = whole_lines(self._descriptor)
+            if whole < os.fstat(self._descriptor).st_size:  # a kill cut the last one short
+                os.ftruncate(self._descriptor, whole)
+        return self._descriptor
+
+    def _write(self) -> None:
+        while self.kept:
+            self._write_block(self._open())
+
+    def _write_block(self, descriptor: int) -> None:
+        """Write the first of the kept lines, as many as make a block."""
+        sizes = accumulate(map(len, self.kept))
+        count = max(1, sum(1 for _ in takewhile(lambda size: size <= _BLOCK, sizes)))
+        content = memoryview(b"".join(islice(self.kept, count)))
+        before, written = os.fstat(descriptor).st_size, 0
+        try:
+            while written < len(content):
+                written += os.write(descriptor, content[written:])
+        finally:
+            whole = 0
+            while self.kept and whole + len(self.kept[0]) <= written:
+                whole += len(self.kept.popleft())
+            self.kept_bytes -= whole
+            self.written += whole
+            if whole < written:  # half a line: away with it
+                with suppress(OSError):
+                    os.ftruncate(descriptor, before + whole)
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            with suppress(OSError):
+                os.close(self._descriptor)
+            self._descriptor = None
+
+
+def whole_lines(descriptor: int) -> int:
+    """Bytes of an open file up to the end of its last whole line."""
+    end = os.fstat(descriptor).st_size
+    while end > 0:
+        start = max(0, end - _BLOCK)
+        found = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
