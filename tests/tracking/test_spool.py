@@ -138,11 +138,12 @@ def test_a_full_disk_fills_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(spool, "LOOK_SECONDS", 0.0)
     monkeypatch.setattr(spool, "UNWRITTEN_BYTES", 500)
     writer = SpoolWriter(tmp_path / "gone", EVENTS)
-    (tmp_path / "gone" / "spool").rmdir()  # no file can be made in it
+    (tmp_path / "gone" / "spool").rmdir()
+    (tmp_path / "gone" / "spool").touch()  # no file can be made in it
     metrics(writer, *range(1, 101))
     assert 0 < writer.unwritten < 12
     assert writer.left_out == 100 - writer.unwritten
-    (tmp_path / "gone" / "spool").mkdir()
+    (tmp_path / "gone" / "spool").unlink()
     metrics(writer, 101)
     kept = steps(list(SpoolReader(tmp_path / "gone").waiting()))
     assert (kept[0], kept[-1], writer.unwritten) == (1, 101, 0)
