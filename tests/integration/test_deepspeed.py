@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,14 @@ def test_a_run_trains_generates_and_goes_on_with_the_other_engine(tmp_path: Path
     assert "going on from runs/test/checkpoints/step_00000006" in again.stdout
 
 
-def test_without_the_package_it_says_how_to_get_it(tmp_path: Path) -> None:
-    (tmp_path / "deepspeed.py").write_text("raise ImportError('No module named deepspeed')\n")
+def test_without_the_package_it_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = tmp_path / "absent"
+    absent.mkdir()
+    (absent / "deepspeed.py").write_text("raise ImportError('No module named deepspeed')\n")
+    known = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(absent), *([known] if known else [])]))
     config = write_config(tmp_path, TEXT, training__engine="deepspeed", model__blocks=2)
     done = keel(tmp_path, "train", str(config))
     assert done.returncode == 2

@@ -13,6 +13,7 @@ import psutil
 
 import yaml
 from keel_megatron.checkpoint import folder
+from keel_megatron.runtime import exit_codes
 from keel_megatron.tracking.metrics import read_metrics
 from tests.integration.commands import environment, keel, losses_of, write_config
 
@@ -106,9 +107,10 @@ def test_a_guard_that_has_had_enough_is_one_message(tmp_path: Path) -> None:
     sections["guard"] = {"action": "skip", "limit": 2}
     config.write_text(yaml.safe_dump(sections))
     ended = keel(tmp_path, "train", str(config), "--processes", "2", "--max-restarts", "2")
-    assert ended.returncode == 2, ended.stderr
-    assert ended.stderr.count("guard.limit: step") == 1
-    assert "would be skip number 3 in a row (grad_norm is nan)" in ended.stderr
+    assert ended.returncode == exit_codes.DIVERGED, ended.stderr
+    assert ended.stderr.count("training has diverged: the update of step") == 1
+    assert "would be number 3 in a row to be left out (grad_norm is nan)" in ended.stderr
+    assert "guard.limit = 2" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert "gradients are not finite in" in ended.stdout
 
