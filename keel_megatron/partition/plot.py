@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keel_megatron.partition.simulate import MemoryTrace, Span, Timeline
+from keel_megatron.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,9 +90,9 @@ def plot_schedule(
     _join(columns)
     _label(figure, columns, stages, unit, image)
     _title(figure, height + 4.6, title, facts, timeline)
-    partial = out.with_name(out.name + ".partial")
-    figure.savefig(partial, format="png")
-    partial.replace(out)
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(out, picture.getvalue())
 
 
 def _windows(timeline: Timeline) -> list[_Window]:

@@ -41,7 +41,10 @@ def is_alive(session: dict[str, Any], run: Path) -> bool:
     On another machine that is so if its courier gave a sign of life within the last minute.
     """
     if session.get("host") == socket.gethostname():
-        return process_runs(session.get("pid", 0), session.get("born", 0.0))
+        pid, born = session.get("pid"), session.get("born")
+        if type(pid) is not int or pid < 1 or type(born) not in (int, float):
+            return False  # nobody's: a start notes both
+        return process_runs(pid, born)
     try:
         return time.time() - (run / FOLDER / "alive").stat().st_mtime < 6 * HEARTBEAT_SECONDS
     except OSError:

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from keel_megatron.config.reading import lines_of, open_regular, parse_json, read_small
-from keel_megatron.runtime.files import LineFile
+from keel_megatron.runtime.files import LineFile, write_whole
 
 FOLDER = "spool"
 EVENTS = "events"
@@ -259,10 +259,8 @@ class SpoolReader:
 
     def write_note(self) -> None:
         """Keep how far everything is delivered."""
-        partial = self.folder / (_DELIVERED + ".partial")
         note = {"streams": self._position, "session": self.session}
-        partial.write_text(json.dumps(note), encoding="utf-8")
-        partial.replace(self.folder / _DELIVERED)
+        write_whole(self.folder / _DELIVERED, json.dumps(note))
 
     def tidy(self, streams: list[str] | None = None) -> None:
         """Delete the files that are delivered to their end; their writers must be gone.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from keel_megatron.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +29,7 @@ def dress(axes: Axes) -> None:
 
 
 def save(figure: Figure, out: Path) -> None:
-    """Write a PNG in one move: a reader sees the old picture or the new one."""
-    partial = out.with_name(out.name + ".partial")
-    figure.savefig(partial, format="png")
-    partial.replace(out)
+    """Write a PNG as `write_whole` does: in one move, and through no link."""
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(out, picture.getvalue())

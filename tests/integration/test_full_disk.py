@@ -60,6 +60,7 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.security
 @pytest.mark.parametrize("kind", ["limit", pytest.param("tmpfs", marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_for_a_while_costs_no_record(
     tmp_path: Path, kind: str, request: pytest.FixtureRequest

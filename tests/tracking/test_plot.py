@@ -90,6 +90,20 @@ def test_the_mean_neither_lags_nor_hides_what_is_not_finite() -> None:
     assert [math.isfinite(mean) for mean in means] == [True, False, True, False]
 
 
+@pytest.mark.security
+def test_a_picture_follows_no_link(tmp_path: Path) -> None:
+    run, thesis = tmp_path / "run", tmp_path / "thesis.txt"
+    write_run(run, [3.0, 2.5])
+    thesis.write_text("precious")
+    for name in ("loss.png", "loss.png.partial"):
+        (run / name).symlink_to(thesis)
+    plot_loss(run, run / "loss.png", None)
+    assert thesis.read_text() == "precious"
+    assert (run / "loss.png").is_file()
+    assert not (run / "loss.png").is_symlink()
+
+
+@pytest.mark.security
 def test_a_runs_name_is_no_formula(tmp_path: Path) -> None:
     run = tmp_path / r"a$\frac{$"
     write_run(run, [3.0, 2.5])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import pytest
 from keel_megatron.checkpoint.identity import check_folder
 from keel_megatron.config import UserError
 from keel_megatron.tracking.courier import Courier
+from keel_megatron.tracking.presence import is_alive
 from keel_megatron.tracking.run_file import read_run_file, take_run_file
 from keel_megatron.tracking.spool import EVENTS, SpoolReader, SpoolWriter
 from keel_megatron.tracking.sync import add_file, sync
@@ -249,3 +251,26 @@ def test_a_server_that_is_down_does_not_have_the_outbox_read_again(
     monkeypatch.setattr(SpoolReader, "_lines", counted)
     assert not courier.deliver()
     assert len(read) <= 2, "the batch that it tries, and the item after it"
+
+
+@pytest.mark.parametrize(
+    "session",
+    [
+        {},
+        {"pid": "1", "born": 0.0},
+        {"pid": 1, "born": "now"},
+        {"pid": -1, "born": 0.0},
+        {"pid": 10**30, "born": 0.0},
+    ],
+)
+def test_a_process_that_is_none_does_not_run(tmp_path: Path, session: dict[str, Any]) -> None:
+    assert not is_alive({"host": socket.gethostname(), **session}, tmp_path)
+
+
+def test_a_note_follows_no_link(tmp_path: Path, home: Path) -> None:
+    run, before = tmp_path / "run", contents(home)
+    SpoolWriter(run, EVENTS).append("tags", tags={})
+    for name in ("delivered.json", "delivered.json.partial"):
+        (run / "spool" / name).symlink_to(home / ".bashrc")
+    SpoolReader(run).write_note()
+    assert contents(home) == before
