@@ -42,7 +42,7 @@ def is_alive(session: dict[str, Any], run: Path) -> bool:
     """
     if session.get("host") == socket.gethostname():
         pid, born = session.get("pid"), session.get("born")
-        if type(pid) is not int or pid < 1 or type(born) not in (int, float):
+        if not (type(pid) is int and pid > 0 and isinstance(born, (int, float))):
             return False  # nobody's: a start notes both
         return process_runs(pid, born)
     try:
