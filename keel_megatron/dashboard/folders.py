@@ -53,15 +53,31 @@ def _inside(path: Path) -> list[Path]:
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """A run's config.yaml as it stands, by section; empty if there is none or it is unreadable.
+    """As `read_settings`; empty if they cannot be read."""
+    try:
+        return read_settings(folder)
+    except ValueError:
+        return {}
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """A run's config.yaml as it stands, by section; empty if there is none.
 
     Not checked: a list of runs shows those of older versions too.
+
+    Raises:
+        ValueError: it cannot be read; says why, in one line.
     """
     try:
         text = read_small_text(folder / "config.yaml")
         check_structure(text, _LOADER)
         found = yaml.load(text, _LOADER)
-    except (OSError, ValueError, yaml.YAMLError):
+    except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise ValueError(f"config.yaml cannot be read: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        why = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(f"config.yaml cannot be read: {why}") from None
     sections = found if isinstance(found, dict) else {}
     return {name: values for name, values in sections.items() if isinstance(values, dict)}

@@ -28,7 +28,7 @@ from keel_megatron.checkpoint import folder as checkpoints
 from keel_megatron.checkpoint.manifest import DamagedError, read_manifest
 from keel_megatron.config.reading import open_regular, parse_json, read_small
 from keel_megatron.config.yaml_text import shown
-from keel_megatron.dashboard.folders import saved_settings
+from keel_megatron.dashboard.folders import read_settings
 from keel_megatron.runtime import exit_codes
 from keel_megatron.tracking.progress import duration
 
@@ -206,7 +206,11 @@ def _guessed(
 
 def _numeric_settings(run: Path) -> tuple[dict[str, Any], list[str]]:
     """The numbers among config.yaml's settings that are used here, and what of them is none."""
-    saved, found, wrong = saved_settings(run), {}, []
+    saved, found, wrong = {}, {}, []
+    try:
+        saved = read_settings(run)
+    except ValueError as error:
+        wrong.append(str(error))
     for section, name in _SETTINGS:
         value = saved.get(section, {}).get(name)
         if _is_number(value):

@@ -300,6 +300,14 @@ def test_one_hostile_folder_is_one_line(tmp_path: Path) -> None:
     assert hostile.problems == [
         "step_00000010 is damaged: manifest.json cannot be read: is not a regular file"
     ]
+    problems = {run.name: run.problems for run in found}
+    for name, why in (
+        ("sparse-config.yaml", "has more than 1,048,576 bytes"),
+        ("fifo-config.yaml", "is not a regular file"),
+        ("bomb", "it stands for more than 100,000 values"),
+        ("deep", "it is nested more than 32 deep"),
+    ):
+        assert f"config.yaml cannot be read: {why}" in problems[name]
     Console(file=io.StringIO(), width=200).print(runs_table(found))
 
 
@@ -312,9 +320,9 @@ def test_a_folder_that_cannot_be_looked_at_is_one_line(
     def refuse(folder: Path) -> None:
         raise PermissionError(13, "Permission denied", str(folder))
 
-    settings = runs.saved_settings
+    settings = runs.read_settings
     monkeypatch.setattr(
-        runs, "saved_settings", lambda f: refuse(f) if f.name == "closed" else settings(f)
+        runs, "read_settings", lambda f: refuse(f) if f.name == "closed" else settings(f)
     )
     found = {run.name: run for run in look([closed, tmp_path / "good"], NOW)}
     assert found["good"].step == 10
