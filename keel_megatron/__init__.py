@@ -2,7 +2,7 @@
 
 import warnings
 
-from keel_megatron.runtime import late_compile
+from keel_megatron.compat import late_compile
 
 __version__ = "0.1.0"
 

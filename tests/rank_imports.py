@@ -9,7 +9,7 @@ import torch._dynamo  # noqa: F401  (torch's optimizers ask for it)
 
 import keel_megatron.training.run  # noqa: F401
 import tests.conftest  # noqa: F401  (before Triton)
-from keel_megatron.runtime import cpu
+from keel_megatron.compat import cpu
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from keel_megatron.config import ConfigError, UserError
 from keel_megatron.config.load import load_config
+from keel_megatron.mlflow_delivery.reasons import reason
 from keel_megatron.tracking.progress import Progress
-from keel_megatron.tracking.reasons import reason
 from keel_megatron.urls import without_credentials
 
 # What a URL may have in it, and some of what it may not; a canary that appears nowhere else.

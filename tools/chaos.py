@@ -34,11 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from keel_megatron.checkpoint.state import Position
 from keel_megatron.config.errors import UserError
+from keel_megatron.engines.megatron.engine import MegatronEngine
+from keel_megatron.mlflow_delivery.outbox import SpoolReader
 from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.tracking.metrics import read_metrics
-from keel_megatron.tracking.spool import SpoolReader
-from keel_megatron.training.engine import MegatronEngine
 from tools.chaos_faults import SLOW_FILE, Disturbed, Injected
 
 GRADIENT = "NaN in a gradient"

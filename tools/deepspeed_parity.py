@@ -14,15 +14,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from keel_megatron.architecture.parameters import parameter_count
 from keel_megatron.config import load_config
-from keel_megatron.partition.devices import DEVICES
-from keel_megatron.partition.flops import parameter_count
-from keel_megatron.partition.plan import make_plan
+from keel_megatron.layout.devices import DEVICES
+from keel_megatron.planner.plan import make_plan
 from tests.distributed import run_ranks
+from tests.engines.deepspeed_ranks import ENGINES, LAYOUTS, MEGATRON, watched_runs
+from tests.engines.zero_memory_ranks import held_bytes
 from tests.settings import settings, small_config
-from tests.training.deepspeed_ranks import ENGINES, LAYOUTS, MEGATRON, watched_runs
 from tests.training.matrix import deviation
-from tests.training.zero_memory_ranks import held_bytes
 
 LARGE = ("keel_512.yaml", "keel_1024.yaml")
 RECIPES = Path(__file__).resolve().parent.parent / "yaml" / "paper"

@@ -23,8 +23,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from keel_megatron.tracking.depth import QUANTITIES, DepthProfile, Values, read_profiles
-from keel_megatron.tracking.depth_plot import colours, draw_heat_map, stacked
+from keel_megatron.depth.pictures import colours, draw_heat_map, stacked
+from keel_megatron.depth.profile import QUANTITIES, DepthProfile, Values, read_profiles
 from keel_megatron.tracking.metrics import read_metrics
 from keel_megatron.tracking.style import QUIET, TEXT, save
 

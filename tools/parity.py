@@ -14,8 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from keel_megatron.partition.devices import DEVICES
-from keel_megatron.partition.stages import partition
+from keel_megatron.layout.devices import DEVICES
+from keel_megatron.layout.stages import partition
 from tests.settings import small_config
 from tests.training.matrix import MATRIX, deviation, spread, trained
 

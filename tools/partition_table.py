@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from keel_megatron.config.run import RunConfig
-from keel_megatron.partition.devices import DEVICES, Device, device_named
-from keel_megatron.partition.layout import even_layout
-from keel_megatron.partition.stages import Partition, partition
+from keel_megatron.layout.chunks import even_layout
+from keel_megatron.layout.devices import DEVICES, Device, device_named
+from keel_megatron.layout.stages import Partition, partition
 
 MODELS = {512: 256, 1024: 512}
 """Sub-layers and blocks."""

@@ -95,7 +95,7 @@ class Started:
         for process in psutil.process_iter():
             try:
                 command = process.cmdline()
-                mine = "keel_megatron.tracking.courier" in command
+                mine = "keel_megatron.mlflow_delivery.worker" in command
                 if mine and process.cwd() == str(self.home):
                     found.append(process)
             except psutil.Error:
@@ -338,8 +338,8 @@ def _sections(case: Case, data: Path) -> dict[str, Any]:
 def _ending(code: int, folder: Path) -> Ending:
     from mlflow import MlflowClient
 
-    from keel_megatron.tracking.spool import Waiting
-    from keel_megatron.tracking.sync import sync
+    from keel_megatron.mlflow_delivery.outbox import Waiting
+    from keel_megatron.mlflow_delivery.sync import sync
 
     if not (folder / "spool").is_dir():
         return Ending(code)

@@ -30,9 +30,9 @@ sys.path.insert(0, str(ROOT))
 
 from keel_megatron.config.load import parse_config  # noqa: E402
 from keel_megatron.config.run import RunConfig  # noqa: E402
-from keel_megatron.partition.devices import device_named  # noqa: E402
-from keel_megatron.partition.plan import Measured, make_plan  # noqa: E402
-from keel_megatron.partition.times import Times, UnitTimes  # noqa: E402
+from keel_megatron.layout.devices import device_named  # noqa: E402
+from keel_megatron.layout.times import Times, UnitTimes  # noqa: E402
+from keel_megatron.planner.plan import Measured, make_plan  # noqa: E402
 
 PROCESSES = 2
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -116,7 +116,7 @@ def measure_together(config: RunConfig, samples: int) -> Measured:
 
 
 def _measure(config: RunConfig, samples: int, waiting: Any) -> Measured:
-    from keel_megatron.training.measure import measure_pieces
+    from keel_megatron.planner.measure import measure_pieces
 
     waiting.wait()
     return measure_pieces(config, samples)

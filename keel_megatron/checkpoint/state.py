@@ -23,6 +23,7 @@ from megatron.core import tensor_parallel
 from torch import nn
 
 from keel_megatron import __version__
+from keel_megatron.checkpoint.json_codec import from_json, to_json
 from keel_megatron.checkpoint.manifest import (
     INDEX,
     STATE,
@@ -32,7 +33,6 @@ from keel_megatron.checkpoint.manifest import (
     shards_name,
 )
 from keel_megatron.checkpoint.megatron_state import MegatronState
-from keel_megatron.checkpoint.plain import from_json, to_json
 from keel_megatron.checkpoint.shard_file import Part
 from keel_megatron.checkpoint.sharding import Place, split_state
 from keel_megatron.config.errors import UserError

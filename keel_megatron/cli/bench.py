@@ -57,7 +57,7 @@ def bench(
         options += _options(json=output, random_tokens=random_tokens)
         command = ["-m", "keel_megatron", "bench", str(config), *settings, *options]
         sys.exit(launch(processes, command))
-    from keel_megatron.studies.step_bench import run_bench
+    from keel_megatron.bench.step_bench import run_bench
 
     result = run_bench(
         config,

@@ -23,8 +23,8 @@ def depth(
     ] = None,
 ) -> None:
     """Show what every depth of a run was like: a table, and pictures over depth and steps."""
-    from keel_megatron.tracking.depth import not_noted, read_profiles
-    from keel_megatron.tracking.depth_table import draw, select, table
+    from keel_megatron.depth.profile import not_noted, read_profiles
+    from keel_megatron.depth.table import draw, select, table
 
     profiles = read_profiles(run)
     shown = select(profiles, quantity, step)

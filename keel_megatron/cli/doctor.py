@@ -12,9 +12,9 @@ import typer
 from keel_megatron.cli.arguments import Overrides
 
 if TYPE_CHECKING:
+    from keel_megatron.cluster.doctor import Finding
     from keel_megatron.config.run import RunConfig
     from keel_megatron.runtime.device import Launch
-    from keel_megatron.runtime.doctor import Finding
 
 
 def doctor(
@@ -60,7 +60,7 @@ def _on_this_machine(config: Path | None, overrides: tuple[str, ...], processes:
 
 
 def _show(run: RunConfig | None) -> None:
-    from keel_megatron.runtime import doctor
+    from keel_megatron.cluster import doctor
 
     print(doctor.describe_machine())
     found, used = doctor.find(), [*doctor.used(run), *_kernels(run)]
@@ -75,9 +75,9 @@ def _show(run: RunConfig | None) -> None:
 
 
 def _kernels(run: RunConfig | None) -> list[Finding]:
+    from keel_megatron.cluster.doctor import Finding, device_type
     from keel_megatron.config.errors import UserError
     from keel_megatron.model.backend import choose_backend, describe_adam, describe_backend
-    from keel_megatron.runtime.doctor import Finding, device_type
 
     device = device_type(run)
     asked = "auto" if run is None else run.kernels.backend
@@ -91,7 +91,7 @@ def _kernels(run: RunConfig | None) -> list[Finding]:
 
 
 def _preflight(run: RunConfig, launch: Launch) -> None:
-    from keel_megatron.runtime import doctor, preflight
+    from keel_megatron.cluster import doctor, preflight
     from keel_megatron.runtime.distributed import start
 
     with start(run.parallel, run.training, launch, doctor.facts(run)) as runtime:

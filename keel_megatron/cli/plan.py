@@ -12,8 +12,8 @@ from keel_megatron.cli.arguments import ConfigPath, Overrides
 
 if TYPE_CHECKING:
     from keel_megatron.config.run import RunConfig
-    from keel_megatron.partition.devices import Device
-    from keel_megatron.partition.plan import Plan
+    from keel_megatron.layout.devices import Device
+    from keel_megatron.planner.plan import Plan
 
 
 def plan(
@@ -68,7 +68,7 @@ def _device(name: str, figures: list[str]) -> Device:
         UserError: a name or number is not right.
     """
     from keel_megatron.config.errors import UserError
-    from keel_megatron.partition.devices import DEVICES, device_named
+    from keel_megatron.layout.devices import DEVICES, device_named
 
     given: dict[str, float | int] = {}
     for text in figures:
@@ -93,13 +93,13 @@ def _plan(
     measure: bool,
     more_gpus: bool,
 ) -> None:
-    from keel_megatron.partition.advice import smallest_change
-    from keel_megatron.partition.plan import make_plan
-    from keel_megatron.partition.report import describe, describe_change
+    from keel_megatron.planner.advice import smallest_change
+    from keel_megatron.planner.plan import make_plan
+    from keel_megatron.planner.report import describe, describe_change
 
     measured = None
     if measure:
-        from keel_megatron.training.measure import measure_pieces
+        from keel_megatron.planner.measure import measure_pieces
 
         measured = measure_pieces(run)
     made = make_plan(run, gpus, device, measured)
@@ -124,8 +124,8 @@ def _draw(made: Plan, out: Path) -> None:
         UserError: the file cannot be written.
     """
     from keel_megatron.config.errors import UserError
-    from keel_megatron.partition.plot import plot_schedule
-    from keel_megatron.partition.report import layout_words, seconds
+    from keel_megatron.planner.plot import plot_schedule
+    from keel_megatron.planner.report import layout_words, seconds
 
     model = made.config.model
     try:
@@ -151,8 +151,8 @@ def _search(
     device: Device,
     as_json: bool,
 ) -> None:
-    from keel_megatron.partition.report import describe_search, search_object
-    from keel_megatron.partition.search import search
+    from keel_megatron.planner.report import describe_search, search_object
+    from keel_megatron.planner.search import search
 
     found = search(run, gpus, device)
     if as_json:

@@ -29,7 +29,7 @@ def runs(
         return
     from rich.console import Console
 
-    from keel_megatron.dashboard.table import runs_table
+    from keel_megatron.dashboard.runs_table import runs_table
 
     console = Console(file=trusted(sys.stdout), highlight=False, soft_wrap=False)
     console.print(runs_table(found))

@@ -30,7 +30,7 @@ def sync(
     ] = None,
 ) -> None:
     """Deliver what a crash, or a server that was down, left in a run's folder."""
-    from keel_megatron.tracking.sync import sync
+    from keel_megatron.mlflow_delivery.sync import sync
 
     for line in sync(run, to or ()):
         print(line)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from keel_megatron.tracking.overwrite import HIDE_DEFAULT
+from keel_megatron.mlflow_delivery.overwrite import HIDE_DEFAULT
 
 TRAINING_PAGES = "?workflowType=machine_learning"
 """MLflow's pages for training rather than for language model applications."""

@@ -37,7 +37,7 @@ State = Literal[
 ]
 
 VERDICTS = "hangs/*/verdict.txt"
-"""What runtime/watchdog.py leaves; not imported from there, where torch comes along."""
+"""What cluster/watchdog.py leaves; not imported from there, where torch comes along."""
 
 _TAIL_BYTES = 1 << 16
 _IMPLAUSIBLE = 10**15

@@ -18,8 +18,8 @@ from keel_megatron.config.errors import UserError
 from keel_megatron.dashboard.folders import find_runs, saved_settings
 from keel_megatron.dashboard.merge import LARGEST, TRAINING_PAGES, MergedStore, database_bytes
 from keel_megatron.dashboard.server import Server, listen, require_mlflow_server
-from keel_megatron.tracking.run_file import original_of
-from keel_megatron.tracking.sqlite_uri import sqlite_file
+from keel_megatron.mlflow_delivery.run_file import original_of
+from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_file
 from keel_megatron.urls import without_credentials
 
 REFRESH_SECONDS = 5.0

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from keel_megatron.dashboard.artifacts import ArtifactFolders
 from keel_megatron.dashboard.gate import Gate
-from keel_megatron.tracking.sqlite_uri import sqlite_uri
+from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_uri
 
 _REMOVALS = 5
 _GOODBYE_SECONDS = 1

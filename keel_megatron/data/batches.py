@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keel_megatron.config.errors import UserError
+from keel_megatron.config.run import RunConfig
 
 _HEAD = struct.Struct("<9sQBQQ")
 """Of an index: its mark, version, type of the tokens, and how many sequences and documents."""
@@ -232,3 +233,12 @@ def collate(sequences: list[Tensor]) -> Batch:
         loss_mask=torch.ones(tokens.shape),
         position_ids=torch.arange(tokens.shape[1]).repeat(len(tokens), 1),
     )
+
+
+def random_batch(config: RunConfig, number: int = 0) -> Batch:
+    """A micro-batch of tokens drawn at random, the same for the same seed and number."""
+    shape = (config.training.micro_batch_size, config.data.seq_length)
+    generator = torch.Generator().manual_seed(config.training.seed + number)
+    rows = torch.randint(0, config.data.vocab_size, (2, *shape), generator=generator)
+    positions = torch.arange(shape[1]).expand(shape).contiguous()
+    return Batch(rows[0], rows[1], torch.ones(shape), positions)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
+from keel_megatron.architecture.parameters import parameter_count
 from keel_megatron.checkpoint.identity import saved_config
 from keel_megatron.config.run import RunConfig
-from keel_megatron.partition.flops import parameter_count
+from keel_megatron.mlflow_delivery.sync import add_file
 from keel_megatron.runtime.files import write_whole
-from keel_megatron.tracking.sync import add_file
 
 SAMPLE_TOKENS = 64
 _HEADROOM = 1.3

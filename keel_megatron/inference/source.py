@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import nn
 
 from keel_megatron.checkpoint import folder, state
-from keel_megatron.checkpoint.find import Found, checked, newest_good
 from keel_megatron.checkpoint.identity import saved_config
 from keel_megatron.checkpoint.manifest import CONFIG, MANIFEST, TOKENIZER
+from keel_megatron.checkpoint.resume import Found, checked, newest_good
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import load_config
 from keel_megatron.config.parallel import ParallelConfig

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keel_megatron.architecture.residual import Inner, Reader, SubLayer
+from keel_megatron.compat import compile_cache
 from keel_megatron.config.errors import UserError
 from keel_megatron.kernels import reference, triton_is_installed
 from keel_megatron.model.attention import causal_attention
 from keel_megatron.model.join import COLUMNS, join
 from keel_megatron.model.layer import KeelLayer
 from keel_megatron.model.rotary import apply_rotary
-from keel_megatron.runtime import compile_cache
 
 KINDS = 32
 """Structures of blocks, with and without gradients, that are compiled at most."""

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keel_megatron.config.run import RunConfig
+from keel_megatron.layout.chunks import Layout
+from keel_megatron.layout.stages import Partition, own_partition
 from keel_megatron.model.backend import choose_backend
 from keel_megatron.model.head import OutputLayer
 from keel_megatron.model.initialization import initialize
@@ -18,8 +20,6 @@ from keel_megatron.model.layer import link
 from keel_megatron.model.norm import stream_dtype
 from keel_megatron.model.rotary import RotaryTable
 from keel_megatron.model.specs import chunk_spec
-from keel_megatron.partition.layout import Layout
-from keel_megatron.partition.stages import Partition, own_partition
 from keel_megatron.runtime.distributed import Runtime
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -7,18 +7,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from keel_megatron.checkpoint.find import Found
 from keel_megatron.checkpoint.folder import step_of
+from keel_megatron.checkpoint.json_codec import from_json
 from keel_megatron.checkpoint.manifest import CONFIG
-from keel_megatron.checkpoint.plain import from_json
+from keel_megatron.checkpoint.resume import Found
 from keel_megatron.config.load import flatten, load_config
 from keel_megatron.config.run import RunConfig
-from keel_megatron.tracking.changes import Change, differences
-from keel_megatron.tracking.run_file import RunFile, take_run_file
-from keel_megatron.tracking.target import remember_run_id, remembered_run_id
-from keel_megatron.tracking.tracker import Tracker
+from keel_megatron.mlflow_delivery.changes import Change, differences
+from keel_megatron.mlflow_delivery.run_file import RunFile, take_run_file
+from keel_megatron.mlflow_delivery.target import remember_run_id, remembered_run_id
+from keel_megatron.mlflow_delivery.tracker import Tracker
+from keel_megatron.training.learning_rate import learning_rate
 from keel_megatron.training.loop import MLFLOW_RUN_ID
-from keel_megatron.training.schedule import learning_rate
 
 RUN, CHANGES = "run", "changes"
 """Names of the run's identity and of its changed settings among a checkpoint's extras."""

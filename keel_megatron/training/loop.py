@@ -13,26 +13,26 @@ from typing import Any, Protocol
 
 import torch
 
+from keel_megatron.architecture.flops import training_flops_per_token
 from keel_megatron.checkpoint import folder, state
-from keel_megatron.checkpoint.find import newest_good
+from keel_megatron.checkpoint.resume import newest_good
 from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.checkpoint.state import Position
+from keel_megatron.cluster.watchdog import Watchdog
 from keel_megatron.config.errors import DivergedError, UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch, BatchSource
+from keel_megatron.depth.collector import DepthCollector
+from keel_megatron.engines.base import Engine, StepResult
+from keel_megatron.mlflow_delivery.target import remembered_run_id
+from keel_megatron.mlflow_delivery.tracker import Tracker
 from keel_megatron.model.compiled import compile_report
-from keel_megatron.partition.flops import training_flops_per_token
 from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.distributed import Runtime
-from keel_megatron.runtime.watchdog import Watchdog
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
-from keel_megatron.tracking.target import remembered_run_id
-from keel_megatron.tracking.tracker import Tracker
-from keel_megatron.training import locate
-from keel_megatron.training.depth import DepthCollector
-from keel_megatron.training.engine import Engine, StepResult
+from keel_megatron.training import diagnose
 from keel_megatron.training.guard import Finding, Guard
-from keel_megatron.training.schedule import learning_rate
+from keel_megatron.training.learning_rate import learning_rate
 from keel_megatron.training.stop import StopRequest
 
 BeforeStep = Callable[[Position, Engine], None]
@@ -182,7 +182,7 @@ class Loop:
                 self.guard.taken(result.loss, result.grad_norm)
                 return True
             findings.append(finding)
-            self._report(step, finding, locate.describe(self.engine, batches, result.loss))
+            self._report(step, finding, diagnose.describe(self.engine, batches, result.loss))
             self.guard.note(step, finding)
             return self.guard.makes_update(finding)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from keel_megatron.checkpoint.find import Found
+from keel_megatron.architecture.parameters import parameter_count
+from keel_megatron.checkpoint.resume import Found
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import (
     Batch,
@@ -15,14 +16,13 @@ from keel_megatron.data.batches import (
     validation_batches,
 )
 from keel_megatron.data.prepare import PreparedData, prepare
+from keel_megatron.engines.base import Engine
+from keel_megatron.engines.build import build_engine
+from keel_megatron.layout.stage_table import stage_table
+from keel_megatron.layout.stages import Partition, own_partition, require_fit
+from keel_megatron.mlflow_delivery.tracker import check_records
 from keel_megatron.model.language_model import build_model
-from keel_megatron.partition.flops import parameter_count
-from keel_megatron.partition.stages import Partition, own_partition, require_fit
-from keel_megatron.partition.table import stage_table
 from keel_megatron.runtime.distributed import Runtime
-from keel_megatron.tracking.tracker import check_records
-from keel_megatron.training.engine import Engine
-from keel_megatron.training.engines import build_engine
 
 Say = Callable[[str], None]
 

@@ -14,27 +14,28 @@ from pathlib import Path
 import torch
 
 from keel_megatron.checkpoint import folder, state
-from keel_megatron.checkpoint.find import Found, newest_good
 from keel_megatron.checkpoint.identity import check_folder, check_identity, claim
 from keel_megatron.checkpoint.manifest import CONFIG
+from keel_megatron.checkpoint.resume import Found, newest_good
 from keel_megatron.checkpoint.saver import Saver
+from keel_megatron.cluster import doctor, preflight
+from keel_megatron.cluster.watchdog import Watchdog
 from keel_megatron.config.errors import DivergedError, UserError
 from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.prepare import TOKENIZER, PreparedData, keep_tokenizer
-from keel_megatron.partition.table import write_stages
-from keel_megatron.runtime import doctor, exit_codes, ownership, preflight
+from keel_megatron.layout.stage_table import write_stages
+from keel_megatron.mlflow_delivery.system import measured_machine
+from keel_megatron.mlflow_delivery.tags import code_tags, place_tags
+from keel_megatron.mlflow_delivery.tracker import Tracker, open_progress, open_tracker, where
+from keel_megatron.runtime import exit_codes, ownership
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.runtime.ownership import Ownership
 from keel_megatron.runtime.parent import end_with_launcher
 from keel_megatron.runtime.rendezvous import CollectiveTimeoutError
-from keel_megatron.runtime.watchdog import Watchdog
-from keel_megatron.tracking.plot import plot_loss
+from keel_megatron.tracking.loss_plot import plot_loss
 from keel_megatron.tracking.progress import Progress
-from keel_megatron.tracking.system import measured_machine
-from keel_megatron.tracking.tags import code_tags, place_tags
-from keel_megatron.tracking.tracker import Tracker, open_progress, open_tracker, where
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.lineage import Lineage, accept
 from keel_megatron.training.loop import BeforeStep, Loop

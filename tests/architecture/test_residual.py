@@ -12,18 +12,19 @@ import pydantic
 import pytest
 import torch
 
+from keel_megatron.architecture.flops import training_flops_per_token
+from keel_megatron.architecture.parameters import COUNTS, parameter_count
 from keel_megatron.architecture.residual import RULES, Reader, SubLayer
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.schema import json_schema
+from keel_megatron.depth.collector import PROFILE
+from keel_megatron.layout.block_costs import COSTS, typical_rows
+from keel_megatron.layout.devices import device_named
 from keel_megatron.model.compiled import COMPILED
 from keel_megatron.model.layer import BLOCKS
-from keel_megatron.partition.block import COSTS, typical_rows
-from keel_megatron.partition.devices import device_named
-from keel_megatron.partition.flops import COUNTS, parameter_count, training_flops_per_token
-from keel_megatron.partition.plan import make_plan
-from keel_megatron.partition.report import describe
+from keel_megatron.planner.plan import make_plan
+from keel_megatron.planner.report import describe
 from keel_megatron.studies.gradient_flow import ANALYSIS
-from keel_megatron.training.depth import PROFILE
 from tests.architecture.rules import GATED, HALF, added_rules
 from tests.distributed import run_ranks
 from tests.settings import settings, small_config

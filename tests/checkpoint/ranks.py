@@ -18,18 +18,18 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from keel_megatron.checkpoint import manifest
-from keel_megatron.checkpoint.find import newest_good
+from keel_megatron.checkpoint.resume import newest_good
 from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.checkpoint.state import Position
+from keel_megatron.cluster.watchdog import Watchdog
 from keel_megatron.config import UserError
 from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
+from keel_megatron.engines.megatron.engine import MegatronEngine
+from keel_megatron.mlflow_delivery.tracker import NullTracker
 from keel_megatron.runtime.distributed import Runtime, start
-from keel_megatron.runtime.watchdog import Watchdog
 from keel_megatron.tracking.records import CheckpointRecord, Record, StepRecord
-from keel_megatron.tracking.tracker import NullTracker
-from keel_megatron.training.engine import MegatronEngine
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.loop import Loop
 from keel_megatron.training.stop import StopRequest
@@ -240,8 +240,8 @@ def run_and_die(sections: Sections) -> None:
 
 def run(sections: Sections) -> Ran:
     """Train a run to its end, going on from its newest good checkpoint."""
+    from keel_megatron.engines.build import build_engine
     from keel_megatron.model.language_model import build_model
-    from keel_megatron.training.engines import build_engine
 
     config = RunConfig.model_validate(sections)
     with start(config.parallel, config.training) as runtime:

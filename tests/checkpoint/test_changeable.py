@@ -22,10 +22,10 @@ from keel_megatron.checkpoint import folder
 from keel_megatron.checkpoint.identity import CHANGEABLE
 from keel_megatron.config.run import RunConfig
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
-from keel_megatron.training.schedule import learning_rate
+from keel_megatron.training.learning_rate import learning_rate
 from tests.checkpoint.ranks import Ran, full_at, poison, run_in_turn
+from tests.engines.deepspeed_ranks import needs_deepspeed
 from tests.settings import settings
-from tests.training.deepspeed_ranks import needs_deepspeed
 
 SAVED, STEPS = 12, 16
 ENGINES = ["megatron", *(["deepspeed"] if importlib.util.find_spec("deepspeed") else [])]

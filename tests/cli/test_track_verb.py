@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from keel_megatron.tracking.spool import EVENTS, SpoolWriter
-from keel_megatron.tracking.target import Target
+from keel_megatron.mlflow_delivery.outbox import EVENTS, SpoolWriter
+from keel_megatron.mlflow_delivery.target import Target
 from tests.integration.commands import keel
 from tests.tracking.samples import config
 

@@ -11,8 +11,8 @@ import pytest
 
 from keel_megatron.dashboard import merge
 from keel_megatron.dashboard.merge import MergedStore
-from keel_megatron.tracking.mlflow_run import MlflowRun, Point
-from keel_megatron.tracking.target import Target
+from keel_megatron.mlflow_delivery.mlflow_run import MlflowRun, Point
+from keel_megatron.mlflow_delivery.target import Target
 from tests.tracking.samples import config
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from keel_megatron.config.load import dump_config
-from keel_megatron.tracking.mlflow_run import MlflowRun, Point
-from keel_megatron.tracking.target import Target
+from keel_megatron.mlflow_delivery.mlflow_run import MlflowRun, Point
+from keel_megatron.mlflow_delivery.target import Target
 from tests.integration.commands import environment
 from tests.tracking.samples import config
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.engines.deepspeed_ranks import needs_deepspeed, zero
 from tests.integration.commands import keel, write_config
-from tests.training.deepspeed_ranks import needs_deepspeed, zero
 
 pytestmark = needs_deepspeed
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from keel_megatron.checkpoint import folder
+from keel_megatron.mlflow_delivery.outbox import SpoolReader
 from keel_megatron.tracking.metrics import read_metrics
-from keel_megatron.tracking.spool import SpoolReader
 from tests.integration.commands import environment, write_config
 
 # From before step 3 until before step 9 nothing can be added to any file.

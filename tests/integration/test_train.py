@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from keel_megatron.architecture.parameters import parameter_count
 from keel_megatron.checkpoint import folder
 from keel_megatron.config import load_config
-from keel_megatron.partition.flops import parameter_count
 from keel_megatron.tracking.metrics import read_metrics
 from tests.hosts import await_that
 from tests.integration.commands import environment, keel, write_config

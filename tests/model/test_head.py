@@ -25,9 +25,9 @@ CASES: list[dict[str, Any]] = [
 def gradients(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For every case summed gradients of two micro-batches, ours and torch's from the logits."""
     from keel_megatron.config.run import RunConfig
+    from keel_megatron.engines.megatron.optimizer import wrap_data_parallel
     from keel_megatron.model.language_model import build_model
     from keel_megatron.runtime.distributed import start
-    from keel_megatron.training.optimizer import wrap_data_parallel
     from tests.memory import Watch
     from tests.training.ranks import made_up_batches
 

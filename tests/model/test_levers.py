@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from keel_megatron.architecture.residual import RULES
+from keel_megatron.compat import compile_cache
 from keel_megatron.config.checks import problems
 from keel_megatron.config.errors import UserError
 from keel_megatron.model import compiled
-from keel_megatron.runtime import compile_cache
 from tests.distributed import run_ranks
+from tests.engines.deepspeed_ranks import needs_deepspeed
 from tests.settings import settings, small_config
-from tests.training.deepspeed_ranks import needs_deepspeed
 from tests.training.ranks import made_up_batches, observed_steps, train_steps
 
 STEPS = 3
@@ -176,8 +176,8 @@ def test_a_compiler_that_fails_is_one_message() -> None:
 
 def graphed_and_plain(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Observed steps with blocks recorded by a stand-in for CUDA's recorder, and without."""
+    from keel_megatron.engines import build
     from keel_megatron.model import graphs
-    from keel_megatron.training import engines
 
     recorded = []
 
@@ -189,7 +189,7 @@ def graphed_and_plain(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
         graphs.record_blocks(chunks, torch.device("cuda"))
 
     torch.cuda.make_graphed_callables = record
-    engines.record_blocks = on_any_device
+    build.record_blocks = on_any_device
     found: dict[str, Any] = {}
     for switch in (True, False):
         sections["kernels"] = {"cuda_graphs": switch}

@@ -16,8 +16,8 @@ def train_both() -> list[dict[str, float]]:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
+    from keel_megatron.layout.stages import own_partition
     from keel_megatron.model.language_model import build_model, transformer_config
-    from keel_megatron.partition.stages import own_partition
     from keel_megatron.runtime.distributed import start
     from tests.training.ranks import made_up_batches
 

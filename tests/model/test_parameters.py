@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from keel_megatron.architecture.parameters import parameter_count
 from keel_megatron.architecture.residual import RULES
 from keel_megatron.config.run import RunConfig
-from keel_megatron.partition.flops import parameter_count
 from tests.distributed import run_ranks
 from tests.settings import settings
 

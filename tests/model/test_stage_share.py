@@ -13,9 +13,9 @@ PIPELINE = {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}
 
 def refusals() -> list[str]:
     """What building says when the layout loses a block, and when Megatron-core builds another."""
+    from keel_megatron.layout.chunks import from_counts
+    from keel_megatron.layout.stages import own_partition
     from keel_megatron.model import language_model
-    from keel_megatron.partition.layout import from_counts
-    from keel_megatron.partition.stages import own_partition
     from keel_megatron.runtime.distributed import start
 
     config = small_config(**PIPELINE)

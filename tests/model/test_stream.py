@@ -59,9 +59,9 @@ FAULTS: dict[str, tuple[int, Callable[[], bool]] | None] = {
 
 def record(fault: str) -> Seen:
     """One training step on this rank, under a fault; what its sub-layers saw."""
+    from keel_megatron.engines.megatron.engine import MegatronEngine
     from keel_megatron.model.language_model import build_model
     from keel_megatron.runtime.distributed import start
-    from keel_megatron.training.engine import MegatronEngine
 
     seen: Seen = {}
     config = RunConfig.model_validate(SECTIONS)

@@ -163,7 +163,7 @@ def test_torch_itself_is_left_alone_on_a_cpu() -> None:
     probe = """
 import torch
 before = torch.cuda.current_device, torch.zeros
-from keel_megatron.runtime import cpu
+from keel_megatron.compat import cpu
 cpu.install(); cpu.install()
 assert (torch.cuda.current_device, torch.zeros) == before
 from megatron.core.optimizer import clip_grads

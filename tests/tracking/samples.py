@@ -8,8 +8,8 @@ from typing import Any
 from mlflow import MlflowClient
 
 from keel_megatron.config.run import RunConfig
+from keel_megatron.mlflow_delivery.target import tracking_uri
 from keel_megatron.tracking.records import StepRecord
-from keel_megatron.tracking.target import tracking_uri
 from tests.settings import small_config
 
 

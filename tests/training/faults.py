@@ -13,15 +13,16 @@ import yaml
 from keel_megatron.checkpoint.state import Position
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.prepare import prepare
+from keel_megatron.engines.base import Engine, StepResult
+from keel_megatron.engines.build import build_engine
+from keel_megatron.engines.megatron.engine import MegatronEngine
+from keel_megatron.engines.megatron.optimizer import set_learning_rate
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.tracking.metrics import read_metrics
-from keel_megatron.training import locate, run
-from keel_megatron.training.engine import Engine, MegatronEngine, StepResult
-from keel_megatron.training.engines import build_engine
-from keel_megatron.training.optimizer import set_learning_rate
+from keel_megatron.training import diagnose, run
+from keel_megatron.training.learning_rate import learning_rate
 from keel_megatron.training.ready import open_data
-from keel_megatron.training.schedule import learning_rate
 from tests.training.ranks import made_up_batches
 
 RATE = 1e-3
@@ -48,7 +49,7 @@ def try_engine(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     norms: list[list[float]] = []
 
     def refuse(_result: StepResult) -> bool:
-        norms.append(locate.gradient_norms(engine, config.model.blocks + 2))
+        norms.append(diagnose.gradient_norms(engine, config.model.blocks + 2))
         return False
 
     refused = engine.train_step(batches[1], len(batches[1]), 1e6 * RATE, refuse)
@@ -108,7 +109,7 @@ def where(engine: MegatronEngine, batches: list[Any], fault: str) -> str:
     undo = [make(fault, weight) for weight in weights if engine.runtime.data_rank == 0]
 
     def ask(result: StepResult) -> bool:
-        said.append(locate.describe(engine, batches, result.loss))
+        said.append(diagnose.describe(engine, batches, result.loss))
         return False
 
     engine.train_step(batches, len(batches), RATE, ask)

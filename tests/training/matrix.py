@@ -17,7 +17,7 @@ TP2_SP_PP2_VPP2: dict[str, Any] = {
     "parallel__pipeline": 2,
     "parallel__virtual_pipeline": 2,
 }
-# Stage 0 does not fit without recomputing some of its blocks (tests/partition/test_stages.py).
+# Stage 0 does not fit without recomputing some of its blocks (tests/layout/test_stages.py).
 AUTO_RECOMPUTE: dict[str, Any] = {
     "parallel__pipeline": 2,
     "parallel__virtual_pipeline": 2,

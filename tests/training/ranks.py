@@ -41,8 +41,8 @@ def train_all(runs: list[dict[str, dict[str, Any]]], steps: int) -> list[list[tu
 
 def train_steps(sections: dict[str, dict[str, Any]], steps: int) -> list[tuple[float, float]]:
     """Losses and gradient norms of some steps, then the validation loss twice."""
+    from keel_megatron.engines.build import build_engine
     from keel_megatron.model.language_model import build_model
-    from keel_megatron.training.engines import build_engine
 
     config = RunConfig.model_validate(sections)
     with start(config.parallel, config.training) as runtime:
@@ -59,10 +59,10 @@ def train_steps(sections: dict[str, dict[str, Any]], steps: int) -> list[tuple[f
 
 def observed_steps(sections: dict[str, dict[str, Any]], steps: int) -> list[tuple[float, float]]:
     """Losses and gradient norms of steps of which the 1st and 4th are observed; a validation."""
+    from keel_megatron.depth.collector import DepthCollector
+    from keel_megatron.engines.build import build_engine
     from keel_megatron.model.language_model import build_model
     from keel_megatron.runtime.distributed import start
-    from keel_megatron.training.depth import DepthCollector
-    from keel_megatron.training.engines import build_engine
 
     config = RunConfig.model_validate(sections)
     with start(config.parallel, config.training) as runtime:

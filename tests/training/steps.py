@@ -47,9 +47,9 @@ def device_step(
     sections: dict[str, dict[str, Any]], weights: Tensors, device: str
 ) -> tuple[float, Tensors, Tensors]:
     """The same on a device in the configured precision, and the weights after an optimizer step."""
+    from keel_megatron.engines.megatron.engine import MegatronEngine
     from keel_megatron.model.language_model import build_model
     from keel_megatron.runtime.distributed import start
-    from keel_megatron.training.engine import MegatronEngine
 
     config = RunConfig.model_validate(_with(sections, "training", device=device))
     with start(config.parallel, config.training) as runtime:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from keel_megatron.partition.devices import DEVICES
-from keel_megatron.partition.stages import partition
+from keel_megatron.layout.devices import DEVICES
+from keel_megatron.layout.stages import partition
 from tests.settings import small_config
 from tests.training.matrix import Found, deviation, trained
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from keel_megatron.checkpoint.find import Found
-from keel_megatron.checkpoint.plain import from_json, to_json
+from keel_megatron.checkpoint.json_codec import from_json, to_json
+from keel_megatron.checkpoint.resume import Found
 from keel_megatron.config import RunConfig, dump_config
-from keel_megatron.tracking.target import remembered_run_id
+from keel_megatron.mlflow_delivery.target import remembered_run_id
 from keel_megatron.training.lineage import Lineage, accept, learning_rate_lines
 from tests.settings import small_config
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from keel_megatron.checkpoint.find import Found
+from keel_megatron.checkpoint.resume import Found
 from keel_megatron.runtime import exit_codes
 from keel_megatron.training import run
 from tests.settings import small_config

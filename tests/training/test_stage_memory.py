@@ -22,10 +22,10 @@ CASES: list[dict[str, Any]] = [
 def held(cases: list[dict[str, Any]]) -> list[list[tuple[int, int]]]:
     """(held, predicted) bytes of parameters, gradients and optimizer state on this rank."""
     from keel_megatron.config.run import RunConfig
+    from keel_megatron.engines.megatron.engine import MegatronEngine
+    from keel_megatron.layout.stages import own_partition
     from keel_megatron.model.language_model import build_model
-    from keel_megatron.partition.stages import own_partition
     from keel_megatron.runtime.distributed import start
-    from keel_megatron.training.engine import MegatronEngine
 
     found = []
     for case in cases:

@@ -1,4 +1,4 @@
-"""What the CPU's adaptation of Megatron-core (runtime/cpu.py) costs in a training step.
+"""What the CPU's adaptation of Megatron-core (compat/cpu.py) costs in a training step.
 
 python tools/bench/cpu_layer.py                  # 32 sub-layers, hidden 256
 python tools/bench/cpu_layer.py --shape deep     # 1024, hidden 64
@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from keel_megatron.runtime import cpu
+from keel_megatron.compat import cpu
 from tools.bench.peer_worker import FOR_LIFE, Shape, ours
 from tools.bench.peers import SHAPES
 

@@ -6,7 +6,7 @@ torchrun --nproc-per-node 2 tools/bench/depth.py ...   # at a parallel layout
 Prints, of the demo or of another configuration, the ratio of the two kinds of step (the median over
 pairs), and from it the share of training time at `tracking.depth_every`. A profile's writing and
 its summary for MLflow are in it, its pictures are not: drawn while a run goes on they take at most
-0.2 % (tracking/depth_log.py).
+0.2 % (depth/log.py).
 Processor time is told besides, which others on the machine disturb less than the clock on the wall.
 """
 
@@ -24,12 +24,12 @@ import torch
 from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
+from keel_megatron.depth.collector import DepthCollector
+from keel_megatron.depth.log import DepthLog
+from keel_megatron.engines.megatron.engine import MegatronEngine
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
-from keel_megatron.tracking.depth_log import DepthLog
-from keel_megatron.training.depth import DepthCollector
-from keel_megatron.training.engine import MegatronEngine
 
 DEMO = Path(__file__).resolve().parents[2] / "yaml" / "demo.yaml"
 

@@ -30,8 +30,8 @@ from gpu_table import page
 
 from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
-from keel_megatron.partition.devices import Device, device_named
-from keel_megatron.partition.plan import make_plan
+from keel_megatron.layout.devices import Device, device_named
+from keel_megatron.planner.plan import make_plan
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "docs" / "benchmarks"

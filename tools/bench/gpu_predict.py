@@ -1,6 +1,6 @@
 """The speed levers that are measured on one GPU, and what `keel plan` expects of each.
 
-There is no model of time here: a lever's step is the plan of its settings (partition/times.py).
+There is no model of time here: a lever's step is the plan of its settings (layout/times.py).
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from keel_megatron.config.run import RunConfig
-from keel_megatron.partition.devices import Device
-from keel_megatron.partition.plan import Plan, make_plan
-from keel_megatron.partition.times import GRAPH_GAP, time_parts
+from keel_megatron.layout.devices import Device
+from keel_megatron.layout.times import GRAPH_GAP, time_parts
+from keel_megatron.planner.plan import Plan, make_plan
 
 
 def assumptions(device: Device) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from keel_megatron.config.model import ModelConfig
-from keel_megatron.partition import launches
-from keel_megatron.partition.block import typical_rows
+from keel_megatron.layout import kernel_counts
+from keel_megatron.layout.block_costs import typical_rows
 
 MODEL: dict[str, int] = {
     "blocks": 4,
@@ -19,8 +19,8 @@ MODEL: dict[str, int] = {
 HEAD = """# The speed levers on one GPU
 
 Written by `make bench-gpu` (`tools/bench/gpu.py`); `--predict` writes it without a GPU. What is
-expected is what `keel plan` says of the same run (`partition/times.py`) on one {gpu}, whose rates
-are rules of thumb (`partition/devices.py`): {assumptions}.
+expected is what `keel plan` says of the same run (`layout/times.py`) on one {gpu}, whose rates
+are rules of thumb (`layout/devices.py`): {assumptions}.
 {state}
 """
 SHAPE = """## {sub_layers} sub-layers in {blocks} blocks
@@ -109,7 +109,7 @@ def _where(part: dict[str, Any]) -> list[str]:
     lines += [
         "",
         f"It may be {low * 1e3:.0f} to {high * 1e3:.0f} ms (MFU {flops / high:.0%} to "
-        f"{flops / low:.0%}): `partition/times.py` says why.",
+        f"{flops / low:.0%}): `layout/times.py` says why.",
     ]
     if "parts" in found:
         shown = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in found["parts"].items())
@@ -121,11 +121,11 @@ def _kernels(parts: dict[str, Any]) -> list[str]:
     """What a block launches."""
     lines = ["## Kernels of a block", "", "| part | forward | backward | |", "|---|-:|-:|---|"]
     rows = typical_rows(ModelConfig(**MODEL))
-    for part in launches.block(rows):
+    for part in kernel_counts.block(rows):
         lines.append(f"| {part.part} | {part.forward} | {part.backward} | {part.what} |")
-    forward, backward = launches.total(launches.block(rows))
+    forward, backward = kernel_counts.total(kernel_counts.block(rows))
     lines.append(f"| all | {forward} | {backward} | |")
-    forward, backward = launches.total(launches.block(rows, compiled=True))
+    forward, backward = kernel_counts.total(kernel_counts.block(rows, compiled=True))
     lines.append(f"| all, compiled | {forward} | {backward} | |")
     counted = [parts[name]["rows"]["base: Keel"].get("measured", {}) for name in PARTS_COUNTED]
     if all("kernels" in found for found in counted):

@@ -19,15 +19,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from keel_megatron import kernels
+from keel_megatron.architecture.flops import training_flops_per_token
+from keel_megatron.bench.timers import PASSES, PartTimers
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import load_config
+from keel_megatron.data.batches import random_batch
+from keel_megatron.engines.build import build_engine
+from keel_megatron.layout.stages import own_partition
 from keel_megatron.model.language_model import build_model
-from keel_megatron.partition.flops import training_flops_per_token
-from keel_megatron.partition.stages import own_partition
 from keel_megatron.runtime.distributed import Runtime, start
-from keel_megatron.training.engines import build_engine
-from keel_megatron.training.measure import random_batch
-from keel_megatron.training.timers import PASSES, PartTimers
 
 
 def count_kernels(step: Any) -> int:

@@ -57,10 +57,10 @@ def ours(shape: Shape, residual: str, *, compiled: bool = False) -> Step:
     sys.path.insert(0, str(ROOT))
     from keel_megatron.config.load import parse_config
     from keel_megatron.data.batches import Batch
+    from keel_megatron.engines.build import build_engine
     from keel_megatron.model.language_model import build_model
     from keel_megatron.runtime.device import Launch
     from keel_megatron.runtime.distributed import start
-    from keel_megatron.training.engines import build_engine
 
     names = ("blocks", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
     settings = {

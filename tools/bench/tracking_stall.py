@@ -123,8 +123,8 @@ def mlflow_server(folder: Path) -> Iterator[int]:
 
 def worker(config: str) -> None:
     """Train, with a clock on every call to the tracker."""
-    from keel_megatron.tracking.mlflow_sink import MlflowSink
-    from keel_megatron.tracking.tracker import Tracker
+    from keel_megatron.mlflow_delivery.sink import MlflowSink
+    from keel_megatron.mlflow_delivery.tracker import Tracker
     from keel_megatron.training.run import run_training
 
     spent = {"tracker": 0.0, "mlflow": 0.0, "end": 0.0}
@@ -206,8 +206,8 @@ def delivered(run: Path, uri: str) -> int:
     """Points of the run's records that MLflow has."""
     from mlflow import MlflowClient
 
+    from keel_megatron.mlflow_delivery.target import remembered_run_id
     from keel_megatron.tracking.metric_names import mlflow_name
-    from keel_megatron.tracking.target import remembered_run_id
 
     run_id = remembered_run_id(run)
     if run_id is None:
@@ -253,7 +253,7 @@ def at_steps(*acts: tuple[int, Callable[[], None]]) -> Callable[[Path], None]:
 
 def run_all(home: Path, steps: int) -> list[tuple[str, Measured]]:
     """Every case in turn."""
-    from keel_megatron.tracking.sync import sync
+    from keel_megatron.mlflow_delivery.sync import sync
 
     with mlflow_server(home) as server_port:
         relay = Relay(server_port)

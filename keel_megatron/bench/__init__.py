@@ -1,0 +1,1 @@
+"""`keel bench`: where the time of a step goes."""

@@ -1,0 +1,112 @@
+"""What `keel bench` prints: medians, spread, parts, and how far from this device's best."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from keel_megatron.bench.step_time import PARTS, Roofline, Samples
+from keel_megatron.layout.costs import model_costs
+from keel_megatron.layout.devices import Device
+from keel_megatron.layout.times import predicted_times
+
+
+def summary(ranks: list[Samples], roofline: Roofline) -> dict[str, Any]:
+    """One configuration's figures, from all ranks' samples.
+
+    Seconds are medians over the steps; of a part, the mean over ranks and the largest rank's.
+    """
+    first, devices = ranks[0], len(ranks)
+    low, middle, high = statistics.quantiles(first.steps, n=4)
+    parts = {part: [statistics.median(one.parts[part]) for one in ranks] for part in PARTS}
+    tflops = first.flops / middle / devices / 1e12
+    ideal = _ideal_seconds(first, roofline, devices)
+    return {
+        "name": first.name,
+        "steps": len(first.steps),
+        "step_seconds": middle,
+        "quartiles": [low, high],
+        "tokens_per_second": first.tokens / middle,
+        "tflops_per_device": tflops,
+        "mfu": tflops / roofline.tflops,
+        "roofline_seconds": ideal,
+        "peak_memory_gb": max(one.peak_memory_gb for one in ranks),
+        "checkpoint_stall_seconds": first.checkpoint_stall,
+        "parts": {
+            part: {"mean": statistics.mean(values), "largest": max(values)}
+            for part, values in parts.items()
+        },
+        "loss": first.losses[-1],
+    }
+
+
+def _ideal_seconds(samples: Samples, roofline: Roofline, devices: int) -> float:
+    """A step at this device's best: products at its largest one's rate, the rest at a copy's.
+
+    No launch, no message, no bubble, no optimizer: what the passes' arithmetic and traffic alone
+    would take, spread evenly over the devices.
+    """
+    config = samples.config
+    device = Device(
+        name="measured",
+        tflops=roofline.tflops,
+        memory_gb=None,
+        reserved_gb=0.0,
+        memory_bandwidth_gb=roofline.bandwidth_gb,
+        intra_node_gb=float("inf"),
+        intra_node_latency_us=0.0,
+        inter_node_gb=float("inf"),
+        inter_node_latency_us=0.0,
+        devices_per_node=devices,
+        matmul_fraction=1.0,
+        attention_fraction=1.0,
+        cudnn_fraction=1.0,
+        fp8_fraction=1.0,
+        bandwidth_fraction=1.0,
+        strided_fraction=1.0,
+        kernel_gap_us=0.0,
+        kernel_launch_us=0.0,
+    )
+    times = predicted_times(model_costs(config), device)
+    sequences = config.training.global_batch_size / config.training.micro_batch_size
+    one = times.embedding.total + times.head.total + config.model.blocks * times.block.total
+    return one * sequences * config.parallel.tensor / devices
+
+
+def report(found: list[dict[str, Any]], roofline: Roofline, where: str) -> list[str]:
+    """Lines for a terminal; several configurations beside the first."""
+    lines = [
+        where,
+        f"roofline here: {roofline.tflops:.3g} TFLOP/s in the largest product, "
+        f"{roofline.bandwidth_gb:.3g} GB/s in the largest copy",
+        "",
+    ]
+    width = max(12, *(len(one["name"]) for one in found)) + 2
+    head = "".join(f"{one['name']:>{width}}" for one in found)
+    lines.append(f"{'':32}{head}")
+
+    def row(title: str, values: list[str]) -> None:
+        lines.append(f"{title:32}" + "".join(f"{value:>{width}}" for value in values))
+
+    row("step, ms (median)", [f"{one['step_seconds'] * 1e3:.1f}" for one in found])
+    quartiles = [[f"{q * 1e3:.1f}" for q in one["quartiles"]] for one in found]
+    row("  quartiles", ["-".join(pair) for pair in quartiles])
+    if len(found) > 1:
+        base = found[0]["step_seconds"]
+        row("  ratio", [f"{one['step_seconds'] / base:.3f}" for one in found])
+    row("tokens/s", [f"{one['tokens_per_second']:,.0f}" for one in found])
+    row("model TFLOP/s a device", [f"{one['tflops_per_device']:.3g}" for one in found])
+    row("MFU (of the largest product)", [f"{one['mfu']:.1%}" for one in found])
+    row("roofline's step, ms", [f"{one['roofline_seconds'] * 1e3:.1f}" for one in found])
+    row("peak memory, GB (worst rank)", [f"{one['peak_memory_gb']:.3f}" for one in found])
+    if any(one["checkpoint_stall_seconds"] is not None for one in found):
+        stalls = [one["checkpoint_stall_seconds"] for one in found]
+        row("checkpoint stall, ms", ["-" if s is None else f"{s * 1e3:.0f}" for s in stalls])
+    lines.append("parts, ms (mean of ranks, share)")
+    for part in PARTS:
+        cells = []
+        for one in found:
+            mean = one["parts"][part]["mean"]
+            cells.append(f"{mean * 1e3:.1f} {mean / one['step_seconds']:4.0%}")
+        row(f"  {part}", cells)
+    return lines

@@ -1,0 +1,271 @@
+"""Time a run's steps part by part, of one configuration or of several in turn."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keel_megatron.architecture.flops import training_flops_per_token
+from keel_megatron.bench.timers import PASSES, PartTimers
+from keel_megatron.checkpoint.saver import Saver
+from keel_megatron.checkpoint.state import Position
+from keel_megatron.config.errors import UserError
+from keel_megatron.config.run import RunConfig
+from keel_megatron.data.batches import Batch, random_batch
+from keel_megatron.data.prepare import PreparedData, prepare
+from keel_megatron.engines.build import build_engine
+from keel_megatron.mlflow_delivery.tracker import Tracker, open_progress, open_tracker
+from keel_megatron.model.language_model import build_model
+from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.tracking.metrics import read_metrics
+from keel_megatron.training.loop import peak_memory_gb, step_record
+from keel_megatron.training.ready import open_data
+
+PARTS = (*PASSES, "optimizer", "data", "logging")
+"""What a step's time is made of; they add up to it."""
+
+
+@dataclass
+class Samples:
+    """Seconds of every timed step of one configuration, on one rank."""
+
+    name: str
+    config: RunConfig
+    steps: list[float] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PARTS})
+    losses: list[float] = field(default_factory=list)
+    peak_memory_gb: float = 0.0
+    checkpoint_stall: float | None = None
+    """Seconds for which one save kept training waiting; None if none was asked for."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, all replicas together."""
+        return self.config.training.global_batch_size * self.config.data.seq_length
+
+    @property
+    def flops(self) -> float:
+        """Model FLOPs of a step, all devices together (architecture/flops.py has the formula)."""
+        config = self.config
+        return self.tokens * training_flops_per_token(
+            config.model, config.data.seq_length, config.data.vocab_size
+        )
+
+
+def time_steps(
+    configs: dict[str, RunConfig],
+    runtime: Runtime,
+    *,
+    warmup: int,
+    steps: int,
+    random_tokens: bool,
+    say: Callable[[str], None],
+    profile: Path | None = None,
+) -> list[Samples]:
+    """Train every configuration, a step of each in turn.
+
+    Nothing of the runs is kept: their folders are temporary. Checkpoints of several nodes need one
+    that all share, so there it lies in `training.runs_dir`.
+
+    Args:
+        configs: by name; of one layout.
+        runtime: this rank's place.
+        warmup: steps of each that are not counted.
+        steps: steps of each that are.
+        random_tokens: draw the tokens in place of reading the run's text.
+        say: told how far it is, on rank 0.
+        profile: where rank 0 writes a torch trace of one further step of the first configuration.
+
+    Raises:
+        UserError: `training.runs_dir` is needed and cannot be written.
+    """
+    with ExitStack() as stack:
+        folder = runtime.from_main(lambda: _temporary(configs, runtime, stack))
+        runs = [
+            stack.enter_context(_Run.opened(name, config, runtime, folder, random_tokens))
+            for name, config in configs.items()
+        ]
+        for number in range(warmup + steps):
+            for run in runs:
+                run.step(counted=number >= warmup)
+            if runtime.is_main:
+                shown = ", ".join(f"{run.samples.name} {run.last * 1e3:.1f} ms" for run in runs)
+                say(f"step {number + 1}/{warmup + steps}: {shown}")
+        if profile is not None:
+            _trace(runs[0], profile)
+        for run in runs:
+            run.save()
+            run.samples.peak_memory_gb = peak_memory_gb(runtime.device)
+        runtime.barrier()  # before the folder goes
+        return [run.samples for run in runs]
+
+
+def _temporary(configs: dict[str, RunConfig], runtime: Runtime, stack: ExitStack) -> Path:
+    """A folder until the end of the stack."""
+    saving = [config for config in configs.values() if config.checkpoint.every]
+    shared = saving[0].training.runs_dir if saving and len(set(runtime.hosts)) > 1 else None
+    try:
+        if shared is not None:
+            shared.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(prefix=".keel-bench-", dir=shared)
+    except OSError as error:
+        raise UserError(
+            f"training.runs_dir: checkpoints of several nodes are written there, and {shared} "
+            f"cannot be written: {error.strerror}; or set checkpoint.every=0"
+        ) from error
+    return Path(stack.enter_context(made)).resolve()
+
+
+class _Run:
+    """One configuration, ready to step."""
+
+    def __init__(
+        self,
+        name: str,
+        config: RunConfig,
+        runtime: Runtime,
+        tracker: Tracker,
+        random_tokens: bool,
+    ) -> None:
+        self.samples = Samples(name, config)
+        self.last = float("nan")
+        self.runtime, self._tracker = runtime, tracker
+        self._timers = PartTimers(runtime.device)
+        self._data: PreparedData | None = None
+        count = config.training.global_batch_size
+        count //= config.training.micro_batch_size * runtime.data_size
+        if random_tokens:
+            drawn = [random_batch(config, seed) for seed in range(count)]
+            self._batches: Callable[[int], list[Batch]] = lambda _consumed: drawn
+        else:
+            self._data = runtime.from_main(lambda: prepare(config, lambda _text: None, None))
+            source, _validation = open_data(config, runtime, self._data)
+            size = config.training.global_batch_size
+            self._batches = lambda consumed: list(source.micro_batches(consumed, size))
+        self._engine = build_engine(config, runtime, build_model(config, runtime))
+        for chunk in self._engine.chunks:
+            megatron_config: Any = chunk.config
+            megatron_config.timers = self._timers
+        self._position = Position()
+
+    @classmethod
+    @contextmanager
+    def opened(
+        cls, name: str, config: RunConfig, runtime: Runtime, folder: Path, random_tokens: bool
+    ) -> Iterator[_Run]:
+        """The run, until the end of the block."""
+        training = config.training.model_copy(update={"runs_dir": folder / f"run-{name}"})
+        # Reporting is part of a step; but a team's server is to hear nothing of a bench.
+        tracking = config.tracking.model_copy(update={"uri": None})
+        config = config.model_copy(update={"training": training, "tracking": tracking})
+        with (
+            Path(os.devnull).open("w") as nowhere,
+            open_tracker(config, runtime.rank, None, open_progress(config, nowhere)) as tracker,
+        ):
+            yield cls(name, config, runtime, tracker, random_tokens)
+
+    def step(self, *, counted: bool) -> None:
+        """Take one step; keep its times if it counts."""
+        config, position = self.samples.config, self._position
+        rate = config.optimizer.learning_rate
+        self.runtime.barrier()
+        self._timers.take()
+        begin = self._now()
+        batches = self._batches(position.consumed_samples)
+        read = self._now()
+        result = self._engine.train_step(batches, len(batches), rate)
+        trained = self._now()
+        batch_size = config.training.global_batch_size
+        self._position = Position(position.step + 1, position.consumed_samples + batch_size)
+        seconds = trained - begin
+        self._tracker.step(step_record(config, self.runtime, self._position, result, rate, seconds))
+        end = self._now()
+        self.last = end - begin
+        if not counted:
+            return
+        self.samples.steps.append(end - begin)
+        self.samples.losses.append(result.loss)
+        found = self._timers.take()
+        found["optimizer"] = trained - read - found.pop("passes")
+        found |= {"data": read - begin, "logging": end - trained}
+        for part, values in self.samples.parts.items():
+            values.append(found[part])
+
+    def save(self) -> None:
+        """One checkpoint, if the run asks for any: how long training waits for it."""
+        config = self.samples.config
+        if config.checkpoint.every == 0:
+            return
+        identity = self._data.identity() if self._data is not None else {}
+        saver = Saver(config, self.runtime, self._tracker, identity, [], lambda _what: None)
+        saver.save(self._engine.state, self._position, {})
+        saver.finish()
+        if self.runtime.is_main:
+            records = read_metrics(config.training.folder / "metrics.jsonl")
+            stalls = [r["checkpoint_stall_seconds"] for r in records if "checkpoint_bytes" in r]
+            self.samples.checkpoint_stall = stalls[-1] if stalls else None
+
+    def _now(self) -> float:
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize(self.runtime.device)
+        return time.perf_counter()
+
+
+def _trace(run: _Run, path: Path) -> None:
+    """A torch trace of one step, in Chrome's format (chrome://tracing, perfetto)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as trace:
+        run.step(counted=False)
+    if run.runtime.is_main:
+        trace.export_chrome_trace(str(path))
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What this device does at best, measured here."""
+
+    tflops: float
+    """1e12 FLOP/s of a large matrix product in the run's compute type."""
+    bandwidth_gb: float
+    """1e9 bytes/s, read and written, of a large copy."""
+
+
+def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
+    """Time the largest product and the largest copy that are worth waiting for."""
+    cuda = device.type == "cuda"
+    n, size = (8192, 2**31) if cuda else (1024, 2**27)
+    a = torch.randn(n, n, device=device).to(dtype)
+    source = torch.ones(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    product = torch.empty_like(a)
+
+    def seconds(call: Callable[[], Tensor]) -> float:
+        """The fastest of some calls."""
+        times = []
+        for _ in range(7):
+            if cuda:
+                torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            call()
+            if cuda:
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    return Roofline(
+        2.0 * n**3 / seconds(lambda: torch.mm(a, a, out=product)) / 1e12,
+        2.0 * size / seconds(lambda: target.copy_(source)) / 1e9,
+    )

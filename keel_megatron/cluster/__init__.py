@@ -1,0 +1,1 @@
+"""Nodes and links: doctor, pre-flight checks, probes, watchdog."""

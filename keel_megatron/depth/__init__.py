@@ -1,0 +1,1 @@
+"""Depth profiles: collecting, storing and drawing what every sub-layer does."""

@@ -1,0 +1,280 @@
+"""The depth profile of one step, gathered on every rank and equal at every layout.
+
+Everything is a sum or a maximum over what ranks hold, so a profile costs two all-reduces, and a
+step without one costs nothing. Each rank adds only what no other adds too:
+
+- The stream [s, b, h] is split along the sequence under sequence parallelism and otherwise the
+  same on the whole tensor group, of which rank 0 then speaks. Replicas see different sequences.
+- Attention's heads are split over the tensor group.
+- Which elements of a parameter a rank speaks for is the engine's to say (`Profiled.own_gradient`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from keel_megatron.architecture.residual import Reader
+from keel_megatron.config.run import RunConfig
+from keel_megatron.depth.profile import DepthProfile
+from keel_megatron.model.join import COLUMNS
+from keel_megatron.model.layer import KeelLayer
+from keel_megatron.runtime.distributed import Runtime
+
+PROFILE = Reader("a depth profile (tracking.depth_every)", (*COLUMNS, "qkv_norm"))
+
+_SUMS = {
+    name: column
+    for column, name in enumerate(
+        ("stream", "branch", "cosine", "size", "gradient", "weight", "weights", "update")
+    )
+}
+_ACTIVATIONS = slice(0, 4)
+_LOGIT = 0
+_GAINS = {"outer": 1, "inner": 4}
+"""First of three columns of the maxima: mean, -minimum, maximum."""
+_MAXIMA = 7
+_QUERIES = 512
+
+
+class Profiled(Protocol):
+    """What a profile asks of the engine."""
+
+    config: RunConfig
+    runtime: Runtime
+    chunks: list[nn.Module]
+    """This rank's model chunks, not wrapped."""
+
+    def own_gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The averaged gradient of what this rank alone speaks for of a parameter, flat.
+
+        Over all ranks that is every element once. None if there is nothing; valid between the
+        passes and the update (`DepthCollector.before_update`).
+        """
+
+    def own_weight(self, parameter: nn.Parameter) -> Tensor:
+        """The fp32 weights that belong to `own_gradient`, flat, as the optimizer updates them."""
+
+
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix, and no gain; also where ZeRO 3 has emptied it."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+
+
+class DepthCollector:
+    """Gathers the profile of one step: `watching` its passes, then around its update.
+
+    Args:
+        engine: what makes the step.
+    """
+
+    def __init__(self, engine: Profiled) -> None:
+        config, runtime = engine.config, engine.runtime
+        self._config = config
+        self._runtime = runtime
+        self._engine = engine
+        self._layers: list[KeelLayer] = [
+            layer
+            for chunk in engine.chunks
+            for layer in chunk.decoder.layers  # type: ignore[union-attr]
+        ]
+        rows = config.model.sub_layers
+        new = partial(torch.full, dtype=torch.float64, device=runtime.device)
+        self._sums = new((rows, len(_SUMS)), 0.0)
+        self._maxima = new((rows, _MAXIMA), -math.inf)
+        self._weights: list[tuple[int, Tensor, Tensor]] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within the block every forward pass is observed; recomputed ones count once."""
+        speaks = self._config.parallel.sequence or self._runtime.tensor_rank == 0
+        hooks = []
+        try:
+            for layer in self._layers:
+                layer.observer = self._joined if speaks else None
+                hook = partial(self._attended, _first_sub_layer(layer))
+                hooks.append(layer.self_attention.core_attention.register_forward_pre_hook(hook))
+            yield
+        finally:
+            for layer in self._layers:
+                layer.observer = None
+            for handle in hooks:
+                handle.remove()
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        """Read gradients, weights and gains; call it after the backward pass is finalized.
+
+        Keeps a copy of this rank's share of the fp32 matrices until `after_update`. The passes'
+        activations are freed by then, so the step's peak of memory stays theirs.
+        """
+        pieces = list(self._pieces())
+        self._add("gradient", [(l, gradient) for l, gradient, _weight in pieces])
+        matrices = [(l, weight) for l, _gradient, weight in pieces if weight is not None]
+        self._add("weight", matrices)
+        for l, weight in matrices:
+            self._sums[l, _SUMS["weights"]] += weight.numel()
+        self._weights = [(l, weight, weight.clone()) for l, weight in matrices]
+        self._read_gains()
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Compare the weights with what they were."""
+        self._add("update", [(l, before.sub_(after)) for l, after, before in self._weights])
+        self._weights = []
+
+    def profile(self, step: int) -> DepthProfile:
+        """Reduce what every rank has gathered; collective over all ranks, the same on each."""
+        # Not every backend's maximum passes a NaN on; infinity is no finite number either.
+        self._maxima.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+        dist.all_reduce(self._sums)
+        dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX)
+        sums = dict(zip(_SUMS, self._sums.cpu().numpy().T, strict=True))
+        maxima = self._maxima.cpu().numpy().T
+        tokens = self._config.training.global_batch_size * self._config.data.seq_length
+        elements = tokens * self._config.model.hidden_size
+        with np.errstate(all="ignore"):
+            found = {
+                "gradient_norm": np.sqrt(sums["gradient"]),
+                "stream_rms": np.sqrt(sums["stream"] / elements),
+                "branch_rms": np.sqrt(sums["branch"] / elements),
+                "update_cosine": sums["cosine"] / tokens,
+                "update_size": sums["size"] / tokens,
+                "weight_rms": np.sqrt(sums["weight"] / sums["weights"]),
+                "update_to_weight": np.sqrt(sums["update"] / sums["weight"]),
+                "attention_logit_max": maxima[_LOGIT],
+            }
+            for which, column in _GAINS.items():
+                found[f"{which}_gain_mean"] = maxima[column]
+                found[f"{which}_gain_min"] = -maxima[column + 1]
+                found[f"{which}_gain_max"] = maxima[column + 2]
+        return DepthProfile.of(step, found, self._absent())
+
+    def _joined(self, l: int, x: Tensor, f: Tensor, alpha: float, x_new: Tensor) -> None:
+        """Add a micro-batch's sum at sub-layer l; x, f and x_new are [s, b, h]."""
+        # Under recomputation the first pass builds no graph, and the second comes going back.
+        if not torch.is_grad_enabled():
+            return
+        with torch.no_grad():
+            f = f.to(x.dtype)
+            x_norm, f_norm, new_norm = (torch.linalg.vector_norm(t, dim=-1) for t in (x, f, x_new))
+            tiny = torch.finfo(x.dtype).tiny
+            cosine = torch.linalg.vecdot(x, f) / x_norm.clamp(min=tiny) / f_norm.clamp(min=tiny)
+            size = f_norm / (alpha * x_norm).clamp(min=tiny)
+            rows = torch.stack((new_norm.square(), f_norm.square(), cosine, size))
+            self._sums[l, _ACTIVATIONS] += rows.flatten(1).sum(1, dtype=torch.float64)
+
+    def _attended(self, l: int, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Take the largest logit of sub-layer l's attention, from what its kernel is given."""
+        if torch.is_grad_enabled():
+            query, key = arguments[:2]
+            found = self._maxima[l, _LOGIT]
+            torch.maximum(found, logit_max(query, key).to(found.dtype), out=found)
+
+    def _pieces(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """(l, flat fp32 gradient, flat fp32 weight) of all that this rank speaks for.
+
+        The weight is None for gains, of which 1 is the neutral value: beside matrices of narrow
+        models they would be most of a norm and hide it.
+        """
+        for layer in self._layers:
+            for l, parameter in _parameters(layer):
+                gradient = self._engine.own_gradient(parameter)
+                if gradient is not None:
+                    matrix = is_matrix(parameter)
+                    yield l, gradient, self._engine.own_weight(parameter) if matrix else None
+
+    def _add(self, name: str, pieces: list[tuple[int, Tensor]]) -> None:
+        """Add the squared norms of flat tensors to their sub-layers' sums."""
+        if pieces:
+            rows = torch.tensor([l for l, _piece in pieces], device=self._runtime.device)
+            norms = torch.stack(
+                torch._foreach_norm([piece for _l, piece in pieces], 2, torch.float64)
+            )
+            norms = norms.to(rows.device)  # an offloaded optimizer's are the host's
+            self._sums[:, _SUMS[name]].index_add_(0, rows, norms.square_())
+
+    def _read_gains(self) -> None:
+        """Mean, minimum and maximum of the gains, whole on every rank that has them."""
+        for which, column in _GAINS.items():
+            gains = {
+                l: gain.detach()
+                for layer in self._layers
+                for l, module in _norms(layer, which)
+                for gain in module.parameters()
+            }
+            if gains:
+                stacked = torch.stack(list(gains.values())).double()
+                found = torch.stack((stacked.mean(1), -stacked.amin(1), stacked.amax(1)), dim=1)
+                self._maxima[list(gains), column : column + 3] = found
+
+    def _absent(self) -> dict[str, list[bool]]:
+        """Which sub-layers have no such thing."""
+        model = self._config.model
+        rules = [PROFILE.sub_layer(l, model) for l in range(model.sub_layers)]
+        return {
+            "outer_gain": [not rule.outer_norm for rule in rules],
+            "inner_gain": [rule.inner == "none" for rule in rules],
+            "attention_logit": [l % 2 == 1 for l in range(model.sub_layers)],
+        }
+
+
+def logit_max(query: Tensor, key: Tensor) -> Tensor:
+    """The largest causal q k / sqrt(d), over blocks of queries: never s x s elements at once.
+
+    Args:
+        query: [s, b, heads, d].
+        key: [s, b, groups, d]; heads is a multiple of groups.
+
+    Returns:
+        A scalar in the compute type.
+    """
+    s, _b, heads, d = query.shape
+    q = query.detach().permute(1, 2, 0, 3) * d**-0.5
+    k = key.detach().permute(1, 2, 3, 0).repeat_interleave(heads // key.size(2), dim=1)
+    largest = q.new_full((), -math.inf)
+    for start in range(0, s, _QUERIES):
+        stop = min(start + _QUERIES, s)
+        scores = q[:, :, start:stop] @ k[..., :stop]
+        future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu_(1)
+        scores[..., start:].masked_fill_(future, -math.inf)
+        largest = torch.maximum(largest, scores.amax())
+    return largest
+
+
+def _first_sub_layer(layer: KeelLayer) -> int:
+    return 2 * (int(layer.layer_number) - 1)
+
+
+def _norms(layer: KeelLayer, which: str) -> Iterator[tuple[int, nn.Module]]:
+    """(l, module) of the block's two outer or inner norms, or of what stands in their place."""
+    l = _first_sub_layer(layer)
+    if which == "outer":
+        modules = (layer.attention_outer_norm, layer.mlp_outer_norm)
+    else:
+        modules = (layer.input_layernorm, layer.pre_mlp_layernorm)
+    for number, module in enumerate(modules):
+        if module is not None:
+            yield l + number, module
+
+
+def _parameters(layer: KeelLayer) -> Iterator[tuple[int, nn.Parameter]]:
+    """(l, parameter) of the block: a sub-layer is its branch and its inner and outer norm."""
+    l = _first_sub_layer(layer)
+    parts = [
+        *_norms(layer, "inner"),
+        (l, layer.self_attention),
+        (l + 1, layer.mlp),
+        *_norms(layer, "outer"),
+    ]
+    for number, module in parts:
+        for parameter in module.parameters():
+            yield number, parameter

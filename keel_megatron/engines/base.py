@@ -1,0 +1,80 @@
+"""What the training loop asks of an engine, and what every engine shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from keel_megatron.checkpoint.state import Trained
+from keel_megatron.data.batches import Batch
+from keel_megatron.depth.collector import Profiled
+from keel_megatron.runtime.distributed import Runtime
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step found, the same on every rank."""
+
+    loss: float
+    """Mean cross entropy of the global batch, in nats per token."""
+    grad_norm: float
+    """Global gradient norm before clipping, whether anything is clipped or not."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether both are; else the update is never made."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class DepthObserver(Protocol):
+    """What observes a step (`depth.collector.DepthCollector`)."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Around the passes."""
+
+    def before_update(self) -> None:
+        """When the gradients are averaged."""
+
+    def after_update(self) -> None:
+        """When the weights are new."""
+
+
+class Engine(Profiled, Protocol):
+    """Trains the model: all that the loop, the guard and the depth profiles ask for."""
+
+    @property
+    def state(self) -> Trained:
+        """The weights and the optimizer's state, for checkpoints."""
+
+    def train_step(
+        self,
+        micro_batches: Iterable[Batch],
+        count: int,
+        learning_rate: float,
+        accept: Callable[[StepResult], bool] = ...,
+        depth: DepthObserver | None = ...,
+    ) -> StepResult:
+        """Forward, backward and update on this replica's `count` micro-batches.
+
+        The update, with all that the optimizer keeps, is left out unless `accept` is true of what
+        the passes gave and that is finite; `accept` must say the same on every rank. `depth`
+        observes the step, if it is given.
+        """
+
+    def validate(self, micro_batches: Iterable[Batch], count: int) -> float:
+        """Mean cross entropy in nats per token over `count` micro-batches a replica."""
+
+
+def speaks(parameter: nn.Parameter, runtime: Runtime) -> bool:
+    """Whether this tensor rank speaks for the parameter: gains are whole on each of them."""
+    return getattr(parameter, "tensor_model_parallel", False) or runtime.tensor_rank == 0
+
+
+def mean_loss(losses: Tensor, loss_mask: Tensor) -> Tensor:
+    """Mean of the token losses [b, s] under the mask."""
+    return (losses * loss_mask).sum() / loss_mask.sum()

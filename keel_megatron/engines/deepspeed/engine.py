@@ -1,0 +1,289 @@
+"""The DeepSpeed engine: ZeRO 1, 2 and 3 with offload, for one pipeline stage.
+
+It runs its own micro-steps: under Megatron-core's schedules ZeRO would lose the gradients of all
+micro-batches but the last.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from keel_megatron.config.errors import UserError
+from keel_megatron.config.run import RunConfig
+from keel_megatron.data.batches import Batch
+from keel_megatron.engines.base import DepthObserver, StepResult, mean_loss, speaks
+from keel_megatron.engines.deepspeed.checkpoint_state import ZeroState, entries
+from keel_megatron.engines.deepspeed.zero_pieces import MASTER, Zero
+from keel_megatron.runtime.distributed import Runtime
+
+INSTALL = "DS_BUILD_OPS=0 pip install --no-build-isolation 'keel-megatron[deepspeed]'"
+
+
+class DeepSpeedEngine:
+    """DeepSpeed's engine around this rank's model, and its own loop over the micro-batches.
+
+    Args:
+        config: the run.
+        runtime: this rank's place.
+        chunks: the model, one chunk, as built by `model.language_model.build_model`.
+
+    Raises:
+        UserError: DeepSpeed is not installed.
+    """
+
+    def __init__(self, config: RunConfig, runtime: Runtime, chunks: list[nn.Module]) -> None:
+        require_deepspeed(runtime.device)
+        self.config = config
+        self.runtime = runtime
+        self.chunks = chunks
+        (model,) = chunks
+        parameters = entries(model)  # before ZeRO cuts them
+        self._model: Any = _initialize(config, runtime, model)
+        self._optimizer: Any = self._model.optimizer
+        stage = config.deepspeed.zero_stage
+        group = parallel_state.get_data_parallel_group()
+        self._zero = Zero(self._optimizer, stage, group, runtime.device)
+        self._zero.allocate_moments()
+        self.state = ZeroState(config.optimizer, parameters, self._zero, group)
+
+    def train_step(
+        self,
+        micro_batches: Iterable[Batch],
+        count: int,
+        learning_rate: float,
+        accept: Callable[[StepResult], bool] = lambda _result: True,
+        depth: DepthObserver | None = None,
+    ) -> StepResult:
+        """As `Engine.train_step`."""
+        model = self._model
+        assert count == model.gradient_accumulation_steps(), count
+        model.train()
+        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        watching = nullcontext() if depth is None else depth.watching()
+        with watching, self._span("forward-backward"):
+            for number, batch in enumerate(micro_batches, start=1):
+                with self._span("forward-compute"):
+                    loss = self._loss(batch)
+                total += loss.detach().double()
+                with self._span("backward-compute"):
+                    model.backward(loss)
+                if number < count:
+                    model.step()  # counts the micro-batch
+        if depth is not None:
+            depth.before_update()
+        result = StepResult(self._mean(total, count), self._zero.gradient_norm())
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        accepted = accept(result) and result.finite
+        with nullcontext() if accepted else _refusing(self._optimizer):
+            model.step()
+        if depth is not None:
+            depth.after_update()
+        return result
+
+    @torch.no_grad()
+    def validate(self, micro_batches: Iterable[Batch], count: int) -> float:
+        """Mean cross entropy in nats per token over `count` micro-batches a replica."""
+        self._model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        for batch in micro_batches:
+            total += self._loss(batch).double()
+        return self._mean(total, count)
+
+    def own_gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """As `Engine.own_gradient`."""
+        piece = self._zero.gradient(parameter) if speaks(parameter, self.runtime) else None
+        return None if piece is None else piece.values
+
+    def own_weight(self, parameter: nn.Parameter) -> Tensor:
+        """As `Engine.own_weight`."""
+        piece = self._zero.state(parameter, MASTER)
+        assert piece is not None
+        return piece.values
+
+    @contextmanager
+    def _span(self, name: str) -> Iterator[None]:
+        """Megatron-core's timer of that name around the block, where there are timers."""
+        timers: Any = self.chunks[0].config.timers  # type: ignore[union-attr]
+        if timers is None:
+            yield
+            return
+        timers(name).start()
+        yield
+        timers(name).stop()
+
+    def _loss(self, batch: Batch) -> Tensor:
+        batch = batch.to(self.runtime.device)
+        losses = self._model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+        return mean_loss(losses, batch.loss_mask)
+
+    def _mean(self, total: Tensor, count: int) -> float:
+        if self.runtime.tensor_rank != 0:
+            total = torch.zeros_like(total)  # each of the tensor ranks has the same
+        dist.all_reduce(total)
+        return float(total) / (count * self.runtime.data_size)
+
+
+@contextmanager
+def _refusing(optimizer: Any) -> Iterator[None]:
+    """Within the block ZeRO's step drops the gradients and keeps everything else as it is.
+
+    That is what it does with a step that overflows in fp16; all stages ask `overflow` after this
+    call.
+    """
+
+    def refuse(_overflow: bool = False) -> None:
+        optimizer.overflow = True
+
+    optimizer._update_scale = refuse
+    try:
+        yield
+    finally:
+        del optimizer._update_scale
+
+
+def require_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed, for this kind of device and quietly.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"training.engine: deepspeed needs DeepSpeed ({error}): after torch,\n  {INSTALL}\n"
+            "or set training.engine: megatron"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Compiled for minutes at the first use, on a CPU; without it gloo reduces.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class TensorParallelUnit:
+    """Megatron-core's groups as DeepSpeed asks for them: model-parallel means tensor-parallel."""
+
+    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_model_parallel_world_size = staticmethod(
+        parallel_state.get_tensor_model_parallel_world_size
+    )
+    get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
+    get_pipeline_model_parallel_world_size = staticmethod(
+        parallel_state.get_pipeline_model_parallel_world_size
+    )
+    get_pipeline_model_parallel_group = staticmethod(
+        parallel_state.get_pipeline_model_parallel_group
+    )
+
+
+def deepspeed_config(config: RunConfig, data_parallel: int, device: str) -> dict[str, Any]:
+    """DeepSpeed's configuration, all of it from the run's."""
+    training, own = config.training, config.deepspeed
+    host = {"device": "cpu", "pin_memory": device == "cuda"}
+    zero: dict[str, Any] = {
+        "stage": own.zero_stage,
+        "overlap_comm": device == "cuda",
+        "contiguous_gradients": True,
+        "reduce_bucket_size": own.bucket_elements,
+        "allgather_bucket_size": own.bucket_elements,
+        "stage3_prefetch_bucket_size": own.bucket_elements,
+        "stage3_max_live_parameters": 4 * own.bucket_elements,
+        "stage3_max_reuse_distance": 4 * own.bucket_elements,
+        "sub_group_size": 4 * own.bucket_elements,
+        # Gains stay whole: a layer reads its neighbours' norms for the fused kernel, which ZeRO's
+        # hooks on modules cannot see.
+        "stage3_param_persistence_threshold": config.model.hidden_size,
+    }
+    if own.offload_optimizer:
+        zero["offload_optimizer"] = host
+    if own.offload_parameters:
+        zero["offload_param"] = host
+    return {
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": training.global_batch_size
+        // (training.micro_batch_size * data_parallel),
+        "gradient_clipping": config.optimizer.clip_grad,
+        "bf16": {"enabled": training.precision == "bf16"},
+        # As Megatron-core's DDP does it.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+
+
+def _initialize(config: RunConfig, runtime: Runtime, model: nn.Module) -> Any:
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.engine import ZERO_OPTIMIZATION
+    from deepspeed.runtime.engine import DeepSpeedEngine as Engine
+
+    class OneZeroOptimizer(Engine):
+        """With ZeRO's optimizer in every case: bf16 and stage 1 would get another one."""
+
+        def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
+            del basic_optimizer
+            return ZERO_OPTIMIZATION
+
+    os.environ.setdefault("LOCAL_RANK", str(runtime.launch.local_rank))  # it reads it there alone
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
+    unit = TensorParallelUnit()
+    settings = deepspeed_config(config, runtime.data_size, runtime.device.type)
+    engine = OneZeroOptimizer(
+        args=None,
+        model=model,
+        optimizer=_adam(config, model, runtime.device),
+        mpu=unit,
+        dist_init_required=False,
+        config=settings,
+        config_class=DeepSpeedConfig(settings, unit),
+    )
+    if config.model.tie_embeddings and config.deepspeed.zero_stage == 3:
+        # The head multiplies with a weight that is not its own.
+        whole: Any = model
+        deepspeed.zero.register_external_parameter(
+            whole.output_layer, whole.embedding.word_embeddings.weight
+        )
+    return engine
+
+
+def _adam(config: RunConfig, model: nn.Module, device: torch.device) -> Any:
+    """AdamW where the state will live; gains without decay, as Megatron-core groups them."""
+    settings = config.optimizer
+    parameters = list(model.parameters())
+    groups = [
+        {
+            "params": [p for p in parameters if p.dim() > 1],
+            "weight_decay": settings.weight_decay,
+        },
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    common: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.epsilon,
+    }
+    if config.deepspeed.offload_optimizer and device.type == "cuda":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+    return torch.optim.AdamW(groups, fused=device.type == "cuda", **common)

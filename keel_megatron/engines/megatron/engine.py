@@ -1,0 +1,160 @@
+"""The Megatron engine: Megatron-core's pipeline schedules, DDP and distributed optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from keel_megatron.checkpoint.megatron_state import MegatronState
+from keel_megatron.config.run import RunConfig
+from keel_megatron.data.batches import Batch
+from keel_megatron.engines.base import DepthObserver, StepResult, mean_loss, speaks
+from keel_megatron.engines.megatron.optimizer import (
+    build_optimizer,
+    set_learning_rate,
+    wrap_data_parallel,
+)
+from keel_megatron.runtime.distributed import Runtime
+
+
+class MegatronEngine:
+    """Megatron-core's schedules (none, 1F1B, interleaved 1F1B), DDP and optimizer.
+
+    Args:
+        config: the run.
+        runtime: this rank's place.
+        chunks: this rank's model chunks, as built by `model.language_model.build_model`.
+    """
+
+    def __init__(self, config: RunConfig, runtime: Runtime, chunks: list[nn.Module]) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.chunks = chunks
+        self.model = wrap_data_parallel(config, chunks)
+        self.optimizer = build_optimizer(config, self.model, runtime)
+        self.state = MegatronState(chunks, self.optimizer)
+        self._schedule: Callable[..., list[Tensor]] = get_forward_backward_func()
+        megatron_config: Any = chunks[0].config
+        megatron_config.grad_scale_func = self.optimizer.scale_loss
+        megatron_config.finalize_model_grads_func = finalize_model_grads
+
+    def train_step(
+        self,
+        micro_batches: Iterable[Batch],
+        count: int,
+        learning_rate: float,
+        accept: Callable[[StepResult], bool] = lambda _result: True,
+        depth: DepthObserver | None = None,
+    ) -> StepResult:
+        """As `Engine.train_step`."""
+        for chunk in self.model:
+            if not chunk.training:  # it walks through all modules
+                chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        with nullcontext() if depth is None else depth.watching():
+            loss = self._run(micro_batches, count, forward_only=False)
+        if depth is not None:
+            depth.before_update()
+        self.optimizer.prepare_grads()
+        result = StepResult(loss, float(self.optimizer.get_grad_norm()))
+        if accept(result) and result.finite:
+            self._update(result.grad_norm, learning_rate)
+        if depth is not None:
+            depth.after_update()
+        return result
+
+    def _update(self, grad_norm: float, learning_rate: float) -> None:
+        """Clip and step: the second half of Megatron-core's `optimizer.step`, in its own calls."""
+        set_learning_rate(self.optimizer, self.config, learning_rate)
+        if self.config.optimizer.clip_grad > 0.0:
+            for inner in self.optimizer.chained_optimizers:
+                if parameters := inner.get_parameters():
+                    clip_grad_by_total_norm_fp32(
+                        parameters, self.config.optimizer.clip_grad, grad_norm
+                    )
+        self.optimizer.step_with_ready_grads()
+
+    @torch.no_grad()
+    def validate(self, micro_batches: Iterable[Batch], count: int) -> float:
+        """Mean cross entropy in nats per token over `count` micro-batches a replica."""
+        for chunk in self.model:
+            chunk.eval()
+        return self._run(micro_batches, count, forward_only=True)
+
+    def own_gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """As `Engine.own_gradient`.
+
+        After `finalize_model_grads` of megatron-core 0.16.1 `main_grad` is fp32 and averaged over
+        the replicas: everywhere without the distributed optimizer (replica 0 speaks), but with it
+        only in the shard of the buffer that the rank's optimizer owns, because gradients are
+        reduce-scattered and the rest of the buffer keeps the replica's own. Shards do not heed
+        parameters' ends.
+        """
+        own = self._own(parameter) if speaks(parameter, self.runtime) else None
+        return None if own is None else parameter.main_grad.view(-1)[own]  # type: ignore[attr-defined]
+
+    def own_weight(self, parameter: nn.Parameter) -> Tensor:
+        """As `Engine.own_weight`."""
+        own = self._own(parameter)
+        assert own is not None
+        main: Tensor | None = getattr(parameter, "main_param", None)
+        if main is None:
+            return parameter.detach().view(-1)[own]
+        sharded = getattr(parameter, "main_param_sharded", False)
+        return main.detach().view(-1) if sharded else main.detach().view(-1)[own]
+
+    def _own(self, parameter: nn.Parameter) -> slice | None:
+        """Elements of the flat parameter whose gradient is reduced here and counted here."""
+        if not self.config.parallel.distributed_optimizer:
+            return slice(None) if self.runtime.data_rank == 0 else None
+        for optimizer in self.optimizer.chained_optimizers:
+            if parameter in optimizer.model_param_gbuf_map:
+                owned = optimizer._get_model_param_range_map(parameter)["param"]
+                return slice(owned.start, owned.end)
+        return None
+
+    def _run(self, micro_batches: Iterable[Batch], count: int, *, forward_only: bool) -> float:
+        """Run the schedule; the mean loss over micro-batches and replicas, on every rank."""
+        # Every chunk of this stage walks the same micro-batches at its own pace.
+        batches = [batch.to(self.runtime.device) for batch in micro_batches]
+        iterators = [iter(batches) for _ in self.model]
+        losses = self._schedule(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.model,
+            num_microbatches=count,
+            seq_length=self.config.data.seq_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+            forward_only=forward_only,
+        )
+        # Only the last stage has losses, and each of its tensor ranks has the same.
+        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        if losses and self.runtime.tensor_rank == 0:
+            total += torch.stack(losses).double().sum()
+        dist.all_reduce(total)
+        return float(total) / (count * self.runtime.data_size)
+
+
+def _forward_step(
+    batches: Iterator[Batch], model: Any
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """What a schedule calls for one micro-batch on one chunk: its output and how to reduce it."""
+    batch = next(batches)
+    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    return output, partial(_mean_loss, batch.loss_mask)
+
+
+def _mean_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, to differentiate and to report."""
+    loss = mean_loss(losses, loss_mask)
+    return loss, loss.detach().clone()

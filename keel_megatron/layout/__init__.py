@@ -1,0 +1,1 @@
+"""Placing blocks on pipeline stages: costs, times, memory, balance."""

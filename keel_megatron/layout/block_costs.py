@@ -1,0 +1,183 @@
+"""What a typical block of a residual rule costs one device for one micro-batch.
+
+Everything about the joins is derived from the rule's columns (architecture/residual.py). Symbols
+are those of costs.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+
+from keel_megatron.architecture.flops import attention_score_flops, block_forward_flops
+from keel_megatron.architecture.parameters import row_parameters
+from keel_megatron.architecture.residual import RULES, Reader, Rule, SubLayer
+from keel_megatron.config.model import ModelConfig
+from keel_megatron.layout import kernel_counts
+from keel_megatron.layout.kernel_counts import Rows
+from keel_megatron.layout.work import STREAM_BYTES, Cost, Execution, Kernel, Shape, Work
+
+COSTS = Reader("the planner's costs", ("alpha", "branch_factor", "inner", "outer_norm", "qkv_norm"))
+
+
+def typical_rows(model: ModelConfig) -> Rows:
+    """The columns of the commonest kind of block; of equally common ones the one with most norms.
+
+    A block's kind is its attention, its FFN, and the attention that follows it. Where blocks differ
+    the plan is that of a model of the commonest kind alone, but for the count of parameters.
+    """
+    return _typical_rows(RULES[model.residual], model)
+
+
+@cache
+def _typical_rows(_rule: Rule, model: ModelConfig) -> Rows:
+    rows = [COSTS.sub_layer(l, model) for l in range(model.sub_layers)]
+    kinds = Counter(
+        # As if a block like the last one followed it.
+        (rows[l], rows[l + 1], rows[l + 2] if l + 2 < len(rows) else rows[l])
+        for l in range(0, len(rows), 2)
+    )
+    return max(kinds, key=lambda kind: (kinds[kind], kernel_counts.weights(kind)))
+
+
+def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
+    """The cost of a typical block.
+
+    Args:
+        shape: the device's share of a micro-batch.
+        kernel: how scaled add + norms are done.
+        execution: how the block's kernels are run.
+    """
+    t, c, h, model = shape.tokens, shape.c, shape.model.hidden_size, shape.model
+    a, g, f, tp = shape.attention, shape.groups, shape.ffn, shape.tp
+    rows = typical_rows(model)
+    parameters = h * (2 * a + 2 * g) + 3 * h * f
+    scores = attention_score_flops(model, shape.seq_length) * t / tp
+    flops = block_forward_flops(model, shape.seq_length) * t / tp
+    operands = t * c * (4 * h + 2 * a + 2 * g + 3 * f) + c * parameters
+    kept = 4 * shape.heads  # attention's statistics
+    kept += c * (2 * a + 2 * g)  # context, q, k, v
+    kept += c * 3 * f  # fc1's output, and fc2's input
+    kept += _head_norms_bytes(shape, rows)
+    rotary = 0 if execution.compiled else 5 * c * (a + g) + 2 * c * g
+    moved = _moved(shape, rows, kernel, execution)
+    casts = _fp8_casts(shape, parameters) if execution.fp8 else (0, 0, 0, 0)
+    kernels = kernel_counts.total(
+        kernel_counts.block(rows, compiled=execution.compiled, fused=kernel == "triton")
+    )
+    # Halves of all-reduces: before and after each branch, and under SP the branch's input again.
+    forward_messages = 4 if tp > 1 else 0
+    backward_messages = forward_messages + (2 if shape.h != h else 0)
+    return Cost(
+        forward=Work(
+            flops=flops,
+            attention_flops=scores,
+            matmul_bytes=operands,
+            other_bytes=t * moved[0] + casts[0],
+            strided_bytes=t * rotary,  # a product, two halves added to it; value copied
+            communication_bytes=forward_messages * shape.collective_bytes(),
+            collectives=forward_messages,
+            kernels=kernels[0] + casts[2],
+        ),
+        backward=Work(
+            # Flash attention computes the scores again: 5 products for the forward pass's 2.
+            flops=2 * flops + 0.5 * scores,
+            attention_flops=2.5 * scores,
+            matmul_bytes=2 * operands,
+            other_bytes=t * moved[1] + shape.gradient_bytes(parameters) + casts[1],
+            strided_bytes=t * rotary,
+            communication_bytes=backward_messages * shape.collective_bytes(),
+            collectives=backward_messages,
+            kernels=kernels[1] + casts[3],
+        ),
+        parameters=parameters,
+        vector_parameters=sum(row_parameters(row, model) for row in rows[:2]),
+        activation_bytes=t * kept + sum(_join_kept(shape, kernel, *one) for one in _joins(rows)),
+        recompute_bytes=t * (STREAM_BYTES + c) * shape.h,
+        working_bytes=t * (2 * STREAM_BYTES * h + 3 * c * f),
+        execution=execution,
+    )
+
+
+_joins = kernel_counts.joins
+
+
+def join_bytes(hidden_size: int, c: int) -> tuple[int, int]:
+    """What `kernels.bytes_per_token` counts, without torch: a plan starts in no time."""
+    return (2 * STREAM_BYTES + 2 * c) * hidden_size, (3 * STREAM_BYTES + 3 * c) * hidden_size
+
+
+def _join_kept(shape: Shape, kernel: Kernel, row: SubLayer, following: SubLayer) -> int:
+    """Kept by one scaled add + norms, and by the product that reads the next branch's input."""
+    t, h, c = shape.tokens, shape.h, shape.c
+    # Under fp32 the next branch's input, where nothing stands in front of it, is the stream.
+    copied = c != STREAM_BYTES or following.inner != "none"
+    if kernel == "triton":  # x, f, z; both statistics
+        return t * (STREAM_BYTES + c + c * copied) * h + 2 * shape.statistic_bytes()
+    # Every norm keeps its input; where there are two, the inner one's is the outer one's result.
+    norms = int(row.outer_norm) + int(following.inner == "norm")
+    inputs = norms + int(following.inner == "vector")
+    return inputs * t * STREAM_BYTES * h + norms * shape.statistic_bytes() + t * c * h
+
+
+def _head_norms_bytes(shape: Shape, rows: Rows) -> int:
+    """Kept a token by norms of query, key and value: their fp32 inputs and their statistics."""
+    if not any(row.qkv_norm for row in rows[:2]):
+        return 0
+    a, g, groups = shape.attention, shape.groups, shape.groups // shape.model.head_dim
+    # Under fp32 key's and value's inputs are views of linear_qkv's output, and query's is a copy.
+    views = STREAM_BYTES * a if shape.c == STREAM_BYTES else 0
+    return STREAM_BYTES * (a + 2 * g) + views + 4 * (shape.heads + 2 * groups)
+
+
+def _moved(shape: Shape, rows: Rows, kernel: Kernel, execution: Execution) -> tuple[float, float]:
+    """Bytes a token moved by all but products, attention and strided kernels, both ways.
+
+    Attention's own operands are in the rate of its kernel, which reads and writes them as they are.
+    """
+    c, a, g, f = shape.c, shape.attention, shape.groups, shape.ffn
+    fused = kernel == "triton" or execution.compiled
+    joins = [_join_moved(shape, one, fused) for one in _joins(rows)]
+    forward, backward = (sum(way) for way in zip(*joins, strict=True))
+    if execution.compiled:
+        # Rotary in one pass each; the norm weights' gradients read their operands once more.
+        forward += 2 * c * (a + g)
+        backward += 2 * c * (a + 2 * g) + 2 * 3 * STREAM_BYTES * shape.h
+    if any(row.qkv_norm for row in rows[:2]):  # to fp32, normalised, back
+        forward += (2 * c + 4 * STREAM_BYTES) * (a + 2 * g)
+        backward += (2 * c + 6 * STREAM_BYTES) * (a + 2 * g)
+    return forward + 3 * c * f, backward + 5 * c * f
+
+
+def _join_moved(shape: Shape, pair: tuple[SubLayer, SubLayer], fused: bool) -> tuple[float, float]:
+    """Bytes a token of one join: one kernel each way, or torch's operators (kernels/fused.py).
+
+    An operator reads its operands and writes its result. Forward: the sum 10 bytes an element under
+    bf16, a norm 28 (squares 8, their sum 4, two products of 8), the cast 6. Backward: a norm 56,
+    the sum 12, three casts and products 20.
+    """
+    row, following = pair
+    h, c = shape.h, shape.c
+    norms = int(row.outer_norm) + int(following.inner == "norm")
+    forward, backward = join_bytes(h, c)
+    if not fused:
+        forward, backward = (16 + 28 * norms) * h, (32 + 56 * norms) * h
+    if following.inner != "norm":  # the cast, of a product with the vector
+        vector = 2 * STREAM_BYTES if following.inner == "vector" else 0
+        forward += (STREAM_BYTES + vector) * h
+        backward += (3 * STREAM_BYTES + 2 * vector) * h
+    if row.branch_factor != 1.0:
+        forward, backward = forward + 2 * c * h, backward + 2 * c * h
+    return forward, backward
+
+
+def _fp8_casts(shape: Shape, parameters: int) -> tuple[int, int, int, int]:
+    """Bytes and kernels, forward and backward, of casting the four products' operands to fp8.
+
+    Each is read for its largest value; read, and written twice, the second time transposed.
+    """
+    h, a, g, f = shape.model.hidden_size, shape.attention, shape.groups, shape.ffn
+    inputs, gradients = h + a + h + f, (a + 2 * g) + h + 2 * f + h
+    cast = 2 + 2 + 2
+    forward, backward = cast * (shape.tokens * inputs + parameters), cast * shape.tokens * gradients
+    return forward, backward, 16, 8

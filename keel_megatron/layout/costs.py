@@ -1,0 +1,133 @@
+"""What an embedding, a block and the head cost one device for one micro-batch.
+
+All figures are those of one device and of one micro-batch of `training.micro_batch_size` sequences:
+t = s x b tokens. c is the size of the compute type (2 or 4 bytes), h the hidden size, f the FFN's,
+a heads and g query groups of width d. Under tensor parallelism a, g, f and the vocabulary are
+divided by TP, and under sequence parallelism so is whatever holds h elements a token.
+
+What a block keeps is counted by storages, as PyTorch frees them; test_activations.py holds the
+counts against autograd's own saved tensors.
+"""
+
+from __future__ import annotations
+
+from keel_megatron.architecture.flops import head_forward_flops
+from keel_megatron.config.run import RunConfig
+from keel_megatron.layout.block_costs import block_cost
+from keel_megatron.layout.work import (
+    STREAM_BYTES,
+    Cost,
+    Costs,
+    Execution,
+    Kernel,
+    Shape,
+    Work,
+)
+
+HEAD_KERNELS, EMBEDDING_KERNELS = 8, 4
+"""Kernels that a forward pass launches, roughly; the head's backward pass launches twice as many.
+A block's are counted in `launches.py`."""
+
+
+def model_costs(config: RunConfig, kernel: Kernel = "triton") -> Costs:
+    """The costs of a run's pieces on one of its devices.
+
+    Args:
+        config: the run; model, seq_length, micro_batch_size, TP, SP and precision matter.
+        kernel: how scaled add + norm are done there.
+    """
+    shape = Shape.of(config)
+    block = block_cost(shape, kernel, Execution.of(config))
+    return Costs(embedding=_embedding(shape), block=block, head=_head(shape, kernel))
+
+
+def head_pieces(config: RunConfig) -> int:
+    """In how many pieces a micro-batch goes through the output layer and the loss."""
+    return Shape.of(config).pieces
+
+
+def _embedding(shape: Shape) -> Cost:
+    """Rows of the table, cast to the stream; its gradient is dense."""
+    t, c, h = shape.tokens, shape.c, shape.model.hidden_size
+    parameters = shape.vocabulary * h
+    reduce = shape.collective_bytes() * STREAM_BYTES / c
+    moved = t * (3 * c * h + STREAM_BYTES * h)
+    return Cost(
+        forward=Work(
+            other_bytes=moved,
+            communication_bytes=reduce,
+            collectives=int(shape.tp > 1),
+            kernels=EMBEDDING_KERNELS,
+        ),
+        backward=Work(
+            other_bytes=moved + shape.gradient_bytes(parameters), kernels=EMBEDDING_KERNELS
+        ),
+        parameters=parameters,
+        vector_parameters=0,
+        activation_bytes=t * (1 + 8) if shape.tp > 1 else 0,
+        recompute_bytes=t * (1 + 8) if shape.tp > 1 else 0,
+        working_bytes=parameters * c,
+    )
+
+
+def _head(shape: Shape, kernel: Kernel) -> Cost:
+    """Final norm, and output projection and loss in pieces (`kernels/cross_entropy.py`)."""
+    t, c, h, v = shape.tokens, shape.c, shape.model.hidden_size, shape.vocabulary
+    vectors = h if shape.model.final_norm else 0
+    pieces = shape.pieces
+    again = int(pieces > 1)  # the pieces' logits in the backward pass
+    flops = head_forward_flops(shape.model, v) * t
+    operands = c * (t * (h + v) + pieces * v * h)
+    norm = t * (STREAM_BYTES + c) * shape.h
+    # Softmax or exp, and the product with the losses' gradients; under bf16 to fp32 and back.
+    one, cast = 2 * STREAM_BYTES * t * v, (c + STREAM_BYTES) * t * v if c != STREAM_BYTES else 0
+    kept = t * c * shape.h
+    if vectors:
+        kept += t * STREAM_BYTES * shape.h
+        kept += shape.statistic_bytes()
+    own = v * h
+    # The input of the output projection, or its gradient.
+    message = shape.collective_bytes() if shape.tp > 1 else 0.0
+    tied_here = shape.model.tie_embeddings and shape.pipeline == 1
+    return Cost(
+        forward=Work(
+            flops=flops,
+            matmul_bytes=operands,
+            other_bytes=norm + one + cast,
+            communication_bytes=message,
+            collectives=3 * int(shape.tp > 1),  # two of a number or two a row
+            kernels=HEAD_KERNELS * pieces,
+        ),
+        backward=Work(
+            flops=(2 + again) * flops,
+            # Every piece is added to the fp32 sum by the product itself.
+            matmul_bytes=(2 + again) * operands + 2 * STREAM_BYTES * pieces * own,
+            other_bytes=2 * norm + 2 * one + (1 + again) * cast,
+            communication_bytes=message,
+            collectives=int(shape.tp > 1),
+            kernels=2 * HEAD_KERNELS * pieces,
+        ),
+        parameters=0 if tied_here else own,
+        vector_parameters=vectors,
+        activation_bytes=kept,
+        recompute_bytes=kept,
+        working_bytes=_head_working(shape, kernel),
+        # Labels; under TP which are here, and this rank's share of a row; one piece's log-softmax.
+        logits_bytes=t * (8 + (5 if shape.tp > 1 else 0) + (0 if again else STREAM_BYTES * v)),
+    )
+
+
+def _head_working(shape: Shape, kernel: Kernel) -> int:
+    """Temporary in the head, besides what it keeps: logits beside their softmax, or gradients."""
+    t, c, h, v = shape.tokens, shape.c, shape.model.hidden_size, shape.vocabulary
+    piece, own, bf16 = shape.rows * v, v * h, shape.c != STREAM_BYTES
+    whole = shape.rows == t
+    logits = STREAM_BYTES * piece * (1 if whole else 2)  # of one piece the softmax is what is kept
+    held = STREAM_BYTES * own if shape.returned and not whole else 0  # the fp32 sum of the pieces
+    # The weight's gradient by itself, where the product does not add it.
+    by_itself = (shape.returned and (whole or bf16)) or (bf16 and kernel == "torch")
+    product = c * own if by_itself else 0
+    d_logits = c * piece if bf16 or not whole else 0
+    d_input = t * c * h
+    backward = d_input + held + max(0 if whole else logits, d_logits + product)
+    return max(logits, backward)

@@ -1,0 +1,257 @@
+"""Memory of every pipeline stage, by kind, under Megatron-core's schedules.
+
+How many micro-batches a stage holds between their forward and backward pass follows
+megatron/core/pipeline_parallel/schedules.py (0.16.1). With p stages, v chunks a stage and m
+micro-batches, stage r runs W forward passes of a chunk ahead:
+
+    v = 1: W = min(p - r - 1, m)              (none without a pipeline)
+    v > 1: W = min(2 (p - r - 1) + (v - 1) p, v m)
+
+and then always one more forward pass before each backward pass. Forward pass number k is one of
+chunk floor((k mod p v) / p); backward passes take the chunks in the opposite order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from keel_megatron.config.run import RunConfig
+from keel_megatron.layout.work import STREAM_BYTES, Cost, Costs
+from keel_megatron.layout.zero_memory import Sizes, ZeroMemory, zero_memory
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one device of a stage at its fullest moment, by kind."""
+
+    parameters: int
+    gradients: int
+    """fp32, in Megatron-core's buffers or ZeRO's."""
+    optimizer: int
+    """AdamW's moments, and fp32 masters under bf16."""
+    activations: int
+    """Of the micro-batches in flight, recomputed blocks counted as such; without the logits."""
+    logits: int
+    """Of the head: what the loss keeps, and its temporary copies."""
+    communication: int
+    """Messages between stages, activations collected from the tensor group under SP, and the
+    weights' gradients that CUDA graphs write into."""
+    working: int
+    """Temporary in a block's backward pass, with the activations that recomputation brings back."""
+    host: int = 0
+    """In the host's memory, for this device: what ZeRO offloads; no part of the total."""
+
+    @property
+    def total(self) -> int:
+        """All kinds together."""
+        return (
+            self.parameters
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.logits
+            + self.communication
+            + self.working
+        )
+
+
+@cache
+def in_flight(
+    pipeline: int, virtual_pipeline: int, stage: int, micro_batches: int
+) -> tuple[tuple[int, ...], ...]:
+    """Micro-batches between forward and backward pass, chunk by chunk, at the fullest moments.
+
+    Args:
+        pipeline: p, stages.
+        virtual_pipeline: v, chunks of a stage.
+        stage: r, from 0.
+        micro_batches: m of one replica and optimizer step.
+
+    Returns:
+        One tuple of v counts a moment; every other moment has no chunk above one of them. A chunk
+        never holds more micro-batches than an earlier one of its stage.
+    """
+    if virtual_pipeline == 1:
+        return ((min(pipeline - stage, micro_batches),),)
+    period = pipeline * virtual_pipeline
+    last = virtual_pipeline * micro_batches
+    ahead = min(2 * (pipeline - stage - 1) + (virtual_pipeline - 1) * pipeline, last)
+    if ahead == last:
+        return ((micro_batches,) * virtual_pipeline,)
+
+    def started(passes: int, chunk: int) -> int:
+        whole, rest = divmod(passes, period)
+        return whole * pipeline + min(max(rest - chunk * pipeline, 0), pipeline)
+
+    # Between a multiple of p of forward passes and one of backward passes every count is linear in
+    # time, so the fullest moment for any weights is at such a multiple; then all repeats.
+    first, end = ahead + 1, min(ahead + 1 + 2 * period, last)
+    multiples = range(0, end + pipeline, pipeline)
+    moments = {first, end} | set(multiples) | {n + first for n in multiples}
+    counts = {
+        tuple(
+            started(n, chunk) - started(n - first, virtual_pipeline - 1 - chunk)
+            for chunk in range(virtual_pipeline)
+        )
+        for n in moments
+        if first <= n <= end
+    }
+    return tuple(sorted(one for one in counts if not _below_another(one, counts)))
+
+
+def _below_another(one: tuple[int, ...], counts: set[tuple[int, ...]]) -> bool:
+    return any(
+        one != other and all(a <= b for a, b in zip(one, other, strict=True)) for other in counts
+    )
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Memory of the stages of one run at one number of replicas.
+
+    Args:
+        config: the run; its parallel, optimizer and precision settings matter.
+        costs: of its pieces.
+        data_parallel: replicas.
+    """
+
+    config: RunConfig
+    costs: Costs
+    data_parallel: int
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one replica and optimizer step."""
+        training = self.config.training
+        of_replica = training.global_batch_size // self.data_parallel
+        return max(1, of_replica // training.micro_batch_size)
+
+    def stage(self, stage: int, blocks: Sequence[int], recomputed: Sequence[int]) -> StageMemory:
+        """Memory of a stage.
+
+        Args:
+            stage: its number, from 0; the first has the embedding, the last the head.
+            blocks: of each of its chunks.
+            recomputed: how many of each chunk's blocks are computed again in the backward pass.
+        """
+        parallel, costs = self.config.parallel, self.costs
+        pieces = [(costs.block, sum(blocks))]
+        head = stage == parallel.pipeline - 1
+        pieces += [(costs.embedding, 1)] if stage == 0 else []
+        pieces += [(costs.head, 1)] if head else []
+        weights = sum(cost.parameters * count for cost, count in pieces)
+        gains = sum(cost.vector_parameters * count for cost, count in pieces)
+        states = self._states(weights, gains)
+        return StageMemory(
+            parameters=states.parameters,
+            gradients=states.gradients,
+            optimizer=states.optimizer,
+            activations=self._activations(stage, blocks, recomputed),
+            logits=costs.head.logits_bytes + costs.head.working_bytes if head else 0,
+            communication=self._communication() + states.buffers + self._recorded(sum(blocks)),
+            host=states.host,
+            working=self._working(blocks, recomputed, embedding=stage == 0),
+        )
+
+    def recomputed(
+        self, stage: int, blocks: Sequence[int], limit: float | None
+    ) -> tuple[int, ...] | None:
+        """How many of each chunk's blocks to recompute: all, none, or as many as the limit asks.
+
+        Every micro-batch in flight in a chunk is so in the stage's earlier chunks too, so the
+        earliest blocks free the most memory: the first chunks' are taken first, and no other
+        choice does with fewer.
+
+        Args:
+            stage: the stage's number.
+            blocks: of each of its chunks.
+            limit: bytes of a device; None = no limit.
+
+        Returns:
+            The counts, or None if the stage does not fit.
+        """
+        mode = self.config.parallel.recompute
+        total = sum(blocks)
+
+        def first(count: int) -> tuple[int, ...]:
+            taken = []
+            for chunk in blocks:
+                taken.append(min(chunk, count))
+                count -= taken[-1]
+            return tuple(taken)
+
+        def fits(count: int) -> bool:
+            return limit is None or self.stage(stage, blocks, first(count)).total <= limit
+
+        if mode != "auto":
+            count = total if mode == "full" else 0
+            return first(count) if fits(count) else None
+        if fits(0):
+            return first(0)
+        if not fits(total):
+            return None
+        low, high = 0, total  # low does not fit, high does
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return first(high)
+
+    def _states(self, weights: int, gains: int) -> ZeroMemory:
+        """Bytes of parameters, gradients and the optimizer's state.
+
+        Under Megatron-core gains are fp32 in any precision, and gradients lie in fp32 buffers.
+        """
+        if self.config.training.engine == "deepspeed":
+            model, tensor = self.config.model, self.config.parallel.tensor
+            inner = 2 * model.ffn_hidden_size * model.hidden_size // tensor
+            largest = max(self.costs.embedding.parameters, inner)
+            return zero_memory(self.config, Sizes(weights, gains, largest), self.data_parallel)
+        masters = 4 * weights if self.config.training.precision == "bf16" else 0
+        size = 2 if self.config.training.precision == "bf16" else 4
+        optimizer = masters + 8 * (weights + gains)
+        if self.config.parallel.distributed_optimizer:
+            optimizer = -(-optimizer // self.data_parallel)
+        return ZeroMemory(size * weights + 4 * gains, 4 * (weights + gains), optimizer, 0, 0)
+
+    def _activations(self, stage: int, blocks: Sequence[int], recomputed: Sequence[int]) -> int:
+        parallel, costs = self.config.parallel, self.costs
+        kept = [
+            (count - again) * costs.block.activation_bytes + again * costs.block.recompute_bytes
+            for count, again in zip(blocks, recomputed, strict=True)
+        ]
+        if stage == 0:
+            kept[0] += costs.embedding.activation_bytes
+        head = costs.head.activation_bytes if stage == parallel.pipeline - 1 else 0
+        moments = in_flight(parallel.pipeline, len(blocks), stage, self.micro_batches)
+        # The head's backward pass follows its forward pass at once: never more than one in flight.
+        return head + max(
+            sum(count * size for count, size in zip(moment, kept, strict=True))
+            for moment in moments
+        )
+
+    def _communication(self) -> int:
+        config, parallel = self.config, self.config.parallel
+        tokens = config.data.seq_length * config.training.micro_batch_size
+        whole = tokens * config.model.hidden_size
+        collected = whole * (2 if config.training.precision == "bf16" else 4)
+        stream = STREAM_BYTES * whole // (parallel.tensor if parallel.sequence else 1)
+        # Received and sent, forward and backward; interleaving has another of each on its way.
+        messages = 0 if parallel.pipeline == 1 else 4 * min(parallel.virtual_pipeline, 2)
+        return messages * stream + (collected if parallel.sequence else 0)
+
+    def _recorded(self, blocks: int) -> int:
+        """Bytes of the blocks' gradients in their weights' types, kept by recorded passes."""
+        if not self.config.kernels.cuda_graphs:
+            return 0
+        block, size = self.costs.block, 2 if self.config.training.precision == "bf16" else 4
+        return blocks * (size * block.parameters + 4 * block.vector_parameters)
+
+    def _working(self, blocks: Sequence[int], recomputed: Sequence[int], *, embedding: bool) -> int:
+        block: Cost = self.costs.block
+        again = block.activation_bytes - block.recompute_bytes if any(recomputed) else 0
+        inside = block.working_bytes + again if any(blocks) else 0
+        return max(inside, self.costs.embedding.working_bytes if embedding else 0)

@@ -1,0 +1,241 @@
+"""The one decision which blocks live where, and what is known of each stage beforehand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from keel_megatron.architecture.parameters import vector_parameters
+from keel_megatron.config.errors import UserError
+from keel_megatron.config.run import RunConfig
+from keel_megatron.layout.balance import StageShare, cut
+from keel_megatron.layout.chunks import Chunk, Layout, from_counts
+from keel_megatron.layout.costs import model_costs
+from keel_megatron.layout.devices import Device, this_device
+from keel_megatron.layout.memory import GB, MemoryModel, StageMemory
+from keel_megatron.layout.times import UnitTimes, predicted_times
+from keel_megatron.layout.work import Costs, Kernel
+
+if TYPE_CHECKING:  # a plan starts without torch
+    from keel_megatron.runtime.distributed import Runtime
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage of a partition."""
+
+    number: int
+    chunks: tuple[Chunk, ...]
+    recomputed: tuple[int, ...]
+    """Of each chunk's blocks, how many (its first) are computed again in the backward pass."""
+    parameters: int
+    """On one device of the stage."""
+    memory: StageMemory
+    forward_seconds: float
+    """Of one micro-batch through all of its chunks."""
+    backward_seconds: float
+    """The same, with recomputation."""
+
+    @property
+    def blocks(self) -> int:
+        """Of all of its chunks."""
+        return sum(chunk.blocks for chunk in self.chunks)
+
+    @property
+    def embedding(self) -> bool:
+        """Whether it holds the embedding."""
+        return any(chunk.embedding for chunk in self.chunks)
+
+    @property
+    def head(self) -> bool:
+        """Whether it holds the final norm, the output projection and the loss."""
+        return any(chunk.head for chunk in self.chunks)
+
+    @property
+    def seconds(self) -> float:
+        """Forward and backward of one micro-batch."""
+        return self.forward_seconds + self.backward_seconds
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A model's stages; the same on every rank, from the configuration alone."""
+
+    layout: Layout
+    stages: tuple[Stage, ...]
+    costs: Costs
+    times: UnitTimes
+    limit_bytes: float | None
+    """Memory of a device that the model may use; None = not limited."""
+
+    @property
+    def worst_memory(self) -> Stage:
+        """The stage that needs the most memory."""
+        return max(self.stages, key=lambda stage: stage.memory.total)
+
+    @property
+    def slowest(self) -> Stage:
+        """The stage that takes longest, which all others wait for."""
+        return max(self.stages, key=lambda stage: stage.seconds)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage is within the limit."""
+        return self.limit_bytes is None or self.worst_memory.memory.total <= self.limit_bytes
+
+    def time_share(self, stage: Stage) -> float:
+        """A stage's time relative to the slowest one's."""
+        return stage.seconds / self.slowest.seconds
+
+    @property
+    def balance(self) -> float:
+        """The slowest stage's time relative to an ideal cut's: all time spread evenly."""
+        mean = sum(stage.seconds for stage in self.stages) / len(self.stages)
+        return self.slowest.seconds / mean
+
+
+def own_partition(config: RunConfig, runtime: Runtime) -> Partition:
+    """The partition of the run that this process is part of; the same on equal devices."""
+    return partition(config, runtime.data_size, this_device(runtime.device))
+
+
+def memory_limit(config: RunConfig, device: Device) -> float | None:
+    """Bytes that a model may use: `parallel.memory_gb` of it, or what the device has to give."""
+    if config.parallel.memory_gb is not None:
+        return config.parallel.memory_gb * GB
+    if device.memory_gb is None:
+        return None
+    return (device.memory_gb - device.reserved_gb) * GB
+
+
+def partition(
+    config: RunConfig,
+    data_parallel: int,
+    device: Device,
+    *,
+    times: UnitTimes | None = None,
+    layout: Layout | None = None,
+    kernel: Kernel | None = None,
+) -> Partition:
+    """Decide which blocks live on which stage, and predict every stage's time and memory.
+
+    `parallel.layout` is taken as it is; otherwise the slowest stage is as fast as can be within the
+    devices' memory. If no cut fits, it is the fastest one without a limit (with all blocks
+    recomputed under `recompute: auto`), and `Partition.fits` is false.
+
+    Args:
+        config: the run.
+        data_parallel: replicas, which share the optimizer's state.
+        device: what every stage runs on.
+        times: of the pieces; None = predicted from their costs.
+        layout: judge this layout instead of choosing one.
+        kernel: how scaled add + norms are done; None = as the device does them.
+    """
+    costs = model_costs(config, kernel or ("torch" if device.name == "cpu" else "triton"))
+    times = times or predicted_times(costs, device)
+    limit = memory_limit(config, device)
+    memory = MemoryModel(config, costs, data_parallel)
+    parallel = config.parallel
+    if layout is None and parallel.layout is not None:
+        layout = from_counts(parallel.layout, parallel.pipeline)
+    if layout is None:
+        shares = _chosen(config, memory, times, limit)
+        order = range(parallel.virtual_pipeline)
+        counts = [share.blocks[chunk] for chunk in order for share in shares]
+        layout = from_counts(counts, parallel.pipeline)
+        recomputed = [share.recomputed for share in shares]
+    else:
+        recomputed = [
+            _recomputed(memory, stage, _counts(layout, stage), limit)
+            for stage in range(layout.pipeline)
+        ]
+    layout.check(config.model.blocks)
+    stages = tuple(
+        _stage(config, memory, times, layout, number, recomputed[number])
+        for number in range(layout.pipeline)
+    )
+    return Partition(layout, stages, costs, times, limit)
+
+
+def _chosen(
+    config: RunConfig, memory: MemoryModel, times: UnitTimes, limit: float | None
+) -> list[StageShare]:
+    parallel = config.parallel
+    sizes = (config.model.blocks, parallel.pipeline, parallel.virtual_pipeline)
+    shares = cut(*sizes, times, lambda stage, blocks: memory.recomputed(stage, blocks, limit))
+    if shares is None:
+        shares = cut(*sizes, times, lambda stage, blocks: _recomputed(memory, stage, blocks, limit))
+    assert shares is not None
+    return shares
+
+
+def _counts(layout: Layout, stage: int) -> tuple[int, ...]:
+    return tuple(chunk.blocks for chunk in layout.stage(stage))
+
+
+def _recomputed(
+    memory: MemoryModel, stage: int, blocks: Any, limit: float | None
+) -> tuple[int, ...]:
+    """Recomputed blocks of a stage; all that may be, if even they do not make it fit."""
+    found = memory.recomputed(stage, blocks, limit)
+    if found is not None:
+        return found
+    return (0,) * len(blocks) if memory.config.parallel.recompute == "none" else tuple(blocks)
+
+
+def _stage(
+    config: RunConfig,
+    memory: MemoryModel,
+    times: UnitTimes,
+    layout: Layout,
+    number: int,
+    recomputed: tuple[int, ...],
+) -> Stage:
+    chunks = layout.stage(number)
+    blocks = [chunk.blocks for chunk in chunks]
+    costs = memory.costs
+    pieces = [(costs.block, times.block, sum(blocks))]
+    if chunks[0].embedding:
+        pieces.append((costs.embedding, times.embedding, 1))
+    if chunks[-1].head:
+        pieces.append((costs.head, times.head, 1))
+    # A rule may give each block other norms, so they are counted block by block.
+    parameters = sum(cost.parameters * n for cost, _, n in pieces)
+    parameters += sum(
+        vector_parameters(config.model, range(chunk.first_block, chunk.first_block + chunk.blocks))
+        for chunk in chunks
+    )
+    parameters += costs.head.vector_parameters if chunks[-1].head else 0
+    return Stage(
+        number=number,
+        chunks=chunks,
+        recomputed=recomputed,
+        parameters=parameters,
+        memory=memory.stage(number, blocks, recomputed),
+        forward_seconds=sum(time.forward * n for _, time, n in pieces),
+        backward_seconds=sum(time.backward * n for _, time, n in pieces)
+        + sum(recomputed) * times.block.forward,
+    )
+
+
+def require_fit(partition: Partition, config: RunConfig) -> None:
+    """Refuse a partition that needs more than `parallel.memory_gb`.
+
+    Raises:
+        UserError: names the stage, what it needs, and what would make it fit.
+    """
+    if config.parallel.memory_gb is None or partition.fits:
+        return
+    worst = partition.worst_memory
+    ways = "raise parallel.pipeline or parallel.tensor, or lower training.micro_batch_size"
+    if config.training.engine == "deepspeed":
+        ways = (
+            "raise deepspeed.zero_stage or parallel.tensor, set deepspeed.offload_optimizer or "
+            "deepspeed.offload_parameters, or lower training.micro_batch_size"
+        )
+    if config.parallel.recompute == "none":
+        ways = f"set parallel.recompute: auto, {ways}"
+    raise UserError(
+        f"parallel.memory_gb: stage {worst.number} needs {worst.memory.total / GB:.3g} GB, "
+        f"{config.parallel.memory_gb:g} are allowed; {ways}"
+    )

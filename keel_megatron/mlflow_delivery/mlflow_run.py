@@ -1,0 +1,335 @@
+"""A run as MLflow sees it. Everything here may block or fail: only the courier calls it."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import math
+import os
+import shutil
+import sqlite3
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keel_megatron.mlflow_delivery.changes import Change
+from keel_megatron.mlflow_delivery.overwrite import delete_after, set_params, settle
+from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_file, sqlite_uri
+from keel_megatron.mlflow_delivery.target import (
+    Status,
+    Target,
+    local_artifacts,
+    local_uri,
+    remember_run_id,
+    remembered_run_id,
+)
+from keel_megatron.tracking.metric_names import DESCRIPTION
+
+METRICS_PER_CALL = 1000
+_PER_CALL = 100
+_TAG_LENGTH = 4000
+_START_TAG = "keel.start"
+_DEFAULTS = {
+    # A training job tells MLflow's makers nothing unless its user says so, and the run's address is
+    # said by us, without the password that it may hold.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # The courier itself tries again; MLflow's own 7 attempts of 120 s would keep it for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+
+
+def _create_database(folder: Path) -> None:
+    """Make the run's sqlite file whole before it gets its name.
+
+    MLflow makes its tables in dozens of steps, and one that is killed between them leaves a file
+    that it can neither use nor finish.
+    """
+    database = sqlite_file(local_uri(folder))
+    if database is None or database.exists():
+        return
+    from mlflow import MlflowClient
+
+    for left in folder.glob(f"{database.name}.*.partial"):
+        left.unlink()
+    # A name of its own each time: MLflow remembers within a process what it has made where.
+    partial = database.with_name(f"{database.name}.{uuid.uuid4().hex}.partial")
+    MlflowClient(tracking_uri=sqlite_uri(partial)).search_experiments(max_results=1)
+    partial.replace(database)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value of a metric."""
+
+    name: str
+    value: float
+    step: int
+    timestamp_ms: int
+    """When it was reported, in milliseconds since 1970."""
+
+
+class MlflowRun:
+    """A client, and the MLflow run that it writes to once `start` or `reopen` has found it.
+
+    The URI is always given to the client: MLflow's own default would be set by whatever mlruns
+    folder lies in the working directory.
+
+    Args:
+        folder: the run's folder.
+        target: which MLflow run.
+    """
+
+    def __init__(self, folder: Path, target: Target) -> None:
+        for name, value in _DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        from mlflow import MlflowClient
+
+        # Importing MLflow makes its loggers tell of every table that they create.
+        logging.getLogger("alembic").setLevel(logging.ERROR)
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+
+        self._folder = folder
+        self._target = target
+        self._uri = target.uri_of(folder)
+        if target.uri is None:
+            _create_database(folder)
+            self._settle()
+        self._client: Any = MlflowClient(tracking_uri=self._uri)
+        self._run: Any = None
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run."""
+        return None if self._run is None else str(self._run.info.run_id)
+
+    def start(self, start: str, back_to: int | None, time_ms: int) -> str | None:
+        """Begin a new MLflow run, or go on with the folder's.
+
+        Args:
+            start: name of this start; the same one a second time changes nothing.
+            back_to: step that the run goes on from; None = a new MLflow run.
+            time_ms: when.
+
+        Returns:
+            What the user should know about it, if anything.
+        """
+        known, remark = self._remembered(), None
+        if known is not None and known.data.tags.get(_START_TAG) == start:
+            self._run = known
+        elif back_to is None:
+            if known is not None and known.info.status == "RUNNING":
+                self._client.set_terminated(known.info.run_id, "FAILED")
+            self._create(start, time_ms)
+        elif known is None:
+            gone = remembered_run_id(self._folder)
+            if gone is not None:
+                remark = _replaced(gone)
+            self._create(start, time_ms)
+        else:
+            self._run = known
+            self.rewind(back_to, time_ms)
+            self._rename()
+            self.tag({_START_TAG: start})
+        assert self._run is not None
+        if self._run.info.status != "RUNNING":
+            self._client.update_run(self.run_id, status="RUNNING")
+        self._log_params(self._run)
+        return remark
+
+    def reopen(self) -> None:
+        """Find the folder's MLflow run; make one if there is none."""
+        if self._run is None:
+            self._run = self._remembered()
+        if self._run is None:
+            self._create("", None)
+
+    def replace_if_gone(self) -> str | None:
+        """Make a run in the place of one that was deleted meanwhile; the remark, if it was."""
+        if self._run is None or self._get(self._run.info.run_id) is not None:
+            return None
+        gone, start = self.run_id, self._run.data.tags.get(_START_TAG, "")
+        self._create(start, None)
+        self._log_params(self._run)
+        return _replaced(gone)
+
+    def log(self, points: Sequence[Point]) -> None:
+        """Write values, in as few calls as MLflow allows.
+
+        An infinite one is written as NaN: MLflow would make it 1.8e308.
+        """
+        from mlflow.entities import Metric
+
+        def stored(value: float) -> float:
+            return math.nan if math.isinf(value) else float(value)
+
+        metrics = [Metric(p.name, stored(p.value), p.timestamp_ms, p.step) for p in points]
+        for start in range(0, len(metrics), METRICS_PER_CALL):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
+
+    def seconds_since_start(self, time_ms: int) -> int:
+        """The step of a machine's values: whole seconds since the MLflow run's first start."""
+        return max(0, (time_ms - int(self._run.info.start_time)) // 1000)
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        from mlflow.entities import RunTag
+
+        wanted = [RunTag(key, value) for key, value in tags.items()]
+        for start in range(0, len(wanted), _PER_CALL):
+            self._client.log_batch(self.run_id, tags=wanted[start : start + _PER_CALL])
+
+    def rewind(self, step: int, time_ms: int) -> None:
+        """The run goes back to a step: take back the points after it, or mark that they are void.
+
+        A tag `resumed.N` says it in any store. In a sqlite file the points are deleted. A server
+        cannot delete points: there, of two points of the same step the later one counts.
+        """
+        when = datetime.datetime.fromtimestamp(time_ms / 1000, datetime.UTC)
+        tags = self._client.get_run(self.run_id).data.tags
+        # To the millisecond: it also tells one rewind, delivered twice, from two of them.
+        text = f"from step {step}, {when.replace(tzinfo=None).isoformat(timespec='milliseconds')}Z"
+        before = [value for name, value in tags.items() if name.startswith("resumed.")]
+        if any(value.startswith(text) for value in before):
+            return
+        deleted = self._overwrite(delete_after, str(self.run_id), step)
+        kept = "" if deleted else "; of two points of a step the later counts"
+        self.tag({f"resumed.{len(before) + 1}": text + kept})
+
+    def set_changes(self, changes: Sequence[Change]) -> None:
+        """Say which settings were changed and where, a tag `changed.step_NNNNNNNN` each.
+
+        Tags of changes that are not among them are removed: those of steps that the run went back
+        behind, and the `changed.SETTING` of earlier versions.
+        """
+        by_step: dict[str, list[str]] = {}
+        for change in changes:
+            by_step.setdefault(f"changed.step_{change.step:08d}", []).append(str(change))
+        wanted = {name: _cut("; ".join(texts)) for name, texts in by_step.items()}
+        self._set_tags("changed.", wanted)
+
+    def log_file(self, path: Path) -> None:
+        """Copy a file, or a folder under its name and its parent's."""
+        if self._target.uri is None:
+            self._keep_file(path)
+        elif path.is_dir():
+            self._client.log_artifacts(self.run_id, str(path), f"{path.parent.name}/{path.name}")
+        else:
+            self._client.log_artifact(self.run_id, str(path))
+
+    def answers(self) -> bool:
+        """Whether MLflow knows the run and says so now."""
+        try:
+            self._client.get_run(self.run_id)
+        except Exception:
+            return False
+        return True
+
+    def end(self, status: Status, time_ms: int | None = None) -> None:
+        """Set the final status."""
+        self._client.set_terminated(self.run_id, status, end_time=time_ms)
+
+    def _keep_file(self, path: Path) -> None:
+        """Copy it to the run's own folder of artifacts.
+
+        Not through MLflow, which would write to wherever the database says.
+        """
+        place = local_artifacts(self._folder) / str(self.run_id) / "artifacts"
+        if path.is_dir():
+            shutil.copytree(path, place / path.parent.name / path.name, dirs_exist_ok=True)
+        else:
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place / path.name)
+
+    def _remembered(self) -> Any:
+        run_id = remembered_run_id(self._folder)
+        return None if run_id is None else self._get(run_id)
+
+    def _get(self, run_id: str) -> Any:
+        """The MLflow run; None if it was deleted or is another server's."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return run if run.info.lifecycle_stage == "active" else None
+
+    def _create(self, start: str, time_ms: int | None) -> None:
+        target = self._target
+        experiment = self._client.get_experiment_by_name(target.experiment)
+        if experiment is not None:
+            experiment_id = experiment.experiment_id
+        else:
+            experiment_id = self._client.create_experiment(
+                target.experiment, artifact_location=target.artifacts(self._folder)
+            )
+        tags = {_START_TAG: start, "mlflow.note.content": DESCRIPTION}
+        self._run = self._client.create_run(
+            experiment_id, start_time=time_ms, run_name=target.name, tags=tags
+        )
+        remember_run_id(self._folder, str(self.run_id))
+        if target.uri is None:  # the default experiment's files would be somewhere else
+            self._settle()
+
+    def _log_params(self, run: Any) -> None:
+        """The configuration in force.
+
+        MLflow keeps a parameter's first value. In a sqlite file it is replaced; elsewhere a tag
+        `config.KEY` has the value in force of each parameter that shows another one.
+        """
+        from mlflow.entities import Param
+
+        wanted, known = self._target.params, run.data.params
+        params = [Param(key, value) for key, value in wanted.items() if key not in known]
+        for start in range(0, len(params), _PER_CALL):
+            self._client.log_batch(self.run_id, params=params[start : start + _PER_CALL])
+        other = {key: value for key, value in wanted.items() if known.get(key, value) != value}
+        if other and self._overwrite(set_params, str(self.run_id), other):
+            other = {}
+        self._set_tags("config.", {f"config.{key}": _cut(value) for key, value in other.items()})
+
+    def _rename(self) -> None:
+        """Follow a changed training.name; a name that was given in MLflow's pages stays."""
+        data, name = self._run.data, self._target.name
+        before = data.tags.get("config.training.name", data.params.get("training.name", name))
+        if before != name:
+            self._client.update_run(self.run_id, name=name)
+
+    def _set_tags(self, prefix: str, wanted: Mapping[str, str]) -> None:
+        """Make these all the tags whose names begin so."""
+        known = self._client.get_run(self.run_id).data.tags
+        self.tag({key: value for key, value in wanted.items() if known.get(key) != value})
+        for key in known:
+            if key.startswith(prefix) and key not in wanted:
+                self._client.delete_tag(self.run_id, key)
+
+    def _settle(self) -> None:
+        artifacts = local_artifacts(self._folder).as_uri()
+        self._overwrite(settle, artifacts, self._target.experiment)
+
+    def _overwrite(self, change: Callable[..., object], *arguments: Any) -> bool:
+        """Make a change of overwrite.py; False on a server, or in tables of another MLflow."""
+        database = sqlite_file(self._uri)
+        if database is None:
+            return False
+        try:
+            change(database, *arguments)
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise
+            return False
+        return True
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _TAG_LENGTH else text[: _TAG_LENGTH - 3] + "..."
+
+
+def _replaced(run_id: str | None) -> str:
+    return f"MLflow has no run {run_id} any longer: a new one is made"

@@ -1,0 +1,60 @@
+"""Who is at work on a run's spool: the one courier that delivers it, and the training process."""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from keel_megatron.mlflow_delivery.outbox import FOLDER
+
+HEARTBEAT_SECONDS = 10.0
+
+
+@contextmanager
+def the_only_one(run: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the spool's lock within the block; False if another courier has it.
+
+    The system frees the lock of a process that dies. A file system without locks gives it to all.
+    """
+    path = run / FOLDER / "lock"
+    with path.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        yield True
+
+
+def is_alive(session: dict[str, Any], run: Path) -> bool:
+    """Whether the training process of a session may still be there.
+
+    On another machine that is so if its courier gave a sign of life within the last minute.
+    """
+    if session.get("host") == socket.gethostname():
+        pid, born = session.get("pid"), session.get("born")
+        if not (type(pid) is int and pid > 0 and isinstance(born, (int, float))):
+            return False  # nobody's: a start notes both
+        return process_runs(pid, born)
+    try:
+        return time.time() - (run / FOLDER / "alive").stat().st_mtime < 6 * HEARTBEAT_SECONDS
+    except OSError:
+        return False
+
+
+def process_runs(pid: int, born: float) -> bool:
+    """Whether a process with this id and time of creation runs."""
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - born) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

@@ -1,0 +1,160 @@
+"""The MLflow run that a run's reports are for: where it is, and what it is called."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from keel_megatron.config.reading import parse_json, read_small, read_small_text
+from keel_megatron.config.run import RunConfig
+from keel_megatron.mlflow_delivery.outbox import FOLDER, SpoolReader
+from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_file, sqlite_uri
+from keel_megatron.runtime.files import write_whole
+from keel_megatron.urls import without_credentials
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+"""How an MLflow run ends: as planned; by an error, or without a word; because it was asked to."""
+
+RUN_ID_FILE = "mlflow_run_id"
+_OLDER_FILE = "target.json"
+"""Where versions whose starts do not name their place kept the run's, in its spool."""
+_ARTIFACTS = "mlflow_artifacts"
+_DATABASES = ("postgresql", "mysql", "mssql")
+_RUN_ID = re.compile(r"[A-Za-z0-9][\w-]{0,255}", re.ASCII)
+"""MLflow's own rule. The id becomes a folder's name."""
+_PARAM_LENGTH = 6000
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the courier must know of the configuration; every start leaves its own in the spool."""
+
+    uri: str | None
+    """MLflow's tracking URI; None = the sqlite file in the run's folder."""
+    experiment: str
+    name: str
+    params: dict[str, str]
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Target:
+        """That of a configuration."""
+        tracking = config.tracking
+        return cls(
+            tracking.uri,
+            tracking.experiment,
+            config.training.name,
+            flat_params(config),
+        )
+
+    @classmethod
+    def of_start(cls, run: Path, start: Mapping[str, Any]) -> Target | None:
+        """That of a start in a run's spool; None if there is no start, or its place is not known.
+
+        Whoever could write to the folder may have named the place: `is_trusted` before it is used.
+
+        Args:
+            run: the run's folder; an earlier version's start has its place there.
+            start: the item's values.
+        """
+        if not start:
+            return None
+        if "target" in start:
+            return cls._from_json(start["target"])
+        older = run / FOLDER / _OLDER_FILE
+        if not older.is_file():
+            return None
+        return cls._from_json(parse_json(read_small(older)))
+
+    @classmethod
+    def newest(cls, run: Path) -> Target | None:
+        """That of the newest start in a run's folder; None if it has never reported to MLflow."""
+        reader = SpoolReader(run)
+        reader.scan()
+        return cls.of_start(run, reader.last_start)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `of_start` reads."""
+        return asdict(self)
+
+    def uri_of(self, run: Path) -> str:
+        """The URI, wherever the run's folder is."""
+        return self.uri or local_uri(run)
+
+    def is_trusted(self, confirmed: Collection[str]) -> bool:
+        """Whether it is in the run's folder, or is one of the addresses that the user has given."""
+        return not self.uri or self.uri.rstrip("/") in {uri.rstrip("/") for uri in confirmed}
+
+    def artifacts(self, run: Path) -> str | None:
+        """Where the files of a new experiment go; None = as the server says.
+
+        A database has no place of its own for files, and MLflow's default is ./mlruns.
+        """
+        database = sqlite_file(self.uri_of(run))
+        if database is not None:
+            return (database.parent.resolve() / _ARTIFACTS).as_uri()
+        if self.uri_of(run).partition("://")[0].partition("+")[0] in _DATABASES:
+            return (run.resolve().parent / _ARTIFACTS).as_uri()
+        return None
+
+    @classmethod
+    def _from_json(cls, values: Any) -> Target | None:
+        if not isinstance(values, Mapping) or not isinstance(values.get("params"), Mapping):
+            return None
+        uri, experiment, name = (values.get(key) for key in ("uri", "experiment", "name"))
+        if not (isinstance(experiment, str) and isinstance(name, str)):
+            return None
+        params = {str(key): str(value) for key, value in values["params"].items()}
+        return cls(str(uri) if uri else None, experiment, name, params)
+
+
+def local_uri(run: Path) -> str:
+    """The sqlite file in a run's folder."""
+    return sqlite_uri((run / "mlflow.db").resolve())
+
+
+def local_artifacts(run: Path) -> Path:
+    """The folder of artifacts beside that file."""
+    return run.resolve() / _ARTIFACTS
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """`tracking.uri`, or the sqlite file in the run's folder."""
+    return config.tracking.uri or local_uri(config.training.folder)
+
+
+def sync_command(run: Path, uri: str | None) -> str:
+    """The command that delivers what waits, naming the address that the user confirms by it."""
+    to = f" --to {shlex.quote(without_credentials(uri))}" if uri else ""
+    return f"keel track sync {shlex.quote(str(run))}{to}"
+
+
+def remembered_run_id(folder: Path) -> str | None:
+    """The MLflow run of a run's folder, if it has one."""
+    marker = folder / RUN_ID_FILE
+    with suppress(UnicodeDecodeError):
+        run_id = read_small_text(marker).strip() if marker.is_file() else ""
+        return run_id if _RUN_ID.fullmatch(run_id) else None
+    return None
+
+
+def remember_run_id(folder: Path, run_id: str) -> None:
+    """Make this the MLflow run of a run's folder."""
+    write_whole(folder / RUN_ID_FILE, run_id + "\n")
+
+
+def flat_params(config: RunConfig) -> dict[str, str]:
+    """The configuration as `section.key`: text, within MLflow's limit of length."""
+    params = {
+        f"{section}.{key}": without_credentials(str(value))
+        for section, values in config.model_dump(mode="json").items()
+        for key, value in values.items()
+    }
+    return {
+        key: value if len(value) <= _PARAM_LENGTH else value[: _PARAM_LENGTH - 3] + "..."
+        for key, value in params.items()
+    }

@@ -1,1 +1,0 @@
-"""Which blocks live on which pipeline stage."""

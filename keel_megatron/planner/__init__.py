@@ -1,0 +1,1 @@
+"""`keel plan`: search, simulation of the schedule, report and pictures."""

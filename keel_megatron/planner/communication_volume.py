@@ -1,0 +1,106 @@
+"""The time of what a step does besides computing: messages, gradients, the update."""
+
+from __future__ import annotations
+
+import math
+
+from keel_megatron.config.run import RunConfig
+from keel_megatron.layout.devices import Device
+from keel_megatron.layout.stages import Partition
+from keel_megatron.layout.work import STREAM_BYTES
+
+_UPDATE_BYTES = 4 + 4 + 8 + 8 + 16
+"""A parameter in one update: gradient zeroed, read for its norm, scaled in place; moments read and
+written, with the master (or the weight itself) read and written."""
+_COPY_BYTES = 4 + 2
+"""And under bf16 its master copied to the weight."""
+
+
+def message_bytes(config: RunConfig) -> int:
+    """The stream of one micro-batch [s, b, h] in fp32, or this device's share of it under SP."""
+    tokens = config.data.seq_length * config.training.micro_batch_size
+    share = config.parallel.tensor if config.parallel.sequence else 1
+    return tokens * config.model.hidden_size * STREAM_BYTES // share
+
+
+def link_seconds(config: RunConfig, device: Device, data_parallel: int) -> tuple[float, ...]:
+    """A message's time from each stage to its next one (from the last one to the first).
+
+    Megatron-core numbers ranks by tensor, then data, then pipeline rank, so neighbours in the
+    pipeline are TP x DP ranks apart. A link is as slow as the slowest replica's.
+    """
+    parallel = config.parallel
+    apart = parallel.tensor * data_parallel
+    size = message_bytes(config)
+    within = size / (device.intra_node_gb * 1e9) + device.intra_node_latency_us * 1e-6
+    between = size / (device.inter_node_gb * 1e9) + device.inter_node_latency_us * 1e-6
+
+    def same_node(stage: int, following: int) -> bool:
+        return all(
+            (stage * apart + rank) // device.devices_per_node
+            == (following * apart + rank) // device.devices_per_node
+            for rank in range(0, min(apart, device.devices_per_node), parallel.tensor)
+        )
+
+    stages = range(parallel.pipeline)
+    return tuple(
+        within if same_node(stage, (stage + 1) % parallel.pipeline) else between for stage in stages
+    )
+
+
+def gradient_seconds(
+    config: RunConfig, device: Device, data_parallel: int, parameters: int
+) -> float:
+    """Sum a device's gradients over the replicas and, if sharded, collect the new parameters.
+
+    A ring: each device sends (d - 1) / d of the data, twice for an all-reduce; in as many hops as
+    doubling takes. The group's members within a node share their ways out of it.
+    """
+    if data_parallel == 1:
+        return 0.0
+    parallel = config.parallel
+    weight = 2 if config.training.precision == "bf16" else 4
+    sent = 4 + weight if parallel.distributed_optimizer else 2 * 4
+    sent_bytes = parameters * sent * (data_parallel - 1) / data_parallel
+    hops = 2 * math.ceil(math.log2(data_parallel))
+    if parallel.tensor * data_parallel <= device.devices_per_node:
+        bandwidth, latency = device.intra_node_gb, device.intra_node_latency_us
+    else:
+        members = max(1, device.devices_per_node // parallel.tensor)
+        bandwidth = min(device.intra_node_gb, members * device.inter_node_gb)
+        latency = device.inter_node_latency_us
+    return sent_bytes / (bandwidth * 1e9) + hops * latency * 1e-6
+
+
+def update_seconds(config: RunConfig, device: Device, data_parallel: int, parameters: int) -> float:
+    """Clip and AdamW on a device's share of its parameters, at the memory's bandwidth."""
+    share = parameters / (data_parallel if config.parallel.distributed_optimizer else 1)
+    bandwidth = device.memory_bandwidth_gb * 1e9 * device.bandwidth_fraction
+    copied = _COPY_BYTES if config.training.precision == "bf16" else 0
+    return share * (_UPDATE_BYTES + copied) / bandwidth
+
+
+def closing_seconds(
+    config: RunConfig,
+    device: Device,
+    data_parallel: int,
+    partition: Partition,
+    update: float | None = None,
+) -> float:
+    """From the last backward pass to the next step: nothing of it overlaps with computation.
+
+    Args:
+        config: the run.
+        device: what it runs on.
+        data_parallel: replicas.
+        partition: its stages.
+        update: seconds of the update on one replica alone, if known by measurement.
+    """
+    parameters = max(stage.parameters for stage in partition.stages)
+    seconds = gradient_seconds(config, device, data_parallel, parameters)
+    if config.model.tie_embeddings and config.parallel.pipeline > 1:
+        shared = config.data.vocab_size * config.model.hidden_size // config.parallel.tensor
+        seconds += 4 * shared / (device.inter_node_gb * 1e9)
+    if update is None:
+        return seconds + update_seconds(config, device, data_parallel, parameters)
+    return seconds + update / (data_parallel if config.parallel.distributed_optimizer else 1)

@@ -1,0 +1,150 @@
+"""Time what a stage is made of on this device: one block, the embedding, the head, the update."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from torch import Tensor
+
+from keel_megatron.config.errors import UserError
+from keel_megatron.config.run import RunConfig
+from keel_megatron.data.batches import Batch, random_batch
+from keel_megatron.engines.build import build_engine
+from keel_megatron.engines.megatron.engine import MegatronEngine
+from keel_megatron.layout.times import Times, UnitTimes
+from keel_megatron.model.language_model import build_model
+from keel_megatron.planner.plan import Measured
+from keel_megatron.runtime.device import Launch
+from keel_megatron.runtime.distributed import Runtime, start
+
+_FEW, _MANY = 2, 8
+"""Blocks of the two models whose difference is a block's time."""
+
+
+def measure_pieces(config: RunConfig, samples: int = 12) -> Measured:
+    """Seconds of one micro-batch through a block, the embedding and the head, and of the update.
+
+    Two shallow models of the run's shapes are trained in this process, sample by sample in turn, so
+    that whatever else the machine does meets both. A block is their difference; the head is what is
+    left of the smaller one without its blocks and its embedding, which is timed alone.
+
+    Args:
+        config: the run; its depth and layout do not matter.
+        samples: timed passes of each; the lower quartile counts, as other work only adds.
+
+    Raises:
+        UserError: tensor parallelism, which one process cannot time, or another engine.
+    """
+    if config.training.engine != "megatron":
+        raise UserError(
+            f"--measure times the Megatron engine, not training.engine: {config.training.engine}"
+        )
+    if config.parallel.tensor > 1:
+        raise UserError(
+            f"--measure times one process: parallel.tensor = {config.parallel.tensor} must be 1"
+        )
+    alone = _shallow(config, _FEW)
+    with start(alone.parallel, alone.training, Launch(0, 1, 0, 1)) as runtime:
+        engines = [_engine(run, runtime) for run in (alone, _shallow(config, _MANY))]
+        batch = random_batch(alone).to(runtime.device)
+        for engine in engines:
+            engine.train_step([batch], 1, 0.0)
+        clock = _Clock(runtime.device)
+        rows = [
+            [_pass(clock, engine, batch) + _update(clock, engine) for engine in engines]
+            + [_embedding(clock, engines[0], batch)]
+            for _ in range(samples)
+        ]
+    few, many, embedding = (
+        [statistics.quantiles(column, n=4)[0] for column in zip(*one, strict=True)]
+        for one in zip(*rows, strict=True)
+    )
+    block = [(b - a) / (_MANY - _FEW) for a, b in zip(few, many, strict=True)]
+    rest = [a - _FEW * one for a, one in zip(few, block, strict=True)]
+    forward, backward = embedding
+    return Measured(
+        UnitTimes(
+            embedding=Times(forward, backward),
+            block=Times(block[0], block[1]),
+            head=Times(rest[0] - forward, rest[1] - backward),
+        ),
+        update_block=block[2],
+        update_embedding=rest[2] / 2,  # to an update, embedding and head are alike
+    )
+
+
+def _shallow(config: RunConfig, blocks: int) -> RunConfig:
+    parallel = config.parallel.model_copy(
+        update={
+            "sequence": False,
+            "pipeline": 1,
+            "virtual_pipeline": 1,
+            "layout": None,
+            "recompute": "none",
+        }
+    )
+    model = config.model.model_copy(update={"blocks": blocks})
+    return config.model_copy(update={"model": model, "parallel": parallel})
+
+
+def _engine(config: RunConfig, runtime: Runtime) -> MegatronEngine:
+    """As a run would have it, compiled or recorded as it says."""
+    engine = build_engine(config, runtime, build_model(config, runtime))
+    assert isinstance(engine, MegatronEngine)
+    return engine
+
+
+class _Clock:
+    """Seconds of a call, with what it left to the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._wait: Callable[[], None] = (
+            torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        )
+
+    def __call__(self, call: Callable[[], Any]) -> tuple[float, Any]:
+        self._wait()
+        started = time.perf_counter()
+        result = call()
+        self._wait()
+        return time.perf_counter() - started, result
+
+
+def _pass(clock: _Clock, engine: MegatronEngine, batch: Batch) -> tuple[float, float]:
+    """Forward and backward pass of one micro-batch through the whole model."""
+    model: Any = engine.model[0]
+
+    def forward() -> Tensor:
+        losses = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+        return (losses * batch.loss_mask).sum() / batch.loss_mask.sum()
+
+    ahead, loss = clock(forward)
+    back, _nothing = clock(loss.backward)
+    return ahead, back
+
+
+def _embedding(clock: _Clock, engine: MegatronEngine, batch: Batch) -> tuple[float, float]:
+    """The same through the embedding alone."""
+    model: Any = engine.chunks[0]
+    ahead, stream = clock(lambda: model.embedding(batch.tokens, batch.position_ids))
+    gradient = torch.ones_like(stream)
+    back, _nothing = clock(lambda: stream.backward(gradient))
+    return ahead, back
+
+
+def _update(clock: _Clock, engine: MegatronEngine) -> tuple[float]:
+    """What comes after the passes: gradients finished, clipped and applied, buffers emptied."""
+
+    def update() -> None:
+        finalize_model_grads(engine.model)
+        engine.optimizer.step()
+        for chunk in engine.model:
+            chunk.zero_grad_buffer()
+        engine.optimizer.zero_grad()
+
+    return (clock(update)[0],)

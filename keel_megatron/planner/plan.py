@@ -1,0 +1,232 @@
+"""The plan of a run: its stages, its step's schedule, and what follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from keel_megatron.architecture.flops import training_flops_per_token
+from keel_megatron.architecture.parameters import parameter_count
+from keel_megatron.config.run import RunConfig
+from keel_megatron.layout.devices import Device
+from keel_megatron.layout.memory import GB
+from keel_megatron.layout.stage_table import stage_rows
+from keel_megatron.layout.stages import Partition, Stage, partition
+from keel_megatron.layout.times import Spread, UnitTimes, measured_spread, spread
+from keel_megatron.layout.work import Kernel
+from keel_megatron.planner.communication_volume import closing_seconds, link_seconds
+from keel_megatron.planner.simulate import MemoryTrace, PipelineTimes, Timeline, simulate
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds measured on a device, of one micro-batch, instead of predicted ones."""
+
+    times: UnitTimes
+    update_block: float
+    """What a block adds to clipping, updating and emptying the gradients."""
+    update_embedding: float
+    """What the embedding adds, and the head as much."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would be on so many devices."""
+
+    config: RunConfig
+    gpus: int
+    device: Device
+    partition: Partition
+    times: PipelineTimes
+    closing_seconds: float
+    """Gradients summed over the replicas, and the optimizer's update."""
+    measured: bool
+    """Whether computation was measured, not predicted."""
+
+    @property
+    def data_parallel(self) -> int:
+        """Replicas of the model."""
+        return self.config.data_parallel_size(self.gpus)
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one replica in a step."""
+        training = self.config.training
+        return training.global_batch_size // (training.micro_batch_size * self.data_parallel)
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The simulated step."""
+        return simulate(self.times, self.micro_batches)
+
+    @property
+    def step_seconds(self) -> float:
+        """Of one optimizer step."""
+        return self.timeline.seconds + self.closing_seconds
+
+    @cached_property
+    def spread(self) -> Spread:
+        """How far the step may be from `step_seconds`, as factors (times.py)."""
+        if self.measured:
+            return measured_spread()
+        stage = self.partition.slowest
+        pieces = (int(stage.embedding), stage.blocks, int(stage.head))
+        return spread(self.partition.costs, self.device, pieces)
+
+    @property
+    def step_range(self) -> tuple[float, float]:
+        """The shortest and the longest step that are thought possible, in seconds."""
+        return self.step_seconds * self.spread.low, self.step_seconds * self.spread.high
+
+    @property
+    def basis(self) -> str:
+        """What the times rest on."""
+        if self.measured:
+            return "pieces measured here"
+        if self.device.name == "cpu":
+            return "predicted, not measured; --measure times the pieces here"
+        return "predicted, not measured on a GPU"
+
+    @property
+    def bubble(self) -> float:
+        """Time in which the slowest stage idles, relative to its work."""
+        return self.timeline.bubble
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of the global batch."""
+        return self.config.training.global_batch_size * self.config.data.seq_length
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole run."""
+        return self.tokens_per_step / self.step_seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs a second relative to the devices' peak."""
+        return self.mfu_at(self.tokens_per_second)
+
+    def mfu_at(self, tokens_per_second: float) -> float:
+        """The same, at another speed than the simulated one."""
+        config = self.config
+        flops = training_flops_per_token(
+            config.model, config.data.seq_length, config.data.vocab_size
+        )
+        return tokens_per_second * flops / (self.gpus * self.device.tflops * 1e12)
+
+    @property
+    def days(self) -> float:
+        """Of all the run's steps."""
+        return self.config.training.steps * self.step_seconds / 86400.0
+
+    @property
+    def parameters(self) -> int:
+        """Of the model."""
+        return parameter_count(self.config.model, self.config.data.vocab_size)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage fits into its devices' memory."""
+        return self.partition.fits
+
+    def memory_traces(self) -> list[MemoryTrace]:
+        """Every stage's memory, split into what stays and what each micro-batch adds."""
+        return [_trace(self, stage) for stage in self.partition.stages]
+
+    def as_object(self) -> dict[str, Any]:
+        """Everything a program would ask for, in numbers."""
+        parallel = self.config.parallel
+        return {
+            "name": self.config.training.name,
+            "gpus": self.gpus,
+            "device": self.device.name,
+            "measured": self.measured,
+            "parameters": self.parameters,
+            "blocks": self.config.model.blocks,
+            "sub_layers": self.config.model.sub_layers,
+            "tensor": parallel.tensor,
+            "pipeline": parallel.pipeline,
+            "virtual_pipeline": parallel.virtual_pipeline,
+            "data_parallel": self.data_parallel,
+            "micro_batches": self.micro_batches,
+            "stages": stage_rows(self.partition),
+            "slowest_stage": self.partition.slowest.number,
+            "balance": self.partition.balance,
+            "bubble": self.bubble,
+            "step_seconds": self.step_seconds,
+            "step_seconds_range": list(self.step_range),
+            "basis": self.basis,
+            "closing_seconds": self.closing_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "tokens": self.tokens_per_step * self.config.training.steps,
+            "days": self.days,
+            "memory_limit_gb": (self.partition.limit_bytes or 0.0) / GB or None,
+            "fits": self.fits,
+        }
+
+
+def make_plan(
+    config: RunConfig,
+    gpus: int,
+    device: Device,
+    measured: Measured | None = None,
+    kernel: Kernel | None = None,
+) -> Plan:
+    """Plan a valid run.
+
+    Args:
+        config: the run, without contradictions at `gpus` processes (config.run.problems).
+        gpus: devices, one a process.
+        device: what they are.
+        measured: times to use instead of predicted ones.
+        kernel: how scaled add + norms are done; None = as the device does them.
+    """
+    replicas = config.data_parallel_size(gpus)
+    times = measured.times if measured else None
+    parts = partition(config, replicas, device, times=times, kernel=kernel)
+    links = link_seconds(config, device, replicas)
+    closing = closing_seconds(config, device, replicas, parts, _update(parts, measured))
+    return Plan(config, gpus, device, parts, _pass_times(parts, links), closing, bool(measured))
+
+
+def _pass_times(parts: Partition, links: tuple[float, ...]) -> PipelineTimes:
+    """Forward and backward seconds of every chunk, in the order in which a micro-batch passes."""
+    forward, backward = [], []
+    pipeline, times = parts.layout.pipeline, parts.times
+    for number, chunk in enumerate(parts.layout.chunks):
+        again = parts.stages[number % pipeline].recomputed[number // pipeline]
+        pieces = [(times.block, chunk.blocks)]
+        pieces += [(times.embedding, 1)] if chunk.embedding else []
+        pieces += [(times.head, 1)] if chunk.head else []
+        forward.append(sum(time.forward * count for time, count in pieces))
+        backward.append(
+            sum(time.backward * count for time, count in pieces) + again * times.block.forward
+        )
+    return PipelineTimes(pipeline, tuple(forward), tuple(backward), links)
+
+
+def _update(parts: Partition, measured: Measured | None) -> float | None:
+    """The slowest stage's update as measured, its state unshared."""
+    if measured is None:
+        return None
+    return max(
+        stage.blocks * measured.update_block
+        + (stage.embedding + stage.head) * measured.update_embedding
+        for stage in parts.stages
+    )
+
+
+def _trace(plan: Plan, stage: Stage) -> MemoryTrace:
+    costs, memory = plan.partition.costs, stage.memory
+    chunks = []
+    for chunk, again in zip(stage.chunks, stage.recomputed, strict=True):
+        kept = (chunk.blocks - again) * costs.block.activation_bytes
+        kept += again * costs.block.recompute_bytes
+        kept += costs.embedding.activation_bytes if chunk.embedding else 0
+        kept += costs.head.activation_bytes + costs.head.logits_bytes if chunk.head else 0
+        chunks.append(float(kept))
+    logits = costs.head.logits_bytes if stage.head else 0
+    return MemoryTrace(float(memory.total - memory.activations - logits), tuple(chunks))

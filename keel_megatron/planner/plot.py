@@ -1,0 +1,312 @@
+"""The picture of a step: what every stage computes when, and the memory it then holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from keel_megatron.planner.simulate import MemoryTrace, Span, Timeline
+from keel_megatron.runtime.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_TEXT, _QUIET, _GRID, _IDLE = "#1a202c", "#718096", "#e2e8f0", "#e9edf2"
+_FORWARD, _BACKWARD = ("#90cdf4", "#2b6cb0"), ("#fbd38d", "#dd6b20")
+"""Colours of the first and of the last chunk of a stage."""
+_LINES_UP_TO = 8
+_NUMBERED_UP_TO = 8
+_SAMPLES = 1200
+_PASSES_ACROSS = 110
+_DIGIT = 0.0052
+"""Width of a digit, as a share of the picture's columns."""
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A part of the step that is drawn, in seconds."""
+
+    start: float
+    end: float
+
+
+def plot_schedule(
+    timeline: Timeline,
+    memory: list[MemoryTrace],
+    out: Path,
+    *,
+    title: str,
+    facts: str,
+    memory_limit: float | None = None,
+) -> None:
+    """Draw a step into a PNG: the schedule above, the memory of each stage below.
+
+    A step of many micro-batches is drawn as its beginning and its end.
+
+    Args:
+        timeline: the simulated step.
+        memory: of each stage.
+        out: the picture.
+        title: what is planned.
+        facts: one line below the title.
+        memory_limit: bytes of a device; None = none is drawn.
+    """
+    from matplotlib.figure import Figure
+
+    windows = _windows(timeline)
+    stages = len(timeline.stages)
+    height = min(7.5, 2.2 + 0.42 * stages)
+    figure = Figure(figsize=(13, height + 4.6), dpi=130, facecolor="white")
+    grid = figure.add_gridspec(
+        2,
+        len(windows),
+        height_ratios=(height, 2.9),
+        width_ratios=[window.end - window.start for window in windows],
+        left=0.065,
+        right=0.9,
+        top=1 - 1.25 / (height + 4.6),
+        bottom=0.62 / (height + 4.6),
+        hspace=0.1,
+        wspace=0.045,
+    )
+    columns = [
+        (figure.add_subplot(grid[0, n]), figure.add_subplot(grid[1, n]))
+        for n in range(len(windows))
+    ]
+    scale, unit = (1.0, "s") if timeline.seconds >= 1.0 else (1e3, "ms")
+    traces = [_trace(spans, one) for spans, one in zip(timeline.stages, memory, strict=True)]
+    for (top, bottom), window in zip(columns, windows, strict=True):
+        _draw_passes(top, timeline, window, scale, _DIGIT * len(windows))
+        image = _draw_memory(bottom, traces, window, scale, memory_limit)
+        for axes in (top, bottom):
+            axes.set_xlim(window.start * scale, window.end * scale)
+            _dress(axes)
+        top.tick_params(labelbottom=False)
+    _join(columns)
+    _label(figure, columns, stages, unit, image)
+    _title(figure, height + 4.6, title, facts, timeline)
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(out, picture.getvalue())
+
+
+def _windows(timeline: Timeline) -> list[_Window]:
+    """The whole step, or its filling and its draining with some of the steady state."""
+    first = timeline.stages[0]
+    filled = next(span.start for span in first if not span.operation.forward)
+    mean = sum(end - start for _operation, start, end in first) / len(first)
+    part = max(1.4 * filled, 0.5 * _PASSES_ACROSS * mean)
+    whole = timeline.seconds
+    if 2.2 * part >= whole:
+        return [_Window(0.0, whole)]
+    return [_Window(0.0, part), _Window(whole - part, whole)]
+
+
+def _draw_passes(
+    axes: Axes, timeline: Timeline, window: _Window, scale: float, digit: float
+) -> None:
+    """One row a stage; `digit` is a digit's share of the window's width."""
+    stages = len(timeline.stages)
+    chunks = 1 + max(span.operation.chunk for span in timeline.stages[0])
+    colours = {
+        forward: _shades(_FORWARD if forward else _BACKWARD, chunks) for forward in (True, False)
+    }
+    shown = window.end - window.start
+    for rank, spans in enumerate(timeline.stages):
+        seen = [span for span in spans if span.end > window.start and span.start < window.end]
+        narrowest = min((span.end - span.start for span in seen), default=0.0)
+        wide = narrowest / shown > 0.004
+        axes.broken_barh(
+            [(span.start * scale, (span.end - span.start) * scale) for span in seen],
+            (rank - 0.43, 0.86),
+            facecolors=[colours[span.operation.forward][span.operation.chunk] for span in seen],
+            edgecolors="white" if wide else "none",
+            linewidth=0.6 if wide else 0.0,
+        )
+        if stages <= _NUMBERED_UP_TO:
+            _number(axes, seen, rank, window, scale, digit * shown)
+    axes.set_ylim(stages - 0.5, -0.5)
+    axes.set_facecolor(_IDLE)
+
+
+def _number(
+    axes: Axes, seen: list[Span], rank: int, window: _Window, scale: float, digit: float
+) -> None:
+    """The micro-batch's number, where what is seen of a pass is wide enough for its digits."""
+    for (_forward, _chunk, micro_batch), start, end in seen:
+        start, end = max(start, window.start), min(end, window.end)
+        if end - start < digit * (0.9 + len(str(micro_batch))):
+            continue
+        middle = 0.5 * (start + end) * scale
+        axes.text(
+            middle, rank, str(micro_batch), ha="center", va="center", fontsize=6.5, color=_TEXT
+        )
+
+
+def _shades(ends: tuple[str, str], count: int) -> list[Any]:
+    """A colour for each chunk, from light to dark; the middle one of a single chunk."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shades = LinearSegmentedColormap.from_list("chunks", ends)
+    return [shades(0.55 if count == 1 else chunk / (count - 1)) for chunk in range(count)]
+
+
+def _trace(spans: tuple[Span, ...], memory: MemoryTrace) -> tuple[Any, Any]:
+    """Times at which a stage's memory changes, and the bytes from each on."""
+    changes = [(0.0, memory.constant)]
+    for (forward, chunk, _micro_batch), start, end in spans:
+        # A forward pass fills its activations as it goes; a backward pass empties them.
+        changes.append((start, memory.chunks[chunk]) if forward else (end, -memory.chunks[chunk]))
+    changes.sort(key=lambda change: change[0])
+    times, amounts = np.array(changes).T
+    return times, np.cumsum(amounts)
+
+
+def _at(trace: tuple[Any, Any], moments: Any) -> Any:
+    """The bytes that a stage holds at some moments."""
+    times, amounts = trace
+    return amounts[np.searchsorted(times, moments, side="right") - 1]
+
+
+def _draw_memory(
+    axes: Axes,
+    traces: list[tuple[Any, Any]],
+    window: _Window,
+    scale: float,
+    limit: float | None,
+) -> Any:
+    """Lines of a few stages, a map of many; the map's image, for its key."""
+    moments = np.linspace(window.start, window.end, _SAMPLES)
+    sampled = np.array([_at(trace, moments) for trace in traces]) / 1e9
+    peaks = np.array([amounts.max() for _times, amounts in traces]) / 1e9
+    if len(traces) > _LINES_UP_TO:
+        axes.set_ylim(len(traces) - 0.5, -0.5)
+        return axes.imshow(
+            sampled,
+            aspect="auto",
+            interpolation="nearest",
+            cmap="viridis",
+            vmin=0.0,
+            vmax=peaks.max(),
+            extent=(window.start * scale, window.end * scale, len(traces) - 0.5, -0.5),
+        )
+    for rank, (line, colour) in enumerate(zip(sampled, _line_colours(len(traces)), strict=True)):
+        axes.plot(moments * scale, line, color=colour, linewidth=1.5, label=f"stage {rank}")
+    top = peaks.max()
+    if limit is not None and limit / 1e9 < 2.5 * top:
+        dashes = (0, (5, 3))
+        axes.axhline(limit / 1e9, color=_TEXT, linestyle=dashes, linewidth=1.1, label="limit")
+        top = max(top, limit / 1e9)
+    axes.set_ylim(0, 1.12 * top)
+    return None
+
+
+def _line_colours(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.9 * rank / max(1, count - 1)) for rank in range(count)]
+
+
+def _dress(axes: Axes) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_QUIET)
+    axes.tick_params(color=_QUIET, labelcolor=_TEXT, labelsize=9)
+
+
+def _join(columns: list[tuple[Axes, Axes]]) -> None:
+    """Only the first column has an axis at its left; a gap says that the middle is left out."""
+    for top, bottom in columns[1:]:
+        for axes in (top, bottom):
+            axes.tick_params(left=False, labelleft=False)
+        bottom.set_ylim(columns[0][1].get_ylim())
+        top.annotate(
+            "…",
+            (0, 0.5),
+            xycoords="axes fraction",
+            xytext=(-13, 0),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=16,
+            color=_QUIET,
+            annotation_clip=False,
+        )
+
+
+def _label(
+    figure: Figure, columns: list[tuple[Axes, Axes]], stages: int, unit: str, image: Any
+) -> None:
+    """Names of the axes, and the memory's key at the right."""
+    top, bottom = columns[0]
+    every = max(1, -(-stages // 16))
+    for axes in (top, bottom) if image is not None else (top,):
+        axes.set_yticks(range(0, stages, every))
+    top.set_ylabel("stage", color=_TEXT)
+    bottom.set_ylabel("stage" if image is not None else "memory (GB)", color=_TEXT)
+    figure.supxlabel(
+        f"{unit} from the step's start", fontsize=10, color=_TEXT, x=0.48, y=0.008, va="bottom"
+    )
+    last = columns[-1][1]
+    if image is None:
+        bottom.grid(axis="y", color=_GRID, linewidth=0.8)
+        for other in columns[1:]:
+            other[1].grid(axis="y", color=_GRID, linewidth=0.8)
+        handles, names = last.get_legend_handles_labels()
+        figure.legend(
+            handles,
+            names,
+            loc="center left",
+            bbox_to_anchor=(0.91, _middle(last)),
+            frameon=False,
+            fontsize=9,
+            labelcolor=_TEXT,
+        )
+        return
+    box = last.get_position()
+    bar = figure.add_axes((0.915, box.y0, 0.012, box.height))
+    figure.colorbar(image, cax=bar)
+    bar.set_title("GB", fontsize=9, color=_TEXT, pad=5)
+    bar.tick_params(color=_QUIET, labelcolor=_TEXT, labelsize=9)
+    for spine in bar.spines.values():
+        spine.set_visible(False)
+
+
+def _middle(axes: Axes) -> float:
+    box = axes.get_position()
+    return 0.5 * (box.y0 + box.y1)
+
+
+def _title(figure: Figure, inches: float, title: str, facts: str, timeline: Timeline) -> None:
+    from matplotlib.patches import Patch
+
+    def from_top(distance: float) -> float:
+        return 1.0 - distance / inches
+
+    plain: dict[str, Any] = {"va": "top", "parse_math": False}  # a path may have a $
+    figure.text(0.065, from_top(0.2), title, fontsize=15, fontweight="bold", color=_TEXT, **plain)
+    figure.text(0.065, from_top(0.56), facts, fontsize=10, color=_QUIET, **plain)
+    chunks = 1 + max(span.operation.chunk for span in timeline.stages[0])
+    entries = []
+    for name, ends in (("forward", _FORWARD), ("backward", _BACKWARD)):
+        shades = _shades(ends, chunks)
+        label = name if chunks == 1 else f"{name}, first chunk"
+        entries.append(Patch(facecolor=shades[0], label=label))
+        if chunks > 1:
+            entries.append(Patch(facecolor=shades[-1], label=f"{name}, last chunk"))
+    entries.append(Patch(facecolor=_IDLE, edgecolor=_GRID, label="idle"))
+    figure.legend(
+        handles=entries,
+        loc="upper left",
+        bbox_to_anchor=(0.058, from_top(0.83)),
+        ncols=len(entries),
+        frameon=False,
+        fontsize=9,
+        labelcolor=_TEXT,
+        handlelength=1.2,
+        columnspacing=1.6,
+    )

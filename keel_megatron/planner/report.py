@@ -1,0 +1,329 @@
+"""A plan and a search in words and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from keel_megatron.layout.costs import head_pieces
+from keel_megatron.layout.memory import GB, StageMemory
+from keel_megatron.layout.stages import Stage
+from keel_megatron.planner.plan import Plan
+from keel_megatron.planner.search import Candidate, Found
+
+_GROUP_FROM = 9
+_COLUMNS = ("stage", "blocks", "holds", "recomputed", "parameters", "time")
+_MEMORY = ("weights", "grads", "optim", "activations", "logits", "buffers", "GB")
+
+
+def describe(plan: Plan) -> str:
+    """The whole plan, for a terminal."""
+    parts = [_headline(plan), "", _stage_table(plan), "", _pieces(plan), *_prediction(plan)]
+    return "\n".join(parts)
+
+
+def layout_words(plan: Plan) -> str:
+    """The layout in a few words."""
+    parallel, training = plan.config.parallel, plan.config.training
+    words = f"TP {parallel.tensor}{' + SP' if parallel.sequence else ''} x PP {parallel.pipeline}"
+    if parallel.virtual_pipeline > 1:
+        words += f" x VPP {parallel.virtual_pipeline}"
+    return (
+        f"{words} x DP {plan.data_parallel}, {count(plan.micro_batches, 'micro-batch')} of "
+        f"{count(training.micro_batch_size, 'sequence')}"
+    )
+
+
+def count(number: int, noun: str) -> str:
+    """A number and its noun."""
+    plural = noun + ("es" if noun.endswith("ch") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def _headline(plan: Plan) -> str:
+    model, data, training = plan.config.model, plan.config.data, plan.config.training
+    nodes = -(-plan.gpus // plan.device.devices_per_node)
+    where = f"{plan.gpus:,} x {plan.device.name}"
+    where += f" on {count(nodes, 'node')}" if nodes > 1 else ""
+    return (
+        f"{training.name}: {count(model.blocks, 'block')} ({model.sub_layers:,} sub-layers) of "
+        f"hidden size {model.hidden_size:,}, {si(plan.parameters)} parameters, vocabulary "
+        f"{data.vocab_size:,}\n"
+        f"{where}: {layout_words(plan)} of {data.seq_length:,} tokens"
+    )
+
+
+def _stage_table(plan: Plan) -> str:
+    stages = plan.partition.stages
+    groups = _groups(stages) if len(stages) >= _GROUP_FROM else [[stage] for stage in stages]
+    rows = [[*_COLUMNS, *_MEMORY]]
+    for group in groups:
+        # Of equal stages the first holds the most micro-batches: the largest is shown.
+        stage = max(group, key=lambda one: one.memory.total)
+        rows.append([*_cells(plan, group), *_memory_cells(stage.memory)])
+    return table(rows, left=(2,))
+
+
+def _cells(plan: Plan, group: Sequence[Stage]) -> list[str]:
+    """What equal stages hold, and the time of a micro-batch relative to the slowest stage's."""
+    stage = group[0]
+    chunks = [str(chunk.blocks) for chunk in stage.chunks]
+    again = sum(stage.recomputed)
+    return [
+        _span(group),
+        "+".join(chunks) if len(chunks) <= 4 else f"{stage.blocks} in {len(chunks)}",
+        " + ".join(["embedding"] * stage.embedding + ["head"] * stage.head),
+        str(again) if again else "-",
+        si(stage.parameters),
+        f"{plan.partition.time_share(stage):.1%}",
+    ]
+
+
+def _memory_cells(memory: StageMemory) -> list[str]:
+    """GB by kind, and in all."""
+    kinds = (memory.parameters, memory.gradients, memory.optimizer, memory.activations)
+    buffers = memory.communication + memory.working
+    sizes = (*kinds, memory.logits, buffers, memory.total)
+    return [f"{size / GB:.4g}" if size >= 100 * GB else f"{size / GB:.2f}" for size in sizes]
+
+
+def _groups(stages: Sequence[Stage]) -> list[list[Stage]]:
+    """Neighbours that hold the same."""
+    groups: list[list[Stage]] = []
+    for stage in stages:
+        if groups and _alike(groups[-1][0], stage):
+            groups[-1].append(stage)
+        else:
+            groups.append([stage])
+    return groups
+
+
+def _alike(one: Stage, other: Stage) -> bool:
+    def key(stage: Stage) -> tuple[object, ...]:
+        counts = tuple(chunk.blocks for chunk in stage.chunks)
+        return counts, stage.recomputed, stage.embedding, stage.head
+
+    return key(one) == key(other)
+
+
+def _span(group: Sequence[Stage]) -> str:
+    first, last = group[0].number, group[-1].number
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _pieces(plan: Plan) -> str:
+    times, parts = plan.partition.times, plan.partition
+    slowest = parts.slowest
+    how = "measured here" if plan.measured else "predicted"
+    cut = ""
+    if plan.measured and plan.config.parallel.layout is None:
+        counts = ",".join(str(chunk.blocks) for chunk in parts.layout.chunks)
+        cut = f"\nA run cuts by predicted times; this cut is parallel.layout=[{counts}]."
+    head = head_pieces(plan.config)
+    pieces = f" (in {head} pieces, whose logits are made twice)" if head > 1 else ""
+    return (
+        f"A block takes {seconds(times.block.total)} a micro-batch ({how}), the head as long as "
+        f"{times.head.total / times.block.total:.1f} blocks{pieces}, the embedding as "
+        f"{times.embedding.total / times.block.total:.1f}.\n"
+        f"Slowest: stage {slowest.number} with {seconds(slowest.seconds)} a micro-batch, "
+        f"{parts.balance - 1.0:.1%} above an ideally even cut.{cut}"
+    )
+
+
+def _prediction(plan: Plan) -> list[str]:
+    parts, worst = plan.partition, plan.partition.worst_memory
+    tokens = plan.tokens_per_step * plan.config.training.steps
+    low, high = plan.spread.low, plan.spread.high
+    lines = [
+        f"Step: {seconds(plan.step_seconds)}: passes {seconds(plan.timeline.seconds)} with a "
+        f"bubble of {plan.bubble:.1%}, gradients and update {seconds(plan.closing_seconds)}.",
+        f"Between {' and '.join(map(seconds, plan.step_range))}: {plan.basis}.",
+        f"Speed: {si(plan.tokens_per_second)} tokens/s, {plan.mfu:.1%} MFU of "
+        f"{plan.device.tflops:g} TFLOP/s ({plan.mfu / high:.0%} to {plan.mfu / low:.0%}).",
+        f"Run: {count(plan.config.training.steps, 'step')}, {si(tokens)} tokens: "
+        f"{duration(plan.config.training.steps * plan.step_seconds)}.",
+    ]
+    need = f"stage {worst.number} needs {worst.memory.total / GB:.1f} GB"
+    if parts.limit_bytes is None:
+        lines.append(f"Memory: {need}; no limit is known.")
+    elif plan.fits:
+        lines.append(f"Memory: fits; {need} of {parts.limit_bytes / GB:.4g}.")
+    else:
+        limit = parts.limit_bytes
+        over = sum(stage.memory.total > limit for stage in parts.stages)
+        lines.append(
+            f"Memory: DOES NOT FIT; {need}, {limit / GB:.4g} are there; {over} of "
+            f"{count(len(parts.stages), 'stage')} need more."
+        )
+    if plan.config.training.engine == "deepspeed":
+        lines.append(_zero(plan))
+    return lines
+
+
+def _zero(plan: Plan) -> str:
+    """What DeepSpeed puts into the host's memory, and what the prediction leaves out."""
+    own, host = plan.config.deepspeed, plan.partition.worst_memory.memory.host
+    ranks = min(plan.gpus, plan.device.devices_per_node)
+    node = f", {host * ranks / GB:.1f} GB a node of {ranks}" if host and ranks > 1 else ""
+    return (
+        f"ZeRO {own.zero_stage}: {host / GB:.1f} GB of the host's memory a device{node}. The times "
+        "are the Megatron engine's: collecting parameters, summing gradients for every "
+        "micro-batch and the host's update are not in them."
+    )
+
+
+def describe_change(change: tuple[list[str], Plan] | None) -> str:
+    """What would make a plan fit."""
+    if change is None:
+        return "No layout near this one fits; `--search` looks at all of them."
+    overrides, plan = change
+    worst = plan.partition.worst_memory
+    return (
+        f"The smallest change that fits: {' '.join(overrides)} ({plan.gpus:,} devices, "
+        f"{worst.memory.total / GB:.1f} GB, {si(plan.tokens_per_second)} tokens/s)."
+    )
+
+
+def describe_search(found: Found, gpus: int) -> str:
+    """The best layouts, why the best one wins, and how to train with it."""
+    header = ["", "TP", "PP", "VPP", "DP", "micro", "recompute", "bubble", "GB", "step"]
+    rows = [[*header, "tokens/s", "MFU", "devices"]]
+    for rank, one in enumerate(found.best, start=1):
+        plan, parallel = one.plan, one.plan.config.parallel
+        mfu = plan.mfu_at(one.tokens_per_second)
+        rows.append(
+            [
+                str(rank),
+                *(str(parallel.tensor), str(parallel.pipeline), str(parallel.virtual_pipeline)),
+                *(str(plan.data_parallel), str(plan.config.training.micro_batch_size)),
+                *(one.recompute, f"{one.bubble:.1%}"),
+                f"{plan.partition.worst_memory.memory.total / GB:.1f}",
+                *(seconds(one.step_seconds), si(one.tokens_per_second), f"{mfu:.1%}"),
+                f"{plan.gpus:,}",
+            ]
+        )
+    best = found.best[0]
+    low, high = best.plan.spread.low - 1.0, best.plan.spread.high - 1.0
+    lines = [
+        f"{found.tried:,} layouts on up to {gpus:,} x {best.plan.device.name}, "
+        f"{found.fitting:,} of them fit. The best by tokens/s:",
+        table(rows, left=()),
+        f"Times are {best.plan.basis}: of the best {low:+.0%} to {high:+.0%}.",
+        *([_why(best, found.best[1])] if len(found.best) > 1 else []),
+    ]
+    if best.plan.gpus < gpus:
+        lines.append(
+            f"It leaves {gpus - best.plan.gpus:,} devices idle: the global batch of "
+            f"{best.plan.config.training.global_batch_size:,} sequences does not spread further."
+        )
+    return "\n".join(lines)
+
+
+def search_object(found: Found) -> dict[str, Any]:
+    """The best layouts for a program."""
+    return {
+        "tried": found.tried,
+        "fitting": found.fitting,
+        "best": [
+            {
+                "overrides": one.overrides,
+                "gpus": one.plan.gpus,
+                "data_parallel": one.plan.data_parallel,
+                "recompute": one.recompute,
+                "bubble": one.bubble,
+                "memory_gb": one.plan.partition.worst_memory.memory.total / GB,
+                "step_seconds": one.step_seconds,
+                "step_seconds_range": [
+                    one.step_seconds * one.plan.spread.low,
+                    one.step_seconds * one.plan.spread.high,
+                ],
+                "basis": one.plan.basis,
+                "tokens_per_second": one.tokens_per_second,
+                "mfu": one.plan.mfu_at(one.tokens_per_second),
+            }
+            for one in found.best
+        ],
+    }
+
+
+def _why(best: Candidate, second: Candidate) -> str:
+    """The best layout against the runner-up, the largest difference of a step first."""
+
+    def work(one: Candidate) -> float:
+        return one.work_seconds
+
+    def idle(one: Candidate) -> float:
+        return one.pipeline_seconds - one.work_seconds - one.message_seconds
+
+    def messages(one: Candidate) -> float:
+        return one.message_seconds
+
+    def closing(one: Candidate) -> float:
+        return one.plan.closing_seconds
+
+    parts = (
+        ("the slowest stage's work", work),
+        ("bubble", idle),
+        ("messages between stages", messages),
+        ("gradients and update", closing),
+    )
+    saved = sorted(
+        ((of(second) - of(best), name, _pair(best, second, of)) for name, of in parts), reverse=True
+    )
+    words = "; ".join(
+        f"{'saves' if gain >= 0 else 'costs'} {seconds(abs(gain))} of {name} ({pair})"
+        for gain, name, pair in saved
+        if abs(gain) > 1e-4 * best.step_seconds
+    )
+    gain = second.step_seconds / best.step_seconds - 1.0
+    memory = [f"{one.plan.partition.worst_memory.memory.total / GB:.1f}" for one in (best, second)]
+    return (
+        f"1 is {gain:.2%} faster than 2{': it ' + words if words else ''}.\n"
+        f"Memory of a device: {memory[0]} GB with 1, {memory[1]} GB with 2."
+    )
+
+
+def _pair(best: Candidate, second: Candidate, of: Callable[[Candidate], float]) -> str:
+    return f"{seconds(of(best))} against {seconds(of(second))}"
+
+
+def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+    """Columns as wide as they need to be, numbers to the right; `left` columns to the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    return "\n".join(lines)
+
+
+def si(number: float) -> str:
+    """A number to three digits, with its unit."""
+    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= 0.9995 * size:
+            return f"{digits(number / size)}{unit}"
+    return f"{number:.3g}"
+
+
+def digits(number: float) -> str:
+    """Three digits, or all of a number that has more in front of the point."""
+    return f"{number:,.0f}" if number >= 999.5 else f"{number:.3g}"
+
+
+def seconds(value: float) -> str:
+    """A time to three digits."""
+    for size, unit in ((1.0, "s"), (1e-3, "ms")):
+        if value >= 0.9995 * size:
+            return f"{digits(value / size)} {unit}"
+    return f"{value * 1e6:.3g} us"
+
+
+def duration(value: float) -> str:
+    """A long time in days, hours or less."""
+    for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return seconds(value)

@@ -1,0 +1,122 @@
+"""`tools/bench/gpu.py`, as far as it goes without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BENCH = ROOT / "tools" / "bench"
+sys.path.insert(0, str(BENCH))
+import gpu  # type: ignore[import-not-found]  # noqa: E402
+import gpu_table  # type: ignore[import-not-found]  # noqa: E402
+
+from keel_megatron.config.load import load_config  # noqa: E402
+from keel_megatron.layout.devices import DEVICES  # noqa: E402
+from keel_megatron.planner.plan import make_plan  # noqa: E402
+
+SMALL = (
+    "parallel.pipeline=1",
+    "training.global_batch_size=2",
+    "training.device=cpu",
+    "model.blocks=2",
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=96",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=2",
+    "data.seq_length=16",
+    "data.vocab_size=320",
+)
+
+
+def test_the_page_is_made_of_the_figures_and_every_lever_has_an_expectation() -> None:
+    kept = json.loads((ROOT / "docs/benchmarks/gpu.json").read_text())
+    assert (ROOT / "docs/benchmarks/gpu.md").read_text() == gpu_table.page(kept)
+    rows = kept["parts"]["levers-64"]["rows"]
+    assert rows.keys() == {lever.name for lever in gpu.LEVERS}
+    for row in rows.values():
+        assert 0.5 < row["predicted"]["ratio"] < 2.0
+        assert row["why"]
+
+
+def test_the_pages_figures_are_the_plans() -> None:
+    """What `keel plan` prints for the command of a row is what the page expects of it."""
+    kept = json.loads((ROOT / "docs/benchmarks/gpu.json").read_text())
+    page = (ROOT / "docs/benchmarks/gpu.md").read_text()
+    assert "Nothing here is measured on a GPU yet" in page
+    for part, blocks in (("levers-64", 64), ("levers-32", 32)):
+        for name, row in kept["parts"][part]["rows"].items():
+            if name == "joins in torch's operators":  # no setting asks for it
+                continue
+            settings = [*gpu.LEVER_RUN, f"model.blocks={blocks}", *row["settings"]]
+            plan = make_plan(load_config(gpu.PAPER[128], settings), 1, DEVICES["h200"]).as_object()
+            for key in ("step_seconds", "step_seconds_range", "mfu"):
+                assert row["predicted"][key] == pytest.approx(plan[key], rel=1e-9), (name, key)
+    plan = make_plan(load_config(gpu.PAPER[128], gpu.LEVER_RUN), 1, DEVICES["h200"])
+    assert f"| step | {plan.step_seconds * 1e3:.1f} | MFU {plan.mfu:.1%} |" in page
+    low, high = plan.step_range
+    assert f"It may be {low * 1e3:.0f} to {high * 1e3:.0f} ms" in page
+
+
+def test_expectations_are_consistent() -> None:
+    """Parts add up to the step, and a lever that only adds work is slower."""
+    found = gpu.predictions(DEVICES["h200"])
+    rows = found["levers-64"]["rows"]
+    base = rows["base: Keel"]["predicted"]
+    assert sum(base["parts"].values()) == pytest.approx(base["step_seconds"])
+    assert rows["base: Keel"]["predicted"]["ratio"] == 1.0
+    assert rows["recompute"]["predicted"]["ratio"] > 1.2
+    assert rows["joins in torch's operators"]["predicted"]["ratio"] > 1.1
+    assert rows["CUDA graphs"]["predicted"]["ratio"] < 1.0
+    assert 1.0 <= 1.0 / rows["Pre-LN"]["predicted"]["ratio"] < 1.02
+    half = found["levers-32"]["rows"]["base: Keel"]["predicted"]["step_seconds"]
+    assert half < base["step_seconds"] < 2 * half
+
+
+def test_what_fails_is_told_and_the_rest_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[list[str]] = []
+
+    def work(_config: Path, settings: list[str], _seconds: float, **_order: Any) -> dict[str, Any]:
+        asked.append(settings)
+        if "kernels.cuda_graphs=true" in settings:
+            return {"failed": "it | broke"}
+        return {"step_seconds": 1.0 + len(asked), "tflops": 1.0, "device": "D", "torch": "T"}
+
+    monkeypatch.setattr(gpu, "work", work)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    result = {"gpu": "h200", "assumptions": "none"}
+    result["parts"] = gpu.with_earlier(gpu.predictions(DEVICES["h200"]))
+    gpu.run_levers("levers-32", result, ends=float("inf"))
+    page = (tmp_path / "gpu.md").read_text()
+    assert len(asked) == len(gpu.SHALLOW)
+    assert "it / broke" in page
+    assert "| 1.500 |" in page  # Pre-LN took 3 s, the base 2 s
+    assert "D, torch T" in page
+    # A later run of another part keeps it.
+    again = gpu.with_earlier(gpu.predictions(DEVICES["h200"]))
+    assert again["levers-32"] == result["parts"]["levers-32"]
+
+
+def test_a_worker_measures_and_gives_its_reason() -> None:
+    for settings, key in ((SMALL, "step_seconds"), ((*SMALL, "model.blocks=x"), "failed")):
+        found = gpu.work(gpu.PAPER[128], list(settings), 120, warmup=1, steps=2)
+        assert key in found, found
+    assert "model.blocks" in found["failed"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "gpu.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout.count("\n") == 1
+    assert "no CUDA device" in done.stdout

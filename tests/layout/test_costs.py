@@ -1,0 +1,135 @@
+"""Costs by hand and by counting; times by a roofline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from keel_megatron.architecture.flops import training_flops_per_token
+from keel_megatron.architecture.parameters import parameter_count
+from keel_megatron.layout import kernel_counts
+from keel_megatron.layout.block_costs import typical_rows
+from keel_megatron.layout.costs import model_costs
+from keel_megatron.layout.devices import DEVICES, device_named
+from keel_megatron.layout.times import Times, UnitTimes, predicted_times
+from keel_megatron.layout.work import Cost, Costs
+from tests.settings import small_config
+
+TOKENS = 2 * 32
+PAPER: dict[str, Any] = {
+    "model__hidden_size": 1024,
+    "model__ffn_hidden_size": 3072,
+    "model__num_attention_heads": 16,
+    "model__num_query_groups": 8,
+    "data__seq_length": 4096,
+    "data__vocab_size": 131072,
+    "training__precision": "bf16",
+    "training__micro_batch_size": 1,
+}
+
+
+def costs_of(**overrides: Any) -> Costs:
+    return model_costs(small_config(**overrides))
+
+
+def weights(costs: Costs, blocks: int) -> int:
+    def each(cost: Cost) -> int:
+        return cost.parameters + cost.vector_parameters
+
+    return each(costs.embedding) + blocks * each(costs.block) + each(costs.head)
+
+
+def test_forward_flops_are_the_models() -> None:
+    costs, config = costs_of(), small_config()
+    forward = 8 * costs.block.forward.flops + costs.head.forward.flops
+    assert 3 * forward == pytest.approx(training_flops_per_token(config.model, 32, 512) * TOKENS)
+    # Going back, flash attention does 5 products for the forward pass's 2: half a forward more.
+    scores = 2 * 2 * 64 * (32 + 1) / 2 * TOKENS
+    assert costs.block.backward.flops == 2 * costs.block.forward.flops + scores / 2
+
+
+def test_tensor_parallelism_divides_matrices_and_not_gains() -> None:
+    one, two = costs_of(), costs_of(parallel__tensor=2)
+    assert weights(one, 8) == parameter_count(small_config().model, 512) + 64  # the first block's
+    for a, b in ((one.embedding, two.embedding), (one.block, two.block), (one.head, two.head)):
+        assert (a.parameters, a.vector_parameters) == (2 * b.parameters, b.vector_parameters)
+        assert a.forward.flops == 2 * b.forward.flops
+        assert a.forward.communication_bytes == 0.0 < b.forward.communication_bytes
+
+
+def test_tied_embeddings_are_one_matrix_on_one_stage_and_a_copy_on_the_last() -> None:
+    assert costs_of(model__tie_embeddings=True).head.parameters == 0
+    assert costs_of(model__tie_embeddings=True, parallel__pipeline=2).head.parameters == 512 * 64
+
+
+def test_messages_of_a_tensor_group() -> None:
+    """Two all-reduces of [s, b, h] each way, each twice (TP - 1) / TP of it; SP collects again."""
+    whole = TOKENS * 64 * 4
+    plain = costs_of(parallel__tensor=4).block
+    assert plain.forward.communication_bytes == 2 * 2 * whole * 3 / 4
+    assert plain.backward.communication_bytes == 2 * 2 * whole * 3 / 4
+    sequence = costs_of(parallel__tensor=4, parallel__sequence=True).block
+    assert sequence.forward.communication_bytes == plain.forward.communication_bytes
+    assert sequence.backward.communication_bytes == 1.5 * plain.backward.communication_bytes
+
+
+def test_sequence_parallelism_and_recompute_keep_less() -> None:
+    plain = costs_of(parallel__tensor=2).block
+    split = costs_of(parallel__tensor=2, parallel__sequence=True).block
+    assert split.activation_bytes < plain.activation_bytes
+    assert split.recompute_bytes == plain.recompute_bytes / 2
+    assert plain.recompute_bytes == TOKENS * 64 * (4 + 4)  # the stream and the branch's input
+
+
+def test_a_block_of_the_paper_takes_what_the_field_knows() -> None:
+    """0.14 TFLOP forward: 0.2 ms of products at H200 rates, and norms and the rest besides.
+
+    A head of 128k costs about nine blocks, the more the leaner a block's element-wise part is; and
+    a product of four more where its logits are made again.
+    """
+    times = predicted_times(costs_of(**PAPER), DEVICES["h200"])
+    assert 0.2e-3 < times.block.forward < 0.4e-3
+    assert 8 < times.head.total / times.block.total < 10
+    pieces = predicted_times(costs_of(**PAPER, kernels__logits_mib=512.0), DEVICES["h200"])
+    assert 10 < pieces.head.total / pieces.block.total < 13
+
+
+def test_a_head_in_pieces_multiplies_once_more_and_keeps_no_logits() -> None:
+    """Of 4096 tokens of a vocabulary of 2^17 four times 1024, of 512 MiB each in fp32."""
+    pieces, whole = costs_of(**PAPER, kernels__logits_mib=512.0).head, costs_of(**PAPER).head
+    assert pieces.forward.flops == whole.forward.flops
+    assert pieces.backward.flops == 3 * pieces.forward.flops == 1.5 * whole.backward.flops
+    logits = 4 * 4096 * 2**17
+    assert whole.logits_bytes == logits + 8 * 4096
+    assert pieces.logits_bytes == 8 * 4096
+    # Logits and their softmax, of a quarter; and the gradient of the layer's input.
+    assert pieces.working_bytes == 2 * logits / 4 + 4096 * 1024 * 2
+    assert whole.working_bytes == logits
+
+
+def test_a_roofline_is_bound_by_launches_memory_or_products() -> None:
+    costs = costs_of(**PAPER)
+    slow_host = device_named("h200", kernel_launch_us=1000.0)
+    launching = [
+        1e-3 * count
+        for count in kernel_counts.total(
+            kernel_counts.block(typical_rows(small_config(**PAPER).model))
+        )
+    ]
+    found = predicted_times(costs, slow_host).block
+    assert [found.forward, found.backward] == pytest.approx(launching)
+    free = {"kernel_launch_us": 0.0, "kernel_gap_us": 0.0}
+    base = predicted_times(costs, device_named("h200", **free)).block.forward
+    no_products = predicted_times(costs, device_named("h200", tflops=1e9, **free)).block.forward
+    no_memory = device_named("h200", memory_bandwidth_gb=1e12, **free)
+    forward = costs.block.forward
+    products = (forward.flops - forward.attention_flops) / (989e12 * 0.65)
+    products += forward.attention_flops / (989e12 * 0.35)
+    assert predicted_times(costs, no_memory).block.forward == pytest.approx(products, rel=1e-6)
+    assert 0 < no_products < base
+
+
+def test_measured_times_are_plain_numbers() -> None:
+    times = UnitTimes(embedding=Times(1.0, 2.0), block=Times(3.0, 4.0), head=Times(5.0, 6.0))
+    assert times.block.total == 7.0

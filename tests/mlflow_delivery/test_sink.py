@@ -1,0 +1,207 @@
+"""The sink and its courier's process: what MLflow gets, and how long training waits for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from keel_megatron.mlflow_delivery.outbox import Waiting
+from keel_megatron.mlflow_delivery.sink import MlflowSink
+from keel_megatron.mlflow_delivery.target import flat_params, remembered_run_id
+from keel_megatron.tracking.records import ValidationRecord
+from tests.hosts import await_that
+from tests.tracking.samples import config, history, mlflow_client, mlflow_runs, record
+
+
+def open_sink(run: Any, said: list[str], **options: Any) -> MlflowSink:
+    run.training.folder.mkdir(parents=True, exist_ok=True)
+    return MlflowSink(run, said.append, **options)
+
+
+def told(said: list[str]) -> list[str]:
+    """Without the word that it waits, which a busy machine may need."""
+    return [line for line in said if not line.startswith("waiting up to")]
+
+
+def test_params_metrics_by_step_tags_files_and_status(tmp_path: Path) -> None:
+    run = config(tmp_path, data__text=[f"{'x' * 90}/{number}" for number in range(100)])
+    said: list[str] = []
+    sink = open_sink(run, said)
+    for step in range(1, 301):  # 3,000 values: several calls
+        sink.record(record(step, loss=1.0 / step))
+    sink.record(ValidationRecord(300, 0.25, 4800, 153600))
+    sink.tags({"layout": "TP 1"})
+    note = run.training.folder / "note.txt"
+    note.write_text("kept")
+    sink.artifact(note)
+    sink.finish("FINISHED")
+    assert told(said) == []
+    assert not Waiting.of(run.training.folder)
+    (found,) = mlflow_runs(run)
+    assert found.info.run_id == remembered_run_id(run.training.folder)
+    assert (found.info.status, found.info.run_name) == ("FINISHED", "test")
+    assert found.data.tags["layout"] == "TP 1"
+    assert found.data.params["model.blocks"] == "8"
+    text = found.data.params["data.text"]
+    assert len(text) == 6000
+    assert text.endswith("...")
+    assert len(found.data.params) == sum(len(v) for v in run.model_dump().values())
+    assert history(run, found.info.run_id, "train/loss") == [(n, 1.0 / n) for n in range(1, 301)]
+    assert history(run, found.info.run_id, "validation/loss") == [(300, 0.25)]
+    # The user interface can draw any metric over any other of the same steps.
+    tokens = history(run, found.info.run_id, "workload/consumed_tokens")
+    assert tokens[-1] == (300, 153600.0)
+    assert "step" not in found.data.metrics
+    (file,) = mlflow_client(run).list_artifacts(found.info.run_id)
+    assert file.path == "note.txt"
+    kept = run.training.folder / "mlflow_artifacts" / found.info.run_id / "artifacts" / "note.txt"
+    assert kept.read_text() == "kept"
+
+
+def test_a_stray_mlruns_folder_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mlruns").mkdir()
+    monkeypatch.chdir(tmp_path)
+    database = tmp_path / "shared" / "all.db"
+    database.parent.mkdir()
+    run = config(tmp_path / "runs", tracking__uri=f"sqlite:///{database}")
+    sink = open_sink(run, [])
+    note = run.training.folder / "note.txt"
+    note.write_text("kept")
+    sink.artifact(note)
+    sink.finish("FINISHED")
+    assert mlflow_runs(run)[0].info.status == "FINISHED"
+    assert list((tmp_path / "mlruns").iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"mlruns", "runs", "shared"}
+    assert (database.parent / "mlflow_artifacts").is_dir()
+
+
+def test_a_dead_server_blocks_nothing_and_what_waits_is_said(tmp_path: Path) -> None:
+    run = config(tmp_path, tracking__uri="http://127.0.0.1:9")
+    said: list[str] = []
+    sink = open_sink(run, said, close_seconds=0.5)
+    await_that(lambda: bool(told(said)), 300, "the courier's word")
+    os.kill(sink._process.pid, signal.SIGSTOP)  # were it waited for, this would never end
+    for step in range(1000):
+        sink.record(record(step))
+    sink.artifact(tmp_path / "note.txt")
+    folder = run.training.folder
+    assert str(Waiting.of(folder)) == "10,000 point(s) and 1 file(s)"
+    sink.finish("FINISHED")
+    assert told(said)[-1] == (
+        "MLflow (http://127.0.0.1:9) did not get everything: 10,000 point(s), 1 file(s) and the "
+        f"status FINISHED wait in {folder / 'spool'}; "
+        f"`keel track sync {folder} --to http://127.0.0.1:9` delivers them"
+    )
+    assert told(said)[0].startswith("MLflow (http://127.0.0.1:9) does not answer: ")
+    assert len(told(said)) == 2
+
+
+def test_a_missing_package_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mlflow.py").write_text("raise ImportError('broken')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    said: list[str] = []
+    sink = open_sink(config(tmp_path), said)
+    sink.finish("FINISHED")
+    first, second = told(said)
+    assert "install mlflow-skinny, sqlalchemy and alembic, or set tracking.mlflow=false" in first
+    assert "the status FINISHED wait" in second
+
+
+DIES = """
+import os, signal, sys
+from tests.settings import small_config
+from keel_megatron.mlflow_delivery.sink import MlflowSink
+assert not {"torch", "mlflow", "matplotlib"} & sys.modules.keys()
+run = small_config(training__runs_dir=sys.argv[1], tracking__mlflow=True)
+run.training.folder.mkdir(parents=True)
+sink = MlflowSink(run, print)
+sink.values(1, {"loss": 5.0})
+assert "mlflow" not in sys.modules
+print(sink._process.pid, flush=True)
+if sys.argv[2] == "KILLED":
+    sink.last_word("KILLED")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("status", ["FAILED", "KILLED"])
+def test_the_courier_says_how_a_process_ended_that_cannot(tmp_path: Path, status: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if "MLFLOW" not in key}
+    done = subprocess.run(
+        [sys.executable, "-c", DIES, str(tmp_path), status],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+        timeout=600,
+    )
+    assert (done.returncode, done.stderr) == (-9, "")
+    wait_for_end_of(int(done.stdout))
+    run = config(tmp_path)
+    (found,) = mlflow_runs(run)
+    assert found.info.status == status
+    assert history(run, found.info.run_id, "train/loss") == [(1, 5.0)]
+
+
+def wait_for_end_of(pid: int) -> None:
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait(600)
+
+
+def test_a_courier_that_is_killed_is_replaced(tmp_path: Path) -> None:
+    run = config(tmp_path)
+    said: list[str] = []
+    sink = open_sink(run, said)
+    sink.record(record(1))
+    sink._process.kill()
+    sink._process.wait()
+    sink.finish("FINISHED")
+    assert told(said) == []
+    assert mlflow_runs(run)[0].info.status == "FINISHED"
+
+
+def test_no_credential_of_the_environment_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "hunter2")
+    run = config(tmp_path)
+    sink = open_sink(run, [])
+    sink.finish("FINISHED")
+    assert "hunter2" not in json.dumps(flat_params(run))
+    files = [path for path in run.training.folder.rglob("*") if path.is_file()]
+    assert {"mlflow.db", "delivered.json"} <= {path.name for path in files}
+    assert [path for path in files if b"hunter2" in path.read_bytes()] == []
+
+
+def test_a_full_outbox_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MlflowSink, "_start_courier", lambda _self: ended())
+    said: list[str] = []
+    sink = open_sink(config(tmp_path), said)
+    sink._spool._limit = 0
+    for step in range(1, 4):
+        sink.record(record(step))
+    sink.finish("FINISHED")
+    folder = sink._run
+    assert [line for line in told(said) if "metrics.jsonl has every record" in line] == [
+        f"{folder / 'spool'} is full of what MLflow (sqlite:///{folder}/mlflow.db) did not get: "
+        "further points are left out of MLflow until it answers; metrics.jsonl has every record",
+        f"MLflow (sqlite:///{folder}/mlflow.db) will not get 30 point(s) for which "
+        f"{folder / 'spool'} had no room; metrics.jsonl has every record",
+    ]
+
+
+def ended() -> subprocess.Popen[str]:
+    """A courier that has ended: MLflow cannot be used."""
+    return subprocess.Popen(["sh", "-c", "exit 2"], stdout=subprocess.PIPE, text=True)
