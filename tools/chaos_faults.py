@@ -257,10 +257,10 @@ class Disturbed:
         return path.read_text() if path.is_file() else ""
 
     def _starts(self) -> int:
-        return self._log().count("going on from")
+        return self._log().count("resuming from")
 
     def _resumed(self) -> int:
-        return int(self._log().rpartition("going on from ")[2].split("step_")[1].split()[0])
+        return int(self._log().rpartition("resuming from ")[2].split("step_")[1].split()[0])
 
     def _wait(self, done: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + PATIENCE_SECONDS

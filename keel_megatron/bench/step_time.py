@@ -27,8 +27,8 @@ from keel_megatron.mlflow_delivery.tracker import Tracker, open_progress, open_t
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.tracking.metrics import read_metrics
-from keel_megatron.training.loop import peak_memory_gb, step_record
-from keel_megatron.training.ready import open_data
+from keel_megatron.training.ready import open_batches
+from keel_megatron.training.step_report import peak_memory_gb, step_record
 
 PARTS = (*PASSES, "optimizer", "data", "logging")
 """What a step's time is made of; they add up to it."""
@@ -148,7 +148,7 @@ class _Run:
             self._batches: Callable[[int], list[Batch]] = lambda _consumed: drawn
         else:
             self._data = runtime.from_main(lambda: prepare(config, lambda _text: None, None))
-            source, _validation = open_data(config, runtime, self._data)
+            source = open_batches(config, runtime, self._data).train
             size = config.training.global_batch_size
             self._batches = lambda consumed: list(source.micro_batches(consumed, size))
         self._engine = build_engine(config, runtime, build_model(config, runtime))
@@ -206,7 +206,7 @@ class _Run:
         if config.checkpoint.every == 0:
             return
         identity = self._data.identity() if self._data is not None else {}
-        saver = Saver(config, self.runtime, self._tracker, identity, [], lambda _what: None)
+        saver = Saver(config, self.runtime, self._tracker, data=identity)
         saver.save(self._engine.state, self._position, {})
         saver.finish()
         if self.runtime.is_main:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest whose every file is as it was written."""
+"""Which checkpoint a run resumes from: the newest whose every file is as it was written."""
 
 from __future__ import annotations
 
@@ -24,20 +24,25 @@ from keel_megatron.runtime.distributed import Runtime
 
 
 @dataclass(frozen=True)
-class Found:
-    """What there is to go on from; the same on every rank."""
+class ResumePoint:
+    """What a run resumes from; the same on every rank."""
 
     path: Path | None = None
-    """The newest good checkpoint; None if there is none at all."""
+    """The newest good checkpoint; None if there is none: the run starts at step 0."""
     state: dict[str, Any] = field(default_factory=dict)
     """Its state.json."""
     remarks: tuple[str, ...] = ()
-    """What was passed over and why."""
+    """Which checkpoints were skipped, and why."""
     damaged: frozenset[int] = frozenset()
-    """Steps of the damaged ones that were passed over; they are left where they are."""
+    """Steps of the damaged ones that were skipped; they are left where they are."""
+
+    @property
+    def step(self) -> int | None:
+        """The checkpoint's step; None if there is no checkpoint."""
+        return None if self.path is None else folder.step_of(self.path)
 
 
-def newest_good(run_folder: Path, runtime: Runtime, multiple_of: int = 1) -> Found:
+def newest_good(run_folder: Path, runtime: Runtime, multiple_of: int = 1) -> ResumePoint:
     """The newest good checkpoint of a run; collective over all ranks.
 
     The ranks share the reading, rank 0 judges and tells the others.
@@ -59,7 +64,7 @@ def newest_good(run_folder: Path, runtime: Runtime, multiple_of: int = 1) -> Fou
         path = folder.step_folder(run_folder, step)
         problem, state = _judge(path, run_folder, runtime)
         if problem is None:
-            return Found(path, state, tuple(remarks), frozenset(damaged))
+            return ResumePoint(path, state, tuple(remarks), frozenset(damaged))
         damaged.append(step)
         remarks.append(f"{path} is damaged and left for inspection: {problem}")
     if damaged:
@@ -69,10 +74,10 @@ def newest_good(run_folder: Path, runtime: Runtime, multiple_of: int = 1) -> Fou
             "away or give training.name another name",
             reported=not runtime.is_main,
         )
-    return Found(remarks=tuple(remarks))
+    return ResumePoint(remarks=tuple(remarks))
 
 
-def checked(path: Path, runtime: Runtime) -> Found:
+def checked(path: Path, runtime: Runtime) -> ResumePoint:
     """One checkpoint, read whole; collective over all ranks.
 
     Raises:
@@ -82,7 +87,7 @@ def checked(path: Path, runtime: Runtime) -> Found:
     problem, state = _judge(path.resolve(), None, runtime)
     if problem is not None:
         raise UserError(f"{path} is damaged: {problem}", reported=not runtime.is_main)
-    return Found(path, state)
+    return ResumePoint(path, state)
 
 
 def _unfinished(path: Path) -> str:

@@ -94,8 +94,9 @@ class Saver:
         tracker: told what was saved and how long training waited.
         data: what the run is trained on (`data.prepare.PreparedData.identity`).
         damaged: steps of damaged checkpoints, which retention neither counts nor removes.
-        progress: told that a save goes on, for whoever watches over the run.
+        progress: told that a save is under way, for whoever watches over the run.
         tokenizer: the SentencePiece model that each checkpoint keeps, on rank 0; empty = none.
+        anomaly_step: the step at which training went wrong lately, or None; see `folder.prune`.
     """
 
     def __init__(
@@ -103,10 +104,12 @@ class Saver:
         config: RunConfig,
         runtime: Runtime,
         tracker: Tracker,
+        *,
         data: dict[str, Any],
         damaged: Collection[int] = (),
         progress: Callable[[str], None] = lambda _what: None,
         tokenizer: bytes = b"",
+        anomaly_step: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._config = config
         self._runtime = runtime
@@ -115,12 +118,11 @@ class Saver:
         self._damaged = set(damaged)
         self._progress = progress
         self._tokenizer = tokenizer
+        self._anomaly_step = anomaly_step
         self._pending: _Pending | None = None
         self._is_first = True
         self.failure: str | None = None
         """Why the newest save failed; None if it did not."""
-        self.anomaly: int | None = None
-        """Step at which training went wrong, if it did lately; see `folder.prune`."""
 
     def save(
         self,
@@ -299,7 +301,7 @@ class Saver:
                 settings.keep,
                 settings.keep_every,
                 self._damaged,
-                self.anomaly,
+                self._anomaly_step(),
                 manifest.is_whole,
             )
         except OSError as error:

@@ -181,6 +181,15 @@ class BatchSource:
             yield collate([self.dataset[self.order[number]] for number in numbers])
 
 
+@dataclass(frozen=True)
+class Batches:
+    """What a replica trains on and validates with."""
+
+    train: BatchSource
+    validation: list[Batch]
+    """The same micro-batches in every validation."""
+
+
 def validation_batches(
     dataset: SequenceDataset,
     sequences: int,

@@ -14,7 +14,7 @@ from torch import nn
 from keel_megatron.checkpoint import folder, state
 from keel_megatron.checkpoint.identity import saved_config
 from keel_megatron.checkpoint.manifest import CONFIG, MANIFEST, TOKENIZER
-from keel_megatron.checkpoint.resume import Found, checked, newest_good
+from keel_megatron.checkpoint.resume import ResumePoint, checked, newest_good
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import load_config
 from keel_megatron.config.parallel import ParallelConfig
@@ -88,7 +88,7 @@ def _is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def _tokenizer(given: Path, checkpoint: Path, found: Found, config: RunConfig) -> Path:
+def _tokenizer(given: Path, checkpoint: Path, found: ResumePoint, config: RunConfig) -> Path:
     """The checkpoint's own tokenizer; for one of an earlier version, where it was prepared."""
     if (checkpoint / TOKENIZER).is_file():
         return checkpoint / TOKENIZER

@@ -1,7 +1,7 @@
 """Judges every step before its update: not finite, or a spike; and what to do about it.
 
 An update whose loss or gradient norm is not finite is never made, whatever `guard.action` is: it is
-left out, or the run is rolled back. `guard.action` decides about spikes.
+skipped, or the run is rolled back. `guard.action` decides about spikes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LEAST_SPREAD = 0.01
 
 
 @dataclass(frozen=True)
-class Finding:
+class Anomaly:
     """What is wrong with a step."""
 
     quantity: str
@@ -57,11 +57,11 @@ class Guard:
         reported: another rank says what ends the run.
 
     Attributes:
-        skipped: steps whose update was left out so far in the run.
-        rollbacks: steps at which the run was taken back.
-        anomaly: the first step with a finding that is not over yet: it is when `guard.window`
-            steps were accepted after the latest finding. None if there is none. Retention keeps
-            the newest checkpoint from before it (checkpoint/folder.py).
+        skipped: steps so far whose update was skipped.
+        rollbacks: steps at which the run was rolled back.
+        anomaly_step: the first anomalous step of a trouble that is not over: it is over when
+            `guard.window` steps were accepted after the latest anomaly. None if there is none.
+            Retention keeps the newest checkpoint from before it (checkpoint/folder.py).
     """
 
     def __init__(self, config: GuardConfig, *, reported: bool = False) -> None:
@@ -73,16 +73,16 @@ class Guard:
         self._in_a_row = 0
         self.skipped = 0
         self.rollbacks: list[int] = []
-        self.anomaly: int | None = None
+        self.anomaly_step: int | None = None
         self._accepted = 0
-        """Steps since the latest finding; counts while there is an anomaly."""
+        """Steps accepted since the latest anomaly; counts until the trouble is over."""
 
     @property
     def action(self) -> str:
-        """What is done about a finding: off, warn, skip or rollback."""
+        """What is done about an anomaly: off, warn, skip or rollback."""
         return self._config.action
 
-    def judge(self, loss: float, grad_norm: float) -> Finding | None:
+    def judge(self, loss: float, grad_norm: float) -> Anomaly | None:
         """What is wrong with a step of this loss and gradient norm, if anything.
 
         With guard.action = off spikes are not looked for.
@@ -90,7 +90,7 @@ class Guard:
         values = {"loss": loss, "grad_norm": grad_norm}
         for quantity, value in values.items():
             if not math.isfinite(value):
-                return Finding(quantity, value, math.nan, math.inf)
+                return Anomaly(quantity, value, math.nan, math.inf)
         if self.action == "off":
             return None
         for quantity, value in values.items():
@@ -99,91 +99,90 @@ class Guard:
                 continue
             middle, z = robust_z(value, window)
             if z > self._config.threshold:
-                return Finding(quantity, value, middle, z)
+                return Anomaly(quantity, value, middle, z)
         return None
 
-    def taken(self, loss: float, grad_norm: float) -> None:
-        """The step was accepted: it belongs to the window from now on."""
+    def accept(self, loss: float, grad_norm: float) -> None:
+        """Count a step without an anomaly: it belongs to the window from now on."""
         self._in_a_row = 0
         self._windows["loss"].append(loss)
         self._windows["grad_norm"].append(grad_norm)
-        if self.anomaly is not None:
+        if self.anomaly_step is not None:
             self._accepted += 1
             if self._accepted >= self._config.window:
-                self.anomaly = None
+                self.anomaly_step = None
 
-    def makes_update(self, finding: Finding) -> bool:
-        """Whether a step with this finding is taken all the same: a spike that is only reported."""
-        return finding.finite and self.action == "warn"
+    def tolerates(self, anomaly: Anomaly) -> bool:
+        """Whether the update is made in spite of the anomaly: a spike that is only reported."""
+        return anomaly.finite and self.action == "warn"
 
-    def note(self, step: int, finding: Finding) -> None:
-        """Count a step with this finding; for a rollback, `roll_back` does the rest.
+    def note(self, step: int, anomaly: Anomaly) -> None:
+        """Count a step with this anomaly; for a rollback, `note_rollback` does the rest.
 
         Raises:
-            DivergedError: too many updates were left out in a row.
+            DivergedError: too many updates were skipped in a row.
         """
-        self.anomaly = step if self.anomaly is None else self.anomaly
+        self.anomaly_step = step if self.anomaly_step is None else self.anomaly_step
         self._accepted = 0
-        if self.makes_update(finding):
+        if self.tolerates(anomaly):
             self._in_a_row = 0
         elif self.action != "rollback":
-            self._skip(step, finding)
+            self._skip(step, anomaly)
 
-    def _skip(self, step: int, finding: Finding) -> None:
+    def _skip(self, step: int, anomaly: Anomaly) -> None:
         self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row > self._config.limit:
             self._give_up(
-                f"the update of step {step} would be number {self._in_a_row} in a row to be left "
-                "out",
-                finding,
+                f"step {step} would be skipped update number {self._in_a_row} in a row",
+                anomaly,
             )
 
-    def roll_back(self, step: int, finding: Finding) -> None:
-        """The run is taken back from this step.
+    def note_rollback(self, step: int, anomaly: Anomaly) -> None:
+        """Count a rollback from this step.
 
         Raises:
-            DivergedError: that happened too often lately.
+            DivergedError: there were too many within `guard.limit_steps`.
         """
         self.rollbacks.append(step)
         lately = [s for s in self.rollbacks if s > step - self._config.limit_steps]
         if len(lately) > self._config.limit:
             within = f"within guard.limit_steps = {self._config.limit_steps}"
-            self._give_up(f"step {step} would be rollback number {len(lately)} {within}", finding)
+            self._give_up(f"step {step} would be rollback number {len(lately)} {within}", anomaly)
 
-    def _give_up(self, what: str, finding: Finding) -> None:
+    def _give_up(self, what: str, anomaly: Anomaly) -> None:
         raise DivergedError(
-            f"training has diverged: {what} ({finding}), and guard.limit = {self._config.limit}. "
-            "Lower optimizer.learning_rate, raise guard.threshold if these are spikes, or look at "
-            "what the reports above name",
+            f"training has diverged: {what} ({anomaly}), and guard.limit = {self._config.limit}. "
+            "Lower optimizer.learning_rate, raise guard.threshold if these are spikes, or examine "
+            "the places that the reports above name",
             reported=self._reported,
         )
 
     def state(self) -> dict[str, Any]:
-        """All that a run must remember, as plain numbers and lists."""
+        """All that a checkpoint keeps of the guard, as numbers and lists."""
         return {
             "windows": {quantity: list(window) for quantity, window in self._windows.items()},
             "in_a_row": self._in_a_row,
             "skipped": self.skipped,
             "rollbacks": list(self.rollbacks),
-            "anomaly": self.anomaly,
+            "anomaly": self.anomaly_step,
             "accepted": self._accepted,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave; a smaller `guard.window` keeps the latest."""
+        """Continue from what `state` gave; a smaller `guard.window` keeps the latest."""
         for quantity, values in state["windows"].items():
             self._windows[quantity] = deque(values, maxlen=self._config.window)
         self._in_a_row = state["in_a_row"]
         self.skipped = state["skipped"]
         self.rollbacks = list(state["rollbacks"])
-        self.anomaly = state.get("anomaly")  # absent in older checkpoints
+        self.anomaly_step = state.get("anomaly")  # absent in older checkpoints
         self._accepted = state.get("accepted", 0)
 
-    def outlast(self, before: dict[str, Any]) -> None:
+    def keep_through_rollback(self, before: dict[str, Any]) -> None:
         """Keep, of the state `before` a rollback, what restoring a checkpoint must not undo."""
         self.rollbacks = list(before["rollbacks"])
-        self.anomaly, self._accepted = before["anomaly"], before["accepted"]
+        self.anomaly_step, self._accepted = before["anomaly"], before["accepted"]
 
 
 def robust_z(value: float, window: deque[float]) -> tuple[float, float]:

@@ -1,16 +1,17 @@
-"""Where a start comes from: which run it is, what changed, and where its learning rate goes on."""
+"""Where a start comes from: which run it is, what has changed, where its learning rate resumes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from keel_megatron.checkpoint.folder import step_of
 from keel_megatron.checkpoint.json_codec import from_json
 from keel_megatron.checkpoint.manifest import CONFIG
-from keel_megatron.checkpoint.resume import Found
+from keel_megatron.checkpoint.resume import ResumePoint
 from keel_megatron.config.load import flatten, load_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.mlflow_delivery.changes import Change, differences
@@ -18,16 +19,16 @@ from keel_megatron.mlflow_delivery.run_file import RunFile, take_run_file
 from keel_megatron.mlflow_delivery.target import remember_run_id, remembered_run_id
 from keel_megatron.mlflow_delivery.tracker import Tracker
 from keel_megatron.training.learning_rate import learning_rate
-from keel_megatron.training.loop import MLFLOW_RUN_ID
+from keel_megatron.training.run_state import Stateful
 
-RUN, CHANGES = "run", "changes"
-"""Names of the run's identity and of its changed settings among a checkpoint's extras."""
+RUN, CHANGES, MLFLOW_RUN_ID = "run", "changes", "mlflow_run_id"
+"""Names in a checkpoint of the run's identity, its changed settings and its MLflow run's id."""
 _JUMP = 2.0
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A part of the run that every checkpoint keeps as it was at the start (loop.Stateful)."""
+    """A part of the run that every checkpoint keeps as it was at the start (`Stateful`)."""
 
     value: Any
 
@@ -37,6 +38,21 @@ class Kept:
 
     def restore(self, state: Any) -> None:
         """Nothing: a rollback within this start does not change it."""
+
+
+@dataclass(frozen=True)
+class MlflowRunId:
+    """The id of the run's MLflow run, which is known once the server has answered (`Stateful`)."""
+
+    folder: Path
+    """The run's folder, which holds it."""
+
+    def state(self) -> str | None:
+        """The id; None while there is none."""
+        return remembered_run_id(self.folder)
+
+    def restore(self, state: Any) -> None:
+        """Nothing: `accept` decides whether a checkpoint's MLflow run is this run's."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +66,14 @@ class Lineage:
     """What the user should know."""
     resumes: bool = False
 
-    def parts(self) -> dict[str, Kept]:
-        """What checkpoints keep of it."""
-        kept = [change.to_json() for change in self.changes]
-        return {RUN: Kept(self.run.to_json()), CHANGES: Kept(kept)}
+    def stateful(self, folder: Path) -> dict[str, Stateful]:
+        """What checkpoints keep of the run in a folder, by its name in them."""
+        changes = [change.to_json() for change in self.changes]
+        return {
+            RUN: Kept(self.run.to_json()),
+            CHANGES: Kept(changes),
+            MLFLOW_RUN_ID: MlflowRunId(folder),
+        }
 
     def report(self, tracker: Tracker) -> None:
         """Show it, keep it in log.txt, and let MLflow have it."""
@@ -65,25 +85,25 @@ class Lineage:
             tracker.changes(self.changes)
 
 
-def accept(config: RunConfig, found: Found) -> Lineage:
-    """Take the run's folder for a start that is certain to train; on rank 0.
+def accept(config: RunConfig, resume: ResumePoint) -> Lineage:
+    """Accept the run's folder for a start that is certain to train; on rank 0.
 
     Args:
         config: the run.
-        found: the checkpoint that it resumes from, if there is one.
+        resume: what it resumes from.
 
     Raises:
         UserError: the folder cannot be written.
     """
     folder = config.training.folder
-    if found.path is None:
+    if resume.path is None:
         run, lines = take_run_file(folder)
         return Lineage(run, [], lines)
-    step = step_of(found.path)
-    extras = from_json(found.state["extras"])
+    step = step_of(resume.path)
+    extras = from_json(resume.state["extras"])
     run, lines = take_run_file(folder, step, extras.get(RUN))
     _take_mlflow_run(config, run, extras)
-    saved = load_config(found.path / CONFIG)
+    saved = load_config(resume.path / CONFIG)
     new = list(differences(step, flatten(saved), flatten(config)))
     changes = [*_changes_in(extras), *new]
     lines += [f"since the checkpoint of step {step}: {change}" for change in new]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from keel_megatron.architecture.parameters import parameter_count
-from keel_megatron.checkpoint.resume import Found
+from keel_megatron.checkpoint.resume import ResumePoint
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import (
-    Batch,
+    Batches,
     BatchSource,
     SampleOrder,
     SequenceDataset,
@@ -31,49 +31,50 @@ Say = Callable[[str], None]
 class Ready:
     """A run that can begin."""
 
+    config: RunConfig
+    runtime: Runtime
+    resume: ResumePoint
+    """What it resumes from."""
     partition: Partition
     data: PreparedData
-    batches: BatchSource
-    validation: list[Batch]
+    batches: Batches
     engine: Engine
 
 
-def get_ready(config: RunConfig, runtime: Runtime, found: Found, say: Say) -> Ready:
+def get_ready(config: RunConfig, runtime: Runtime, resume: ResumePoint, say: Say) -> Ready:
     """Decide the partition, prepare the data, build the model; the run's folder stays as it is.
 
     Args:
         config: the run.
         runtime: this rank's place.
-        found: the checkpoint to go on from.
+        resume: the checkpoint to resume from.
         say: told what happens; heard on rank 0.
 
     Raises:
         UserError: the model does not fit, the text is not as the configuration or the checkpoint
-            says, the records cannot be gone on with, or a library is missing.
+            says, the records cannot be continued, or a library is missing.
     """
     partition = runtime.from_main(lambda: _decided(config, runtime))
     runtime.from_main(lambda: check_records(config.training.folder))
-    data = runtime.from_main(lambda: prepare(config, say, found.state.get("data")))
-    batches, validation = open_data(config, runtime, data)
+    data = runtime.from_main(lambda: prepare(config, say, resume.state.get("data")))
+    batches = open_batches(config, runtime, data)
     _announce(config, runtime, say, data)
     for line in stage_table(partition):
         say(line)
     if config.kernels.compile:
         say("kernels.compile: the first steps compile, and take longer")
     engine = build_engine(config, runtime, build_model(config, runtime, partition))
-    return Ready(partition, data, batches, validation, engine)
+    return Ready(config, runtime, resume, partition, data, batches, engine)
 
 
 def _decided(config: RunConfig, runtime: Runtime) -> Partition:
-    """Which blocks live where: rank 0's decision, should devices differ in memory."""
+    """Which blocks are on which stage; rank 0 decides, since devices may differ in memory."""
     partition = own_partition(config, runtime)
     require_fit(partition, config)
     return partition
 
 
-def open_data(
-    config: RunConfig, runtime: Runtime, data: PreparedData
-) -> tuple[BatchSource, list[Batch]]:
+def open_batches(config: RunConfig, runtime: Runtime, data: PreparedData) -> Batches:
     """This replica's training batches and its fixed validation micro-batches."""
     seed, training = config.training.seed, config.training
     train, validation = (
@@ -95,7 +96,7 @@ def open_data(
         runtime.data_size,
         multiple=config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,
     )
-    return source, list(fixed)
+    return Batches(source, list(fixed))
 
 
 def _announce(config: RunConfig, runtime: Runtime, say: Say, data: PreparedData) -> None:

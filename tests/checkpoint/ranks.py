@@ -25,13 +25,14 @@ from keel_megatron.cluster.watchdog import Watchdog
 from keel_megatron.config import UserError
 from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.run import RunConfig
-from keel_megatron.data.batches import Batch
+from keel_megatron.data.batches import Batch, Batches
 from keel_megatron.engines.megatron.engine import MegatronEngine
 from keel_megatron.mlflow_delivery.tracker import NullTracker
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.tracking.records import CheckpointRecord, Record, StepRecord
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.loop import Loop
+from keel_megatron.training.run_state import RunState
 from keel_megatron.training.stop import StopRequest
 from tests.distributed import run_ranks
 from tests.training.ranks import made_up_batches
@@ -93,7 +94,7 @@ class Ran:
     digest: str
     """SHA-256 of this rank's weights, masters, moments and step counts."""
     resumed: str | None
-    """Name of the checkpoint that it went on from."""
+    """Name of the checkpoint that it resumed from."""
     remarks: tuple[str, ...]
     said: list[str]
     saves: list[CheckpointRecord]
@@ -109,7 +110,7 @@ class Ran:
 
     @property
     def skipped(self) -> list[int]:
-        """After each step, how many updates were left out."""
+        """After each step, how many updates were skipped."""
         return [r.skipped_steps for r in self.records if isinstance(r, StepRecord)]
 
 
@@ -239,37 +240,43 @@ def run_and_die(sections: Sections) -> None:
 
 
 def run(sections: Sections) -> Ran:
-    """Train a run to its end, going on from its newest good checkpoint."""
+    """Train a run to its end, resuming from its newest good checkpoint."""
     from keel_megatron.engines.build import build_engine
     from keel_megatron.model.language_model import build_model
 
     config = RunConfig.model_validate(sections)
     with start(config.parallel, config.training) as runtime:
         try:
-            found = newest_good(config.training.folder, runtime)
+            resume = newest_good(config.training.folder, runtime)
         except UserError as error:
             return Ran([], "", None, (), [], [], error=str(error))
         engine = build_engine(config, runtime, build_model(config, runtime))
         tracker, part, guard = Recorder(config), Counter(), Guard(config.guard)
         error: UserError | None = None
         code = None
+        saver = Saver(
+            config,
+            runtime,
+            tracker,
+            data={"fingerprint": "made up"},
+            damaged=resume.damaged,
+            anomaly_step=lambda: guard.anomaly_step,
+        )
+        state = RunState(engine, saver, {"counter": part, "guard": guard})
+        made_up: Any = MadeUp(config, runtime)
+        batches = Batches(made_up, made_up_batches(config, runtime, 99))
         with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:
             loop = Loop(
-                config,
-                runtime,
-                engine,
-                MadeUp(config, runtime),
-                made_up_batches(config, runtime, 99),
-                tracker,
-                Position(),
-                Saver(config, runtime, tracker, {"fingerprint": "made up"}, found.damaged),
-                guard,
-                watchdog,
-                parts={"counter": part, "guard": guard},
+                engine=engine,
+                batches=batches,
+                state=state,
+                guard=guard,
+                tracker=tracker,
+                mark=watchdog.mark,
             )
             try:
-                if found.path is not None:
-                    loop.restore(found.path)
+                if resume.path is not None:
+                    state.restore(resume.path)
                 code = loop.run(StopRequest())
             except UserError as caught:
                 error = caught
@@ -277,8 +284,8 @@ def run(sections: Sections) -> Ran:
         return Ran(
             losses=[(record.step, record.loss, record.grad_norm) for record in steps],
             digest=digest(engine),
-            resumed=found.path.name if found.path else None,
-            remarks=found.remarks,
+            resumed=resume.path.name if resume.path else None,
+            remarks=resume.remarks,
             said=tracker.said,
             saves=[record for record in tracker.records if isinstance(record, CheckpointRecord)],
             counted=part.seen,

@@ -135,7 +135,7 @@ def test_a_rollback_returns_to_the_checkpoint(name: str, tmp_path: Path) -> None
     (reported, expected, log), _ = run_ranks(2, faults.roll_back, path)
     assert reported == expected
     assert "guard, step 4 (rollback): grad_norm is inf; gradients are not finite in" in log
-    assert "guard: back at step 2; the data goes on after sequence 64" in log
+    assert "guard: back at step 2; the data continues after sequence 64" in log
 
 
 @pytest.mark.slow

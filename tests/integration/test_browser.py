@@ -48,7 +48,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     last = read_metrics(run / "metrics.jsonl")[-1]["step"]
     done = keel(home, "train", str(config), f"training.steps={last + STEPS_AFTER_KILL}")
     assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     return home
 
 

@@ -39,7 +39,7 @@ def test_a_run_trains_generates_and_goes_on_with_the_other_engine(tmp_path: Path
     on = ("training.steps=8", "training.engine=megatron", "parallel.pipeline=2")
     again = keel(tmp_path, "train", str(config), *on, "--processes", "2")
     assert again.returncode == 0, again.stderr
-    assert "going on from runs/test/checkpoints/step_00000006" in again.stdout
+    assert "resuming from runs/test/checkpoints/step_00000006" in again.stdout
 
 
 def test_without_the_package_it_says_how_to_get_it(

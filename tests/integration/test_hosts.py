@@ -118,7 +118,7 @@ class Job:
 
     def resumed_from(self) -> list[int]:
         log = (self.metrics.parent / "log.txt").read_text()
-        return [int(step) for step in re.findall(r"going on from \S+step_(\d+)", log)]
+        return [int(step) for step in re.findall(r"resuming from \S+step_(\d+)", log)]
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def test_resuming_on_the_same_layout_is_bit_identical(finished: Path, tmp_path: 
     home = copy_with_checkpoint(finished, tmp_path, 3)
     again = keel(home, "train", "run.yaml", "--processes", "2")
     assert again.returncode == 0, again.stderr
-    assert "going on from runs/test/checkpoints/step_00000003" in again.stdout
+    assert "resuming from runs/test/checkpoints/step_00000003" in again.stdout
     assert losses(home) == losses(finished)
     profiles = [
         (folder / "runs" / "test" / "depth.jsonl").read_text() for folder in (home, finished)

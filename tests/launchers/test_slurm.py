@@ -98,7 +98,7 @@ def _saves_and_is_requeued(tmp_path: Path, job: int, metrics: Path) -> None:
         end(first)
     assert first.returncode == 75, out
     assert "SIGUSR1: handing it to the trainers" in out
-    assert "checkpoint written; the same command goes on from there" in out
+    assert "checkpoint written; the same command resumes from there" in out
     assert f"saved: job {job} goes back into the queue" in out
     assert (tmp_path / "calls").read_text().endswith(requeue)
     saved = len(losses_of(metrics))
@@ -110,7 +110,7 @@ def _saves_and_is_requeued(tmp_path: Path, job: int, metrics: Path) -> None:
     finally:
         end(second)
     assert second.returncode == 0, out
-    assert f"going on from runs/test/checkpoints/step_{saved:08d}" in out
+    assert f"resuming from runs/test/checkpoints/step_{saved:08d}" in out
     assert [step for step, _loss, _norm in losses_of(metrics)] == list(range(1, steps + 1))
     assert (tmp_path / "calls").read_text().count(requeue) == 1
 

@@ -64,3 +64,13 @@ def test_a_full_disk_takes_the_code(small_disk: Path) -> None:
         (small_disk / "another").write_text("75\n")
     exit_codes.write(small_disk, 75)
     assert (small_disk / "exit_code").read_text() == "75\n"
+
+
+def test_an_exit_code_is_written_whole_or_not_at_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exit_codes.write(tmp_path, 75)
+    assert [path.name for path in tmp_path.iterdir()] == ["exit_code"]
+    assert (tmp_path / "exit_code").read_text() == "75\n"
+    exit_codes.write(tmp_path / "gone", 0)
+    assert "cannot write" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.tracking.metrics import read_metrics
 from keel_megatron.training import diagnose, run
 from keel_megatron.training.learning_rate import learning_rate
-from keel_megatron.training.ready import open_data
+from keel_megatron.training.ready import open_batches
 from tests.training.ranks import made_up_batches
 
 RATE = 1e-3
@@ -163,7 +163,7 @@ def roll_back(path: Path) -> tuple[Any, Any, str]:
     config = RunConfig.model_validate(yaml.safe_load(path.read_text()))
     with start(config.parallel, config.training) as runtime:
         data = runtime.from_main(lambda: prepare(config, print))
-        source, _validation = open_data(config, runtime, data)
+        source = open_batches(config, runtime, data).train
         engine = build_engine(config, runtime, build_model(config, runtime))
         expected = []
         size, steps = config.training.global_batch_size, config.training.steps

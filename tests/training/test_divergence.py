@@ -65,16 +65,16 @@ def test_a_run_that_diverges_stops_and_keeps_what_it_had(engine: str, tmp_path: 
         assert ran.diverged, ran
         assert "training has diverged: " in str(ran.error)
         first = folder.step_folder(tmp_path / action, 1)
-        left_out = [text for text in ran.said if "its update is left out" in text]
+        skipped = [text for text in ran.said if "its update is skipped" in text]
         if action == "rollback":
             assert "step 2 would be rollback number 4 within" in str(ran.error)
-            assert not left_out
+            assert not skipped
             continue
-        assert "the update of step 5 would be number 4 in a row to be left out" in str(ran.error)
-        assert "the newest from before the trouble, which began at step 2: " in str(ran.error)
+        assert "step 5 would be skipped update number 4 in a row" in str(ran.error)
+        assert "the newest from before the first anomaly, step 2: " in str(ran.error)
         assert str(first) in str(ran.error)
-        assert len(left_out) == 4
-        assert left_out[0].startswith(f"guard, step 2 ({action}): ")
+        assert len(skipped) == 4
+        assert skipped[0].startswith(f"guard, step 2 ({action}): ")
         assert ran.skipped == [0, 1, 2, 3]
         assert folder.steps(tmp_path / action) == [1, 3, 4]
 
@@ -171,7 +171,7 @@ def test_the_folder_says_how_it_ended(tmp_path: Path) -> None:
     assert (folder_of / "exit_code").read_text() == "65\n"
     (status,) = look([folder_of])
     assert status.state == "failed"
-    assert status.problems[0].startswith("training has diverged: the update of step")
+    assert status.problems[0].startswith("training has diverged: step ")
     assert status.problems[0].endswith("(code 65)")
     lines = [json.loads(line) for line in (folder_of / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines if "skipped_steps" in line] == [0, 1, 2, 3]

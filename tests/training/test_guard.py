@@ -36,7 +36,7 @@ def warmed(**values: Any) -> Guard:
     """After twelve quiet steps."""
     warm = guard(**values)
     for number in range(12):
-        warm.taken(2.0 + 0.01 * (number % 3), 1.0)
+        warm.accept(2.0 + 0.01 * (number % 3), 1.0)
     return warm
 
 
@@ -65,14 +65,14 @@ def test_one_wild_value_in_the_window_does_not_hide_the_next() -> None:
     ],
 )
 def test_what_is_found(loss: float, grad_norm: float, expected: str | None) -> None:
-    finding = warmed().judge(loss, grad_norm)
-    assert (str(finding) if finding else None) == expected
+    anomaly = warmed().judge(loss, grad_norm)
+    assert (str(anomaly) if anomaly else None) == expected
 
 
 def test_spikes_need_a_window_and_numbers_do_not() -> None:
     fresh = guard()
     for _ in range(7):
-        fresh.taken(1.0, 1.0)
+        fresh.accept(1.0, 1.0)
     assert fresh.judge(99.0, 99.0) is None
     assert fresh.judge(math.nan, 1.0) is not None
 
@@ -89,8 +89,8 @@ def test_only_a_spike_that_is_reported_is_taken(action: str) -> None:
     spike, nan = warmed().judge(9.0, 1.0), judging.judge(math.nan, 1.0)
     assert spike is not None
     assert nan is not None
-    assert judging.makes_update(spike) == (action == "warn")
-    assert not judging.makes_update(nan)
+    assert judging.tolerates(spike) == (action == "warn")
+    assert not judging.tolerates(nan)
 
 
 def test_yaml_may_write_off_without_quotes() -> None:
@@ -104,8 +104,8 @@ def test_the_state_goes_on_where_it_was() -> None:
     for number in range(20):
         loss = 2.0 - 0.02 * number
         assert restored.judge(loss + 0.2, 1.0) == kept.judge(loss + 0.2, 1.0)
-        kept.taken(loss, 1.0)
-        restored.taken(loss, 1.0)
+        kept.accept(loss, 1.0)
+        restored.accept(loss, 1.0)
         other = guard()
         other.restore(restored.state())
         restored = other
@@ -118,57 +118,57 @@ def test_the_state_goes_on_where_it_was() -> None:
 )
 def test_left_out_updates_in_a_row_have_a_limit(action: str, loss: float) -> None:
     limited = warmed(action=action)
-    finding = limited.judge(loss, 1.0)
-    assert finding is not None
+    anomaly = limited.judge(loss, 1.0)
+    assert anomaly is not None
     for step in (1, 2):
-        limited.note(step, finding)
-    limited.taken(2.0, 1.0)  # the row ends
+        limited.note(step, anomaly)
+    limited.accept(2.0, 1.0)  # the row ends
     for step in (4, 5):
-        limited.note(step, finding)
+        limited.note(step, anomaly)
     with pytest.raises(DivergedError, match=r"the update of step 6 would be number 3 in a row"):
-        limited.note(6, finding)
+        limited.note(6, anomaly)
     assert limited.skipped == 5
 
 
 def test_a_spike_that_is_taken_ends_the_row() -> None:
     limited = warmed(action="warn")
     for step in range(1, 8):
-        finding = limited.judge(9.0 if step % 3 == 0 else math.nan, 1.0)
-        assert finding is not None
-        limited.note(step, finding)
+        anomaly = limited.judge(9.0 if step % 3 == 0 else math.nan, 1.0)
+        assert anomaly is not None
+        limited.note(step, anomaly)
     assert limited.skipped == 5
 
 
 def test_an_anomaly_is_over_when_a_window_of_steps_was_accepted() -> None:
-    """Counted from the latest finding, remembered from the first, through a checkpoint."""
+    """Counted from the latest anomaly, remembered from the first, through a checkpoint."""
     watching = warmed(action="warn")
-    assert watching.anomaly is None
+    assert watching.anomaly_step is None
     for step, loss in enumerate([math.nan, *[2.0] * 15, 9.0, *[2.0] * 15], start=20):
-        finding = watching.judge(loss, 1.0)
-        if finding is None:
-            watching.taken(loss, 1.0)
+        anomaly = watching.judge(loss, 1.0)
+        if anomaly is None:
+            watching.accept(loss, 1.0)
         else:
-            watching.note(step, finding)
+            watching.note(step, anomaly)
         restored = guard(action="warn")
         restored.restore(watching.state())
         watching = restored
-        assert watching.anomaly == 20
-    watching.taken(2.0, 1.0)
-    assert watching.anomaly is None
+        assert watching.anomaly_step == 20
+    watching.accept(2.0, 1.0)
+    assert watching.anomaly_step is None
 
 
 def test_a_rollback_does_not_undo_what_the_guard_knows() -> None:
     """The older state comes back, but for the rollbacks and the anomaly."""
     back = warmed(action="rollback")
     older = back.state()
-    finding = back.judge(math.nan, 1.0)
-    assert finding is not None
-    back.note(7, finding)
-    back.roll_back(7, finding)
+    anomaly = back.judge(math.nan, 1.0)
+    assert anomaly is not None
+    back.note(7, anomaly)
+    back.note_rollback(7, anomaly)
     before = back.state()
     back.restore(older)
-    back.outlast(before)
-    assert (back.rollbacks, back.anomaly, back.skipped) == ([7], 7, 0)
+    back.keep_through_rollback(before)
+    assert (back.rollbacks, back.anomaly_step, back.skipped) == ([7], 7, 0)
 
 
 def test_a_state_of_an_older_version_is_gone_on_with() -> None:
@@ -176,17 +176,17 @@ def test_a_state_of_an_older_version_is_gone_on_with() -> None:
     del older["anomaly"], older["accepted"]
     restored = guard()
     restored.restore(older)
-    assert restored.anomaly is None
+    assert restored.anomaly_step is None
 
 
 def test_rollbacks_have_a_limit_within_some_steps() -> None:
     limited = warmed(limit_steps=100)
-    finding = limited.judge(9.0, 1.0)
-    assert finding is not None
+    anomaly = limited.judge(9.0, 1.0)
+    assert anomaly is not None
     for step in (10, 90, 150):
-        limited.roll_back(step, finding)
+        limited.note_rollback(step, anomaly)
     with pytest.raises(DivergedError, match=r"step 160 would be rollback number 3 within"):
-        limited.roll_back(160, finding)
+        limited.note_rollback(160, anomaly)
 
 
 @pytest.fixture(scope="module")
@@ -254,4 +254,4 @@ def test_a_rollback_jumps_over_the_batches_since_the_checkpoint(tmp_path: Path) 
     (reported, expected, log), _ = run_ranks(2, faults.roll_back, path)
     assert reported == expected
     assert "guard, step 4 (rollback): grad_norm is nan; gradients are not finite in" in log
-    assert "guard: back at step 2; the data goes on after sequence 64" in log
+    assert "guard: back at step 2; the data continues after sequence 64" in log

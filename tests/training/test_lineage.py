@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from keel_megatron.checkpoint.json_codec import from_json, to_json
-from keel_megatron.checkpoint.resume import Found
+from keel_megatron.checkpoint.resume import ResumePoint
 from keel_megatron.config import RunConfig, dump_config
 from keel_megatron.mlflow_delivery.target import remembered_run_id
 from keel_megatron.training.lineage import Lineage, accept, learning_rate_lines
@@ -29,14 +29,14 @@ def settings(home: Path, name: str = "test", **values: Any) -> RunConfig:
     return config
 
 
-def checkpoint(config: RunConfig, step: int, lineage: Lineage | None, **extras: Any) -> Found:
+def checkpoint(config: RunConfig, step: int, lineage: Lineage | None, **extras: Any) -> ResumePoint:
     """What a start finds after an earlier one has saved."""
     path = config.training.folder / "checkpoints" / f"step_{step:08d}"
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text(dump_config(config))
-    parts = {} if lineage is None else lineage.parts()
+    parts = {} if lineage is None else lineage.stateful(config.training.folder)
     kept = {name: to_json(part.state()) for name, part in parts.items()}
-    return Found(path, {"extras": kept | extras})
+    return ResumePoint(path, {"extras": kept | extras})
 
 
 def texts(lineage: Lineage) -> list[str]:
@@ -45,7 +45,7 @@ def texts(lineage: Lineage) -> list[str]:
 
 def test_changes_are_kept_as_a_history_and_taken_back(tmp_path: Path) -> None:
     first, second = settings(tmp_path), settings(tmp_path, optimizer__learning_rate=1e-3)
-    start = accept(first, Found())
+    start = accept(first, ResumePoint())
     assert (start.changes, start.lines, start.resumes) == ([], [], False)
     found = checkpoint(first, 6, start)
     lower = accept(second, found)
@@ -118,7 +118,7 @@ def test_the_mlflow_run_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
 def test_a_copy_takes_no_mlflow_run_from_its_checkpoints(tmp_path: Path, earlier: bool) -> None:
     """They are the original's, at the second start too, and if they name no run."""
     config, copy = settings(tmp_path), settings(tmp_path, "copy")
-    start = accept(config, Found())
+    start = accept(config, ResumePoint())
     (config.training.folder / "mlflow_run_id").write_text("feed")
     (copy.training.folder / "run.json").write_bytes(
         (config.training.folder / "run.json").read_bytes()

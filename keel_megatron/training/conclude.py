@@ -1,0 +1,43 @@
+"""What is said and drawn when a run ends without an error."""
+
+from __future__ import annotations
+
+import math
+
+from keel_megatron.config.run import RunConfig
+from keel_megatron.mlflow_delivery.tracker import Tracker, where
+from keel_megatron.tracking.loss_plot import plot_loss
+
+
+def conclude(
+    config: RunConfig, tracker: Tracker, step: int, validation_loss: float, unigram_entropy: float
+) -> None:
+    """Report what the run has reached; of a finished one, draw the loss too. Rank 0 only.
+
+    Args:
+        config: the run.
+        tracker: its tracker.
+        step: the last step that was done.
+        validation_loss: nats per token after the last step; not used before it.
+        unigram_entropy: nats per token: the loss of a model that only counts tokens.
+    """
+    if step < config.training.steps:
+        tracker.say(
+            f"stopped after step {step} of {config.training.steps}, checkpoint written; "
+            "the same command resumes from there"
+        )
+        return
+    below = unigram_entropy - validation_loss
+    compared = f": {abs(below):.3f} nats {'below' if below >= 0 else 'ABOVE'} it"
+    tracker.say(
+        f"validation loss {validation_loss:.3f} nats per token; unigram entropy "
+        f"{unigram_entropy:.3f}{compared if math.isfinite(below) else ''}"
+    )
+    picture = config.training.folder / "loss.png"
+    try:
+        plot_loss(config.training.folder, picture, unigram_entropy)
+        tracker.artifact(picture)
+    except Exception as error:  # the run is complete and saved, whatever ails its picture
+        tracker.say(f"cannot draw {picture}: {type(error).__name__}: {error}")
+    for line in where(config):
+        tracker.say(line)

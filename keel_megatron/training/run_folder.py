@@ -1,0 +1,79 @@
+"""A run's folder at a start: who owns it, what to resume from, and the claim that makes it ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from keel_megatron.checkpoint.identity import check_folder, check_identity, claim
+from keel_megatron.checkpoint.manifest import CONFIG
+from keel_megatron.checkpoint.resume import ResumePoint, newest_good
+from keel_megatron.config.errors import UserError
+from keel_megatron.config.run import RunConfig
+from keel_megatron.data.prepare import PreparedData, keep_tokenizer
+from keel_megatron.runtime import exit_codes, ownership
+from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.runtime.ownership import Ownership
+from keel_megatron.training.lineage import Lineage, accept
+from keel_megatron.training.stop import StopRequest
+
+
+@contextmanager
+def owned_folder(folder: Path, runtime: Runtime, stop: StopRequest) -> Iterator[None]:
+    """Within the block rank 0, or its launcher, owns the run's folder; collective.
+
+    Raises:
+        UserError: another process owns it.
+    """
+    held: list[Ownership] = []
+
+    def take() -> None:
+        held.append(ownership.passed_on(folder) or ownership.take(folder))
+
+    runtime.from_main(take)
+    try:
+        stop.last_word = held[0].release if held else None
+        yield
+    finally:
+        for hold in held:
+            hold.release()
+
+
+def find_resume_point(config: RunConfig, runtime: Runtime) -> ResumePoint:
+    """The checkpoint to resume from, of a folder that belongs to this run; collective.
+
+    Raises:
+        UserError: the folder or its newest checkpoint belongs to another run, or every checkpoint
+            is damaged.
+    """
+    runtime.from_main(lambda: check_folder(config))
+    resume = newest_good(config.training.folder, runtime)
+    newest = resume.path
+    if newest is not None:
+        runtime.from_main(lambda: check_identity(newest / CONFIG, config))
+    return resume
+
+
+def claim_folder(config: RunConfig, resume: ResumePoint, data: PreparedData) -> Lineage:
+    """Make the folder this run's, with its tokenizer; rank 0 only.
+
+    A file that is already as it should be needs no room on the disk.
+
+    Returns:
+        Which run this is and what has changed.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = config.training.folder
+    try:
+        exit_codes.clear(folder)
+        lineage = accept(config, resume)
+        claim(config)
+        keep_tokenizer(data, folder)
+    except OSError as error:
+        raise UserError(
+            f"training.runs_dir: cannot write {error.filename or folder}: {error.strerror}"
+        ) from error
+    return lineage

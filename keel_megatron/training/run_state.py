@@ -1,0 +1,69 @@
+"""The state of a run: what a checkpoint holds, and the one place that saves and restores it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from keel_megatron.checkpoint import state
+from keel_megatron.checkpoint.saver import Saver
+from keel_megatron.checkpoint.state import Position
+from keel_megatron.engines.base import Engine
+
+
+class Stateful(Protocol):
+    """A part of the run whose state goes into every checkpoint and comes back from it."""
+
+    def state(self) -> Any:
+        """Its state, the same on every rank; `checkpoint.json_codec.to_json` says of what."""
+
+    def restore(self, state: Any) -> None:
+        """Continue from what `state` returned."""
+
+
+class RunState:
+    """Weights, optimizer and generators, the position in the data, and all stateful parts.
+
+    Args:
+        engine: holds weights and optimizer.
+        saver: writes the checkpoints.
+        stateful: every other part that checkpoints keep, by the name that it has in them.
+
+    Attributes:
+        position: steps done and sequences seen.
+    """
+
+    def __init__(self, engine: Engine, saver: Saver, stateful: Mapping[str, Stateful]) -> None:
+        self.position = Position()
+        self.saver = saver
+        self._engine = engine
+        self._stateful = stateful
+        self._saved_step: int | None = None
+
+    def save(self) -> None:
+        """Begin a checkpoint of the current position, unless there is one already; collective.
+
+        Raises:
+            UserError, DivergedError: as `Saver.save`.
+        """
+        if self._saved_step != self.position.step:
+            extras = {name: part.state() for name, part in self._stateful.items()}
+            self.saver.save(self._engine.state, self.position, extras)
+            self._saved_step = self.position.step
+
+    def restore(self, checkpoint: Path) -> None:
+        """Return to a checkpoint, with all of its state; collective.
+
+        A part that the checkpoint does not know stays as it is.
+
+        Raises:
+            UserError: it does not fit this run, or is damaged.
+        """
+        engine = self._engine
+        loaded = state.load(checkpoint, engine.config, engine.runtime, engine.state)
+        for name, part in self._stateful.items():
+            if name in loaded.extras:
+                part.restore(loaded.extras[name])
+        self.position = loaded.position
+        self._saved_step = loaded.position.step
