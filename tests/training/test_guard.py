@@ -125,7 +125,7 @@ def test_left_out_updates_in_a_row_have_a_limit(action: str, loss: float) -> Non
     limited.accept(2.0, 1.0)  # the row ends
     for step in (4, 5):
         limited.note(step, anomaly)
-    with pytest.raises(DivergedError, match=r"the update of step 6 would be number 3 in a row"):
+    with pytest.raises(DivergedError, match=r"step 6 would be skipped update number 3 in a row"):
         limited.note(6, anomaly)
     assert limited.skipped == 5
 
