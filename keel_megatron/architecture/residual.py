@@ -6,9 +6,10 @@ blocks. N is an RMSNorm with learned weights and no bias. Every rule is an insta
     x_{l+1} = N_out(alpha * x_l + c * F_l(G(x_l)))
 
 where N_out may be absent, G is a norm N_in, a learned vector or nothing, and c is a factor of the
-branch. So a rule is the table of what each sub-layer has, and a new rule is one more entry of
-`RULES`: the choices of `model.residual`, the model, the compiled blocks, the planner's costs and
-the counts of parameters all read the table.
+branch. So a rule is the table of what each sub-layer has, and a new rule is one more row of
+`RULES`: the choices of `model.residual` and the settings that go with it, the model and its initial
+weights, the compiled blocks, the planner's costs and the parameter counts all read the table
+(tests/architecture/test_new_rule.py adds one).
 
 They read it through a `Reader`, which lists the columns that its code honours. A sub-layer that
 needs another column is refused there: no code can ignore a column it does not know.
@@ -62,18 +63,22 @@ class SubLayer:
     """Norms of query, key and value within attention."""
 
 
+SETTINGS: dict[str, str] = {"alpha": "auto", "first_block": "v2"}
+"""Settings of the section `model` that change some rules only, and their defaults."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """One residual rule."""
 
     sub_layer: Callable[[int, Model], SubLayer]
     """(l, model) to the columns of sub-layer l."""
-    alpha_exponent: float | None = None
-    """p of `model.alpha: auto`, which is L^p; None = the rule has no such scale."""
+    settings: tuple[str, ...] = ()
+    """Settings of `SETTINGS` that the rule uses; with it, the others must be at their default."""
+    alpha_exponent: float = 0.0
+    """p of `model.alpha: auto`, which is L^p."""
     branch_init_exponent: float = 0.0
     """p of the factor L^p of the initial value, output and FFN weights."""
-    has_first_block: bool = False
-    """Whether `model.first_block` changes the rule."""
 
 
 @dataclass(frozen=True)
@@ -180,23 +185,30 @@ def scaled_post_ln_beta(_l: int, model: Model) -> SubLayer:
 
 
 RULES: dict[str, Rule] = {
-    "keel": Rule(keel, alpha_exponent=1.0, has_first_block=True),
+    "keel": Rule(keel, settings=("alpha", "first_block"), alpha_exponent=1.0),
     "pre_ln": Rule(pre_ln),
     "post_ln": Rule(post_ln),
-    "deepnorm": Rule(deepnorm, alpha_exponent=0.25, branch_init_exponent=-0.25),
+    "deepnorm": Rule(
+        deepnorm, settings=("alpha",), alpha_exponent=0.25, branch_init_exponent=-0.25
+    ),
     "hybrid_norm": Rule(hybrid_norm),
     "mix_ln": Rule(mix_ln),
-    "scaled_post_ln": Rule(scaled_post_ln, alpha_exponent=1.0),
-    "scaled_post_ln_beta": Rule(scaled_post_ln_beta, alpha_exponent=1.0),
+    "scaled_post_ln": Rule(scaled_post_ln, settings=("alpha",), alpha_exponent=1.0),
+    "scaled_post_ln_beta": Rule(scaled_post_ln_beta, settings=("alpha",), alpha_exponent=1.0),
 }
 """By name, which is what `model.residual` says."""
 
 
 def alpha(model: Model) -> float:
-    """`model.alpha`; auto is L to the rule's exponent, or 1 where the rule has no such scale."""
+    """`model.alpha`; auto is L to the rule's exponent."""
     if model.alpha != "auto":
         return float(model.alpha)
-    return float(2 * model.blocks) ** (RULES[model.residual].alpha_exponent or 0.0)
+    return float(2 * model.blocks) ** RULES[model.residual].alpha_exponent
+
+
+def rules_with(setting: str) -> list[str]:
+    """Names of the rules that use a setting of `SETTINGS`."""
+    return [name for name, rule in RULES.items() if setting in rule.settings]
 
 
 def branch_init_scale(model: Model) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from keel_megatron.architecture.residual import RULES
+from keel_megatron.architecture.residual import RULES, SETTINGS, rules_with
 from keel_megatron.config.kernel_checks import KERNEL_CHECKS
 from keel_megatron.config.run import RunConfig
 from keel_megatron.config.tracking_checks import credentials, known_store
@@ -70,23 +70,21 @@ def _query_groups(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _alpha(config: RunConfig) -> Iterator[tuple[str, str]]:
-    model = config.model
-    if model.alpha == "auto":
-        return
-    if model.alpha <= 0:
-        yield "model.alpha", f"{model.alpha} must be auto or a positive number"
-    elif RULES[model.residual].alpha_exponent is None:
-        yield "model.alpha", f"{model.alpha} has no place in {model.residual}; leave it at auto"
+    alpha = config.model.alpha
+    if alpha != "auto" and alpha <= 0:
+        yield "model.alpha", f"{alpha} must be auto or a positive number"
 
 
-def _first_block(config: RunConfig) -> Iterator[tuple[str, str]]:
+def _rule_settings(config: RunConfig) -> Iterator[tuple[str, str]]:
     model = config.model
-    if model.first_block != "v2" and not RULES[model.residual].has_first_block:
-        having = ", ".join(name for name, rule in RULES.items() if rule.has_first_block)
-        yield (
-            "model.first_block",
-            f"{model.first_block} has no place in {model.residual}; {having} only",
-        )
+    for name, default in SETTINGS.items():
+        value = getattr(model, name)
+        if value != default and name not in RULES[model.residual].settings:
+            yield (
+                f"model.{name}",
+                f"{value} is not supported by residual: {model.residual}; leave it at {default}, "
+                f"or choose one of {', '.join(rules_with(name))}",
+            )
 
 
 def _multiple_of_tensor(
@@ -265,7 +263,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _heads,
     _query_groups,
     _alpha,
-    _first_block,
+    _rule_settings,
     _multiple_of_tensor("model.num_attention_heads", lambda run: run.model.num_attention_heads),
     _multiple_of_tensor("model.num_query_groups", lambda run: run.model.query_groups),
     _multiple_of_tensor("model.ffn_hidden_size", lambda run: run.model.ffn_hidden_size),

@@ -6,14 +6,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any
 
 import pydantic
 import pytest
 import torch
 
 from keel_megatron.architecture.flops import training_flops_per_token
-from keel_megatron.architecture.parameters import COUNTS, parameter_count
+from keel_megatron.architecture.parameters import COUNTS
 from keel_megatron.architecture.residual import RULES, Reader, SubLayer
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.schema import json_schema
@@ -28,7 +27,7 @@ from keel_megatron.studies.gradient_flow import ANALYSIS
 from tests.architecture.rules import GATED, HALF, added_rules
 from tests.distributed import run_ranks
 from tests.settings import settings, small_config
-from tests.training.ranks import made_up_batches, train_steps
+from tests.training.ranks import made_up_batches
 
 READERS = (BLOCKS, COMPILED, COSTS, COUNTS, PROFILE, ANALYSIS)
 
@@ -99,43 +98,6 @@ def test_a_new_rule_is_planned(rules: None) -> None:
     assert typical_rows(config.model)[0].branch_factor == 0.5
     flops = [training_flops_per_token(one.model, 32, 512) for one in (config, known)]
     assert flops[0] == flops[1]
-
-
-def trained(name: str) -> dict[str, Any]:
-    """A new rule both ways: steps, one backward pass's gradients, and its parameters' count."""
-    from keel_megatron.config.run import RunConfig
-    from keel_megatron.model import compiled
-    from keel_megatron.model.language_model import build_model
-    from keel_megatron.runtime.distributed import start
-
-    found: dict[str, Any] = {}
-    with added_rules():
-        for way in (False, True):
-            sections = settings(model__residual=name, model__blocks=3, kernels__compile=way)
-            found[f"steps {way}"] = train_steps(sections, 2)
-            config = RunConfig.model_validate(sections)
-            with start(config.parallel, config.training) as runtime:
-                (chunk,) = build_model(config, runtime)
-                if way:
-                    compiled.compile_blocks([chunk], runtime.device)
-                batch = made_up_batches(config, runtime, 0)[0]
-                chunk(batch.tokens, batch.position_ids, None, labels=batch.labels).mean().backward()
-                gradients = {name: p.grad.clone() for name, p in chunk.named_parameters()}
-                found[f"gradients {way}"] = gradients
-                found["built"] = sum(p.numel() for p in chunk.parameters())
-                found["counted"] = parameter_count(config.model, config.data.vocab_size)
-    return found
-
-
-def test_a_new_rule_trains_alike_plain_and_compiled() -> None:
-    (found,) = run_ranks(1, trained, HALF)
-    for plain, compiled in zip(found["steps False"], found["steps True"], strict=True):
-        assert compiled == pytest.approx(plain, rel=1e-5)
-    for parameter, gradient in found["gradients False"].items():
-        assert (found["gradients True"][parameter] - gradient).norm() <= 1e-5 * gradient.norm(), (
-            parameter
-        )
-    assert found["built"] == found["counted"]
 
 
 def halved_by_hand() -> tuple[float, float, float]:
