@@ -169,7 +169,7 @@ def test_an_index_that_does_not_fit_is_one_message(cached: RunConfig, at: int) -
     content = bytearray(index.read_bytes())
     content[at : at + 8] = b"\xff\xff\xff\x7f" * 2
     index.write_bytes(content)
-    with pytest.raises(UserError, match=r"train\.idx is no index of"):
+    with pytest.raises(UserError, match=r"train\.idx is not an index of"):
         SequenceDataset(index.with_suffix(""), 32, 1)
 
 
