@@ -1,4 +1,4 @@
-"""The error that is the user's to mend."""
+"""The error for a user's mistake."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from keel_megatron.urls import without_credentials
 
 
 class UserError(Exception):
-    """A mistake in input or surroundings: the command prints the message alone and exits with 2.
+    """A configuration or usage error: the command prints only the message and exits with 2.
 
-    The message names the setting (or file) and says what would be right.
+    The message names the setting or file and says what would be valid.
 
     Args:
-        message: what is said to the user; its URLs are shown without what may be a secret.
-        reported: another rank of the run says it; this one only ends.
+        message: text for the user; URLs in it are shown without parts that may be secret.
+        reported: another rank reports the error; this one only exits.
     """
 
     def __init__(self, message: str, *, reported: bool = False) -> None:

@@ -119,7 +119,7 @@ def write_config(folder: Path, steps: int, arguments: argparse.Namespace) -> Pat
             "text": argparse.__file__,
             "seq_length": 32,
             "vocab_size": 512,
-            "cache": str(folder / "data"),
+            "cache_dir": str(folder / "data"),
         },
         "optimizer": {"learning_rate": 1e-3},
         "training": {

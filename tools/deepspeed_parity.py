@@ -52,7 +52,7 @@ def small_memory() -> None:
     parameters = parameter_count(config.model, config.data.vocab_size)
     engines = {"Megatron, optimizer shared": MEGATRON, **ENGINES}
     runs = [
-        settings(**{**SHAPE, **overrides, "deepspeed__bucket_elements": 1000})
+        settings(**{**SHAPE, **overrides, "deepspeed__bucket_size": 1000})
         for overrides in engines.values()
     ]
     ranks = run_ranks(2, held_bytes, runs)
@@ -75,7 +75,7 @@ def large_memory() -> None:
                 f"{path.replace('__', '.')}={str(value).lower()}"
                 for path, value in overrides.items()
                 if path.startswith(("training__engine", "deepspeed__"))
-                and not path.endswith("bucket_elements")
+                and not path.endswith("bucket_size")
             ]
             config = load_config(RECIPES / recipe, (*base, *own))
             cells = []

@@ -322,7 +322,7 @@ def _sections(case: Case, data: Path) -> dict[str, Any]:
 
     return settings(
         data__text=argparse.__file__,
-        data__cache=str(data),
+        data__cache_dir=str(data),
         training__steps=case.steps,
         training__validation_sequences=4,
         training__global_batch_size=4,

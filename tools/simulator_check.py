@@ -72,7 +72,7 @@ def sections(text: Path, folder: Path, steps: int, parallel: dict[str, Any]) -> 
             "text": str(text),
             "seq_length": 128,
             "vocab_size": 2048,
-            "cache": str(folder / "data"),
+            "cache_dir": str(folder / "data"),
         },
         "optimizer": {"learning_rate": 1e-3},
         "training": {

@@ -33,7 +33,7 @@ CHANGEABLE = (
     "checkpoint.",
     "guard.",
     "tracking.",
-    "data.cache",
+    "data.cache_dir",
     "data.text",  # where it lies: its contents are fingerprinted
     "data.tokenizer",  # likewise
     "data.allow_lossy_tokenizer",

@@ -86,7 +86,7 @@ class Saver:
     manifest last, and renames the folder. Until then the checkpoint does not exist, and only then
     are older ones removed. One with a weight, master or moment that is not finite is never
     published: the run stops, whatever checkpoint.on_error is, since no later one could be better.
-    With checkpoint.asynchronous = false, `save` does all of it.
+    With checkpoint.async_save = false, `save` does all of it.
 
     Args:
         config: the run.
@@ -145,7 +145,7 @@ class Saver:
             position,
             extras=extras,
             data=self._data,
-            copy=self._config.checkpoint.asynchronous,
+            copy=self._config.checkpoint.async_save,
             validate=self._is_first,
         )
         self._is_first = False
@@ -158,7 +158,7 @@ class Saver:
         path = folder.partial_folder(run_folder, position.step) / shards_name(self._runtime.rank)
         self._pending = _Pending(content, _Writer(path, content), begun, size)
         self._pending.writer.start()
-        if not self._config.checkpoint.asynchronous:
+        if not self._config.checkpoint.async_save:
             self._wait()
             self._settle(begun)
         else:

@@ -1,8 +1,10 @@
-"""The arguments that verbs share."""
+"""Arguments that commands share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -10,21 +12,55 @@ from typing import Annotated
 import typer
 
 from keel_megatron.config.errors import UserError
+from keel_megatron.config.renamed import notices
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
+
+def show_old_names(context: typer.Context, path: Path | None) -> Path | None:
+    """Print a notice for each renamed setting in a configuration file."""
+    _print_notices(context, path, ())
+    return path
+
+
+def _show_old_overrides(context: typer.Context, overrides: list[str] | None) -> list[str] | None:
+    """Print a notice for each renamed setting in the overrides."""
+    _print_notices(context, None, overrides or ())
+    return overrides
+
+
+def _print_notices(context: typer.Context, path: Path | None, overrides: Sequence[str]) -> None:
+    # Once per run: not by the processes that `keel train` starts, nor by ranks other than 0.
+    if "KEEL_LAUNCHER_PID" in os.environ or os.environ.get("RANK", "0") != "0":
+        return
+    printed = context.meta.setdefault("keel_megatron.notices", set())
+    for notice in notices(path, overrides):
+        if notice not in printed:
+            print(f"notice: {notice}", file=sys.stderr)
+            printed.add(notice)
+
+
+ConfigPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG", help="YAML file of the run's configuration.", callback=show_old_names
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace the file's."),
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...",
+        help="Settings that replace those of the file.",
+        callback=_show_old_overrides,
+    ),
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, runs/NAME.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run: runs/NAME.")]
 
 
 @contextmanager
 def writing(option: str, path: Path) -> Iterator[None]:
-    """What is written within goes where an option says.
+    """Report an error while writing an option's file as the user's.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     try:
         yield

@@ -22,33 +22,34 @@ def bench(
     compare: Annotated[
         str | None,
         typer.Option(
-            metavar="KEY=A,B", help="Step variants in turn, e.g. model.residual=pre_ln,keel."
+            metavar="KEY=A,B", help="Compare values of a setting, e.g. model.residual=pre_ln,keel."
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=4, help="Steps that are timed, of each variant.")] = 20,
-    warmup: Annotated[int, typer.Option(min=1, help="Steps before them.")] = 3,
+    steps: Annotated[int, typer.Option(min=4, help="Timed steps per variant.")] = 20,
+    warmup: Annotated[int, typer.Option(min=1, help="Untimed steps before them.")] = 3,
     random_tokens: Annotated[
-        bool, typer.Option("--random-tokens", help="Draw the tokens; needs no text.")
+        bool,
+        typer.Option("--random-tokens", help="Use random tokens instead of the training data."),
     ] = False,
     profile: Annotated[
-        Path | None, typer.Option(help="Write a torch trace of one step here (.json or .json.gz).")
+        Path | None, typer.Option(help="File for a torch trace of one step (.json or .json.gz).")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="File for the results.")] = None,
     processes: Annotated[
         int,
-        typer.Option(
-            min=0, help="Start so many processes on this machine; 0 = as keel train does."
-        ),
+        typer.Option(min=0, help="Number of processes to start on this machine. 0: as keel train."),
     ] = 0,
 ) -> None:
-    """Time a run's steps, part by part, against this device's own best.
+    """Time the parts of a training step, and compare them with this device's roofline.
 
-    Nothing of the run is kept. Several processes: --processes N here, or
+    Nothing is saved. Several processes: --processes N on this machine, or
     torchrun ... -m keel_megatron bench CONFIG on one or many machines.
     """
     for option, path in (("--json", output), ("--profile", profile)):
         if path is not None and not os.access(path.parent, os.W_OK):
-            raise UserError(f"{option}: {path} cannot be written: no folder to write in")
+            raise UserError(
+                f"{option}: {path} cannot be written: its folder does not exist or is not writable"
+            )
     settings = list(overrides or ())
     if processes or not is_rank():
         _, processes = with_processes(config, tuple(settings), processes)
@@ -77,7 +78,7 @@ def bench(
 
 
 def _options(**given: object) -> list[str]:
-    """Options as they stand on a command line, without those that were not given."""
+    """Options as command-line arguments, without those that were not given."""
     found = []
     for name, value in given.items():
         option = f"--{name.replace('_', '-')}"

@@ -10,12 +10,12 @@ from keel_megatron.cli.arguments import RunFolder
 
 DAMAGED = 1
 
-app = typer.Typer(help="Look at a run's checkpoints.", no_args_is_help=True)
+app = typer.Typer(help="Manage a run's checkpoints.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_(run: RunFolder) -> None:
-    """List a run's checkpoints, looking at names and sizes alone."""
+    """List a run's checkpoints; checks only file names and sizes."""
     from keel_megatron.checkpoint.listing import entries
 
     for entry in entries(run, read_all=False):
@@ -37,9 +37,11 @@ def verify(run: RunFolder) -> None:
 @app.command("show")
 def show(
     run: RunFolder,
-    step: Annotated[int | None, typer.Option(help="Its step; the newest if left out.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")
+    ] = None,
 ) -> None:
-    """Show what a checkpoint holds, and what a run may change when it goes on from it."""
+    """Show a checkpoint's contents and the settings that a resumed run may change."""
     from keel_megatron.checkpoint.listing import describe
 
     for line in describe(run, step):
@@ -49,19 +51,21 @@ def show(
 @app.command("prune")
 def prune(
     run: RunFolder,
-    keep: Annotated[int | None, typer.Option(min=1, help="Newest good ones to keep.")] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Number of newest valid checkpoints to keep.")
+    ] = None,
     keep_every: Annotated[
-        int | None, typer.Option(min=0, help="Multiples of so many steps to keep too; 0 = none.")
+        int | None, typer.Option(min=0, help="Also keep multiples of this many steps. 0: none.")
     ] = None,
     damaged: Annotated[
         bool,
-        typer.Option(help="Damaged and half-written ones too."),
+        typer.Option(help="Also remove damaged and incomplete checkpoints."),
     ] = False,
 ) -> None:
     """Remove old checkpoints; unspecified options default to the run's checkpoint.* settings.
 
-    After a recent spike or non-finite step, the newest checkpoint from before it stays too.
-    Refused while the run is being trained.
+    After a recent spike or non-finite step, the newest checkpoint from before it is kept too.
+    The command refuses to run while the run is training.
     """
     from keel_megatron.checkpoint.identity import saved_config
     from keel_megatron.checkpoint.listing import prune_run

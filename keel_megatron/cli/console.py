@@ -1,4 +1,4 @@
-"""Standard output and standard error that fail no command: a run outlives its terminal."""
+"""Standard output and error whose failures do not end a command."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from keel_megatron.runtime.files import NO_ROOM
 
 
 def tolerate_consoles() -> None:
-    """Let this process's output be shown as far as the console can, whatever it is.
+    """Make this process's output tolerate any console.
 
-    A character that its encoding lacks is written as its code (backslashreplace), and so is one
-    that a terminal would obey. When whoever reads a pipe has left (`keel train ... | head`), the
-    rest is discarded: what the command does and its exit code are the same.
+    Characters that the encoding lacks, and control characters, are escaped (backslashreplace). When
+    the reader of a pipe has exited (`keel train ... | head`), further output is discarded; the
+    command and its exit code do not change.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if type(stream) is io.TextIOWrapper:  # not one that a test or a notebook put there
+        if type(stream) is io.TextIOWrapper:  # not a replacement by a test or a notebook
             setattr(sys, name, _Tolerant(stream))
 
 
 def outlive_full_disk() -> None:
-    """Let a full disk under this process's redirected output neither end it nor change its code.
+    """Ignore a full disk under this process's redirected output.
 
-    What it shows is kept elsewhere, too.
+    For commands whose output is saved elsewhere too.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, _Tolerant):
@@ -45,7 +45,7 @@ def print_path(path: Path) -> None:
 
 
 class _Trusted:
-    """The same stream for our own display, whose control sequences are meant."""
+    """The same stream without escaping, for the program's own control sequences."""
 
     def __init__(self, stream: _Tolerant) -> None:
         self._stream = stream
@@ -54,7 +54,7 @@ class _Trusted:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write text as it is."""
+        """Write text unescaped."""
         return self._stream.write_unchanged(text)
 
 
@@ -63,7 +63,7 @@ class _Tolerant(io.TextIOWrapper):
 
     Attributes:
         trusted: see `config.terminal.trusted`.
-        outlives_full_disk: whether text is lost, with no error, while a disk is full.
+        outlives_full_disk: discard text without an error while the disk is full.
     """
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
@@ -80,12 +80,12 @@ class _Tolerant(io.TextIOWrapper):
         self.outlives_full_disk = False
 
     def write(self, text: str, /) -> int:
-        """Write text as `printable` has it."""
+        """Write text, escaped by `printable`."""
         self.write_unchanged(printable(text))
         return len(text)
 
     def write_unchanged(self, text: str) -> int:
-        """Write text, or discard it if nobody reads any more."""
+        """Write text, or discard it if the reader has exited."""
         try:
             return super().write(text)
         except BrokenPipeError:
@@ -95,7 +95,7 @@ class _Tolerant(io.TextIOWrapper):
         return len(text)
 
     def write_bytes(self, content: bytes) -> None:
-        """Write bytes as they are."""
+        """Write bytes unchanged."""
         try:
             self.buffer.write(content)
             self.buffer.flush()
@@ -103,7 +103,7 @@ class _Tolerant(io.TextIOWrapper):
             self._discard()
 
     def flush(self) -> None:
-        """Hand on what is buffered, or discard it."""
+        """Flush the buffer, or discard it if the reader has exited."""
         try:
             super().flush()
         except BrokenPipeError:
@@ -116,7 +116,7 @@ class _Tolerant(io.TextIOWrapper):
             raise error
 
     def _discard(self) -> None:
-        """Lead the stream, and what is still in its buffer, to nowhere."""
+        """Redirect the stream and its buffer to /dev/null."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)

@@ -11,23 +11,26 @@ import typer
 def dashboard(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RUNS]...", help="Runs' folders, or folders of runs."),
+        typer.Argument(
+            metavar="[RUNS]...",
+            help="Folders of runs, or folders that contain runs. Default: runs/.",
+        ),
     ] = None,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port of 127.0.0.1; 0 = any that is free.")
+        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1. 0: any free port.")
     ] = 5000,
     open_browser: Annotated[
         bool, typer.Option("--open", help="Open the newest run's page in a browser.")
     ] = False,
     edit: Annotated[
         bool,
-        typer.Option("--edit", help="Let notes, tags and names be changed in the pages."),
+        typer.Option("--edit", help="Allow edits of notes, tags and names."),
     ] = False,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME[:PORT]",
-            help="Also answer under this name; else 127.0.0.1 and localhost alone. Repeatable.",
+            help="Additional host name to answer to, besides 127.0.0.1 and localhost. Repeatable.",
         ),
     ] = None,
 ) -> None:

@@ -11,7 +11,7 @@ app = typer.Typer(help="Prepare data.", no_args_is_help=True)
 
 @app.command("build")
 def build(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Turn a run's text into Megatron's indexed tokens, or say that they are there."""
+    """Tokenize the training data into Megatron's indexed format, or show where it is."""
     from keel_megatron.config.load import load_config
     from keel_megatron.data.prepare import prepare
 

@@ -13,16 +13,16 @@ from keel_megatron.cli.arguments import RunFolder
 def depth(
     run: RunFolder,
     quantity: Annotated[
-        str | None, typer.Option(help="One quantity, such as gradient_norm, in detail.")
+        str | None, typer.Option(help="Show only this quantity, such as gradient_norm.")
     ] = None,
     step: Annotated[
-        int | None, typer.Option(help="The step to show beside the first; the latest if not given.")
+        int | None, typer.Option(help="Step to compare with the first. Default: the latest.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the pictures; the run's if not given.")
+        Path | None, typer.Option(help="Folder for the pictures. Default: the run's folder.")
     ] = None,
 ) -> None:
-    """Show what every depth of a run was like: a table, and pictures over depth and steps."""
+    """Show per-layer statistics of a run: a table, and pictures over depth and steps."""
     from keel_megatron.depth.profile import not_noted, read_profiles
     from keel_megatron.depth.table import draw, select, table
 

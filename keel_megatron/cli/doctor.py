@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from keel_megatron.cli.arguments import Overrides
+from keel_megatron.cli.arguments import Overrides, show_old_names
 
 if TYPE_CHECKING:
     from keel_megatron.cluster.doctor import Finding
@@ -19,14 +19,19 @@ if TYPE_CHECKING:
 
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="The run's YAML file.")
+        Path | None,
+        typer.Argument(
+            metavar="[CONFIG]",
+            help="YAML file of the run's configuration.",
+            callback=show_old_names,
+        ),
     ] = None,
     overrides: Overrides = None,
     processes: Annotated[
-        int, typer.Option(min=0, help="Try CONFIG with so many processes of this machine.")
+        int, typer.Option(min=0, help="Test CONFIG with this number of processes on this machine.")
     ] = 0,
 ) -> None:
-    """Show what is installed here and what a run would use; with CONFIG also try its nodes.
+    """Show the installed libraries and what a run would use; with CONFIG, also test the nodes.
 
     On the nodes of a run: torchrun ... -m keel_megatron doctor CONFIG, or a launcher of launchers/
     with --doctor.
@@ -39,7 +44,7 @@ def doctor(
     launch = Launch.from_environment()
     run = None
     if config is not None:
-        # One process alone looks at its own machine; the layout is checked where it is started.
+        # A single process checks only its machine; the launch checks the layout.
         size = launch.world_size if "RANK" in os.environ else None
         run = load_config(config, tuple(overrides or ()), world_size=size)
     if launch.rank == 0:
@@ -54,7 +59,7 @@ def _on_this_machine(config: Path | None, overrides: tuple[str, ...], processes:
     from keel_megatron.runtime.local_launch import launch
 
     if config is None:
-        raise UserError("--processes needs CONFIG: the run whose processes are tried")
+        raise UserError("--processes needs CONFIG: the configuration to test")
     load_config(config, overrides, world_size=processes)
     return launch(processes, ["-m", "keel_megatron", "doctor", str(config), *overrides])
 

@@ -11,17 +11,19 @@ import typer
 def generate(
     run: Annotated[
         Path,
-        typer.Argument(metavar="RUN", help="A run's folder, runs/NAME, or one of its checkpoints."),
+        typer.Argument(metavar="RUN", help="Folder of a run, runs/NAME, or of a checkpoint."),
     ],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 = always the likeliest token.")] = 0.8,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature. 0: greedy decoding.")
+    ] = 0.8,
     top_p: Annotated[
-        float, typer.Option(help="Sample among the likeliest tokens that hold this probability.")
+        float, typer.Option(help="Nucleus sampling: probability mass to sample from.")
     ] = 0.95,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the sampling.")] = 0,
 ) -> None:
-    """Continue a prompt with the newest checkpoint of a run, or with the one given."""
+    """Generate text from a run's newest checkpoint, or from a given checkpoint."""
     from keel_megatron.inference.generate import generate_from_run
 
     print(

@@ -1,4 +1,4 @@
-"""The `keel` command: what its verbs share."""
+"""The `keel` command and its error handling."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from keel_megatron.runtime import exit_codes
 
 
 class _Root(TyperGroup):
-    """The verbs; Ctrl-C ends any of them with one line."""
+    """The commands; Ctrl-C ends any of them with one line."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the verb. Typer itself would end in silence, before `main` sees the interrupt."""
+        """Run the command. Typer itself would exit silently on an interrupt."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -85,17 +85,17 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one message and exit code 2, no traceback.
+    """Run the command line; a `UserError` prints one message, no traceback, and exits with 2.
 
-    Training that has diverged ends the same way, with 65.
+    Training that has diverged exits the same way, with 65.
     """
     tolerate_consoles()
-    if exit_codes.is_mistake():  # torchrun starts it again all the same
+    if exit_codes.is_mistake():  # torchrun restarts the process nevertheless
         sys.exit(exit_codes.USER_ERROR)
     try:
         app()
     except UserError as error:
-        if not _said_by_another_rank(error):
+        if not _reported_by_another_rank(error):
             print(f"error: {error}", file=sys.stderr)
         if isinstance(error, DivergedError):
             sys.exit(exit_codes.for_torchrun(exit_codes.DIVERGED))
@@ -103,7 +103,7 @@ def main() -> None:
         sys.exit(exit_codes.USER_ERROR)
 
 
-def _said_by_another_rank(error: UserError) -> bool:
-    """Every rank of a node reads the same configuration: one of them says what is wrong."""
-    alike = isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0"
-    return alike or error.reported
+def _reported_by_another_rank(error: UserError) -> bool:
+    """Whether another rank prints the error; local rank 0 does for a shared configuration."""
+    shared = isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0"
+    return shared or error.reported

@@ -20,29 +20,31 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Devices; without it as few as the layout takes.")
+        int | None,
+        typer.Option(min=1, help="Number of devices. Default: one replica of the layout."),
     ] = None,
-    gpu: Annotated[
-        str, typer.Option(help="What the devices are: h200, h100, a100, b200 or cpu.")
-    ] = "h200",
+    gpu: Annotated[str, typer.Option(help="Device type: h200, h100, a100, b200 or cpu.")] = "h200",
     figure: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=NUMBER", help="Replace a figure of --gpu: inter_node_gb=25."),
+        typer.Option(
+            metavar="NAME=NUMBER", help="Replace a property of --gpu, e.g. inter_node_gb=25."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw the schedule and the memory.")
+        Path | None,
+        typer.Option(metavar="FILE.png", help="File for a plot of the schedule and the memory."),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Time a block, the embedding and the head here.")
+        bool, typer.Option("--measure", help="Measure times on this machine instead of estimating.")
     ] = False,
     search: Annotated[
-        bool, typer.Option("--search", help="Find the fastest layout on --gpus devices.")
+        bool, typer.Option("--search", help="Find the fastest layout for --gpus devices.")
     ] = False,
 ) -> None:
-    """Show stages, memory, speed and duration of a run, without running it or having a GPU.
+    """Estimate stages, memory, speed and duration of a run; needs no GPU.
 
-    --search tries layouts, micro-batches and recomputation, and prints the best as overrides.
+    --search compares layouts, micro-batch sizes and recomputation; it prints the best as overrides.
     """
     from keel_megatron.config.errors import UserError
     from keel_megatron.config.load import load_config
@@ -51,7 +53,9 @@ def plan(
     settings = tuple(overrides or ())
     if search:
         if gpus is None or measure or plot:
-            wrong = "needs --gpus N" if gpus is None else "goes without --measure and --plot"
+            wrong = (
+                "needs --gpus N" if gpus is None else "cannot be combined with --measure and --plot"
+            )
             raise UserError(f"--search {wrong}")
         _search(load_config(config, settings), config, settings, gpus, target, as_json)
         return
@@ -62,10 +66,10 @@ def plan(
 
 
 def _device(name: str, figures: list[str]) -> Device:
-    """The named device with the user's figures.
+    """The named device with the user's properties.
 
     Raises:
-        UserError: a name or number is not right.
+        UserError: a name or number is invalid.
     """
     from keel_megatron.config.errors import UserError
     from keel_megatron.layout.devices import DEVICES, device_named
@@ -79,7 +83,7 @@ def _device(name: str, figures: list[str]) -> Device:
         except ValueError:
             given[key] = 0
         if not 0 < given[key] < float("inf"):
-            kind = "a whole number" if whole else "a number"
+            kind = "an integer" if whole else "a number"
             raise UserError(f"--figure: {text!r} must be NAME=NUMBER with {kind} above 0")
     return device_named(name, **given)
 
@@ -114,7 +118,7 @@ def _plan(
     if not made.fits:
         print(describe_change(change))
     if plot is not None:
-        print(f"Drawn: {plot}")
+        print(f"plot: {plot}")
 
 
 def _draw(made: Plan, out: Path) -> None:

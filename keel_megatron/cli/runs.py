@@ -11,11 +11,14 @@ import typer
 def runs(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RUNS]...", help="Runs' folders, or folders of runs."),
+        typer.Argument(
+            metavar="[RUNS]...",
+            help="Folders of runs, or folders that contain runs. Default: runs/.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
 ) -> None:
-    """List runs: state, step, loss, speed, time left, last checkpoint, and what is wrong."""
+    """List runs: state, step, loss, speed, time left, last checkpoint, and problems."""
     import json
     import sys
 

@@ -9,27 +9,29 @@ import typer
 
 from keel_megatron.cli.arguments import writing
 
-app = typer.Typer(help="Repeat the paper's studies.", no_args_is_help=True)
+app = typer.Typer(help="Reproduce the paper's studies.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """Repeat the paper's studies."""
+    """Reproduce the paper's studies."""
 
 
 @app.command("gradient-flow")
 def gradient_flow(
     sub_layers: Annotated[
         list[int] | None,
-        typer.Option(min=4, help="Depth L, even; may be repeated. Default: 64, 256, 1024."),
+        typer.Option(
+            min=4, help="Number of sub-layers L, even. Repeatable. Default: 64, 256, 1024."
+        ),
     ] = None,
     residual: Annotated[
         list[str] | None,
-        typer.Option(help="Rule; may be repeated. Default: keel, post_ln, deepnorm."),
+        typer.Option(help="Residual rule. Repeatable. Default: keel, post_ln, deepnorm."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of gradient_flow.png and .json.")] = Path("."),
+    out: Annotated[Path, typer.Option(help="Folder for gradient_flow.png and .json.")] = Path("."),
 ) -> None:
-    """Jacobian products down the skip path at initialization, beside the paper's prediction."""
+    """Measure Jacobian products along the skip path at initialization, and the paper's bounds."""
     with writing("--out", out):
         out.mkdir(parents=True, exist_ok=True)
     from keel_megatron.studies import flow_report

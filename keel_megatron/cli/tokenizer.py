@@ -11,7 +11,7 @@ app = typer.Typer(help="Train tokenizers.", no_args_is_help=True)
 
 @app.command("train")
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Train a run's tokenizer on its text, or say where it is; and show it at work."""
+    """Train the tokenizer on the training data, or show where it is; then encode an example."""
     from keel_megatron.config.load import load_config
     from keel_megatron.data.prepare import prepare
     from keel_megatron.data.tokenizer import Tokenizer

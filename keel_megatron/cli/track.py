@@ -8,12 +8,12 @@ import typer
 
 from keel_megatron.cli.arguments import RunFolder
 
-app = typer.Typer(help="What a run reports to MLflow.", no_args_is_help=True)
+app = typer.Typer(help="Deliver a run's metrics to MLflow.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """What a run reports to MLflow."""
+    """Deliver a run's metrics to MLflow."""
 
 
 @app.command("sync")
@@ -23,13 +23,13 @@ def sync(
         list[str] | None,
         typer.Option(
             metavar="URI",
-            help="The address that the run reports to, to confirm it: the folder names one, and "
-            "may be somebody else's. MLFLOW_TRACKING_URI confirms it, too. Not needed for the "
-            "store in the run's folder.",
+            help="Confirms the tracking URI of the run: its folder may come from someone else, so "
+            "its address is not trusted. MLFLOW_TRACKING_URI confirms it too. Not needed for a "
+            "local store.",
         ),
     ] = None,
 ) -> None:
-    """Deliver what a crash, or a server that was down, left in a run's folder."""
+    """Upload the metrics that a crash or an unreachable server left in a run's folder."""
     from keel_megatron.mlflow_delivery.sync import sync
 
     for line in sync(run, to or ()):

@@ -24,17 +24,17 @@ def train(
         int,
         typer.Option(
             min=0,
-            help="Start so many processes on this machine, as torchrun does; 0 = those of the "
-            "layout, with as many replicas as there are GPUs or cores for.",
+            help="Number of processes to start on this machine, as torchrun does. 0: one replica "
+            "of the layout for each group of available GPUs or CPU cores.",
         ),
     ] = 0,
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="Start a group of processes that fails so often again.")
+        int, typer.Option(min=0, help="Maximum restarts of the process group after failures.")
     ] = 0,
 ) -> None:
-    """Train a run, or go on with it from its newest checkpoint.
+    """Train a run, or resume it from its newest checkpoint.
 
-    It starts its processes itself: --processes N on this machine. On several machines:
+    The command starts its processes itself, on this machine. On several machines:
     torchrun ... -m keel_megatron train CONFIG.
     """
     outlive_full_disk()
@@ -45,7 +45,7 @@ def train(
 
 
 def _start(path: Path, settings: tuple[str, ...], processes: int, max_restarts: int) -> int:
-    """Check what can be checked without torch, then start the ranks; the exit code."""
+    """Run the checks that do not need torch, then start the ranks; returns the exit code."""
     config, processes = with_processes(path, settings, processes)
     startup.check(config)
     with ownership.take(config.training.folder) as owned:
@@ -70,7 +70,7 @@ def _start(path: Path, settings: tuple[str, ...], processes: int, max_restarts: 
 def _train_here(
     path: Path, settings: tuple[str, ...], owned: ownership.Ownership | None = None
 ) -> int:
-    """Be a rank, or the only process; the exit code."""
+    """Train in this process, as a rank or alone; returns the exit code."""
     with stop_requests(starting=True) as stop:
         from keel_megatron.training.run import run_training
 

@@ -161,7 +161,7 @@ def _check_devices(nodes: Sequence[Node]) -> None:
 def _folders(config: RunConfig) -> list[tuple[Path, str]]:
     """The folders that all nodes must share, and the settings that name them."""
     found = {config.training.runs_dir.absolute(): "training.runs_dir"}
-    found.setdefault(config.data.cache.absolute(), "data.cache")
+    found.setdefault(config.data.cache_dir.absolute(), "data.cache_dir")
     return list(found.items())
 
 

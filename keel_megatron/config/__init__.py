@@ -1,4 +1,4 @@
-"""What a run is: one frozen pydantic model a section, loaded from YAML and dotted overrides."""
+"""Configuration of a run: one frozen pydantic model per section, from YAML and overrides."""
 
 from keel_megatron.config.errors import ConfigError, Problem, UserError
 from keel_megatron.config.load import dump_config, load_config, parse_config

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 class Section(BaseModel):
     """A frozen section of the configuration: unknown keys are errors, values never change.
 
-    Numbers are taken as they are written: "8", 8.5 and true are no whole numbers.
+    Types are strict: "8", 8.5 and true are not accepted as integers.
     """
 
     model_config = ConfigDict(
@@ -26,24 +26,26 @@ class Section(BaseModel):
 
 
 def _as_path(value: Any) -> Any:
-    """Text as a path, its `~` or `~user` expanded: no shell does that in `section.key=~/runs`."""
+    """Convert text to a path and expand `~` or `~user`; shells do not in `section.key=~/runs`."""
     if not isinstance(value, str) or not value:
         return value
     if "\0" in value:
-        raise ValueError("has a NUL character in it, which no path can have")
+        raise ValueError("contains a NUL character, which a path cannot contain")
     try:
         os.fsencode(value)
         path = Path(value).expanduser() if value.startswith("~") else Path(value)
     except RuntimeError:
-        raise ValueError("begins with the home folder of a user who is not known here") from None
+        raise ValueError(
+            "begins with the home folder of a user who does not exist on this machine"
+        ) from None
     except UnicodeEncodeError:
         raise ValueError(
-            f"cannot be the name of a file in this locale ({sys.getfilesystemencoding()}); "
+            f"cannot be encoded as a file name in this locale ({sys.getfilesystemencoding()}); "
             "set LC_ALL=C.UTF-8"
         ) from None
-    # A folder that is called ~ (./~/runs) is still itself when the configuration is read again.
+    # A folder named ~ (./~/runs) must not be expanded when the saved configuration is read.
     return path.absolute() if str(path).startswith("~") else path
 
 
 TextPath = Annotated[Path, BeforeValidator(_as_path)]
-"""A path, written as text; `~` is the home folder."""
+"""A path given as text; `~` is the home folder."""

@@ -1,4 +1,4 @@
-"""The contradictions between settings that a single section cannot see."""
+"""Checks across settings and sections."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from keel_megatron.config.tracking_checks import credentials, known_store
 
 
 def problems(config: RunConfig, world_size: int | None = None) -> Iterator[tuple[str, str]]:
-    """Contradictions between settings, each as (path of the setting, what would be right).
+    """Errors across settings, each as (path of the setting, message).
 
     Args:
         config: a configuration whose single values are valid.
-        world_size: processes of the run; None leaves out the checks that need it.
+        world_size: number of processes; None skips the checks that need it.
     """
     for check in _CHECKS:
         yield from check(config)
@@ -25,11 +25,11 @@ def problems(config: RunConfig, world_size: int | None = None) -> Iterator[tuple
 
 
 def known_problems(partial: RunConfig, world_size: int | None = None) -> Iterator[tuple[str, str]]:
-    """The contradictions that can be seen while some settings are missing or wrong.
+    """Errors across settings that can be found while some settings are missing or invalid.
 
     Args:
-        partial: a configuration without its wrong settings; to ask for one is an AttributeError,
-            and a check that does so says nothing.
+        partial: a configuration without its invalid settings; a check that reads one raises
+            AttributeError and is skipped.
         world_size: as in `problems`.
     """
     for check in _CHECKS:
@@ -41,7 +41,7 @@ def known_problems(partial: RunConfig, world_size: int | None = None) -> Iterato
 
 
 def fits(config: RunConfig, world_size: int) -> bool:
-    """Whether a valid configuration's layout and batch can be divided among so many processes."""
+    """Whether the layout and the batch of a valid configuration divide among the processes."""
     return not any(_world(config, world_size))
 
 
@@ -90,7 +90,7 @@ def _rule_settings(config: RunConfig) -> Iterator[tuple[str, str]]:
 def _multiple_of_tensor(
     path: str, size: Callable[[RunConfig], int]
 ) -> Callable[[RunConfig], Iterator[tuple[str, str]]]:
-    """The check that tensor parallelism can cut a size evenly."""
+    """The check that the tensor-parallel size divides a size."""
 
     def check(config: RunConfig) -> Iterator[tuple[str, str]]:
         if size(config) % config.parallel.tensor:
@@ -129,7 +129,7 @@ def _virtual_pipeline(config: RunConfig) -> Iterator[tuple[str, str]]:
 def _chunks(config: RunConfig) -> Iterator[tuple[str, str]]:
     parallel, blocks = config.parallel, config.model.blocks
     chunks = parallel.pipeline * parallel.virtual_pipeline
-    # The first chunk may hold the embedding alone, the last one the head.
+    # The first chunk may hold only the embedding, the last one only the output layer.
     if chunks > 1 and chunks - 2 > blocks:
         yield (
             "parallel.pipeline",
@@ -147,20 +147,20 @@ def _layout(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield (
             "parallel.layout",
             f"{len(layout)} numbers; parallel.pipeline x parallel.virtual_pipeline = "
-            f"{parallel.pipeline} x {parallel.virtual_pipeline} needs {chunks}, one a chunk",
+            f"{parallel.pipeline} x {parallel.virtual_pipeline} needs {chunks}, one per chunk",
         )
         return
     if sum(layout) != blocks:
         yield (
             "parallel.layout",
-            f"its numbers add up to {sum(layout)} blocks; model.blocks = {blocks}",
+            f"the sum is {sum(layout)} blocks; model.blocks = {blocks}",
         )
     empty = [number for number in range(1, chunks - 1) if layout[number] == 0]
     if empty:
         yield (
             "parallel.layout",
-            f"chunk {empty[0]} (from 0) is empty; only the first, with the embedding, and the "
-            "last, with the head, may be",
+            f"chunk {empty[0]} (counted from 0) is empty; only the first, with the embedding, and "
+            "the last, with the output layer, may be",
         )
 
 
@@ -187,8 +187,8 @@ def _decay_after_warmup(config: RunConfig) -> Iterator[tuple[str, str]]:
     if round(steps * (1.0 - schedule.decay_fraction)) < schedule.warmup_steps:
         yield (
             "schedule.decay_fraction",
-            f"{schedule.decay_fraction} reaches back into schedule.warmup_steps = "
-            f"{schedule.warmup_steps}; of training.steps = {steps} it may be at most "
+            f"{schedule.decay_fraction} overlaps with schedule.warmup_steps = "
+            f"{schedule.warmup_steps}; with training.steps = {steps} it must be at most "
             f"{1.0 - schedule.warmup_steps / steps:.4g}",
         )
 
@@ -207,8 +207,8 @@ def _hang_timeout(config: RunConfig) -> Iterator[tuple[str, str]]:
     if watchdog is not None and watchdog >= collective:
         yield (
             "training.hang_timeout",
-            f"{watchdog:g} must be smaller than parallel.timeout_seconds = {collective:g}, or the "
-            "collective's time-out ends the run before the watchdog can name the rank that hangs",
+            f"{watchdog:g} must be smaller than parallel.timeout_seconds = {collective:g}; "
+            "otherwise the collective times out before the watchdog can name the hanging rank",
         )
 
 
@@ -230,11 +230,11 @@ def _keep_every(config: RunConfig) -> Iterator[tuple[str, str]]:
 def _not_with_deepspeed(
     path: str, is_set: Callable[[RunConfig], bool], reason: str
 ) -> Callable[[RunConfig], Iterator[tuple[str, str]]]:
-    """The check that a setting is left alone which DeepSpeed's engine cannot honour."""
+    """The check that a setting which the DeepSpeed engine does not support is not set."""
 
     def check(config: RunConfig) -> Iterator[tuple[str, str]]:
         if config.training.engine == "deepspeed" and is_set(config):
-            yield path, f"has no place under training.engine: deepspeed: {reason}"
+            yield path, f"is not supported with training.engine: deepspeed: {reason}"
 
     return check
 
@@ -285,29 +285,29 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _not_with_deepspeed(
         "parallel.pipeline",
         lambda run: run.parallel.pipeline > 1,
-        "ZeRO loses the gradients of all micro-batches but the last under a pipeline's schedule; "
-        "set it to 1",
+        "under a pipeline schedule, ZeRO keeps only the last micro-batch's gradients; set it to 1",
     ),
     _not_with_deepspeed(
         "parallel.virtual_pipeline",
         lambda run: run.parallel.virtual_pipeline > 1,
-        "there is one stage, and no schedule to interleave; set it to 1",
+        "there is only one pipeline stage; set it to 1",
     ),
     _not_with_deepspeed(
         "parallel.sequence",
         lambda run: run.parallel.sequence,
-        "ZeRO does not sum the gains' gradients over the tensor group; set it to false",
+        "ZeRO does not reduce the gradients of norm weights over the tensor-parallel group; set it "
+        "to false",
     ),
     _not_with_deepspeed(
         "parallel.distributed_optimizer",
         lambda run: not run.parallel.distributed_optimizer,
-        "every stage of ZeRO shares the optimizer's state; set it to true",
+        "every ZeRO stage shards the optimizer state; set it to true",
     ),
     _offload_parameters,
     _fp8,
     *KERNEL_CHECKS,
 )
-"""One contradiction each, so that a wrong setting hides no other's."""
+"""One check each, so that an invalid setting skips as few checks as possible."""
 
 
 def _world(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
@@ -335,6 +335,6 @@ def _world(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
     if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
         yield (
             "training.global_batch_size",
-            f"{training.global_batch_size} makes {micro_batches} micro-batches a replica; "
+            f"{training.global_batch_size} gives {micro_batches} micro-batches per replica; "
             f"interleaving needs a multiple of parallel.pipeline = {parallel.pipeline}",
         )

@@ -1,4 +1,4 @@
-"""`deepspeed`: what the DeepSpeed engine needs and the other sections have no word for."""
+"""`deepspeed`: settings that only the DeepSpeed engine has."""
 
 from __future__ import annotations
 
@@ -10,24 +10,33 @@ from keel_megatron.config.base import Section
 
 
 class DeepSpeedConfig(Section):
-    """ZeRO; batch, precision, optimizer, clipping and schedule are those of the other sections."""
+    """ZeRO settings; batch, precision, optimizer and schedule are set in the other sections."""
 
     zero_stage: Literal[1, 2, 3] = Field(
         default=2,
         description=(
-            "What the replicas share, for training.engine: deepspeed: 1 = the optimizer's state, "
-            "2 = the gradients too, 3 = the parameters too."
+            "ZeRO stage: what is sharded across replicas. 1: optimizer state. 2: optimizer "
+            "state and gradients. 3: optimizer state, gradients and parameters."
         ),
     )
     offload_optimizer: bool = Field(
-        default=False, description="Masters and moments in host memory, and the update on the CPU."
+        default=False,
+        description=(
+            "Keep master weights and optimizer state in host memory, and update them on the CPU."
+        ),
     )
     offload_parameters: bool = Field(
         default=False,
-        description="Parameters in host memory until a block needs them; needs zero_stage: 3.",
+        description=(
+            "Keep parameters in host memory until a block needs them. Needs zero_stage: 3 and "
+            "offload_optimizer: true."
+        ),
     )
-    bucket_elements: int = Field(
+    bucket_size: int = Field(
         default=50_000_000,
         gt=0,
-        description="Elements that are reduced, collected or fetched ahead together.",
+        description=(
+            "Elements per ZeRO bucket: the size of reduce and all-gather buckets, and of the "
+            "prefetch."
+        ),
     )

@@ -1,4 +1,4 @@
-"""Pydantic's errors in the words of the user: the setting, the value, and what would be right."""
+"""Error messages for pydantic's errors: the setting, its value, and what would be valid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from keel_megatron.config.errors import Problem
 from keel_megatron.config.run import RunConfig
 from keel_megatron.config.yaml_text import read_yaml, shown
 
-_INTEGER, _NUMBER, _SWITCH = "is not a whole number", "is not a number", "is not true or false"
+_INTEGER, _NUMBER, _SWITCH = "is not an integer", "is not a number", "is not true or false"
 _TEXT, _PATH = "is not text", "is not a path"
 _SECTION = "is not a section of key: value lines"
 _KINDS = {
@@ -31,12 +31,12 @@ _KINDS = {
     "path_type": _PATH,
     "is_instance_of": _PATH,
     "tuple_type": "is not a path or a list of paths",
-    "too_short": "is empty; name at least one, or null for the default",
+    "too_short": "is empty; give at least one, or null for the default",
     "model_type": _SECTION,
     "model_attributes_type": _SECTION,
     "dict_type": _SECTION,
     "string_pattern_mismatch": (
-        "must begin with a letter or digit and hold letters, digits, '.', '_' and '-' only"
+        "must start with a letter or digit and contain only letters, digits, '.', '_' and '-'"
     ),
 }
 _MAY_HOLD_SECRETS = ("tracking.uri",)
@@ -50,20 +50,20 @@ _BOUNDS = {
 
 
 def translate(errors: Sequence[ErrorDetails]) -> list[Problem]:
-    """One problem a setting, in the order of the errors."""
+    """One problem per setting, in the order of the errors."""
     found: dict[str, Problem] = {}
     for error in errors:
         problem = _translate(error)
-        # A setting of several kinds fails once for each: the first says it all, but for infinity.
+        # A setting of several types has an error for each: the first suffices, except for infinity.
         if problem.path not in found or error["type"] == "finite_number":
             found[problem.path] = problem
     return list(found.values())
 
 
 def suggestion(section: str, key: str) -> str:
-    """The nearest known setting to an unknown one, as the end of a message.
+    """A suggestion for an unknown setting, as the end of a message.
 
-    The same key in another section first, then what is like it in its own, then in the others.
+    The same key in another section first, then a similar key in its own, then in the others.
     """
     own = _section(section)
     if own is None:
@@ -77,7 +77,7 @@ def suggestion(section: str, key: str) -> str:
 
 
 def section_suggestion(name: str) -> str:
-    """The nearest known section or setting to an unknown section, as the end of a message."""
+    """A suggestion for an unknown section, as the end of a message."""
     everywhere = {key: f"{section}.{key}" for section, key in _settings()}
     if name in everywhere:
         return f"; did you mean {everywhere[name]}?"
@@ -114,7 +114,7 @@ def _translate(error: ErrorDetails) -> Problem:
 
 
 def _quotes(value: Any) -> str:
-    """A hint, if the value is text only because it is in quotes, or no decimal number."""
+    """A hint, if the value is text because of its quotes or is not a decimal number."""
     if not isinstance(value, str):
         return ""
     try:
@@ -169,7 +169,7 @@ def _description(location: list[str]) -> str:
 
 
 def _choices(location: list[str]) -> str:
-    """The words that a setting takes, from its annotation."""
+    """The choices of a setting, from its annotation."""
     section = _section(location[0])
     annotation = section.model_fields[location[1]].annotation if section else None
     words = [str(choice) for choice in _literals(annotation)]

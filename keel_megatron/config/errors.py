@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend."""
+"""Errors in a configuration, and of a run that diverges."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ __all__ = ["ConfigError", "Problem", "UserError"]
 
 
 class DivergedError(UserError):
-    """Training has diverged and stops: the command prints the message alone and exits with 65."""
+    """Training has diverged: the command prints only the message and exits with 65."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a configuration."""
+    """One error in a configuration."""
 
     path: str
     """Dotted path of the setting, such as `model.blocks`."""
     message: str
-    """The value that was given and what would be right."""
+    """The given value and what would be valid."""
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message}"
 
 
 class ConfigError(UserError):
-    """Everything that is wrong with a configuration, reported together."""
+    """All errors in a configuration, reported together."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.source = source

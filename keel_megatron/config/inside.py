@@ -1,4 +1,4 @@
-"""A run's folder may come from anybody: what it names and links to must lie in it."""
+"""Path checks for untrusted run folders: names and links must stay inside the folder."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ _CHECKPOINTS = "checkpoints"
 
 
 def check_links(folder: Path) -> None:
-    """See that no link in a run's folder leads out of it, where this program would write or read.
+    """Check that no link in a run's folder points outside it.
 
     Args:
-        folder: the run's folder; itself, or the way to it, may be a link. What is in a checkpoint
-            has a check of its own.
+        folder: the run's folder; its own path may contain links. Checkpoints have a check of
+            their own.
 
     Raises:
-        UserError: one does, also if nothing is there.
+        UserError: a link does, even if its target does not exist.
     """
     home = folder.resolve()
     for link in _links(folder):
         place = link.resolve()
         if not place.is_relative_to(home):
             raise UserError(
-                f"{link} is a link to {place}, outside of the run's folder, where runs neither "
-                "read nor write: put what it leads to in its place, or move the whole folder "
+                f"{link} links to {place}, outside the run's folder, where runs neither read nor "
+                "write: replace the link by its target, or move the whole folder "
                 "(training.runs_dir)"
             )
 
 
 def inside(folder: Path, name: str) -> Path | None:
-    """What a name in a run's folder stands for, if all of it lies in the folder.
+    """Resolve a name in a run's folder, if its target is inside the folder.
 
     Args:
         folder: the run's folder.
-        name: a path relative to it, or an absolute one, of a file or a folder.
+        name: path of a file or folder, relative to the run's folder or absolute.
 
     Returns:
-        The path without links, of something that may be missing; None if it is outside, has a link
-        in it that leads outside, or is neither a file nor a folder.
+        The path without links, which may not exist; None if it is outside the folder, contains a
+        link that points outside, or is neither a file nor a folder.
     """
     home, place = folder.resolve(), (folder / name).resolve()
     if place == home or not place.is_relative_to(home):
@@ -55,7 +55,7 @@ def inside(folder: Path, name: str) -> Path | None:
 
 
 def _links(folder: Path) -> Iterator[Path]:
-    """The links in a folder, at every depth, without following any."""
+    """All links in a folder and its subfolders, without following any."""
     for parent, folders, files in os.walk(folder):
         at = Path(parent)
         for name in [*folders, *files]:

@@ -1,4 +1,4 @@
-"""What `kernels.compile` and `kernels.cuda_graphs` do not go together with."""
+"""Settings that `kernels.compile` and `kernels.cuda_graphs` do not support."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Switch = Literal["compile", "cuda_graphs"]
 
 
 def _not_with(switch: Switch, path: str, is_set: Callable[[RunConfig], bool], reason: str) -> Check:
-    """The check that a setting is left alone which a switch of `kernels` cannot honour."""
+    """The check that a setting which a switch of `kernels` does not support is not set."""
 
     def check(config: RunConfig) -> Iterator[tuple[str, str]]:
         if getattr(config.kernels, switch) and is_set(config):
-            yield path, f"has no place under kernels.{switch}: {reason}"
+            yield path, f"is not supported with kernels.{switch}: {reason}"
 
     return check
 
@@ -26,26 +26,26 @@ KERNEL_CHECKS: tuple[Check, ...] = (
         "compile",
         "parallel.tensor",
         lambda run: run.parallel.tensor > 1,
-        "a block is compiled whole, without messages in it; set it to 1",
+        "a compiled block cannot contain communication; set it to 1",
     ),
     _not_with(
         "compile",
         "kernels.backend",
         lambda run: run.kernels.backend in ("apex", "transformer_engine"),
-        "their kernels are none that torch compiles; set it to auto or torch",
+        "torch cannot compile their kernels; set it to auto or torch",
     ),
     _not_with(
         "compile",
         "model.dropout",
         lambda run: run.model.dropout > 0.0,
-        "compiled blocks draw other masks; set it to 0",
+        "compiled blocks draw different dropout masks; set it to 0",
     ),
     _not_with(
         "compile",
         "deepspeed.zero_stage",
         lambda run: run.training.engine == "deepspeed" and run.deepspeed.zero_stage == 3,
-        "a compiled block takes its weights whole, and stage 3 gathers them module by module; set "
-        "it to 1 or 2",
+        "a compiled block needs its whole weights, and stage 3 gathers them per module; set it to "
+        "1 or 2",
     ),
     _not_with(
         "cuda_graphs",
@@ -57,20 +57,20 @@ KERNEL_CHECKS: tuple[Check, ...] = (
         "cuda_graphs",
         "training.engine",
         lambda run: run.training.engine == "deepspeed",
-        "ZeRO keeps gradients that the next replay overwrites; set it to megatron",
+        "the next replay overwrites gradients that ZeRO still holds; set it to megatron",
     ),
     _not_with(
         "cuda_graphs",
         "training.precision",
         lambda run: run.training.precision == "fp32",
-        "fp32 products add gradients to the sum as they go, and recording would add its own; set "
-        "it to bf16",
+        "fp32 layers accumulate gradients in place, and the capture would add its own; set it to "
+        "bf16",
     ),
     _not_with(
         "cuda_graphs",
         "parallel.tensor",
         lambda run: run.parallel.tensor > 1,
-        "messages of the tensor group are not recorded; set it to 1",
+        "communication of the tensor-parallel group cannot be captured; set it to 1",
     ),
     _not_with(
         "cuda_graphs",
@@ -83,19 +83,19 @@ KERNEL_CHECKS: tuple[Check, ...] = (
         "cuda_graphs",
         "parallel.recompute",
         lambda run: run.parallel.recompute == "full",
-        "what is recorded is not computed again; set it to none, or to auto where all fits",
+        "captured blocks cannot be recomputed; set it to none, or to auto where memory suffices",
     ),
     _not_with(
         "cuda_graphs",
         "kernels.backend",
         lambda run: run.kernels.backend in ("apex", "transformer_engine"),
-        "only torch's modules are recorded; set it to auto or torch",
+        "only torch's modules can be captured; set it to auto or torch",
     ),
     _not_with(
         "cuda_graphs",
         "model.dropout",
         lambda run: run.model.dropout > 0.0,
-        "a replay would not follow the run's generators; set it to 0",
+        "a replay does not advance the run's random generators; set it to 0",
     ),
 )
-"""One contradiction each, as in `checks.py`."""
+"""One check each, as in `checks.py`."""

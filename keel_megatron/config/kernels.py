@@ -1,4 +1,4 @@
-"""`kernels`: whose modules the blocks are made of."""
+"""`kernels`: implementations of the model's modules and kernels."""
 
 from __future__ import annotations
 
@@ -9,62 +9,66 @@ from pydantic import Field
 from keel_megatron.config.base import Section
 
 _TILE = 128
-"""Rows that a GPU's matrix product does together."""
+"""Rows of a tile in a GPU's matrix product."""
 
 
 class KernelsConfig(Section):
-    """The family of modules behind the same mathematics."""
+    """Implementations of the same mathematics: backend, number format, compilation."""
 
     backend: Literal["auto", "torch", "apex", "transformer_engine"] = Field(
         default="auto",
         description=(
-            "torch = Megatron-core's parallel linears and torch's attention; apex = those, with "
-            "gradients accumulated by Apex's kernel; transformer_engine = Transformer Engine's "
-            "linears and attention; auto = apex where it is installed, else torch. Adam is "
-            "Transformer Engine's or Apex's wherever it can be imported, as Megatron-core chooses."
+            "Implementation of the blocks' modules. torch: Megatron-core's parallel linear "
+            "layers and torch's attention. apex: as torch, with Apex's gradient-accumulation "
+            "kernel. transformer_engine: Transformer Engine's linear layers and attention. "
+            "auto: apex where installed, else torch. Megatron-core chooses Adam separately: "
+            "Transformer Engine's or Apex's where installed, else torch's."
         ),
     )
     fp8: Literal["none", "e4m3", "hybrid"] = Field(
         default="none",
         description=(
-            "Format of the blocks' matrix products under backend: transformer_engine, scaled "
-            "tensor by tensor as they are; hybrid = e4m3, and e5m2 for gradients."
+            "FP8 format of the blocks' matrix products, with per-tensor current scaling. none: "
+            "no FP8. e4m3: E4M3 everywhere. hybrid: E4M3 in the forward pass, E5M2 for "
+            "gradients. Needs backend: transformer_engine and training.precision: bf16."
         ),
     )
     logits_mib: float = Field(
         default=2048.0,
         gt=0.0,
         description=(
-            "MiB that the fp32 logits of a device may take at once (a softmax of them as much "
-            "again). More tokens than that go through the output layer and the loss in pieces, "
-            "whose logits the backward pass makes again: a third more work for the head, and never "
-            "all logits in memory. The default holds 4096 tokens of a vocabulary of 2^17; below "
-            "512 a GPU's products become inefficient at such a vocabulary."
+            "Memory limit for fp32 logits per device, in MiB; their softmax takes as much "
+            "again. Above the limit, the output layer and the loss run in chunks, and the "
+            "backward pass recomputes each chunk's logits: the output layer costs a third "
+            "more, and the full logits are never in memory. The default fits 4096 tokens with "
+            "a vocabulary of 2^17; at that size, values below 512 make a GPU's matrix products "
+            "inefficient."
         ),
     )
 
     compile: bool = Field(
         default=False,
         description=(
-            "Train on blocks compiled by torch.compile: one graph for all blocks of a kind, made "
-            "in the first steps; needs a C++ compiler, or Triton on CUDA. One device a stage, "
-            "torch's modules."
+            "Compile blocks with torch.compile, one graph per kind of block, in the first "
+            "steps. Needs a C++ compiler on a CPU, or Triton on CUDA. Needs parallel.tensor: 1 "
+            "and backend: auto or torch."
         ),
     )
     cuda_graphs: bool = Field(
         default=False,
         description=(
-            "Replay the passes through all blocks as two CUDA graphs, recorded in the first step "
-            "without a depth profile. One GPU a replica, bf16, torch's modules, nothing recomputed."
+            "Replay the forward and backward passes of all blocks as two CUDA graphs, captured "
+            "in the first step without a depth profile. Needs one GPU per replica, "
+            "training.precision: bf16, backend: auto or torch, and no recomputation."
         ),
     )
 
     def rows_at_once(self, vocabulary: int) -> int:
-        """How many tokens' logits are within `logits_mib`; at least one.
+        """Number of tokens whose logits fit into `logits_mib`; at least one.
 
         Args:
-            vocabulary: the device's share of it.
+            vocabulary: vocabulary entries on this device.
         """
         rows = max(1, int(self.logits_mib * 2**20) // (4 * vocabulary))
-        # Whole tiles of a matrix product, where there are any.
+        # Round down to whole tiles of the matrix product, where at least one fits.
         return rows if rows < _TILE else rows - rows % _TILE

@@ -1,4 +1,4 @@
-"""A run's configuration from YAML and dotted overrides, with every problem reported at once."""
+"""Configuration of a run, from YAML and dotted overrides; all errors are reported together."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from keel_megatron.config.checks import known_problems, problems
 from keel_megatron.config.error_messages import section_suggestion, translate
 from keel_megatron.config.errors import ConfigError, Problem
 from keel_megatron.config.reading import read_small_text
+from keel_megatron.config.renamed import current_key, rename
 from keel_megatron.config.run import RunConfig
 from keel_megatron.config.yaml_text import read_inline, read_yaml, shown, write_yaml
 
@@ -24,15 +25,14 @@ def load_config(
 
     Args:
         path: the YAML file.
-        overrides: `section.key=value` each, the value in YAML, null written out; a later one wins.
-        world_size: processes of the run, to check the layout against; None leaves that out.
+        overrides: `section.key=value` each, the value in YAML, null written out; the last one wins.
+        world_size: number of processes, to check the layout against; None skips this check.
 
     Raises:
-        ConfigError: with everything that is wrong.
+        ConfigError: the configuration has errors; it lists all of them.
     """
     source = str(path)
-    mapping = _read(Path(path))
-    wrong: list[Problem] = []
+    mapping, wrong = rename(_read(Path(path)))
     for override in overrides:
         problem = _apply(mapping, override)
         if problem is not None:
@@ -46,9 +46,10 @@ def parse_config(
     """A configuration from a mapping of sections; `source` names it in errors.
 
     Raises:
-        ConfigError: with everything that is wrong.
+        ConfigError: the configuration has errors; it lists all of them.
     """
-    return _parse(dict(mapping), source, world_size, [])
+    renamed, wrong = rename(mapping)
+    return _parse(renamed, source, world_size, wrong)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -88,7 +89,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _apply(mapping: dict[str, Any], override: str) -> Problem | None:
-    """Set one override in place; what is wrong with it, if anything."""
+    """Apply one override in place; the problem with it, if there is one."""
     path, equals, text = override.partition("=")
     section, dot, key = path.partition(".")
     if not equals or not dot or not section or not key or "." in key:
@@ -101,16 +102,16 @@ def _apply(mapping: dict[str, Any], override: str) -> Problem | None:
         return Problem(path, f"{shown(text)} {error}")
     if mapping.get(section) is None:
         mapping[section] = {}
-    # A section that is no mapping stays as it is, for the error that says so.
+    # A section that is not a mapping is left for validation to report.
     if isinstance(mapping[section], dict):
-        mapping[section][key] = value
+        mapping[section][current_key(section, key)] = value
     return None
 
 
 def _parse(
     mapping: dict[str, Any], source: str, world_size: int | None, wrong: list[Problem]
 ) -> RunConfig:
-    # A section that is left out or empty has its defaults, and misses the settings without one.
+    # A missing or empty section has its defaults; its required settings are reported as missing.
     mapping = {name: {} if section is None else section for name, section in mapping.items()}
     mapping = {**mapping, **{name: {} for name in RunConfig.model_fields if name not in mapping}}
     try:
@@ -127,7 +128,7 @@ def _parse(
 
 
 def _valid_part(mapping: dict[str, Any], errors: Sequence[ErrorDetails]) -> RunConfig:
-    """A configuration without the wrong settings: to ask for one is an AttributeError."""
+    """The configuration without its invalid settings: reading one raises AttributeError."""
     bad = {tuple(error["loc"][:2]) for error in errors}
     sections: dict[str, BaseModel] = {}
     for name, field in RunConfig.model_fields.items():
@@ -143,5 +144,5 @@ def _valid_part(mapping: dict[str, Any], errors: Sequence[ErrorDetails]) -> RunC
         sections[name] = section
     config = RunConfig.model_construct(None, **sections)
     for name in RunConfig.model_fields.keys() - sections.keys():
-        config.__dict__.pop(name, None)  # not the default of a section that is no mapping
+        config.__dict__.pop(name, None)  # a section that is not a mapping has no default
     return config

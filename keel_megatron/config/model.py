@@ -1,4 +1,4 @@
-"""`model`: the network's shape and its residual rule."""
+"""`model`: architecture of the network and its residual rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from keel_megatron.config.base import Section
 
 
 def _known_rule(name: Any) -> Any:
-    """A rule of the table, which is looked at when a configuration is read."""
+    """Check the name against the rule table at validation time, so that tests can add rules."""
     if not isinstance(name, str) or name not in RULES:
         raise PydanticCustomError(
             "unknown_rule", "must be one of {rules}", {"rules": ", ".join(RULES)}
@@ -25,56 +25,75 @@ def _rules_schema(schema: dict[str, Any]) -> None:
 
 
 class ModelConfig(Section):
-    """The shape of a decoder-only language model, counted in blocks of attention + FFN."""
+    """Architecture of a decoder-only language model; depth counts blocks of attention + FFN."""
 
     blocks: int = Field(
-        gt=0, description="Transformer blocks; each is two sub-layers, attention and FFN."
+        gt=0,
+        description=(
+            "Number of transformer blocks. A block has two sub-layers: attention and FFN."
+        ),
     )
     hidden_size: int = Field(gt=0, description="Width of the residual stream.")
-    ffn_hidden_size: int = Field(gt=0, description="Inner width of the SwiGLU feed-forward.")
-    num_attention_heads: int = Field(gt=0, description="Query heads; divides hidden_size.")
+    ffn_hidden_size: int = Field(
+        gt=0, description="Inner width of the SwiGLU feed-forward network."
+    )
+    num_attention_heads: int = Field(
+        gt=0, description="Number of query heads. Must divide hidden_size."
+    )
     num_query_groups: int | None = Field(
         default=None,
         gt=0,
-        description="Key/value heads (grouped-query attention); null = num_attention_heads.",
+        description=(
+            "Number of key/value heads (grouped-query attention). null: num_attention_heads."
+        ),
     )
     residual: Annotated[str, BeforeValidator(_known_rule)] = Field(
         default="keel",
-        description="How a branch joins the residual stream (architecture/residual.py).",
+        description=(
+            "Residual rule: how a sub-layer's output joins the residual stream "
+            "(architecture/residual.py)."
+        ),
         json_schema_extra=_rules_schema,
     )
     first_block: Literal["v2", "v1"] = Field(
         default="v2",
         description=(
-            "Keel's first block: v2 drops the outer norm of the first attention only, "
-            "v1 that of the first FFN too. Used by residual: keel."
+            "Norms of Keel's first block. v2: the first attention has no outer norm. v1: the "
+            "first attention and the first FFN have none. Applies to residual: keel only."
         ),
     )
     alpha: Literal["auto"] | float = Field(
         default="auto",
         description=(
-            "Scale of the skip path; auto = the number of sub-layers L = 2 x blocks, and L^0.25 "
-            "for deepnorm. The rules without a scale refuse any other value."
+            "Scale of the skip path. auto: the rule's own value, such as L = 2 x blocks for "
+            "keel and L^0.25 for deepnorm. Rules without a scale accept only auto."
         ),
     )
     final_norm: bool = Field(
-        default=True, description="A norm between the last block and the output head."
+        default=True, description="Apply an RMSNorm between the last block and the output layer."
     )
     tie_embeddings: bool = Field(
-        default=False, description="Share one matrix between the embedding and the output head."
+        default=False, description="Share one matrix between the embedding and the output layer."
     )
     dropout: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="Dropout of embeddings, branches and attention."
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Dropout probability of embeddings, sub-layer outputs and attention.",
     )
     norm_epsilon: float = Field(default=1e-5, gt=0.0, description="Epsilon of every RMSNorm.")
     init_std: float = Field(
-        default=0.02, gt=0.0, description="Standard deviation of every initial matrix, N(0, std^2)."
+        default=0.02,
+        gt=0.0,
+        description=("Standard deviation of the initial weights, N(0, std^2), of every matrix."),
     )
-    rope_theta: float = Field(default=10000.0, gt=0.0, description="Base of the rotary embedding.")
+    rope_theta: float = Field(
+        default=10000.0, gt=0.0, description="Base of the rotary position embedding."
+    )
 
     @property
     def sub_layers(self) -> int:
-        """Attention and FFN sub-layers: 2 x blocks, the paper's L."""
+        """Number of attention and FFN sub-layers: 2 x blocks, L in the paper."""
         return 2 * self.blocks
 
     @property
@@ -84,5 +103,5 @@ class ModelConfig(Section):
 
     @property
     def query_groups(self) -> int:
-        """Key/value heads, with the default resolved."""
+        """Number of key/value heads, with the default resolved."""
         return self.num_query_groups or self.num_attention_heads

@@ -1,4 +1,4 @@
-"""`optimizer` and `schedule`: AdamW and the path of its learning rate."""
+"""`optimizer` and `schedule`: AdamW and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -10,31 +10,48 @@ from keel_megatron.config.base import Section
 
 
 class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay; the defaults are the paper's."""
+    """AdamW; the defaults are the paper's."""
 
     learning_rate: float = Field(gt=0.0, description="Peak learning rate.")
     weight_decay: float = Field(
-        default=0.01, ge=0.0, description="Decoupled decay of matrices; norm gains have none."
+        default=0.01,
+        ge=0.0,
+        description="Decoupled weight decay of matrices. Norm weights are not decayed.",
     )
     clip_grad: float = Field(
-        default=1.0, ge=0.0, description="Largest global gradient norm; 0 = no clipping."
+        default=1.0, ge=0.0, description="Maximum global gradient norm. 0: no clipping."
     )
-    beta1: float = Field(default=0.9, ge=0.0, lt=1.0, description="Adam's first-moment decay.")
-    beta2: float = Field(default=0.95, ge=0.0, lt=1.0, description="Adam's second-moment decay.")
+    beta1: float = Field(
+        default=0.9, ge=0.0, lt=1.0, description="Decay rate of Adam's first moment."
+    )
+    beta2: float = Field(
+        default=0.95, ge=0.0, lt=1.0, description="Decay rate of Adam's second moment."
+    )
     epsilon: float = Field(default=1e-8, gt=0.0, description="Adam's epsilon.")
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up, then a decay to the minimum over the run's remaining steps."""
+    """Learning rate schedule: linear warm-up, then decay over the remaining steps."""
 
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up from 0.")
     decay: Literal["cosine", "wsd", "constant"] = Field(
         default="cosine",
-        description="cosine; wsd = stable, then linear over the last decay_fraction; constant.",
+        description=(
+            "Shape of the decay after the warm-up. cosine: cosine to min_learning_rate. wsd: "
+            "stable, then linear to min_learning_rate over the last decay_fraction. constant: "
+            "no decay."
+        ),
     )
     decay_fraction: float = Field(
-        default=0.2, gt=0.0, le=1.0, description="wsd: last share of the steps that decays."
+        default=0.2,
+        gt=0.0,
+        le=1.0,
+        description=(
+            "Fraction of the steps, at the end of the run, that decay. Applies to decay: wsd only."
+        ),
     )
     min_learning_rate: float = Field(
-        default=1e-7, ge=0.0, description="Learning rate at the last step."
+        default=1e-7,
+        ge=0.0,
+        description="Learning rate at the last step. Does not apply to decay: constant.",
     )

@@ -1,4 +1,4 @@
-"""`parallel`: how the model is spread over devices."""
+"""`parallel`: parallelism over devices."""
 
 from __future__ import annotations
 
@@ -10,55 +10,66 @@ from keel_megatron.config.base import Section
 
 
 class ParallelConfig(Section):
-    """Tensor, pipeline and sequence parallelism; data parallelism is what the world leaves."""
+    """Tensor, pipeline and sequence parallelism; the data-parallel size is what remains."""
 
-    tensor: int = Field(default=1, gt=0, description="Tensor-parallel size.")
-    pipeline: int = Field(default=1, gt=0, description="Pipeline stages.")
+    tensor: int = Field(default=1, gt=0, description="Tensor-parallel size (devices).")
+    pipeline: int = Field(default=1, gt=0, description="Pipeline-parallel size (stages).")
     virtual_pipeline: int = Field(
-        default=1, gt=0, description="Model chunks per pipeline stage (interleaved 1F1B if > 1)."
+        default=1,
+        gt=0,
+        description=("Model chunks per pipeline stage. 1: 1F1B schedule. More: interleaved 1F1B."),
     )
     sequence: bool = Field(
         default=False,
-        description="Shard norms and the residual stream along the sequence over the tensor group.",
+        description=(
+            "Sequence parallelism: shard norms and the residual stream along the sequence over "
+            "the tensor-parallel group. Needs tensor > 1."
+        ),
     )
     distributed_optimizer: bool = Field(
-        default=True, description="Shard the optimizer's state over the data-parallel group."
+        default=True, description="Shard the optimizer state over the data-parallel group."
     )
     layout: list[Annotated[int, Field(ge=0)]] | None = Field(
         default=None,
         description=(
-            "Blocks of every chunk in order (chunk i is on stage i % pipeline); null = computed, "
-            "with embedding and head counted in."
+            "Number of blocks in each model chunk, in model order; chunk i is on stage i % "
+            "pipeline. null: balanced automatically, with the embedding's and the output "
+            "layer's costs included."
         ),
     )
     recompute: Literal["none", "full", "auto"] = Field(
         default="none",
         description=(
-            "full = keep a block's input only and compute the block again going back; auto = so "
-            "many blocks of every stage as it needs to fit into memory."
+            "Activation recomputation. none: keep all activations. full: keep each block's "
+            "input and recompute the block in the backward pass. auto: recompute as few blocks "
+            "per stage as fit in memory."
         ),
     )
     memory_gb: float | None = Field(
         default=None,
         gt=0.0,
         description=(
-            "Memory of a device that the model may use, in GB; null = what the device has "
-            "(a CPU: no limit)."
+            "Memory limit per device for the model, in GB. null: the device's memory (no limit "
+            "on a CPU)."
         ),
     )
     timeout_seconds: float = Field(
-        default=600.0, gt=0.0, description="Longest wait of a collective before the run ends."
+        default=600.0,
+        gt=0.0,
+        description=(
+            "Timeout of a collective operation, in seconds. The run ends when it expires."
+        ),
     )
     preflight: Literal["auto", "always", "never"] = Field(
         default="auto",
         description=(
-            "Before training, compare the nodes (versions, code, configuration, devices, clocks), "
-            "see that their folders are shared, and probe the links between them; auto = on "
-            "several nodes."
+            "Checks before training: compare the nodes (versions, code, configuration, "
+            "devices, clocks), test that their folders are shared, and measure the bandwidth "
+            "between them. auto: on more than one node."
         ),
     )
 
     @property
     def model_parallel_size(self) -> int:
-        """Devices that hold one replica of the model."""
+        """Number of devices per replica of the model."""
         return self.tensor * self.pipeline

@@ -1,4 +1,4 @@
-"""Files that anybody may have written: what is read of them has a limit, and waits for nobody."""
+"""Reading of untrusted files, with size limits and without blocking."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 SMALL = 1 << 20
-"""Bytes that a configuration, a marker or a note may have."""
+"""Maximum bytes of a configuration, a marker or a note."""
 LARGE = 1 << 28
-"""Bytes that a list over all tensors or files may have."""
+"""Maximum bytes of a list of all tensors or files."""
 LONGEST_LINE = 1 << 24
-"""Bytes of a record that stands in one line."""
+"""Maximum bytes of a one-line record."""
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file to read.
+    """Open a regular file for reading.
 
     Raises:
-        OSError: it cannot be opened, or is something else: opening a FIFO would wait for its
-            writer, and a device has no end.
+        OSError: the file cannot be opened or is not regular: opening a FIFO would block, and a
+            device has no end.
     """
-    _check_regular(path.stat(), path)  # before it is opened, which may do something to a device
+    _check_regular(path.stat(), path)  # before opening, which can have side effects on a device
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _check_regular(os.fstat(descriptor), path)
@@ -36,14 +36,14 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:
-    """A whole file.
+    """Read a whole file.
 
     Args:
         path: the file.
-        limit: bytes that it may have.
+        limit: maximum number of bytes.
 
     Raises:
-        OSError: as `open_regular`, or it is longer.
+        OSError: as in `open_regular`, or the file is longer.
     """
     with open_regular(path) as stream:
         content = stream.read(limit + 1)
@@ -53,20 +53,20 @@ def read_small(path: Path, limit: int = SMALL) -> bytes:
 
 
 def read_small_text(path: Path, limit: int = SMALL) -> str:
-    """A whole file of UTF-8 text.
+    """Read a whole file of UTF-8 text.
 
     Raises:
-        OSError: as `read_small`.
-        UnicodeDecodeError: it is no such text.
+        OSError: as in `read_small`.
+        UnicodeDecodeError: the file is not UTF-8 text.
     """
     return read_small(path, limit).decode("utf-8")
 
 
 def parse_json(text: bytes | str) -> Any:
-    """What a JSON text says.
+    """Parse JSON text.
 
     Raises:
-        ValueError: it is not JSON, or nested too deeply.
+        ValueError: the text is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)
@@ -75,10 +75,10 @@ def parse_json(text: bytes | str) -> Any:
 
 
 def lines_of(stream: BinaryIO, longest: int = LONGEST_LINE) -> Iterator[bytes]:
-    """A file's lines, with their ends.
+    """The lines of a file, including line ends.
 
     Raises:
-        ValueError: one is longer than that.
+        ValueError: a line is longer than `longest` bytes.
     """
     while line := stream.readline(longest + 1):
         if len(line) > longest:

@@ -1,4 +1,4 @@
-"""The whole configuration of a run; `checks.py` holds what crosses its sections."""
+"""The whole configuration of a run; `checks.py` has the checks across sections."""
 
 from __future__ import annotations
 
@@ -16,40 +16,43 @@ from keel_megatron.config.training import CheckpointConfig, TrackingConfig, Trai
 
 
 class RunConfig(Section):
-    """Everything that defines a run; saved resolved in the run's folder and checkpoints."""
+    """Configuration of a run; the resolved one is saved in the run's folder and checkpoints."""
 
-    model: ModelConfig = Field(description="The network.")
+    model: ModelConfig = Field(description="Model architecture.")
     parallel: ParallelConfig = Field(
-        default_factory=ParallelConfig, description="Its spread over devices."
+        default_factory=ParallelConfig, description="Parallelism over devices."
     )
     kernels: KernelsConfig = Field(
-        default_factory=KernelsConfig, description="Whose modules it is made of."
+        default_factory=KernelsConfig, description="Implementations of modules and kernels."
     )
     deepspeed: DeepSpeedConfig = Field(
-        default_factory=DeepSpeedConfig, description="ZeRO, for training.engine: deepspeed."
+        default_factory=DeepSpeedConfig, description="ZeRO settings for training.engine: deepspeed."
     )
-    data: DataConfig = Field(description="The text.")
-    optimizer: OptimizerConfig = Field(description="AdamW.")
+    data: DataConfig = Field(description="Training data, tokenizer and sequences.")
+    optimizer: OptimizerConfig = Field(description="AdamW settings.")
     schedule: ScheduleConfig = Field(
-        default_factory=ScheduleConfig, description="The learning rate over the steps."
+        default_factory=ScheduleConfig, description="Learning rate schedule."
     )
-    training: TrainingConfig = Field(description="The run.")
+    training: TrainingConfig = Field(
+        description="Length, batch size, precision and device of the run."
+    )
     checkpoint: CheckpointConfig = Field(
-        default_factory=CheckpointConfig, description="What is saved."
+        default_factory=CheckpointConfig,
+        description="When checkpoints are written, and how many are kept.",
     )
     guard: GuardConfig = Field(
-        default_factory=GuardConfig, description="What is done about a bad step."
+        default_factory=GuardConfig, description="Detection of spikes and non-finite steps."
     )
     tracking: TrackingConfig = Field(
-        default_factory=TrackingConfig, description="What is reported."
+        default_factory=TrackingConfig, description="Metrics, depth profiles and MLflow."
     )
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Replicas of the model among `world_size` processes (exact after `problems` is empty)."""
+        """Number of replicas among `world_size` processes, once `problems` reports nothing."""
         return world_size // self.parallel.model_parallel_size
 
     @property
     def hang_timeout(self) -> float:
-        """Seconds without progress after which the watchdog acts; 0 = there is none."""
+        """Watchdog timeout in seconds, with the default resolved; 0: no watchdog."""
         chosen = self.training.hang_timeout
         return self.parallel.timeout_seconds / 2 if chosen is None else chosen

@@ -1,4 +1,4 @@
-"""The JSON schema that editors complete and check YAML with."""
+"""JSON schema with which editors complete and check YAML."""
 
 from __future__ import annotations
 

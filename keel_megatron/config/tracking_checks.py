@@ -1,4 +1,4 @@
-"""Where a run reports to: a store that MLflow has, and no secret in its address."""
+"""Checks of `tracking.uri`: a store that MLflow supports, and no secret in the address."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _OPTIONS = re.compile(
     "cache|cached_statements|check_same_thread|immutable|isolation_level|mode|nolock|timeout|uri|"
     "vfs"
 )
-"""Options of a database's URI that hold no secret."""
+"""Options of a database URI that hold no secret."""
 
 
 def credentials(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """A configuration is saved, logged and shown: no password may be in it."""
+    """Refuse secrets in the URI: the configuration is saved, logged and shown."""
     uri = config.tracking.uri
     if uri is None:
         return
@@ -37,13 +37,13 @@ def credentials(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
         yield (
             "tracking.uri",
-            "has a user, a password, an option or a fragment in it that may be a secret; leave "
-            f"them to environment variables: {instead}",
+            "contains a user, a password, an option or a fragment that may be a secret; use "
+            f"environment variables: {instead}",
         )
 
 
 def _has_user(kind: str, rest: str) -> bool:
-    """Whether a URI has a user part; a database's may name the user alone."""
+    """Whether a URI has a user part; in a database URI, a user without a password is allowed."""
     if kind in ("sqlite", "file"):
         return "@" in rest.partition("/")[0]  # after that it is a path
     if kind in _DATABASES:  # a password may have a slash in it
@@ -53,7 +53,7 @@ def _has_user(kind: str, rest: str) -> bool:
 
 
 def _is_harmless(kind: str, rest: str) -> bool:
-    """Whether what follows a URI's path is known to hold no secret."""
+    """Whether the URI's query and fragment are known to hold no secret."""
     if kind not in (*_DATABASES, "sqlite"):
         return "?" not in rest and "#" not in rest
     query = rest.partition("?")[2]
@@ -64,16 +64,18 @@ def _is_harmless(kind: str, rest: str) -> bool:
 
 
 def known_store(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """MLflow would take a word for a folder, and a slip of the pen for a server that is down."""
+    """Refuse an unknown scheme: MLflow would read it as a folder or as a server that is down."""
     uri = config.tracking.uri
     if uri is None or uri == "databricks":
         return
     scheme, separator, _rest = uri.partition("://")
     if not separator or scheme.partition("+")[0] not in _STORES:
-        is_word = re.fullmatch(r"[A-Za-z][\w+.-]{0,20}", scheme)  # else it may hold a password
+        is_word = re.fullmatch(
+            r"[A-Za-z][\w+.-]{0,20}", scheme
+        )  # otherwise it may contain a password
         named = repr(scheme) if is_word else "it"
         yield (
             "tracking.uri",
-            f"{named} is no kind of store that MLflow has; write one of "
+            f"{named} is not a store type of MLflow; use one of "
             f"{', '.join(name + '://...' for name in _STORES)}, databricks, or null",
         )

@@ -1,4 +1,4 @@
-"""`training`, `checkpoint` and `tracking`: the run itself, what it keeps, what it reports."""
+"""`training`, `checkpoint` and `tracking`: the run, its checkpoints and its metrics."""
 
 from __future__ import annotations
 
@@ -11,56 +11,72 @@ from keel_megatron.config.base import Section, TextPath
 
 
 class TrainingConfig(Section):
-    """Name, length, batch and precision of a run."""
+    """Name, length, batch size, precision and device of a run."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="The run's name: its folder is runs_dir/name, its MLflow run is called so.",
+        description="Name of the run, of its folder in runs_dir and of its MLflow run.",
     )
     steps: int = Field(gt=0, description="Optimizer steps of the whole run.")
-    global_batch_size: int = Field(gt=0, description="Sequences of one optimizer step.")
+    global_batch_size: int = Field(gt=0, description="Sequences per optimizer step.")
     micro_batch_size: int = Field(
-        default=1, gt=0, description="Sequences of one forward pass on one replica."
+        default=1, gt=0, description="Sequences per forward pass on one replica."
     )
     engine: Literal["megatron", "deepspeed"] = Field(
         default="megatron",
         description=(
-            "What trains: Megatron-core's schedules, DDP and optimizer, or DeepSpeed's ZeRO."
+            "Training engine. megatron: Megatron-core's schedules, DDP and optimizer. "
+            "deepspeed: DeepSpeed's ZeRO."
         ),
     )
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16",
-        description="Type of the matrix products; the residual stream is fp32 in both.",
+        description="Data type of matrix products. The residual stream is fp32 in both.",
     )
-    seed: int = Field(default=1234, ge=0, description="Seed of weights, data order and dropout.")
+    seed: int = Field(
+        default=1234, ge=0, description="Random seed of weights, data order and dropout."
+    )
     device: Literal["auto", "cuda", "cpu"] = Field(
-        default="auto", description="auto = CUDA with NCCL where present, else CPU with gloo."
+        default="auto",
+        description=("Device type. cuda: NCCL. cpu: gloo. auto: cuda where available, else cpu."),
     )
     threads: int = Field(
         default=0,
         ge=0,
-        description="CPU threads of a process; 0 = cores that it may use (affinity, container's "
-        "quota) / processes per node.",
+        description=(
+            "CPU threads per process. 0: available cores (CPU affinity and container quota) / "
+            "processes per node."
+        ),
     )
     validate_every: int = Field(
-        default=0, ge=0, description="Steps between validations; 0 = only at the end."
+        default=0, ge=0, description="Steps between validations. 0: only at the end."
     )
     validation_sequences: int = Field(
-        default=64, gt=0, description="Sequences of one validation (fewer if the set is smaller)."
+        default=64,
+        gt=0,
+        description=("Sequences per validation, or the whole validation set if it is smaller."),
     )
     exit_after: float | None = Field(
         default=None,
         gt=0.0,
-        description="Minutes from the start of the launch after which the run finishes its step, "
-        "saves and exits with 75; null = never. Leave time for a step and a save.",
+        description=(
+            "Time limit in minutes, from the start of the launch. The run then finishes its "
+            "step, saves a checkpoint and exits with 75. Allow time for one step and one save. "
+            "null: no limit."
+        ),
     )
     hang_timeout: float | None = Field(
         default=None,
         ge=0.0,
-        description="Seconds without a completed step, validation or save after which the watchdog "
-        "ends the run with 70; null = half of parallel.timeout_seconds; 0 = no watchdog.",
+        description=(
+            "Watchdog timeout, in seconds. The watchdog ends the run with exit code 70 when no "
+            "step, validation or save completes for that long. null: half of "
+            "parallel.timeout_seconds. 0: no watchdog."
+        ),
     )
-    runs_dir: TextPath = Field(default=Path("runs"), description="Parent of the run's folder.")
+    runs_dir: TextPath = Field(
+        default=Path("runs"), description="Parent folder of the run's folder."
+    )
 
     @property
     def folder(self) -> Path:
@@ -69,59 +85,70 @@ class TrainingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When a run is saved and how many saves are kept."""
+    """When checkpoints are written, and how many are kept."""
 
     every: int = Field(
-        default=0, ge=0, description="Steps between checkpoints; 0 = only at the end."
+        default=0, ge=0, description="Steps between checkpoints. 0: only at the end."
     )
     keep: int = Field(
         default=2,
         gt=0,
-        description="Newest checkpoints that are kept; beside them the newest from before a recent "
-        "spike or a step that is not finite (guard.window).",
+        description=(
+            "Number of newest checkpoints to keep. The newest checkpoint from before a recent "
+            "spike or non-finite step is kept as well (guard.window)."
+        ),
     )
     keep_every: int = Field(
         default=0,
         ge=0,
-        description="Checkpoints of multiples of so many steps are kept for good; 0 = none.",
+        description=(
+            "Keep checkpoints whose step is a multiple of this number permanently. 0: none."
+        ),
     )
-    asynchronous: bool = Field(
+    async_save: bool = Field(
         default=True,
         description=(
-            "Training goes on while files are written; takes host memory for a copy of the state."
+            "Write checkpoint files in the background while training continues. Needs host "
+            "memory for a copy of the state."
         ),
     )
     on_error: Literal["stop", "continue"] = Field(
         default="stop",
         description=(
-            "When a checkpoint cannot be written: stop the run, or go on and try again at the "
-            "next. One that would hold NaN or infinity always stops it, with 65."
+            "Action when a checkpoint cannot be written. stop: end the run. continue: train on "
+            "and retry at the next checkpoint. A state with NaN or infinity always ends the "
+            "run with exit code 65."
         ),
     )
 
 
 class TrackingConfig(Section):
-    """What a run reports, and where."""
+    """Metrics, depth profiles and MLflow."""
 
     mlflow: bool = Field(default=True, description="Report to MLflow.")
     uri: str | None = Field(
         default=None,
-        description="MLflow tracking URI, without user, password or anything else that may be a "
-        "secret: credentials come from MLflow's own environment variables; null = a sqlite file, "
-        "mlflow.db in the run's folder.",
+        description=(
+            "MLflow tracking URI. Must not hold a user, a password or any other secret; "
+            "credentials come from MLflow's environment variables. null: the SQLite file "
+            "mlflow.db in the run's folder."
+        ),
     )
-    experiment: str = Field(default="keel", description="MLflow experiment.")
+    experiment: str = Field(default="keel", description="Name of the MLflow experiment.")
     system_metrics_every: float = Field(
         default=10.0,
         ge=0.0,
-        description="Seconds between measurements of every node's machine for MLflow; 0 = none.",
+        description=(
+            "Interval between system metrics of each node for MLflow, in seconds. 0: none."
+        ),
     )
     depth_every: int = Field(
         default=100,
         ge=0,
-        description="Steps between depth profiles, beside step 1; 0 = none at all.",
+        description="Steps between depth profiles; step 1 always has one. 0: none at all.",
     )
-    log_every: int = Field(default=1, gt=0, description="Steps between lines of the progress.")
+    log_every: int = Field(default=1, gt=0, description="Steps between progress lines.")
     sample_prompt: str | None = Field(
-        default=None, description="Text that the trained model continues at the end of the run."
+        default=None,
+        description=("Prompt of the sample generated at the end of the run. null: no sample."),
     )

@@ -1,8 +1,7 @@
-"""YAML as people write it: no key twice, no surprising scalars, and a dump that reads back equal.
+"""YAML without duplicate keys and with the scalars of YAML 1.2; dumps read back equal.
 
-The scalars are those of YAML 1.2, not 1.1: numbers are decimal (`100`, `1_000`, `1e-3`), switches
-are `true` and `false`, null is `null`, `~` or nothing. `0100`, `0x1f`, `1:30`, `yes`, `off` and
-`2024-01-31` are text.
+Numbers are decimal (`100`, `1_000`, `1e-3`), booleans are `true` and `false`, null is `null`, `~`
+or empty. `0100`, `0x1f`, `1:30`, `yes`, `off` and `2024-01-31` are text.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ _MOST_VALUES = 100_000
 
 
 def check_structure(text: str, loader: Any) -> None:
-    """See that reading a text with a loader of PyYAML costs about what its length suggests.
+    """Check that parsing a text with a PyYAML loader takes time proportional to its length.
 
-    Aliases and merge keys let a few lines stand for billions of values, and a key that is a list is
-    hashed value by value. Nothing here recurses, so that no depth ends the process.
+    With aliases and merge keys, a few lines can expand to billions of values, and a list as a key
+    is hashed value by value. This function does not recurse, so deep nesting cannot crash it.
 
     Raises:
-        yaml.YAMLError: it is no YAML, is nested too deeply, stands for too many values, or has a
-            key that is no scalar.
+        yaml.YAMLError: the text is not YAML, is nested too deeply, expands to too many values, or
+            has a key that is not a scalar.
     """
     sizes: dict[str, int] = {}
     open_nodes: list[_OpenNode] = []
@@ -36,7 +35,7 @@ def check_structure(text: str, loader: Any) -> None:
             _check_key(open_nodes, event)
             open_nodes.append(node)
             if len(open_nodes) > _DEEPEST:
-                _refuse(event, f"it is nested more than {_DEEPEST} deep")
+                _refuse(event, f"it is nested more than {_DEEPEST} levels deep")
             continue
         if isinstance(event, yaml.CollectionEndEvent):
             node = open_nodes.pop()
@@ -44,7 +43,7 @@ def check_structure(text: str, loader: Any) -> None:
         elif isinstance(event, yaml.AliasEvent):
             _check_key(open_nodes, event)
             if event.anchor not in sizes:
-                _refuse(event, f"the alias *{event.anchor} stands for nothing before it")
+                _refuse(event, f"the alias *{event.anchor} has no anchor before it")
             size, anchor = sizes[event.anchor], None
         elif isinstance(event, yaml.ScalarEvent):
             size, anchor = 1, event.anchor
@@ -56,24 +55,24 @@ def check_structure(text: str, loader: Any) -> None:
             open_nodes[-1].children += 1
             open_nodes[-1].values += size
             if open_nodes[-1].values > _MOST_VALUES:
-                _refuse(event, f"it stands for more than {_MOST_VALUES:,} values")
+                _refuse(event, f"it expands to more than {_MOST_VALUES:,} values")
 
 
 @dataclass
 class _OpenNode:
-    """A list or mapping whose end is not read yet."""
+    """A list or mapping whose end has not been read."""
 
     anchor: str | None
     is_mapping: bool
     children: int = 0
     values: int = 1
-    """In it, with all that its aliases stand for."""
+    """Number of values in it, with aliases expanded."""
 
 
 def _check_key(open_nodes: list[_OpenNode], event: yaml.Event) -> None:
-    """What is no scalar may stand where no key is due."""
+    """Refuse a key that is not a scalar."""
     if open_nodes and open_nodes[-1].is_mapping and open_nodes[-1].children % 2 == 0:
-        _refuse(event, "a key is no scalar")
+        _refuse(event, "a key is not a scalar")
 
 
 def _refuse(event: Any, problem: str) -> NoReturn:
@@ -81,17 +80,17 @@ def _refuse(event: Any, problem: str) -> NoReturn:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once."""
+    """A loader that refuses duplicate keys."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """A mapping as it is written, before merge keys (`<<`) bring in the keys of others."""
+        """Compose a mapping and check its own keys, before merge keys (`<<`) add others."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: dict[str, int] = {}
         for key, _value in node.value:
             name, line = str(key.value), key.start_mark.line + 1
             if name in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key {name!r} stands twice, on lines {seen[name]} and {line}",
+                    problem=f"the key {name!r} is duplicated, on lines {seen[name]} and {line}",
                     problem_mark=key.start_mark,
                 )
             seen[name] = line
@@ -99,11 +98,11 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text so that `_Loader` reads the same."""
+    """A dumper whose text `_Loader` reads back equal."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # Outside double quotes PyYAML writes these breaks as they are, and reads them back as others.
+    # Outside double quotes, PyYAML does not escape these breaks and reads them back differently.
     style = '"' if any(line_break in text for line_break in "\x85\u2028\u2029") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -122,7 +121,7 @@ _SCALARS = {
 }
 _Loader.yaml_implicit_resolvers = {}
 for _kind, _pattern in _SCALARS.items():
-    # The dumper knows them beside those of YAML 1.1, so it quotes what either takes for no text.
+    # The dumper keeps YAML 1.1's resolvers too: it quotes text that either version converts.
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(
             f"tag:yaml.org,2002:{_kind}", re.compile(rf"({_pattern})\Z"), [None]
@@ -130,10 +129,10 @@ for _kind, _pattern in _SCALARS.items():
 
 
 def read_yaml(text: str) -> Any:
-    """The value that a YAML text stands for.
+    """Parse YAML text.
 
     Raises:
-        ValueError: it is not valid YAML; the message says why and where, in one line.
+        ValueError: the text is not valid YAML; the message says why and where, in one line.
     """
     try:
         check_structure(text, _Loader)
@@ -152,32 +151,33 @@ def read_yaml(text: str) -> Any:
 
 
 def read_inline(text: str) -> Any:
-    """The value that one line of YAML stands for, if it is what its writer can have meant.
+    """Parse the YAML value of an override.
 
     Raises:
-        ValueError: it is not valid YAML, is empty, or YAML would leave out a part of it: a comment,
-            white space around text, line breaks, an anchor. The message says how to write it.
+        ValueError: the text is empty, is not valid YAML, or has a part that YAML would drop: a
+            comment, white space around text, line breaks, an anchor. The message says how to write
+            it.
     """
     if not text.strip():
         raise ValueError("is empty; write null for none, '\"\"' for empty text")
     if text.strip() == "~":
-        raise ValueError("is null in YAML, not a folder; write null, or a whole path")
+        raise ValueError("is null in YAML, not a folder; write null, or a full path")
     value = read_yaml(text)
     kept = text == value if isinstance(value, str) and _is_plain(text) else _is_whole(text)
     if not kept:
         meant = json.dumps(text, ensure_ascii=False)
-        raise ValueError(f"would be read as {shown(value)}; for all of it as text, write '{meant}'")
+        raise ValueError(f"would be parsed as {shown(value)}; to keep it as text, write '{meant}'")
     return value
 
 
 def _is_plain(text: str) -> bool:
-    """Whether the text is one scalar without quotes."""
+    """Whether the text is one unquoted scalar."""
     node = yaml.compose(text, Loader=_Loader)
     return isinstance(node, yaml.ScalarNode) and node.style is None
 
 
 def _is_whole(text: str) -> bool:
-    """Whether all of a text counts: it has no comments, anchors, tags or document marks."""
+    """Whether a text has no comments, anchors, tags or document markers."""
     end = 0
     for token in yaml.scan(text, Loader=_Loader):
         if "#" in text[end : token.start_mark.index] or isinstance(token, _MARKS):
@@ -197,12 +197,12 @@ _MARKS = (
 
 
 def write_yaml(value: Any) -> str:
-    """YAML that `read_yaml` reads back as an equal value; mappings keep their order."""
+    """Dump a value as YAML that `read_yaml` reads back equal; mappings keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def shown(value: Any) -> str:
-    """A value in one short line, as it stands in YAML; text always in quotes."""
+    """A value as YAML in one short line; text is always quoted."""
     if isinstance(value, str):
         text = repr(value)
     else:

@@ -108,8 +108,8 @@ def _open(prefix: Path) -> Any:
         return IndexedDataset(str(prefix))
     except (OSError, ValueError, struct.error) as error:
         raise UserError(
-            f"data.cache: {index} is no index of {tokens.name} ({error}); remove that folder, and "
-            "it is prepared again"
+            f"data.cache_dir: {index} is not an index of {tokens.name} ({error}); delete that "
+            "folder to prepare it again"
         ) from error
 
 

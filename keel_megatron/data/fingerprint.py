@@ -80,7 +80,7 @@ def refuse_other_files(expected: Mapping[str, Any], found: Mapping[str, Any], fo
         now = found["files"].get(name)
         if now != then:
             raise UserError(
-                f"data.cache: {folder / name} is not what the run was trained on: "
+                f"data.cache_dir: {folder / name} is not what the run was trained on: "
                 f"{_file_text(then)} then, {_file_text(now)} now, from the same text; other "
                 "versions of sentencepiece or megatron-core may prepare it otherwise. Restore that "
                 "folder or those versions, or train under another training.name, which begins with "

@@ -1,6 +1,6 @@
 """Prepared data: a tokenizer and indexed tokens, made once for a text and reused.
 
-Lies under `data.cache`/KEY, where KEY names everything that determines it. A folder is built
+Lies under `data.cache_dir`/KEY, where KEY names everything that determines it. A folder is built
 beside its place and renamed, so it is complete or absent, and a lock lets one process build while
 the others wait.
 """
@@ -122,8 +122,8 @@ def prepare(
     sources = corpus.contents()
     origin = _origin(config, sources)
     if expected is not None:
-        refuse_other_text(expected, origin, config.data.cache, sources)
-    folder = config.data.cache / origin["fingerprint"][:16]
+        refuse_other_text(expected, origin, config.data.cache_dir, sources)
+    folder = config.data.cache_dir / origin["fingerprint"][:16]
     prepared = _find(folder, origin, lambda _text: None)
     if prepared is not None:  # no lock: others may have made it, where this user only reads
         log(f"reusing the prepared data in {folder}")
@@ -144,7 +144,7 @@ def _made(
     log: Callable[[str], None],
 ) -> PreparedData:
     """Build the data, or wait for whoever does."""
-    with _locked(config.data.cache, folder.name, log):
+    with _locked(config.data.cache_dir, folder.name, log):
         prepared = _find(folder, origin, log)
         if prepared is None:
             log(f"preparing {corpus.description}: {corpus.size / 1e6:.1f} MB")
@@ -226,7 +226,7 @@ def _locked(cache: Path, name: str, log: Callable[[str], None]) -> Iterator[None
             yield
     except OSError as error:
         raise UserError(
-            f"data.cache: cannot write {error.filename or cache}: {error.strerror}"
+            f"data.cache_dir: cannot write {error.filename or cache}: {error.strerror}"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """What there is to generate from: weights and a tokenizer, from a run's folder or a checkpoint's.
 
-Neither the text nor data.cache nor the working directory has a say.
+Neither the text nor data.cache_dir nor the working directory has a say.
 """
 
 from __future__ import annotations
@@ -94,13 +94,13 @@ def _tokenizer(given: Path, checkpoint: Path, found: ResumePoint, config: RunCon
         return checkpoint / TOKENIZER
     data = found.state.get("data", {})
     digest = data.get("files", {}).get(TOKENIZER, {}).get("sha256")
-    prepared = config.data.cache / str(data.get("fingerprint"))[:16]
+    prepared = config.data.cache_dir / str(data.get("fingerprint"))[:16]
     run = checkpoint.parent.parent if given == checkpoint else given
     for place in (run / TOKENIZER, prepared / TOKENIZER):
         if place.is_file() and hashlib.sha256(read_small(place, LARGE)).hexdigest() == digest:
             return place
     raise UserError(
-        f"{checkpoint} holds no tokenizer, as an earlier version wrote it, and neither has "
-        f"{prepared} (data.cache); call it in the folder in which the run was started, or prepare "
-        f"its text there again: keel data build {checkpoint / CONFIG}"
+        f"{checkpoint} has no tokenizer, because an earlier version wrote it, and {prepared} "
+        "(data.cache_dir) does not exist; run the command in the folder in which training was "
+        f"started, or prepare the data there again: keel data build {checkpoint / CONFIG}"
     )

@@ -60,10 +60,10 @@ def zero_memory(config: RunConfig, sizes: Sizes, data_parallel: int) -> ZeroMemo
     fp32 = config.training.precision == "fp32"
     size = 4 if fp32 else 2
     share = -(-n // data_parallel)
-    buffers, host, optimizer = 8 * own.bucket_elements, 0, 12 * share
+    buffers, host, optimizer = 8 * own.bucket_size, 0, 12 * share
     if own.zero_stage == 3:
         parameters, gradients = size * share, 4 * share
-        buffers += size * min(max(5 * own.bucket_elements, m), n)
+        buffers += size * min(max(5 * own.bucket_size, m), n)
         if own.offload_optimizer:
             host += 12 * share + 8 * share
             optimizer = gradients = 0

@@ -106,9 +106,9 @@ ALIKE: dict[str, Any] = {
     "training.engine": {"megatron": "deepspeed", "deepspeed": "megatron"},
     "parallel.recompute": "full",
     "kernels.logits_mib": 0.05,
-    "checkpoint.asynchronous": False,
+    "checkpoint.async_save": False,
     "deepspeed.zero_stage": 3,
-    "deepspeed.bucket_elements": 20_000,
+    "deepspeed.bucket_size": 20_000,
     "deepspeed.offload_optimizer": True,
 }
 LAYOUTS = "needs several processes: test_resume.py"
@@ -131,7 +131,7 @@ ELSEWHERE = {
     "deepspeed.offload_parameters": "the same mathematics: tests/checkpoint/test_deepspeed.py",
     "data.text": PLACE,
     "data.tokenizer": PLACE,
-    "data.cache": PLACE,
+    "data.cache_dir": PLACE,
     "data.allow_lossy_tokenizer": "of the preparation of data: tests/data/test_prepare.py",
     "training.name": PLACE,
     "training.runs_dir": PLACE,

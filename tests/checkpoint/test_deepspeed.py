@@ -18,7 +18,7 @@ pytestmark = needs_deepspeed
 BF16 = {"training__precision": "bf16"}
 SAME: dict[str, dict[str, Any]] = {
     "zero1-bf16": {**zero(1), **BF16},
-    "zero2-offload-waiting": {**zero(2, offload=True), "checkpoint__asynchronous": False},
+    "zero2-offload-waiting": {**zero(2, offload=True), "checkpoint__async_save": False},
     "zero3-bf16": {**zero(3), **BF16},
     "zero3-offload-tp2": {**zero(3, offload=True, parameters=True), "parallel__tensor": 2},
 }

@@ -26,7 +26,7 @@ SAME: dict[str, tuple[int, dict[str, Any]]] = {
         {
             "parallel__pipeline": 2,
             "parallel__virtual_pipeline": 2,
-            "checkpoint__asynchronous": False,
+            "checkpoint__async_save": False,
         },
     ),
     "bf16-tp2-sp": (

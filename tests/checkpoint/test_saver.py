@@ -91,7 +91,7 @@ def small_disks(tmp_path: Path) -> Iterator[list[Path]]:
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(small_disks: list[Path]) -> None:
     seen, stop, on = small_disks
-    waiting = {"checkpoint__asynchronous": False}
+    waiting = {"checkpoint__async_save": False}
     runs = [
         sections(seen, "run"),
         sections(stop, "unseen", **waiting),

@@ -58,7 +58,7 @@ def test_the_plan_is_drawn(tmp_path: Path) -> None:
     done = keel(tmp_path, "plan", DEEP, "--gpus", "512", "--plot", "plan.png")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    assert "Drawn: plan.png" in done.stdout
+    assert "plot: plan.png" in done.stdout
 
 
 def test_the_search_prints_a_command_that_is_valid(tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_the_search_prints_a_command_that_is_valid(tmp_path: Path) -> None:
         (("--gpu", "v100"), "device 'v100' is not known; known are h200"),
         (("--figure", "speed=3"), "a device has no speed"),
         (("--figure", "inter_node_gb=fast"), "must be NAME=NUMBER with a number above 0"),
-        (("--figure", "devices_per_node=1.5"), "with a whole number above 0"),
+        (("--figure", "devices_per_node=1.5"), "with an integer above 0"),
         (("--search",), "--search needs --gpus N"),
-        (("--search", "--gpus", "8", "--measure"), "--search goes without --measure"),
+        (("--search", "--gpus", "8", "--measure"), "--search cannot be combined with --measure"),
         (("--measure", "parallel.tensor=2"), "parallel.tensor = 2 must be 1"),
         (("--plot", "nowhere/plan.png", "--gpus", "512"), "nowhere/plan.png cannot be written"),
         (("--gpus", "4", "training.global_batch_size=6"), "interleaving needs a multiple"),

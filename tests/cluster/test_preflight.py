@@ -63,7 +63,7 @@ def check(sections: dict, folders: list[str]) -> Any:
 
     os.environ["LOCAL_RANK"] = "0"
     sections["training"]["runs_dir"] = folders[int(os.environ["RANK"])]
-    sections["data"]["cache"] = folders[0]
+    sections["data"]["cache_dir"] = folders[0]
     config = RunConfig.model_validate(sections)
     preflight.SHARED_SECONDS = 0.5
     with start(config.parallel, config.training) as runtime:

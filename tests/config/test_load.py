@@ -25,24 +25,27 @@ def complaints(path: Path, *overrides: str, world_size: int | None = None) -> li
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model.blocks=many", "model.blocks: 'many' is not a whole number"),
-        ('model.blocks="8"', "model.blocks: '8' is not a whole number (remove the quotes)"),
-        ("model.blocks=8.5", "model.blocks: 8.5 is not a whole number"),
-        ("training.seed=true", "training.seed: true is not a whole number"),
-        ("model.blocks=8.0", "model.blocks: 8.0 is not a whole number (write 8)"),
-        ("model.blocks=e", "model.blocks: 'e' is not a whole number"),
-        ("model.blocks=null", "model.blocks: null is not a whole number"),
-        ("model.blocks=0100", "model.blocks: '0100' is not a whole number (write 100)"),
-        ("model.blocks=0x10", "model.blocks: '0x10' is not a whole number (write 16)"),
-        ("model.blocks=0o17", "model.blocks: '0o17' is not a whole number (write 15)"),
-        ("model.blocks=1:30", "model.blocks: '1:30' is not a whole number"),
-        ("model.blocks=1__0", "model.blocks: '1__0' is not a whole number"),
+        ("model.blocks=many", "model.blocks: 'many' is not an integer"),
+        ('model.blocks="8"', "model.blocks: '8' is not an integer (remove the quotes)"),
+        ("model.blocks=8.5", "model.blocks: 8.5 is not an integer"),
+        ("training.seed=true", "training.seed: true is not an integer"),
+        ("model.blocks=8.0", "model.blocks: 8.0 is not an integer (write 8)"),
+        ("model.blocks=e", "model.blocks: 'e' is not an integer"),
+        ("model.blocks=null", "model.blocks: null is not an integer"),
+        ("model.blocks=0100", "model.blocks: '0100' is not an integer (write 100)"),
+        ("model.blocks=0x10", "model.blocks: '0x10' is not an integer (write 16)"),
+        ("model.blocks=0o17", "model.blocks: '0o17' is not an integer (write 15)"),
+        ("model.blocks=1:30", "model.blocks: '1:30' is not an integer"),
+        ("model.blocks=1__0", "model.blocks: '1__0' is not an integer"),
         ("tracking.mlflow=yes", "tracking.mlflow: 'yes' is not true or false (write true)"),
         ("tracking.mlflow=Off", "tracking.mlflow: 'Off' is not true or false (write false)"),
         ("training.name=[a]", "training.name: [a] is not text (put it in quotes)"),
-        ("data.cache=~no-such-user/x", "begins with the home folder of a user who is not known"),
-        (r'data.text="a\0b"', "has a NUL character in it, which no path can have"),
-        ("data.text=~", "data.text: '~' is null in YAML, not a folder; write null, or a whole"),
+        (
+            "data.cache_dir=~no-such-user/x",
+            "begins with the home folder of a user who does not exist",
+        ),
+        (r'data.text="a\0b"', "contains a NUL character, which a path cannot contain"),
+        ("data.text=~", "data.text: '~' is null in YAML, not a folder; write null, or a full"),
         ("model.blocks=0", "model.blocks: 0 must be greater than 0"),
         ("model.dropout=1", "model.dropout: 1 must be less than 1.0"),
         ("model.residual=kel", "model.residual: 'kel' must be one of keel, pre_ln, post_ln"),
@@ -73,12 +76,12 @@ def complaints(path: Path, *overrides: str, world_size: int | None = None) -> li
             "parallel.layout=[3,5]",
             "2 numbers; parallel.pipeline x parallel.virtual_pipeline = 1 x 1",
         ),
-        ("parallel.layout=[7]", "add up to 7 blocks; model.blocks = 8"),
+        ("parallel.layout=[7]", "the sum is 7 blocks; model.blocks = 8"),
         ("parallel.layout=[-8]", "parallel.layout"),
         ("training.micro_batch_size=3", "16 must be a multiple of training.micro_batch_size = 3"),
         ("schedule.warmup_steps=4", "4 must be smaller than training.steps = 4"),
         ("schedule.min_learning_rate=1", "must not exceed optimizer.learning_rate"),
-        ("training.name=a/b", "'a/b' must begin with a letter or digit"),
+        ("training.name=a/b", "'a/b' must start with a letter or digit"),
         ("data.text=[]", "data.text: [] is empty"),
         ("data.text=[a,3]", "data.text: 3 is not a path"),
         ('data.text=""', "data.text: '' is not a path"),
@@ -153,7 +156,7 @@ def test_a_wrong_setting_hides_no_contradiction_of_others(config_file: Path) -> 
 def test_a_wrong_setting_is_not_taken_for_its_default(config_file: Path) -> None:
     # With sequence's default, false, nothing would be wrong; with tensor's, 1, sequence would.
     found = complaints(config_file, "parallel.tensor=two", "parallel.sequence=true")
-    assert found == ["parallel.tensor: 'two' is not a whole number"]
+    assert found == ["parallel.tensor: 'two' is not an integer"]
 
 
 def test_a_section_that_is_no_mapping_is_named(tmp_path: Path) -> None:
@@ -210,9 +213,9 @@ def test_a_missing_setting_is_described(tmp_path: Path) -> None:
         (b"model: {blocks: 1\ndata: [", "is not valid YAML: while parsing a flow mapping"),
         (b"model:\n\tblocks: 1", "(line 2, column 1)"),
         (b"model: 1\nx: '\x07'", "the character #x0007 is not allowed (line 2)"),
-        (b"x: " + b"[" * 5000, "it is nested more than 32 deep (line 1, column 35)"),
+        (b"x: " + b"[" * 5000, "it is nested more than 32 levels deep (line 1, column 35)"),
         (b"a: 1\n---\nb: 1", "expected a single document"),
-        (b"model:\n  blocks: 1\n  blocks: 2\n", "'blocks' stands twice, on lines 2 and 3"),
+        (b"model:\n  blocks: 1\n  blocks: 2\n", "'blocks' is duplicated, on lines 2 and 3"),
         (b"\xff\xfe\x00", "is not UTF-8 text"),
     ],
 )

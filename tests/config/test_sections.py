@@ -229,7 +229,7 @@ def test_the_schema_requires_what_has_no_default() -> None:
 @pytest.mark.parametrize("uri", ["nonsense", "htp://host:5000", "host:5000"])
 def test_a_tracking_uri_of_no_known_kind_is_refused(uri: str) -> None:
     found = dict(problems(RunConfig.model_validate(settings(tracking__uri=uri))))
-    assert "is no kind of store that MLflow has" in found["tracking.uri"]
+    assert "is not a store type of MLflow" in found["tracking.uri"]
 
 
 @pytest.mark.parametrize(

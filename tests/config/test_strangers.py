@@ -26,14 +26,14 @@ ALIASES = "a0: &a0 [1, 2]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (MERGES, "it stands for more than 100,000 values"),
-        (ALIASES, "it stands for more than 100,000 values"),
-        ("a: &a [1]\n? [*a, *a]\n: 1\n", "a key is no scalar (line 2, column 3)"),
-        ("a: &a [1]\n*a : 1\n", "a key is no scalar"),
-        ("? {a: 1}\n: 1\n", "a key is no scalar"),
-        ("a: &a [*a]\n", "the alias *a stands for nothing before it"),
-        ("[" * 100_000, "it is nested more than 32 deep"),
-        ("a: " * 1 + "{a: " * 100_000, "it is nested more than 32 deep"),
+        (MERGES, "it expands to more than 100,000 values"),
+        (ALIASES, "it expands to more than 100,000 values"),
+        ("a: &a [1]\n? [*a, *a]\n: 1\n", "a key is not a scalar (line 2, column 3)"),
+        ("a: &a [1]\n*a : 1\n", "a key is not a scalar"),
+        ("? {a: 1}\n: 1\n", "a key is not a scalar"),
+        ("a: &a [*a]\n", "the alias *a has no anchor before it"),
+        ("[" * 100_000, "it is nested more than 32 levels deep"),
+        ("a: " * 1 + "{a: " * 100_000, "it is nested more than 32 levels deep"),
         ("a: 1" + "0" * 5000, "Exceeds the limit"),
     ],
 )

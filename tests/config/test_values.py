@@ -18,16 +18,16 @@ from tests.settings import settings
     [
         ("data.text=", "is empty; write null for none, '\"\"' for empty text"),
         ("tracking.uri=  ", "is empty; write null for none"),
-        ("tracking.sample_prompt=a # b", "read as 'a'; for all of it as text, write '\"a # b\"'"),
-        ("tracking.sample_prompt=# b", "read as null; for all of it as text, write '\"# b\"'"),
-        ("tracking.sample_prompt=The ", "read as 'The'; for all of it as text, write '\"The \"'"),
-        ("tracking.sample_prompt=a\nb", r"read as 'a b'; for all of it as text, write "),
-        ("tracking.sample_prompt=&a b", "read as 'b'; for all"),
-        ("tracking.sample_prompt=--- b", "read as 'b'; for all"),
-        ("tracking.sample_prompt=!!str 5", "read as '5'; for all"),
-        ('tracking.sample_prompt="a" # b', "read as 'a'; for all"),
-        ("training.steps=3 # few", "read as 3; for all"),
-        ("data.text=[a, b] # c", "read as [a, b]; for all"),
+        ("tracking.sample_prompt=a # b", "parsed as 'a'; to keep it as text, write '\"a # b\"'"),
+        ("tracking.sample_prompt=# b", "parsed as null; to keep it as text, write '\"# b\"'"),
+        ("tracking.sample_prompt=The ", "parsed as 'The'; to keep it as text, write '\"The \"'"),
+        ("tracking.sample_prompt=a\nb", r"parsed as 'a b'; to keep it as text, write "),
+        ("tracking.sample_prompt=&a b", "parsed as 'b'; to keep"),
+        ("tracking.sample_prompt=--- b", "parsed as 'b'; to keep"),
+        ("tracking.sample_prompt=!!str 5", "parsed as '5'; to keep"),
+        ('tracking.sample_prompt="a" # b', "parsed as 'a'; to keep"),
+        ("training.steps=3 # few", "parsed as 3; to keep"),
+        ("data.text=[a, b] # c", "parsed as [a, b]; to keep"),
     ],
 )
 def test_an_override_of_which_yaml_would_lose_a_part_is_refused(
@@ -78,17 +78,17 @@ def test_the_home_folder_in_a_path_is_expanded(
     monkeypatch.chdir(tmp_path)
     path, sections = tmp_path / "run.yaml", settings()
     values = {
-        "data": {"text": ["~/a", "b/~"], "tokenizer": "~/t.model", "cache": "~"},
+        "data": {"text": ["~/a", "b/~"], "tokenizer": "~/t.model", "cache_dir": "~"},
         "training": {"runs_dir": "./~/runs"},
     }
     for section, entries in values.items() if in_file else ():
         sections[section] |= entries
     path.write_text(yaml.safe_dump(sections))
-    overrides = ["data.text=[~/a, b/~]", "data.tokenizer=~/t.model", 'data.cache="~"']
+    overrides = ["data.text=[~/a, b/~]", "data.tokenizer=~/t.model", 'data.cache_dir="~"']
     overrides += ["training.runs_dir=./~/runs"]
     config = load_config(path, [] if in_file else overrides)
     assert config.data.text == (Path("/home/me/a"), Path("b/~"))
     assert config.data.tokenizer == Path("/home/me/t.model")
-    assert config.data.cache == Path("/home/me")
+    assert config.data.cache_dir == Path("/home/me")
     assert config.training.runs_dir == tmp_path / "~/runs"  # a folder that is called so
     assert parse_config(read_yaml(dump_config(config)), "dump") == config

@@ -305,8 +305,8 @@ def test_one_hostile_folder_is_one_line(tmp_path: Path) -> None:
     for name, why in (
         ("sparse-config.yaml", "has more than 1,048,576 bytes"),
         ("fifo-config.yaml", "is not a regular file"),
-        ("bomb", "it stands for more than 100,000 values"),
-        ("deep", "it is nested more than 32 deep"),
+        ("bomb", "it expands to more than 100,000 values"),
+        ("deep", "it is nested more than 32 levels deep"),
     ):
         assert f"config.yaml cannot be read: {why}" in problems[name]
     Console(file=io.StringIO(), width=200).print(runs_table(found))

@@ -27,7 +27,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data_config(text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    return small_config(data__text=str(text), data__cache=str(tmp_path_factory.mktemp("cache")))
+    return small_config(data__text=str(text), data__cache_dir=str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ def made(
     """Prepared data, and a copy of its text that a test may change."""
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(text, home / "text")
-    config = small_config(data__text=str(home / "text"), data__cache=str(home / "cache"))
+    config = small_config(data__text=str(home / "text"), data__cache_dir=str(home / "cache"))
     return config, prepare(config, ignore), home / "text"
 
 
@@ -37,7 +37,7 @@ def test_the_same_data_is_taken_wherever_its_text_lies(
     assert prepare(config, ignore, data.identity()).reused
     shutil.copytree(text, tmp_path / "elsewhere")
     moved = small_config(
-        data__text=str(tmp_path / "elsewhere"), data__cache=str(data.folder.parent)
+        data__text=str(tmp_path / "elsewhere"), data__cache_dir=str(data.folder.parent)
     )
     assert prepare(moved, ignore, data.identity()).reused
 
@@ -63,7 +63,7 @@ def test_other_text_is_refused_by_name_before_it_is_prepared(
     else:
         (other / "more.py").write_text("x = 1\n")
         expected = r"more\.py is new"
-    changed = small_config(data__text=str(other), data__cache=str(data.folder.parent))
+    changed = small_config(data__text=str(other), data__cache_dir=str(data.folder.parent))
     with pytest.raises(UserError, match=rf"data\.text: it is not the text .*: {expected}\. A run"):
         prepare(changed, ignore, data.identity())
     assert [path.name for path in data.folder.parent.iterdir() if path.is_dir()] == [
@@ -77,7 +77,7 @@ def test_without_the_old_data_the_hashes_are_shown(
     _config, data, _text = made
     (tmp_path / "other.txt").write_text("another text\n" * 100)
     changed = small_config(
-        data__text=str(tmp_path / "other.txt"), data__cache=str(tmp_path / "cache")
+        data__text=str(tmp_path / "other.txt"), data__cache_dir=str(tmp_path / "cache")
     )
     with pytest.raises(UserError, match=rf"SHA-256 {data.corpus[:12]} then, [0-9a-f]{{12}} now"):
         prepare(changed, ignore, data.identity())
@@ -87,7 +87,7 @@ def test_text_that_vanished_is_named(
     made: tuple[RunConfig, PreparedData, Path], tmp_path: Path
 ) -> None:
     _config, data, _text = made
-    gone = small_config(data__text=str(tmp_path / "gone"), data__cache=str(data.folder.parent))
+    gone = small_config(data__text=str(tmp_path / "gone"), data__cache_dir=str(data.folder.parent))
     with pytest.raises(UserError, match=r"data\.text: .*gone does not exist"):
         prepare(gone, ignore, data.identity())
 
@@ -98,7 +98,7 @@ def test_another_tokenizer_is_refused(
     _config, data, text = made
     given = small_config(
         data__text=str(text),
-        data__cache=str(data.folder.parent),
+        data__cache_dir=str(data.folder.parent),
         data__tokenizer=str(data.tokenizer_path),
     )
     with pytest.raises(

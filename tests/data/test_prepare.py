@@ -67,7 +67,7 @@ def _prepare_folder(config: RunConfig) -> tuple[str, bool]:
 
 
 def test_three_processes_build_it_once(text: Path, tmp_path: Path) -> None:
-    config = small_config(data__text=str(text), data__cache=str(tmp_path))
+    config = small_config(data__text=str(text), data__cache_dir=str(tmp_path))
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         found = pool.map(_prepare_folder, [config] * 3)
     assert len({folder for folder, _reused in found}) == 1
@@ -76,7 +76,7 @@ def test_three_processes_build_it_once(text: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["shrunk", "gone"])
 def test_damaged_data_is_made_anew(text: Path, tmp_path: Path, damage: str) -> None:
-    config = small_config(data__text=str(text), data__cache=str(tmp_path))
+    config = small_config(data__text=str(text), data__cache_dir=str(tmp_path))
     first = prepare(config, ignore)
     victim = first.folder / "train.bin"
     whole = victim.read_bytes()
@@ -93,7 +93,7 @@ def test_damaged_data_is_made_anew(text: Path, tmp_path: Path, damage: str) -> N
 
 @pytest.mark.parametrize("manifest", ['{"fingerprint": "12', "{}", "null"])
 def test_a_damaged_manifest_is_made_anew(text: Path, tmp_path: Path, manifest: str) -> None:
-    config = small_config(data__text=str(text), data__cache=str(tmp_path))
+    config = small_config(data__text=str(text), data__cache_dir=str(tmp_path))
     first = prepare(config, ignore)
     (first.folder / "data.json").write_text(manifest)
     said: list[str] = []
@@ -104,7 +104,7 @@ def test_a_damaged_manifest_is_made_anew(text: Path, tmp_path: Path, manifest: s
 
 def test_a_failed_build_leaves_nothing_behind(text: Path, tmp_path: Path) -> None:
     config = small_config(
-        data__text=str(text), data__cache=str(tmp_path), data__vocab_size=1_000_000
+        data__text=str(text), data__cache_dir=str(tmp_path), data__vocab_size=1_000_000
     )
     with pytest.raises(UserError, match=r"data.vocab_size: 1000000 is too large"):
         prepare(config, ignore)
@@ -112,14 +112,14 @@ def test_a_failed_build_leaves_nothing_behind(text: Path, tmp_path: Path) -> Non
 
 
 def test_a_half_built_folder_is_not_used(text: Path, tmp_path: Path) -> None:
-    config = small_config(data__text=str(text), data__cache=str(tmp_path))
+    config = small_config(data__text=str(text), data__cache_dir=str(tmp_path))
     first = prepare(config, ignore)
     (first.folder / "data.json").unlink()
     assert not prepare(config, ignore).reused
 
 
 def test_another_tokenizer_may_be_given(prepared: PreparedData, text: Path, tmp_path: Path) -> None:
-    overrides = {"data__text": str(text), "data__cache": str(tmp_path)}
+    overrides = {"data__text": str(text), "data__cache_dir": str(tmp_path)}
     path = str(prepared.tokenizer_path)
     given = prepare(small_config(**overrides, data__tokenizer=path), ignore)
     assert given.tokenizer_path.read_bytes() == prepared.tokenizer_path.read_bytes()
@@ -131,7 +131,7 @@ def test_text_shorter_than_a_sequence(tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("".join(f"{word} {word * 3}\n" for word in map(chr, range(97, 123))) * 4)
     config = small_config(
-        data__text=str(path), data__cache=str(tmp_path / "cache"), data__vocab_size=320
+        data__text=str(path), data__cache_dir=str(tmp_path / "cache"), data__vocab_size=320
     )
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"seq_length": 100_000})}
@@ -142,8 +142,8 @@ def test_text_shorter_than_a_sequence(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written(text: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    config = small_config(data__text=str(text), data__cache=str(tmp_path / "file" / "cache"))
-    with pytest.raises(UserError, match=r"data.cache: cannot write .*Not a directory"):
+    config = small_config(data__text=str(text), data__cache_dir=str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=r"data.cache_dir: cannot write .*Not a directory"):
         prepare(config, ignore)
 
 
@@ -165,7 +165,7 @@ def test_a_tokenizer_that_loses_text_is_refused_unless_that_is_allowed(
 ) -> None:
     options: dict[str, Any] = {
         "data__text": str(text),
-        "data__cache": str(tmp_path / "cache"),
+        "data__cache_dir": str(tmp_path / "cache"),
         "data__tokenizer": str(foreign(tmp_path, text)),
     }
     with pytest.raises(UserError) as caught:
@@ -188,7 +188,7 @@ def test_a_tokenizer_that_loses_nothing_is_taken_in_silence(text: Path, tmp_path
         "remove_extra_whitespaces": False,
         "add_dummy_prefix": False,
     }
-    options = {"data__text": str(text), "data__cache": str(tmp_path / "cache")}
+    options = {"data__text": str(text), "data__cache_dir": str(tmp_path / "cache")}
     given = str(foreign(tmp_path, text, **whole))
     said: list[str] = []
     prepare(small_config(**options, data__tokenizer=given), said.append)
@@ -198,7 +198,7 @@ def test_a_tokenizer_that_loses_nothing_is_taken_in_silence(text: Path, tmp_path
 def test_a_tokenizer_without_an_end_is_named(text: Path, tmp_path: Path) -> None:
     given = foreign(tmp_path, text, eos_id=-1)
     config = small_config(
-        data__text=str(text), data__cache=str(tmp_path / "cache"), data__tokenizer=str(given)
+        data__text=str(text), data__cache_dir=str(tmp_path / "cache"), data__tokenizer=str(given)
     )
     with pytest.raises(UserError, match=rf"data\.tokenizer: {given} has no end-of-sentence piece"):
         prepare(config, ignore)
@@ -208,12 +208,12 @@ def test_a_log_that_fails_is_no_fault_of_the_cache(text: Path, tmp_path: Path) -
     def closed(_text: str) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    config = small_config(data__text=str(text), data__cache=str(tmp_path))
+    config = small_config(data__text=str(text), data__cache_dir=str(tmp_path))
     assert not prepare(config, closed).reused
 
 
 def test_whoever_waits_for_another_says_so(text: Path, tmp_path: Path) -> None:
-    config = small_config(data__text=str(text), data__cache=str(tmp_path))
+    config = small_config(data__text=str(text), data__cache_dir=str(tmp_path))
     folder = prepare(config, ignore).folder
     (folder / "data.json").unlink()
     said: list[str] = []
@@ -233,7 +233,7 @@ def test_a_fraction_is_offered_only_where_it_changes_something(tmp_path: Path) -
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(words)
     config = small_config(
-        data__text=str(tmp_path), data__cache=str(tmp_path / ".cache"), data__vocab_size=320
+        data__text=str(tmp_path), data__cache_dir=str(tmp_path / ".cache"), data__vocab_size=320
     )
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"seq_length": 100_000})}

@@ -38,11 +38,11 @@ class Mark:
 def cached(prepared: PreparedData, text: Path, tmp_path: Path) -> RunConfig:
     """The prepared data in a cache of this test's own."""
     shutil.copytree(prepared.folder.parent, tmp_path / "cache")
-    return small_config(data__text=str(text), data__cache=str(tmp_path / "cache"))
+    return small_config(data__text=str(text), data__cache_dir=str(tmp_path / "cache"))
 
 
 def folder_of(config: RunConfig) -> Path:
-    (folder,) = (path for path in config.data.cache.iterdir() if path.is_dir())
+    (folder,) = (path for path in config.data.cache_dir.iterdir() if path.is_dir())
     return folder
 
 
@@ -152,12 +152,12 @@ def test_files_behind_links_are_not_used(cached: RunConfig, tmp_path: Path, name
 def test_a_lock_that_is_a_link_is_not_followed(cached: RunConfig, tmp_path: Path) -> None:
     folder, thesis = folder_of(cached), tmp_path / "thesis.txt"
     thesis.write_text("years of work")
-    lock = cached.data.cache / f".{folder.name}.lock"
+    lock = cached.data.cache_dir / f".{folder.name}.lock"
     lock.unlink(missing_ok=True)
     lock.symlink_to(thesis)
     assert prepare(cached, ignore).reused
     (folder / "data.json").unlink()
-    with pytest.raises(UserError, match=r"data\.cache: cannot write .*\.lock: Too many levels"):
+    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write .*\.lock: Too many levels"):
         prepare(cached, ignore)
     assert thesis.read_text() == "years of work"
 
@@ -169,7 +169,7 @@ def test_an_index_that_does_not_fit_is_one_message(cached: RunConfig, at: int) -
     content = bytearray(index.read_bytes())
     content[at : at + 8] = b"\xff\xff\xff\x7f" * 2
     index.write_bytes(content)
-    with pytest.raises(UserError, match=r"train\.idx is no index of"):
+    with pytest.raises(UserError, match=r"train\.idx is not an index of"):
         SequenceDataset(index.with_suffix(""), 32, 1)
 
 
@@ -199,12 +199,12 @@ def test_another_user_may_use_what_he_cannot_write(cached: RunConfig, text: Path
     """Complete data needs no lock; missing data is one message."""
     with tempfile.TemporaryDirectory() as place:
         shutil.copytree(text, f"{place}/text")
-        shutil.copytree(cached.data.cache, f"{place}/cache")
+        shutil.copytree(cached.data.cache_dir, f"{place}/cache")
         for path in (Path(place), *Path(place).rglob("*")):
             path.chmod(0o755)
-        config = small_config(data__text=f"{place}/text", data__cache=f"{place}/cache")
+        config = small_config(data__text=f"{place}/text", data__cache_dir=f"{place}/cache")
         assert as_another(lambda: used(config).reused) == "True"
         (folder_of(config) / "data.json").unlink()
         said = as_another(lambda: prepare(config, ignore))
-        assert said.startswith("UserError: data.cache: cannot write")
+        assert said.startswith("UserError: data.cache_dir: cannot write")
         assert "Permission denied" in said

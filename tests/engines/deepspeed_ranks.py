@@ -28,7 +28,7 @@ def zero(stage: int, *, offload: bool = False, parameters: bool = False) -> dict
         "deepspeed__zero_stage": stage,
         "deepspeed__offload_optimizer": offload,
         "deepspeed__offload_parameters": parameters,
-        "deepspeed__bucket_elements": 20_000,  # several buckets, also in a small model
+        "deepspeed__bucket_size": 20_000,  # several buckets, also in a small model
     }
 
 

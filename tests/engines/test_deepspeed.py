@@ -124,7 +124,7 @@ def test_a_rollback_returns_to_the_checkpoint(name: str, tmp_path: Path) -> None
         **ENGINES[name],
         training__runs_dir=str(tmp_path / "runs"),
         training__steps=5,
-        data__cache=str(tmp_path / "data"),
+        data__cache_dir=str(tmp_path / "data"),
         data__text=torch.__file__,
         model__dropout=0.1,
         checkpoint__every=2,

@@ -100,7 +100,7 @@ def test_an_earlier_versions_checkpoint_takes_the_prepared_tokenizer(
 ) -> None:
     expected = text_of(run)
     without_tokenizers(run)
-    with pytest.raises(UserError, match=r"step_00000002 holds no tokenizer.* keel data build"):
+    with pytest.raises(UserError, match=r"step_00000002 has no tokenizer.* keel data build"):
         text_of(run)
     assert list(Path.cwd().iterdir()) == []
     (Path.cwd() / "data").symlink_to(trained.parent / "prepared")

@@ -73,7 +73,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_record(
     config = write_config(
         tmp_path,
         Path(argparse.__file__),
-        data__cache=str(tmp_path / "cache"),
+        data__cache_dir=str(tmp_path / "cache"),
         training__runs_dir=str(runs),
         training__validate_every=4,
         checkpoint__every=3,

@@ -23,7 +23,7 @@ SHAPE: dict[str, Any] = {
     "model__hidden_size": 128,
     "model__ffn_hidden_size": 256,
 }
-SMALL_BUCKETS = {"deepspeed__bucket_elements": 1000}
+SMALL_BUCKETS = {"deepspeed__bucket_size": 1000}
 BF16 = {"training__precision": "bf16"}
 # Stage 1 in fp32 drops the gradients of others before this looks; the plan counts them.
 BF16_RUNS = ("ZeRO 1", "ZeRO 2, optimizer offloaded", "ZeRO 3", "ZeRO 3, optimizer offloaded")

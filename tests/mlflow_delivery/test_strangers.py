@@ -187,7 +187,7 @@ def test_a_link_that_leads_out_of_a_folder_is_refused(
     (folder / name).symlink_to(to)
     before = sorted(home.rglob("*"))
     for refused in (lambda: sync(folder), lambda: check_folder(run)):
-        with pytest.raises(UserError, match=f"{name} is a link to {to}, outside of the run's"):
+        with pytest.raises(UserError, match=f"{name} links to {to}, outside the run's"):
             refused()
     assert sorted(home.rglob("*")) == before
 

@@ -160,7 +160,7 @@ def test_the_folder_says_how_it_ended(tmp_path: Path) -> None:
         tmp_path / "runs",
         "wild",
         training__steps=9,
-        data__cache=str(tmp_path / "data"),
+        data__cache_dir=str(tmp_path / "data"),
         data__text=torch.__file__,
         **WILD,
     )

@@ -242,7 +242,7 @@ def test_a_rollback_jumps_over_the_batches_since_the_checkpoint(tmp_path: Path) 
     sections = settings(
         training__runs_dir=str(tmp_path / "runs"),
         training__steps=5,
-        data__cache=str(tmp_path / "data"),
+        data__cache_dir=str(tmp_path / "data"),
         data__text=torch.__file__,
         parallel__pipeline=2,
         model__dropout=0.1,

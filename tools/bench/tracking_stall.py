@@ -223,7 +223,7 @@ def _sections(home: Path, name: str, steps: int, uri: str | None) -> dict[str, A
 
     return settings(
         data__text=argparse.__file__,
-        data__cache=str(home / "data"),
+        data__cache_dir=str(home / "data"),
         training__name=name,
         training__runs_dir=str(home / "runs"),
         training__steps=steps,

@@ -201,12 +201,12 @@ def deepspeed_config(config: RunConfig, data_parallel: int, device: str) -> dict
         "stage": own.zero_stage,
         "overlap_comm": device == "cuda",
         "contiguous_gradients": True,
-        "reduce_bucket_size": own.bucket_elements,
-        "allgather_bucket_size": own.bucket_elements,
-        "stage3_prefetch_bucket_size": own.bucket_elements,
-        "stage3_max_live_parameters": 4 * own.bucket_elements,
-        "stage3_max_reuse_distance": 4 * own.bucket_elements,
-        "sub_group_size": 4 * own.bucket_elements,
+        "reduce_bucket_size": own.bucket_size,
+        "allgather_bucket_size": own.bucket_size,
+        "stage3_prefetch_bucket_size": own.bucket_size,
+        "stage3_max_live_parameters": 4 * own.bucket_size,
+        "stage3_max_reuse_distance": 4 * own.bucket_size,
+        "sub_group_size": 4 * own.bucket_size,
         # Gains stay whole: a layer reads its neighbours' norms for the fused kernel, which ZeRO's
         # hooks on modules cannot see.
         "stage3_param_persistence_threshold": config.model.hidden_size,
