@@ -11,6 +11,9 @@ import os
 
 import torch
 
+from keel_megatron import compat
+
+compat.install()  # before Megatron-core is imported
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:

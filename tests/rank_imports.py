@@ -7,8 +7,9 @@ import warnings
 
 import torch._dynamo  # noqa: F401  (torch's optimizers ask for it)
 
-import keel_megatron.training.run  # noqa: F401
-import tests.conftest  # noqa: F401  (before Triton)
+import tests.conftest  # noqa: F401  (before Triton and Megatron-core)
+
+import keel_megatron.training.run  # noqa: F401  # isort: skip
 from keel_megatron.compat import cpu
 
 with warnings.catch_warnings():

@@ -1,10 +1,10 @@
-"""The optimizer's sharded state, around the traps of megatron-core 0.16.1."""
+"""The optimizer's sharded state, and back."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from keel_megatron.compat import adamw
 
 
 def sharded_optimizer_state(
@@ -19,18 +19,8 @@ def sharded_optimizer_state(
         is_loading: whether the state will be filled.
     """
     (inner,) = optimizer.chained_optimizers
-    if not isinstance(inner, Float16OptimizerWithFloat16Params):
+    with adamw.fp32_parameters_described(inner):
         return optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
-    # It looks up the half-precision parameters alone, and fails on those that are fp32 in a
-    # bf16 model: the norms' gains, which make up groups of their own.
-    half = inner.float16_groups
-    inner.float16_groups = [
-        [*low, *full] for low, full in zip(half, inner.fp32_from_fp32_groups, strict=True)
-    ]
-    try:
-        return optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
-    finally:
-        inner.float16_groups = half
 
 
 def load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
@@ -38,11 +28,6 @@ def load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
 
     The groups' settings (betas, epsilon, decay) stay as they are here: a run may change them
     between two starts, and torch's own `load_state_dict` would take those of the checkpoint.
-
-    With torch's AdamW, which counts its steps per parameter, the distributed optimizer looks in one
-    call for `step` among the sharded tensors, where it is not, so it is set aside while those are
-    loaded; and it gives all parameters one and the same counter, which each of them would then
-    advance.
     """
     (inner,) = optimizer.chained_optimizers
     own = [_settings(group) for group in inner.optimizer.param_groups]
@@ -52,13 +37,8 @@ def load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
     optimizer.load_state_dict(loaded)
     for group, settings in zip(inner.optimizer.param_groups, own, strict=True):
         group.update(settings)
-    if sharded is None:
-        return
-    states = inner.optimizer.state.values()
-    steps = [state.pop("step") for state in states]
-    inner.load_parameter_state_from_fully_reshardable(sharded)
-    for state, step in zip(states, steps, strict=True):
-        state["step"] = step.clone()
+    if sharded is not None:
+        adamw.load_parameter_state(inner, sharded)
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -15,18 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_outplace,
+    merge,
+    nested_values,
+)
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
     ShardedTensorFactory,
+    apply_factory_merges,
     is_main_replica,
 )
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.base import (
-    LoadCommonStrategy,
-    LoadShardedStrategy,
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.dist_checkpointing.validation import (
+    determine_global_metadata,
+    validate_sharding_integrity,
 )
 
 from keel_megatron.checkpoint.manifest import DamagedError, open_shards
@@ -177,7 +182,16 @@ def load_state(
     Raises:
         DamagedError: after all collectives, if a tensor is missing or not what it should be.
     """
-    return dist_checkpointing.load(state, str(folder), _Tensors(folder, tensors), _Common(common))
+    # The steps of `dist_checkpointing.load` of megatron-core 0.16.1 to 0.19, whose own way of
+    # reading files changes from release to release: 0.18 has no strategy for the common state.
+    reader = _Tensors(folder, tensors)
+    sharded, unsharded, factories = load_preprocess(state)
+    merge(common, unsharded)
+    sharded, _ = extract_sharded_base(sharded)
+    _, of_all_ranks = determine_global_metadata(sharded)
+    validate_sharding_integrity(of_all_ranks)
+    merge(common, dict_list_map_outplace(reader.value, sharded))
+    return apply_factory_merges(common, factories)
 
 
 class TensorReader:
@@ -203,30 +217,13 @@ class TensorReader:
         return self._tensors.value(item)
 
 
-class _Tensors(LoadShardedStrategy):
+class _Tensors:
     """Reads the parts that overlap with what a rank asks for."""
-
-    can_handle_sharded_objects = True
 
     def __init__(self, folder: Path, tensors: dict[str, Any]) -> None:
         self._folder = folder
         self._tensors = tensors
         self._files: dict[str, ShardFile] = {}
-
-    def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
-        """The state with tensors in place of their descriptions."""
-        del checkpoint_dir  # always the folder
-        return dict_list_map_outplace(self.value, sharded_state_dict)
-
-    def load_tensors_metadata(self, checkpoint_dir: Any) -> Any:
-        """Not needed: the index is here."""
-        raise NotImplementedError
-
-    def check_backend_compatibility(self, loaded_backend: Any) -> None:
-        """The manifest has the format."""
-
-    def check_version_compatibility(self, loaded_version: Any) -> None:
-        """The manifest has the format."""
 
     @torch.no_grad()
     def value(self, item: Any) -> Any:
@@ -288,27 +285,3 @@ def _overlap(
         there.append(slice(first - start, last - start))
         here.append(slice(first - begin, last - begin))
     return tuple(there), tuple(here)
-
-
-class _Common(LoadCommonStrategy):
-    """Hands over what is not sharded."""
-
-    can_handle_sharded_objects = True
-
-    def __init__(self, common: dict[str, Any]) -> None:
-        self._common = common
-
-    def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
-        """The state that is read already."""
-        del checkpoint_dir
-        return self._common
-
-    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> Any:
-        """There are none."""
-        raise NotImplementedError
-
-    def check_backend_compatibility(self, loaded_backend: Any) -> None:
-        """The manifest has the format."""
-
-    def check_version_compatibility(self, loaded_version: Any) -> None:
-        """The manifest has the format."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from keel_megatron import __version__
+from keel_megatron import __version__, compat
 from keel_megatron.cli import (
     bench,
     checkpoint,
@@ -90,6 +90,7 @@ def main() -> None:
     Training that has diverged exits the same way, with 65.
     """
     tolerate_consoles()
+    compat.install()
     if exit_codes.is_mistake():  # torchrun restarts the process nevertheless
         sys.exit(exit_codes.USER_ERROR)
     try:

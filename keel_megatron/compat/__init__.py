@@ -1,1 +1,18 @@
-"""Patches of megatron-core, torch and DeepSpeed."""
+"""Every patch of megatron-core, torch and DeepSpeed; docs/compat.md lists them.
+
+Importing the package patches nothing. A process that will import Megatron-core calls `install`
+first; the patches that need a device, a model or an optimizer are applied where those are made.
+"""
+
+from __future__ import annotations
+
+from keel_megatron.compat import late_compile, quiet
+
+
+def install() -> None:
+    """Install what must be there before Megatron-core is imported.
+
+    Calling it again changes nothing. It imports neither torch nor Megatron-core.
+    """
+    late_compile.install()
+    quiet.install()

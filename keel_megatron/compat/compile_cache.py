@@ -14,7 +14,9 @@ import shutil
 import stat
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from keel_megatron.compat.table import patch
 from keel_megatron.config.errors import UserError
 
 INDUCTOR, TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
@@ -22,6 +24,14 @@ CACHE = "KEEL_CACHE"
 _NAME = "compiled"
 
 
+@patch(
+    changes="the environment variables TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR, unless they "
+    "are set; `torch._inductor.config.cpp_cache_precompile_headers`",
+    why="torch executes what it finds in its cache, which by default has a name in the shared "
+    "temporary folder that anybody can take first; its precompiled headers stay there in any case",
+    needed_by="torch 2.9 to 2.13",
+    test="tests/compat/test_compile_cache.py::test_the_cache_is_the_users_alone",
+)
 def use() -> Path:
     """Let torch compile with the cache from now on; to be called before anything is compiled.
 
@@ -100,6 +110,20 @@ def _temporary() -> Path:
     folder = tempfile.mkdtemp(prefix="keel-compiled-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
+
+
+@patch(
+    changes="`torch._dynamo.config.recompile_limit`",
+    why="torch gives up on a function after 8 graphs; a block has one for each of its structures",
+    needed_by="torch 2.9 to 2.13",
+    test="tests/compat/test_compile_cache.py::test_more_graphs_are_allowed_and_never_fewer",
+)
+def allow_graphs(count: int) -> None:
+    """Let torch compile a function at least so many times."""
+    import torch
+
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, count)
 
 
 def _no_shared_headers() -> None:

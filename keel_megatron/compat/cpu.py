@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from keel_megatron.compat.table import patch
+
 _CPU = torch.device("cpu")
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "zeros_like", "empty_like")
@@ -48,6 +50,12 @@ MODULES = (
 )
 
 
+@patch(
+    changes="the name `torch` in Megatron-core's modules, and no others; on a CPU alone",
+    why="they make tensors on `cuda` and ask for the current CUDA device",
+    needed_by="megatron-core 0.16.1 to 0.19.2",
+    test="tests/runtime/test_runtime.py::test_torch_itself_is_left_alone_on_a_cpu",
+)
 def install() -> None:
     """Adapt Megatron-core to this process's CPU. Calling it again changes nothing."""
     with warnings.catch_warnings():
@@ -60,8 +68,8 @@ def install() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             vars(module)["torch"] = substitute
-    _adapt_generator()
-    _adapt_tensor()
+    adapt_generator()
+    adapt_tensor()
 
 
 class _CpuTorch(types.ModuleType):
@@ -109,7 +117,14 @@ def _cuda_namespace() -> types.ModuleType:
     return cuda
 
 
-def _adapt_generator() -> None:
+@patch(
+    changes="`_get_cuda_rng_state` and `_set_cuda_rng_state` of tensor_parallel.random, and a "
+    "filter of its log; on a CPU alone",
+    why="its generators of model parallel dropout and of recomputation are CUDA's",
+    needed_by="megatron-core 0.16.1 to 0.19.2",
+    test="tests/compat/test_cpu.py::test_forked_generators_draw_from_the_cpus",
+)
+def adapt_generator() -> None:
     """The generator that dropout draws from is the CPU's."""
     random = sys.modules["megatron.core.tensor_parallel.random"]
     checks: Any = random
@@ -129,7 +144,13 @@ def _adapt_generator() -> None:
     )
 
 
-def _adapt_tensor() -> None:
+@patch(
+    changes="`torch.Tensor.cuda` and `torch.Tensor.type`; on a CPU alone",
+    why="the optimizer moves tensors with `.cuda()` and compares `.type()` with CUDA's names",
+    needed_by="megatron-core 0.16.1 to 0.19.2",
+    test="tests/runtime/test_runtime.py::test_torch_itself_is_left_alone_on_a_cpu",
+)
+def adapt_tensor() -> None:
     """`.cuda()` stays where it is; `.type()` names the CUDA type that Megatron-core asserts."""
     tensor: Any = torch.Tensor
     plain_type = torch.Tensor.type

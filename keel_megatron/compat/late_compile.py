@@ -1,8 +1,9 @@
 """Import Megatron-core without torch's compiler.
 
-On import Megatron-core hands some fifty small functions to `torch.compile`, which imports Dynamo
-and Inductor for it: a thousand modules, 1.2 s of a core in every process. Hardly any is ever
-called: none on a CPU, SwiGLU's on CUDA. Here each is compiled at its first call instead.
+On import Megatron-core hands some fifty small functions to `torch.compile`, most of them through
+`megatron.core.jit.jit_fuser` and since 0.17 one in `transformer.moe.router` by itself. That imports
+Dynamo and Inductor: a thousand modules, 1.2 s of a core in every process. Hardly any function is
+ever called: none on a CPU, SwiGLU's on CUDA. Here each is compiled at its first call instead.
 """
 
 from __future__ import annotations
@@ -15,17 +16,28 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
-_MODULE = "megatron.core.jit"
-"""Where Megatron-core's modules take their decorator `jit_fuser` from."""
+from keel_megatron.compat.table import patch
+
+_MODULES = ("megatron.core.jit", "megatron.core.transformer.moe.router")
+"""Those that take `torch.compile` on import, for themselves or for others."""
 
 
+@patch(
+    changes="`torch.compile`, while `megatron.core.jit` and `transformer.moe.router` are imported",
+    why="they compile functions on import that are hardly ever called: 1.2 s in every process",
+    needed_by="megatron-core 0.16.1 to 0.19.2",
+    test="tests/compat/test_late_compile.py::test_the_trainer_is_imported_without_the_compiler",
+)
 def install() -> None:
-    """Let `megatron.core.jit` be imported like this from now on. It costs nothing by itself."""
-    sys.meta_path.insert(0, _Finder())
+    """Let Megatron-core be imported like this from now on. It costs nothing by itself."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
 
 
-def compile_late(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile(function)`, compiled when it is called for the first time."""
+def compile_late(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """`torch.compile(function, **options)`, compiled when it is called for the first time."""
+    if function is None:
+        return functools.partial(compile_late, **options)
     compiled: Callable[..., Any] | None = None
 
     @functools.wraps(function)
@@ -37,7 +49,7 @@ def compile_late(function: Callable[..., Any]) -> Callable[..., Any]:
             from keel_megatron.compat import compile_cache
 
             compile_cache.use()
-            compiled = torch.compile(function)
+            compiled = torch.compile(function, **options)
         return compiled(*args, **kwargs)
 
     return call
@@ -48,7 +60,7 @@ class _Finder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The module where it always was, with another loader."""
-        if fullname != _MODULE:
+        if fullname not in _MODULES:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and type(spec.loader) is SourceFileLoader:
@@ -58,6 +70,12 @@ class _Finder(MetaPathFinder):
 
 class _Loader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
-        """The module as it is, with `compile_late` for its decorator."""
-        super().exec_module(module)
-        module.jit_fuser = compile_late  # type: ignore[attr-defined]
+        """Execute the module with `compile_late` in torch.compile's place."""
+        import torch
+
+        compiler: Any = torch.compile
+        torch.compile = compile_late  # type: ignore[assignment]
+        try:
+            super().exec_module(module)
+        finally:
+            torch.compile = compiler

@@ -136,7 +136,7 @@ class Compiler:
 
     def __post_init__(self) -> None:
         compile_cache.use()
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
+        compile_cache.allow_graphs(KINDS)
         self._function = torch.compile(block, fullgraph=True, dynamic=False)
 
     def run(self, structure: Structure, *tensors: Any) -> tuple[Tensor, Tensor | None]:

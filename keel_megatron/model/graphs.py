@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keel_megatron.compat.modules import replace_forward
 from keel_megatron.config.errors import UserError
 
 Forward = Callable[..., Tensor]
@@ -52,8 +53,7 @@ def record_blocks(chunks: list[nn.Module], device: torch.device) -> None:
             "training.micro_batch_size"
         )
     for chunk in chunks:
-        decoder: Any = chunk.decoder
-        decoder.forward = GraphedForward(decoder)
+        replace_forward(chunk.decoder, GraphedForward(chunk.decoder))
 
 
 class GraphedForward:

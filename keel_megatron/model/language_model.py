@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
+from keel_megatron.compat.modules import replace_output_layer
 from keel_megatron.config.run import RunConfig
 from keel_megatron.layout.chunks import Layout
 from keel_megatron.layout.stages import Partition, own_partition
@@ -134,10 +135,8 @@ class LanguageModel(GPTModel):
             model.head_dim, model.rope_theta, run.data.seq_length, config.params_dtype
         )
         if self.post_process:
-            # GPTModel has built Megatron-core's, with all that a pipeline shares of it.
-            self.output_layer.__class__ = OutputLayer
-            own = self.output_layer.output_size_per_partition
-            self.output_layer.rows = run.kernels.rows_at_once(own)
+            head = replace_output_layer(self, OutputLayer)
+            head.rows = run.kernels.rows_at_once(head.output_size_per_partition)
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **rest: Any) -> Tensor:
         """What follows the blocks: losses [b, s] of the labels [b, s], without logits; or logits.

@@ -11,12 +11,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from keel_megatron.compat import modules
+
 
 class MLP(mlp.MLP):
     """W_down (silu(W_gate x) * (W_up x)); gate and up are one product.
 
     The modules (linear_fc1, linear_fc2) and their sharding are Megatron-core's.
     """
+
+    def __init__(self, config: Any, submodules: Any, **kwargs: Any) -> None:
+        super().__init__(config, submodules, **modules.mlp_arguments(config, kwargs))
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
         """The branch's output for its normalised input [s, b, h] ([s/TP, b, h] under SP)."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import socket
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 
+from keel_megatron import compat
 from keel_megatron.compat import cpu
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.parallel import ParallelConfig
@@ -133,7 +132,7 @@ def start(
     """
     launch = launch or Launch.from_environment()
     device = choose_device(training.device, launch.local_rank)
-    _quiet()
+    compat.install()
     if device.type == "cpu":
         cpu.install()
     else:
@@ -221,11 +220,3 @@ def _take_down() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _quiet() -> None:
-    """Megatron-core's and torch's remarks on what is deliberate here."""
-    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
-    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine).*not installed.*")
-    warnings.filterwarnings("ignore", message=r".*torch.distributed.* is deprecated.*")
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)

@@ -6,8 +6,6 @@ micro-batches but the last.
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -17,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from keel_megatron.compat import deepspeed_engine
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
@@ -84,7 +83,7 @@ class DeepSpeedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         accepted = accept(result) and result.finite
-        with nullcontext() if accepted else _refusing(self._optimizer):
+        with nullcontext() if accepted else deepspeed_engine.refusing(self._optimizer):
             model.step()
         if depth is not None:
             depth.after_update()
@@ -133,41 +132,19 @@ class DeepSpeedEngine:
         return float(total) / (count * self.runtime.data_size)
 
 
-@contextmanager
-def _refusing(optimizer: Any) -> Iterator[None]:
-    """Within the block ZeRO's step drops the gradients and keeps everything else as it is.
-
-    That is what it does with a step that overflows in fp16; all stages ask `overflow` after this
-    call.
-    """
-
-    def refuse(_overflow: bool = False) -> None:
-        optimizer.overflow = True
-
-    optimizer._update_scale = refuse
-    try:
-        yield
-    finally:
-        del optimizer._update_scale
-
-
 def require_deepspeed(device: torch.device) -> None:
     """Import DeepSpeed, for this kind of device and quietly.
 
     Raises:
         UserError: it is not installed.
     """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
-        import deepspeed
+        deepspeed_engine.import_for(device.type)
     except ImportError as error:
         raise UserError(
             f"training.engine: deepspeed needs DeepSpeed ({error}): after torch,\n  {INSTALL}\n"
             "or set training.engine: megatron"
         ) from None
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Compiled for minutes at the first use, on a CPU; without it gloo reduces.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class TensorParallelUnit:
@@ -234,21 +211,12 @@ def deepspeed_config(config: RunConfig, data_parallel: int, device: str) -> dict
 def _initialize(config: RunConfig, runtime: Runtime, model: nn.Module) -> Any:
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig
-    from deepspeed.runtime.engine import ZERO_OPTIMIZATION
-    from deepspeed.runtime.engine import DeepSpeedEngine as Engine
 
-    class OneZeroOptimizer(Engine):
-        """With ZeRO's optimizer in every case: bf16 and stage 1 would get another one."""
-
-        def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
-            del basic_optimizer
-            return ZERO_OPTIMIZATION
-
-    os.environ.setdefault("LOCAL_RANK", str(runtime.launch.local_rank))  # it reads it there alone
+    deepspeed_engine.set_local_rank(runtime.launch.local_rank)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
     unit = TensorParallelUnit()
     settings = deepspeed_config(config, runtime.data_size, runtime.device.type)
-    engine = OneZeroOptimizer(
+    engine = deepspeed_engine.zero_engine()(
         args=None,
         model=model,
         optimizer=_adam(config, model, runtime.device),

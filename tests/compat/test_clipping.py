@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from megatron.core.utils import local_multi_tensor_scale
+from megatron.core.optimizer import clip_grads
+from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
 from torch import Tensor
 
-from keel_megatron.engines.megatron.optimizer import _norm, _scale
+from keel_megatron.compat import clipping
+from keel_megatron.compat.clipping import _norm, _scale
 
 
 def gradients() -> list[Tensor]:
@@ -31,3 +33,14 @@ def test_a_list_is_scaled_to_the_last_bit_alike(in_place: bool) -> None:
     for found, expected, source in zip(targets, theirs, sources, strict=True):
         assert torch.equal(found, expected)
         assert in_place or torch.equal(source * 0.3, expected)
+
+
+def test_megatron_core_clips_with_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it would go through the tensors one by one; faster ones of Apex's stay."""
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm)
+    monkeypatch.setattr(clip_grads, "multi_tensor_scale_impl", local_multi_tensor_scale)
+    clipping.install()
+    assert (clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl) == (_norm, _scale)
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", "Apex's")
+    clipping.install()
+    assert clip_grads.l2_norm_impl == "Apex's"

@@ -1,0 +1,119 @@
+"""The table of patches: what each changes, why, for which versions, and which test needs it."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One row of docs/compat.md."""
+
+    name: str
+    """Module and function within `keel_megatron.compat`."""
+    changes: str
+    why: str
+    needed_by: str
+    """The versions of megatron-core, torch or DeepSpeed that were looked at and need it."""
+    test: str
+    """`path::function` of a test that fails without it."""
+
+
+_PATCHES: dict[str, Patch] = {}
+
+
+def patch(*, changes: str, why: str, needed_by: str, test: str) -> Callable[[F], F]:
+    """Enter a function into the table; the function itself stays as it is."""
+
+    def enter(function: F) -> F:
+        name = f"{function.__module__.removeprefix(__package__ + '.')}.{function.__name__}"
+        _PATCHES[name] = Patch(name, changes, why, needed_by, test)
+        return function
+
+    return enter
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """A private name of a library that is used as it is, and so may break with a new version."""
+
+    library: str
+    name: str
+    file: str
+    """In `keel_megatron/`."""
+    use: str
+
+
+PRIVATE_NAMES = (
+    PrivateName(
+        "megatron-core", "_INDEX_HEADER", "data/batches.py", "check an index file before mapping it"
+    ),
+    PrivateName(
+        "megatron-core",
+        "_get_model_param_range_map",
+        "engines/megatron/engine.py",
+        "find the elements of a parameter that this rank's optimizer owns",
+    ),
+    PrivateName(
+        "megatron-core",
+        "_postprocess",
+        "model/language_model.py",
+        "override the method of GPTModel that turns hidden states into losses",
+    ),
+    PrivateName(
+        "torch",
+        "torch._C._distributed_c10d",
+        "runtime/rendezvous.py",
+        "the types of the rendezvous stores",
+    ),
+    PrivateName(
+        "torch", "torch._dynamo.exc", "model/compiled.py", "recognise a failed compilation"
+    ),
+    PrivateName(
+        "deepspeed",
+        "_hp_mapping",
+        "engines/deepspeed/zero_pieces.py",
+        "find a parameter's fp32 fragment under ZeRO 1 and 2",
+    ),
+    PrivateName(
+        "deepspeed",
+        "_get_fp32_opt_state_partition",
+        "engines/deepspeed/zero_pieces.py",
+        "find a parameter's fp32 partition under ZeRO 3",
+    ),
+    PrivateName(
+        "deepspeed",
+        "_partition_all_parameters",
+        "engines/deepspeed/zero_pieces.py",
+        "rewrite the parameters after masters were loaded under ZeRO 3",
+    ),
+)
+
+
+def patches() -> list[Patch]:
+    """All rows, by name. Imports every module of the room, and with them torch."""
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{__package__}.{module.name}")
+    return [_PATCHES[name] for name in sorted(_PATCHES)]
+
+
+def markdown() -> str:
+    """The two tables of docs/compat.md."""
+    lines = ["| patch | changes | why | needed by | fails without it |", "|---|---|---|---|---|"]
+    lines += [
+        f"| `{row.name}` | {row.changes} | {row.why} | {row.needed_by} | `{row.test}` |"
+        for row in patches()
+    ]
+    lines += ["", "Private names that are used as they are:", ""]
+    lines += ["| library | name | file | use |", "|---|---|---|---|"]
+    lines += [
+        f"| {row.library} | `{row.name}` | `{row.file}` | {row.use} |" for row in PRIVATE_NAMES
+    ]
+    return "\n".join(lines)
