@@ -19,8 +19,8 @@ from keel_megatron.config import load_config
 from keel_megatron.layout.devices import DEVICES
 from keel_megatron.planner.plan import make_plan
 from tests.distributed import run_ranks
-from tests.engines.deepspeed_ranks import ENGINES, LAYOUTS, MEGATRON, watched_runs
-from tests.engines.zero_memory_ranks import held_bytes
+from tests.engines.deepspeed.memory_ranks import held_bytes
+from tests.engines.deepspeed.ranks import ENGINES, LAYOUTS, MEGATRON, watched_runs
 from tests.settings import settings, small_config
 from tests.training.matrix import deviation
 

@@ -1,1 +1,1 @@
-"""Engines: what makes a training step."""
+"""Engines: forward, backward and update of a training step."""

@@ -1,4 +1,4 @@
-"""What the training loop asks of an engine, and what every engine shares."""
+"""The engine protocol: what the training loop asks of an engine, and what all engines share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from keel_megatron.runtime.distributed import Runtime
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step found, the same on every rank."""
+    """Loss and gradient norm of one optimizer step, the same on every rank."""
 
     loss: float
     """Mean cross entropy of the global batch, in nats per token."""
@@ -27,7 +27,7 @@ class StepResult:
 
     @property
     def finite(self) -> bool:
-        """Whether both are; else the update is never made."""
+        """Whether both are finite; otherwise the update is never made."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
@@ -38,14 +38,14 @@ class DepthObserver(Protocol):
         """Around the passes."""
 
     def before_update(self) -> None:
-        """When the gradients are averaged."""
+        """Called when the gradients are averaged."""
 
     def after_update(self) -> None:
-        """When the weights are new."""
+        """Called when the weights are updated."""
 
 
 class Engine(Profiled, Protocol):
-    """Trains the model: all that the loop, the guard and the depth profiles ask for."""
+    """Trains the model; all that loop, guard, checkpoints and depth profiles use."""
 
     @property
     def state(self) -> Trained:
@@ -61,8 +61,8 @@ class Engine(Profiled, Protocol):
     ) -> StepResult:
         """Forward, backward and update on this replica's `count` micro-batches.
 
-        The update, with all that the optimizer keeps, is left out unless `accept` is true of what
-        the passes gave and that is finite; `accept` must say the same on every rank. `depth`
+        The update is made, and the optimizer's state changes, only if the result of the passes is
+        finite and `accept` returns true for it, which must be the same on every rank. `depth`
         observes the step, if it is given.
         """
 
@@ -70,8 +70,11 @@ class Engine(Profiled, Protocol):
         """Mean cross entropy in nats per token over `count` micro-batches a replica."""
 
 
-def speaks(parameter: nn.Parameter, runtime: Runtime) -> bool:
-    """Whether this tensor rank speaks for the parameter: gains are whole on each of them."""
+def owns(parameter: nn.Parameter, runtime: Runtime) -> bool:
+    """Whether this tensor rank owns its values of the parameter in sums over all ranks.
+
+    Norm weights are whole on every tensor rank; rank 0 owns them.
+    """
     return getattr(parameter, "tensor_model_parallel", False) or runtime.tensor_rank == 0
 
 

@@ -1,4 +1,4 @@
-"""The choice of an engine."""
+"""Builds the engine that the configuration names."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def build_engine(config: RunConfig, runtime: Runtime, chunks: list[nn.Module]) -
     Their blocks are compiled or recorded as `kernels` says.
 
     Raises:
-        UserError: it is not installed, or `kernels` asks for what cannot be had here.
+        UserError: the engine is not installed, or `kernels` asks for what this machine lacks.
     """
     if config.kernels.compile:
         compile_blocks(chunks, runtime.device)
     if config.kernels.cuda_graphs:
         record_blocks(chunks, runtime.device)
     if config.training.engine == "deepspeed":
-        # Imported late: DeepSpeed takes seconds, and may not be there.
+        # Imported late: DeepSpeed takes seconds to import, and may not be installed.
         from keel_megatron.engines.deepspeed.engine import DeepSpeedEngine
 
         return DeepSpeedEngine(config, runtime, chunks)

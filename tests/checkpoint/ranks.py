@@ -308,8 +308,8 @@ def digest(engine: Any) -> str:
         for name, parameter in chunk.named_parameters():
             take(name, parameter)
     if not hasattr(engine, "optimizer"):
-        for name, piece in engine.state.pieces():
-            take(name, piece)
+        for name, shard in engine.state.shards():
+            take(name, shard)
         found.update(str(engine.state.steps).encode())
         return found.hexdigest()
     for inner in engine.optimizer.chained_optimizers:

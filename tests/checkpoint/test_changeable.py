@@ -24,7 +24,7 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
 from keel_megatron.training.learning_rate import learning_rate
 from tests.checkpoint.ranks import Ran, full_at, poison, run_in_turn
-from tests.engines.deepspeed_ranks import needs_deepspeed
+from tests.engines.deepspeed.ranks import needs_deepspeed
 from tests.settings import settings
 
 SAVED, STEPS = 12, 16

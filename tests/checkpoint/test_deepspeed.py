@@ -11,7 +11,7 @@ import pytest
 from keel_megatron.checkpoint import folder, manifest
 from tests.checkpoint.ranks import Ran, run_in_turn
 from tests.checkpoint.test_resume import SAVED, forget_the_end, sections
-from tests.engines.deepspeed_ranks import needs_deepspeed, zero
+from tests.engines.deepspeed.ranks import needs_deepspeed, zero
 
 pytestmark = needs_deepspeed
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engines.deepspeed_ranks import needs_deepspeed, zero
+from tests.engines.deepspeed.ranks import needs_deepspeed, zero
 from tests.integration.commands import keel, write_config
 
 pytestmark = needs_deepspeed

@@ -14,8 +14,8 @@ from keel_megatron.planner.advice import smallest_change
 from keel_megatron.planner.plan import make_plan
 from keel_megatron.planner.search import search
 from tests.distributed import run_ranks
-from tests.engines.deepspeed_ranks import ENGINES, needs_deepspeed
-from tests.engines.zero_memory_ranks import held_bytes
+from tests.engines.deepspeed.memory_ranks import held_bytes
+from tests.engines.deepspeed.ranks import ENGINES, needs_deepspeed
 from tests.settings import settings, small_config
 
 SHAPE: dict[str, Any] = {

@@ -17,7 +17,7 @@ from keel_megatron.config.checks import problems
 from keel_megatron.config.errors import UserError
 from keel_megatron.model import compiled
 from tests.distributed import run_ranks
-from tests.engines.deepspeed_ranks import needs_deepspeed
+from tests.engines.deepspeed.ranks import needs_deepspeed
 from tests.settings import settings, small_config
 from tests.training.ranks import made_up_batches, observed_steps, train_steps
 

@@ -20,7 +20,7 @@ from keel_megatron.runtime import exit_codes
 from keel_megatron.training import run
 from tests.checkpoint.ranks import no_validation_loss, poison, run_in_turn, spoil
 from tests.distributed import run_ranks
-from tests.engines.deepspeed_ranks import needs_deepspeed
+from tests.engines.deepspeed.ranks import needs_deepspeed
 from tests.settings import settings
 
 ENGINES = [

@@ -1,8 +1,8 @@
-"""The DeepSpeed engine's state in the Megatron engine's words, and back.
+"""The DeepSpeed engine's state under the names of the Megatron engine's checkpoints, and back.
 
 Weights, masters and moments have the names and shapes that Megatron-core's distributed optimizer
-gives them, so either engine goes on from the other's checkpoint. Parameters go one by one: a rank
-never holds another whole model.
+gives them, so either engine resumes from the other's checkpoint. Parameters are collected one at a
+time: a rank never holds a second model.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from torch import Tensor, nn
 from keel_megatron.checkpoint.megatron_state import content_metadata
 from keel_megatron.checkpoint.sharding import TensorReader
 from keel_megatron.config.optimizer import OptimizerConfig
-from keel_megatron.engines.deepspeed.zero_pieces import MASTER, MOMENTS, Zero
+from keel_megatron.engines.deepspeed.zero_shards import MASTER, MOMENTS, ZeroShards
 
 STATES = (MASTER, *MOMENTS)
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A parameter and its place in the global tensor, as it was before ZeRO cut it."""
+class PlacedParameter:
+    """A parameter and its place in the global tensor, as it was before ZeRO sharded it."""
 
     name: str
-    parameter: nn.Parameter
+    weight: nn.Parameter
     shape: torch.Size
     dtype: torch.dtype
     place: Any
     """A ShardedTensor or a factory of them, without data."""
 
 
-def entries(model: nn.Module) -> list[_Entry]:
-    """The parameters of a model that ZeRO has not touched yet, with their places."""
+def placed_parameters(model: nn.Module) -> list[PlacedParameter]:
+    """The parameters of a model that ZeRO has not sharded yet, with their places."""
     sharded: dict[str, Any] = model.sharded_state_dict(metadata=content_metadata())  # type: ignore[operator]
     places = {
         id(item.data): item
@@ -49,7 +49,7 @@ def entries(model: nn.Module) -> list[_Entry]:
     found = []
     for name, parameter in model.named_parameters():
         place = replace(places[id(parameter)], data=None)
-        found.append(_Entry(name, parameter, parameter.shape, parameter.dtype, place))
+        found.append(PlacedParameter(name, parameter, parameter.shape, parameter.dtype, place))
     return found
 
 
@@ -58,48 +58,52 @@ class ZeroState:
 
     Args:
         settings: the optimizer's.
-        entries: the parameters with their places.
-        zero: where their state is.
-        group: the replicas' process group.
+        parameters: the model's, with their places.
+        shards: holds their state.
+        group: the data-parallel process group.
     """
 
     copies = True
 
     def __init__(
-        self, settings: OptimizerConfig, entries: list[_Entry], zero: Zero, group: Any
+        self,
+        settings: OptimizerConfig,
+        parameters: list[PlacedParameter],
+        shards: ZeroShards,
+        group: Any,
     ) -> None:
         self._settings = settings
-        self._entries = entries
-        self._zero = zero
+        self._parameters = parameters
+        self._shards = shards
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
 
     @property
     def steps(self) -> int:
         """Updates that the optimizer has counted."""
-        return self._zero.steps
+        return self._shards.steps
 
-    def pieces(self) -> Iterator[tuple[str, Tensor]]:
-        """All that this rank holds of masters and moments."""
-        for entry in self._entries:
+    def shards(self) -> Iterator[tuple[str, Tensor]]:
+        """All that this rank holds of masters and moments, by state and parameter."""
+        for one in self._parameters:
             for name in STATES:
-                piece = self._zero.state(entry.parameter, name)
-                if piece is not None:
-                    yield f"{name} {entry.name}", piece.values
+                shard = self._shards.state(one.weight, name)
+                if shard is not None:
+                    yield f"{name} {one.name}", shard.values
 
     def to_save(self) -> dict[str, Any]:
-        """As `Trained.to_save`; every replica keeps its share of the tensors, in host memory."""
+        """As `Trained.to_save`; every replica saves its share of the tensors, from host memory."""
         weights: dict[str, Any] = {}
         optimizer: dict[str, Any] = {}
-        for number, entry in enumerate(self._entries):
+        for number, one in enumerate(self._parameters):
             owner = number % self._size
             for name in STATES:
-                whole = self._zero.collect(entry.parameter, entry.shape, name, owner)
+                whole = self._shards.collect(one.weight, one.shape, name, owner)
                 if whole is None:
                     continue
                 whole = whole.cpu()
-                optimizer[f"{number}.{name}"] = _optimizer_tensor(entry, whole, name)
+                optimizer[f"{number}.{name}"] = _optimizer_tensor(one, whole, name)
                 if name == MASTER:
-                    weights[entry.name] = _with(entry.place, whole.to(entry.dtype))
+                    weights[one.name] = _with(one.place, whole.to(one.dtype))
         return {
             "model0": weights,
             "optimizer": {
@@ -110,7 +114,7 @@ class ZeroState:
         }
 
     def _groups(self) -> list[dict[str, Any]]:
-        """The groups of Megatron-core's optimizer, as far as they say anything."""
+        """The parameter groups as Megatron-core's optimizer would save them."""
         settings = self._settings
         return [
             {
@@ -127,28 +131,28 @@ class ZeroState:
         ]
 
     def read(self, path: Path, index: dict[str, Any], common: dict[str, Any]) -> Any:
-        """As `Trained.read`; this replica's pieces are filled in place."""
+        """As `Trained.read`; this replica's shards are filled in place."""
         reader = TensorReader(path, index)
-        for entry in self._entries:
+        for one in self._parameters:
             for name in STATES:
-                piece = self._zero.state(entry.parameter, name)
-                if piece is None:
+                shard = self._shards.state(one.weight, name)
+                if shard is None:
                     continue
-                empty = torch.empty(entry.shape, dtype=torch.float32)
-                whole = reader.read(_optimizer_tensor(entry, empty, name))
-                self._zero.put(entry.parameter, name, whole)
+                empty = torch.empty(one.shape, dtype=torch.float32)
+                whole = reader.read(_optimizer_tensor(one, empty, name))
+                self._shards.put(one.weight, name, whole)
         return common
 
     def apply(self, loaded: Any) -> None:
         """As `Trained.apply`."""
         steps = {int(group["step"]) for group in loaded["optimizer"]["optimizer"]["param_groups"]}
-        self._zero.set_steps(max(steps))
-        self._zero.spread_masters()
+        self._shards.set_steps(max(steps))
+        self._shards.spread_masters()
 
 
-def _optimizer_tensor(entry: _Entry, whole: Tensor, name: str) -> Any:
+def _optimizer_tensor(one: PlacedParameter, whole: Tensor, name: str) -> Any:
     prefix = f"optimizer.state.{name}"
-    return make_sharded_optimizer_tensor(_mine(entry.place), whole, prefix)
+    return make_sharded_optimizer_tensor(_mine(one.place), whole, prefix)
 
 
 def _with(place: Any, whole: Tensor) -> Any:

@@ -19,9 +19,9 @@ from keel_megatron.compat import deepspeed_engine
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
-from keel_megatron.engines.base import DepthObserver, StepResult, mean_loss, speaks
-from keel_megatron.engines.deepspeed.checkpoint_state import ZeroState, entries
-from keel_megatron.engines.deepspeed.zero_pieces import MASTER, Zero
+from keel_megatron.engines.base import DepthObserver, StepResult, mean_loss, owns
+from keel_megatron.engines.deepspeed.checkpoint_state import ZeroState, placed_parameters
+from keel_megatron.engines.deepspeed.zero_shards import MASTER, ZeroShards
 from keel_megatron.runtime.distributed import Runtime
 
 INSTALL = "DS_BUILD_OPS=0 pip install --no-build-isolation 'keel-megatron[deepspeed]'"
@@ -45,14 +45,14 @@ class DeepSpeedEngine:
         self.runtime = runtime
         self.chunks = chunks
         (model,) = chunks
-        parameters = entries(model)  # before ZeRO cuts them
+        parameters = placed_parameters(model)  # before ZeRO shards them
         self._model: Any = _initialize(config, runtime, model)
         self._optimizer: Any = self._model.optimizer
         stage = config.deepspeed.zero_stage
         group = parallel_state.get_data_parallel_group()
-        self._zero = Zero(self._optimizer, stage, group, runtime.device)
-        self._zero.allocate_moments()
-        self.state = ZeroState(config.optimizer, parameters, self._zero, group)
+        self._shards = ZeroShards(self._optimizer, stage, group, runtime.device)
+        self._shards.allocate_moments()
+        self.state = ZeroState(config.optimizer, parameters, self._shards, group)
 
     def train_step(
         self,
@@ -79,7 +79,7 @@ class DeepSpeedEngine:
                     model.step()  # counts the micro-batch
         if depth is not None:
             depth.before_update()
-        result = StepResult(self._mean(total, count), self._zero.gradient_norm())
+        result = StepResult(self._mean(total, count), self._shards.gradient_norm())
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         accepted = accept(result) and result.finite
@@ -100,14 +100,14 @@ class DeepSpeedEngine:
 
     def own_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """As `Engine.own_gradient`."""
-        piece = self._zero.gradient(parameter) if speaks(parameter, self.runtime) else None
-        return None if piece is None else piece.values
+        shard = self._shards.gradient(parameter) if owns(parameter, self.runtime) else None
+        return None if shard is None else shard.values
 
     def own_weight(self, parameter: nn.Parameter) -> Tensor:
         """As `Engine.own_weight`."""
-        piece = self._zero.state(parameter, MASTER)
-        assert piece is not None
-        return piece.values
+        shard = self._shards.state(parameter, MASTER)
+        assert shard is not None
+        return shard.values
 
     @contextmanager
     def _span(self, name: str) -> Iterator[None]:
@@ -184,8 +184,8 @@ def deepspeed_config(config: RunConfig, data_parallel: int, device: str) -> dict
         "stage3_max_live_parameters": 4 * own.bucket_size,
         "stage3_max_reuse_distance": 4 * own.bucket_size,
         "sub_group_size": 4 * own.bucket_size,
-        # Gains stay whole: a layer reads its neighbours' norms for the fused kernel, which ZeRO's
-        # hooks on modules cannot see.
+        # Norm weights stay whole: the fused kernel of a layer reads its neighbours' norms, which
+        # ZeRO's hooks on modules cannot see.
         "stage3_param_persistence_threshold": config.model.hidden_size,
     }
     if own.offload_optimizer:
@@ -235,7 +235,7 @@ def _initialize(config: RunConfig, runtime: Runtime, model: nn.Module) -> Any:
 
 
 def _adam(config: RunConfig, model: nn.Module, device: torch.device) -> Any:
-    """AdamW where the state will live; gains without decay, as Megatron-core groups them."""
+    """AdamW on the device of its state; no decay of norm weights, as Megatron-core groups them."""
     settings = config.optimizer
     parameters = list(model.parameters())
     groups = [

@@ -1,1 +1,1 @@
-"""The Megatron-core engine."""
+"""The Megatron engine."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from keel_megatron.checkpoint.megatron_state import MegatronState
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
-from keel_megatron.engines.base import DepthObserver, StepResult, mean_loss, speaks
+from keel_megatron.engines.base import DepthObserver, StepResult, mean_loss, owns
 from keel_megatron.engines.megatron.optimizer import (
     build_optimizer,
     set_learning_rate,
@@ -95,12 +95,12 @@ class MegatronEngine:
         """As `Engine.own_gradient`.
 
         After `finalize_model_grads` of megatron-core 0.16.1 `main_grad` is fp32 and averaged over
-        the replicas: everywhere without the distributed optimizer (replica 0 speaks), but with it
+        the replicas: everywhere without the distributed optimizer (replica 0 owns it), but with it
         only in the shard of the buffer that the rank's optimizer owns, because gradients are
-        reduce-scattered and the rest of the buffer keeps the replica's own. Shards do not heed
-        parameters' ends.
+        reduce-scattered and the rest of the buffer keeps the replica's own. Shards may end
+        within a parameter.
         """
-        own = self._own(parameter) if speaks(parameter, self.runtime) else None
+        own = self._own(parameter) if owns(parameter, self.runtime) else None
         return None if own is None else parameter.main_grad.view(-1)[own]  # type: ignore[attr-defined]
 
     def own_weight(self, parameter: nn.Parameter) -> Tensor:
@@ -114,7 +114,7 @@ class MegatronEngine:
         return main.detach().view(-1) if sharded else main.detach().view(-1)[own]
 
     def _own(self, parameter: nn.Parameter) -> slice | None:
-        """Elements of the flat parameter whose gradient is reduced here and counted here."""
+        """Elements of the flat parameter whose reduced gradient this rank owns; None if none."""
         if not self.config.parallel.distributed_optimizer:
             return slice(None) if self.runtime.data_rank == 0 else None
         for optimizer in self.optimizer.chained_optimizers:

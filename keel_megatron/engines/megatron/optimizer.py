@@ -31,7 +31,7 @@ def wrap_data_parallel(config: RunConfig, chunks: list[nn.Module]) -> list[Any]:
 
 
 def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> Any:
-    """AdamW over the wrapped chunks; fp32 masters under bf16; norm gains without decay.
+    """AdamW over the wrapped chunks; fp32 masters under bf16; no decay of norm weights.
 
     Its moments are allocated here, so memory runs out now or never, and a checkpoint finds where
     to go.
@@ -60,7 +60,7 @@ def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> A
 
 
 def set_learning_rate(optimizer: Any, config: RunConfig, value: float) -> None:
-    """Give every parameter group this learning rate, and its decay (none for norm gains)."""
+    """Give every parameter group this learning rate, and its decay (none for norm weights)."""
     for group in optimizer.param_groups:
         group["lr"] = value * group["lr_mult"]
         group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]

@@ -1,9 +1,9 @@
-"""What DeepSpeed's ZeRO keeps of a parameter on this rank, the same way for every stage.
+"""The shards of parameters that ZeRO keeps on this rank, with one interface for all stages.
 
-ZeRO flattens the parameters and deals the flat fp32 masters and moments out to the replicas. Under
-stages 1 and 2 (`stage_1_and_2.py`, deepspeed 0.19.8) a group of parameters is one long tensor, cut
-where it happens to be cut: a rank holds a piece of a parameter, or all of it, or nothing. Under
-stage 3 (`stage3.py`) every parameter is cut into equal pieces, the last of them padded.
+ZeRO flattens the parameters and shards their fp32 masters and moments over the replicas. Under
+stages 1 and 2 (`stage_1_and_2.py`, deepspeed 0.19.8) a group of parameters is one long tensor that
+is split without regard to parameters: a rank holds part of a parameter, all of it, or nothing.
+Under stage 3 (`stage3.py`) every parameter is split into equal shards, the last of them padded.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A rank's piece of a flat parameter, its gradient or its optimizer state."""
+class Shard:
+    """A rank's shard of a flat parameter, its gradient or its optimizer state."""
 
     start: int
     values: Tensor
-    """Flat; where ZeRO itself keeps them, so that writing here changes them."""
+    """[n], ZeRO's own memory: writing here changes its state."""
 
 
-class Zero:
-    """Reads and writes the pieces that this rank holds.
+class ZeroShards:
+    """Reads and writes the shards that this rank holds.
 
     Args:
         optimizer: DeepSpeed's, around an AdamW.
         stage: of ZeRO.
-        group: the replicas' process group.
-        device: of the passes.
+        group: the data-parallel process group.
+        device: of the forward and backward passes.
     """
 
     def __init__(self, optimizer: Any, stage: int, group: Any, device: torch.device) -> None:
@@ -45,19 +45,19 @@ class Zero:
         self._rank = dist.get_rank(group)
         self._device = device
 
-    def state(self, parameter: nn.Parameter, name: str) -> Piece | None:
-        """This rank's piece of the master (`MASTER`) or of a moment; None if it has none."""
+    def state(self, parameter: nn.Parameter, name: str) -> Shard | None:
+        """This rank's shard of the master (`MASTER`) or of a moment; None if it has none."""
         key = None if name == MASTER else name
         if self._stage < 3:
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:
                 return None
-            return Piece(mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).detach())
+            return Shard(mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).detach())
         values, _group = self._optimizer._get_fp32_opt_state_partition(parameter, False, key)
         return self._unpadded(parameter, values.detach())
 
-    def gradient(self, parameter: nn.Parameter) -> Piece | None:
-        """This rank's piece of the averaged gradient; from the last backward pass to the step."""
+    def gradient(self, parameter: nn.Parameter) -> Shard | None:
+        """This rank's shard of the averaged gradient; from the last backward pass to the step."""
         if self._stage < 3:
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:
@@ -65,14 +65,14 @@ class Zero:
             address = mapping.lp_fragment_address
             index = parameter._index_in_param_group  # type: ignore[attr-defined]
             values = mapping.get_lp_grad_fragment(index).detach().flatten()
-            return Piece(address.start, values[: address.numel])
+            return Shard(address.start, values[: address.numel])
         values, _group = self._optimizer._get_fp32_grad_state_partition(parameter, True)
         return self._unpadded(parameter, values.detach().flatten())
 
-    def _unpadded(self, parameter: Any, values: Tensor) -> Piece | None:
+    def _unpadded(self, parameter: Any, values: Tensor) -> Shard | None:
         start = values.numel() * self._rank
         count = min(values.numel(), parameter.ds_numel - start)
-        return Piece(start, values[:count]) if count > 0 else None
+        return Shard(start, values[:count]) if count > 0 else None
 
     def collect(
         self, parameter: nn.Parameter, shape: torch.Size, name: str, owner: int
@@ -81,30 +81,30 @@ class Zero:
 
         Collective over the replicas.
         """
-        piece = self.state(parameter, name)
-        # As whole numbers: 0 + x is x for all of them, while 0.0 + -0.0 is 0.0.
+        shard = self.state(parameter, name)
+        # As integers: 0 + x is x for all of them, while 0.0 + -0.0 is 0.0.
         whole = torch.zeros(shape.numel(), dtype=torch.int32, device=self._device)
-        if piece is not None:
-            end = piece.start + piece.values.numel()
-            whole[piece.start : end] = piece.values.view(torch.int32).to(self._device)
+        if shard is not None:
+            end = shard.start + shard.values.numel()
+            whole[shard.start : end] = shard.values.view(torch.int32).to(self._device)
         dist.reduce(whole, group=self._group, group_dst=owner)
         return whole.view(torch.float32).view(shape) if self._rank == owner else None
 
     def put(self, parameter: nn.Parameter, name: str, whole: Tensor) -> None:
-        """Keep this rank's piece of a whole master or moment."""
-        piece = self.state(parameter, name)
-        if piece is not None:
-            flat = whole.flatten()[piece.start : piece.start + piece.values.numel()]
-            piece.values.copy_(flat)
+        """Keep this rank's shard of a whole master or moment."""
+        shard = self.state(parameter, name)
+        if shard is not None:
+            flat = whole.flatten()[shard.start : shard.start + shard.values.numel()]
+            shard.values.copy_(flat)
 
     @torch.no_grad()
     def spread_masters(self) -> None:
-        """Make the parameters of the passes what the masters say; collective over the replicas."""
+        """Copy the masters into the parameters of the passes; collective over the replicas."""
         optimizer = self._optimizer
         if self._stage < 3:
             optimizer.update_lp_params()
             return
-        optimizer._partition_all_parameters()  # what is whole would be taken for up to date
+        optimizer._partition_all_parameters()  # a gathered parameter would count as up to date
         for number in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
         if optimizer.persistent_parameters:
@@ -112,7 +112,7 @@ class Zero:
 
     @torch.no_grad()
     def allocate_moments(self) -> None:
-        """What AdamW would allocate in its first step, so that a checkpoint finds where to go."""
+        """Allocate what AdamW would in its first step, so that a checkpoint can be read into it."""
         adam = self._optimizer.optimizer
         if self._stage < 3:
             flats = self._optimizer.single_partition_of_fp32_groups
@@ -138,7 +138,7 @@ class Zero:
         return max(int(state["step"]) for state in self._optimizer.optimizer.state.values())
 
     def set_steps(self, count: int) -> None:
-        """Let Adam count on from there."""
+        """Set Adam's count of updates."""
         for state in self._optimizer.optimizer.state.values():
             if torch.is_tensor(state["step"]):
                 state["step"].fill_(count)

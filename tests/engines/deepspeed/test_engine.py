@@ -12,7 +12,7 @@ import torch
 import yaml
 from keel_megatron.config.checks import problems
 from tests.distributed import run_ranks
-from tests.engines.deepspeed_ranks import (
+from tests.engines.deepspeed.ranks import (
     ENGINES,
     LAYOUTS,
     MEGATRON,
