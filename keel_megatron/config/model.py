@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from keel_megatron.architecture.residual import RULES
+from keel_megatron.architecture.residual import RULES, rules_with
 from keel_megatron.config.base import Section
 
 
@@ -18,6 +18,10 @@ def _known_rule(name: Any) -> Any:
             "unknown_rule", "must be one of {rules}", {"rules": ", ".join(RULES)}
         )
     return name
+
+
+def _exponents() -> str:
+    return ", ".join(f"{RULES[name].alpha_exponent:g} for {name}" for name in rules_with("alpha"))
 
 
 def _rules_schema(schema: dict[str, Any]) -> None:
@@ -59,14 +63,15 @@ class ModelConfig(Section):
         default="v2",
         description=(
             "Norms of Keel's first block. v2: the first attention has no outer norm. v1: the "
-            "first attention and the first FFN have none. Applies to residual: keel only."
+            "first attention and the first FFN have none. Applies to residual: "
+            f"{', '.join(rules_with('first_block'))}."
         ),
     )
     alpha: Literal["auto"] | float = Field(
         default="auto",
         description=(
-            "Scale of the skip path. auto: the rule's own value, such as L = 2 x blocks for "
-            "keel and L^0.25 for deepnorm. Rules without a scale accept only auto."
+            "Scale of the skip path. auto: L^p with L = 2 x blocks and p = "
+            f"{_exponents()}. Other rules accept only auto."
         ),
     )
     final_norm: bool = Field(
