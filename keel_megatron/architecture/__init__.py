@@ -1,1 +1,1 @@
-"""What a model is, in plain values: no torch, no configuration, so that every room may ask it."""
+"""What a model is, in plain values: no torch, no configuration, so every package may import it."""

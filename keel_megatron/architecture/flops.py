@@ -2,7 +2,7 @@
 
 A product of an [m, k] and a [k, n] matrix counts 2 m k n. Causal attention counts the half of the
 s x s products that the mask leaves; norms, rotary embedding, SwiGLU's element-wise part and
-softmax are left out, as is recomputation.
+softmax are not counted, and neither is recomputation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def block_forward_flops(model: ModelShape, seq_length: int) -> float:
 
 
 def attention_score_flops(model: ModelShape, seq_length: int) -> float:
-    """Of these, the products of queries with keys and of weights with values, per token."""
+    """The part of `block_forward_flops` in the products of attention scores and values, per token."""
     # Token t attends to t + 1 keys: (s + 1) / 2 on average, for scores and for values.
     return 2.0 * 2.0 * model.num_attention_heads * model.head_dim * (seq_length + 1) / 2.0
 

@@ -28,7 +28,7 @@ Inner = Literal["norm", "vector", "none"]
 
 
 class Model(Protocol):
-    """What the rules ask of a model; the section `model` of a configuration has it."""
+    """What the rules read of a model; the section `model` of a configuration has it."""
 
     @property
     def residual(self) -> str:

@@ -38,13 +38,13 @@ def steps(run_folder: Path) -> list[int]:
 
 
 def latest(run_folder: Path) -> Path | None:
-    """The newest published checkpoint, or None; `find` says whether it is good."""
+    """The newest published checkpoint, or None; `resume.newest_good` checks it."""
     found = steps(run_folder)
     return step_folder(run_folder, found[-1]) if found else None
 
 
 def remains(run_folder: Path) -> list[Path]:
-    """Folders of saves that never ended, and of checkpoints whose step was saved again."""
+    """Folders of unfinished saves, and of checkpoints whose step was saved again."""
     if not root(run_folder).is_dir():
         return []
     return sorted(
@@ -94,7 +94,7 @@ def prune(
     keep: int,
     keep_every: int = 0,
     spare: Collection[int] = (),
-    anomaly: int | None = None,
+    anomaly_step: int | None = None,
     is_whole: Callable[[Path], bool] = lambda _path: True,
 ) -> list[Path]:
     """Remove all but the newest `keep` checkpoints and those kept for good; the removed ones.
@@ -104,7 +104,7 @@ def prune(
         keep: how many of the newest stay.
         keep_every: checkpoints of multiples of so many steps stay too; 0 = none.
         spare: steps of damaged ones: neither counted nor removed.
-        anomaly: step at which training went wrong, if it did lately (`training.guard.Guard`): the
+        anomaly_step: the first step of an anomaly that is not over (`training.guard.Guard`): the
             newest checkpoint from before it stays too.
         is_whole: whether a folder is the checkpoint that its name says; what is not is neither
             counted nor removed.
@@ -121,7 +121,7 @@ def prune(
     before, removable = None, []
     for step in reversed(good):
         kept_for_good = bool(keep_every) and step % keep_every == 0
-        may_be_before = before is None and anomaly is not None and step < anomaly
+        may_be_before = before is None and anomaly_step is not None and step < anomaly_step
         if whole >= keep and kept_for_good and not may_be_before:
             continue  # not looked into: there may be many
         if not is_whole(step_folder(run_folder, step)):

@@ -55,7 +55,7 @@ _PLACES = ("data.text", "data.tokenizer")
 def claim(config: RunConfig) -> None:
     """Make the run's folder this run's, keeping its resolved configuration there.
 
-    A folder in which no step was made yet is free to be taken over.
+    A folder without a single step may be claimed by any run.
 
     Raises:
         UserError: the folder holds another run, or cannot be written.
@@ -86,7 +86,7 @@ def check_folder(config: RunConfig) -> None:
 
 
 def check_identity(saved: Path, config: RunConfig) -> None:
-    """Refuse to go on with a run under a configuration that makes it another run.
+    """Refuse to resume a run under a configuration that makes it another run.
 
     Raises:
         UserError: with every difference, and what may differ.

@@ -1,4 +1,4 @@
-"""Python state as JSON and back: what is not a sharded tensor, without a pickle.
+"""JSON codec for Python state that is not a sharded tensor, instead of pickle.
 
 Numbers, text, None, lists and dicts with text keys are themselves; a tuple, tensor, NumPy array
 or dict with other keys is a mapping of one tagged entry. Floats come back to the last bit.

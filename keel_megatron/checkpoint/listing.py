@@ -1,4 +1,4 @@
-"""What a run's checkpoints are, for people: no torch, nothing is loaded."""
+"""Descriptions of a run's checkpoints: no torch, nothing is loaded."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def describe(run_folder: Path, step: int | None) -> list[str]:
 def prune_run(run_folder: Path, keep: int, keep_every: int, *, damaged: bool) -> list[Path]:
     """Remove old checkpoints, judged by reading all of them; the removed ones.
 
-    After an anomaly that the newest good one knows of, the newest from before it stays.
+    After an anomaly that the newest good one records, the newest from before it stays.
     Not for a run that is being trained now: what it writes at this moment looks half-written.
 
     Args:
@@ -159,7 +159,7 @@ def _description(path: Path, files: int, state: dict[str, Any]) -> list[str]:
         f"checkpoint  {path}",
         f"step        {state['step']}",
         f"samples     {state['consumed_samples']}",
-        f"layout      {layout} on {state['device']} (any other can go on from it)",
+        f"layout      {layout} on {state['device']} (any layout can resume from it)",
         f"files       {files} and {MANIFEST}, {_size(path) / 1e6:,.2f} MB",
         f"data        {state['data'].get('fingerprint', 'unknown')}",
         f"also keeps  {parts or 'nothing'}",

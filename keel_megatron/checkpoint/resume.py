@@ -70,8 +70,8 @@ def newest_good(run_folder: Path, runtime: Runtime, multiple_of: int = 1) -> Res
     if damaged:
         raise UserError(
             "\n".join(remarks)
-            + f"\nno checkpoint of {run_folder} is good; to start the run anew, move that folder "
-            "away or give training.name another name",
+            + f"\nno checkpoint of {run_folder} is good; to start the run from step 0, move that "
+            "folder away or change training.name",
             reported=not runtime.is_main,
         )
     return ResumePoint(remarks=tuple(remarks))

@@ -1,4 +1,4 @@
-"""Saving while the run goes on: snapshot, write in the background, publish at a later step."""
+"""Saving while training continues: snapshot, write in the background, publish at a later step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank says of its file."""
+    """What a rank reports of its file."""
 
     record: FileRecord | None = None
     places: dict[str, Place] | None = None
@@ -40,7 +40,7 @@ class _Report:
 
 
 class _Writer(threading.Thread):
-    """Writes this rank's file. A daemon: an end of the process does not wait for it."""
+    """Writes this rank's file. A daemon thread: the process may end before it."""
 
     def __init__(self, path: Path, content: Snapshot) -> None:
         super().__init__(name="checkpoint-writer", daemon=True)
@@ -67,7 +67,7 @@ class _Writer(threading.Thread):
 
 @dataclass
 class _Pending:
-    """A save on its way."""
+    """A save that is not published yet."""
 
     content: Snapshot
     writer: _Writer
@@ -130,7 +130,7 @@ class Saver:
         position: Position,
         extras: dict[str, Any],
     ) -> None:
-        """Begin the checkpoint of `position`, after the one that may still be on its way.
+        """Begin the checkpoint of `position`, after finishing the one that is pending.
 
         Raises:
             DivergedError: a weight, or what the optimizer keeps of it, is not finite.
@@ -165,7 +165,7 @@ class Saver:
             self._pending.stall += time.perf_counter() - begun
 
     def poll(self) -> None:
-        """Publish the checkpoint on its way if every rank has written its file.
+        """Publish the pending checkpoint if every rank has written its file.
 
         Raises:
             DivergedError: a weight, or what the optimizer keeps of it, is not finite.
@@ -180,7 +180,7 @@ class Saver:
             self._settle(begun)
 
     def finish(self) -> None:
-        """Wait for the checkpoint on its way, and publish it.
+        """Wait for the pending checkpoint, and publish it.
 
         Raises:
             DivergedError: a weight, or what the optimizer keeps of it, is not finite.
@@ -334,11 +334,11 @@ class Saver:
         self.failure = problem
         if self._config.checkpoint.on_error == "stop":
             raise UserError(
-                f"{problem}\nthe run stops (checkpoint.on_error = stop; continue would go on)",
+                f"{problem}\nthe run stops (checkpoint.on_error: stop)",
                 reported=not self._runtime.is_main,
             )
         self._tracker.say(
-            f"WARNING: {problem}\nthe run goes on without it (checkpoint.on_error = continue)"
+            f"WARNING: {problem}\nthe run continues without it (checkpoint.on_error: continue)"
         )
 
 

@@ -1,9 +1,9 @@
 """Megatron-core's sharded state as files, and back at any layout.
 
 Megatron-core says which part of which global tensor a rank holds (`dist_checkpointing.mapping`).
-Its own `torch_dist` files are left aside because reading them means unpickling: `common.pt`,
-`.metadata` and every sharded object. Here tensors are plain bytes (`shard_file`), an index says
-where each part lies, and the rest is JSON (`plain`): nothing that is read can be code.
+Its own `torch_dist` files are not used because reading them means unpickling: `common.pt`,
+`.metadata` and every sharded object. Here tensors are raw bytes (`shard_file`), an index says
+where each part lies, and the rest is JSON (`json_codec`): nothing that is read can be code.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A checkpoint holds the weights, the optimizer (fp32 masters and moments), the generators of every
 rank, the position in the data, the state of other parts of the run, what the data was, the resolved
 configuration and the versions of the packages. The schedule has no state: its position is the step.
-Weights and optimizer state are stored under layout-independent names, so a run may go on at another
+Weights and optimizer state are stored under layout-independent names, so a run may resume at any
 layout.
 """
 
@@ -82,7 +82,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a checkpoint said beside the tensors and generators that were restored."""
+    """What a checkpoint holds beside the tensors and generators that were restored."""
 
     position: Position
     extras: dict[str, Any] = field(default_factory=dict)
@@ -92,8 +92,8 @@ class Loaded:
 class Trained(Protocol):
     """The weights and the optimizer's state of an engine, under layout-independent names.
 
-    Every engine names and shapes them alike (docs/design.md), so that each goes on from another's
-    checkpoint.
+    Every engine uses identical names and shapes (docs/design.md), so that each resumes from
+    another's checkpoint.
     """
 
     copies: bool
@@ -110,7 +110,7 @@ class Trained(Protocol):
         """
 
     def apply(self, loaded: Any) -> None:
-        """Go on from what `read` returned, once every rank has it; collective over all ranks."""
+        """Restore what `read` returned, once every rank has it; collective over all ranks."""
 
 
 def snapshot(
@@ -192,7 +192,7 @@ def load_weights(path: Path, runtime: Runtime, chunks: list[nn.Module]) -> None:
 def _read_run_state(
     path: Path, config: RunConfig, runtime: Runtime
 ) -> tuple[dict[str, Any], str | None]:
-    """What is not sharded, and this rank's generators if they can go on; or what is wrong."""
+    """What is not sharded, and this rank's generators if they can continue; or what is wrong."""
     try:
         saved = read_json(path / STATE)
         saved["common"], saved["extras"] = from_json(saved["common"]), from_json(saved["extras"])
@@ -237,7 +237,7 @@ def _agree(path: Path, runtime: Runtime, problem: str | None) -> None:
         if first is not None:
             raise UserError(
                 f"{path} cannot be loaded: {first}\n"
-                "move that folder away and start again: the run goes on from the one before"
+                "move that folder away and start again: the run resumes from the one before"
             )
 
     runtime.from_main(judge)

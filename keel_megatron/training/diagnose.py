@@ -1,4 +1,4 @@
-"""Where in depth a bad step went wrong: computed only when the guard has found one."""
+"""Locates an anomalous step's trouble in depth; computed only when the guard finds one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _EMBEDDING = 0
 
 
 def describe(engine: Engine, batches: Sequence[Batch], loss: float) -> str:
-    """One line on where the trouble is; collective over all ranks, the same on each.
+    """One line on where the trouble is; collective, the same on every rank.
 
-    Call it after the backward pass and before the update. If the loss is not finite the forward
-    pass is made once more, without dropout, to see after which block the stream is not finite.
+    Call it after the backward pass and before the update. If the loss is not finite, the
+    forward pass is repeated without dropout, to find the first block after which the stream is not
+    finite.
 
     Args:
         engine: with the step's gradients in it.
@@ -37,17 +38,17 @@ def describe(engine: Engine, batches: Sequence[Batch], loss: float) -> str:
         bad = _non_finite_streams(engine, batches, rows)
         first = next((row for row, count in enumerate(bad) if count), None)
         found.append(
-            "a second forward pass is finite: the fault was a passing one"
+            "a second forward pass is finite: the fault was transient"
             if first is None
             else f"the stream is not finite from {_name(first, stages)} on"
         )
     norms = gradient_norms(engine, rows)
     broken = [row for row, norm in enumerate(norms) if not math.isfinite(norm)]
     if broken:
-        # Going back, the head comes first.
+        # The backward pass begins at the head.
         found.append(
-            f"gradients are not finite in {len(broken)} of {rows} places, going back first in "
-            f"{_name(broken[-1], stages)}"
+            f"gradients are not finite in {len(broken)} of {rows} places, in the backward pass "
+            f"first in {_name(broken[-1], stages)}"
         )
     else:
         largest = max(range(rows), key=lambda row: norms[row])
@@ -62,7 +63,7 @@ def describe(engine: Engine, batches: Sequence[Batch], loss: float) -> str:
 def gradient_norms(engine: Engine, rows: int) -> list[float]:
     """L2 norm of the averaged gradient of the embedding, of each block and of the head.
 
-    Each rank adds the squares of what it alone speaks for.
+    Each rank adds the squares of the elements that it owns.
     """
     squares = torch.zeros(rows, dtype=torch.float64, device=engine.runtime.device)
     for row, parameter in _parameters(engine.chunks, rows):

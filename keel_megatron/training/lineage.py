@@ -57,13 +57,13 @@ class MlflowRunId:
 
 @dataclass(frozen=True)
 class Lineage:
-    """What a start is, as far as it follows from the run's folder and the checkpoint."""
+    """Identity and history of a run, from its folder and the checkpoint that it resumes from."""
 
     run: RunFile
     changes: list[Change] = field(default_factory=list)
-    """All on the way to where the run stands, this start's last."""
+    """All changes of settings since step 0, this start's last."""
     lines: list[str] = field(default_factory=list)
-    """What the user should know."""
+    """Messages for the user."""
     resumes: bool = False
 
     def stateful(self, folder: Path) -> dict[str, Stateful]:
@@ -76,7 +76,7 @@ class Lineage:
         }
 
     def report(self, tracker: Tracker) -> None:
-        """Show it, keep it in log.txt, and let MLflow have it."""
+        """Show the messages and hand the changes to MLflow."""
         for line in self.lines:
             tracker.say(line)
         if self.run.origin is not None:
@@ -102,7 +102,7 @@ def accept(config: RunConfig, resume: ResumePoint) -> Lineage:
     step = step_of(resume.path)
     extras = from_json(resume.state["extras"])
     run, lines = take_run_file(folder, step, extras.get(RUN))
-    _take_mlflow_run(config, run, extras)
+    _adopt_mlflow_run(config, run, extras)
     saved = load_config(resume.path / CONFIG)
     new = list(differences(step, flatten(saved), flatten(config)))
     changes = [*_changes_in(extras), *new]
@@ -113,7 +113,7 @@ def accept(config: RunConfig, resume: ResumePoint) -> Lineage:
 
 
 def learning_rate_lines(saved: RunConfig, config: RunConfig, step: int) -> list[str]:
-    """The learning rate before and after a resume, and a warning if it jumps.
+    """The learning rate before and after resuming, and a warning if it jumps.
 
     Args:
         saved: the configuration of the checkpoint.
@@ -127,16 +127,16 @@ def learning_rate_lines(saved: RunConfig, config: RunConfig, step: int) -> list[
     lines = [f"learning rate: {before}, {now:.4g} at step {step + 1}"]
     if max(planned, now) > _JUMP * min(planned, now):
         stay = (
-            f"To go on at the checkpoint's rate: optimizer.learning_rate={planned:.4g} "
+            f"To keep the checkpoint's rate: optimizer.learning_rate={planned:.4g} "
             "schedule.decay=constant schedule.warmup_steps=0; to"
             if planned
             else "To"
         )
         lines.append(
-            f"warning: the learning rate jumps: step {step + 1} is taken with {now:.4g}, and was "
-            f"to be taken with {planned:.4g}. training.steps, optimizer.learning_rate and "
-            f"schedule.* set the whole curve anew, not from this step on. {stay} follow its "
-            "curve, give these settings as they were"
+            f"warning: the learning rate jumps: step {step + 1} uses {now:.4g}; the checkpoint's "
+            f"settings would use {planned:.4g}. training.steps, optimizer.learning_rate and "
+            f"schedule.* define the whole curve, not the part after this step. {stay} follow its "
+            "curve, set these settings back"
         )
     return lines
 
@@ -146,14 +146,14 @@ def _rate(config: RunConfig, step: int) -> float:
 
 
 def _changes_in(extras: Mapping[str, Any]) -> list[Change]:
-    """The changes that a checkpoint keeps; none in those of earlier versions."""
+    """The changes that a checkpoint holds; checkpoints of earlier versions hold none."""
     with suppress(KeyError, TypeError):
         return [Change.from_json(change) for change in extras.get(CHANGES) or []]
     return []
 
 
-def _take_mlflow_run(config: RunConfig, run: RunFile, extras: Mapping[str, Any]) -> None:
-    """Keep the MLflow run that the checkpoint names, if it is this run's."""
+def _adopt_mlflow_run(config: RunConfig, run: RunFile, extras: Mapping[str, Any]) -> None:
+    """Continue the MLflow run that the checkpoint names, if it is this run's."""
     run_id, saved = extras.get(MLFLOW_RUN_ID), RunFile.from_json(extras.get(RUN))
     is_own = run.origin is None if saved is None else saved.id == run.id
     if is_own and run_id is not None and remembered_run_id(config.training.folder) is None:

@@ -1,7 +1,7 @@
-"""What is known of a run before any rank is started; mistakes are told at once. No torch here.
+"""Checks of a run before any rank is started. No torch here, so that errors come at once.
 
-The ranks look again, and closer: they may have been started by another launcher, and some of it
-takes long (reading a large checkpoint) or needs the device.
+The ranks check again, and more: another launcher may have started them, and some checks take long
+(reading a large checkpoint) or need the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ READ_BYTES = 1_000_000_000
 
 
 def check(config: RunConfig) -> None:
-    """Refuse what cannot be trained; nothing is written.
+    """Refuse a run that cannot be trained; nothing is written.
 
     Raises:
         UserError: the run's folder holds another run, or data.text or data.tokenizer cannot be
@@ -56,8 +56,8 @@ def complete(config: RunConfig) -> Path | None:
 
 
 def complete_text(config: RunConfig, newest: Path) -> str:
-    """What the user of a complete run is told."""
+    """The message for a run that is complete."""
     return (
         f"{config.training.folder} is complete: {folder.step_of(newest)} steps, newest checkpoint "
-        f"{newest}.\nMore: training.steps=N goes on; training.name=NAME starts another run."
+        f"{newest}.\nTo train further, raise training.steps; for another run, set training.name."
     )

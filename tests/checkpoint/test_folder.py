@@ -58,7 +58,7 @@ def test_the_newest_from_before_an_anomaly_stays(
     """One more than `keep`; a damaged one (of step 30) is none."""
     for step in range(10, 80, 10):
         write(tmp_path, step)
-    folder.prune(tmp_path, keep=2, spare={30}, anomaly=anomaly)
+    folder.prune(tmp_path, keep=2, spare={30}, anomaly_step=anomaly)
     assert [step for step in folder.steps(tmp_path) if step != 30] == left
 
 
@@ -191,5 +191,5 @@ def test_a_step_has_a_plausible_number(tmp_path: Path) -> None:
 def test_one_that_is_kept_for_good_is_the_one_before_an_anomaly(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40, 50):
         write(tmp_path, step)
-    folder.prune(tmp_path, keep=1, keep_every=30, anomaly=35)
+    folder.prune(tmp_path, keep=1, keep_every=30, anomaly_step=35)
     assert folder.steps(tmp_path) == [30, 50]

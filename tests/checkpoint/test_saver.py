@@ -65,7 +65,7 @@ def test_a_quota_on_one_rank_is_told_and_the_run_goes_on(quota: tuple[Path, Ran,
     assert "rank 1: Disk quota exceeded (rank_00001.safetensors)" in warning
     assert re.search(r"; 2\.\d MB are needed, [\d,]+\.\d MB are free: free some", warning)
     assert f"newest checkpoint: {folder.step_folder(run, 1)}" in warning
-    assert "the run goes on without it (checkpoint.on_error = continue)" in warning
+    assert "the run continues without it (checkpoint.on_error: continue)" in warning
     assert [save.step for save in first.saves] == [1, 3]
     assert second.losses == first.losses
     assert entries(run) == ["step_00000003"]
@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(small_disks: list[Path]) -
     room = r"there is not enough space; 2\.\d MB are needed, 1\.\d MB are free"
     assert re.search(room, str(early.error))
     assert "No space left on device" in str(late.error)
-    assert "the run stops (checkpoint.on_error = stop" in str(late.error)
+    assert "the run stops (checkpoint.on_error: stop" in str(late.error)
     assert len(late.losses) == 2
     assert len(going_on.losses) == STEPS
     assert str(going_on.error).startswith("the run ends unsaved: the checkpoint of step 3")

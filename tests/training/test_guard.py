@@ -230,7 +230,8 @@ def test_the_place_is_named(layout: str, engines: dict[str, Any]) -> None:
     stage = 1 if layout == "pp2" else 0
     gradient, weight, large = engines[layout][0]["where"]
     assert gradient == (
-        f"gradients are not finite in 1 of 10 places, going back first in block 6 (stage {stage})"
+        "gradients are not finite in 1 of 10 places, in the backward pass first in block 6 "
+        f"(stage {stage})"
     )
     assert weight.startswith(f"the stream is not finite from block 6 (stage {stage}) on; ")
     assert f"is that of block 6 (stage {stage})" in large

@@ -87,7 +87,7 @@ def test_a_start_says_what_the_rate_was_and_becomes(tmp_path: Path) -> None:
 def test_a_jump_of_the_rate_is_a_warning(tmp_path: Path, values: dict[str, Any], now: str) -> None:
     old, new = settings(tmp_path), settings(tmp_path, **values)
     _rate, warning = learning_rate_lines(old, new, 200)
-    assert warning.startswith("warning: the learning rate jumps: step 201 is taken with " + now)
+    assert warning.startswith("warning: the learning rate jumps: step 201 uses " + now)
     assert "was to be taken with 1e-05" in warning
     assert "schedule.*" in warning
     advice = settings(
