@@ -19,7 +19,7 @@ def block_forward_flops(model: ModelShape, seq_length: int) -> float:
 
 
 def attention_score_flops(model: ModelShape, seq_length: int) -> float:
-    """The part of `block_forward_flops` in the products of attention scores and values, per token."""
+    """FLOPs per token of attention scores and values, a part of `block_forward_flops`."""
     # Token t attends to t + 1 keys: (s + 1) / 2 on average, for scores and for values.
     return 2.0 * 2.0 * model.num_attention_heads * model.head_dim * (seq_length + 1) / 2.0
 
