@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,18 +11,12 @@ import pytest
 from keel_megatron.training import conclude as module
 from keel_megatron.training.conclude import conclude
 from tests.settings import small_config
-
-
-def teller() -> Any:
-    """A tracker that keeps what it is told."""
-    said: list[str] = []
-    handed: list[Path] = []
-    return SimpleNamespace(say=said.append, artifact=handed.append, said=said, handed=handed)
+from tests.training.fakes import FakeTracker
 
 
 def test_a_run_that_was_stopped_says_how_to_resume(tmp_path: Path) -> None:
-    config, tracker = small_config(training__runs_dir=str(tmp_path)), teller()
-    conclude(config, tracker, 3, math.nan, 2.0)
+    config, tracker = small_config(training__runs_dir=str(tmp_path)), FakeTracker()
+    conclude(config, tracker, 3, math.nan, 2.0)  # type: ignore[arg-type]
     assert tracker.said == [
         "stopped after step 3 of 4, checkpoint written; the same command resumes from there"
     ]
@@ -36,23 +29,23 @@ def test_a_run_that_was_stopped_says_how_to_resume(tmp_path: Path) -> None:
 def test_a_finished_run_is_compared_with_counting_tokens(
     loss: float, compared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, tracker = small_config(training__runs_dir=str(tmp_path)), teller()
+    config, tracker = small_config(training__runs_dir=str(tmp_path)), FakeTracker()
     monkeypatch.setattr(module, "plot_loss", lambda *_arguments: None)
-    conclude(config, tracker, 4, loss, 2.0)
+    conclude(config, tracker, 4, loss, 2.0)  # type: ignore[arg-type]
     start = f"validation loss {loss:.3f} nats per token; unigram entropy 2.000"
     assert tracker.said[0] == start + compared
-    assert tracker.handed == [config.training.folder / "loss.png"]
+    assert tracker.artifacts == [config.training.folder / "loss.png"]
 
 
 def test_a_picture_that_cannot_be_drawn_fails_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, tracker = small_config(training__runs_dir=str(tmp_path)), teller()
+    config, tracker = small_config(training__runs_dir=str(tmp_path)), FakeTracker()
 
     def fail(*_arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "plot_loss", fail)
-    conclude(config, tracker, 4, math.nan, 2.0)
+    conclude(config, tracker, 4, math.nan, 2.0)  # type: ignore[arg-type]
     start = f"cannot draw {tmp_path}/test/loss.png: OSError"
     assert any(line.startswith(start) for line in tracker.said)

@@ -14,16 +14,7 @@ from keel_megatron.runtime import exit_codes, ownership
 from keel_megatron.training.run_folder import claim_folder, owned_folder
 from keel_megatron.training.stop import StopRequest
 from tests.settings import small_config
-
-
-class Alone:
-    """The runtime of a process alone."""
-
-    is_main = True
-
-    @staticmethod
-    def from_main(make: Any) -> Any:
-        return make()
+from tests.training.fakes import Alone
 
 
 def data_in(folder: Path) -> Any:

@@ -1,0 +1,104 @@
+"""The loop by itself: which steps are made, validated, saved and reported; no model, no ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from keel_megatron.config.errors import DivergedError, UserError
+from keel_megatron.data.batches import Batches
+from keel_megatron.runtime import exit_codes
+from keel_megatron.tracking.records import StepRecord, ValidationRecord
+from keel_megatron.training import diagnose
+from keel_megatron.training.guard import Guard
+from keel_megatron.training.loop import Loop
+from keel_megatron.training.run_state import RunState
+from keel_megatron.training.stop import StopRequest
+from tests.settings import small_config
+from tests.training.fakes import FakeBatches, FakeEngine, FakeSaver, FakeTracker
+
+
+class Bench:
+    """A loop and the parts around it."""
+
+    def __init__(self, losses: list[float] | None = None, **overrides: Any) -> None:
+        wanted = {"tracking__depth_every": 0, "schedule__warmup_steps": 0, **overrides}
+        self.config = small_config(**wanted)
+        self.engine = FakeEngine(self.config, losses)
+        self.source, self.saver, self.tracker = FakeBatches(), FakeSaver(), FakeTracker()
+        self.guard = Guard(self.config.guard)
+        self.state = RunState(self.engine, self.saver, {"guard": self.guard})  # type: ignore[arg-type]
+        self.marks: list[str] = []
+        self.before: list[int] = []
+        self.loop = Loop(
+            engine=self.engine,  # type: ignore[arg-type]
+            batches=Batches(self.source, [1, 2]),  # type: ignore[arg-type]
+            state=self.state,
+            guard=self.guard,
+            tracker=self.tracker,  # type: ignore[arg-type]
+            mark=self.marks.append,
+            before_step=lambda position, _engine: self.before.append(position.step),
+        )
+
+    def steps(self, kind: type) -> list[int]:
+        return [record.step for record in self.tracker.records if isinstance(record, kind)]
+
+    @property
+    def saved(self) -> list[int]:
+        return [position.step for position, _extras in self.saver.saved]
+
+
+def test_intervals_decide_what_is_validated_and_saved() -> None:
+    bench = Bench(training__steps=7, training__validate_every=3, checkpoint__every=2)
+    assert bench.loop.run(StopRequest()) == exit_codes.DONE
+    assert bench.steps(StepRecord) == [1, 2, 3, 4, 5, 6, 7]
+    assert bench.steps(ValidationRecord) == [3, 6, 7]
+    assert bench.saved == [2, 4, 6, 7]
+    assert bench.source.read == bench.before == [0, 1, 2, 3, 4, 5, 6]
+    assert bench.loop.validation_loss == 2.0
+    assert bench.saver.finished == 1
+    assert bench.marks[-2:] == ["step 7", "the validation after step 7"]
+
+
+def test_a_request_to_stop_ends_it_after_the_step_with_a_checkpoint() -> None:
+    bench = Bench(training__steps=7, training__validate_every=1)
+    assert bench.loop.run(StopRequest(deadline=0.0)) == exit_codes.SAVED
+    assert (bench.steps(StepRecord), bench.steps(ValidationRecord)) == ([1], [])
+    assert bench.saved == [1]
+
+
+def test_the_last_step_leaves_nothing_to_stop() -> None:
+    bench = Bench(training__steps=1)
+    assert bench.loop.run(StopRequest(deadline=0.0)) == exit_codes.DONE
+
+
+def test_a_skipped_update_is_counted_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnose, "describe", lambda *_arguments: "block 3")
+    bench = Bench([1.0, math.nan, 1.0], training__steps=3)
+    bench.loop.run(StopRequest())
+    assert bench.engine.updates == [True, False, True]
+    assert [r.skipped_steps for r in bench.tracker.records if isinstance(r, StepRecord)] == [
+        0,
+        1,
+        1,
+    ]
+    (said,) = bench.tracker.said
+    action = bench.config.guard.action
+    assert said == f"guard, step 2 ({action}): loss is nan, its update is skipped; block 3"
+
+
+def test_a_last_validation_that_is_not_finite_is_no_end() -> None:
+    bench = Bench(training__steps=2)
+    bench.engine.validation_loss = math.nan
+    with pytest.raises(DivergedError, match="the last validation loss is nan"):
+        bench.loop.run(StopRequest())
+    assert bench.saved == []
+
+
+def test_a_run_whose_last_save_failed_says_so() -> None:
+    bench = Bench(training__steps=1)
+    bench.saver.failure = "the disk is full"
+    with pytest.raises(UserError, match="the run ends unsaved: the disk is full"):
+        bench.loop.run(StopRequest())
