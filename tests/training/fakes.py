@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,6 +112,7 @@ class FakeTracker:
         self.records: list[Record] = []
         self.artifacts: list[Path] = []
         self.rewound: list[int] = []
+        self.tagged: dict[str, str] = {}
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -121,6 +122,9 @@ class FakeTracker:
 
     def artifact(self, path: Path) -> None:
         self.artifacts.append(path)
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        self.tagged.update(tags)
 
     def rewind(self, step: int) -> None:
         self.rewound.append(step)
