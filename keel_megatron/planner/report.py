@@ -118,7 +118,7 @@ def _pieces(plan: Plan) -> str:
     cut = ""
     if plan.measured and plan.config.parallel.layout is None:
         counts = ",".join(str(chunk.blocks) for chunk in parts.layout.chunks)
-        cut = f"\nkeel train balances by predicted times; for this one set parallel.layout=[{counts}]."
+        cut = f"\nkeel train uses predicted times; for this balance, parallel.layout=[{counts}]."
     head = head_pieces(plan.config)
     pieces = f" (in {head} pieces, with recomputed logits)" if head > 1 else ""
     return (
