@@ -21,17 +21,17 @@ def scaled_add_norm(
     x: Tensor,
     f: Tensor,
     alpha: float,
-    outer_gain: Tensor | None,
-    inner_gain: Tensor | None,
+    outer_weight: Tensor | None,
+    inner_weight: Tensor | None,
     eps: float,
     z_dtype: torch.dtype,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """X' = N_out(alpha x + f) and z = N_in(x'); `kernels.reference.scaled_add_norm` defines it.
 
-    `auto` is one Triton kernel each way on CUDA (`triton_norm.py`) and otherwise, as on CUDA for
-    fp64, for h > 16384 or without Triton, `torch`: torch's operators with a hand-written backward
-    pass (`fused.py`). `reference` is the definition, differentiated by torch.
+    `auto`: one Triton kernel each for the forward and backward pass on CUDA (`triton_norm.py`);
+    otherwise, and on CUDA for fp64, h > 16384 or without Triton, as `torch`. `torch`: torch's
+    operators with an explicit backward pass (`fused.py`). `reference`: the definition, by autograd.
 
     A token moves `bytes_per_token` bytes forward and backward: every input and every output is
     read or written once, the minimum of an operation given x and f that leaves x' and z.
@@ -40,21 +40,23 @@ def scaled_add_norm(
         x: see `kernels.reference.scaled_add_norm`, as for all that follow.
         f: branch output, of x's shape.
         alpha: scale of the skip path.
-        outer_gain: gain of N_out, or None.
-        inner_gain: gain of N_in, or None.
+        outer_weight: weight of N_out, or None.
+        inner_weight: weight of N_in, or None.
         eps: epsilon.
         z_dtype: type of z.
-        backend: `auto` chooses by device; the others are the caller's choice.
+        backend: the implementation; see above.
 
     Raises:
-        ValueError: f is not shaped like x, or `triton` is asked for what it cannot do.
+        ValueError: f and x have different shapes, or `triton` does not support the input.
     """
     if f.shape != x.shape:
-        raise ValueError(f"f has the shape {tuple(f.shape)}, x {tuple(x.shape)}: they must agree")
-    arguments = (x, f, alpha, outer_gain, inner_gain, eps, z_dtype)
+        raise ValueError(
+            f"f has the shape {tuple(f.shape)}, x {tuple(x.shape)}: the shapes must be equal"
+        )
+    arguments = (x, f, alpha, outer_weight, inner_weight, eps, z_dtype)
     operation: Any
     if backend == "triton" or (backend == "auto" and x.is_cuda and _triton_fits(x)):
-        # Imported late: Triton takes a second, and a CPU run never needs it.
+        # Imported late: importing Triton takes a second, and a CPU run does not need it.
         from keel_megatron.kernels import triton_norm
 
         operation = triton_norm.ScaledAddNorm
@@ -65,29 +67,29 @@ def scaled_add_norm(
     return operation.apply(*arguments)
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     """RMSNorm alone, where no sum precedes it: `kernels.reference.rms_norm` defines it.
 
     On CUDA it is torch's own kernel, elsewhere `fused.py`.
     """
     if x.is_cuda:
-        return torch.rms_norm(x, (x.size(-1),), gain, eps).to(out_dtype)
+        return torch.rms_norm(x, (x.size(-1),), weight, eps).to(out_dtype)
     operation: Any = fused.RmsNorm
-    result: Tensor = operation.apply(x, gain, eps, out_dtype)
+    result: Tensor = operation.apply(x, weight, eps, out_dtype)
     return result
 
 
 def bytes_per_token(
     hidden_size: int, f_dtype: torch.dtype, z_dtype: torch.dtype | None
 ) -> tuple[int, int]:
-    """Bytes of device memory that a token moves, forward and backward.
+    """Bytes of device memory access per token, forward and backward.
 
     Forward: read x (fp32) and f, write x' (fp32) and z. Backward: read x, f and the gradients of
-    x' and z, write those of x (fp32) and f. The statistics, 4 bytes a norm, and the gains, which
-    stay in cache, are left out.
+    x' and z, write those of x (fp32) and f. The statistics, 4 bytes a norm, and the norm
+    weights, which stay in cache, are left out.
 
-    Backward could read x' alone in place of x and f, if n were recovered as x' / gain; that fails
-    where a gain is 0 and loses digits near it, so it is not done.
+    Backward could read x' alone in place of x and f, if n were recovered as x' / weight; that fails
+    where a weight is 0 and loses digits near it, so it is not done.
 
     Args:
         hidden_size: h.

@@ -1,18 +1,18 @@
-"""The output layer and its cross entropy as one operation, which never holds all logits.
+"""Output layer and cross entropy as one operation, without keeping all logits in memory.
 
-Logits [n, v] of n tokens and a vocabulary of v are by far a deep and narrow model's largest tensor:
-at 4096 tokens and a vocabulary of 128k they take 2 GB in fp32. So the rows go through the product
-and the softmax in pieces, and what stays for the backward pass is the operation's input; it makes a
-piece's logits again. Where all rows are one piece nothing is made twice, and the log-softmax stays.
+Logits [n, v] of n tokens and a vocabulary of v are the largest tensor of a deep, narrow model by
+far: at 4096 tokens and a vocabulary of 128k they take 2 GB in fp32. So the rows go through the
+product and the softmax in pieces. Only the operation's input is kept; the backward pass recomputes
+each piece's logits. If all rows are one piece, the log-softmax is kept and nothing is recomputed.
 
 With logits z = x W^T and p = softmax(z), from the gradients d of the losses
 
     loss = -log p[label],   dz = d (p - 1[label]),   dx = dz W,   dW = dz^T x.
 
 Under vocabulary parallelism a rank has v / TP rows of W, its own softmax q over them, and its own
-log-sum-exp s; with S that of the whole vocabulary p = q exp(s - S). Hence a row has one number, and
-not its logits, to be reduced, and all rows are so at once; megatron-core's
-`vocab_parallel_cross_entropy` gives the same losses.
+log-sum-exp s; with S that of the whole vocabulary p = q exp(s - S). So only one number per row is
+reduced, in one message for all rows. megatron-core's `vocab_parallel_cross_entropy` gives the same
+losses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class Split:
-    """Over which ranks the vocabulary lies, and perhaps the rows."""
+    """The ranks that share the vocabulary, and optionally the rows."""
 
     group: dist.ProcessGroup
     """Each rank has the next v / TP rows of the weight."""
@@ -52,10 +52,10 @@ def linear_cross_entropy(
     Args:
         x: [n, h], or [n / TP, h] where the sequence is split too.
         weight: [v, h], or [v / TP, h].
-        labels: [n], whole numbers below v, the same on all ranks of the group.
-        rows: how many rows' logits may exist at once.
-        split: over which ranks; None = everything is here.
-        accumulate: add the weight's gradient to `weight.main_grad`, in place of returning it.
+        labels: [n], integers below v, the same on all ranks of the group.
+        rows: maximum rows whose logits are in memory at once.
+        split: the ranks that share the vocabulary; None: this process has all of it.
+        accumulate: add the weight's gradient to `weight.main_grad` instead of returning it.
     """
     operation: Any = _LinearCrossEntropy
     result: Tensor = operation.apply(x, weight, labels, rows, split, accumulate)
@@ -111,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sums = weight.main_grad if ctx.accumulate else None
         for piece in _pieces(whole, ctx.rows):
             part = _rows(whole, piece)
-            # What is kept is changed: torch refuses to go back through it a second time.
+            # The saved tensors are modified in place: torch refuses a second backward pass.
             p = kept.exp_() if kept is not None else torch.softmax(_logits(part, weight), 1)
             p.mul_(_rows(d, piece))
             p.scatter_add_(1, _rows(places, piece), _rows(at_label, piece))
@@ -129,14 +129,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _pieces(x: Tensor, rows: int) -> list[slice] | list[None]:
-    """The rows of x in pieces; None is all of them."""
+    """Slices of the rows of x; None: all rows."""
     if len(x) <= rows:
         return [None]
     return [slice(start, start + rows) for start in range(0, len(x), rows)]
 
 
 def _rows(x: Tensor, piece: slice | None) -> Tensor:
-    """A piece of x; no operator for all of it."""
+    """A piece of x; x itself, without an operator, for all rows."""
     return x if piece is None else x[piece]
 
 
@@ -150,9 +150,9 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _places(labels: Tensor, own: int, split: Split | None) -> tuple[Tensor, Tensor | None]:
-    """Where the labels [n, 1] are in this rank's `own` part of the vocabulary, and which are not.
+    """Indices of the labels [n, 1] in this rank's part of the vocabulary, and a mask of others.
 
-    Those that are elsewhere get the place 0.
+    Labels on other ranks get the index 0.
     """
     if split is None:
         return labels, None
@@ -164,7 +164,7 @@ def _places(labels: Tensor, own: int, split: Split | None) -> tuple[Tensor, Tens
 def _over_ranks(
     picked: Tensor, scores: Tensor, foreign: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """The labels' log-probabilities, and this rank's share of every row's probability: [n, 1].
+    """Log-probabilities of the labels, and this rank's share of each row's probability: [n, 1].
 
     Args:
         picked: log-softmax within this rank's vocabulary at every row's place.
@@ -182,7 +182,7 @@ def _over_ranks(
 
 
 def _gathered(x: Tensor, split: Split | None) -> Tensor:
-    """All rows of x, where every rank has some."""
+    """All rows of x, gathered from the ranks."""
     if split is None or not split.sequence:
         return x
     whole = x.new_empty(split.group.size() * x.size(0), x.size(1))
@@ -191,7 +191,7 @@ def _gathered(x: Tensor, split: Split | None) -> Tensor:
 
 
 def _scattered(dx: Tensor, split: Split | None) -> Tensor:
-    """The ranks' sum of dx: all of it, or this rank's rows where every rank has some."""
+    """Sum of dx over the ranks: all rows, or this rank's rows under sequence parallelism."""
     if split is None:
         return dx
     if not split.sequence:
@@ -203,7 +203,7 @@ def _scattered(dx: Tensor, split: Split | None) -> Tensor:
 
 
 def _plus_product(sums: Tensor | None, a: Tensor, b: Tensor, *, once: bool) -> Tensor:
-    """Sums + a^T b, in place; a sum of many is fp32 at least."""
+    """Sums + a^T b, in place; the sum of several pieces is at least fp32."""
     if sums is None:
         product = a.t().mm(b)
         return product if once else product.to(torch.promote_types(a.dtype, torch.float32))

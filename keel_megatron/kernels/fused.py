@@ -1,15 +1,15 @@
-"""The fused operation in torch's operators with a hand-written backward pass.
+"""The fused operation in torch's operators, with an explicit backward pass.
 
-On a CPU the operators of deep and narrow models are so small that what counts is how many there
-are and what Python adds. Torch's own differentiation of `reference.py` takes about a fifth longer
-at 64 rows of 64 on two cores (`tools/bench/kernel.py` compares them on the machine at hand).
+On a CPU, deep, narrow models are bound by the number of operators and by Python. Autograd of
+`reference.py` takes about a fifth longer at 64 rows of 64 on two cores (`tools/bench/kernel.py`
+compares them).
 
 Source of the backward formulas: y = n g, n = u r, r = (mean(u^2) + eps)^-1/2 gives
 
     dg = sum over rows of dy n,   du = r (dy g - n mean(dy g n)).
 
-Saved for the backward pass, besides the gains, are each norm's input, h elements of x's type a row
-(the sum u for the outer norm, x' for the inner one), and its statistic r, one a row. The
+Saved for the backward pass, besides the norm weights: each norm's input, h elements of x's type per
+row (the sum u for the outer norm, x' for the inner one), and its statistic r, one per row. The
 backward pass needs no normalised values: it is written in terms of u.
 """
 
@@ -32,36 +32,39 @@ class ScaledAddNorm(torch.autograd.Function):
         x: Tensor,
         f: Tensor,
         alpha: float,
-        outer_gain: Tensor | None,
-        inner_gain: Tensor | None,
+        outer_weight: Tensor | None,
+        inner_weight: Tensor | None,
         eps: float,
         z_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
         """See `kernels.reference.scaled_add_norm`."""
         u = x_new = torch.add(f, x, alpha=alpha)
         outer_rstd = inner_rstd = z = None
-        if outer_gain is not None:
+        if outer_weight is not None:
             outer_rstd = _rstd(u, eps)
-            x_new = (u * outer_rstd).mul_(outer_gain)
-        if inner_gain is not None:
+            x_new = (u * outer_rstd).mul_(outer_weight)
+        if inner_weight is not None:
             inner_rstd = _rstd(x_new, eps)
-            z = (x_new * inner_rstd).mul_(inner_gain).to(z_dtype)
+            z = (x_new * inner_rstd).mul_(inner_weight).to(z_dtype)
         # A norm keeps its input; without one the sum itself is not needed again.
-        kept = (None if gain is None else of for gain, of in ((outer_gain, u), (inner_gain, x_new)))
-        ctx.save_for_backward(*kept, outer_gain, inner_gain, outer_rstd, inner_rstd)
+        kept = (
+            None if weight is None else of
+            for weight, of in ((outer_weight, u), (inner_weight, x_new))
+        )
+        ctx.save_for_backward(*kept, outer_weight, inner_weight, outer_rstd, inner_rstd)
         ctx.alpha, ctx.f_dtype = alpha, f.dtype
         return x_new, z
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx_new: Tensor, dz: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of x, f and the gains from those of x' and z."""
-        u, x_new, outer_gain, inner_gain, outer_rstd, inner_rstd = ctx.saved_tensors
+        """Gradients of x, f and the norm weights from those of x' and z."""
+        u, x_new, outer_weight, inner_weight, outer_rstd, inner_rstd = ctx.saved_tensors
         d, d_outer, d_inner = dx_new, None, None
-        if dz is not None and inner_gain is not None:
-            d, d_inner = _norm_backward(dz.to(x_new.dtype), x_new, inner_gain, inner_rstd, dx_new)
-        if outer_gain is not None:
-            d, d_outer = _norm_backward(d, u, outer_gain, outer_rstd)
+        if dz is not None and inner_weight is not None:
+            d, d_inner = _norm_backward(dz.to(x_new.dtype), x_new, inner_weight, inner_rstd, dx_new)
+        if outer_weight is not None:
+            d, d_outer = _norm_backward(d, u, outer_weight, outer_rstd)
         dx = d if ctx.alpha == 1.0 else d * ctx.alpha
         return dx, d.to(ctx.f_dtype), None, d_outer, d_inner, None, None
 
@@ -70,18 +73,18 @@ class RmsNorm(torch.autograd.Function):
     """kernels.reference.rms_norm, differentiable once; x and a statistic a row are kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
         """See `kernels.reference.rms_norm`."""
         rstd = _rstd(x, eps)
-        ctx.save_for_backward(x, gain, rstd)
-        return (x * rstd).mul_(gain).to(out_dtype)
+        ctx.save_for_backward(x, weight, rstd)
+        return (x * rstd).mul_(weight).to(out_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and the gain."""
-        x, gain, rstd = ctx.saved_tensors
-        return *_norm_backward(dy.to(x.dtype), x, gain, rstd), None, None
+        """Gradients of x and the norm weight."""
+        x, weight, rstd = ctx.saved_tensors
+        return *_norm_backward(dy.to(x.dtype), x, weight, rstd), None, None
 
 
 def _rstd(u: Tensor, eps: float) -> Tensor:
@@ -96,9 +99,9 @@ def _scalar(value: float, dtype: torch.dtype) -> Tensor:
 
 
 def _norm_backward(
-    dy: Tensor, u: Tensor, gain: Tensor, rstd: Tensor, plus: Tensor | None = None
+    dy: Tensor, u: Tensor, weight: Tensor, rstd: Tensor, plus: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Du (+ plus): [..., h], a tensor of its own, and the gain's gradient [h], from y = u rstd g.
+    """Du (+ plus): [..., h], a new tensor, and the weight's gradient [h], from y = u rstd g.
 
     In terms of u, not of n = u rstd, which would be one more pass over the rows:
 
@@ -106,8 +109,8 @@ def _norm_backward(
     """
     h = u.size(-1)
     product = (dy * u).reshape(-1, h)
-    d_gain = torch.mv(product.t(), rstd.reshape(-1)).to(gain.dtype)
-    along = torch.pow(rstd, 3).mul_(torch.mv(product, gain.to(u.dtype)).view_as(rstd))
-    du = dy * gain
+    d_weight = torch.mv(product.t(), rstd.reshape(-1)).to(weight.dtype)
+    along = torch.pow(rstd, 3).mul_(torch.mv(product, weight.to(u.dtype)).view_as(rstd))
+    du = dy * weight
     du = du.mul_(rstd) if plus is None else torch.addcmul(plus, du, rstd)
-    return du.addcmul_(u, along, value=-1 / h), d_gain
+    return du.addcmul_(u, along, value=-1 / h), d_weight

@@ -1,7 +1,7 @@
-"""NVIDIA's optional libraries: what can be imported of them.
+"""NVIDIA's optional libraries: which of their extensions can be imported.
 
-The names say nothing: `apex` on PyPI is a web toolkit, and a bare `transformer-engine` is an empty
-package; what counts are the extensions that Megatron-core 0.16.1 uses.
+Package names are not enough: `apex` on PyPI is a web toolkit, and `transformer-engine` alone is an
+empty package. These functions test the extensions that Megatron-core 0.16.1 uses.
 """
 
 from __future__ import annotations
@@ -29,6 +29,6 @@ def has_gradient_fusion() -> bool:
 def _imports(name: str) -> bool:
     try:
         importlib.import_module(name)
-    except (ImportError, RuntimeError, OSError):  # OSError: a library that it needs is missing
+    except (ImportError, RuntimeError, OSError):  # OSError: a shared library is missing
         return False
     return True

@@ -5,12 +5,12 @@ never in memory. Forward reads x and f once and writes x' and z once. Backward r
 incoming gradients once, recomputes u, its normalised value and x' from them, and writes the two
 gradients once.
 
-Saved for the backward pass, besides the gains: x, which is the previous operation's x' and so held
-anyway; f, h elements of its type a row; one fp32 statistic a row and norm.
+Saved for the backward pass, besides the norm weights: x, which is the previous operation's x' and
+so held anyway; f, h elements of its type per row; one fp32 statistic per row and norm.
 
-The gradients of the gains are sums over all rows: a number of programs that is fixed for a device
-adds up its own rows, each in a fixed order, into its own row of a buffer, and one reduction over
-that follows. No atomics: two runs give the same bits.
+The gradients of the norm weights are sums over all rows. A fixed number of programs per device each
+add up their rows in a fixed order into a row of a buffer; one reduction follows. Without atomics,
+two runs give the same bits.
 
 Source of the backward formulas: y = n g, n = u r, r = (mean(u^2) + eps)^-1/2 gives
 
@@ -21,7 +21,7 @@ the inner norm's c = mean(dz g_in x' r_in): their chain gives mean(dx' x') + c e
 sums over a row are taken at once.
 """
 
-# Triton's own functions take pointers and its decorator is untyped.
+# Triton's functions take pointers, and its decorator is untyped.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _PROGRAMS_WITHOUT_GPU = 4
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut; `tools/bench/kernel.py --sweep` tries others on the device at hand."""
+    """Tiling of a kernel; `tools/bench/kernel.py --sweep` compares others on a device."""
 
     rows: int
     """Rows at a time in a program."""
     warps: int
     programs_per_sm: int = 0
-    """Backward only: resident programs, each with its own sums of the gains' gradients."""
+    """Backward only: resident programs, each with its own sums of the weights' gradients."""
     stages: int = 1
     """Backward only: 2 = load the next tile into shared memory while this one is worked on."""
 
@@ -116,7 +116,7 @@ def _gradients(
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """A tile's du, and every element's share of the two gains' gradients (0 without the gain)."""
+    """A tile's du, and each element's share of the two weights' gradients (0 without the norm)."""
     of_outer = u * 0.0
     of_inner = u * 0.0
     n = u
@@ -149,7 +149,7 @@ def _backward(
     dz_ptr,
     dx_ptr,
     df_ptr,
-    d_gain_ptr,  # [2, programs, H]: the outer gain's, the inner gain's
+    d_weight_ptr,  # [2, programs, H]: of the outer, then of the inner norm weight
     rows,
     tiles_per_program,
     alpha,
@@ -173,7 +173,7 @@ def _backward(
         row = tile * BLOCK_R + tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
         in_row = row < rows
         at = row * H + column
-        # Padding rows and columns are zero throughout, and so add nothing.
+        # Padding rows and columns are zero and add nothing.
         mask = in_row & in_column
         u = alpha * _load(x_ptr, at, mask, True) + _load(f_ptr, at, mask, True)
         d = _load(dx_new_ptr, at, mask, True)
@@ -188,8 +188,8 @@ def _backward(
         d_outer += tl.sum(of_outer, axis=0, keep_dims=True)
         d_inner += tl.sum(of_inner, axis=0, keep_dims=True)
     own = tl.program_id(0) * H + column
-    tl.store(d_gain_ptr + own, d_outer, mask=in_column)
-    tl.store(d_gain_ptr + tl.num_programs(0) * H + own, d_inner, mask=in_column)
+    tl.store(d_weight_ptr + own, d_outer, mask=in_column)
+    tl.store(d_weight_ptr + tl.num_programs(0) * H + own, d_inner, mask=in_column)
 
 
 class ScaledAddNorm(torch.autograd.Function):
@@ -201,8 +201,8 @@ class ScaledAddNorm(torch.autograd.Function):
         x: Tensor,
         f: Tensor,
         alpha: float,
-        outer_gain: Tensor | None,
-        inner_gain: Tensor | None,
+        outer_weight: Tensor | None,
+        inner_weight: Tensor | None,
         eps: float,
         z_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
@@ -220,32 +220,32 @@ class ScaledAddNorm(torch.autograd.Function):
         x, f = x.contiguous(), f.contiguous()
         rows = x.numel() // h
         x_new = torch.empty_like(x)
-        z = torch.empty_like(x, dtype=z_dtype) if inner_gain is not None else None
+        z = torch.empty_like(x, dtype=z_dtype) if inner_weight is not None else None
         rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device)
         tile = forward_tile(h)
         if rows:
             _forward[(triton.cdiv(rows, tile.rows),)](
                 x,
                 f,
-                outer_gain,
-                inner_gain,
+                outer_weight,
+                inner_weight,
                 x_new,
                 z,
                 rstd,
                 rows,
                 alpha,
                 eps,
-                **_constants(h, tile, outer_gain, inner_gain),
+                **_constants(h, tile, outer_weight, inner_weight),
             )
-        ctx.save_for_backward(x, f, outer_gain, inner_gain, rstd)
+        ctx.save_for_backward(x, f, outer_weight, inner_weight, rstd)
         ctx.alpha, ctx.eps = alpha, eps
         return x_new, z
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx_new: Tensor, dz: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of x, f and the gains from those of x' and z, both always given by autograd."""
-        x, f, outer_gain, inner_gain, rstd = ctx.saved_tensors
+        """Gradients of x, f and the norm weights from those of x' and z; autograd gives both."""
+        x, f, outer_weight, inner_weight, rstd = ctx.saved_tensors
         h = x.size(-1)
         rows = x.numel() // h
         dx, df = torch.empty_like(x), torch.empty_like(f)
@@ -256,8 +256,8 @@ class ScaledAddNorm(torch.autograd.Function):
         _backward[(programs,)](
             x,
             f,
-            outer_gain,
-            inner_gain,
+            outer_weight,
+            inner_weight,
             rstd,
             dx_new.contiguous(),
             None if dz is None else dz.contiguous(),
@@ -269,15 +269,15 @@ class ScaledAddNorm(torch.autograd.Function):
             ctx.alpha,
             ctx.eps,
             STAGES=tile.stages,
-            **_constants(h, tile, outer_gain, inner_gain),
+            **_constants(h, tile, outer_weight, inner_weight),
         )
         d_outer, d_inner = partial.sum(1).unbind(0)
         return (
             dx,
             df,
             None,
-            None if outer_gain is None else d_outer.to(outer_gain.dtype),
-            None if inner_gain is None else d_inner.to(inner_gain.dtype),
+            None if outer_weight is None else d_outer.to(outer_weight.dtype),
+            None if inner_weight is None else d_inner.to(inner_weight.dtype),
             None,
             None,
         )
@@ -305,7 +305,7 @@ def backward_tile(h: int) -> Tile:
 
 
 def _resident_programs(x: Tensor, tile: Tile) -> int:
-    """Programs of the backward pass: a fixed number a device, so that sums have a fixed order."""
+    """Programs of the backward pass: fixed per device, so that sums have a fixed order."""
     if not x.is_cuda:
         return _PROGRAMS_WITHOUT_GPU
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
@@ -313,13 +313,13 @@ def _resident_programs(x: Tensor, tile: Tile) -> int:
 
 
 def _constants(
-    h: int, tile: Tile, outer_gain: Tensor | None, inner_gain: Tensor | None
+    h: int, tile: Tile, outer_weight: Tensor | None, inner_weight: Tensor | None
 ) -> dict[str, Any]:
     return {
         "H": h,
         "BLOCK_H": triton.next_power_of_2(h),
         "BLOCK_R": tile.rows,
-        "OUTER": outer_gain is not None,
-        "INNER": inner_gain is not None,
+        "OUTER": outer_weight is not None,
+        "INNER": inner_weight is not None,
         "num_warps": tile.warps,
     }

@@ -1,1 +1,1 @@
-"""Placing blocks on pipeline stages: costs, times, memory, balance."""
+"""Assignment of blocks to pipeline stages: costs, times, memory, balance."""

@@ -1,14 +1,17 @@
-"""The exact cut of a stack of equal blocks into stages.
+"""Optimal assignment of equal blocks to pipeline stages.
 
-A stage's time is that of all of its chunks, forward and backward, with the embedding (first stage)
-or the head (last stage) and what it recomputes. It grows with every block, and any count of blocks
-on each stage can be laid out in order. So hand out the blocks one by one, always to the stage that
-is then the least slow. Let T be that stage's time for the last block. Every stage has then all the
-blocks with which it stays below T, and a cut that is faster than T has no more of them: too few.
+A stage's time is the forward and backward time of all its chunks, including the embedding (first
+stage), the head (last stage) and recomputation. It increases with every block, and any number of
+blocks per stage is possible. So a greedy algorithm is optimal: assign the blocks one by one, each
+to the stage whose time is then the smallest.
 
-It is the most even of the cuts as fast, too: each of those gives as many stages the time T, or
-more; and if as many, the rest is the same but for which of the stages that can be at T are. Taking
-those that would be the slowest otherwise leaves the fastest rest.
+Proof. Let T be the time of the stage that gets the last block. Each stage then holds all the blocks
+with which its time is below T. A faster assignment could not hold more blocks on any stage, so it
+would hold too few blocks in total.
+
+Among equally fast assignments the result is also the most even. Each of them has at least as many
+stages at time T. With equally many, they differ only in which of the possible stages are at T; the
+tie-break picks those that would otherwise be the slowest, so the remaining stages are the fastest.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from dataclasses import dataclass
 from keel_megatron.layout.times import UnitTimes
 
 Recompute = Callable[[int, Sequence[int]], tuple[int, ...] | None]
-"""(stage, blocks of its chunks) -> recomputed blocks of its chunks, or None: it does not fit."""
+"""(stage, blocks per chunk) -> recomputed blocks per chunk, or None if the stage does not fit."""
 
 
 @dataclass(frozen=True)
@@ -28,35 +31,35 @@ class StageShare:
     """The blocks of one stage."""
 
     blocks: tuple[int, ...]
-    """Of each of its chunks, in order."""
+    """Blocks per chunk, in order."""
     recomputed: tuple[int, ...]
-    """Of these, how many of each chunk are computed again in the backward pass."""
+    """Recomputed blocks per chunk."""
     seconds: float
-    """Forward and backward of one micro-batch."""
+    """Forward and backward time of one micro-batch."""
 
 
-def cut(
+def assign_blocks(
     blocks: int,
     pipeline: int,
     virtual_pipeline: int,
     times: UnitTimes,
     recompute: Recompute | None = None,
 ) -> list[StageShare] | None:
-    """The blocks of every stage, minimizing the slowest one under each one's memory limit.
+    """Assign blocks to stages to minimise the slowest stage within the memory limits.
 
-    Within a stage blocks go to the chunk that takes the least time, embedding and head counted in;
-    among equals to the latest, which holds the fewest micro-batches. A chunk with neither embedding
-    nor head has a block at least.
+    Within a stage, each block goes to the fastest chunk, with the embedding and the head included;
+    among equal chunks to the last, which holds the fewest micro-batches. A chunk without embedding
+    and head has at least one block.
 
     Args:
-        blocks: of the model.
-        pipeline: stages.
-        virtual_pipeline: chunks of a stage.
-        times: of an embedding, a block and the head.
-        recompute: what a stage must recompute; None = nothing, all fits.
+        blocks: number of blocks of the model.
+        pipeline: number of stages.
+        virtual_pipeline: chunks per stage.
+        times: times of the embedding, a block and the head.
+        recompute: returns the blocks that a stage must recompute; None: no limit.
 
     Returns:
-        One share a stage, or None if the blocks do not fit into the stages' memory.
+        One share per stage, or None if the blocks do not fit in the stages' memory.
     """
     stages = [
         _Stage(number, pipeline, virtual_pipeline, times, recompute or _nothing)
@@ -86,7 +89,7 @@ def _nothing(_stage: int, blocks: Sequence[int]) -> tuple[int, ...]:
 
 
 class _Stage:
-    """A stage while blocks are handed out: what it has, and what it would be with one more."""
+    """A stage during the assignment: its share, and its share with one more block."""
 
     def __init__(
         self,
@@ -112,17 +115,17 @@ class _Stage:
         self.next = self._share(self._with_one_more())
 
     def entry(self) -> tuple[float, float, int] | None:
-        """What orders the stages that can take one more block: the least is the next to get it.
+        """Sort key of the stages that can take one more block; the smallest gets it.
 
-        Among equals that is the slowest without it, then the latest, which holds the fewest
-        micro-batches.
+        Ties go to the stage that is slowest without the block, then to the last, which holds the
+        fewest micro-batches.
         """
         if self.share is None or self.next is None:
             return None
         return self.next.seconds, -self.share.seconds, -self.number
 
     def advance(self) -> None:
-        """Take one more block."""
+        """Add one block."""
         assert self.next is not None
         self.share, self.counts = self.next, self.next.blocks
         self.next = self._share(self._with_one_more())

@@ -1,7 +1,7 @@
-"""What a typical block of a residual rule costs one device for one micro-batch.
+"""Cost of a typical block of a residual rule, for one device and one micro-batch.
 
-Everything about the joins is derived from the rule's columns (architecture/residual.py). Symbols
-are those of costs.py.
+The costs of scaled adds and norms follow from the rule's columns (architecture/residual.py). The
+symbols are those of costs.py.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ COSTS = Reader("the planner's costs", ("alpha", "branch_factor", "inner", "outer
 
 
 def typical_rows(model: ModelConfig) -> Rows:
-    """The columns of the commonest kind of block; of equally common ones the one with most norms.
+    """The columns of the most common kind of block; on a tie, of that with the most norms.
 
-    A block's kind is its attention, its FFN, and the attention that follows it. Where blocks differ
-    the plan is that of a model of the commonest kind alone, but for the count of parameters.
+    A block's kind is its attention, its FFN, and the attention of the next block. Where blocks
+    differ, the plan treats all of them as the most common kind, except for parameter counts.
     """
     return _typical_rows(RULES[model.residual], model)
 
@@ -33,7 +33,7 @@ def typical_rows(model: ModelConfig) -> Rows:
 def _typical_rows(_rule: Rule, model: ModelConfig) -> Rows:
     rows = [COSTS.sub_layer(l, model) for l in range(model.sub_layers)]
     kinds = Counter(
-        # As if a block like the last one followed it.
+        # The last block counts as if an identical block followed.
         (rows[l], rows[l + 1], rows[l + 2] if l + 2 < len(rows) else rows[l])
         for l in range(0, len(rows), 2)
     )
@@ -41,12 +41,12 @@ def _typical_rows(_rule: Rule, model: ModelConfig) -> Rows:
 
 
 def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
-    """The cost of a typical block.
+    """Cost of a typical block.
 
     Args:
         shape: the device's share of a micro-batch.
-        kernel: how scaled add + norms are done.
-        execution: how the block's kernels are run.
+        kernel: implementation of the scaled add + norms.
+        execution: how the block's kernels are executed.
     """
     t, c, h, model = shape.tokens, shape.c, shape.model.hidden_size, shape.model
     a, g, f, tp = shape.attention, shape.groups, shape.ffn, shape.tp
@@ -80,7 +80,7 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
             kernels=kernels[0] + casts[2],
         ),
         backward=Work(
-            # Flash attention computes the scores again: 5 products for the forward pass's 2.
+            # Flash attention recomputes the scores: 5 products against 2 in the forward pass.
             flops=2 * flops + 0.5 * scores,
             attention_flops=2.5 * scores,
             matmul_bytes=2 * operands,
@@ -103,25 +103,25 @@ _joins = kernel_counts.joins
 
 
 def join_bytes(hidden_size: int, c: int) -> tuple[int, int]:
-    """What `kernels.bytes_per_token` counts, without torch: a plan starts in no time."""
+    """As `kernels.bytes_per_token`, without importing torch, so that a plan starts fast."""
     return (2 * STREAM_BYTES + 2 * c) * hidden_size, (3 * STREAM_BYTES + 3 * c) * hidden_size
 
 
 def _join_kept(shape: Shape, kernel: Kernel, row: SubLayer, following: SubLayer) -> int:
-    """Kept by one scaled add + norms, and by the product that reads the next branch's input."""
+    """Bytes kept by one scaled add + norms, and by the product that reads its output."""
     t, h, c = shape.tokens, shape.h, shape.c
-    # Under fp32 the next branch's input, where nothing stands in front of it, is the stream.
+    # In fp32 without a norm in between, the next branch's input is the stream itself.
     copied = c != STREAM_BYTES or following.inner != "none"
     if kernel == "triton":  # x, f, z; both statistics
         return t * (STREAM_BYTES + c + c * copied) * h + 2 * shape.statistic_bytes()
-    # Every norm keeps its input; where there are two, the inner one's is the outer one's result.
+    # Every norm keeps its input; with two norms, the inner one's input is the outer one's output.
     norms = int(row.outer_norm) + int(following.inner == "norm")
     inputs = norms + int(following.inner == "vector")
     return inputs * t * STREAM_BYTES * h + norms * shape.statistic_bytes() + t * c * h
 
 
 def _head_norms_bytes(shape: Shape, rows: Rows) -> int:
-    """Kept a token by norms of query, key and value: their fp32 inputs and their statistics."""
+    """Bytes per token kept by the query, key and value norms: fp32 inputs and statistics."""
     if not any(row.qkv_norm for row in rows[:2]):
         return 0
     a, g, groups = shape.attention, shape.groups, shape.groups // shape.model.head_dim
@@ -131,16 +131,16 @@ def _head_norms_bytes(shape: Shape, rows: Rows) -> int:
 
 
 def _moved(shape: Shape, rows: Rows, kernel: Kernel, execution: Execution) -> tuple[float, float]:
-    """Bytes a token moved by all but products, attention and strided kernels, both ways.
+    """Bytes per token moved by element-wise kernels, forward and backward.
 
-    Attention's own operands are in the rate of its kernel, which reads and writes them as they are.
+    The bytes of attention's operands are part of the rate of its kernel.
     """
     c, a, g, f = shape.c, shape.attention, shape.groups, shape.ffn
     fused = kernel == "triton" or execution.compiled
     joins = [_join_moved(shape, one, fused) for one in _joins(rows)]
     forward, backward = (sum(way) for way in zip(*joins, strict=True))
     if execution.compiled:
-        # Rotary in one pass each; the norm weights' gradients read their operands once more.
+        # Rotary in one pass each; the gradients of norm weights read their operands again.
         forward += 2 * c * (a + g)
         backward += 2 * c * (a + 2 * g) + 2 * 3 * STREAM_BYTES * shape.h
     if any(row.qkv_norm for row in rows[:2]):  # to fp32, normalised, back
@@ -150,9 +150,9 @@ def _moved(shape: Shape, rows: Rows, kernel: Kernel, execution: Execution) -> tu
 
 
 def _join_moved(shape: Shape, pair: tuple[SubLayer, SubLayer], fused: bool) -> tuple[float, float]:
-    """Bytes a token of one join: one kernel each way, or torch's operators (kernels/fused.py).
+    """Bytes per token of one scaled add + norms: one kernel each way, or torch's operators.
 
-    An operator reads its operands and writes its result. Forward: the sum 10 bytes an element under
+    An operator reads its operands and writes its result. Forward: the sum 10 bytes per element in
     bf16, a norm 28 (squares 8, their sum 4, two products of 8), the cast 6. Backward: a norm 56,
     the sum 12, three casts and products 20.
     """
@@ -172,9 +172,10 @@ def _join_moved(shape: Shape, pair: tuple[SubLayer, SubLayer], fused: bool) -> t
 
 
 def _fp8_casts(shape: Shape, parameters: int) -> tuple[int, int, int, int]:
-    """Bytes and kernels, forward and backward, of casting the four products' operands to fp8.
+    """Bytes and kernels, forward and backward, of the fp8 casts of the four products' operands.
 
-    Each is read for its largest value; read, and written twice, the second time transposed.
+    A cast reads its operand once for the maximum, then reads it and writes it twice, once
+    transposed.
     """
     h, a, g, f = shape.model.hidden_size, shape.attention, shape.groups, shape.ffn
     inputs, gradients = h + a + h + f, (a + 2 * g) + h + 2 * f + h

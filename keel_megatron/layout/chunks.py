@@ -1,4 +1,4 @@
-"""The cut of a stack of blocks into pipeline stages and their chunks."""
+"""Pipeline stages and their chunks: which blocks each holds."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chunk:
-    """A contiguous run of blocks that one stage computes in one piece."""
+    """Contiguous blocks that one stage computes together (a model chunk)."""
 
     first_block: int
-    """Global number, from 0, of the chunk's first block."""
+    """Global index of the chunk's first block, from 0."""
     blocks: int
-    """How many blocks; 0 is allowed (a chunk with the embedding or head alone)."""
+    """Number of blocks; 0 for a chunk with only the embedding or the head."""
     embedding: bool = False
     head: bool = False
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All chunks in the order in which a micro-batch passes them.
+    """All chunks, in model order.
 
-    Chunk i belongs to stage i % pipeline, as its (i // pipeline)-th model chunk.
+    Chunk i is model chunk i // pipeline of stage i % pipeline.
     """
 
     pipeline: int
@@ -37,14 +37,14 @@ class Layout:
         return self.chunks[pipeline_rank :: self.pipeline]
 
     def check(self, blocks: int) -> None:
-        """Assert that the chunks hold every block of the model once and in order.
+        """Check that the chunks hold every block of the model once and in order.
 
         Raises:
-            ValueError: a block would be lost, doubled or out of order.
+            ValueError: a block is missing, duplicated or out of order.
         """
         if not self.chunks or len(self.chunks) % self.pipeline:
             raise ValueError(
-                f"{len(self.chunks)} chunks do not spread over {self.pipeline} stages evenly"
+                f"{len(self.chunks)} chunks do not divide evenly among {self.pipeline} stages"
             )
         expected = 0
         for number, chunk in enumerate(self.chunks):
@@ -69,7 +69,7 @@ class Layout:
 
 
 def from_counts(counts: list[int], pipeline: int) -> Layout:
-    """The layout whose i-th chunk holds counts[i] blocks."""
+    """A layout whose chunk i holds counts[i] blocks."""
     chunks = []
     first = 0
     for number, count in enumerate(counts):
@@ -79,10 +79,10 @@ def from_counts(counts: list[int], pipeline: int) -> Layout:
 
 
 def even_layout(blocks: int, pipeline: int, virtual_pipeline: int = 1) -> Layout:
-    """Blocks spread as evenly as whole numbers allow; nothing is dropped.
+    """A layout with as equal block counts as possible.
 
-    The remainder goes to the chunks in the middle first: the first holds the embedding and the
-    last the head.
+    The remainder goes to the middle chunks first, because the first chunk has the embedding and
+    the last the head.
     """
     count = pipeline * virtual_pipeline
     base, extra = divmod(blocks, count)

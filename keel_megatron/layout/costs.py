@@ -1,12 +1,12 @@
-"""What an embedding, a block and the head cost one device for one micro-batch.
+"""Costs of the embedding, a block and the head, for one device and one micro-batch.
 
-All figures are those of one device and of one micro-batch of `training.micro_batch_size` sequences:
+All values are for one device and one micro-batch of `training.micro_batch_size` sequences:
 t = s x b tokens. c is the size of the compute type (2 or 4 bytes), h the hidden size, f the FFN's,
 a heads and g query groups of width d. Under tensor parallelism a, g, f and the vocabulary are
-divided by TP, and under sequence parallelism so is whatever holds h elements a token.
+divided by TP; under sequence parallelism, so are tensors with h elements per token.
 
-What a block keeps is counted by storages, as PyTorch frees them; test_activations.py holds the
-counts against autograd's own saved tensors.
+Activations are counted by storage, as PyTorch frees them; test_activations.py compares the counts
+with autograd's saved tensors.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from keel_megatron.layout.work import (
 )
 
 HEAD_KERNELS, EMBEDDING_KERNELS = 8, 4
-"""Kernels that a forward pass launches, roughly; the head's backward pass launches twice as many.
-A block's are counted in `launches.py`."""
+"""Approximate number of kernels of a forward pass; the head's backward pass has twice as many.
+`kernel_counts.py` counts those of a block."""
 
 
 def model_costs(config: RunConfig, kernel: Kernel = "triton") -> Costs:
-    """The costs of a run's pieces on one of its devices.
+    """Costs of the embedding, a block and the head on one device of a run.
 
     Args:
         config: the run; model, seq_length, micro_batch_size, TP, SP and precision matter.
-        kernel: how scaled add + norm are done there.
+        kernel: implementation of the scaled add + norm.
     """
     shape = Shape.of(config)
     block = block_cost(shape, kernel, Execution.of(config))
@@ -42,12 +42,12 @@ def model_costs(config: RunConfig, kernel: Kernel = "triton") -> Costs:
 
 
 def head_pieces(config: RunConfig) -> int:
-    """In how many pieces a micro-batch goes through the output layer and the loss."""
+    """Number of pieces in which a micro-batch goes through the output layer and the loss."""
     return Shape.of(config).pieces
 
 
 def _embedding(shape: Shape) -> Cost:
-    """Rows of the table, cast to the stream; its gradient is dense."""
+    """Lookup in the embedding table and a cast to fp32; the gradient is dense."""
     t, c, h = shape.tokens, shape.c, shape.model.hidden_size
     parameters = shape.vocabulary * h
     reduce = shape.collective_bytes() * STREAM_BYTES / c
@@ -71,7 +71,7 @@ def _embedding(shape: Shape) -> Cost:
 
 
 def _head(shape: Shape, kernel: Kernel) -> Cost:
-    """Final norm, and output projection and loss in pieces (`kernels/cross_entropy.py`)."""
+    """Final norm, output layer and loss in pieces (`kernels/cross_entropy.py`)."""
     t, c, h, v = shape.tokens, shape.c, shape.model.hidden_size, shape.vocabulary
     vectors = h if shape.model.final_norm else 0
     pieces = shape.pieces
@@ -86,7 +86,7 @@ def _head(shape: Shape, kernel: Kernel) -> Cost:
         kept += t * STREAM_BYTES * shape.h
         kept += shape.statistic_bytes()
     own = v * h
-    # The input of the output projection, or its gradient.
+    # The input of the output layer, or its gradient.
     message = shape.collective_bytes() if shape.tp > 1 else 0.0
     tied_here = shape.model.tie_embeddings and shape.pipeline == 1
     return Cost(
@@ -118,13 +118,13 @@ def _head(shape: Shape, kernel: Kernel) -> Cost:
 
 
 def _head_working(shape: Shape, kernel: Kernel) -> int:
-    """Temporary in the head, besides what it keeps: logits beside their softmax, or gradients."""
+    """Temporary memory in the head: logits besides their softmax, or gradients."""
     t, c, h, v = shape.tokens, shape.c, shape.model.hidden_size, shape.vocabulary
     piece, own, bf16 = shape.rows * v, v * h, shape.c != STREAM_BYTES
     whole = shape.rows == t
     logits = STREAM_BYTES * piece * (1 if whole else 2)  # of one piece the softmax is what is kept
     held = STREAM_BYTES * own if shape.returned and not whole else 0  # the fp32 sum of the pieces
-    # The weight's gradient by itself, where the product does not add it.
+    # The weight's gradient, where the product does not accumulate it.
     by_itself = (shape.returned and (whole or bf16)) or (bf16 and kernel == "torch")
     product = c * own if by_itself else 0
     d_logits = c * piece if bf16 or not whole else 0

@@ -1,4 +1,4 @@
-"""What devices can do: the few figures that a prediction of time and memory needs."""
+"""Device properties for predictions of time and memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Device:
-    """A device and its links; every figure can be overridden (`device_named`)."""
+    """A device and its interconnect; every property can be overridden (`device_named`)."""
 
     name: str
     tflops: float
@@ -21,35 +21,34 @@ class Device:
     memory_gb: float | None
     """Memory, 1e9 bytes; None = no limit is known."""
     reserved_gb: float
-    """Of it, what the model never gets: driver context, NCCL and cuBLAS buffers, fragments."""
+    """Memory not available to the model: driver context, NCCL and cuBLAS buffers, fragmentation."""
     memory_bandwidth_gb: float
     """Memory bandwidth, 1e9 bytes/s."""
     intra_node_gb: float
-    """Bandwidth to a device of the same node, one direction, 1e9 bytes/s."""
+    """Bandwidth to a device of the same node, in one direction, 1e9 bytes/s."""
     intra_node_latency_us: float
-    """Time of an empty message within a node."""
+    """Latency within a node, seconds."""
     inter_node_gb: float
-    """Bandwidth to a device of another node, one direction, 1e9 bytes/s."""
+    """Bandwidth to a device of another node, in one direction, 1e9 bytes/s."""
     inter_node_latency_us: float
-    """Time of an empty message between nodes."""
+    """Latency between nodes, seconds."""
     devices_per_node: int
     matmul_fraction: float
-    """Share of the peak that large matrix products reach."""
+    """Fraction of the peak that large matrix products reach."""
     attention_fraction: float
-    """Share of the peak that causal attention reaches at head size 64: torch's."""
+    """Fraction of the peak that torch's causal attention reaches at head size 64."""
     cudnn_fraction: float
-    """The same of Transformer Engine's."""
+    """The same for Transformer Engine's attention."""
     fp8_fraction: float
-    """Share of fp8's peak, twice bf16's, that its products reach."""
+    """Fraction of the fp8 peak (twice that of bf16) that fp8 products reach."""
     bandwidth_fraction: float
-    """Share of the memory bandwidth that element-wise kernels reach."""
+    """Fraction of the memory bandwidth that element-wise kernels reach."""
     strided_fraction: float
-    """The same of the rotary embedding's, whose accesses are strided and not vectorised."""
+    """The same for the rotary embedding, whose accesses are strided and not vectorised."""
     kernel_gap_us: float
-    """Idle time behind every kernel."""
+    """Idle time after each kernel, seconds."""
     kernel_launch_us: float
-    """Time for which the host is busy with one kernel, Python and autograd included: work cannot be
-    shorter than that."""
+    """Host time per kernel including Python and autograd, seconds; a lower bound of its time."""
 
 
 _GPU_HOPPER = (0.65, 0.35, 0.5, 0.5, 0.85, 0.31, 1.2, 20.0)
@@ -68,36 +67,36 @@ DEVICES: dict[str, Device] = {
         Device("cpu", 0.12, None, 0.0, 40.0, 1.0, 100.0, 1.0, 200.0, 64, *_CPU),
     )
 }
-"""By name.
+"""Devices by name.
 
 Peaks, memory, memory bandwidth and NVLink (half of the two-way figure) are from NVIDIA's data
-sheets of the H200 SXM, H100 SXM, A100 80GB SXM and B200 (HGX), the dense figures without sparsity;
-inter-node links are one 400 Gb/s port a GPU (200 Gb/s beside an A100). The fractions, latencies,
+sheets of the H200 SXM, H100 SXM, A100 80GB SXM and B200 (HGX), without sparsity. Between nodes
+each GPU has one 400 Gb/s port (A100: 200 Gb/s). The fractions, latencies,
 reserved memory, gaps and launch times are rules of thumb for eager PyTorch, not measurements: none
-was measured on a GPU. `cpu` is for plausibility, one core with gloo over loopback: measured times
-take its place.
+was measured on a GPU. `cpu` is a rough estimate of one core with gloo over loopback;
+`keel plan --measure` replaces it.
 """
 
 
 def device_named(name: str, **overrides: Any) -> Device:
-    """The device of that name, with some of its figures replaced.
+    """The device of that name, with some properties replaced.
 
     Raises:
-        UserError: there is no such device or no such figure.
+        UserError: there is no such device or property.
     """
     if name not in DEVICES:
-        raise UserError(f"device {name!r} is not known; known are {', '.join(DEVICES)}")
+        raise UserError(f"unknown device {name!r}; must be one of {', '.join(DEVICES)}")
     unknown = sorted(overrides.keys() - Device.__dataclass_fields__.keys())
     if unknown:
-        raise UserError(f"a device has no {', '.join(unknown)}")
+        raise UserError(f"a device has no property {', '.join(unknown)}")
     return replace(DEVICES[name], **overrides)
 
 
 def this_device(device: torch.device) -> Device:
-    """What is known of the device of this process; a GPU without an entry is taken for an H100.
+    """Properties of this process's device; an unknown GPU gets the properties of an H100.
 
     Args:
-        device: CUDA (its own memory is taken) or CPU.
+        device: CUDA (with the memory that it has) or CPU.
     """
     if device.type == "cpu":
         return DEVICES["cpu"]

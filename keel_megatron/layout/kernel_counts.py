@@ -1,6 +1,6 @@
-"""The kernels that a block launches on CUDA, part by part: what the host and the gaps cost.
+"""Number of CUDA kernels of a block, by part.
 
-Counted from the code for bf16, one device a stage and Megatron-core's engine; `make bench-gpu`
+Counted from the code for bf16, one device per stage and the Megatron engine; `make bench-gpu`
 counts them in a trace.
 """
 
@@ -13,8 +13,8 @@ from keel_megatron.architecture.residual import SubLayer
 
 
 @dataclass(frozen=True)
-class Launches:
-    """One part's kernels."""
+class KernelCount:
+    """Kernels of one part of a block."""
 
     part: str
     forward: int
@@ -23,51 +23,57 @@ class Launches:
 
 
 Rows = tuple[SubLayer, SubLayer, SubLayer]
-"""A block's attention and FFN, and the attention of the block after it."""
+"""A block's attention and FFN, and the attention of the next block."""
 
 
 def joins(rows: Rows) -> tuple[tuple[SubLayer, SubLayer], ...]:
-    """A block's two joins: (the sub-layer that is joined, the one that comes next)."""
+    """The two scaled adds of a block: (the added sub-layer, the next sub-layer)."""
     return (rows[0], rows[1]), (rows[1], rows[2])
 
 
 def weights(rows: Rows) -> int:
-    """Weights of norms and learned vectors that a block has."""
+    """Number of norm weights and learned vectors of a block."""
     return sum(
         int(row.inner != "none") + int(row.outer_norm) + 3 * int(row.qkv_norm) for row in rows[:2]
     )
 
 
-def block(rows: Rows, *, compiled: bool = False, fused: bool = True) -> tuple[Launches, ...]:
-    """A block's kernels.
+def block(rows: Rows, *, compiled: bool = False, fused: bool = True) -> tuple[KernelCount, ...]:
+    """Kernels of a block, by part.
 
     Args:
         rows: the columns of its rule.
-        compiled: as `kernels.compile` should make it.
-        fused: whether scaled add and norms are one kernel, or torch's operators.
+        compiled: count for `kernels.compile`.
+        fused: whether scaled add and norms are one kernel or torch's operators.
     """
     return tuple(_parts(rows, compiled, fused or compiled))
 
 
-def _parts(rows: Rows, compiled: bool, fused: bool) -> Iterator[Launches]:
-    yield Launches("products", 4, 8, "qkv, proj, fc1, fc2; backward one each for input and weight")
+def _parts(rows: Rows, compiled: bool, fused: bool) -> Iterator[KernelCount]:
+    yield KernelCount(
+        "products", 4, 8, "qkv, proj, fc1, fc2; backward one each for input and weight"
+    )
     if compiled:
-        yield Launches("rotary", 2, 2, "query and key; backward one tensor, key's part apart")
+        yield KernelCount("rotary", 2, 2, "query and key; backward one tensor, key's part apart")
     else:
-        yield Launches("rotary", 7, 7, "query and key a product and two halves each; value copied")
+        yield KernelCount(
+            "rotary", 7, 7, "query and key a product and two halves each; value copied"
+        )
     if any(row.qkv_norm for row in rows[:2]):
-        yield Launches("query, key and value norms", 10, 15, "each cast to fp32, normalised, cast")
-    yield Launches(
+        yield KernelCount(
+            "query, key and value norms", 10, 15, "each cast to fp32, normalised, cast"
+        )
+    yield KernelCount(
         "attention",
         1,
         6,
         "flash; backward row sums, its kernel, a cast, key and value "
         "summed over their group, an emptied buffer",
     )
-    yield Launches("SwiGLU", 1, 1, "fused" if compiled else "Megatron-core's compiled kernel")
+    yield KernelCount("SwiGLU", 1, 1, "fused" if compiled else "Megatron-core's compiled kernel")
     each = [_join(*one, compiled, fused) for one in joins(rows)]
     forward, backward = (sum(way) for way in zip(*each, strict=True))
-    yield Launches(
+    yield KernelCount(
         "joins",
         forward,
         backward,
@@ -77,7 +83,7 @@ def _parts(rows: Rows, compiled: bool, fused: bool) -> Iterator[Launches]:
         if fused
         else "the sum, seven operators a norm, a cast; backward eight a norm, and four",
     )
-    yield Launches(
+    yield KernelCount(
         "gradient sums",
         0,
         4 + weights(rows),
@@ -97,6 +103,6 @@ def _join(row: SubLayer, following: SubLayer, compiled: bool, fused: bool) -> tu
     return forward + factor, backward + factor
 
 
-def total(parts: tuple[Launches, ...]) -> tuple[int, int]:
-    """Kernels of a block, forward and backward."""
+def total(parts: tuple[KernelCount, ...]) -> tuple[int, int]:
+    """Total kernels of a block, forward and backward."""
     return sum(part.forward for part in parts), sum(part.backward for part in parts)

@@ -1,14 +1,14 @@
-"""Memory of every pipeline stage, by kind, under Megatron-core's schedules.
+"""Memory of each pipeline stage, by kind, under Megatron-core's schedules.
 
-How many micro-batches a stage holds between their forward and backward pass follows
-megatron/core/pipeline_parallel/schedules.py (0.16.1). With p stages, v chunks a stage and m
-micro-batches, stage r runs W forward passes of a chunk ahead:
+The number of micro-batches in flight on a stage follows
+megatron/core/pipeline_parallel/schedules.py (0.16.1). With p stages, v chunks per stage and m
+micro-batches, stage r runs W warm-up forward passes of a chunk:
 
     v = 1: W = min(p - r - 1, m)              (none without a pipeline)
     v > 1: W = min(2 (p - r - 1) + (v - 1) p, v m)
 
-and then always one more forward pass before each backward pass. Forward pass number k is one of
-chunk floor((k mod p v) / p); backward passes take the chunks in the opposite order.
+and then one forward pass before each backward pass. Forward pass number k is of chunk
+floor((k mod p v) / p); backward passes run through the chunks in reverse order.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of one device of a stage at its fullest moment, by kind."""
+    """Peak memory of one device of a stage, in bytes, by kind."""
 
     parameters: int
     gradients: int
-    """fp32, in Megatron-core's buffers or ZeRO's."""
+    """fp32 gradients, in Megatron-core's or ZeRO's buffers."""
     optimizer: int
-    """AdamW's moments, and fp32 masters under bf16."""
+    """AdamW's moments, and fp32 master weights in bf16."""
     activations: int
-    """Of the micro-batches in flight, recomputed blocks counted as such; without the logits."""
+    """Activations of the micro-batches in flight, after recomputation; without the logits."""
     logits: int
-    """Of the head: what the loss keeps, and its temporary copies."""
+    """Logits: what the loss keeps, and temporary copies."""
     communication: int
-    """Messages between stages, activations collected from the tensor group under SP, and the
-    weights' gradients that CUDA graphs write into."""
+    """Buffers of messages between stages, activations gathered from the tensor group under SP, and
+    the gradient buffers of CUDA graphs."""
     working: int
-    """Temporary in a block's backward pass, with the activations that recomputation brings back."""
+    """Temporary memory in a block's backward pass, with the recomputed activations."""
     host: int = 0
-    """In the host's memory, for this device: what ZeRO offloads; no part of the total."""
+    """Host memory that ZeRO offloads to, for this device; not part of the total."""
 
     @property
     def total(self) -> int:
-        """All kinds together."""
+        """Sum of all kinds."""
         return (
             self.parameters
             + self.gradients
@@ -63,17 +63,17 @@ class StageMemory:
 def in_flight(
     pipeline: int, virtual_pipeline: int, stage: int, micro_batches: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Micro-batches between forward and backward pass, chunk by chunk, at the fullest moments.
+    """Micro-batches in flight per chunk, at the moments of peak memory.
 
     Args:
-        pipeline: p, stages.
-        virtual_pipeline: v, chunks of a stage.
-        stage: r, from 0.
-        micro_batches: m of one replica and optimizer step.
+        pipeline: number of stages p.
+        virtual_pipeline: chunks per stage v.
+        stage: stage number r, from 0.
+        micro_batches: micro-batches m per replica and optimizer step.
 
     Returns:
-        One tuple of v counts a moment; every other moment has no chunk above one of them. A chunk
-        never holds more micro-batches than an earlier one of its stage.
+        Tuples of v counts, one per moment; the counts of any other moment do not exceed all of one
+        of them. A chunk never holds more micro-batches than an earlier chunk of its stage.
     """
     if virtual_pipeline == 1:
         return ((min(pipeline - stage, micro_batches),),)
@@ -87,8 +87,8 @@ def in_flight(
         whole, rest = divmod(passes, period)
         return whole * pipeline + min(max(rest - chunk * pipeline, 0), pipeline)
 
-    # Between a multiple of p of forward passes and one of backward passes every count is linear in
-    # time, so the fullest moment for any weights is at such a multiple; then all repeats.
+    # Between multiples of p forward and p backward passes, every count is linear in time. So the
+    # peak, for any weights, is at such a multiple; after that the pattern repeats.
     first, end = ahead + 1, min(ahead + 1 + 2 * period, last)
     multiples = range(0, end + pipeline, pipeline)
     moments = {first, end} | set(multiples) | {n + first for n in multiples}
@@ -111,12 +111,12 @@ def _below_another(one: tuple[int, ...], counts: set[tuple[int, ...]]) -> bool:
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Memory of the stages of one run at one number of replicas.
+    """Memory of the stages of a run.
 
     Args:
         config: the run; its parallel, optimizer and precision settings matter.
-        costs: of its pieces.
-        data_parallel: replicas.
+        costs: costs of embedding, block and head.
+        data_parallel: number of replicas.
     """
 
     config: RunConfig
@@ -125,7 +125,7 @@ class MemoryModel:
 
     @property
     def micro_batches(self) -> int:
-        """Of one replica and optimizer step."""
+        """Micro-batches per replica and optimizer step."""
         training = self.config.training
         of_replica = training.global_batch_size // self.data_parallel
         return max(1, of_replica // training.micro_batch_size)
@@ -134,9 +134,9 @@ class MemoryModel:
         """Memory of a stage.
 
         Args:
-            stage: its number, from 0; the first has the embedding, the last the head.
-            blocks: of each of its chunks.
-            recomputed: how many of each chunk's blocks are computed again in the backward pass.
+            stage: stage number, from 0; the first has the embedding, the last the head.
+            blocks: blocks per chunk.
+            recomputed: recomputed blocks per chunk.
         """
         parallel, costs = self.config.parallel, self.costs
         pieces = [(costs.block, sum(blocks))]
@@ -144,8 +144,8 @@ class MemoryModel:
         pieces += [(costs.embedding, 1)] if stage == 0 else []
         pieces += [(costs.head, 1)] if head else []
         weights = sum(cost.parameters * count for cost, count in pieces)
-        gains = sum(cost.vector_parameters * count for cost, count in pieces)
-        states = self._states(weights, gains)
+        norm_weights = sum(cost.vector_parameters * count for cost, count in pieces)
+        states = self._states(weights, norm_weights)
         return StageMemory(
             parameters=states.parameters,
             gradients=states.gradients,
@@ -160,16 +160,16 @@ class MemoryModel:
     def recomputed(
         self, stage: int, blocks: Sequence[int], limit: float | None
     ) -> tuple[int, ...] | None:
-        """How many of each chunk's blocks to recompute: all, none, or as many as the limit asks.
+        """Number of blocks per chunk to recompute: all, none, or the fewest that fit in the limit.
 
-        Every micro-batch in flight in a chunk is so in the stage's earlier chunks too, so the
-        earliest blocks free the most memory: the first chunks' are taken first, and no other
-        choice does with fewer.
+        Earlier chunks hold at least as many micro-batches in flight as later ones, so recomputing
+        their blocks frees the most memory. The first chunks come first, which needs the fewest
+        recomputed blocks.
 
         Args:
-            stage: the stage's number.
-            blocks: of each of its chunks.
-            limit: bytes of a device; None = no limit.
+            stage: stage number, from 0.
+            blocks: blocks per chunk.
+            limit: bytes per device; None: no limit.
 
         Returns:
             The counts, or None if the stage does not fit.
@@ -200,22 +200,26 @@ class MemoryModel:
             low, high = (low, middle) if fits(middle) else (middle, high)
         return first(high)
 
-    def _states(self, weights: int, gains: int) -> ZeroMemory:
-        """Bytes of parameters, gradients and the optimizer's state.
+    def _states(self, weights: int, norm_weights: int) -> ZeroMemory:
+        """Bytes of parameters, gradients and optimizer state.
 
-        Under Megatron-core gains are fp32 in any precision, and gradients lie in fp32 buffers.
+        Under Megatron-core, norm weights and gradient buffers are fp32 in any precision.
         """
         if self.config.training.engine == "deepspeed":
             model, tensor = self.config.model, self.config.parallel.tensor
             inner = 2 * model.ffn_hidden_size * model.hidden_size // tensor
             largest = max(self.costs.embedding.parameters, inner)
-            return zero_memory(self.config, Sizes(weights, gains, largest), self.data_parallel)
+            return zero_memory(
+                self.config, Sizes(weights, norm_weights, largest), self.data_parallel
+            )
         masters = 4 * weights if self.config.training.precision == "bf16" else 0
         size = 2 if self.config.training.precision == "bf16" else 4
-        optimizer = masters + 8 * (weights + gains)
+        optimizer = masters + 8 * (weights + norm_weights)
         if self.config.parallel.distributed_optimizer:
             optimizer = -(-optimizer // self.data_parallel)
-        return ZeroMemory(size * weights + 4 * gains, 4 * (weights + gains), optimizer, 0, 0)
+        return ZeroMemory(
+            size * weights + 4 * norm_weights, 4 * (weights + norm_weights), optimizer, 0, 0
+        )
 
     def _activations(self, stage: int, blocks: Sequence[int], recomputed: Sequence[int]) -> int:
         parallel, costs = self.config.parallel, self.costs
@@ -227,7 +231,7 @@ class MemoryModel:
             kept[0] += costs.embedding.activation_bytes
         head = costs.head.activation_bytes if stage == parallel.pipeline - 1 else 0
         moments = in_flight(parallel.pipeline, len(blocks), stage, self.micro_batches)
-        # The head's backward pass follows its forward pass at once: never more than one in flight.
+        # The head's backward pass directly follows its forward pass: at most one is in flight.
         return head + max(
             sum(count * size for count, size in zip(moment, kept, strict=True))
             for moment in moments
@@ -239,12 +243,12 @@ class MemoryModel:
         whole = tokens * config.model.hidden_size
         collected = whole * (2 if config.training.precision == "bf16" else 4)
         stream = STREAM_BYTES * whole // (parallel.tensor if parallel.sequence else 1)
-        # Received and sent, forward and backward; interleaving has another of each on its way.
+        # Receive and send buffers, forward and backward; interleaving has two of each.
         messages = 0 if parallel.pipeline == 1 else 4 * min(parallel.virtual_pipeline, 2)
         return messages * stream + (collected if parallel.sequence else 0)
 
     def _recorded(self, blocks: int) -> int:
-        """Bytes of the blocks' gradients in their weights' types, kept by recorded passes."""
+        """Bytes of the blocks' gradients, in their weights' types, that CUDA graphs write into."""
         if not self.config.kernels.cuda_graphs:
             return 0
         block, size = self.costs.block, 2 if self.config.training.precision == "bf16" else 4

@@ -1,4 +1,4 @@
-"""The stage table: as text for people, as rows for programs."""
+"""The stage table, as text and as JSON rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLUMNS = ("stage", "blocks", "recomputed", "with", "parameters", "memory GB", "
 
 
 def stage_rows(partition: Partition) -> list[dict[str, Any]]:
-    """One object a stage: counts, parameters of a device, memory by kind in GB, time.
+    """One object per stage: blocks, parameters per device, memory by kind in GB, time.
 
     `time_share` is relative to the slowest stage; `forward_seconds` and `backward_seconds` are
     predicted for one micro-batch.
@@ -46,15 +46,15 @@ def write_stages(partition: Partition, path: Path) -> None:
     """Write the rows to a JSON file.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     write_whole(path, json.dumps({"stages": stage_rows(partition)}, indent=1) + "\n")
 
 
 def stage_table(partition: Partition) -> list[str]:
-    """The table's lines; neighbouring stages that differ in memory alone share one.
+    """The lines of the table; adjacent stages that differ only in memory share a line.
 
-    Such a line has the largest memory among its stages. Chunks of a stage are joined by `+`.
+    Such a line shows the largest memory of its stages. `+` joins the chunks of a stage.
     """
     lines: list[tuple[str, ...]] = [COLUMNS]
     for _, group in itertools.groupby(partition.stages, key=lambda stage: _cells(partition, stage)):
@@ -68,7 +68,7 @@ def stage_table(partition: Partition) -> list[str]:
 
 
 def _cells(partition: Partition, stage: Stage) -> tuple[str, str, str, str, str]:
-    """What is shown of a stage, besides its number and its memory."""
+    """The cells of a stage, except its number and memory."""
     pieces = ["embedding"] * stage.embedding + ["head"] * stage.head
     return (
         "+".join(str(chunk.blocks) for chunk in stage.chunks),
@@ -85,10 +85,10 @@ def _summary(partition: Partition) -> str:
     return (
         f"{len(partition.layout.chunks)} chunk(s) hold "
         f"{sum(stage.blocks for stage in partition.stages)} blocks; slowest stage "
-        f"{partition.slowest.number}, {100 * (partition.balance - 1):.1f} % above an ideal cut; "
+        f"{partition.slowest.number}, {100 * (partition.balance - 1):.1f} % above perfect balance; "
         f"most memory at stage {worst.number}, {worst.memory.total / GB:.3g} GB"
         + ("" if limit is None else f" of {limit / GB:.3g} GB")
-        + ("" if partition.fits else ": MORE THAN THERE IS")
+        + ("" if partition.fits else ": EXCEEDS THE LIMIT")
     )
 
 

@@ -1,4 +1,4 @@
-"""The one decision which blocks live where, and what is known of each stage beforehand."""
+"""Assignment of a run's blocks to stages, and each stage's predicted time and memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from keel_megatron.architecture.parameters import vector_parameters
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
-from keel_megatron.layout.balance import StageShare, cut
+from keel_megatron.layout.balance import StageShare, assign_blocks
 from keel_megatron.layout.chunks import Chunk, Layout, from_counts
 from keel_megatron.layout.costs import model_costs
 from keel_megatron.layout.devices import Device, this_device
@@ -27,46 +27,46 @@ class Stage:
     number: int
     chunks: tuple[Chunk, ...]
     recomputed: tuple[int, ...]
-    """Of each chunk's blocks, how many (its first) are computed again in the backward pass."""
+    """Number of recomputed blocks per chunk, the first ones of the chunk."""
     parameters: int
-    """On one device of the stage."""
+    """Parameters on one device of the stage."""
     memory: StageMemory
     forward_seconds: float
-    """Of one micro-batch through all of its chunks."""
+    """Forward time of one micro-batch through all chunks, seconds."""
     backward_seconds: float
-    """The same, with recomputation."""
+    """Backward time including recomputation, seconds."""
 
     @property
     def blocks(self) -> int:
-        """Of all of its chunks."""
+        """Number of blocks of all chunks."""
         return sum(chunk.blocks for chunk in self.chunks)
 
     @property
     def embedding(self) -> bool:
-        """Whether it holds the embedding."""
+        """Whether the stage has the embedding."""
         return any(chunk.embedding for chunk in self.chunks)
 
     @property
     def head(self) -> bool:
-        """Whether it holds the final norm, the output projection and the loss."""
+        """Whether the stage has the final norm, the output layer and the loss."""
         return any(chunk.head for chunk in self.chunks)
 
     @property
     def seconds(self) -> float:
-        """Forward and backward of one micro-batch."""
+        """Forward and backward time of one micro-batch, seconds."""
         return self.forward_seconds + self.backward_seconds
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A model's stages; the same on every rank, from the configuration alone."""
+    """The pipeline stages of a model; every rank computes the same from the configuration."""
 
     layout: Layout
     stages: tuple[Stage, ...]
     costs: Costs
     times: UnitTimes
     limit_bytes: float | None
-    """Memory of a device that the model may use; None = not limited."""
+    """Memory limit per device, bytes; None: no limit."""
 
     @property
     def worst_memory(self) -> Stage:
@@ -75,32 +75,32 @@ class Partition:
 
     @property
     def slowest(self) -> Stage:
-        """The stage that takes longest, which all others wait for."""
+        """The stage that takes longest, which determines the speed."""
         return max(self.stages, key=lambda stage: stage.seconds)
 
     @property
     def fits(self) -> bool:
-        """Whether every stage is within the limit."""
+        """Whether every stage fits in the memory limit."""
         return self.limit_bytes is None or self.worst_memory.memory.total <= self.limit_bytes
 
     def time_share(self, stage: Stage) -> float:
-        """A stage's time relative to the slowest one's."""
+        """A stage's time relative to the slowest stage."""
         return stage.seconds / self.slowest.seconds
 
     @property
     def balance(self) -> float:
-        """The slowest stage's time relative to an ideal cut's: all time spread evenly."""
+        """The slowest stage's time relative to the mean over stages (1: perfect balance)."""
         mean = sum(stage.seconds for stage in self.stages) / len(self.stages)
         return self.slowest.seconds / mean
 
 
 def own_partition(config: RunConfig, runtime: Runtime) -> Partition:
-    """The partition of the run that this process is part of; the same on equal devices."""
+    """The partition of the run of this process; the same on equal devices."""
     return partition(config, runtime.data_size, this_device(runtime.device))
 
 
 def memory_limit(config: RunConfig, device: Device) -> float | None:
-    """Bytes that a model may use: `parallel.memory_gb` of it, or what the device has to give."""
+    """Bytes per device that a model may use: `parallel.memory_gb`, or the device's memory."""
     if config.parallel.memory_gb is not None:
         return config.parallel.memory_gb * GB
     if device.memory_gb is None:
@@ -117,19 +117,19 @@ def partition(
     layout: Layout | None = None,
     kernel: Kernel | None = None,
 ) -> Partition:
-    """Decide which blocks live on which stage, and predict every stage's time and memory.
+    """Assign blocks to stages, and predict each stage's time and memory.
 
-    `parallel.layout` is taken as it is; otherwise the slowest stage is as fast as can be within the
-    devices' memory. If no cut fits, it is the fastest one without a limit (with all blocks
+    `parallel.layout` is used as given; otherwise the assignment minimises the slowest stage within
+    the memory limit. If nothing fits, it is the fastest one without a limit (with all blocks
     recomputed under `recompute: auto`), and `Partition.fits` is false.
 
     Args:
         config: the run.
-        data_parallel: replicas, which share the optimizer's state.
-        device: what every stage runs on.
-        times: of the pieces; None = predicted from their costs.
-        layout: judge this layout instead of choosing one.
-        kernel: how scaled add + norms are done; None = as the device does them.
+        data_parallel: number of replicas, which shard the optimizer state.
+        device: device type of every stage.
+        times: times of embedding, block and head; None: predicted from their costs.
+        layout: use this layout instead of computing one.
+        kernel: implementation of scaled add + norms; None: that of the device.
     """
     costs = model_costs(config, kernel or ("torch" if device.name == "cpu" else "triton"))
     times = times or predicted_times(costs, device)
@@ -162,9 +162,13 @@ def _chosen(
 ) -> list[StageShare]:
     parallel = config.parallel
     sizes = (config.model.blocks, parallel.pipeline, parallel.virtual_pipeline)
-    shares = cut(*sizes, times, lambda stage, blocks: memory.recomputed(stage, blocks, limit))
+    shares = assign_blocks(
+        *sizes, times, lambda stage, blocks: memory.recomputed(stage, blocks, limit)
+    )
     if shares is None:
-        shares = cut(*sizes, times, lambda stage, blocks: _recomputed(memory, stage, blocks, limit))
+        shares = assign_blocks(
+            *sizes, times, lambda stage, blocks: _recomputed(memory, stage, blocks, limit)
+        )
     assert shares is not None
     return shares
 
@@ -176,7 +180,7 @@ def _counts(layout: Layout, stage: int) -> tuple[int, ...]:
 def _recomputed(
     memory: MemoryModel, stage: int, blocks: Any, limit: float | None
 ) -> tuple[int, ...]:
-    """Recomputed blocks of a stage; all that may be, if even they do not make it fit."""
+    """Recomputed blocks of a stage; all of them if even that does not fit."""
     found = memory.recomputed(stage, blocks, limit)
     if found is not None:
         return found
@@ -199,7 +203,7 @@ def _stage(
         pieces.append((costs.embedding, times.embedding, 1))
     if chunks[-1].head:
         pieces.append((costs.head, times.head, 1))
-    # A rule may give each block other norms, so they are counted block by block.
+    # A rule may give blocks different norms, so they are counted block by block.
     parameters = sum(cost.parameters * n for cost, _, n in pieces)
     parameters += sum(
         vector_parameters(config.model, range(chunk.first_block, chunk.first_block + chunk.blocks))
@@ -219,10 +223,10 @@ def _stage(
 
 
 def require_fit(partition: Partition, config: RunConfig) -> None:
-    """Refuse a partition that needs more than `parallel.memory_gb`.
+    """Refuse a partition that needs more memory than `parallel.memory_gb`.
 
     Raises:
-        UserError: names the stage, what it needs, and what would make it fit.
+        UserError: names the stage, its memory, and settings that reduce it.
     """
     if config.parallel.memory_gb is None or partition.fits:
         return

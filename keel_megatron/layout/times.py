@@ -1,17 +1,16 @@
-"""The one model of time: what `keel plan`, its search, the cut and the GPU bench's page expect.
+"""Time model of `keel plan`, its search, the block assignment and the GPU benchmark's page.
 
-A pass takes as long as its matrix products (at a share of the peak, or at the memory's bandwidth if
-that is slower), attention (at its kernel's share of the peak), all other traffic, a gap behind
-every kernel, and its messages, one after the other; or, if that is longer, as long as the host
-takes to launch its kernels. Costs and kernels are counted from the code (costs.py, launches.py);
-the rates are a device's (devices.py).
+The time of a pass is the sum of its matrix products (at a fraction of the peak, or at the memory
+bandwidth if that is slower), attention (at its kernel's fraction of the peak), other memory access,
+a gap after each kernel, and communication. If the host takes longer to launch the kernels, the time
+is the host's. Costs and kernels are counted from the code (costs.py, kernel_counts.py); the rates
+are those of a device (devices.py).
 
-**How far it is to be trusted.** No GPU has measured it. `spread` gives a range from the model's own
-terms: every rate is changed by what is not known of it (`DOUBTS`), one at a time, and the changes
-of the slowest stage's time are added as independent errors. To the upper side comes what the model
-leaves out: the simulator, fed with measured times of the pieces, lay 1 to 12 % below the trainer in
-five layouts on two CPU cores (docs/benchmarks/simulator.md), never above. Measured pieces
-(`keel plan --measure`) leave that error alone.
+**Accuracy.** The model has not been compared with a GPU. `spread` gives a range: each rate varies
+within its uncertainty (`DOUBTS`), one at a time, and the changes of the slowest stage's time are
+added as independent errors. The upper end also includes what the model leaves out: with measured
+times of the pieces, the simulator was 1 to 12 % below the trainer in five layouts on two CPU cores
+(docs/benchmarks/simulator.md), never above. With `keel plan --measure` only this error remains.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from keel_megatron.layout.devices import Device
 from keel_megatron.layout.work import Cost, Costs, Execution, Work
 
 GRAPH_GAP = 0.5
-"""A gap within a CUDA graph, relative to one within a stream: a rule of thumb."""
+"""Gap between kernels in a CUDA graph, relative to a stream: a rule of thumb."""
 COMPILED_HOST = 0.63
-"""The host's time for a compiled block's kernels, relative to the same number of plain ones: a
-whole block at hidden 64 on a CPU, where operators are all it is (docs/performance.md)."""
+"""Host time per kernel of a compiled block, relative to an eager one: measured for a block of
+hidden size 64 on a CPU, which is bound by operator overhead (docs/performance.md)."""
 
 LEFT_OUT = 0.12
-"""Share of a step that the simulator did not see, at most, with measured times of the pieces."""
+"""Largest fraction of a step that the simulator missed, with measured times of the pieces."""
 
 
 @dataclass(frozen=True)
 class Doubt:
-    """What is not known of one figure of a device."""
+    """Uncertainty of one property of a device."""
 
     figure: str
     better: float
-    """Factor of the figure in the favourable case."""
+    """Factor of the property in the favourable case."""
     worse: float
     why: str
 
@@ -51,13 +50,13 @@ DOUBTS = (
     Doubt("strided_fraction", 2.0, 0.8, "never seen in a trace"),
     Doubt("kernel_gap_us", 0.5, 1.7, "between 0.6 and 2 us"),
     Doubt("kernel_launch_us", 0.6, 1.6, "Python and autograd: 12 to 32 us, by the host's clock"),
-    Doubt("intra_node_gb", 1.0, 0.7, "links reach less than their data sheet says"),
+    Doubt("intra_node_gb", 1.0, 0.7, "measured bandwidth is below the data sheet"),
 )
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one micro-batch."""
+    """Forward and backward time of one micro-batch, seconds."""
 
     forward: float
     backward: float
@@ -70,19 +69,19 @@ class Times:
 
 @dataclass(frozen=True)
 class UnitTimes:
-    """Seconds that each kind of piece takes one device for one micro-batch.
+    """Times of embedding, block and head on one device for one micro-batch, seconds.
 
-    Predicted from costs by `predicted_times`, or measured: made of plain numbers.
+    Predicted from costs by `predicted_times`, or measured.
     """
 
     embedding: Times
     block: Times
-    """Without recomputation: that adds one forward pass to the backward one."""
+    """Without recomputation, which adds a forward pass to the backward pass."""
     head: Times
 
 
 def predicted_times(costs: Costs, device: Device) -> UnitTimes:
-    """The pieces' times on a device. Tensor groups are within a node."""
+    """Predicted times on a device. Tensor-parallel groups are assumed to be within a node."""
     return UnitTimes(*(_times(cost, device) for cost in (costs.embedding, costs.block, costs.head)))
 
 
@@ -95,12 +94,12 @@ def _times(cost: Cost, device: Device) -> Times:
 
 
 def time_parts(work: Work, device: Device, execution: Execution) -> dict[str, float]:
-    """Seconds of a pass by what they go to; together they are its time.
+    """Time of a pass by part, seconds; the sum is its total time.
 
     Args:
         work: one pass over one micro-batch.
-        device: what it runs on.
-        execution: how its kernels are run.
+        device: the device.
+        execution: how the kernels are executed.
     """
     peak = device.tflops * 1e12
     memory = device.memory_bandwidth_gb * 1e9
@@ -117,7 +116,7 @@ def time_parts(work: Work, device: Device, execution: Execution) -> dict[str, fl
         ),
         "attention": work.attention_flops / (peak * attention),
         "rotary": work.strided_bytes / (memory * device.strided_fraction),
-        "other traffic": work.other_bytes / bandwidth,
+        "other memory access": work.other_bytes / bandwidth,
         "gaps": work.kernels * gap * 1e-6,
         "messages": work.communication_bytes / (device.intra_node_gb * 1e9)
         + work.collectives * device.intra_node_latency_us * 1e-6,
@@ -129,19 +128,19 @@ def time_parts(work: Work, device: Device, execution: Execution) -> dict[str, fl
 
 @dataclass(frozen=True)
 class Spread:
-    """Between which factors of the expected time the true one is thought to lie."""
+    """Range of the actual time, as factors of the expected time."""
 
     low: float
     high: float
 
 
 def spread(costs: Costs, device: Device, pieces: tuple[int, int, int]) -> Spread:
-    """The range of a stage's predicted time.
+    """Range of a stage's predicted time.
 
     Args:
-        costs: of the pieces.
-        device: what the stage runs on.
-        pieces: its embeddings, blocks and heads.
+        costs: costs of embedding, block and head.
+        device: the device of the stage.
+        pieces: number of embeddings, blocks and heads.
     """
 
     def seconds(with_figures: Device) -> float:
@@ -161,5 +160,5 @@ def spread(costs: Costs, device: Device, pieces: tuple[int, int, int]) -> Spread
 
 
 def measured_spread() -> Spread:
-    """The range of a step whose pieces' times were measured."""
+    """Range of a step's time predicted from measured times of the pieces."""
     return Spread(1.0, 1.0 + LEFT_OUT / (1.0 - LEFT_OUT))

@@ -1,4 +1,4 @@
-"""What costs are made of: one pass's work, a piece's cost, and one device's share of the shapes."""
+"""Building blocks of costs: work of a pass, cost of a piece, shapes on one device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from keel_megatron.config.model import ModelConfig
 from keel_megatron.config.run import RunConfig
 
 Kernel = Literal["triton", "torch"]
-"""How the fused scaled add + RMSNorm is done: one kernel (CUDA), or torch's operators (CPU)."""
+"""Implementation of scaled add + RMSNorm: one kernel (CUDA) or torch's operators (CPU)."""
 
 STREAM_BYTES = 4
 """The residual stream is fp32."""
@@ -17,39 +17,39 @@ STREAM_BYTES = 4
 
 @dataclass(frozen=True)
 class Work:
-    """One pass over one micro-batch."""
+    """Work of one pass over one micro-batch."""
 
     flops: float = 0.0
-    """Of matrix products, as the hardware does them."""
+    """FLOPs of matrix products, as executed."""
     attention_flops: float = 0.0
-    """Of these, attention's own, which its kernel does at another rate."""
+    """FLOPs of attention among them, which its kernel executes at another rate."""
     matmul_bytes: float = 0.0
-    """Operands and results of matrix products; attention's are in its kernel's rate."""
+    """Bytes of operands and results of matrix products, without attention's."""
     other_bytes: float = 0.0
-    """Moved by everything else: norms, SwiGLU, softmax, gradient sums."""
+    """Bytes moved by everything else: norms, SwiGLU, softmax, gradient sums."""
     strided_bytes: float = 0.0
-    """Of the rotary embedding: moved by strided kernels, at another rate."""
+    """Bytes moved by the rotary embedding's strided kernels, at another rate."""
     communication_bytes: float = 0.0
-    """Sent by this device to its tensor-parallel group."""
+    """Bytes sent by this device to its tensor-parallel group."""
     collectives: int = 0
-    """Messages of the tensor-parallel group."""
+    """Number of messages of the tensor-parallel group."""
     kernels: int = 0
-    """Kernels launched."""
+    """Number of kernels."""
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a block's kernels are run, by `kernels.*`."""
+    """How a block's kernels are executed, from the settings `kernels.*`."""
 
     compiled: bool = False
     graphed: bool = False
     cudnn: bool = False
-    """cuDNN's attention, by Transformer Engine, in place of flash attention."""
+    """Transformer Engine's cuDNN attention in place of flash attention."""
     fp8: bool = False
 
     @classmethod
     def of(cls, config: RunConfig) -> Execution:
-        """What a run's settings ask for."""
+        """The execution that a run's settings choose."""
         kernels = config.kernels
         return cls(
             compiled=kernels.compile,
@@ -61,40 +61,40 @@ class Execution:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one embedding, block or head costs one device."""
+    """Cost of one embedding, block or head on one device."""
 
     forward: Work
     backward: Work
     parameters: int
-    """Weights on this device, of the compute type."""
+    """Number of weights on this device, in the compute type."""
     vector_parameters: int
-    """Gains on this device, always fp32."""
+    """Number of norm weights and learned vectors on this device, always fp32."""
     activation_bytes: int
-    """Kept from the forward to the backward pass of a micro-batch (the head: without logits)."""
+    """Bytes of activations kept for the backward pass of a micro-batch (head: without logits)."""
     recompute_bytes: int
-    """The same when the block is computed again in the backward pass."""
+    """The same with recomputation."""
     working_bytes: int
-    """Temporary, besides that, in the heavier of both passes."""
+    """Temporary bytes besides that, in the larger of both passes."""
     logits_bytes: int = 0
-    """Kept by the loss for the backward pass: a type of activation of its own."""
+    """Bytes of logits that the loss keeps for the backward pass."""
     execution: Execution = Execution()
-    """How its kernels are run."""
+    """How its kernels are executed."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The three kinds of pieces that a stage is made of."""
+    """Costs of the three kinds of pieces of a stage."""
 
     embedding: Cost
     block: Cost
-    """A typical block: Keel's first, which has a norm less, is counted as one."""
+    """A typical block; Keel's first block, with one norm fewer, counts as one."""
     head: Cost
-    """Final norm, output projection and loss."""
+    """Final norm, output layer and loss."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One device's share of the shapes of a micro-batch."""
+    """Shapes of a micro-batch on one device."""
 
     model: ModelConfig
     seq_length: int
@@ -102,7 +102,7 @@ class Shape:
     c: int
     tp: int
     h: int
-    """Hidden size h; h/TP under SP, where a device has so many elements per token on average."""
+    """Hidden size h; h/TP under SP, the average number of elements per token on a device."""
     attention: int
     """a d / TP."""
     groups: int
@@ -113,13 +113,13 @@ class Shape:
     vocabulary: int
     pipeline: int
     rows: int
-    """Tokens whose logits exist at once."""
+    """Tokens whose logits are in memory at once."""
     returned: bool
-    """Whether weights' gradients leave their backward pass, as the DeepSpeed engine has it."""
+    """Whether weight gradients are returned by the backward pass, as in the DeepSpeed engine."""
 
     @classmethod
     def of(cls, config: RunConfig) -> Shape:
-        """The sizes of a run."""
+        """The shapes of a run."""
         model, tp = config.model, config.parallel.tensor
         seq_length = config.data.seq_length
         tokens = seq_length * config.training.micro_batch_size
@@ -143,17 +143,17 @@ class Shape:
 
     @property
     def pieces(self) -> int:
-        """In how many pieces the tokens go through the head."""
+        """Number of pieces in which the tokens go through the head."""
         return -(-self.tokens // self.rows)
 
     def collective_bytes(self) -> float:
-        """What a device sends for one all-gather or reduce-scatter of whole activations."""
+        """Bytes that a device sends for one all-gather or reduce-scatter of activations."""
         return self.tokens * self.model.hidden_size * self.c * (self.tp - 1) / self.tp
 
     def statistic_bytes(self) -> int:
-        """One norm's 1 / rms of every token."""
+        """Bytes of one norm's 1 / rms per token."""
         return 4 * self.tokens * self.h // self.model.hidden_size
 
     def gradient_bytes(self, parameters: int) -> int:
-        """Write a gradient in the compute type, and add it to the fp32 one."""
+        """Bytes to write a gradient in the compute type and add it to the fp32 gradient."""
         return parameters * (2 * self.c + 8)

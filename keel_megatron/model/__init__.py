@@ -1,1 +1,1 @@
-"""The mathematics: residual rules, norm, attention, layer, specs, initialization."""
+"""The model: residual rules, norm, attention, layer, specs, initialization."""

@@ -16,9 +16,9 @@ from keel_megatron.model.rotary import apply_rotary, split_rotary
 
 
 class SdpaAttention(nn.Module):
-    """softmax(Q K^T / sqrt(d), causal) V without ever holding the s x s matrix.
+    """softmax(Q K^T / sqrt(d), causal) V without the s x s matrix in memory.
 
-    Stands in the place of Megatron-core's DotProductAttention, with its constructor's arguments.
+    Replaces Megatron-core's DotProductAttention, with the same constructor arguments.
     """
 
     def __init__(self, config: Any, **_: Any) -> None:
@@ -27,7 +27,7 @@ class SdpaAttention(nn.Module):
         self.sequence_parallel = bool(config.sequence_parallel)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Attend.
+        """Compute attention.
 
         Args:
             query: [s, b, heads, d].
@@ -61,11 +61,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float =
 
 
 class SelfAttention(MegatronSelfAttention):
-    """Megatron-core's self-attention with the forward of a plain training step.
+    """Megatron-core's self-attention with a forward pass for training only.
 
     The modules (linear_qkv, core_attention, linear_proj) and their sharding are Megatron-core's;
-    what its forward does for inference engines, packed sequences and offloading is not needed.
-    With q_layernorm and k_layernorm in its submodules, value is normalised too (HybridNorm).
+    inference engines, packed sequences and offloading are not supported. With q_layernorm and
+    k_layernorm in its submodules, value is normalised too (HybridNorm).
     """
 
     def __init__(self, config: Any, submodules: Any, layer_number: int, **kwargs: Any) -> None:
@@ -110,7 +110,7 @@ class SelfAttention(MegatronSelfAttention):
         return self.linear_proj(context)
 
     def _split_and_norm(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value of linear_qkv's output, each normalised per head."""
+        """Query, key and value from linear_qkv's output, each normalised per head."""
         assert self.v_layernorm is not None
         groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         s, b = mixed.shape[:2]

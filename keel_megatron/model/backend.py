@@ -1,7 +1,7 @@
-"""`kernels.backend`: what the linears and the attention are made of, and what is fused.
+"""`kernels.backend`: the implementation of linear layers and attention, and gradient fusion.
 
-The optimizer's Adam is not chosen here: Megatron-core takes Transformer Engine's fused one where it
-can import it, else Apex's, else torch's.
+Adam is not chosen here: Megatron-core uses Transformer Engine's fused one where it can be imported,
+else Apex's, else torch's.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Modules = Literal["local", "transformer_engine"]
 
 @dataclass(frozen=True)
 class Backend:
-    """What `kernels.backend` comes to on this machine."""
+    """The resolved `kernels.backend` on this machine."""
 
     modules: Modules
-    """local = Megatron-core's linears and torch's attention."""
+    """local: Megatron-core's linear layers and torch's attention."""
     gradient_fusion: bool
     """Whether a weight's gradient is added to the accumulated one within its matrix product."""
 
@@ -29,25 +29,24 @@ class Backend:
 def choose_backend(config: RunConfig | None, device: str) -> Backend:
     """Resolve `kernels.backend`.
 
-    Only Megatron-core's DDP has the fp32 gradients that the fusion adds to; ZeRO accumulates its
-    own.
+    Gradient fusion needs the fp32 gradient buffers of Megatron-core's DDP; ZeRO has its own.
 
     Args:
-        config: the run; None = one with the defaults.
+        config: the run; None: the defaults.
         device: `cuda` or `cpu`; on a CPU auto is torch.
 
     Raises:
-        UserError: what is asked for by name is not there.
+        UserError: the requested library is not installed.
     """
     asked = "auto" if config is None else config.kernels.backend
     accumulates = config is None or config.training.engine == "megatron"
-    # A compiled or recorded block hands its gradients to autograd.
+    # A compiled or captured block returns its gradients to autograd.
     if config is not None and (config.kernels.compile or config.kernels.cuda_graphs):
         accumulates = False
     if asked == "transformer_engine":
         if not libraries.has_transformer_engine():
             raise UserError(
-                "kernels.backend: transformer_engine is asked for, but Transformer Engine cannot "
+                "kernels.backend: transformer_engine is set, but Transformer Engine cannot "
                 "be imported; use an image that has it, install transformer-engine[pytorch], or "
                 "choose torch"
             )
@@ -55,7 +54,7 @@ def choose_backend(config: RunConfig | None, device: str) -> Backend:
     if asked == "apex":
         if not (libraries.has_apex_adam() and libraries.has_gradient_fusion()):
             raise UserError(
-                "kernels.backend: apex is asked for, but NVIDIA's Apex cannot be imported (amp_C, "
+                "kernels.backend: apex is set, but NVIDIA's Apex cannot be imported (amp_C, "
                 "apex.optimizers, fused_weight_gradient_mlp_cuda); build it from "
                 "github.com/NVIDIA/apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or choose torch"
             )
@@ -65,13 +64,13 @@ def choose_backend(config: RunConfig | None, device: str) -> Backend:
 
 
 def describe_backend(backend: Backend) -> str:
-    """What the blocks are made of, in words."""
+    """The backend as text."""
     whose = "torch" if backend.modules == "local" else "Transformer Engine"
     return f"{whose}, gradient fusion {'on' if backend.gradient_fusion else 'off'}"
 
 
 def describe_adam(config: RunConfig | None, device: str) -> str:
-    """Whose Adam the engine will take; arguments as of `choose_backend`."""
+    """The Adam implementation that the engine will use; arguments as in `choose_backend`."""
     if config is not None and config.training.engine == "deepspeed":
         offloaded = device == "cuda" and config.deepspeed.offload_optimizer
         return "DeepSpeed's for the CPU" if offloaded else "torch's"

@@ -1,12 +1,12 @@
 """`kernels.compile`: a block as one function of tensors, which torch compiles once for all blocks.
 
-A compiled function is chosen by what its arguments are like: given a block's weights as tensors, in
-place of a module with a number, torch sees the same function for every block. It differs only where
-a block's structure does: the first of Keel's, the last of a chunk.
+torch.compile caches by the properties of the arguments. The weights are passed as tensors and not
+in a module, so all blocks of the same structure share one compiled function. Only Keel's first
+block and the last block of a chunk have another structure.
 
-Written in the plain operators, which torch differentiates and fuses: by the tests the same as the
-hand-written ones. A weight's gradient leaves by autograd and is added to the sum by Megatron-core's
-DDP or by ZeRO.
+The function uses plain operators, which torch differentiates and fuses; tests compare them with the
+custom autograd functions. Autograd returns the weights' gradients, and Megatron-core's DDP or ZeRO
+accumulates them.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from keel_megatron.model.layer import KeelLayer
 from keel_megatron.model.rotary import apply_rotary
 
 KINDS = 32
-"""Structures of blocks, with and without gradients, that are compiled at most."""
+"""Maximum number of compiled graphs: block structures, with and without gradients."""
 
 COMPILED = Reader("kernels.compile", (*COLUMNS, "qkv_norm"))
 
-Gains = tuple[Tensor, Tensor, Tensor]
+NormWeights = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What tells blocks apart; one compiled function each. Sizes and types are the tensors'."""
+    """The structure of a block, besides sizes and types; one compiled function per structure."""
 
     groups: int
     epsilon: float
     attention: SubLayer
     mlp: SubLayer
     following: Inner | None
-    """In front of the next block's attention; None = not known here."""
+    """In front of the next block's attention; None: unknown."""
 
 
 def block(
@@ -59,7 +59,7 @@ def block(
     products: tuple[Tensor, Tensor, Tensor, Tensor],
     outer: tuple[Tensor | None, Tensor | None],
     inner: tuple[Tensor | None, Tensor | None],
-    heads: Gains | None,
+    heads: NormWeights | None,
 ) -> tuple[Tensor, Tensor | None]:
     """`KeelLayer.forward` as a function.
 
@@ -69,9 +69,9 @@ def block(
         z: the attention's input [s, b, h], in the compute type.
         table: the rotary table [2, s, 1, 1, d].
         products: weights of linear_qkv, linear_proj, linear_fc1 and linear_fc2.
-        outer: gains of the outer norms of attention and FFN, or None.
-        inner: gains or vectors in front of the FFN and of the next attention, or None.
-        heads: gains of query's, key's and value's norms, or None.
+        outer: weights of the outer norms of attention and FFN, or None.
+        inner: norm weights or vectors in front of the FFN and of the next attention, or None.
+        heads: weights of the query, key and value norms, or None.
 
     Returns:
         The stream after the block, and the next block's attention input or None.
@@ -95,7 +95,7 @@ def _join(
     inner: Inner | None,
     weight: Tensor | None,
 ) -> tuple[Tensor, Any]:
-    """`model.join` with the operation's definition, which torch compiles."""
+    """`model.join` with the reference operation, which torch compiles."""
     return join(
         reference.scaled_add_norm,
         rule,
@@ -109,26 +109,26 @@ def _join(
 
 
 def _query_key_value(
-    mixed: Tensor, table: Tensor, structure: Structure, gains: Gains | None
+    mixed: Tensor, table: Tensor, structure: Structure, weights: NormWeights | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`split_rotary`, or with gains the norms of HybridNorm and then the rotation."""
+    """`split_rotary`, or with norm weights HybridNorm's norms and then the rotation."""
     s, b = mixed.shape[:2]
     d = table.size(-1)
     parts = mixed.view(s, b, structure.groups, -1, d)
     query, key, value = torch.split(parts, [parts.size(3) - 2, 1, 1], dim=3)
     query, key, value = query.reshape(s, b, -1, d), key.squeeze(3), value.squeeze(3)
-    if gains is not None:
+    if weights is not None:
         stream = torch.promote_types(mixed.dtype, torch.float32)
         query, key, value = (
-            reference.rms_norm(one.to(stream), gain.to(stream), structure.epsilon, mixed.dtype)
-            for one, gain in zip((query, key, value), gains, strict=True)
+            reference.rms_norm(one.to(stream), weight.to(stream), structure.epsilon, mixed.dtype)
+            for one, weight in zip((query, key, value), weights, strict=True)
         )
     return apply_rotary(query, table), apply_rotary(key, table), value
 
 
 @dataclass
 class Compiler:
-    """Compiles the blocks of this process's chunks, and knows what it has compiled."""
+    """Compiles the blocks of this process's chunks, and counts the compiled graphs."""
 
     graphs: set[tuple[Structure, bool]] = field(default_factory=set)
     reported: int = 0
@@ -140,10 +140,10 @@ class Compiler:
         self._function = torch.compile(block, fullgraph=True, dynamic=False)
 
     def run(self, structure: Structure, *tensors: Any) -> tuple[Tensor, Tensor | None]:
-        """`block` of these tensors; the first of a kind compiles.
+        """Run `block`; the first call for a structure compiles it.
 
         Raises:
-            UserError: torch cannot compile here.
+            UserError: torch.compile fails.
         """
         kind = (structure, torch.is_grad_enabled())
         if kind in self.graphs:
@@ -154,7 +154,7 @@ class Compiler:
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()
             raise UserError(
-                "kernels.compile: torch.compile fails here "
+                "kernels.compile: torch.compile fails "
                 f"({reason[0] if reason else type(error).__name__}); set it to false"
             ) from error
         self.graphs.add(kind)
@@ -170,11 +170,11 @@ class Compiler:
 
 
 class CompiledBlock:
-    """One block's tensors, handed to the function that all blocks share.
+    """Calls the shared compiled function with one block's tensors.
 
     Args:
-        layer: the block, linked to the one that follows.
-        compiler: of the process.
+        layer: the block, linked to the next one.
+        compiler: the compiler of the process.
     """
 
     def __init__(self, layer: KeelLayer, compiler: Compiler) -> None:
@@ -228,10 +228,10 @@ def _weight(module: nn.Module | None) -> Tensor | None:
 
 
 def compile_blocks(chunks: list[nn.Module], device: torch.device) -> None:
-    """Give every block of these chunks its compiled form; torch compiles at its first use.
+    """Set the compiled form of every block of these chunks; torch compiles at its first use.
 
     Raises:
-        UserError: there is nothing here to compile with, or somebody else may write the cache.
+        UserError: no compiler is installed, or another user can write the cache.
     """
     require_compiler(device.type)
     compiler = Compiler()
@@ -242,10 +242,10 @@ def compile_blocks(chunks: list[nn.Module], device: torch.device) -> None:
 
 
 def require_compiler(device: str) -> None:
-    """See that torch.compile finds what it needs for a device.
+    """Check that what torch.compile needs for a device is installed.
 
     Raises:
-        UserError: it does not.
+        UserError: it is not.
     """
     if device == "cuda":
         if not triton_is_installed():
@@ -268,11 +268,11 @@ def require_compiler(device: str) -> None:
 
 
 def compile_report(chunks: list[nn.Module], seconds: float) -> str | None:
-    """What was compiled since the last call, in words; None if nothing was.
+    """A report of the graphs compiled since the last call; None if there are none.
 
     Args:
-        chunks: this rank's.
-        seconds: of the step in which it happened; the backward passes are compiled in it too.
+        chunks: this rank's model chunks.
+        seconds: duration of the step, in which the backward passes are compiled too.
     """
     compiler: Any = getattr(chunks[0], "compiler", None)
     return None if compiler is None else compiler.report(seconds)

@@ -1,18 +1,16 @@
 """`kernels.cuda_graphs`: the passes through a chunk's blocks as two CUDA graphs.
 
-Deep and narrow, a GPU waits for the host to launch kernels; a graph launches them all at once. The
+In deep, narrow models a GPU waits for the host to launch kernels; a graph launches all at once. The
 forward pass from the embedding's output to the head's input is one graph, its backward pass another
-(torch.cuda.make_graphed_callables). Embedding, head, loss, the gradients' sums and the optimizer
-stay outside, and so do passes that must be seen or that keep nothing: a step that is observed for
-its depth profile, and validation.
+(torch.cuda.make_graphed_callables). The embedding, the head, the loss, gradient accumulation and
+the optimizer are not captured. Steps with a depth profile and validation run without graphs.
 
-Why not megatron-core 0.16.1's own (transformer/cuda_graphs.py, cuda_graph_impl="local"): it records
-layer by layer, and returns gradients of the parameters that the layer itself holds
-(`get_connected_params`). A Keel layer multiplies with the following block's gain, which is the next
-layer's: its gradient would be lost without a word. Recording the chunk as one also saves the copies
-from every layer's output to the next one's input.
+megatron-core 0.16.1's own graphs (transformer/cuda_graphs.py, cuda_graph_impl="local") are not
+used: they capture each layer, and return gradients only of parameters that the layer holds
+(`get_connected_params`). A Keel layer also uses the norm weight of the next block, whose gradient
+would be silently lost. Capturing the whole chunk also saves the copies between layers.
 
-Never run yet: no GPU was at hand.
+Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -31,11 +29,11 @@ Forward = Callable[..., Tensor]
 
 
 def record_blocks(chunks: list[nn.Module], device: torch.device) -> None:
-    """Let a chunk's blocks be recorded at their first training pass that nobody observes.
+    """Capture a chunk's blocks at the first training pass without a depth profile.
 
     Args:
-        chunks: this rank's; one.
-        device: where they are.
+        chunks: this rank's chunks; exactly one.
+        device: its device.
 
     Raises:
         UserError: the device has no CUDA graphs, or blocks are recomputed.
@@ -48,8 +46,8 @@ def record_blocks(chunks: list[nn.Module], device: torch.device) -> None:
     configs: list[Any] = [chunk.config for chunk in chunks]
     if recomputed := sum(config.recompute_num_layers or 0 for config in configs):
         raise UserError(
-            f"kernels.cuda_graphs: true, but parallel.recompute: auto computes {recomputed} "
-            "block(s) again for want of memory; set kernels.cuda_graphs to false, or lower "
+            f"kernels.cuda_graphs: true, but parallel.recompute: auto recomputes {recomputed} "
+            "block(s) to fit in memory; set kernels.cuda_graphs to false, or lower "
             "training.micro_batch_size"
         )
     for chunk in chunks:
@@ -57,10 +55,10 @@ def record_blocks(chunks: list[nn.Module], device: torch.device) -> None:
 
 
 class GraphedForward:
-    """A decoder's forward that replays what it recorded, in place of Python and launches.
+    """A decoder's forward pass that replays captured graphs.
 
-    A step that is observed runs the plain way and drops the graphs, whose memory it needs; the next
-    one records again.
+    A step with a depth profile runs eagerly and frees the graphs' memory; the next step captures
+    them again.
 
     Args:
         decoder: Megatron-core's TransformerBlock over Keel layers.
@@ -79,7 +77,7 @@ class GraphedForward:
         rotary_pos_emb: Tensor,
         **rest: Any,
     ) -> Tensor:
-        """As TransformerBlock.forward."""
+        """See TransformerBlock.forward."""
         observed = any(layer.observer is not None for layer in self._decoder.layers)
         if observed:
             self._drop()
@@ -91,7 +89,7 @@ class GraphedForward:
         return self._graphed(hidden_states, rotary_pos_emb, *self._parameters)
 
     def _record(self, hidden_states: Tensor, table: Tensor) -> Forward:
-        """Record both passes; the weights are arguments, so that autograd gets their gradients."""
+        """Capture both passes; the weights are arguments, so that autograd gets their gradients."""
 
         def forward(x: Tensor, rotary: Tensor, *_parameters: Tensor) -> Tensor:
             return self._plain(x, None, rotary_pos_emb=rotary)
@@ -106,5 +104,5 @@ class GraphedForward:
         """Free the graphs' memory."""
         if self._graphed is not None:
             self._graphed = None
-            gc.collect()  # they are in a cycle with the class that replays them
+            gc.collect()  # the graphs are in a reference cycle with the class that replays them
             torch.cuda.empty_cache()

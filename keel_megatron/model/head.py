@@ -1,4 +1,4 @@
-"""The output layer: Megatron-core's, which gives losses where it is given labels."""
+"""Megatron-core's output layer, which returns losses if it gets labels."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from keel_megatron.model.linear import ColumnParallelLinear, gradient_sums
 
 
 class OutputLayer(ColumnParallelLinear):
-    """The vocabulary's logits, or with labels the tokens' losses in the logits' place.
+    """Logits of the vocabulary, or losses of the tokens if labels are given.
 
-    The losses come from within the module's forward pass, so what hooks do for the weight (ZeRO 3
-    collects it there) is done for them too. Parameters, sharding and checkpoints are
+    The losses are computed in the module's forward pass, so hooks on the module apply (ZeRO 3
+    gathers the weight there). Parameters, sharding and checkpoints are
     Megatron-core's.
     """
 
     rows: int
-    """How many tokens' logits may exist at once."""
+    """Maximum tokens whose logits are in memory at once."""
 
     def forward(
         self,
@@ -28,12 +28,12 @@ class OutputLayer(ColumnParallelLinear):
         runtime_gather_output: bool | None = None,
         labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits, as Megatron-core's layer gives them; or losses.
+        """Logits as from Megatron-core's layer, or losses.
 
         Args:
             input_: [s, b, h], or [s / TP, b, h] under sequence parallelism.
-            weight: in place of its own (tied embeddings).
-            runtime_gather_output: of the logits, as in Megatron-core.
+            weight: used instead of its own (tied embeddings).
+            runtime_gather_output: gather the logits, as in Megatron-core.
             labels: [b, s].
 
         Returns:

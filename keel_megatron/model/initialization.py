@@ -1,8 +1,8 @@
-"""Initial weights that depend on the seed, the global block number and the parameter's name alone.
+"""Initial weights that depend only on the seed, the global block number and the parameter name.
 
-Every matrix is drawn whole from a generator of its own, on the device that will hold it, and the
-rank keeps its shard; so any parallel layout starts from the same model. No scaling of any
-projection: N(0, init_std^2) everywhere (keel_paper.md, section 1), gains at 1.
+Every matrix is drawn in full from its own generator, on its device, and the rank keeps its shard.
+So any parallel layout starts from the same model. No scaling of any
+projection: N(0, init_std^2) everywhere (keel_paper.md, section 1), norm weights at 1.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def global_parameters(chunk: nn.Module, *, tied: bool) -> Iterator[tuple[str, nn
 def initialize(
     chunk: nn.Module, model: ModelConfig, seed: int, tensor_rank: int, tensor_size: int
 ) -> None:
-    """Set the weights of a model chunk in place; norm gains keep the 1 they were built with."""
+    """Set the weights of a model chunk in place; norm weights keep their value of 1."""
     for name, parameter in global_parameters(chunk, tied=model.tie_embeddings):
         if parameter.dim() == 1:
             continue
@@ -66,7 +66,7 @@ def initialize(
 
 
 def _scale_branch(whole: Tensor, name: str, model: ModelConfig) -> None:
-    """Scale value, output and FFN weights as the residual rule wants (architecture/residual.py)."""
+    """Scale value, output and FFN weights by the residual rule (architecture/residual.py)."""
     scale = branch_init_scale(model)
     if scale == 1.0 or ".layers." not in name:
         return
@@ -79,6 +79,6 @@ def _scale_branch(whole: Tensor, name: str, model: ModelConfig) -> None:
 
 
 def _shard(whole: Tensor, dim: int, stride: int, rank: int, size: int) -> Tensor:
-    """A rank's part of a matrix: of each of its `stride` equal pieces, the rank's slice."""
+    """The rank's shard of a matrix: its slice of each of `stride` equal pieces."""
     pieces = whole.chunk(stride, dim=dim)
     return torch.cat([piece.chunk(size, dim=dim)[rank] for piece in pieces], dim=dim)

@@ -1,8 +1,8 @@
-"""The join of a branch and the residual stream: the one place that says what a rule's columns do.
+"""The join of a branch and the residual stream: the only implementation of a rule's columns.
 
-The plain blocks (model/layer.py) and the compiled ones (model/compiled.py) differ only in how the
-fused operation is done: `kernels.scaled_add_norm` chooses a kernel, and what torch compiles is
-`kernels.reference.scaled_add_norm`, its definition.
+Eager blocks (model/layer.py) and compiled ones (model/compiled.py) differ only in the fused
+operation: `kernels.scaled_add_norm` chooses a kernel; torch compiles its definition,
+`kernels.reference.scaled_add_norm`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from keel_megatron.architecture.residual import Inner, SubLayer
 
 COLUMNS = ("alpha", "branch_factor", "inner", "outer_norm")
-"""What `join` and `branch_input` honour."""
+"""The columns that `join` and `branch_input` implement."""
 
 Operation = Callable[..., tuple[Tensor, Tensor | None]]
 """The fused scaled add + norms: `kernels.scaled_add_norm` or its definition."""
 Observer = Callable[[Tensor, Tensor, Tensor], None]
-"""Is told (x, branch as it is added, x')."""
+"""Called with (x, branch as it is added, x')."""
 
 
 def join(
@@ -38,16 +38,16 @@ def join(
     """The stream after a sub-layer, N_out(alpha x + c F), and the next branch's input.
 
     Args:
-        operation: how sum and norms are done.
+        operation: implementation of sum and norms.
         rule: the sub-layer's columns.
         x: the stream before it, [s, b, h].
         branch: F, of x's shape, in the compute type.
         outer_weight: weight [h] of N_out, or None.
-        following: what stands in front of the next branch, and its weight [h] or None; None = the
-            next branch is not known here.
-        epsilon: of the norms.
+        following: what stands in front of the next branch, and its weight [h] or None; None: the
+            next branch is unknown.
+        epsilon: epsilon of the norms.
         dtype: type of the next branch's input.
-        observer: told of the sum.
+        observer: called with the sum.
     """
     if rule.branch_factor != 1.0:
         branch = branch * rule.branch_factor
@@ -63,7 +63,7 @@ def join(
 
 
 def branch_input(inner: Inner, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """G(x) where no norm is: a learned vector times x, or x, in the compute type."""
+    """G(x) without a norm: a learned vector times x, or x, in the compute type."""
     if inner == "vector":
         assert weight is not None
         return (weight * x).to(dtype)
@@ -74,5 +74,5 @@ def weight_of(module: Any) -> Tensor | None:
     """The weight of a norm or vector in the stream's type, or None."""
     if module is None or not hasattr(module, "weight"):
         return None
-    weight: Tensor = getattr(module, "gain", module.weight)
+    weight: Tensor = getattr(module, "stream_weight", module.weight)
     return weight

@@ -1,4 +1,4 @@
-"""The stage's share of the model: Megatron-core's GPTModel over Keel layers."""
+"""The model of a pipeline stage: Megatron-core's GPTModel with Keel layers."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def transformer_config(
 
     Args:
         config: the run.
-        layout: which blocks live on which stage.
-        recomputed: how many of the chunk's blocks, its first, are computed again going back.
-        compute_dtype: type of the matrix products and of their weights.
-        device: where the run happens.
-        gradient_fusion: add weights' gradients to the accumulated ones within their products.
+        layout: which blocks are on which stage.
+        recomputed: number of blocks, the first of the chunk, that the backward pass recomputes.
+        compute_dtype: data type of matrix products and their weights.
+        device: the device of the run.
+        gradient_fusion: accumulate weight gradients within their matrix products.
     """
     model, parallel = config.model, config.parallel
     return TransformerConfig(
@@ -60,7 +60,7 @@ def transformer_config(
         layernorm_epsilon=model.norm_epsilon,
         hidden_dropout=model.dropout,
         attention_dropout=model.dropout,
-        # Weights are drawn afterwards by model/initialization.py.
+        # model/initialization.py draws the weights later.
         init_method=_keep,
         output_layer_init_method=_keep,
         embedding_init_method=_keep,
@@ -86,14 +86,14 @@ def transformer_config(
 
 
 def _fp8(config: RunConfig) -> dict[str, Any]:
-    """Fp8 in Megatron-core's settings, with a recipe that keeps nothing from step to step."""
+    """Megatron-core's settings for fp8, with a recipe that has no state between steps."""
     if config.kernels.fp8 == "none":
         return {}
     return {"fp8": config.kernels.fp8, "fp8_recipe": "tensorwise"}
 
 
 def _pipelined(layout: Layout) -> dict[str, Any]:
-    """The stages, in Megatron-core's settings."""
+    """Megatron-core's settings for pipeline stages."""
     if layout.pipeline == 1:
         return {}
     settings: dict[str, Any] = {"pipeline_model_parallel_layout": layout.to_megatron()}
@@ -107,7 +107,7 @@ def _pipelined(layout: Layout) -> dict[str, Any]:
 
 
 def _recompute(blocks: int) -> dict[str, Any]:
-    """Recomputation of a chunk's first blocks, in Megatron-core's settings."""
+    """Megatron-core's settings for recomputation of a chunk's first blocks."""
     if not blocks:
         return {}
     return {
@@ -139,12 +139,12 @@ class LanguageModel(GPTModel):
             head.rows = run.kernels.rows_at_once(head.output_size_per_partition)
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **rest: Any) -> Tensor:
-        """What follows the blocks: losses [b, s] of the labels [b, s], without logits; or logits.
+        """Apply the head: losses [b, s] of the labels [b, s], or logits.
 
         Args:
             hidden_states: [s, b, h], or [s / TP, b, h] under sequence parallelism.
-            labels: the tokens to be predicted; None = the logits are asked for.
-            rest: as in Megatron-core.
+            labels: the tokens to predict; None: return logits.
+            rest: see Megatron-core.
         """
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, labels=labels, **rest)
@@ -166,15 +166,15 @@ def build_model(
     Args:
         config: the run.
         runtime: this rank's place.
-        partition: which blocks live where; None = as `own_partition` decides.
+        partition: which blocks are on which stage; None: from `own_partition`.
         compute_dtype: overrides `training.precision` (exactness tests use fp64).
 
     Returns:
         One chunk, or `parallel.virtual_pipeline` chunks in order.
 
     Raises:
-        ValueError: the stages' blocks do not add up to the model's.
-        UserError: kernels.backend asks for what is not installed.
+        ValueError: the stages do not hold every block once.
+        UserError: the library of kernels.backend is not installed.
     """
     dtype = compute_dtype or COMPUTE_DTYPES[config.training.precision]
     partition = partition or own_partition(config, runtime)
@@ -212,7 +212,7 @@ def build_model(
 
 
 def _check_blocks(chunk: nn.Module, first_block: int, blocks: int) -> None:
-    """Assert that Megatron-core built the blocks that the layout gives this chunk."""
+    """Check that Megatron-core built the blocks of this chunk's layout."""
     layers: Any = chunk.decoder.layers  # type: ignore[union-attr]
     built = [layer.layer_number - 1 for layer in layers]
     expected = list(range(first_block, first_block + blocks))

@@ -24,8 +24,8 @@ from keel_megatron.model.join import COLUMNS, join, weight_of
 BLOCKS = Reader("a block of the model", (*COLUMNS, "qkv_norm"))
 
 Observer = Callable[[int, Tensor, Tensor, float, Tensor], None]
-"""Is told (l, x, F, alpha, x') of every sub-layer's sum: its global number from 0, the stream
-before it, its branch's output as it is added, the scale of the skip path and the stream after."""
+"""Called with (l, x, F, alpha, x') for each sub-layer: its global number from 0, the stream before
+it, its branch's output as it is added, the scale of the skip path and the stream after it."""
 
 SubLayerName = Literal["attention", "mlp"]
 
@@ -35,7 +35,7 @@ Compiled = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass
 class KeelLayerSubmodules(TransformerLayerSubmodules):
-    """Megatron-core's submodules, the outer norm, and what stands where an inner norm does not."""
+    """Megatron-core's submodules, the outer norms, and replacements of missing inner norms."""
 
     outer_norm: ModuleSpec | type = IdentityOp
     inner_vector: ModuleSpec | type = IdentityOp
@@ -45,21 +45,21 @@ class KeelLayerSubmodules(TransformerLayerSubmodules):
 class KeelLayer(TransformerLayer):
     """Block number `layer_number` (from 1, global) under the configured residual rule.
 
-    Differs from Megatron-core's layer in what it adds and normalises: the stream stays fp32, the
+    Differs from Megatron-core's layer in its sums and norms: the stream stays fp32, the
     skip path is scaled, and an outer norm may follow the addition. Its bias-dropout-add slots,
     which would cast the stream down, are not used.
 
     Args:
         config: Megatron-core's TransformerConfig.
         submodules: a KeelLayerSubmodules.
-        model: the model's section of the run's configuration; says which norms this block has.
+        model: the model's section of the run's configuration; determines the norms of this block.
         layer_number: number within the stage's chunk, from 1.
-        kwargs: what Megatron-core's TransformerBlock passes on.
+        kwargs: further arguments of Megatron-core's TransformerBlock.
 
     Attributes:
-        observer: told of every sum while it is set; None otherwise.
-        compiled: the same block in compiled form (model/compiled.py), which trains in its place
-            while nobody observes; None where it is not asked for.
+        observer: called with every sum, if set.
+        compiled: the compiled block (model/compiled.py), used in training while there is no
+            observer; None without kernels.compile.
     """
 
     def __init__(
@@ -112,12 +112,12 @@ class KeelLayer(TransformerLayer):
             hidden_states: the stream x, fp32 [s, b, h] ([s/TP, b, h] under sequence parallelism).
             attention_mask: unused; attention is causal.
             rotary_pos_emb: the table of model/rotary.py.
-            context: this block's attention input, where the block before has computed it with its
-                own last norm. Megatron-core's blocks hand it on for cross-attention.
+            context: this block's attention input, if the previous block has computed it together
+                with its last norm. Megatron-core's blocks pass it on for cross-attention.
 
         Returns:
-            The stream, shaped and typed as it came, and the next block's attention input, or None
-            after a chunk's last block.
+            The stream, with the same shape and type, and the next block's attention input, or None
+            after the chunk's last block.
         """
         x, l = hidden_states, 2 * (self.layer_number - 1)
         z = self.input_layernorm(x) if context is None else context
@@ -163,7 +163,7 @@ class KeelLayer(TransformerLayer):
             branch: F, in the compute type.
             rule: the sub-layer's columns.
             outer_norm: N_out, or None.
-            following: the block and sub-layer that the stream enters next; None = not known here.
+            following: the block and sub-layer that the stream enters next; None: unknown.
         """
         if self.hidden_dropout and self.training:
             branch = functional.dropout(branch, self.hidden_dropout)
@@ -191,6 +191,6 @@ class KeelLayer(TransformerLayer):
 
 
 def link(layers: nn.ModuleList) -> None:
-    """Tell every block of a chunk which one follows; not as a submodule, which would be a cycle."""
+    """Link each block of a chunk to the next; not as a submodule, which would be a cycle."""
     for layer, following in itertools.pairwise(layers):
         layer.following = (following,)  # type: ignore[assignment]

@@ -1,9 +1,9 @@
-"""Megatron-core's parallel linears, with the shortest way for a tensor group of one.
+"""Megatron-core's parallel linear layers, with a fast path for tensor-parallel size 1.
 
-A deep and narrow model spends its time on operators' overheads, not in products. With nothing to
-gather or to reduce, Megatron-core's linear is a product behind three autograd functions; here it
-is one, which also adds the weight's gradient straight onto the fp32 sum of the micro-batches where
-the types allow it. Parameters, sharding and checkpoints are Megatron-core's.
+Deep, narrow models are bound by operator overhead. Without communication, Megatron-core's linear
+layer is a matrix product in three autograd functions. Here it is one, which also accumulates the
+weight's gradient directly in the fp32 buffer where the types allow it. Parameters, sharding and
+checkpoints are Megatron-core's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Project [s, b, k] to [s, b, n / TP]; `weight` in place of its own (tied embeddings)."""
+        """Project [s, b, k] to [s, b, n / TP]; `weight` replaces its own (tied embeddings)."""
         if not _is_plain(self):
             return super().forward(input_, weight, *args, **kwargs)
         return linear(input_, self.weight if weight is None else weight), None
@@ -40,7 +40,7 @@ class RowParallelLinear(layers.RowParallelLinear):
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether a product is all there is to do; Apex's gradient fusion is Megatron-core's way."""
+    """Whether the fast path applies: no communication, and no gradient fusion by Apex."""
     fused = module.gradient_accumulation_fusion
     return module.tp_group.size() == 1 and module.bias is None and not fused
 
@@ -48,9 +48,9 @@ def _is_plain(module: Any) -> bool:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """X W^T for x [..., k] and weight [n, k].
 
-    The weight's gradient goes into `weight.main_grad` where Megatron-core's DDP keeps one of the
-    same type, as its gradient-accumulation fusion does; and into `weight.grad` elsewhere, and where
-    a hook on the weight wants to see it.
+    The weight's gradient is accumulated in `weight.main_grad` if Megatron-core's DDP has one of the
+    same type, as in its gradient-accumulation fusion. Otherwise, or with a hook on the weight, it
+    goes to `weight.grad`.
     """
     sums = gradient_sums(weight)
     if sums is not None and sums.dtype == weight.dtype:
@@ -61,7 +61,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def gradient_sums(weight: Tensor) -> Tensor | None:
-    """`weight.main_grad`, where a weight's gradient may be added to it in the backward pass."""
+    """`weight.main_grad`, if the backward pass may accumulate in it; else None."""
     if weight._backward_hooks or not (torch.is_grad_enabled() and weight.requires_grad):
         return None
     return getattr(weight, "main_grad", None) if weight.is_leaf else None

@@ -32,7 +32,7 @@ class MLP(mlp.MLP):
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, [..., f], of [gate, up], [..., 2 f].
 
-    Only `gate_up` is kept for the backward pass. On CUDA it is Megatron-core's compiled kernel.
+    Only `gate_up` is kept for the backward pass. On CUDA, uses Megatron-core's compiled kernel.
     """
     if gate_up.is_cuda:
         return bias_swiglu_impl(gate_up, None)
@@ -42,7 +42,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 class _Swiglu(torch.autograd.Function):
-    """The same in torch's operators; both halves of the gradient are written where they belong."""
+    """SwiGLU in torch's operators; both halves of the gradient are written in place."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:

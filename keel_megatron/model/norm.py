@@ -1,4 +1,4 @@
-"""RMSNorm over the fp32 residual stream, and what may stand in a norm's place."""
+"""RMSNorm of the fp32 residual stream, and replacements for an omitted norm."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def stream_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension.
 
-    The statistics and the gain are in the stream's type (fp32); DeepSpeed keeps the parameter in
-    the type of the matrix products, beside its fp32 master. Under sequence parallelism the gain is
-    marked so that Megatron-core sums its gradient over the tensor group.
+    The statistics and the weight are in the stream's type (fp32); DeepSpeed keeps the parameter in
+    the type of the matrix products, beside its fp32 master. Under sequence parallelism the weight
+    is marked so that Megatron-core sums its gradient over the tensor group.
 
     Args:
         config: Megatron-core's TransformerConfig.
@@ -46,19 +46,20 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     @property
-    def gain(self) -> Tensor:
-        """The gain [h] in the stream's type."""
+    def stream_weight(self) -> Tensor:
+        """The weight [h] in the stream's type."""
         return self.weight.to(self.stream_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x: [..., h] in the stream's type, to [..., h] in the output's."""
-        return rms_norm(x, self.gain, self.eps, self.output_dtype)
+        return rms_norm(x, self.stream_weight, self.eps, self.output_dtype)
 
 
 class HeadNorm(RMSNorm):
-    """RMSNorm of every attention head [s, b, heads, d] over d, one gain for all heads.
+    """RMSNorm of every attention head [s, b, heads, d] over d, with one weight for all heads.
 
-    The heads are split over the tensor group and the gain is not: its gradient is summed there.
+    The heads are split over the tensor-parallel group and the weight is not: its gradient is
+    reduced there.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
@@ -67,12 +68,12 @@ class HeadNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x in the stream's type; back in the type of the matrix products."""
-        gain = tensor_parallel.copy_to_tensor_model_parallel_region(self.gain)
-        return rms_norm(x.to(gain.dtype), gain, self.eps, self.output_dtype)
+        weight = tensor_parallel.copy_to_tensor_model_parallel_region(self.stream_weight)
+        return rms_norm(x.to(weight.dtype), weight, self.eps, self.output_dtype)
 
 
 class BranchVector(nn.Module):
-    """A learned vector in a norm's place: beta * x, beta from 1, in the branch's type."""
+    """A learned vector instead of a norm: beta * x, beta initially 1, in the branch's type."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:  # noqa: ARG002
         super().__init__()
@@ -86,7 +87,7 @@ class BranchVector(nn.Module):
 
 
 class BranchCast(nn.Module):
-    """No norm where a norm could be: the stream in the type of the matrix products."""
+    """No norm: casts the stream to the type of the matrix products."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:  # noqa: ARG002
         super().__init__()

@@ -12,14 +12,14 @@ from torch.autograd.function import once_differentiable
 class RotaryTable(nn.Module):
     """cos and sin of every position, computed once and shared by all blocks.
 
-    Stands where Megatron-core's GPTModel keeps its `rotary_pos_emb`, which hands every block the
-    angles and lets each compute their cosines again.
+    Replaces `rotary_pos_emb` of Megatron-core's GPTModel, which passes the angles to each block and
+    recomputes their cosines there.
 
     Args:
         head_dim: d, even.
         theta: base of the geometric series of frequencies.
         seq_length: longest sequence.
-        dtype: the compute type, of the table.
+        dtype: type of the table, the compute type.
     """
 
     table: Tensor
@@ -70,8 +70,8 @@ def split_rotary(mixed: Tensor, table: Tensor, groups: int) -> tuple[Tensor, Ten
 class _SplitRotary(torch.autograd.Function):
     """Split, rotation and layout in one pass over every element each way.
 
-    The pairs (x_i, x_{i + d/2}) are turned by the table's angles, whose sine carries the sign. The
-    backward pass turns back and writes all three gradients into one tensor.
+    The pairs (x_i, x_{i + d/2}) are rotated by the table's angles, whose sine carries the sign. The
+    backward pass rotates back and writes all three gradients into one tensor.
     """
 
     @staticmethod
@@ -117,7 +117,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool = Fals
 
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate x [s, b, heads, d] alone, differentiated by torch; `split_rotary` must agree with it.
+    """Rotate x [s, b, heads, d] with autograd; the reference of `split_rotary`.
 
     The table's sine carries the sign, so the half-turn (-x2, x1) * sin is a swap of halves.
     """

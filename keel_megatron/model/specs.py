@@ -1,4 +1,4 @@
-"""The specs from which Megatron-core builds a chunk of blocks."""
+"""Specs from which Megatron-core builds a chunk of blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from keel_megatron.model.norm import BranchCast, BranchVector, HeadNorm, RMSNorm
 
 @dataclass(frozen=True)
 class Family:
-    """The modules whose behaviour is the same and whose kernels differ."""
+    """A family of modules: same behaviour, different kernels."""
 
     column_linear: type
     row_linear: type
@@ -30,13 +30,13 @@ class Family:
 
 
 LOCAL = Family(ColumnParallelLinear, RowParallelLinear, SdpaAttention)
-"""torch and Megatron-core alone."""
+"""The family of torch and Megatron-core."""
 
 
 def transformer_engine() -> Family:
-    """Transformer Engine's linears and attention, in Megatron-core's wrappers.
+    """Transformer Engine's linear layers and attention, in Megatron-core's wrappers.
 
-    The norms stay ours: their statistics and the stream are fp32, and they are fused with the sum.
+    The norms are this project's: statistics and stream are fp32, and they are fused with the sum.
     """
     from megatron.core.extensions import transformer_engine as wrappers
 
@@ -48,7 +48,7 @@ def transformer_engine() -> Family:
 
 
 def layer_spec(model: ModelConfig, family: Family, block: int) -> ModuleSpec:
-    """Block number `block` (from 0) under the residual rule, made of a family's modules."""
+    """The spec of block number `block` (from 0) under the residual rule."""
     head_norm = HeadNorm if BLOCKS.sub_layer(2 * block, model).qkv_norm else None
     return ModuleSpec(
         module=KeelLayer,
@@ -81,7 +81,7 @@ def layer_spec(model: ModelConfig, family: Family, block: int) -> ModuleSpec:
 
 
 def chunk_spec(config: RunConfig, modules: Modules, blocks: range) -> TransformerBlockSubmodules:
-    """The spec of a chunk of blocks (global numbers), and of what precedes the head after them."""
+    """The spec of a chunk of blocks (global numbers), and of the final norm if it is the last."""
     model = config.model
     family = transformer_engine() if modules == "transformer_engine" else LOCAL
     return TransformerBlockSubmodules(

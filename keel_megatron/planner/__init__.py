@@ -1,1 +1,1 @@
-"""`keel plan`: search, simulation of the schedule, report and pictures."""
+"""`keel plan`: layout search, schedule simulation, report and plots."""

@@ -1,4 +1,4 @@
-"""The smallest change of settings that makes a run fit into its devices' memory."""
+"""The smallest change of settings with which a run fits in memory."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from keel_megatron.planner.plan import Plan, make_plan
 
 Change = dict[str, Any]
 _SMALL_LOGITS = 512.0
-"""MiB; the head's products stay efficient at it (`kernels.logits_mib`)."""
+"""MiB at which the head's matrix products are still efficient (`kernels.logits_mib`)."""
 
 
 def smallest_change(plan: Plan, *, more_gpus: bool) -> tuple[list[str], Plan] | None:
-    """Overrides, and the plan with them; found by trying, the least intrusive first.
+    """Find overrides with which a plan fits, by trying the least intrusive first.
 
     Args:
-        plan: one that does not fit.
-        more_gpus: whether a larger layout may take more devices, or has to make do.
+        plan: a plan that does not fit.
+        more_gpus: whether the layout may use more devices.
 
     Returns:
-        None if nothing that is tried fits.
+        The overrides and the plan with them, or None if no tried change fits.
     """
     for change in _changes(plan.config):
         config = _changed(plan.config, change)
@@ -37,7 +37,7 @@ def smallest_change(plan: Plan, *, more_gpus: bool) -> tuple[list[str], Plan] | 
 
 
 def _changes(config: RunConfig) -> Iterator[Change]:
-    """One setting at a time, then each with recomputation."""
+    """One setting at a time, then each of them with recomputation."""
     recompute = {"parallel.recompute": "auto"}
     single = list(_single_changes(config))
     smaller: Change = {"kernels.logits_mib": _SMALL_LOGITS}
@@ -64,7 +64,7 @@ def _single_changes(config: RunConfig) -> Iterator[Change]:
     while size > 1:
         size //= 2
         yield {"training.micro_batch_size": size}
-    # More stages need another cut than one given by hand.
+    # With more stages, a layout given by hand no longer applies.
     again: Change = {} if parallel.layout is None else {"parallel.layout": None}
     pipeline, tensor = parallel.pipeline, parallel.tensor
     for factor in (2, 4, 8, 16, 32):
@@ -74,7 +74,7 @@ def _single_changes(config: RunConfig) -> Iterator[Change]:
 
 
 def _more_zero(config: RunConfig) -> Iterator[Change]:
-    """Further stages of ZeRO, then offloading."""
+    """Higher ZeRO stages, then offloading."""
     own = config.deepspeed
     stages = range(own.zero_stage + 1, 4)
     yield from ({"deepspeed.zero_stage": stage} for stage in stages)

@@ -1,4 +1,4 @@
-"""The time of what a step does besides computing: messages, gradients, the update."""
+"""Communication volume and time of a step: messages, gradient reduction, the update."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from keel_megatron.layout.stages import Partition
 from keel_megatron.layout.work import STREAM_BYTES
 
 _UPDATE_BYTES = 4 + 4 + 8 + 8 + 16
-"""A parameter in one update: gradient zeroed, read for its norm, scaled in place; moments read and
-written, with the master (or the weight itself) read and written."""
+"""Bytes per parameter and update: gradient zeroed, read for the norm, scaled in place; moments and
+master weight (or the weight itself) read and written."""
 _COPY_BYTES = 4 + 2
-"""And under bf16 its master copied to the weight."""
+"""Additional bytes in bf16: the master weight copied to the weight."""
 
 
 def message_bytes(config: RunConfig) -> int:
-    """The stream of one micro-batch [s, b, h] in fp32, or this device's share of it under SP."""
+    """Bytes of one micro-batch's residual stream [s, b, h] in fp32; a device's share under SP."""
     tokens = config.data.seq_length * config.training.micro_batch_size
     share = config.parallel.tensor if config.parallel.sequence else 1
     return tokens * config.model.hidden_size * STREAM_BYTES // share
 
 
 def link_seconds(config: RunConfig, device: Device, data_parallel: int) -> tuple[float, ...]:
-    """A message's time from each stage to its next one (from the last one to the first).
+    """Time of a message from each stage to the next (from the last to the first), seconds.
 
     Megatron-core numbers ranks by tensor, then data, then pipeline rank, so neighbours in the
-    pipeline are TP x DP ranks apart. A link is as slow as the slowest replica's.
+    pipeline are TP x DP ranks apart. The slowest replica determines the time.
     """
     parallel = config.parallel
     apart = parallel.tensor * data_parallel
@@ -51,10 +51,10 @@ def link_seconds(config: RunConfig, device: Device, data_parallel: int) -> tuple
 def gradient_seconds(
     config: RunConfig, device: Device, data_parallel: int, parameters: int
 ) -> float:
-    """Sum a device's gradients over the replicas and, if sharded, collect the new parameters.
+    """Time to reduce gradients over the replicas and, if sharded, gather the new parameters.
 
-    A ring: each device sends (d - 1) / d of the data, twice for an all-reduce; in as many hops as
-    doubling takes. The group's members within a node share their ways out of it.
+    Ring: each device sends (d - 1) / d of the data, twice for an all-reduce; latency counts log2(d)
+    hops. The group's members within a node share the node's bandwidth.
     """
     if data_parallel == 1:
         return 0.0
@@ -73,7 +73,7 @@ def gradient_seconds(
 
 
 def update_seconds(config: RunConfig, device: Device, data_parallel: int, parameters: int) -> float:
-    """Clip and AdamW on a device's share of its parameters, at the memory's bandwidth."""
+    """Time of clipping and AdamW on a device's share of parameters, at memory bandwidth."""
     share = parameters / (data_parallel if config.parallel.distributed_optimizer else 1)
     bandwidth = device.memory_bandwidth_gb * 1e9 * device.bandwidth_fraction
     copied = _COPY_BYTES if config.training.precision == "bf16" else 0
@@ -87,14 +87,14 @@ def closing_seconds(
     partition: Partition,
     update: float | None = None,
 ) -> float:
-    """From the last backward pass to the next step: nothing of it overlaps with computation.
+    """Time from the last backward pass to the next step; it does not overlap with computation.
 
     Args:
         config: the run.
-        device: what it runs on.
-        data_parallel: replicas.
-        partition: its stages.
-        update: seconds of the update on one replica alone, if known by measurement.
+        device: the device type.
+        data_parallel: number of replicas.
+        partition: the stages.
+        update: measured time of the update on one replica, seconds, or None.
     """
     parameters = max(stage.parameters for stage in partition.stages)
     seconds = gradient_seconds(config, device, data_parallel, parameters)

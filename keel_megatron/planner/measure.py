@@ -1,4 +1,4 @@
-"""Time what a stage is made of on this device: one block, the embedding, the head, the update."""
+"""Measure times on this device: one block, the embedding, the head, the update."""
 
 from __future__ import annotations
 
@@ -23,30 +23,31 @@ from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
 
 _FEW, _MANY = 2, 8
-"""Blocks of the two models whose difference is a block's time."""
+"""Block counts of the two models whose difference gives a block's time."""
 
 
 def measure_pieces(config: RunConfig, samples: int = 12) -> Measured:
-    """Seconds of one micro-batch through a block, the embedding and the head, and of the update.
+    """Measure one micro-batch through a block, the embedding and the head, and the update.
 
-    Two shallow models of the run's shapes are trained in this process, sample by sample in turn, so
-    that whatever else the machine does meets both. A block is their difference; the head is what is
-    left of the smaller one without its blocks and its embedding, which is timed alone.
+    Two shallow models with the run's shapes are trained in this process, in alternating samples, so
+    that other load on the machine affects both. A block's time is their difference. The head's time
+    is that of the smaller model minus its blocks and its embedding, which is timed separately.
 
     Args:
         config: the run; its depth and layout do not matter.
-        samples: timed passes of each; the lower quartile counts, as other work only adds.
+        samples: timed passes of each; the lower quartile counts, because other load only adds time.
 
     Raises:
-        UserError: tensor parallelism, which one process cannot time, or another engine.
+        UserError: the run uses tensor parallelism, or an engine other than Megatron.
     """
     if config.training.engine != "megatron":
         raise UserError(
-            f"--measure times the Megatron engine, not training.engine: {config.training.engine}"
+            "--measure supports only the Megatron engine, not training.engine: "
+            f"{config.training.engine}"
         )
     if config.parallel.tensor > 1:
         raise UserError(
-            f"--measure times one process: parallel.tensor = {config.parallel.tensor} must be 1"
+            f"--measure uses one process: parallel.tensor = {config.parallel.tensor} must be 1"
         )
     alone = _shallow(config, _FEW)
     with start(alone.parallel, alone.training, Launch(0, 1, 0, 1)) as runtime:
@@ -74,7 +75,7 @@ def measure_pieces(config: RunConfig, samples: int = 12) -> Measured:
             head=Times(rest[0] - forward, rest[1] - backward),
         ),
         update_block=block[2],
-        update_embedding=rest[2] / 2,  # to an update, embedding and head are alike
+        update_embedding=rest[2] / 2,  # the update treats embedding and head the same
     )
 
 
@@ -93,14 +94,14 @@ def _shallow(config: RunConfig, blocks: int) -> RunConfig:
 
 
 def _engine(config: RunConfig, runtime: Runtime) -> MegatronEngine:
-    """As a run would have it, compiled or recorded as it says."""
+    """Build the model with the run's compilation and CUDA graphs."""
     engine = build_engine(config, runtime, build_model(config, runtime))
     assert isinstance(engine, MegatronEngine)
     return engine
 
 
 class _Clock:
-    """Seconds of a call, with what it left to the device."""
+    """Measures the time of a call, including its work on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._wait: Callable[[], None] = (
@@ -129,7 +130,7 @@ def _pass(clock: _Clock, engine: MegatronEngine, batch: Batch) -> tuple[float, f
 
 
 def _embedding(clock: _Clock, engine: MegatronEngine, batch: Batch) -> tuple[float, float]:
-    """The same through the embedding alone."""
+    """Forward and backward pass through only the embedding."""
     model: Any = engine.chunks[0]
     ahead, stream = clock(lambda: model.embedding(batch.tokens, batch.position_ids))
     gradient = torch.ones_like(stream)
@@ -138,7 +139,7 @@ def _embedding(clock: _Clock, engine: MegatronEngine, batch: Batch) -> tuple[flo
 
 
 def _update(clock: _Clock, engine: MegatronEngine) -> tuple[float]:
-    """What comes after the passes: gradients finished, clipped and applied, buffers emptied."""
+    """The update after the passes: reduce, clip and apply gradients, then zero them."""
 
     def update() -> None:
         finalize_model_grads(engine.model)

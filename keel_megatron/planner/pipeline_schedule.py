@@ -1,4 +1,4 @@
-"""The order in which a pipeline stage computes: 1F1B and interleaved 1F1B, as Megatron-core 0.16.1.
+"""Pipeline schedules of Megatron-core 0.16.1: 1F1B and interleaved 1F1B.
 
 Source: `megatron/core/pipeline_parallel/schedules.py` (`get_schedule_table`,
 `get_pp_rank_microbatches`), and Narayanan et al., arXiv 2104.04473, figure 4.
@@ -31,21 +31,22 @@ def warmup_forwards(
 def stage_order(
     pipeline: int, virtual_pipeline: int, micro_batches: int, pipeline_rank: int
 ) -> list[Operation]:
-    """All passes of one step on one stage, in the order in which they are issued.
+    """All passes of one step on one stage, in order.
 
-    After the warm-up, forward and backward passes take turns; what is left is backward passes.
+    After the warm-up, forward and backward passes alternate; the remaining passes are backward.
 
     Args:
-        pipeline: stages.
-        virtual_pipeline: chunks of a stage; 1 = plain 1F1B.
-        micro_batches: of a replica in a step; under interleaving a multiple of `pipeline`.
+        pipeline: number of stages.
+        virtual_pipeline: chunks per stage; 1: 1F1B.
+        micro_batches: micro-batches per replica and step; with interleaving, a multiple of
+            `pipeline`.
         pipeline_rank: the stage, from 0.
 
     Raises:
-        ValueError: interleaving with a remainder of micro-batches, which the trainer refuses.
+        ValueError: interleaving with micro-batches that `pipeline` does not divide.
     """
     forwards = _forward_order(pipeline, virtual_pipeline, micro_batches)
-    # A backward pass walks the same table with the chunks in reverse.
+    # Backward passes use the same table with the chunks in reverse order.
     backwards = [
         Operation(False, virtual_pipeline - 1 - chunk, micro_batch)
         for _forward, chunk, micro_batch in forwards
@@ -64,7 +65,7 @@ def _forward_order(pipeline: int, virtual_pipeline: int, micro_batches: int) -> 
         return [Operation(True, 0, micro_batch) for micro_batch in range(micro_batches)]
     if micro_batches % pipeline:
         raise ValueError(
-            f"{micro_batches} micro-batches are no multiple of {pipeline} interleaved stages"
+            f"{micro_batches} micro-batches are not a multiple of {pipeline} interleaved stages"
         )
     return [
         Operation(True, chunk, micro_batch)

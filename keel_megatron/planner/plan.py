@@ -1,4 +1,4 @@
-"""The plan of a run: its stages, its step's schedule, and what follows from them."""
+"""The plan of a run: stages, simulated schedule, speed and memory."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from keel_megatron.planner.simulate import MemoryTrace, PipelineTimes, Timeline,
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds measured on a device, of one micro-batch, instead of predicted ones."""
+    """Measured times, in seconds."""
 
     times: UnitTimes
     update_block: float
-    """What a block adds to clipping, updating and emptying the gradients."""
+    """Time per block of clipping, updating and zeroing gradients."""
     update_embedding: float
-    """What the embedding adds, and the head as much."""
+    """The same for the embedding, and for the head."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would be on so many devices."""
+    """Prediction for a run on a number of devices."""
 
     config: RunConfig
     gpus: int
@@ -40,18 +40,18 @@ class Plan:
     partition: Partition
     times: PipelineTimes
     closing_seconds: float
-    """Gradients summed over the replicas, and the optimizer's update."""
+    """Gradient reduction and optimizer update, seconds."""
     measured: bool
-    """Whether computation was measured, not predicted."""
+    """Whether the times are measured, not predicted."""
 
     @property
     def data_parallel(self) -> int:
-        """Replicas of the model."""
+        """Number of replicas."""
         return self.config.data_parallel_size(self.gpus)
 
     @property
     def micro_batches(self) -> int:
-        """Of one replica in a step."""
+        """Micro-batches per replica and step."""
         training = self.config.training
         return training.global_batch_size // (training.micro_batch_size * self.data_parallel)
 
@@ -62,12 +62,12 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Of one optimizer step."""
+        """Time of an optimizer step, seconds."""
         return self.timeline.seconds + self.closing_seconds
 
     @cached_property
     def spread(self) -> Spread:
-        """How far the step may be from `step_seconds`, as factors (times.py)."""
+        """Range of the step's time, as factors of `step_seconds` (times.py)."""
         if self.measured:
             return measured_spread()
         stage = self.partition.slowest
@@ -76,40 +76,40 @@ class Plan:
 
     @property
     def step_range(self) -> tuple[float, float]:
-        """The shortest and the longest step that are thought possible, in seconds."""
+        """Shortest and longest expected step, seconds."""
         return self.step_seconds * self.spread.low, self.step_seconds * self.spread.high
 
     @property
     def basis(self) -> str:
-        """What the times rest on."""
+        """Origin of the times: measured or predicted."""
         if self.measured:
-            return "pieces measured here"
+            return "measured on this machine"
         if self.device.name == "cpu":
-            return "predicted, not measured; --measure times the pieces here"
+            return "predicted, not measured; use --measure to measure on this machine"
         return "predicted, not measured on a GPU"
 
     @property
     def bubble(self) -> float:
-        """Time in which the slowest stage idles, relative to its work."""
+        """Idle time of the slowest stage, relative to its work."""
         return self.timeline.bubble
 
     @property
     def tokens_per_step(self) -> int:
-        """Of the global batch."""
+        """Tokens per global batch."""
         return self.config.training.global_batch_size * self.config.data.seq_length
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the whole run."""
+        """Tokens per second of the whole run."""
         return self.tokens_per_step / self.step_seconds
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs a second relative to the devices' peak."""
+        """Model FLOPs per second relative to the devices' peak (MFU)."""
         return self.mfu_at(self.tokens_per_second)
 
     def mfu_at(self, tokens_per_second: float) -> float:
-        """The same, at another speed than the simulated one."""
+        """MFU at a given speed."""
         config = self.config
         flops = training_flops_per_token(
             config.model, config.data.seq_length, config.data.vocab_size
@@ -118,25 +118,25 @@ class Plan:
 
     @property
     def days(self) -> float:
-        """Of all the run's steps."""
+        """Duration of all steps, days."""
         return self.config.training.steps * self.step_seconds / 86400.0
 
     @property
     def parameters(self) -> int:
-        """Of the model."""
+        """Parameters of the model."""
         return parameter_count(self.config.model, self.config.data.vocab_size)
 
     @property
     def fits(self) -> bool:
-        """Whether every stage fits into its devices' memory."""
+        """Whether every stage fits in memory."""
         return self.partition.fits
 
     def memory_traces(self) -> list[MemoryTrace]:
-        """Every stage's memory, split into what stays and what each micro-batch adds."""
+        """Memory of each stage, split into the constant part and activations per micro-batch."""
         return [_trace(self, stage) for stage in self.partition.stages]
 
     def as_object(self) -> dict[str, Any]:
-        """Everything a program would ask for, in numbers."""
+        """The plan as a JSON object."""
         parallel = self.config.parallel
         return {
             "name": self.config.training.name,
@@ -178,11 +178,11 @@ def make_plan(
     """Plan a valid run.
 
     Args:
-        config: the run, without contradictions at `gpus` processes (config.run.problems).
-        gpus: devices, one a process.
-        device: what they are.
-        measured: times to use instead of predicted ones.
-        kernel: how scaled add + norms are done; None = as the device does them.
+        config: the run, valid for `gpus` processes.
+        gpus: number of devices, one per process.
+        device: the device type.
+        measured: measured times to use instead of predicted ones.
+        kernel: implementation of scaled add + norms; None: that of the device.
     """
     replicas = config.data_parallel_size(gpus)
     times = measured.times if measured else None
@@ -193,7 +193,7 @@ def make_plan(
 
 
 def _pass_times(parts: Partition, links: tuple[float, ...]) -> PipelineTimes:
-    """Forward and backward seconds of every chunk, in the order in which a micro-batch passes."""
+    """Forward and backward time of each chunk, in model order, seconds."""
     forward, backward = [], []
     pipeline, times = parts.layout.pipeline, parts.times
     for number, chunk in enumerate(parts.layout.chunks):
@@ -209,7 +209,7 @@ def _pass_times(parts: Partition, links: tuple[float, ...]) -> PipelineTimes:
 
 
 def _update(parts: Partition, measured: Measured | None) -> float | None:
-    """The slowest stage's update as measured, its state unshared."""
+    """Measured update time of the slowest stage, with unsharded optimizer state."""
     if measured is None:
         return None
     return max(

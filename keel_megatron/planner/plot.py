@@ -1,4 +1,4 @@
-"""The picture of a step: what every stage computes when, and the memory it then holds."""
+"""Plot of a step: the schedule and the memory of each stage."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _NUMBERED_UP_TO = 8
 _SAMPLES = 1200
 _PASSES_ACROSS = 110
 _DIGIT = 0.0052
-"""Width of a digit, as a share of the picture's columns."""
+"""Width of a digit, as a fraction of the plot's columns."""
 
 
 @dataclass(frozen=True)
 class _Window:
-    """A part of the step that is drawn, in seconds."""
+    """A plotted part of the step, in seconds."""
 
     start: float
     end: float
@@ -44,17 +44,17 @@ def plot_schedule(
     facts: str,
     memory_limit: float | None = None,
 ) -> None:
-    """Draw a step into a PNG: the schedule above, the memory of each stage below.
+    """Plot a step to a PNG file: the schedule above, the memory of each stage below.
 
-    A step of many micro-batches is drawn as its beginning and its end.
+    A step with many micro-batches is plotted as its beginning and its end.
 
     Args:
         timeline: the simulated step.
-        memory: of each stage.
-        out: the picture.
-        title: what is planned.
+        memory: memory of each stage.
+        out: the PNG file.
+        title: the title.
         facts: one line below the title.
-        memory_limit: bytes of a device; None = none is drawn.
+        memory_limit: bytes per device; None: no limit line.
     """
     from matplotlib.figure import Figure
 
@@ -96,7 +96,7 @@ def plot_schedule(
 
 
 def _windows(timeline: Timeline) -> list[_Window]:
-    """The whole step, or its filling and its draining with some of the steady state."""
+    """The whole step, or its warm-up and cool-down with part of the steady state."""
     first = timeline.stages[0]
     filled = next(span.start for span in first if not span.operation.forward)
     mean = sum(end - start for _operation, start, end in first) / len(first)
@@ -110,7 +110,7 @@ def _windows(timeline: Timeline) -> list[_Window]:
 def _draw_passes(
     axes: Axes, timeline: Timeline, window: _Window, scale: float, digit: float
 ) -> None:
-    """One row a stage; `digit` is a digit's share of the window's width."""
+    """One row per stage; `digit` is a digit's width as a fraction of the window."""
     stages = len(timeline.stages)
     chunks = 1 + max(span.operation.chunk for span in timeline.stages[0])
     colours = {
@@ -137,7 +137,7 @@ def _draw_passes(
 def _number(
     axes: Axes, seen: list[Span], rank: int, window: _Window, scale: float, digit: float
 ) -> None:
-    """The micro-batch's number, where what is seen of a pass is wide enough for its digits."""
+    """Label a pass with its micro-batch number, where it is wide enough."""
     for (_forward, _chunk, micro_batch), start, end in seen:
         start, end = max(start, window.start), min(end, window.end)
         if end - start < digit * (0.9 + len(str(micro_batch))):
@@ -149,7 +149,7 @@ def _number(
 
 
 def _shades(ends: tuple[str, str], count: int) -> list[Any]:
-    """A colour for each chunk, from light to dark; the middle one of a single chunk."""
+    """One colour per chunk, from light to dark; a single chunk gets the middle one."""
     from matplotlib.colors import LinearSegmentedColormap
 
     shades = LinearSegmentedColormap.from_list("chunks", ends)
@@ -157,10 +157,10 @@ def _shades(ends: tuple[str, str], count: int) -> list[Any]:
 
 
 def _trace(spans: tuple[Span, ...], memory: MemoryTrace) -> tuple[Any, Any]:
-    """Times at which a stage's memory changes, and the bytes from each on."""
+    """Times at which a stage's memory changes, and the bytes after each."""
     changes = [(0.0, memory.constant)]
     for (forward, chunk, _micro_batch), start, end in spans:
-        # A forward pass fills its activations as it goes; a backward pass empties them.
+        # A forward pass adds activations gradually; a backward pass frees them gradually.
         changes.append((start, memory.chunks[chunk]) if forward else (end, -memory.chunks[chunk]))
     changes.sort(key=lambda change: change[0])
     times, amounts = np.array(changes).T
@@ -168,7 +168,7 @@ def _trace(spans: tuple[Span, ...], memory: MemoryTrace) -> tuple[Any, Any]:
 
 
 def _at(trace: tuple[Any, Any], moments: Any) -> Any:
-    """The bytes that a stage holds at some moments."""
+    """Memory of a stage at some moments, bytes."""
     times, amounts = trace
     return amounts[np.searchsorted(times, moments, side="right") - 1]
 
@@ -180,7 +180,7 @@ def _draw_memory(
     scale: float,
     limit: float | None,
 ) -> Any:
-    """Lines of a few stages, a map of many; the map's image, for its key."""
+    """Lines for a few stages, a heat map for many; returns the heat map for its colour bar."""
     moments = np.linspace(window.start, window.end, _SAMPLES)
     sampled = np.array([_at(trace, moments) for trace in traces]) / 1e9
     peaks = np.array([amounts.max() for _times, amounts in traces]) / 1e9
@@ -219,7 +219,7 @@ def _dress(axes: Axes) -> None:
 
 
 def _join(columns: list[tuple[Axes, Axes]]) -> None:
-    """Only the first column has an axis at its left; a gap says that the middle is left out."""
+    """Only the first column has a left axis; a gap marks the omitted middle."""
     for top, bottom in columns[1:]:
         for axes in (top, bottom):
             axes.tick_params(left=False, labelleft=False)
@@ -241,7 +241,7 @@ def _join(columns: list[tuple[Axes, Axes]]) -> None:
 def _label(
     figure: Figure, columns: list[tuple[Axes, Axes]], stages: int, unit: str, image: Any
 ) -> None:
-    """Names of the axes, and the memory's key at the right."""
+    """Axis labels, and the memory's colour bar on the right."""
     top, bottom = columns[0]
     every = max(1, -(-stages // 16))
     for axes in (top, bottom) if image is not None else (top,):
@@ -249,7 +249,7 @@ def _label(
     top.set_ylabel("stage", color=_TEXT)
     bottom.set_ylabel("stage" if image is not None else "memory (GB)", color=_TEXT)
     figure.supxlabel(
-        f"{unit} from the step's start", fontsize=10, color=_TEXT, x=0.48, y=0.008, va="bottom"
+        f"{unit} from the start of the step", fontsize=10, color=_TEXT, x=0.48, y=0.008, va="bottom"
     )
     last = columns[-1][1]
     if image is None:

@@ -1,4 +1,4 @@
-"""A plan and a search in words and tables."""
+"""Text output of a plan and of a search."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _MEMORY = ("weights", "grads", "optim", "activations", "logits", "buffers", "GB"
 
 
 def describe(plan: Plan) -> str:
-    """The whole plan, for a terminal."""
+    """The whole plan as text."""
     parts = [_headline(plan), "", _stage_table(plan), "", _pieces(plan), *_prediction(plan)]
     return "\n".join(parts)
 
 
 def layout_words(plan: Plan) -> str:
-    """The layout in a few words."""
+    """The layout in one line."""
     parallel, training = plan.config.parallel, plan.config.training
     words = f"TP {parallel.tensor}{' + SP' if parallel.sequence else ''} x PP {parallel.pipeline}"
     if parallel.virtual_pipeline > 1:
@@ -35,7 +35,7 @@ def layout_words(plan: Plan) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """A number and its noun."""
+    """A number and its noun, in the plural if needed."""
     plural = noun + ("es" if noun.endswith("ch") else "s")
     return f"{number:,} {noun if number == 1 else plural}"
 
@@ -58,14 +58,14 @@ def _stage_table(plan: Plan) -> str:
     groups = _groups(stages) if len(stages) >= _GROUP_FROM else [[stage] for stage in stages]
     rows = [[*_COLUMNS, *_MEMORY]]
     for group in groups:
-        # Of equal stages the first holds the most micro-batches: the largest is shown.
+        # Among equal stages the first holds the most micro-batches: its memory is shown.
         stage = max(group, key=lambda one: one.memory.total)
         rows.append([*_cells(plan, group), *_memory_cells(stage.memory)])
     return table(rows, left=(2,))
 
 
 def _cells(plan: Plan, group: Sequence[Stage]) -> list[str]:
-    """What equal stages hold, and the time of a micro-batch relative to the slowest stage's."""
+    """Contents of equal stages, and their time relative to the slowest stage."""
     stage = group[0]
     chunks = [str(chunk.blocks) for chunk in stage.chunks]
     again = sum(stage.recomputed)
@@ -80,7 +80,7 @@ def _cells(plan: Plan, group: Sequence[Stage]) -> list[str]:
 
 
 def _memory_cells(memory: StageMemory) -> list[str]:
-    """GB by kind, and in all."""
+    """Memory by kind and in total, GB."""
     kinds = (memory.parameters, memory.gradients, memory.optimizer, memory.activations)
     buffers = memory.communication + memory.working
     sizes = (*kinds, memory.logits, buffers, memory.total)
@@ -88,7 +88,7 @@ def _memory_cells(memory: StageMemory) -> list[str]:
 
 
 def _groups(stages: Sequence[Stage]) -> list[list[Stage]]:
-    """Neighbours that hold the same."""
+    """Groups of adjacent stages with equal contents."""
     groups: list[list[Stage]] = []
     for stage in stages:
         if groups and _alike(groups[-1][0], stage):
@@ -114,19 +114,19 @@ def _span(group: Sequence[Stage]) -> str:
 def _pieces(plan: Plan) -> str:
     times, parts = plan.partition.times, plan.partition
     slowest = parts.slowest
-    how = "measured here" if plan.measured else "predicted"
+    how = "measured" if plan.measured else "predicted"
     cut = ""
     if plan.measured and plan.config.parallel.layout is None:
         counts = ",".join(str(chunk.blocks) for chunk in parts.layout.chunks)
-        cut = f"\nA run cuts by predicted times; this cut is parallel.layout=[{counts}]."
+        cut = f"\nkeel train uses predicted times; for this balance, parallel.layout=[{counts}]."
     head = head_pieces(plan.config)
-    pieces = f" (in {head} pieces, whose logits are made twice)" if head > 1 else ""
+    pieces = f" (in {head} pieces, with recomputed logits)" if head > 1 else ""
     return (
-        f"A block takes {seconds(times.block.total)} a micro-batch ({how}), the head as long as "
+        f"A block takes {seconds(times.block.total)} per micro-batch ({how}), the head as long as "
         f"{times.head.total / times.block.total:.1f} blocks{pieces}, the embedding as "
         f"{times.embedding.total / times.block.total:.1f}.\n"
-        f"Slowest: stage {slowest.number} with {seconds(slowest.seconds)} a micro-batch, "
-        f"{parts.balance - 1.0:.1%} above an ideally even cut.{cut}"
+        f"Slowest: stage {slowest.number} with {seconds(slowest.seconds)} per micro-batch, "
+        f"{parts.balance - 1.0:.1%} above perfect balance.{cut}"
     )
 
 
@@ -145,14 +145,14 @@ def _prediction(plan: Plan) -> list[str]:
     ]
     need = f"stage {worst.number} needs {worst.memory.total / GB:.1f} GB"
     if parts.limit_bytes is None:
-        lines.append(f"Memory: {need}; no limit is known.")
+        lines.append(f"Memory: {need}; no limit.")
     elif plan.fits:
         lines.append(f"Memory: fits; {need} of {parts.limit_bytes / GB:.4g}.")
     else:
         limit = parts.limit_bytes
         over = sum(stage.memory.total > limit for stage in parts.stages)
         lines.append(
-            f"Memory: DOES NOT FIT; {need}, {limit / GB:.4g} are there; {over} of "
+            f"Memory: DOES NOT FIT; {need} of {limit / GB:.4g}; {over} of "
             f"{count(len(parts.stages), 'stage')} need more."
         )
     if plan.config.training.engine == "deepspeed":
@@ -161,21 +161,21 @@ def _prediction(plan: Plan) -> list[str]:
 
 
 def _zero(plan: Plan) -> str:
-    """What DeepSpeed puts into the host's memory, and what the prediction leaves out."""
+    """Host memory of DeepSpeed, and what the prediction leaves out."""
     own, host = plan.config.deepspeed, plan.partition.worst_memory.memory.host
     ranks = min(plan.gpus, plan.device.devices_per_node)
-    node = f", {host * ranks / GB:.1f} GB a node of {ranks}" if host and ranks > 1 else ""
+    node = f", {host * ranks / GB:.1f} GB per node of {ranks}" if host and ranks > 1 else ""
     return (
-        f"ZeRO {own.zero_stage}: {host / GB:.1f} GB of the host's memory a device{node}. The times "
-        "are the Megatron engine's: collecting parameters, summing gradients for every "
-        "micro-batch and the host's update are not in them."
+        f"ZeRO {own.zero_stage}: {host / GB:.1f} GB of host memory per device{node}. The times "
+        "are those of the Megatron engine, without gathering parameters, reducing gradients per "
+        "micro-batch and updating on the host."
     )
 
 
 def describe_change(change: tuple[list[str], Plan] | None) -> str:
-    """What would make a plan fit."""
+    """The change with which a plan fits, as text."""
     if change is None:
-        return "No layout near this one fits; `--search` looks at all of them."
+        return "No similar layout fits; `--search` tries all layouts."
     overrides, plan = change
     worst = plan.partition.worst_memory
     return (
@@ -185,7 +185,7 @@ def describe_change(change: tuple[list[str], Plan] | None) -> str:
 
 
 def describe_search(found: Found, gpus: int) -> str:
-    """The best layouts, why the best one wins, and how to train with it."""
+    """The best layouts, and why the best one is the fastest, as text."""
     header = ["", "TP", "PP", "VPP", "DP", "micro", "recompute", "bubble", "GB", "step"]
     rows = [[*header, "tokens/s", "MFU", "devices"]]
     for rank, one in enumerate(found.best, start=1):
@@ -208,19 +208,19 @@ def describe_search(found: Found, gpus: int) -> str:
         f"{found.tried:,} layouts on up to {gpus:,} x {best.plan.device.name}, "
         f"{found.fitting:,} of them fit. The best by tokens/s:",
         table(rows, left=()),
-        f"Times are {best.plan.basis}: of the best {low:+.0%} to {high:+.0%}.",
+        f"Times are {best.plan.basis}; range of the best: {low:+.0%} to {high:+.0%}.",
         *([_why(best, found.best[1])] if len(found.best) > 1 else []),
     ]
     if best.plan.gpus < gpus:
         lines.append(
             f"It leaves {gpus - best.plan.gpus:,} devices idle: the global batch of "
-            f"{best.plan.config.training.global_batch_size:,} sequences does not spread further."
+            f"{best.plan.config.training.global_batch_size:,} sequences does not divide among more."
         )
     return "\n".join(lines)
 
 
 def search_object(found: Found) -> dict[str, Any]:
-    """The best layouts for a program."""
+    """The best layouts as a JSON object."""
     return {
         "tried": found.tried,
         "fitting": found.fitting,
@@ -247,7 +247,7 @@ def search_object(found: Found) -> dict[str, Any]:
 
 
 def _why(best: Candidate, second: Candidate) -> str:
-    """The best layout against the runner-up, the largest difference of a step first."""
+    """Comparison of the best layout with the second, the largest difference first."""
 
     def work(one: Candidate) -> float:
         return one.work_seconds
@@ -279,7 +279,7 @@ def _why(best: Candidate, second: Candidate) -> str:
     memory = [f"{one.plan.partition.worst_memory.memory.total / GB:.1f}" for one in (best, second)]
     return (
         f"1 is {gain:.2%} faster than 2{': it ' + words if words else ''}.\n"
-        f"Memory of a device: {memory[0]} GB with 1, {memory[1]} GB with 2."
+        f"Memory per device: {memory[0]} GB with 1, {memory[1]} GB with 2."
     )
 
 
@@ -288,7 +288,7 @@ def _pair(best: Candidate, second: Candidate, of: Callable[[Candidate], float]) 
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
-    """Columns as wide as they need to be, numbers to the right; `left` columns to the left."""
+    """Aligned columns: right-aligned, except the `left` ones."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -301,7 +301,7 @@ def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
 
 
 def si(number: float) -> str:
-    """A number to three digits, with its unit."""
+    """A number to three digits with an SI prefix."""
     for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if number >= 0.9995 * size:
             return f"{digits(number / size)}{unit}"
@@ -309,12 +309,12 @@ def si(number: float) -> str:
 
 
 def digits(number: float) -> str:
-    """Three digits, or all of a number that has more in front of the point."""
+    """Three significant digits, or all digits before the decimal point."""
     return f"{number:,.0f}" if number >= 999.5 else f"{number:.3g}"
 
 
 def seconds(value: float) -> str:
-    """A time to three digits."""
+    """A time to three digits, with its unit."""
     for size, unit in ((1.0, "s"), (1e-3, "ms")):
         if value >= 0.9995 * size:
             return f"{digits(value / size)} {unit}"
@@ -322,7 +322,7 @@ def seconds(value: float) -> str:
 
 
 def duration(value: float) -> str:
-    """A long time in days, hours or less."""
+    """A duration in days, hours or smaller units."""
     for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
         if value >= size:
             return f"{value / size:.1f} {unit}"

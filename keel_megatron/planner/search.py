@@ -1,7 +1,7 @@
-"""The fastest layout of a model on a number of devices.
+"""Search for the fastest layout of a model on a number of devices.
 
-Thousands of layouts are ranked by a bound that takes microseconds; the best of them are cut into
-stages and simulated.
+A bound that takes microseconds ranks thousands of layouts; the best of them are balanced and
+simulated.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ class Candidate:
 
     @cached_property
     def pipeline_seconds(self) -> float:
-        """Of a step's passes; a long step is followed for a while, and goes on at that rate."""
+        """Time of a step's passes, seconds; a long step is simulated in part and extrapolated."""
         plan = self.plan
         return _pipeline_seconds(plan.times, plan.micro_batches)
 
     @property
     def step_seconds(self) -> float:
-        """Of one optimizer step."""
+        """Time of an optimizer step, seconds."""
         return self.pipeline_seconds + self.plan.closing_seconds
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the whole run."""
+        """Tokens per second of the whole run."""
         return self.plan.tokens_per_step / self.step_seconds
 
     @property
     def work_seconds(self) -> float:
-        """In which the slowest stage computes, in a step."""
+        """Computation time of the slowest stage per step, seconds."""
         return self.plan.partition.slowest.seconds * self.plan.micro_batches
 
     @cached_property
     def message_seconds(self) -> float:
-        """By which messages between stages lengthen the passes of a step."""
+        """Time that messages between stages add to a step, seconds."""
         plan = self.plan
         silent = replace(plan.times, link=(0.0,) * plan.times.pipeline)
         return self.pipeline_seconds - _pipeline_seconds(silent, plan.micro_batches)
@@ -76,7 +76,7 @@ class Candidate:
 
     @property
     def recompute(self) -> str:
-        """What it comes to: none, full, or how many blocks."""
+        """Recomputation: none, full, or the number of blocks."""
         stages = self.plan.partition.stages
         again, blocks = sum(sum(s.recomputed) for s in stages), sum(s.blocks for s in stages)
         words = f"{again} block{'' if again == 1 else 's'}"
@@ -84,7 +84,7 @@ class Candidate:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that make a configuration this layout, in YAML's words."""
+        """The settings of this layout, with YAML values."""
         parallel, training = self.plan.config.parallel, self.plan.config.training
         return {
             "parallel.tensor": parallel.tensor,
@@ -98,13 +98,13 @@ class Candidate:
 
     @property
     def overrides(self) -> list[str]:
-        """The same as `keel train` takes them."""
+        """The settings as overrides for `keel train`."""
         return [f"{path}={value}" for path, value in self.settings.items()]
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found, best first."""
+    """Result of a search, best layout first."""
 
     best: tuple[Candidate, ...]
     tried: int
@@ -114,7 +114,7 @@ class Found:
 def search(config: RunConfig, gpus: int, device: Device) -> Found:
     """Try TP x PP x VPP x DP x micro-batch x recompute on up to `gpus` devices.
 
-    A layout need not use every device: the batch may not spread over all of them.
+    A layout may leave devices idle, if the batch does not divide among all of them.
 
     Raises:
         UserError: nothing fits.
@@ -130,7 +130,7 @@ def search(config: RunConfig, gpus: int, device: Device) -> Found:
     ranked.sort(key=lambda one: one[:2])
     candidates: list[Candidate] = []
     for bound, _number, layout in ranked:
-        # Behind a bound above the tenth best one nothing better is left.
+        # The bounds are sorted: after one above the tenth best result, nothing better follows.
         if (
             len(candidates) >= BEST
             and bound >= sorted(c.step_seconds for c in candidates)[BEST - 1]
@@ -163,7 +163,7 @@ def _nothing_fits(config: RunConfig, gpus: int, device: Device, tried: int) -> s
 
 @dataclass(frozen=True)
 class _Layout:
-    """A layout to be judged."""
+    """A layout to evaluate."""
 
     config: RunConfig
     gpus: int
@@ -172,7 +172,7 @@ class _Layout:
 
 
 def _layouts(config: RunConfig, gpus: int, device: Device) -> Iterator[_Layout]:
-    """Every layout that the configuration's checks allow; recompute as much as memory asks for."""
+    """All layouts that the configuration's checks accept, with recompute: auto."""
     batch = config.training.global_batch_size
     tensors = [size for size in (1, 2, 4, 8) if size <= min(gpus, device.devices_per_node)]
     kernel: Kernel = "torch" if device.name == "cpu" else "triton"
@@ -199,12 +199,12 @@ def _layouts(config: RunConfig, gpus: int, device: Device) -> Iterator[_Layout]:
 
 
 def _on_deepspeed(config: RunConfig) -> bool:
-    """Whether there can be one stage only, and no sequence parallelism."""
+    """Whether only one stage without sequence parallelism is supported."""
     return config.training.engine == "deepspeed"
 
 
 def _pipelines(most: int) -> Iterator[int]:
-    """Numbers of stages: all small ones, then ever wider steps."""
+    """Stage counts to try: all small ones, then in growing steps."""
     for size in range(1, most + 1):
         step = 1 if size <= 16 else 4 if size <= 64 else 16
         if size % step == 0 or size == most:
@@ -212,7 +212,7 @@ def _pipelines(most: int) -> Iterator[int]:
 
 
 def _replicas(micro_batches: int, group: int, most: int) -> int:
-    """The most replicas that share the micro-batches evenly, in groups; 0 if there are none."""
+    """The largest number of replicas that divides the micro-batches, in groups; 0 if none."""
     if micro_batches % group:
         return 0
     groups = micro_batches // group
@@ -237,7 +237,7 @@ def _with(
 
 
 class _Bound:
-    """A layout's step from closed formulas: within a few percent below the simulated one."""
+    """Closed-form bound of a layout's step: a few percent below the simulated time."""
 
     def __init__(self, layout: _Layout, device: Device, limit: float | None) -> None:
         self.layout, self.device, self.limit = layout, device, limit
@@ -248,7 +248,7 @@ class _Bound:
 
     @property
     def step_seconds(self) -> float | None:
-        """Seconds, or None if even recomputing everything does not fit."""
+        """Time in seconds, or None if the layout does not fit even with full recomputation."""
         blocks = self.config.model.blocks
         pipeline, virtual = self.parallel.pipeline, self.parallel.virtual_pipeline
         times, unit = self.times, self.times.block
@@ -258,14 +258,14 @@ class _Bound:
         last = self._recomputed(pipeline - 1, self._beside_the_head(slowest))
         if again is None or last is None:
             return None
-        # What is in flight, and so what is recomputed, falls evenly from stage to stage.
+        # Micro-batches in flight, and so recomputed blocks, decrease linearly with the stage.
         extra = 0.5 * (again + last) * unit.forward
         slowest, total = slowest + extra, total + pipeline * extra
         micro_batches = self.memory.micro_batches
         links = link_seconds(self.config, self.device, self.replicas)
         messages = 2 * sum(links[:-1]) * (1 if virtual == 1 else virtual)
         if virtual == 1 and pipeline > 1:
-            # Each stage in the middle exchanges with both neighbours for every micro-batch.
+            # Each inner stage communicates with both neighbours for every micro-batch.
             messages += micro_batches * max(links[:-1]) * min(pipeline - 1, 2)
         busy = micro_batches * slowest + (total - slowest) / virtual
         return busy + messages + self._closing(blocks)
@@ -293,7 +293,7 @@ class _Bound:
 
 
 def _pipeline_seconds(times: PipelineTimes, micro_batches: int) -> float:
-    """The simulated passes of a step; of a long one, some, and the rest at the rate of the last."""
+    """Simulated time of a step's passes; a long step is extrapolated from its first part."""
     pipeline = times.pipeline
     groups = max(4, _PASSES // (2 * len(times.forward) * pipeline))
     if micro_batches <= groups * pipeline:

@@ -1,10 +1,10 @@
-"""The time of a pipeline's step, by following every pass and every message of every stage.
+"""Simulation of a pipeline step: every pass and every message of every stage.
 
-A stage's program is what Megatron-core's schedule issues: it computes, offers a message to or from
-a neighbour, and waits for a message. A message passes once both ends have offered it, and takes its
-link's time. 1F1B waits for each message at once, so a sender is held up until its receiver is
-ready; interleaving does so while it warms up and drains, and in between computes while messages
-pass (`overlap_p2p_comm`, as `model/language_model.py` sets it).
+A stage's program follows Megatron-core's schedule: it computes, posts a message to or from a
+neighbour, and waits for a message. A message is transferred once both ends have posted it. 1F1B
+waits for each message at once, so a sender blocks until its receiver is ready. Interleaving does so
+only in the warm-up and cool-down; in between it overlaps messages with computation
+(`overlap_p2p_comm`, as `model/language_model.py` sets it).
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from keel_megatron.planner.pipeline_schedule import Operation, stage_order, warm
 
 @dataclass(frozen=True)
 class PipelineTimes:
-    """What a step consists of, in seconds.
+    """Times of the parts of a step, in seconds.
 
-    Chunks are in the order in which a micro-batch passes them; chunk i is on stage i % pipeline.
+    Chunks are in model order; chunk i is on stage i % pipeline.
     """
 
     pipeline: int
     forward: tuple[float, ...]
     """Forward pass of one micro-batch through each chunk."""
     backward: tuple[float, ...]
-    """Backward pass, with what it recomputes."""
+    """Backward pass, including recomputation."""
     link: tuple[float, ...]
     """Message of one micro-batch from stage i to its next one (the last one's next is stage 0)."""
 
     @property
     def virtual_pipeline(self) -> int:
-        """Chunks of a stage."""
+        """Chunks per stage."""
         return len(self.forward) // self.pipeline
 
     def stage_seconds(self, pipeline_rank: int) -> float:
@@ -44,7 +44,7 @@ class PipelineTimes:
 
 
 class Span(NamedTuple):
-    """A pass and when it was computed, in seconds from the step's start."""
+    """A pass with its start and end, in seconds from the start of the step."""
 
     operation: Operation
     start: float
@@ -53,7 +53,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """What every stage computes when, in one step's forward and backward passes."""
+    """All passes of one step, per stage, with their times."""
 
     stages: tuple[tuple[Span, ...], ...]
 
@@ -63,19 +63,19 @@ class Timeline:
         return max(spans[-1].end for spans in self.stages)
 
     def busy_seconds(self, pipeline_rank: int) -> float:
-        """Seconds in which a stage computes."""
+        """Computation time of a stage, seconds."""
         return sum(end - start for _operation, start, end in self.stages[pipeline_rank])
 
     @property
     def bubble(self) -> float:
-        """Idle time relative to the work of the busiest stage: (p - 1) / m in the even case."""
+        """Idle time relative to the work of the busiest stage: (p - 1) / m if balanced."""
         busiest = max(self.busy_seconds(rank) for rank in range(len(self.stages)))
         return max(0.0, self.seconds / busiest - 1.0)  # a lone stage's sum rounds differently
 
 
 @dataclass(frozen=True)
 class MemoryTrace:
-    """What a stage holds, in bytes: the picture adds what is in flight to what stays."""
+    """Memory of a stage, in bytes: a constant part, and activations per micro-batch."""
 
     constant: float
     """Parameters, gradients, optimizer, buffers, logits."""
@@ -88,12 +88,12 @@ class _Message(NamedTuple):
 
     forward: bool
     cut: int
-    """The cut between chunk `cut` and chunk `cut + 1`, counted over all stages."""
+    """The boundary between chunk `cut` and chunk `cut + 1`, in model order."""
     micro_batch: int
 
 
 class _Step(NamedTuple):
-    """One line of a stage's program: compute, then offer messages, then wait for messages."""
+    """One step of a stage's program: compute, then post messages, then wait for messages."""
 
     compute: Operation | None
     offer: tuple[_Message, ...] = ()
@@ -101,10 +101,10 @@ class _Step(NamedTuple):
 
 
 def simulate(times: PipelineTimes, micro_batches: int) -> Timeline:
-    """Follow one step of `micro_batches` micro-batches.
+    """Simulate one step.
 
     Raises:
-        ValueError: interleaving with a remainder of micro-batches.
+        ValueError: interleaving with micro-batches that the number of stages does not divide.
     """
     programs = [
         _program(times.pipeline, times.virtual_pipeline, micro_batches, rank)
@@ -150,19 +150,19 @@ def _duration(times: PipelineTimes, rank: int, operation: Operation) -> float:
 
 
 class _Stage(NamedTuple):
-    """A stage's place, to name what its passes take in and give out."""
+    """A stage, with the messages that its passes receive and send."""
 
     pipeline: int
     chunks: int
     rank: int
 
     def takes(self, operation: Operation) -> tuple[_Message, ...]:
-        """The message that a pass starts from; none if it starts from data or from the loss."""
+        """The message that a pass needs; none if it starts from data or from the loss."""
         cut = operation.chunk * self.pipeline + self.rank - operation.forward
         return self._message(operation, cut)
 
     def gives(self, operation: Operation) -> tuple[_Message, ...]:
-        """The message that a pass ends with, if any."""
+        """The message that a pass sends, if any."""
         cut = operation.chunk * self.pipeline + self.rank - (not operation.forward)
         return self._message(operation, cut)
 
@@ -184,9 +184,9 @@ def _program(
 
 
 def _plain(order: list[Operation], warmup: int, stage: _Stage) -> Iterator[_Step]:
-    """1F1B: what a pass gives is sent, and what the next one takes received, before going on.
+    """1F1B: each pass sends its result and receives the next input before the next pass.
 
-    In the warm-up and while draining the two are one after the other, else both at once.
+    In the warm-up and cool-down the two are sequential, otherwise simultaneous.
     """
     yield _exchange(None, stage.takes(order[0]))
     for number, operation in enumerate(order):
@@ -204,7 +204,7 @@ def _exchange(compute: Operation | None, messages: tuple[_Message, ...]) -> _Ste
 
 
 def _interleaved(order: list[Operation], warmup: int, stage: _Stage) -> Iterator[_Step]:
-    """Interleaved 1F1B: only the warm-up and the draining wait for what they send."""
+    """Interleaved 1F1B: only the warm-up and the cool-down wait for their sends."""
     forwards = [operation for operation in order if operation.forward]
     backwards = [operation for operation in order if not operation.forward]
     steady = len(forwards) - warmup
@@ -216,7 +216,7 @@ def _interleaved(order: list[Operation], warmup: int, stage: _Stage) -> Iterator
     for number in range(warmup):
         operation = forwards[number]
         yield _exchange(operation, stage.gives(operation) + takes(forwards, number + 1))
-    # The first gradient is asked for before the first pass that computes beside its messages.
+    # The first gradient is requested before the first pass that overlaps with messages.
     yield _Step(None, takes(backwards, 0))
     sent: dict[bool, tuple[_Message, ...]] = {True: (), False: ()}
     for number in range(steady):
@@ -224,7 +224,7 @@ def _interleaved(order: list[Operation], warmup: int, stage: _Stage) -> Iterator
             operation = operations[at]
             yield _Step(None, (), stage.takes(operation))
             gives = stage.gives(operation)
-            # A message is waited for once the next one of its direction is on its way.
+            # A stage waits for a message once the next one in its direction is posted.
             yield _Step(operation, gives + takes(operations, at + 1), sent[operation.forward])
             sent[operation.forward] = gives
     for number in range(steady, len(backwards)):

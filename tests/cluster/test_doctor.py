@@ -85,4 +85,4 @@ def test_the_command_says_what_a_run_will_use(tmp_path: Path) -> None:
     asked = keel(tmp_path, "doctor", config, "kernels.backend=apex")
     assert asked.returncode == 0, asked.stderr
     assert "kernels.backend     apex: cannot be used" in asked.stdout
-    assert "warning: kernels.backend: apex is asked for, but NVIDIA's Apex cannot" in asked.stderr
+    assert "warning: kernels.backend: apex is set, but NVIDIA's Apex cannot" in asked.stderr

@@ -121,7 +121,7 @@ def test_a_cpu_takes_the_hand_written_form() -> None:
 
 
 def test_shapes_are_not_broadcast() -> None:
-    with pytest.raises(ValueError, match="must agree"):
+    with pytest.raises(ValueError, match="shapes must be equal"):
         scaled_add_norm(torch.ones(4, 8), torch.ones(8), 1.0, None, None, EPS, torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""The cut against every other cut, and its speed."""
+"""The assignment against every other assignment, and its speed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keel_megatron.layout.balance import Recompute, StageShare, cut
+from keel_megatron.layout.balance import Recompute, StageShare, assign_blocks
 from keel_megatron.layout.costs import model_costs
 from keel_megatron.layout.devices import DEVICES
 from keel_megatron.layout.memory import MemoryModel
@@ -33,7 +33,7 @@ def all_counts(blocks: int, stages: int) -> Iterator[tuple[int, ...]]:
 def seconds(
     stage: int, stages: int, blocks: Sequence[int], times: UnitTimes, recompute: Recompute
 ) -> float | None:
-    """A stage's time, written down independently of the cut's own."""
+    """A stage's time, computed independently of the assignment."""
     again = recompute(stage, blocks)
     if again is None:
         return None
@@ -73,7 +73,7 @@ def test_no_cut_is_better(
         total = sum(counts)
         return None if total > most[stage] else (max(0, total - free[stage]),)
 
-    found = cut(blocks, stages, 1, times, recompute)
+    found = assign_blocks(blocks, stages, 1, times, recompute)
     expected = best(blocks, stages, times, recompute)
     if found is None:
         assert expected is None
@@ -89,7 +89,7 @@ def test_chunks_of_a_stage_are_even_and_the_slowest_stage_is_as_without_them(
 ) -> None:
     blocks = stages * virtual - 2 + more
     times = unit_times(embedding, 1.0, head)
-    found = cut(blocks, stages, virtual, times)
+    found = assign_blocks(blocks, stages, virtual, times)
     assert found is not None
     assert sum(sum(share.blocks) for share in found) == blocks
     fixed = [[0.0] * virtual for _ in range(stages)]
@@ -115,9 +115,9 @@ def test_a_large_head_gets_a_stage_of_its_own_and_so_may_the_embedding() -> None
         assert shares is not None
         return [share.blocks for share in shares]
 
-    assert counts(cut(9, 4, 1, unit_times(0.0, 1.0, 9.0))) == [(3,), (3,), (3,), (0,)]
-    assert counts(cut(8, 3, 1, unit_times(9.0, 1.0, 9.0))) == [(0,), (8,), (0,)]
-    assert counts(cut(3, 2, 2, unit_times(0.0, 1.0, 9.0))) == [(1, 1), (1, 0)]
+    assert counts(assign_blocks(9, 4, 1, unit_times(0.0, 1.0, 9.0))) == [(3,), (3,), (3,), (0,)]
+    assert counts(assign_blocks(8, 3, 1, unit_times(9.0, 1.0, 9.0))) == [(0,), (8,), (0,)]
+    assert counts(assign_blocks(3, 2, 2, unit_times(0.0, 1.0, 9.0))) == [(1, 1), (1, 0)]
 
 
 def test_among_equally_fast_cuts_the_most_even_one_is_taken() -> None:
@@ -127,7 +127,7 @@ def test_among_equally_fast_cuts_the_most_even_one_is_taken() -> None:
         total, most = sum(counts), (1, 1, 3, 1)[stage]
         return None if total > most else (int(total == 3),)
 
-    found = cut(5, 4, 1, unit_times(2.25, 1.0, 0.0), recompute)
+    found = assign_blocks(5, 4, 1, unit_times(2.25, 1.0, 0.0), recompute)
     assert found is not None
     assert [share.seconds for share in found] == [3.25, 1.0, 2.0, 1.0]
 
@@ -136,10 +136,10 @@ def test_what_does_not_fit_is_said() -> None:
     def two_a_stage(_stage: int, counts: Sequence[int]) -> tuple[int, ...] | None:
         return (0,) if sum(counts) <= 2 else None
 
-    assert cut(6, 3, 1, unit_times(0.0, 1.0, 0.0), two_a_stage) is not None
-    assert cut(7, 3, 1, unit_times(0.0, 1.0, 0.0), two_a_stage) is None
+    assert assign_blocks(6, 3, 1, unit_times(0.0, 1.0, 0.0), two_a_stage) is not None
+    assert assign_blocks(7, 3, 1, unit_times(0.0, 1.0, 0.0), two_a_stage) is None
     with pytest.raises(ValueError, match="too few"):
-        cut(1, 4, 1, unit_times(0.0, 1.0, 0.0))
+        assign_blocks(1, 4, 1, unit_times(0.0, 1.0, 0.0))
 
 
 @pytest.mark.parametrize("virtual", [1, 4])
@@ -158,7 +158,9 @@ def test_4096_blocks_on_512_stages_take_few_calls(virtual: int) -> None:
     limit = 0.6 * fullest
     times = predicted_times(costs, DEVICES["h200"])
     shares, calls = calls_of(
-        lambda: cut(4096, 512, virtual, times, lambda r, n: memory.recomputed(r, n, limit))
+        lambda: assign_blocks(
+            4096, 512, virtual, times, lambda r, n: memory.recomputed(r, n, limit)
+        )
     )
     assert shares is not None
     assert sum(sum(share.blocks) for share in shares) == 4096

@@ -49,7 +49,7 @@ def test_forward_flops_are_the_models() -> None:
     assert costs.block.backward.flops == 2 * costs.block.forward.flops + scores / 2
 
 
-def test_tensor_parallelism_divides_matrices_and_not_gains() -> None:
+def test_tensor_parallelism_divides_matrices_and_not_norm_weights() -> None:
     one, two = costs_of(), costs_of(parallel__tensor=2)
     assert weights(one, 8) == parameter_count(small_config().model, 512) + 64  # the first block's
     for a, b in ((one.embedding, two.embedding), (one.block, two.block), (one.head, two.head)):

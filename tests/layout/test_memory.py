@@ -93,11 +93,13 @@ def test_bytes_of_a_parameter(
     )
     stage = memory.stage(0, (4,), (0,))
     weights = 4 * memory.costs.block.parameters + memory.costs.embedding.parameters
-    gains = 4 * memory.costs.block.vector_parameters
-    extra = 0 if precision == "fp32" else gains * (-2 + (4 if not distributed else 4 / replicas))
+    norm_weights = 4 * memory.costs.block.vector_parameters
+    extra = (
+        0 if precision == "fp32" else norm_weights * (-2 + (4 if not distributed else 4 / replicas))
+    )
     states = stage.parameters + stage.gradients + stage.optimizer
     # Gains are fp32 in any precision: no half-size copy, no master.
-    assert states == pytest.approx((weights + gains) * a_parameter - extra, rel=1e-4)
+    assert states == pytest.approx((weights + norm_weights) * a_parameter - extra, rel=1e-4)
 
 
 @pytest.mark.parametrize("tie", [False, True])

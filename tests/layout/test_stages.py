@@ -101,7 +101,7 @@ def test_what_cannot_fit_is_refused_where_a_limit_is_set() -> None:
     found = partition(config, 1, H200)
     with pytest.raises(UserError, match=r"parallel.memory_gb: stage 0 needs .* GB, 40 are"):
         require_fit(found, config)
-    assert "MORE THAN THERE IS" in stage_table(found)[-1]
+    assert "EXCEEDS THE LIMIT" in stage_table(found)[-1]
     small = small_config(parallel__memory_gb=40.0)
     require_fit(partition(small, 1, H200), small)
 
@@ -149,7 +149,7 @@ def test_a_device_can_be_described_otherwise() -> None:
     assert device_named("h200", memory_gb=100.0).memory_gb == 100.0
     with pytest.raises(UserError, match="known are h200, h100, a100, b200, cpu"):
         device_named("h300")
-    with pytest.raises(UserError, match="a device has no memory"):
+    with pytest.raises(UserError, match="a device has no property memory"):
         device_named("h200", memory=1.0)
 
 

@@ -228,5 +228,5 @@ def weighed(counts: tuple[int, ...], weights: tuple[int, ...]) -> int:
 
 
 def test_interleaving_refuses_a_remainder() -> None:
-    with pytest.raises(ValueError, match="7 micro-batches are no multiple of 4"):
+    with pytest.raises(ValueError, match="7 micro-batches are not a multiple of 4"):
         stage_order(4, 2, 7, 0)

@@ -233,7 +233,7 @@ def test_fewer_logits_at_once_come_before_recomputation() -> None:
     assert change is not None
     overrides, other = change
     assert overrides == ["kernels.logits_mib=512.0"]
-    assert "blocks (in 4 pieces, whose logits are made twice)" in describe(other)
+    assert "blocks (in 4 pieces, with recomputed logits)" in describe(other)
     assert "pieces" not in describe(plan)
 
 
@@ -291,7 +291,7 @@ def test_a_plan_says_how_far_it_is_to_be_trusted() -> None:
     narrow = make_plan(deep(), 64, device_named("h200", kernel_launch_us=0.1))
     assert narrow.spread.high < plan.spread.high
     here = make_plan(small_plan_config(), 2, CPU, measured(block=3.0))
-    assert "pieces measured here" in describe(here)
+    assert "measured on this machine" in describe(here)
     # The simulator lay at most 12 % below the trainer.
     assert here.step_range == pytest.approx((here.step_seconds, here.step_seconds / 0.88))
 

@@ -60,7 +60,7 @@ def test_ten_thousand_devices_take_few_calls() -> None:
     assert all(0.0 <= one.message_seconds < one.pipeline_seconds for one in found.best)
     words = describe_search(found, 10_000)
     assert "faster than 2" in words
-    assert re.search(r"Memory of a device: [\d.]+ GB with 1, [\d.]+ GB with 2\.", words)
+    assert re.search(r"Memory per device: [\d.]+ GB with 1, [\d.]+ GB with 2\.", words)
     assert f"leaves {10_000 - found.best[0].plan.gpus:,} devices idle" in words
 
 
