@@ -199,7 +199,7 @@ def _read_run_state(
         saved["rng"] = None
         if saved["layout"] == _layout(config, runtime) and saved["device"] == runtime.device.type:
             file = open_shards(path / shards_name(runtime.rank))
-            saved["rng"] = from_json(json.loads(file.metadata["rank_state"]))
+            saved["rng"] = from_json(json.loads(file.metadata()["rank_state"]))
         return saved, None
     except DamagedError as error:
         return {}, str(error)
