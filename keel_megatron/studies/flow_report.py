@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from keel_megatron.runtime.tables import table_lines
 from keel_megatron.studies.gradient_flow import FIRST, GradientFlow
 
 if TYPE_CHECKING:
@@ -20,19 +21,19 @@ _TEXT, _QUIET, _GRID = "#1a202c", "#718096", "#e2e8f0"
 
 def flow_table(flows: Sequence[GradientFlow]) -> str:
     """One line a model: the skip path's product from x_2 to x_L, measured and predicted."""
-    lines = [
-        f"{'rule':14} {'L':>5}  {'measured':>10}  {'predicted':>10}  {'log ratio':>9}  "
-        f"{'loss gradient, x_2 / x_L':>24}"
-    ]
+    rows = []
     for flow in flows:
         measured, predicted = flow.skip[0], flow.predicted[0]
         ratio = math.log(measured) / math.log(predicted) if predicted < 0.9 else math.nan
-        shown = f"{ratio:9.3f}" if math.isfinite(ratio) else f"{'-':>9}"
-        lines.append(
-            f"{flow.residual:14} {flow.sub_layers:5d}  {measured:10.3e}  {predicted:10.3e}  "
-            f"{shown}  {flow.loss[0]:24.3e}"
+        shown = f"{ratio:.3f}" if math.isfinite(ratio) else "-"
+        rows.append(
+            [
+                *(flow.residual, str(flow.sub_layers), f"{measured:.3e}", f"{predicted:.3e}"),
+                *(shown, f"{flow.loss[0]:.3e}"),
+            ]
         )
-    return "\n".join(lines)
+    columns = ["rule", "L", "measured", "predicted", "log ratio", "loss gradient, x_2 / x_L"]
+    return "\n".join(table_lines(columns, rows, left=[0]))
 
 
 def save_flows(flows: Sequence[GradientFlow], path: Path) -> None:
