@@ -50,7 +50,6 @@ _TYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_TYPES = {name: dtype for dtype, name in _TYPE_NAMES.items()}
 
 
 class NotFiniteError(Exception):

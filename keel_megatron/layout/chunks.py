@@ -76,18 +76,3 @@ def from_counts(counts: list[int], pipeline: int) -> Layout:
         chunks.append(Chunk(first, count, number == 0, number == len(counts) - 1))
         first += count
     return Layout(pipeline, tuple(chunks))
-
-
-def even_layout(blocks: int, pipeline: int, virtual_pipeline: int = 1) -> Layout:
-    """Blocks spread as evenly as whole numbers allow; nothing is dropped.
-
-    The remainder goes to the chunks in the middle first: the first holds the embedding and the
-    last the head.
-    """
-    count = pipeline * virtual_pipeline
-    base, extra = divmod(blocks, count)
-    by_distance = sorted(range(count), key=lambda chunk: abs(2 * chunk + 1 - count))
-    more = set(by_distance[:extra])
-    layout = from_counts([base + (chunk in more) for chunk in range(count)], pipeline)
-    layout.check(blocks)
-    return layout
