@@ -73,7 +73,6 @@ class PreparedData:
     validation_documents: int
     files: dict[str, dict[str, Any]]
     """Of each of the folder's data files its bytes, SHA-256 and time of change."""
-    reused: bool = False
 
     @property
     def tokenizer_path(self) -> Path:
@@ -239,7 +238,7 @@ def _find(
         return None
     try:
         content: dict[str, Any] = parse_json(read_small(manifest))
-        prepared = PreparedData(folder=folder, reused=True, **content)
+        prepared = PreparedData(folder=folder, **content)
         if prepared.files.keys() != _FILES or any(content[key] != origin[key] for key in origin):
             raise ValueError("other files, or of other texts")
         _check_types(prepared)
@@ -364,7 +363,7 @@ def _check_tokenizer(
 
 def _publish(partial: Path, folder: Path, prepared: PreparedData) -> None:
     content = asdict(prepared)
-    del content["folder"], content["reused"]
+    del content["folder"]
     (partial / _MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
     for path in partial.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
