@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from keel_megatron.runtime.tables import table_lines
 from keel_megatron.studies.gradient_flow import FIRST, GradientFlow
+from keel_megatron.tracking.style import BLUE, ORANGE, SLATE, TEXT, dress, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#b83280", "#4a5568")
-_TEXT, _QUIET, _GRID = "#1a202c", "#718096", "#e2e8f0"
+_COLOURS = (BLUE, ORANGE, "#2f855a", "#805ad5", "#b83280", SLATE)
 
 
 def flow_table(flows: Sequence[GradientFlow]) -> str:
@@ -51,26 +51,26 @@ def plot_flows(flows: Sequence[GradientFlow], out: Path) -> None:
     grid = figure.subplots(2, len(depths), sharex="col", squeeze=False)
     for column, depth in enumerate(depths):
         top, bottom = grid[0][column], grid[1][column]
-        top.set_title(f"L = {depth} sub-layers", fontsize=11, color=_TEXT, loc="left")
+        top.set_title(f"L = {depth} sub-layers", fontsize=11, color=TEXT, loc="left")
         for flow in (flow for flow in flows if flow.sub_layers == depth):
             colour = _COLOURS[rules.index(flow.residual) % len(_COLOURS)]
             l = range(FIRST, depth + 1)
             # The first rule's line is wide, to be seen below one that covers it.
             width = 4.0 if flow.residual == rules[0] else 1.8
             top.plot(l, flow.skip, color=colour, linewidth=width, label=flow.residual)
-            top.plot(l, flow.predicted, color=_TEXT, linewidth=1, linestyle=(0, (4, 3)))
+            top.plot(l, flow.predicted, color=TEXT, linewidth=1, linestyle=(0, (4, 3)))
             bottom.plot(l, flow.loss, color=colour, linewidth=width)
-        bottom.set_xlabel("sub-layer l", color=_TEXT)
+        bottom.set_xlabel("sub-layer l", color=TEXT)
         for axes in (top, bottom):
-            _dress(axes)
-    grid[0][0].plot([], [], color=_TEXT, linewidth=1, linestyle=(0, (4, 3)), label="predicted")
-    grid[0][0].legend(frameon=False, fontsize=9.5, labelcolor=_TEXT, loc="lower right")
-    grid[0][0].set_ylabel("skip path alone\n|d x_L / d x_l|", color=_TEXT)
-    grid[1][0].set_ylabel("whole gradient of the loss\nat x_l, relative to x_L", color=_TEXT)
-    figure.savefig(out, format="png")
+            _log_scale(axes)
+    grid[0][0].plot([], [], color=TEXT, linewidth=1, linestyle=(0, (4, 3)), label="predicted")
+    grid[0][0].legend(frameon=False, fontsize=9.5, labelcolor=TEXT, loc="lower right")
+    grid[0][0].set_ylabel("skip path alone\n|d x_L / d x_l|", color=TEXT)
+    grid[1][0].set_ylabel("whole gradient of the loss\nat x_l, relative to x_L", color=TEXT)
+    save(figure, out)
 
 
-def _dress(axes: Axes) -> None:
+def _log_scale(axes: Axes) -> None:
     from matplotlib.ticker import FixedLocator, MaxNLocator
 
     axes.set_yscale("log")
@@ -81,9 +81,4 @@ def _dress(axes: Axes) -> None:
         axes.set_ylim(low, high)
     exponents = MaxNLocator(6, integer=True).tick_values(math.log10(low), math.log10(high))
     axes.yaxis.set_major_locator(FixedLocator([10.0**e for e in exponents if e > -300]))
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_QUIET)
-    axes.tick_params(color=_QUIET, labelcolor=_TEXT, labelsize=9)
-    axes.tick_params(which="minor", length=0)
+    dress(axes)
