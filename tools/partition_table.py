@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from keel_megatron.config.run import RunConfig
-from keel_megatron.layout.chunks import even_layout
+from keel_megatron.layout.chunks import from_counts
 from keel_megatron.layout.devices import DEVICES, Device, device_named
 from keel_megatron.layout.stages import Partition, partition
 
@@ -68,7 +68,7 @@ def row(sub_layers: int, name: str, stages: int, device: Device) -> str:
     blocks = MODELS[sub_layers]
     config = config_of(blocks, VOCABULARIES[name], stages)
     ours = partition(config, 1, device)
-    even = partition(config, 1, device, layout=even_layout(blocks, stages))
+    even = partition(config, 1, device, layout=from_counts([blocks // stages] * stages, stages))
     counts = [stage.blocks for stage in ours.stages]
     faster = even.slowest.seconds / ours.slowest.seconds - 1
     middle = sorted(set(counts[1:-1]))

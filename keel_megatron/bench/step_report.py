@@ -9,6 +9,7 @@ from keel_megatron.bench.step_time import PARTS, Roofline, Samples
 from keel_megatron.layout.costs import model_costs
 from keel_megatron.layout.devices import Device
 from keel_megatron.layout.times import predicted_times
+from keel_megatron.runtime.tables import table_lines
 
 
 def summary(ranks: list[Samples], roofline: Roofline) -> dict[str, Any]:
@@ -81,12 +82,10 @@ def report(found: list[dict[str, Any]], roofline: Roofline, where: str) -> list[
         f"{roofline.bandwidth_gb:.3g} GB/s in the largest copy",
         "",
     ]
-    width = max(12, *(len(one["name"]) for one in found)) + 2
-    head = "".join(f"{one['name']:>{width}}" for one in found)
-    lines.append(f"{'':32}{head}")
+    rows: list[list[str]] = []
 
     def row(title: str, values: list[str]) -> None:
-        lines.append(f"{title:32}" + "".join(f"{value:>{width}}" for value in values))
+        rows.append([title, *values])
 
     row("step, ms (median)", [f"{one['step_seconds'] * 1e3:.1f}" for one in found])
     quartiles = [[f"{q * 1e3:.1f}" for q in one["quartiles"]] for one in found]
@@ -102,11 +101,11 @@ def report(found: list[dict[str, Any]], roofline: Roofline, where: str) -> list[
     if any(one["checkpoint_stall_seconds"] is not None for one in found):
         stalls = [one["checkpoint_stall_seconds"] for one in found]
         row("checkpoint stall, ms", ["-" if s is None else f"{s * 1e3:.0f}" for s in stalls])
-    lines.append("parts, ms (mean of ranks, share)")
+    row("parts, ms (mean of ranks, share)", [""] * len(found))
     for part in PARTS:
         cells = []
         for one in found:
             mean = one["parts"][part]["mean"]
             cells.append(f"{mean * 1e3:.1f} {mean / one['step_seconds']:4.0%}")
         row(f"  {part}", cells)
-    return lines
+    return [*lines, *table_lines(["", *(one["name"] for one in found)], rows, left=[0])]

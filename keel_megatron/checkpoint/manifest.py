@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from keel_megatron.config.reading import (
     LARGE,
@@ -31,7 +31,7 @@ from keel_megatron.config.reading import (
 from keel_megatron.config.yaml_text import read_yaml
 
 if TYPE_CHECKING:
-    from keel_megatron.checkpoint.shard_file import ShardFile
+    from safetensors import safe_open
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
@@ -199,19 +199,27 @@ def check(folder: Path) -> None:
         check_file(folder, name, record)
 
 
-def open_shards(path: Path) -> ShardFile:
-    """A rank's tensors.
+def open_shards(path: Path, framework: Literal["numpy", "pt"] = "numpy") -> safe_open:
+    """A rank's tensors; the header is read at once, the tensors when they are asked for.
+
+    The library refuses a header of more than 100 MB, one that is not of the format, and tensors
+    that overlap, leave gaps, or lie outside of the file.
+
+    Args:
+        path: the file.
+        framework: what tensors are returned as; "pt" imports torch.
 
     Raises:
         DamagedError: the file is no safetensors file.
     """
-    from keel_megatron.checkpoint.shard_file import ShardFile  # numpy: not for every command
+    from safetensors import SafetensorError, safe_open  # imports numpy: not for every command
 
     try:
-        return ShardFile(path)
+        open_regular(path).close()  # the library would wait for a FIFO's writer
+        return safe_open(path, framework)
     except OSError as error:
-        raise DamagedError(f"{path.name} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+        raise DamagedError(f"{path.name} cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
         raise DamagedError(f"{path.name} is not a safetensors file: {error}") from None
 
 

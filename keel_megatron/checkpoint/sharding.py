@@ -33,9 +33,10 @@ from megatron.core.dist_checkpointing.validation import (
     determine_global_metadata,
     validate_sharding_integrity,
 )
+from safetensors import SafetensorError, safe_open
 
 from keel_megatron.checkpoint.manifest import DamagedError, open_shards
-from keel_megatron.checkpoint.shard_file import Part, ShardFile
+from keel_megatron.checkpoint.shard_file import Part
 
 _TYPE_NAMES = {
     torch.float64: "F64",
@@ -49,7 +50,6 @@ _TYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_TYPES = {name: dtype for dtype, name in _TYPE_NAMES.items()}
 
 
 class NotFiniteError(Exception):
@@ -223,7 +223,7 @@ class _Tensors:
     def __init__(self, folder: Path, tensors: dict[str, Any]) -> None:
         self._folder = folder
         self._tensors = tensors
-        self._files: dict[str, ShardFile] = {}
+        self._files: dict[str, safe_open] = {}
 
     @torch.no_grad()
     def value(self, item: Any) -> Any:
@@ -253,28 +253,32 @@ class _Tensors:
             )
         filled = 0
         for part in entry["parts"]:
-            file = self._file(part["file"])
-            name, offset = part["name"], part["offset"]
-            if name not in file or file.dtype(name) != entry["dtype"]:
-                raise DamagedError(f"{part['file']} has no {name} as its index says")
-            shape = file.shape(name)
-            there, here = _overlap(offset, shape, item.global_offset, target.shape)
+            held = self._held(part["file"], part["name"])
+            if held is None or held.get_dtype() != entry["dtype"]:
+                raise DamagedError(f"{part['file']} has no {part['name']} as its index says")
+            there, here = _overlap(
+                part["offset"], held.get_shape(), item.global_offset, target.shape
+            )
             if there is None:
                 continue
-            source = torch.from_numpy(file.read(name)).view(item.dtype).view(shape)
-            target[here].copy_(source[there])
-            filled += source[there].numel()
+            source = held[there]  # a view of the mapped file
+            target[here].copy_(source)
+            filled += source.numel()
         if filled != target.numel():
             raise DamagedError(f"{item.key} has {filled} of {target.numel()} values there")
 
-    def _file(self, name: str) -> ShardFile:
-        if name not in self._files:
-            self._files[name] = open_shards(self._folder / Path(name).name)
-        return self._files[name]
+    def _held(self, file: str, name: str) -> Any:
+        """A file's tensor, to be sliced; None if the file has none of that name."""
+        if file not in self._files:
+            self._files[file] = open_shards(self._folder / Path(file).name, "pt")
+        try:
+            return self._files[file].get_slice(name)
+        except SafetensorError:
+            return None
 
 
 def _overlap(
-    offset: list[int], shape: tuple[int, ...], wanted: tuple[int, ...], size: torch.Size
+    offset: list[int], shape: list[int], wanted: tuple[int, ...], size: torch.Size
 ) -> tuple[Any, Any]:
     """Slices of what two blocks of one tensor share, within each of them; None if nothing."""
     there, here = [], []

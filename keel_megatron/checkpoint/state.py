@@ -10,10 +10,8 @@ layout.
 from __future__ import annotations
 
 import json
-import platform
 import random
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +20,6 @@ import torch
 from megatron.core import tensor_parallel
 from torch import nn
 
-from keel_megatron import __version__
 from keel_megatron.checkpoint.json_codec import from_json, to_json
 from keel_megatron.checkpoint.manifest import (
     INDEX,
@@ -39,16 +36,7 @@ from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.runtime.seeds import seed_dropout
-
-_PACKAGES = (
-    "torch",
-    "megatron-core",
-    "numpy",
-    "sentencepiece",
-    "transformer-engine",
-    "triton",
-    "deepspeed",
-)
+from keel_megatron.runtime.versions import package_versions
 
 
 @dataclass(frozen=True)
@@ -199,7 +187,7 @@ def _read_run_state(
         saved["rng"] = None
         if saved["layout"] == _layout(config, runtime) and saved["device"] == runtime.device.type:
             file = open_shards(path / shards_name(runtime.rank))
-            saved["rng"] = from_json(json.loads(file.metadata["rank_state"]))
+            saved["rng"] = from_json(json.loads(file.metadata()["rank_state"]))
         return saved, None
     except DamagedError as error:
         return {}, str(error)
@@ -215,17 +203,6 @@ def _read(path: Path, runtime: Runtime, trained: Trained, common: dict[str, Any]
         problem = str(error)
     _agree(path, runtime, problem)
     return loaded
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what a run's numbers depend on."""
-    found = {"keel-megatron": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _agree(path: Path, runtime: Runtime, problem: str | None) -> None:

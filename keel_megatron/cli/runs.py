@@ -33,6 +33,9 @@ def runs(
     from rich.console import Console
 
     from keel_megatron.dashboard.runs_table import runs_table
+    from keel_megatron.runtime.tables import UNLIMITED
 
-    console = Console(file=trusted(sys.stdout), highlight=False, soft_wrap=False)
+    # A pipe has no width: a line a run, to grep in.
+    width = None if sys.stdout.isatty() else UNLIMITED
+    console = Console(file=trusted(sys.stdout), highlight=False, width=width)
     console.print(runs_table(found))

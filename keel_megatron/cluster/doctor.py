@@ -10,7 +10,6 @@ import socket
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import keel_megatron
 from keel_megatron.config.load import flatten
 from keel_megatron.config.run import RunConfig
 from keel_megatron.runtime.cores import available_cores
+from keel_megatron.runtime.versions import package_versions, version
 
 _EMPTY_TRANSFORMER_ENGINE = (
     "transformer-engine is installed without its core (an empty package), and Megatron-core cannot "
@@ -82,11 +82,9 @@ def device_type(config: RunConfig | None) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of all that can change what a rank computes, and a digest of this code."""
-    found = {"Python": platform.python_version(), "torch": str(torch.__version__)}
-    found |= {"CUDA": str(torch.version.cuda), "NCCL": _nccl()}
-    for name in ("megatron-core", "numpy", "triton", "transformer-engine", "apex", "deepspeed"):
-        found[name] = _version(name) or "absent"
-    return found | {"keel-megatron": f"{keel_megatron.__version__} (code {_code_digest()})"}
+    found = package_versions() | {"torch": str(torch.__version__)}
+    found["keel-megatron"] += f" (code {_code_digest()})"
+    return found | {"CUDA": str(torch.version.cuda), "NCCL": _nccl()}
 
 
 def facts(config: RunConfig) -> dict[str, Any]:
@@ -139,14 +137,14 @@ def _nccl() -> str:
 
 
 def _package(name: str, module: str, absent: str = "") -> Finding:
-    version = _version(name)
-    if version is None or not _there(module.partition(".")[0]):
+    found = version(name)
+    if found is None or not _there(module.partition(".")[0]):
         return Finding(name, f"absent{': ' * bool(absent)}{absent}")
-    return Finding(name, version)
+    return Finding(name, found)
 
 
 def _mlflow() -> Finding:
-    skinny, whole = _version("mlflow-skinny"), _version("mlflow")
+    skinny, whole = version("mlflow-skinny"), version("mlflow")
     if skinny is None and whole is None:
         return Finding("mlflow", "absent", "tracking.mlflow: true needs pip install mlflow-skinny")
     note = "with its server" if whole else "without its server (extra: dashboard)"
@@ -156,7 +154,7 @@ def _mlflow() -> Finding:
 def _apex() -> Finding:
     """NVIDIA's Apex is what has amp_C and apex.optimizers; the name alone says nothing."""
     if _imports("amp_C") and _imports("apex.optimizers"):
-        return Finding("apex", f"{_version('apex') or 'built from source'}, NVIDIA's")
+        return Finding("apex", f"{version('apex') or 'built from source'}, NVIDIA's")
     found = importlib.util.find_spec("apex")
     parts = list(found.submodule_search_locations or []) if found else []
     if found is None:
@@ -164,34 +162,27 @@ def _apex() -> Finding:
     if any((Path(part) / "optimizers").is_dir() for part in parts):
         return Finding(
             "apex",
-            f"{_version('apex')}, without its extensions: not used",
+            f"{version('apex')}, without its extensions: not used",
             "NVIDIA's Apex is there without amp_C: build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1",
         )
-    return Finding("apex", f"{_version('apex')}, not NVIDIA's: not used", _OTHER_APEX)
+    return Finding("apex", f"{version('apex')}, not NVIDIA's: not used", _OTHER_APEX)
 
 
 def _transformer_engine() -> Finding:
     name = "transformer-engine"
-    version = _version(name) or _version("transformer_engine")
-    if version is None and not _there("transformer_engine"):
+    found = version(name) or version("transformer_engine")
+    if found is None and not _there("transformer_engine"):
         return Finding(name, "absent (optional)")
     try:
         _import("transformer_engine.pytorch")
     except RuntimeError as error:  # what the empty package says of itself
-        return Finding(name, f"{version}, broken: {_first_line(error)}", _EMPTY_TRANSFORMER_ENGINE)
+        return Finding(name, f"{found}, broken: {_first_line(error)}", _EMPTY_TRANSFORMER_ENGINE)
     except (ImportError, OSError) as error:
-        text = f"{version}, cannot be imported: {_first_line(error)}"
-        if _version("transformer-engine-torch") is None:
+        text = f"{found}, cannot be imported: {_first_line(error)}"
+        if version("transformer-engine-torch") is None:
             return Finding(name, text, _EMPTY_TRANSFORMER_ENGINE)
-        return Finding(name, text, f"{name} {version} does not fit this torch or this machine")
-    return Finding(name, f"{version}")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+        return Finding(name, text, f"{name} {found} does not fit this torch or this machine")
+    return Finding(name, f"{found}")
 
 
 def _there(module: str) -> bool:

@@ -50,7 +50,6 @@ class Node:
 
     host: str
     local_rank: int
-    local_size: int
     memory: list[float]
     """GB of each device."""
     clock: float
@@ -135,7 +134,7 @@ def _gather_nodes(runtime: Runtime) -> list[Node]:
     launch = runtime.launch
     memory = device_memory()
     runtime.barrier()
-    node = Node(runtime.host, launch.local_rank, launch.local_world_size, memory, time.time())
+    node = Node(runtime.host, launch.local_rank, memory, time.time())
     nodes: list[Node] = [node] * launch.world_size
     dist.all_gather_object(nodes, node)
     return nodes

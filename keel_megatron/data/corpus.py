@@ -75,10 +75,6 @@ class Corpus:
                 found[file.name] = [file.size, hashlib.file_digest(stream, "sha256").hexdigest()]
         return found
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the names, sizes and contents of all files, in their order."""
-        return contents_fingerprint(self.contents())
-
     def documents(self) -> Iterator[Document]:
         """The texts, one file at a time.
 
@@ -90,7 +86,7 @@ class Corpus:
 
 
 def contents_fingerprint(contents: Mapping[str, list[Any]]) -> str:
-    """One SHA-256 of what `Corpus.contents` returns."""
+    """SHA-256 over the names, sizes and contents that `Corpus.contents` returns, in their order."""
     return hashlib.sha256(json.dumps(list(contents.items())).encode()).hexdigest()
 
 

@@ -16,6 +16,7 @@ from keel_megatron.depth.profile import (
     finite_values,
     first_nonfinite,
 )
+from keel_megatron.runtime.tables import table_lines
 
 _GROUPS = 16
 
@@ -117,10 +118,4 @@ def _first(values: Values, after: int = 0) -> str:
 
 
 def _text(title: str, columns: list[str], rows: list[list[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    lines = []
-    for row in [columns, *rows]:
-        first, *others = [f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([f"{row[0]:<{len(first)}}", *others]).rstrip())
-    return "\n".join([title, *lines])
+    return "\n".join([title, *table_lines(columns, rows, left=[0])])

@@ -76,18 +76,3 @@ def from_counts(counts: list[int], pipeline: int) -> Layout:
         chunks.append(Chunk(first, count, number == 0, number == len(counts) - 1))
         first += count
     return Layout(pipeline, tuple(chunks))
-
-
-def even_layout(blocks: int, pipeline: int, virtual_pipeline: int = 1) -> Layout:
-    """A layout with as equal block counts as possible.
-
-    The remainder goes to the middle chunks first, because the first chunk has the embedding and
-    the last the head.
-    """
-    count = pipeline * virtual_pipeline
-    base, extra = divmod(blocks, count)
-    by_distance = sorted(range(count), key=lambda chunk: abs(2 * chunk + 1 - count))
-    more = set(by_distance[:extra])
-    layout = from_counts([base + (chunk in more) for chunk in range(count)], pipeline)
-    layout.check(blocks)
-    return layout

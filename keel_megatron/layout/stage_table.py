@@ -11,6 +11,7 @@ from typing import Any
 from keel_megatron.layout.memory import GB
 from keel_megatron.layout.stages import Partition, Stage
 from keel_megatron.runtime.files import write_whole
+from keel_megatron.runtime.tables import table_lines
 
 COLUMNS = ("stage", "blocks", "recomputed", "with", "parameters", "memory GB", "time")
 
@@ -56,15 +57,15 @@ def stage_table(partition: Partition) -> list[str]:
 
     Such a line shows the largest memory of its stages. `+` joins the chunks of a stage.
     """
-    lines: list[tuple[str, ...]] = [COLUMNS]
+    rows: list[tuple[str, ...]] = []
     for _, group in itertools.groupby(partition.stages, key=lambda stage: _cells(partition, stage)):
         stages = list(group)
         first, last = stages[0].number, stages[-1].number
         numbers = f"{first}" if first == last else f"{first}-{last}"
         memory = max(stage.memory.total for stage in stages) / GB
         blocks, recomputed, pieces, parameters, time = _cells(partition, stages[0])
-        lines.append((numbers, blocks, recomputed, pieces, parameters, f"{memory:.3g}", time))
-    return [*_aligned(lines), _summary(partition)]
+        rows.append((numbers, blocks, recomputed, pieces, parameters, f"{memory:.3g}", time))
+    return [*table_lines(COLUMNS, rows), _summary(partition)]
 
 
 def _cells(partition: Partition, stage: Stage) -> tuple[str, str, str, str, str]:
@@ -90,11 +91,3 @@ def _summary(partition: Partition) -> str:
         + ("" if limit is None else f" of {limit / GB:.3g} GB")
         + ("" if partition.fits else ": EXCEEDS THE LIMIT")
     )
-
-
-def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]

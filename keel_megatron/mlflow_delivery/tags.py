@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import getpass
-import importlib.metadata
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from keel_megatron import __version__
+from keel_megatron.runtime.versions import package_versions
 
-_PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "numpy", "sentencepiece")
 _JOB_VARIABLES = ("KEEL_JOB_ID", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_NAME")
 _HOSTS_LENGTH = 1000
 
 
 def code_tags() -> dict[str, str]:
     """The commit, the packages' versions, the command, the user and the launcher's job."""
-    tags = versions()
+    tags = {f"version.{name}": found for name, found in package_versions().items()}
     tags["mlflow.source.name"] = Path(sys.argv[0]).name or "keel"
     tags["mlflow.source.type"] = "JOB"
     commit = git_commit(Path(__file__).parent)
@@ -56,17 +53,6 @@ def place_tags(layout: str, device: str, hosts: Sequence[str]) -> dict[str, str]
         "nodes": str(len(nodes)),
         "hosts": shown,
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions; a package that is not installed has none."""
-    tags = {"version.keel-megatron": __version__, "version.python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            tags[f"version.{package}"] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return tags
 
 
 def git_commit(folder: Path) -> tuple[str, str] | None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keel_megatron.planner.simulate import MemoryTrace, Span, Timeline
-from keel_megatron.runtime.files import write_whole
+from keel_megatron.tracking.style import GRID, QUIET, TEXT, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_TEXT, _QUIET, _GRID, _IDLE = "#1a202c", "#718096", "#e2e8f0", "#e9edf2"
+_IDLE = "#e9edf2"
 _FORWARD, _BACKWARD = ("#90cdf4", "#2b6cb0"), ("#fbd38d", "#dd6b20")
 """Colours of the first and of the last chunk of a stage."""
 _LINES_UP_TO = 8
@@ -90,9 +89,7 @@ def plot_schedule(
     _join(columns)
     _label(figure, columns, stages, unit, image)
     _title(figure, height + 4.6, title, facts, timeline)
-    picture = BytesIO()
-    figure.savefig(picture, format="png")
-    write_whole(out, picture.getvalue())
+    save(figure, out)
 
 
 def _windows(timeline: Timeline) -> list[_Window]:
@@ -144,7 +141,7 @@ def _number(
             continue
         middle = 0.5 * (start + end) * scale
         axes.text(
-            middle, rank, str(micro_batch), ha="center", va="center", fontsize=6.5, color=_TEXT
+            middle, rank, str(micro_batch), ha="center", va="center", fontsize=6.5, color=TEXT
         )
 
 
@@ -200,7 +197,7 @@ def _draw_memory(
     top = peaks.max()
     if limit is not None and limit / 1e9 < 2.5 * top:
         dashes = (0, (5, 3))
-        axes.axhline(limit / 1e9, color=_TEXT, linestyle=dashes, linewidth=1.1, label="limit")
+        axes.axhline(limit / 1e9, color=TEXT, linestyle=dashes, linewidth=1.1, label="limit")
         top = max(top, limit / 1e9)
     axes.set_ylim(0, 1.12 * top)
     return None
@@ -214,8 +211,8 @@ def _line_colours(count: int) -> list[Any]:
 
 def _dress(axes: Axes) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_QUIET)
-    axes.tick_params(color=_QUIET, labelcolor=_TEXT, labelsize=9)
+    axes.spines["bottom"].set_color(QUIET)
+    axes.tick_params(color=QUIET, labelcolor=TEXT, labelsize=9)
 
 
 def _join(columns: list[tuple[Axes, Axes]]) -> None:
@@ -233,7 +230,7 @@ def _join(columns: list[tuple[Axes, Axes]]) -> None:
             ha="center",
             va="center",
             fontsize=16,
-            color=_QUIET,
+            color=QUIET,
             annotation_clip=False,
         )
 
@@ -246,16 +243,16 @@ def _label(
     every = max(1, -(-stages // 16))
     for axes in (top, bottom) if image is not None else (top,):
         axes.set_yticks(range(0, stages, every))
-    top.set_ylabel("stage", color=_TEXT)
-    bottom.set_ylabel("stage" if image is not None else "memory (GB)", color=_TEXT)
+    top.set_ylabel("stage", color=TEXT)
+    bottom.set_ylabel("stage" if image is not None else "memory (GB)", color=TEXT)
     figure.supxlabel(
-        f"{unit} from the start of the step", fontsize=10, color=_TEXT, x=0.48, y=0.008, va="bottom"
+        f"{unit} from the start of the step", fontsize=10, color=TEXT, x=0.48, y=0.008, va="bottom"
     )
     last = columns[-1][1]
     if image is None:
-        bottom.grid(axis="y", color=_GRID, linewidth=0.8)
+        bottom.grid(axis="y", color=GRID, linewidth=0.8)
         for other in columns[1:]:
-            other[1].grid(axis="y", color=_GRID, linewidth=0.8)
+            other[1].grid(axis="y", color=GRID, linewidth=0.8)
         handles, names = last.get_legend_handles_labels()
         figure.legend(
             handles,
@@ -264,14 +261,14 @@ def _label(
             bbox_to_anchor=(0.91, _middle(last)),
             frameon=False,
             fontsize=9,
-            labelcolor=_TEXT,
+            labelcolor=TEXT,
         )
         return
     box = last.get_position()
     bar = figure.add_axes((0.915, box.y0, 0.012, box.height))
     figure.colorbar(image, cax=bar)
-    bar.set_title("GB", fontsize=9, color=_TEXT, pad=5)
-    bar.tick_params(color=_QUIET, labelcolor=_TEXT, labelsize=9)
+    bar.set_title("GB", fontsize=9, color=TEXT, pad=5)
+    bar.tick_params(color=QUIET, labelcolor=TEXT, labelsize=9)
     for spine in bar.spines.values():
         spine.set_visible(False)
 
@@ -288,8 +285,8 @@ def _title(figure: Figure, inches: float, title: str, facts: str, timeline: Time
         return 1.0 - distance / inches
 
     plain: dict[str, Any] = {"va": "top", "parse_math": False}  # a path may have a $
-    figure.text(0.065, from_top(0.2), title, fontsize=15, fontweight="bold", color=_TEXT, **plain)
-    figure.text(0.065, from_top(0.56), facts, fontsize=10, color=_QUIET, **plain)
+    figure.text(0.065, from_top(0.2), title, fontsize=15, fontweight="bold", color=TEXT, **plain)
+    figure.text(0.065, from_top(0.56), facts, fontsize=10, color=QUIET, **plain)
     chunks = 1 + max(span.operation.chunk for span in timeline.stages[0])
     entries = []
     for name, ends in (("forward", _FORWARD), ("backward", _BACKWARD)):
@@ -298,7 +295,7 @@ def _title(figure: Figure, inches: float, title: str, facts: str, timeline: Time
         entries.append(Patch(facecolor=shades[0], label=label))
         if chunks > 1:
             entries.append(Patch(facecolor=shades[-1], label=f"{name}, last chunk"))
-    entries.append(Patch(facecolor=_IDLE, edgecolor=_GRID, label="idle"))
+    entries.append(Patch(facecolor=_IDLE, edgecolor=GRID, label="idle"))
     figure.legend(
         handles=entries,
         loc="upper left",
@@ -306,7 +303,7 @@ def _title(figure: Figure, inches: float, title: str, facts: str, timeline: Time
         ncols=len(entries),
         frameon=False,
         fontsize=9,
-        labelcolor=_TEXT,
+        labelcolor=TEXT,
         handlelength=1.2,
         columnspacing=1.6,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from keel_megatron.layout.costs import head_pieces
@@ -10,6 +10,7 @@ from keel_megatron.layout.memory import GB, StageMemory
 from keel_megatron.layout.stages import Stage
 from keel_megatron.planner.plan import Plan
 from keel_megatron.planner.search import Candidate, Found
+from keel_megatron.runtime.tables import table_lines
 
 _GROUP_FROM = 9
 _COLUMNS = ("stage", "blocks", "holds", "recomputed", "parameters", "time")
@@ -56,12 +57,12 @@ def _headline(plan: Plan) -> str:
 def _stage_table(plan: Plan) -> str:
     stages = plan.partition.stages
     groups = _groups(stages) if len(stages) >= _GROUP_FROM else [[stage] for stage in stages]
-    rows = [[*_COLUMNS, *_MEMORY]]
+    rows = []
     for group in groups:
         # Among equal stages the first holds the most micro-batches: its memory is shown.
         stage = max(group, key=lambda one: one.memory.total)
         rows.append([*_cells(plan, group), *_memory_cells(stage.memory)])
-    return table(rows, left=(2,))
+    return _table([*_COLUMNS, *_MEMORY], rows, left=[2])
 
 
 def _cells(plan: Plan, group: Sequence[Stage]) -> list[str]:
@@ -187,7 +188,7 @@ def describe_change(change: tuple[list[str], Plan] | None) -> str:
 def describe_search(found: Found, gpus: int) -> str:
     """The best layouts, and why the best one is the fastest, as text."""
     header = ["", "TP", "PP", "VPP", "DP", "micro", "recompute", "bubble", "GB", "step"]
-    rows = [[*header, "tokens/s", "MFU", "devices"]]
+    rows = []
     for rank, one in enumerate(found.best, start=1):
         plan, parallel = one.plan, one.plan.config.parallel
         mfu = plan.mfu_at(one.tokens_per_second)
@@ -207,7 +208,7 @@ def describe_search(found: Found, gpus: int) -> str:
     lines = [
         f"{found.tried:,} layouts on up to {gpus:,} x {best.plan.device.name}, "
         f"{found.fitting:,} of them fit. The best by tokens/s:",
-        table(rows, left=()),
+        _table([*header, "tokens/s", "MFU", "devices"], rows),
         f"Times are {best.plan.basis}; range of the best: {low:+.0%} to {high:+.0%}.",
         *([_why(best, found.best[1])] if len(found.best) > 1 else []),
     ]
@@ -287,17 +288,11 @@ def _pair(best: Candidate, second: Candidate, of: Callable[[Candidate], float]) 
     return f"{seconds(of(best))} against {seconds(of(second))}"
 
 
-def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
-    """Aligned columns: right-aligned, except the `left` ones."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(("  " + "  ".join(cells)).rstrip())
-    return "\n".join(lines)
+def _table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = ()
+) -> str:
+    """Indented by two spaces."""
+    return "\n".join(f"  {line}" for line in table_lines(columns, rows, left=left))
 
 
 def si(number: float) -> str:

@@ -37,11 +37,6 @@ class PipelineTimes:
         """Chunks per stage."""
         return len(self.forward) // self.pipeline
 
-    def stage_seconds(self, pipeline_rank: int) -> float:
-        """Computation of one micro-batch on one stage."""
-        chunks = slice(pipeline_rank, None, self.pipeline)
-        return sum(self.forward[chunks]) + sum(self.backward[chunks])
-
 
 class Span(NamedTuple):
     """A pass with its start and end, in seconds from the start of the step."""

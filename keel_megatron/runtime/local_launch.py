@@ -1,8 +1,15 @@
 """Start several processes of a command on this machine, as `torchrun --standalone` does.
 
-torchrun itself would do, but it hides the processes' exit codes and starts again what was saved and
-stopped on purpose, or what only its user can mend (runtime/exit_codes.py). Nor need this process
-import torch, so it is there at once.
+None of torchrun's own pieces is used:
+
+- `torch.distributed.run` takes 1.4 s of CPU time to import, where this module takes 0.2 s (2 cores
+  of an Intel Xeon); a mistake in a configuration is to be shown at once.
+- Its agent restarts a group after every failure: what was saved and stopped on purpose, too, and
+  what only its user can mend (runtime/exit_codes.py). It exits with 1, whatever a process said.
+- It ends a group at the first failure or signal. Here a request to save reaches every rank once,
+  and the others have time to end by themselves.
+- Its processes inherit no open file: rank 0 needs the hold on the run's folder and the listening
+  socket, which keeps the group's port from being taken or reached from outside.
 """
 
 from __future__ import annotations

@@ -9,30 +9,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from keel_megatron.runtime.tables import table_lines
 from keel_megatron.studies.gradient_flow import FIRST, GradientFlow
+from keel_megatron.tracking.style import BLUE, ORANGE, SLATE, TEXT, dress, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#b83280", "#4a5568")
-_TEXT, _QUIET, _GRID = "#1a202c", "#718096", "#e2e8f0"
+_COLOURS = (BLUE, ORANGE, "#2f855a", "#805ad5", "#b83280", SLATE)
 
 
 def flow_table(flows: Sequence[GradientFlow]) -> str:
     """One line a model: the skip path's product from x_2 to x_L, measured and predicted."""
-    lines = [
-        f"{'rule':14} {'L':>5}  {'measured':>10}  {'predicted':>10}  {'log ratio':>9}  "
-        f"{'loss gradient, x_2 / x_L':>24}"
-    ]
+    rows = []
     for flow in flows:
         measured, predicted = flow.skip[0], flow.predicted[0]
         ratio = math.log(measured) / math.log(predicted) if predicted < 0.9 else math.nan
-        shown = f"{ratio:9.3f}" if math.isfinite(ratio) else f"{'-':>9}"
-        lines.append(
-            f"{flow.residual:14} {flow.sub_layers:5d}  {measured:10.3e}  {predicted:10.3e}  "
-            f"{shown}  {flow.loss[0]:24.3e}"
+        shown = f"{ratio:.3f}" if math.isfinite(ratio) else "-"
+        rows.append(
+            [
+                *(flow.residual, str(flow.sub_layers), f"{measured:.3e}", f"{predicted:.3e}"),
+                *(shown, f"{flow.loss[0]:.3e}"),
+            ]
         )
-    return "\n".join(lines)
+    columns = ["rule", "L", "measured", "predicted", "log ratio", "loss gradient, x_2 / x_L"]
+    return "\n".join(table_lines(columns, rows, left=[0]))
 
 
 def save_flows(flows: Sequence[GradientFlow], path: Path) -> None:
@@ -50,26 +51,26 @@ def plot_flows(flows: Sequence[GradientFlow], out: Path) -> None:
     grid = figure.subplots(2, len(depths), sharex="col", squeeze=False)
     for column, depth in enumerate(depths):
         top, bottom = grid[0][column], grid[1][column]
-        top.set_title(f"L = {depth} sub-layers", fontsize=11, color=_TEXT, loc="left")
+        top.set_title(f"L = {depth} sub-layers", fontsize=11, color=TEXT, loc="left")
         for flow in (flow for flow in flows if flow.sub_layers == depth):
             colour = _COLOURS[rules.index(flow.residual) % len(_COLOURS)]
             l = range(FIRST, depth + 1)
             # The first rule's line is wide, to be seen below one that covers it.
             width = 4.0 if flow.residual == rules[0] else 1.8
             top.plot(l, flow.skip, color=colour, linewidth=width, label=flow.residual)
-            top.plot(l, flow.predicted, color=_TEXT, linewidth=1, linestyle=(0, (4, 3)))
+            top.plot(l, flow.predicted, color=TEXT, linewidth=1, linestyle=(0, (4, 3)))
             bottom.plot(l, flow.loss, color=colour, linewidth=width)
-        bottom.set_xlabel("sub-layer l", color=_TEXT)
+        bottom.set_xlabel("sub-layer l", color=TEXT)
         for axes in (top, bottom):
-            _dress(axes)
-    grid[0][0].plot([], [], color=_TEXT, linewidth=1, linestyle=(0, (4, 3)), label="predicted")
-    grid[0][0].legend(frameon=False, fontsize=9.5, labelcolor=_TEXT, loc="lower right")
-    grid[0][0].set_ylabel("skip path alone\n|d x_L / d x_l|", color=_TEXT)
-    grid[1][0].set_ylabel("whole gradient of the loss\nat x_l, relative to x_L", color=_TEXT)
-    figure.savefig(out, format="png")
+            _log_scale(axes)
+    grid[0][0].plot([], [], color=TEXT, linewidth=1, linestyle=(0, (4, 3)), label="predicted")
+    grid[0][0].legend(frameon=False, fontsize=9.5, labelcolor=TEXT, loc="lower right")
+    grid[0][0].set_ylabel("skip path alone\n|d x_L / d x_l|", color=TEXT)
+    grid[1][0].set_ylabel("whole gradient of the loss\nat x_l, relative to x_L", color=TEXT)
+    save(figure, out)
 
 
-def _dress(axes: Axes) -> None:
+def _log_scale(axes: Axes) -> None:
     from matplotlib.ticker import FixedLocator, MaxNLocator
 
     axes.set_yscale("log")
@@ -80,9 +81,4 @@ def _dress(axes: Axes) -> None:
         axes.set_ylim(low, high)
     exponents = MaxNLocator(6, integer=True).tick_values(math.log10(low), math.log10(high))
     axes.yaxis.set_major_locator(FixedLocator([10.0**e for e in exponents if e > -300]))
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_QUIET)
-    axes.tick_params(color=_QUIET, labelcolor=_TEXT, labelsize=9)
-    axes.tick_params(which="minor", length=0)
+    dress(axes)

@@ -49,7 +49,7 @@ def version_changes(saved: Mapping[str, str], current: Mapping[str, str]) -> lis
     """One line for each package whose version differs from that which wrote the checkpoint.
 
     Args:
-        saved: versions in the checkpoint (`checkpoint.state.package_versions`).
+        saved: versions in the checkpoint (`runtime.versions.package_versions`).
         current: those of this process.
     """
     return [

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keel_megatron.checkpoint.saver import Saver
-from keel_megatron.checkpoint.state import package_versions
 from keel_megatron.cluster.watchdog import Watchdog
 from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.load import load_config
@@ -19,6 +18,7 @@ from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.runtime.ownership import Ownership
 from keel_megatron.runtime.parent import end_with_launcher
+from keel_megatron.runtime.versions import package_versions
 from keel_megatron.tracking.progress import Progress
 from keel_megatron.training.conclude import conclude
 from keel_megatron.training.describe import describe_run, version_changes

@@ -93,9 +93,9 @@ def test_a_folder_that_is_not_shared_is_named(tmp_path: Path) -> None:
 
 def test_two_launchers_on_one_node_are_refused() -> None:
     nodes = [
-        Node("a", 0, 1, [80.0], 0.0),
-        Node("b", 0, 1, [80.0], 0.0),
-        Node("a", 0, 1, [80.0], 0.0),
+        Node("a", 0, [80.0], 0.0),
+        Node("b", 0, [80.0], 0.0),
+        Node("a", 0, [80.0], 0.0),
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preflight.dist, "get_rank", lambda: 0)
@@ -107,7 +107,7 @@ def test_two_launchers_on_one_node_are_refused() -> None:
 
 
 def test_clocks_and_devices_that_differ_are_warned_of() -> None:
-    nodes = [Node("a", 0, 1, [80.0] * 8, 100.0), Node("b", 0, 1, [80.0] * 7, 107.5)]
+    nodes = [Node("a", 0, [80.0] * 8, 100.0), Node("b", 0, [80.0] * 7, 107.5)]
     lines = preflight._report(small_config(), nodes, [], [], 0.4)
     assert lines[1:] == [
         "warning: the clock of host b is 7.5 s ahead of that of host a: time limits and log lines "

@@ -1,4 +1,4 @@
-"""Whether data was prepared before, as the log says."""
+"""Whether data is prepared or reused, as its user is told."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.data.prepare import prepare
 
 
-def reused(
+def is_reused(
     config: RunConfig, expected: dict[str, Any] | None = None, said: list[str] | None = None
 ) -> bool:
-    """Prepare the data; False if it had to be made, which adds to `said` why."""
-    lines: list[str] = []
+    """Prepare the data; `said` gets what `prepare` logs."""
+    lines: list[str] = [] if said is None else said
     prepare(config, lines.append, expected)
-    if said is not None:
-        said.extend(lines)
-    return any(line.startswith("reusing the prepared data in ") for line in lines)
+    reused, prepared = (
+        any(line.startswith(begin) for line in lines)
+        for begin in ("reusing the prepared data in ", "preparing ")
+    )
+    assert reused != prepared, lines
+    return reused

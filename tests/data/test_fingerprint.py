@@ -11,7 +11,7 @@ import pytest
 from keel_megatron.config import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.prepare import PreparedData, prepare
-from tests.data.reuse import reused
+from tests.data.reuse import is_reused
 from tests.settings import small_config
 
 
@@ -35,12 +35,12 @@ def test_the_same_data_is_taken_wherever_its_text_lies(
 ) -> None:
     config, data, text = made
     assert set(data.identity()["files"]) >= {"tokenizer.model", "train.bin", "train.idx"}
-    assert reused(config, data.identity())
+    assert is_reused(config, data.identity())
     shutil.copytree(text, tmp_path / "elsewhere")
     moved = small_config(
         data__text=str(tmp_path / "elsewhere"), data__cache_dir=str(data.folder.parent)
     )
-    assert reused(moved, data.identity())
+    assert is_reused(moved, data.identity())
 
 
 @pytest.mark.parametrize("change", ["changed", "shrunk", "missing", "new"])
@@ -118,7 +118,7 @@ def test_a_changed_bit_of_the_prepared_data_is_mended(
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     said: list[str] = []
-    assert not reused(config, data.identity(), said)
+    assert not is_reused(config, data.identity(), said)
     assert f"{name} is missing or not as it was written" in said[0]
     assert path.read_bytes() == whole
 
@@ -128,7 +128,7 @@ def test_the_same_bytes_at_another_time_are_the_same(
 ) -> None:
     config, data, _text = made
     os.utime(data.folder / "train.bin", (1, 1))
-    assert reused(config, data.identity())
+    assert is_reused(config, data.identity())
 
 
 def test_prepared_data_that_came_out_otherwise_is_refused(

@@ -19,7 +19,7 @@ from keel_megatron.config import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import SequenceDataset
 from keel_megatron.data.prepare import PreparedData, prepare
-from tests.data.reuse import reused
+from tests.data.reuse import is_reused
 from tests.settings import small_config
 
 pytestmark = pytest.mark.security
@@ -133,7 +133,7 @@ def test_data_is_reused_only_with_exactly_its_files(
     change(content)
     (folder / "data.json").write_text(json.dumps(content))
     said: list[str] = []
-    assert not reused(cached, said=said)
+    assert not is_reused(cached, said=said)
     assert "data.json is not as it was written" in said[0]
     assert (folder / "train.bin").read_bytes() == whole
 
@@ -145,7 +145,7 @@ def test_files_behind_links_are_not_used(cached: RunConfig, tmp_path: Path, name
     elsewhere = tmp_path / "elsewhere"
     linked.rename(elsewhere)
     linked.symlink_to(elsewhere)
-    assert not reused(cached)
+    assert not is_reused(cached)
     used(cached)
     assert elsewhere.exists()
     assert not linked.is_symlink()
@@ -157,7 +157,7 @@ def test_a_lock_that_is_a_link_is_not_followed(cached: RunConfig, tmp_path: Path
     lock = cached.data.cache_dir / f".{folder.name}.lock"
     lock.unlink(missing_ok=True)
     lock.symlink_to(thesis)
-    assert reused(cached)
+    assert is_reused(cached)
     (folder / "data.json").unlink()
     with pytest.raises(UserError, match=r"data\.cache_dir: cannot write .*\.lock: Too many levels"):
         prepare(cached, ignore)
@@ -205,7 +205,10 @@ def test_another_user_may_use_what_he_cannot_write(cached: RunConfig, text: Path
         for path in (Path(place), *Path(place).rglob("*")):
             path.chmod(0o755)
         config = small_config(data__text=f"{place}/text", data__cache_dir=f"{place}/cache")
-        assert as_another(lambda: used(config) and reused(config)) == "True"
+        assert (
+            as_another(lambda: is_reused(config) and used(config).folder.name)
+            == folder_of(config).name
+        )
         (folder_of(config) / "data.json").unlink()
         said = as_another(lambda: prepare(config, ignore))
         assert said.startswith("UserError: data.cache_dir: cannot write")

@@ -12,7 +12,7 @@ import torch
 
 from keel_megatron.architecture.parameters import parameter_count
 from keel_megatron.config.errors import UserError
-from keel_megatron.layout.chunks import even_layout
+from keel_megatron.layout.chunks import from_counts
 from keel_megatron.layout.devices import DEVICES, device_named, this_device
 from keel_megatron.layout.memory import GB
 from keel_megatron.layout.stage_table import stage_rows, stage_table, write_stages
@@ -50,7 +50,7 @@ def test_a_large_vocabulary_takes_blocks_off_the_last_stage() -> None:
     assert 8 < head < 10
     assert head - 1 < counts(found)[-2] - counts(found)[-1] < head + 1
     config = small_config(**PAPER, parallel__pipeline=32)
-    even = partition(config, 8, H200, layout=even_layout(512, 32))
+    even = partition(config, 8, H200, layout=from_counts([16] * 32, 32))
     assert even.slowest.number == 31
     assert even.balance > 1.4 > 1.06 > found.balance
     assert found.slowest.seconds == min(even.slowest.seconds, found.slowest.seconds)
