@@ -59,6 +59,15 @@ def test_fp32_parameters_of_a_bf16_model_are_described() -> None:
     assert alone_fails  # or the patch is not needed any more
 
 
+def test_groups_are_recognised_by_their_decay() -> None:
+    """A changed learning rate, and a group of an Adam that knows no `max_lr`."""
+    own = [{"wd_mult": 1.0, "max_lr": 2e-3, "eps": 1e-8}, {"wd_mult": 0.0, "max_lr": 2e-3}]
+    loaded = [{"wd_mult": 0.0, "step": 4, "params": [1]}, {"wd_mult": 1.0, "max_lr": 1e-3}]
+    adamw.identify_groups(loaded, own)
+    assert loaded[0] == {"wd_mult": 0.0, "max_lr": 2e-3, "step": 4, "params": [1]}
+    assert loaded[1] == own[0]
+
+
 def test_every_parameter_counts_its_own_steps() -> None:
     """As Megatron-core's distributed optimizer would leave them: all with one counter."""
     shared = torch.tensor(3.0)
