@@ -9,7 +9,7 @@ PIP_ARGS ?=
 PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock validators train test test-all test-security test-gpu check format bench-kernel bench-gpu bench-peers chaos check-images clean
+.PHONY: help setup lock validators train test test-all test-security test-next test-gpu check format bench-kernel bench-gpu bench-peers chaos check-images clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -28,6 +28,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 lock: setup ## Write docker/locks: the images' pins with their hashes.
+	$(BIN)/python tools/check_pins.py
 	$(BIN)/python tools/lock.py
 
 validators: $(VENV)/validators/.installed ## Make the manifests' validators an environment.
@@ -50,6 +51,9 @@ test-all: setup validators ## Run every test that needs no GPU.
 
 test-security: setup validators ## Run the attacks that must fail (SECURITY.md).
 	$(BIN)/python -m pytest -m 'security and not gpu'
+
+test-next: setup ## Run parity, layouts, checkpoints and the demo on newer megatron-core.
+	$(BIN)/python tools/test_next.py $(VERSIONS)
 
 test-gpu: ## Run the GPU suite with the python3 at hand (CUDA torch, megatron-core, pydantic, pytest).
 	$(PYTHON) -m pytest -m gpu tests/kernels/test_gpu.py tests/training/test_device.py

@@ -32,6 +32,10 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from keel_megatron import compat
+
+compat.install()  # before Megatron-core is imported
+
 from keel_megatron.checkpoint.state import Position
 from keel_megatron.config.errors import UserError
 from keel_megatron.engines.megatron.engine import MegatronEngine

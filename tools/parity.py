@@ -14,6 +14,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from keel_megatron import compat
+
+compat.install()  # before Megatron-core is imported
+
 from keel_megatron.layout.devices import DEVICES
 from keel_megatron.layout.stages import partition
 from tests.settings import small_config

@@ -17,6 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from keel_megatron import compat
+
+compat.install()  # before Megatron-core is imported
+
 from keel_megatron.config.run import RunConfig
 from keel_megatron.layout.chunks import from_counts
 from keel_megatron.layout.devices import DEVICES, Device, device_named

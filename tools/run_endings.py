@@ -29,7 +29,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from keel_megatron.tracking.metrics import read_metrics  # noqa: E402
+from keel_megatron.tracking.metrics import read_metrics
 
 PAGE = ROOT / "docs" / "benchmarks" / "endings.md"
 PATIENCE = 300.0

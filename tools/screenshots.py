@@ -21,7 +21,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.browser import MISSING, Browser, browser  # noqa: E402
+from tools.browser import MISSING, Browser, browser
 
 SIZE = (1360, 980)
 LOW = 620

@@ -28,11 +28,15 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from keel_megatron.config.load import parse_config  # noqa: E402
-from keel_megatron.config.run import RunConfig  # noqa: E402
-from keel_megatron.layout.devices import device_named  # noqa: E402
-from keel_megatron.layout.times import Times, UnitTimes  # noqa: E402
-from keel_megatron.planner.plan import Measured, make_plan  # noqa: E402
+from keel_megatron import compat
+
+compat.install()  # before Megatron-core is imported
+
+from keel_megatron.config.load import parse_config
+from keel_megatron.config.run import RunConfig
+from keel_megatron.layout.devices import device_named
+from keel_megatron.layout.times import Times, UnitTimes
+from keel_megatron.planner.plan import Measured, make_plan
 
 PROCESSES = 2
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -32,8 +32,7 @@ def load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
     (inner,) = optimizer.chained_optimizers
     own = [_settings(group) for group in inner.optimizer.param_groups]
     sharded = loaded.pop("param_state", None)
-    if sharded is not None:
-        _complete_groups(loaded["optimizer"]["param_groups"], own)
+    adamw.identify_groups(loaded.get("optimizer", loaded)["param_groups"], own)
     optimizer.load_state_dict(loaded)
     for group, settings in zip(inner.optimizer.param_groups, own, strict=True):
         group.update(settings)
@@ -44,14 +43,3 @@ def load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     """A group's settings, without its parameters and the step that some Adams keep there."""
     return {key: value for key, value in group.items() if key not in ("params", "step")}
-
-
-def _complete_groups(loaded: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
-    """Give loaded groups the settings that this optimizer's have and theirs lack.
-
-    Another Adam (torch's, Apex's, Transformer Engine's) or another engine has written them.
-    """
-    for group in loaded:
-        like = next(g for g in own if g["wd_mult"] == group["wd_mult"])
-        for key, value in like.items():
-            group.setdefault(key, value)

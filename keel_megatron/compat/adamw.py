@@ -64,6 +64,24 @@ def fp32_parameters_described(inner: Any) -> Iterator[None]:
 
 
 @patch(
+    changes="the settings of the groups in a loaded state, before Megatron-core sees them",
+    why="it recognises a group by its settings, since 0.19 by its learning rates too: it would "
+    "refuse a changed one, a checkpoint of an earlier version, and with 0.16.1 one of another Adam",
+    needed_by="megatron-core 0.16.1 to 0.19.2",
+    test="tests/compat/test_adamw.py::test_groups_are_recognised_by_their_decay",
+)
+def identify_groups(loaded: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
+    """Give loaded groups this optimizer's settings; they are told apart by their decay alone.
+
+    Args:
+        loaded: the groups of a loaded state; changed in place.
+        own: the settings of this optimizer's groups, without `params` and `step`.
+    """
+    for group in loaded:
+        group.update(next(mine for mine in own if mine["wd_mult"] == group["wd_mult"]))
+
+
+@patch(
     changes="`step` in the state of the distributed optimizer's AdamW, after it is loaded",
     why="it gives all parameters one and the same counter, which each of them would then advance; "
     "and it looks for `step` among the sharded tensors, where it is not",

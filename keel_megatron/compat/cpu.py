@@ -102,7 +102,10 @@ def _cuda_namespace() -> types.ModuleType:
     """`torch.cuda` with the answers of a CPU."""
     cuda = types.ModuleType("torch.cuda")
     cuda.__dict__.update(torch.cuda.__dict__)
+    # Asked for by DDP from 0.19 on, to wait for events that only a replayed CUDA graph records.
+    stream = types.SimpleNamespace(wait_event=_nothing, wait_stream=_nothing)
     answers: dict[str, Any] = {
+        "current_stream": lambda *_args, **_kwargs: stream,
         "current_device": lambda: _CPU,
         "device_count": lambda: 1,
         "is_available": lambda: False,
@@ -115,6 +118,10 @@ def _cuda_namespace() -> types.ModuleType:
     }
     cuda.__dict__.update(answers)
     return cuda
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    """In place of waiting for a device."""
 
 
 @patch(

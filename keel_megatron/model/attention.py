@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,15 +70,21 @@ class SelfAttention(MegatronSelfAttention):
     """
 
     def __init__(self, config: Any, submodules: Any, layer_number: int, **kwargs: Any) -> None:
-        super().__init__(config, submodules, layer_number, **kwargs)
-        self.v_layernorm = None
-        if submodules.q_layernorm is not None:
-            self.v_layernorm = build_module(
-                submodules.q_layernorm,
-                hidden_size=self.hidden_size_per_attention_head,
-                config=config,
-                eps=config.layernorm_epsilon,
-            )
+        # Built here: megatron-core 0.18 refuses them where its qk_layernorm is off, and with it on
+        # would sum their gradients over the tensor group a second time.
+        plain = replace(submodules, q_layernorm=None, k_layernorm=None)
+        super().__init__(config, plain, layer_number, **kwargs)
+        for name in ("q_layernorm", "k_layernorm", "v_layernorm"):
+            norm = submodules.k_layernorm if name == "k_layernorm" else submodules.q_layernorm
+            setattr(self, name, None if norm is None else self._norm(norm))
+
+    def _norm(self, kind: Any) -> nn.Module:
+        return build_module(
+            kind,
+            hidden_size=self.hidden_size_per_attention_head,
+            config=self.config,
+            eps=self.config.layernorm_epsilon,
+        )
 
     def forward(
         self,

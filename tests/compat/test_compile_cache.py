@@ -86,3 +86,13 @@ def test_a_home_that_cannot_be_written_costs_the_cache_only(
     found = compile_cache.use()
     assert found.is_dir()
     assert found.stat().st_mode & 0o777 == 0o700
+
+
+def test_more_graphs_are_allowed_and_never_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo import config
+
+    monkeypatch.setattr(config, "recompile_limit", 8)
+    compile_cache.allow_graphs(32)
+    assert config.recompile_limit == 32
+    compile_cache.allow_graphs(4)
+    assert config.recompile_limit == 32

@@ -25,6 +25,10 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from keel_megatron import compat
+
+compat.install()  # before Megatron-core is imported
+
 from keel_megatron.kernels import reference, scaled_add_norm
 from keel_megatron.model import compiled, mlp, rotary
 from keel_megatron.model.attention import causal_attention

@@ -21,6 +21,10 @@ from typing import Any
 
 import torch
 
+from keel_megatron import compat
+
+compat.install()  # before Megatron-core is imported
+
 from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch

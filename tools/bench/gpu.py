@@ -28,6 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from gpu_predict import LEVERS, Lever, assumptions, plan_of, step_parts
 from gpu_table import page
 
+from keel_megatron import compat
+
+compat.install()  # before Megatron-core is imported
+
 from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.layout.devices import Device, device_named

@@ -18,6 +18,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from keel_megatron import compat
+
+compat.install()  # before Megatron-core is imported
+
 from keel_megatron import kernels
 from keel_megatron.architecture.flops import training_flops_per_token
 from keel_megatron.bench.timers import PASSES, PartTimers

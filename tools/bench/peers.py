@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from keel_megatron.runtime.cores import available_cores  # noqa: E402
+from keel_megatron.runtime.cores import available_cores
 
 ENVIRONMENTS = ROOT / "build" / "peers"
 RESULTS = ROOT / "docs" / "benchmarks"

@@ -24,8 +24,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from keel_megatron.runtime.cores import available_cores  # noqa: E402
-from tools.bench.peers import cpu_name  # noqa: E402
+from keel_megatron.runtime.cores import available_cores
+from tools.bench.peers import cpu_name
 
 PRODUCTS = re.compile(r"aten::(mm|addmm_?|bmm|baddbmm|matmul|linear)$")
 ATTENTION = re.compile(r"scaled_dot_product|ScaledDotProduct")
