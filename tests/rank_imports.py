@@ -5,6 +5,7 @@ tests/distributed.py and tests/warm.py fork them from the process that has done 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import warnings
 
@@ -23,3 +24,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     for name in cpu.MODULES:
         importlib.import_module(f"megatron.core.{name}")
+
+# Megatron-core collects garbage at every save and load: not in all of these modules, in every fork.
+gc.collect()
+gc.freeze()

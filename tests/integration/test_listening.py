@@ -17,8 +17,12 @@ pytestmark = pytest.mark.security
 
 def listening(root: psutil.Process) -> set[tuple[str, int]]:
     """(address, port) of every TCP socket on which a process or one of its children listens."""
-    found = set()
-    for process in (root, *root.children(recursive=True)):
+    found: set[tuple[str, int]] = set()
+    try:
+        family = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:  # it has just ended
+        return found
+    for process in family:
         try:
             connections = process.net_connections(kind="tcp")
         except psutil.NoSuchProcess:

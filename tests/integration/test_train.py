@@ -135,24 +135,15 @@ def test_the_depth_verb_tells_and_draws(finished: Path, tmp_path: Path) -> None:
 
 
 def test_resuming_on_another_layout_agrees(tmp_path: Path, text: Path) -> None:
-    config = write_config(tmp_path, text, parallel__pipeline=2)
-    first = keel(tmp_path, "train", str(config), "--processes", "2")
-    assert first.returncode == 0, first.stderr
-    expected = keel(tmp_path, "train", str(config), "training.steps=8", "--processes", "2")
-    assert expected.returncode == 0, expected.stderr
+    config = write_config(tmp_path, text, parallel__pipeline=2, checkpoint__every=3)
+    done = keel(tmp_path, "train", str(config), "--processes", "2")
+    assert done.returncode == 0, done.stderr
     undisturbed = losses(tmp_path)
-    shutil.rmtree(folder.step_folder(tmp_path / "runs" / "test", 8))
-    again = keel(
-        tmp_path,
-        "train",
-        str(config),
-        "training.steps=8",
-        "parallel.pipeline=1",
-        "--processes",
-        "1",
-    )
+    shutil.rmtree(folder.step_folder(tmp_path / "runs" / "test", 6))
+    again = keel(tmp_path, "train", str(config), "parallel.pipeline=1", "--processes", "1")
     assert again.returncode == 0, again.stderr
-    assert len(losses(tmp_path)) == 8
+    assert "going on from runs/test/checkpoints/step_00000003" in again.stdout
+    assert len(losses(tmp_path)) == 6
     for here, there in zip(losses(tmp_path), undisturbed, strict=True):
         assert here == pytest.approx(there, rel=1e-5)
 
