@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import io
 import math
-import multiprocessing
 import threading
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.data.corpus import find_corpus, split
 from keel_megatron.data.prepare import PreparedData, prepare
 from keel_megatron.data.tokenizer import Tokenizer
+from tests.distributed import CONTEXT
 from tests.settings import small_config
 
 
@@ -68,7 +68,7 @@ def _prepare_folder(config: RunConfig) -> tuple[str, bool]:
 
 def test_three_processes_build_it_once(text: Path, tmp_path: Path) -> None:
     config = small_config(data__text=str(text), data__cache_dir=str(tmp_path))
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
+    with CONTEXT.Pool(3) as pool:
         found = pool.map(_prepare_folder, [config] * 3)
     assert len({folder for folder, _reused in found}) == 1
     assert sorted(reused for _folder, reused in found) == [False, True, True]
