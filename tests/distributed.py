@@ -23,10 +23,10 @@ import torch
 from torch.distributed import TCPStore
 
 TIMEOUT_SECONDS = 300
-_METHOD = "spawn" if torch.cuda.is_available() else "forkserver"
-_CONTEXT: Any = multiprocessing.get_context(_METHOD)
-if _METHOD == "forkserver":
-    _CONTEXT.set_forkserver_preload(["tests.rank_imports"])
+METHOD = "spawn" if torch.cuda.is_available() else "forkserver"
+CONTEXT: Any = multiprocessing.get_context(METHOD)
+if METHOD == "forkserver":
+    CONTEXT.set_forkserver_preload(["tests.rank_imports"])
 
 
 def run_ranks(
@@ -43,10 +43,10 @@ def run_ranks(
     # Pickled here and there: multiprocessing itself would share tensors' memory, by a file
     # descriptor each, with a process that ends.
     call = pickle.dumps((function, args))
-    results: Any = _CONTEXT.Queue()
+    results: Any = CONTEXT.Queue()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
-        _CONTEXT.Process(
+        CONTEXT.Process(
             target=_rank,
             args=(_environment(rank, world_size, store.port), results, call),
             daemon=False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import io
 import math
-import multiprocessing
 import threading
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from keel_megatron.data.corpus import find_corpus, split
 from keel_megatron.data.prepare import PreparedData, prepare
 from keel_megatron.data.tokenizer import Tokenizer
 from tests.data.reuse import is_reused
+from tests.distributed import CONTEXT
 from tests.settings import small_config
 
 
@@ -63,7 +63,7 @@ def test_a_second_time_it_is_reused(prepared: PreparedData, data_config: RunConf
 
 def test_three_processes_build_it_once(text: Path, tmp_path: Path) -> None:
     config = small_config(data__text=str(text), data__cache_dir=str(tmp_path))
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
+    with CONTEXT.Pool(3) as pool:
         found = pool.map(is_reused, [config] * 3)
     assert sorted(found) == [False, True, True]
 

@@ -10,20 +10,43 @@ from typing import Any
 
 import yaml
 from keel_megatron.tracking.metrics import read_metrics
+from tests import warm
+from tests.distributed import METHOD
 from tests.settings import settings
 
 Completed = subprocess.CompletedProcess[str]
 
 
-def keel(folder: Path, *arguments: str, timeout: float = 600) -> Completed:
-    """`keel ARGUMENTS` in a folder; its output is taken, its exit code left to the caller."""
-    return subprocess.run(
+def keel(folder: Path, *arguments: str, timeout: float = 600, fresh: bool = False) -> Completed:
+    """`keel ARGUMENTS` in a folder; its output is taken, its exit code left to the caller.
+
+    Args:
+        folder: the working directory.
+        arguments: of the command.
+        timeout: seconds.
+        fresh: start an interpreter, as a user's shell does (tests/warm.py says what differs).
+    """
+    with start(folder, *arguments, fresh=fresh) as process:
+        try:
+            said = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    assert process.returncode is not None
+    return Completed(process.args, process.returncode, *said)
+
+
+def start(folder: Path, *arguments: str, fresh: bool = False) -> subprocess.Popen[str] | warm.Warm:
+    """`keel ARGUMENTS` in a folder, at work."""
+    if not fresh and METHOD == "forkserver":
+        return warm.Warm(arguments, folder, environment())
+    return subprocess.Popen(
         [sys.executable, "-m", "keel_megatron", *arguments],
         cwd=folder,
         env=environment(),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
     )
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from keel_megatron.checkpoint import folder
 from keel_megatron.tracking.metrics import read_metrics
-from tests.integration.commands import environment, keel, write_config
+from tests.integration.commands import environment, keel, start, write_config
 from tools.browser import MISSING, browser
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -32,14 +32,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("killed")
     overrides = {"tracking__mlflow": True, "tracking__depth_every": 1, "checkpoint__every": 4}
     config = write_config(home, Path(argparse.__file__), schedule__decay="constant", **overrides)
-    command = [sys.executable, "-m", "keel_megatron", "train", str(config)]
     run = home / "runs" / "test"
-    with subprocess.Popen(
-        [*command, "training.steps=100000"],
-        cwd=home,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-    ) as first:
+    with start(home, "train", str(config), "training.steps=100000") as first:
         try:
             _wait(lambda: first.poll() is not None or (folder.steps(run) and _delivered(run) > 4))
         finally:

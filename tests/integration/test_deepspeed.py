@@ -51,7 +51,7 @@ def test_without_the_package_it_says_how_to_get_it(
     known = os.environ.get("PYTHONPATH")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(absent), *([known] if known else [])]))
     config = write_config(tmp_path, TEXT, training__engine="deepspeed", model__blocks=2)
-    done = keel(tmp_path, "train", str(config))
+    done = keel(tmp_path, "train", str(config), fresh=True)
     assert done.returncode == 2
     assert "DS_BUILD_OPS=0 pip install --no-build-isolation" in done.stderr
     assert "Traceback" not in done.stderr

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tools.run_endings import CASES, Case, run_case
+from tests.distributed import run_ranks
+from tests.warm import fork_from
+from tools.run_endings import CASES, Case, Ending, run_case
 
 QUICK = {"SIGTERM", "kill -9", "kill -9 before the first checkpoint, started again"}
 
@@ -14,6 +16,11 @@ QUICK = {"SIGTERM", "kill -9", "kill -9 before the first checkpoint, started aga
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
+
+
+def end(number: int, home: Path, data: Path) -> Ending:
+    fork_from("tools.run_endings", "keel_megatron.runtime.local_launch")
+    return run_case(CASES[number], home, data)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_mlflow_has_the_truth(case: Case, tmp_path: Path, data: Path) -> None:
-    ending = run_case(case, tmp_path / "home", data)
+    # Those that keel starts are forked: torchrun's ranks are not.
+    (ending,) = run_ranks(1, end, CASES.index(case), tmp_path / "home", data, timeout_seconds=1200)
     output = (tmp_path / "home" / "output.txt").read_text(errors="replace")
     assert ending.is_as_expected(case), f"{ending}\n{output[-3000:]}"

@@ -6,6 +6,8 @@ import argparse
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ import yaml
 from keel_megatron.checkpoint import folder
 from keel_megatron.runtime import exit_codes
 from keel_megatron.tracking.metrics import read_metrics
+from tests.distributed import run_ranks
 from tests.integration.commands import environment, keel, losses_of, write_config
+from tests.warm import fork_from
+from tools.chaos import chaos
 from tools.chaos_faults import Disturbed
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_time_limit_ends_a_run_for_torchrun_and_for_the_local_launcher(tmp_path: Path) -> None:
@@ -117,25 +120,27 @@ def test_a_guard_that_has_had_enough_is_one_message(tmp_path: Path) -> None:
     assert "gradients are not finite in" in ended.stdout
 
 
+def disturb(faults: int, home: Path) -> tuple[int, str]:
+    """The exit code of `make chaos` and what it says; its processes are forked."""
+    fork_from("tools.chaos_faults", "keel_megatron.runtime.local_launch")
+    options = argparse.Namespace(faults=faults, seed=3, processes=2, hang_timeout=10.0)
+    with redirect_stdout(StringIO()) as said:
+        code = chaos(home, options)
+    return code, said.getvalue()
+
+
 @pytest.mark.parametrize(
     "faults",
     [pytest.param(2, id="two kinds"), pytest.param(14, id="every kind", marks=pytest.mark.slow)],
 )
 def test_a_hurt_run_ends_like_an_unhurt_one(tmp_path: Path, faults: int) -> None:
     """`make chaos` in small: the first kinds of fault, one of each."""
-    options = ("--faults", str(faults), "--seed", "3", "--hang-timeout", "10")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "chaos.py"), *options, "--folder", str(tmp_path)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    ((code, said),) = run_ranks(1, disturb, faults, tmp_path, timeout_seconds=1800)
+    assert code == 0, said[-3000:]
     kinds = ("NaN in a gradient", *Disturbed.KINDS)
     assert len(kinds) == 14
     for kind in kinds[:faults]:
-        assert f"| {kind}" in done.stdout
-    assert f"{faults} faults, {faults} recovered from; " in done.stdout
-    assert " 0 checkpoints lost; 0 steps of the loss curve and 0 bits of" in done.stdout
-    assert "; 0 records missing" in done.stdout
+        assert f"| {kind}" in said
+    assert f"{faults} faults, {faults} recovered from; " in said
+    assert " 0 checkpoints lost; 0 steps of the loss curve and 0 bits of" in said
+    assert "; 0 records missing" in said

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.integration.commands import environment, write_config
+from tests.integration.commands import start, write_config
 
 pytestmark = pytest.mark.security
 
 
 def listening(root: psutil.Process) -> set[tuple[str, int]]:
     """(address, port) of every TCP socket on which a process or one of its children listens."""
-    found = set()
-    for process in (root, *root.children(recursive=True)):
+    found: set[tuple[str, int]] = set()
+    try:
+        family = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:  # it has just ended
+        return found
+    for process in family:
         try:
             connections = process.net_connections(kind="tcp")
         except psutil.NoSuchProcess:
@@ -37,22 +39,19 @@ def is_loopback(address: str) -> bool:
 
 def test_a_run_of_one_machine(tmp_path: Path) -> None:
     write_config(tmp_path, Path(argparse.__file__), training__validation_sequences=4)
-    settings = ["run.yaml", "parallel.pipeline=2", "training.steps=4"]
-    command = [sys.executable, "-m", "keel_megatron", "train", *settings, "--processes", "2"]
+    settings = ("run.yaml", "parallel.pipeline=2", "training.steps=4", "--processes", "2")
     seen: set[tuple[str, int]] = set()
-    with (tmp_path / "log").open("wb") as log:
-        run = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=log, stderr=log)
-    try:
-        process, end = psutil.Process(run.pid), time.monotonic() + 180
-        while run.poll() is None:
-            assert time.monotonic() < end, (tmp_path / "log").read_text()
-            seen |= listening(process)
-            time.sleep(0.05)
-    finally:
-        if run.poll() is None:
-            run.terminate()
-            run.wait(60)
-    assert run.returncode == 0, (tmp_path / "log").read_text()
+    with start(tmp_path, "train", *settings) as run:
+        try:
+            process, end = psutil.Process(run.pid), time.monotonic() + 180
+            while run.poll() is None:
+                assert time.monotonic() < end
+                seen |= listening(process)
+                time.sleep(0.05)
+            _said, errors = run.communicate()
+        finally:
+            run.kill()
+    assert run.returncode == 0, errors
     assert seen, "the processes meet on a port"
     beyond = sorted(pair for pair in seen if not is_loopback(pair[0]))
     assert beyond == []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -14,21 +12,9 @@ from keel_megatron.checkpoint import folder
 from keel_megatron.runtime.ownership import FILE, take
 from keel_megatron.tracking.metrics import read_metrics
 from tests.hosts import await_that
-from tests.integration.commands import environment, keel, write_config
+from tests.integration.commands import keel, start, write_config
 
 TEXT = Path(argparse.__file__)
-
-
-def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`keel train` in a folder, at work."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "keel_megatron", "train", "run.yaml", *arguments],
-        cwd=home,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def marks(run: Path) -> dict[str, object]:
@@ -49,7 +35,7 @@ def test_a_run_that_is_trained_is_left_alone_and_free_once_its_ranks_are_gone(
     run = tmp_path / "runs" / "test"
     metrics = run / "metrics.jsonl"
     long = "training.steps=100000"
-    with start(tmp_path, "--processes", "2", long) as first:
+    with start(tmp_path, "train", "run.yaml", "--processes", "2", long) as first:
         try:
             await_that(lambda: len(read_metrics(metrics)) > 3, 200, "steps")
             await_that(lambda: (run / "mlflow_run_id").exists(), 200, "MLflow's run")
@@ -87,7 +73,7 @@ def works(process: psutil.Process) -> bool:
 def test_a_signal_while_the_data_is_prepared_ends_the_start(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(TEXT.read_text() * 200)
     write_config(tmp_path, tmp_path / "text")
-    with start(tmp_path, "--processes", "2") as process:
+    with start(tmp_path, "train", "run.yaml", "--processes", "2") as process:
         assert process.stdout is not None
         while "preparing" not in process.stdout.readline():
             assert process.poll() is None

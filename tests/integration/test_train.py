@@ -6,8 +6,6 @@ import argparse
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from keel_megatron.checkpoint import folder
 from keel_megatron.config import load_config
 from keel_megatron.tracking.metrics import read_metrics
 from tests.hosts import await_that
-from tests.integration.commands import environment, keel, write_config
+from tests.integration.commands import keel, start, write_config
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +38,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
         tracking__sample_prompt="def ",
         tracking__depth_every=2,
     )
-    done = keel(home, "train", str(config), "--processes", "2")
+    done = keel(home, "train", str(config), "--processes", "2", fresh=True)
     assert done.returncode == 0, done.stderr
     assert "unigram entropy" in done.stdout
     assert "sample (runs/test/samples.txt)" in done.stdout
@@ -137,24 +135,15 @@ def test_the_depth_verb_tells_and_draws(finished: Path, tmp_path: Path) -> None:
 
 
 def test_resuming_on_another_layout_agrees(tmp_path: Path, text: Path) -> None:
-    config = write_config(tmp_path, text, parallel__pipeline=2)
-    first = keel(tmp_path, "train", str(config), "--processes", "2")
-    assert first.returncode == 0, first.stderr
-    expected = keel(tmp_path, "train", str(config), "training.steps=8", "--processes", "2")
-    assert expected.returncode == 0, expected.stderr
+    config = write_config(tmp_path, text, parallel__pipeline=2, checkpoint__every=3)
+    done = keel(tmp_path, "train", str(config), "--processes", "2")
+    assert done.returncode == 0, done.stderr
     undisturbed = losses(tmp_path)
-    shutil.rmtree(folder.step_folder(tmp_path / "runs" / "test", 8))
-    again = keel(
-        tmp_path,
-        "train",
-        str(config),
-        "training.steps=8",
-        "parallel.pipeline=1",
-        "--processes",
-        "1",
-    )
+    shutil.rmtree(folder.step_folder(tmp_path / "runs" / "test", 6))
+    again = keel(tmp_path, "train", str(config), "parallel.pipeline=1", "--processes", "1")
     assert again.returncode == 0, again.stderr
-    assert len(losses(tmp_path)) == 8
+    assert "going on from runs/test/checkpoints/step_00000003" in again.stdout
+    assert len(losses(tmp_path)) == 6
     for here, there in zip(losses(tmp_path), undisturbed, strict=True):
         assert here == pytest.approx(there, rel=1e-5)
 
@@ -240,12 +229,9 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     tmp_path: Path, text: Path, number: signal.Signals, code: int
 ) -> None:
     config = write_config(tmp_path, text)
-    command = [sys.executable, "-m", "keel_megatron", "train", str(config), "training.steps=100000"]
-    command += ["--processes", "1"]
+    command = ("train", str(config), "training.steps=100000", "--processes", "1")
     metrics = tmp_path / "runs" / "test" / "metrics.jsonl"
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
-    ) as process:
+    with start(tmp_path, *command) as process:
         try:
             await_that(lambda: len(read_metrics(metrics)) > 2, 300, "step 3")
             process.send_signal(number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,24 +93,39 @@ def test_a_resumed_run_finds_what_was_compiled(tmp_path: Path) -> None:
     assert run_ranks(1, cache_misses, tmp_path) == [(3, 0)]
 
 
+def both_ways(overrides: dict[str, Any], backend: str) -> list[list[tuple[float, float]]]:
+    """The same steps compiled and not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        compiled = train_steps(settings(kernels__compile=True, **overrides), STEPS)
+    return [compiled, train_steps(settings(**overrides), STEPS)]
+
+
 @pytest.mark.parametrize(
-    ("processes", "overrides"),
+    ("processes", "overrides", "backend"),
     [
-        pytest.param(1, {"parallel__recompute": "full"}, marks=pytest.mark.slow),
-        (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}),
-        pytest.param(2, {"training__precision": "bf16"}, marks=pytest.mark.slow),
+        # As they were traced: the test above makes C++ of such graphs.
+        (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}, "aot_eager"),
+        *(
+            pytest.param(*case, "inductor", marks=pytest.mark.slow)
+            for case in (
+                (1, {"parallel__recompute": "full"}),
+                (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}),
+                (2, {"training__precision": "bf16"}),
+            )
+        ),
         pytest.param(
             1,
             {"training__engine": "deepspeed", "deepspeed__zero_stage": 2},
+            "inductor",
             marks=[needs_deepspeed, pytest.mark.slow],
         ),
     ],
 )
-def test_layouts_and_recomputation_train_alike(processes: int, overrides: dict[str, Any]) -> None:
-    losses = [
-        run_ranks(processes, train_steps, settings(kernels__compile=on, **overrides), STEPS)[0]
-        for on in (True, False)
-    ]
+def test_layouts_and_recomputation_train_alike(
+    processes: int, overrides: dict[str, Any], backend: str
+) -> None:
+    losses = run_ranks(processes, both_ways, overrides, backend)[0]
     bound = 1e-5 if "training__precision" not in overrides else 2e-3
     for one, other in zip(*losses, strict=True):
         assert one == pytest.approx(other, rel=bound)

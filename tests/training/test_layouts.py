@@ -10,6 +10,8 @@ from keel_megatron.architecture.residual import RULES
 from tests.training.matrix import MATRIX, TP2_SP_PP2_VPP2, Found, deviation, spread, trained
 
 STEPS = 4
+# Four micro-batches, of which two pipeline stages have a warm-up, a steady part and an end.
+BATCH: dict[str, Any] = {"training__global_batch_size": 8}
 QUICK = (
     "full recompute",
     "TP 2",
@@ -28,8 +30,8 @@ QUICK = (
 
 # Every rule, and tied embeddings, at the hardest layout.
 MODELS: dict[str, dict[str, Any]] = {
-    **{rule: {"model__residual": rule} for rule in RULES},
-    "keel-v1-tied": {"model__first_block": "v1", "model__tie_embeddings": True},
+    **{rule: {"model__residual": rule, **BATCH} for rule in RULES},
+    "keel-v1-tied": {"model__first_block": "v1", "model__tie_embeddings": True, **BATCH},
 }
 
 
@@ -41,7 +43,8 @@ def alone() -> dict[str, Found]:
 
 @pytest.fixture(scope="module")
 def quick() -> dict[str, Found]:
-    return spread({name: MATRIX[name] for name in QUICK}, STEPS)
+    chosen = {name: MATRIX[name] for name in QUICK}
+    return spread({name: (size, {**o, **BATCH}) for name, (size, o) in chosen.items()}, STEPS)
 
 
 @pytest.fixture(scope="module")
