@@ -79,7 +79,7 @@ def test_a_start_says_what_the_rate_was_and_becomes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "now"),
     [
-        ({"training__steps": 2000}, "0.004877,"),  # the curve is stretched
+        ({"training__steps": 2000}, "0.004877;"),  # the curve is stretched
         ({"training__steps": 201, "schedule__decay": "constant"}, "0.005"),
         ({"training__steps": 201, "schedule__min_learning_rate": 4e-6}, "4e-06"),  # downwards
     ],
