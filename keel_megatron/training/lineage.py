@@ -135,8 +135,8 @@ def learning_rate_lines(saved: RunConfig, config: RunConfig, step: int) -> list[
         lines.append(
             f"warning: the learning rate jumps: step {step + 1} uses {now:.4g}; the checkpoint's "
             f"settings would use {planned:.4g}. training.steps, optimizer.learning_rate and "
-            f"schedule.* define the whole curve, not the part after this step. {stay} follow its "
-            "curve, set these settings back"
+            f"schedule.* define the whole curve, not the part after this step. {stay} "
+            "follow the checkpoint's curve, set these settings back"
         )
     return lines
 

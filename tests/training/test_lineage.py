@@ -88,7 +88,7 @@ def test_a_jump_of_the_rate_is_a_warning(tmp_path: Path, values: dict[str, Any],
     old, new = settings(tmp_path), settings(tmp_path, **values)
     _rate, warning = learning_rate_lines(old, new, 200)
     assert warning.startswith("warning: the learning rate jumps: step 201 uses " + now)
-    assert "was to be taken with 1e-05" in warning
+    assert "settings would use 1e-05" in warning
     assert "schedule.*" in warning
     advice = settings(
         tmp_path, training__steps=2000, optimizer__learning_rate=1e-5, schedule__decay="constant"
@@ -102,7 +102,7 @@ def test_a_rate_of_nothing_is_no_advice(tmp_path: Path) -> None:
     old = settings(tmp_path, schedule__min_learning_rate=0.0)
     new = settings(tmp_path, schedule__min_learning_rate=0.0, training__steps=2000)
     _rate, warning = learning_rate_lines(old, new, 200)
-    assert "was to be taken with 0." in warning
+    assert "settings would use 0." in warning
     assert "learning_rate=" not in warning
 
 
