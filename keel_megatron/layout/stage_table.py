@@ -8,12 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from keel_megatron.layout.memory import GB
+from keel_megatron.layout.memory import GB, StageMemory
 from keel_megatron.layout.stages import Partition, Stage
 from keel_megatron.runtime.files import write_whole
 from keel_megatron.runtime.tables import table_lines
 
 COLUMNS = ("stage", "blocks", "recomputed", "with", "parameters", "memory GB", "time")
+KINDS = ("weights", "grads", "optim", "activations", "logits", "buffers")
+"""Columns of the memory by kind, in GB."""
+_JOINED_FROM = 9
+"""Stages from which on a table joins equal ones."""
+_CHUNKS_SHOWN = 4
 
 
 def stage_rows(partition: Partition) -> list[dict[str, Any]]:
@@ -52,27 +57,46 @@ def write_stages(partition: Partition, path: Path) -> None:
     write_whole(path, json.dumps({"stages": stage_rows(partition)}, indent=1) + "\n")
 
 
-def stage_table(partition: Partition) -> list[str]:
-    """The lines of the table; adjacent stages that differ only in memory share a line.
+def stage_table(partition: Partition, *, memory_by_kind: bool = False) -> list[str]:
+    """The lines of the table, a line per stage.
 
-    Such a line shows the largest memory of its stages. `+` joins the chunks of a stage.
+    From 9 stages on, adjacent ones that differ only in memory share a line, which shows the largest
+    memory. `+` joins the chunks of a stage.
+
+    Args:
+        partition: the stages.
+        memory_by_kind: show what the memory is used for, too.
     """
-    rows: list[tuple[str, ...]] = []
-    for _, group in itertools.groupby(partition.stages, key=lambda stage: _cells(partition, stage)):
-        stages = list(group)
-        first, last = stages[0].number, stages[-1].number
+    groups = [[stage] for stage in partition.stages]
+    if len(groups) >= _JOINED_FROM:
+        same = itertools.groupby(partition.stages, key=lambda stage: _cells(partition, stage))
+        groups = [list(group) for _, group in same]
+    rows = []
+    for group in groups:
+        first, last = group[0].number, group[-1].number
+        memory = max((stage.memory for stage in group), key=lambda one: one.total)
+        *cells, time = _cells(partition, group[0])
+        sizes = [*_kinds(memory), memory.total] if memory_by_kind else [memory.total]
         numbers = f"{first}" if first == last else f"{first}-{last}"
-        memory = max(stage.memory.total for stage in stages) / GB
-        blocks, recomputed, pieces, parameters, time = _cells(partition, stages[0])
-        rows.append((numbers, blocks, recomputed, pieces, parameters, f"{memory:.3g}", time))
-    return [*table_lines(COLUMNS, rows), _summary(partition)]
+        rows.append((numbers, *cells, *(f"{size / GB:.3g}" for size in sizes), time))
+    *columns, time = COLUMNS
+    *columns, total = columns
+    shown = [*columns, *(KINDS if memory_by_kind else ()), total, time]
+    return table_lines(shown, rows)
+
+
+def _kinds(memory: StageMemory) -> list[float]:
+    """Bytes by kind, in the order of `KINDS`."""
+    state = [memory.parameters, memory.gradients, memory.optimizer]
+    return [*state, memory.activations, memory.logits, memory.communication + memory.working]
 
 
 def _cells(partition: Partition, stage: Stage) -> tuple[str, str, str, str, str]:
     """The cells of a stage, except its number and memory."""
+    chunks = [str(chunk.blocks) for chunk in stage.chunks]
     pieces = ["embedding"] * stage.embedding + ["head"] * stage.head
     return (
-        "+".join(str(chunk.blocks) for chunk in stage.chunks),
+        "+".join(chunks) if len(chunks) <= _CHUNKS_SHOWN else f"{stage.blocks} in {len(chunks)}",
         str(sum(stage.recomputed)),
         " ".join(pieces) or "-",
         f"{stage.parameters:,}",
@@ -80,7 +104,8 @@ def _cells(partition: Partition, stage: Stage) -> tuple[str, str, str, str, str]
     )
 
 
-def _summary(partition: Partition) -> str:
+def summary(partition: Partition) -> str:
+    """Balance and memory of all stages in one line."""
     worst = partition.worst_memory
     limit = partition.limit_bytes
     return (

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from keel_megatron.layout.costs import head_pieces
-from keel_megatron.layout.memory import GB, StageMemory
-from keel_megatron.layout.stages import Stage
+from keel_megatron.layout.memory import GB
+from keel_megatron.layout.stage_table import stage_table
 from keel_megatron.planner.plan import Plan
 from keel_megatron.planner.search import Candidate, Found
 from keel_megatron.runtime.tables import table_lines
 
-_GROUP_FROM = 9
-_COLUMNS = ("stage", "blocks", "holds", "recomputed", "parameters", "time")
-_MEMORY = ("weights", "grads", "optim", "activations", "logits", "buffers", "GB")
-
 
 def describe(plan: Plan) -> str:
     """The whole plan as text."""
-    parts = [_headline(plan), "", _stage_table(plan), "", _pieces(plan), *_prediction(plan)]
+    stages = _indented(stage_table(plan.partition, memory_by_kind=True))
+    parts = [_headline(plan), "", stages, "", _pieces(plan), *_prediction(plan)]
     return "\n".join(parts)
 
 
@@ -52,64 +49,6 @@ def _headline(plan: Plan) -> str:
         f"{data.vocab_size:,}\n"
         f"{where}: {layout_words(plan)} of {data.seq_length:,} tokens"
     )
-
-
-def _stage_table(plan: Plan) -> str:
-    stages = plan.partition.stages
-    groups = _groups(stages) if len(stages) >= _GROUP_FROM else [[stage] for stage in stages]
-    rows = []
-    for group in groups:
-        # Among equal stages the first holds the most micro-batches: its memory is shown.
-        stage = max(group, key=lambda one: one.memory.total)
-        rows.append([*_cells(plan, group), *_memory_cells(stage.memory)])
-    return _table([*_COLUMNS, *_MEMORY], rows, left=[2])
-
-
-def _cells(plan: Plan, group: Sequence[Stage]) -> list[str]:
-    """Contents of equal stages, and their time relative to the slowest stage."""
-    stage = group[0]
-    chunks = [str(chunk.blocks) for chunk in stage.chunks]
-    again = sum(stage.recomputed)
-    return [
-        _span(group),
-        "+".join(chunks) if len(chunks) <= 4 else f"{stage.blocks} in {len(chunks)}",
-        " + ".join(["embedding"] * stage.embedding + ["head"] * stage.head),
-        str(again) if again else "-",
-        si(stage.parameters),
-        f"{plan.partition.time_share(stage):.1%}",
-    ]
-
-
-def _memory_cells(memory: StageMemory) -> list[str]:
-    """Memory by kind and in total, GB."""
-    kinds = (memory.parameters, memory.gradients, memory.optimizer, memory.activations)
-    buffers = memory.communication + memory.working
-    sizes = (*kinds, memory.logits, buffers, memory.total)
-    return [f"{size / GB:.4g}" if size >= 100 * GB else f"{size / GB:.2f}" for size in sizes]
-
-
-def _groups(stages: Sequence[Stage]) -> list[list[Stage]]:
-    """Groups of adjacent stages with equal contents."""
-    groups: list[list[Stage]] = []
-    for stage in stages:
-        if groups and _alike(groups[-1][0], stage):
-            groups[-1].append(stage)
-        else:
-            groups.append([stage])
-    return groups
-
-
-def _alike(one: Stage, other: Stage) -> bool:
-    def key(stage: Stage) -> tuple[object, ...]:
-        counts = tuple(chunk.blocks for chunk in stage.chunks)
-        return counts, stage.recomputed, stage.embedding, stage.head
-
-    return key(one) == key(other)
-
-
-def _span(group: Sequence[Stage]) -> str:
-    first, last = group[0].number, group[-1].number
-    return str(first) if first == last else f"{first}-{last}"
 
 
 def _pieces(plan: Plan) -> str:
@@ -208,7 +147,7 @@ def describe_search(found: Found, gpus: int) -> str:
     lines = [
         f"{found.tried:,} layouts on up to {gpus:,} x {best.plan.device.name}, "
         f"{found.fitting:,} of them fit. The best by tokens/s:",
-        _table([*header, "tokens/s", "MFU", "devices"], rows),
+        _indented(table_lines([*header, "tokens/s", "MFU", "devices"], rows)),
         f"Times are {best.plan.basis}; range of the best: {low:+.0%} to {high:+.0%}.",
         *([_why(best, found.best[1])] if len(found.best) > 1 else []),
     ]
@@ -288,11 +227,8 @@ def _pair(best: Candidate, second: Candidate, of: Callable[[Candidate], float]) 
     return f"{seconds(of(best))} against {seconds(of(second))}"
 
 
-def _table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = ()
-) -> str:
-    """Indented by two spaces."""
-    return "\n".join(f"  {line}" for line in table_lines(columns, rows, left=left))
+def _indented(lines: Sequence[str]) -> str:
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def si(number: float) -> str:

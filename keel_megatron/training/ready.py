@@ -18,7 +18,7 @@ from keel_megatron.data.batches import (
 from keel_megatron.data.prepare import PreparedData, prepare
 from keel_megatron.engines.base import Engine
 from keel_megatron.engines.build import build_engine
-from keel_megatron.layout.stage_table import stage_table
+from keel_megatron.layout.stage_table import stage_table, summary
 from keel_megatron.layout.stages import Partition, own_partition, require_fit
 from keel_megatron.mlflow_delivery.tracker import check_records
 from keel_megatron.model.language_model import build_model
@@ -59,7 +59,7 @@ def get_ready(config: RunConfig, runtime: Runtime, resume: ResumePoint, say: Say
     data = runtime.from_main(lambda: prepare(config, say, resume.state.get("data")))
     batches = open_batches(config, runtime, data)
     _announce(config, runtime, say, data)
-    for line in stage_table(partition):
+    for line in [*stage_table(partition), summary(partition)]:
         say(line)
     if config.kernels.compile:
         say("kernels.compile: the first steps compile, and take longer")

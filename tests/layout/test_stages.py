@@ -15,7 +15,7 @@ from keel_megatron.config.errors import UserError
 from keel_megatron.layout.chunks import from_counts
 from keel_megatron.layout.devices import DEVICES, device_named, this_device
 from keel_megatron.layout.memory import GB
-from keel_megatron.layout.stage_table import stage_rows, stage_table, write_stages
+from keel_megatron.layout.stage_table import KINDS, stage_rows, stage_table, summary, write_stages
 from keel_megatron.layout.stages import Partition, memory_limit, partition, require_fit
 from tests.settings import small_config
 from tests.training.matrix import AUTO_RECOMPUTE
@@ -101,7 +101,7 @@ def test_what_cannot_fit_is_refused_where_a_limit_is_set() -> None:
     found = partition(config, 1, H200)
     with pytest.raises(UserError, match=r"parallel.memory_gb: stage 0 needs .* GB, 40 are"):
         require_fit(found, config)
-    assert "EXCEEDS THE LIMIT" in stage_table(found)[-1]
+    assert "EXCEEDS THE LIMIT" in summary(found)
     small = small_config(parallel__memory_gb=40.0)
     require_fit(partition(small, 1, H200), small)
 
@@ -130,9 +130,22 @@ def test_the_text_table_joins_equal_stages() -> None:
     assert len(lines) < 10
     assert " ".join(lines[0].split()) == "stage blocks recomputed with parameters memory GB time"
     assert lines[1].split()[:4] == ["0", "8", "0", "embedding"]
-    assert lines[-2].split()[:4] == ["63", "0", "0", "head"]
-    assert "64 chunk(s) hold 512 blocks" in lines[-1]
-    assert len(set(map(len, lines[1:-1]))) == 1
+    assert lines[-1].split()[:4] == ["63", "0", "0", "head"]
+    assert "64 chunk(s) hold 512 blocks" in summary(found)
+    assert len(set(map(len, lines[1:]))) == 1
+
+
+def test_a_short_table_has_a_line_a_stage_and_its_memory_by_kind() -> None:
+    found = paper(parallel__pipeline=8)
+    lines = stage_table(found, memory_by_kind=True)
+    assert len(lines) == 1 + 8
+    columns = lines[0].replace("memory GB", "memory").split()
+    for line, stage in zip(lines[1:], found.stages, strict=True):
+        shown = dict(zip(columns, line.replace(" %", "%").split(), strict=True))
+        assert (shown["stage"], shown["blocks"]) == (str(stage.number), str(stage.blocks))
+        kinds = [float(shown[kind]) for kind in KINDS]
+        assert sum(kinds) == pytest.approx(float(shown["memory"]), rel=0.02)
+        assert float(shown["memory"]) == pytest.approx(stage.memory.total / GB, rel=0.01)
 
 
 def test_the_saved_table_is_read_back(tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_many_stages_share_lines() -> None:
     assert len(lines) < 25
     stages = plan.partition.stages
     assert lines[4].split()[:2] == ["0", str(stages[0].blocks)]
-    assert f"{stages[0].memory.total / 1e9:.4g}" in lines[4]
+    assert f"{stages[0].memory.total / 1e9:.3g}" in lines[4]
     assert lines[-9].split()[0] == "63"
 
 
