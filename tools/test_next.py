@@ -151,7 +151,7 @@ def _demo(version: str, environment: dict[str, str], golden: list[float]) -> tup
         "tracking.sample_prompt": "null",
         "data.text": str(ROOT / "keel_megatron"),
         "data.vocab_size": 512,
-        "data.cache": str(HOME / "data"),
+        "data.cache_dir": str(HOME / "data"),
     }
     command = [sys.executable, "-m", "keel_megatron", "train", str(ROOT / "yaml" / "demo.yaml")]
     command += ["--processes", "2", *(f"{key}={value}" for key, value in settings.items())]
