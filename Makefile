@@ -9,7 +9,8 @@ PIP_ARGS ?=
 PROCESSES ?= 2
 # Tests beside each other, a file at a time; more than one a core gains nothing.
 TEST_WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --durations=25 --numprocesses $(TEST_WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest --durations=25 --numprocesses $(TEST_WORKERS) \
+	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock validators train test test-all test-security test-next test-gpu check format bench-kernel bench-gpu bench-peers chaos check-images clean
