@@ -9,7 +9,8 @@ PIP_ARGS ?=
 PROCESSES ?= 2
 # Tests beside each other, a file at a time; more than one a core gains nothing.
 TEST_WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --durations=25 --numprocesses $(TEST_WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest --durations=25 --numprocesses $(TEST_WORKERS) \
+	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock validators train test test-all test-security test-next test-gpu check format bench-kernel bench-gpu bench-peers chaos check-images clean
@@ -46,7 +47,7 @@ $(VENV)/validators/.installed: constraints.txt | $(VENV)/.installed
 train: setup ## Train the demo: 128 Keel sub-layers on real text, two pipeline stages.
 	$(BIN)/keel train yaml/demo.yaml --processes $(PROCESSES)
 
-test: setup validators ## Run the tests (the quick ones: about 9 minutes on 2 cores).
+test: setup validators ## Run the tests (the quick ones: about 10 minutes on 2 cores).
 	$(PYTEST) -m 'not slow and not gpu'
 
 test-all: setup validators ## Run every test that needs no GPU.

@@ -16,7 +16,7 @@ import torch._dynamo  # noqa: F401  (torch's optimizers ask for it)
 import tests.conftest  # noqa: F401  (before Triton and Megatron-core)
 
 import keel_megatron.cli.main  # isort: skip
-import keel_megatron.inference.sample  # isort: skip
+import keel_megatron.inference.generate  # isort: skip
 import keel_megatron.training.run  # noqa: F401  # isort: skip
 from keel_megatron.compat import cpu
 

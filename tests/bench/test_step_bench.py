@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ from keel_megatron.config import load_config
 from keel_megatron.config.errors import UserError
 from keel_megatron.runtime.distributed import start
 from tests.distributed import run_ranks
+from tests.integration.commands import keel
 
 SECTIONS = {
     "model": {"blocks": 4, "hidden_size": 32, "ffn_hidden_size": 96, "num_attention_heads": 2},
@@ -51,13 +50,13 @@ def path(tmp_path: Path) -> Path:
 
 def test_two_rules_are_timed_in_turn(path: Path, tmp_path: Path) -> None:
     out, trace = tmp_path / "bench.json", tmp_path / "trace.json"
-    command = [sys.executable, "-m", "keel_megatron", "bench", str(path), "--processes", "2"]
+    command = ["bench", str(path), "--processes", "2"]
     command += ["--random-tokens", "--compare", "model.residual=pre_ln,keel", "--steps", "6"]
     command += ["--json", str(out), "--profile", str(trace), "checkpoint.every=5"]
     with socket.create_server(("127.0.0.1", 0)) as server:  # a team's: it is to hear nothing
         uri = f"http://127.0.0.1:{server.getsockname()[1]}"
         command += ["tracking.mlflow=true", f"tracking.uri={uri}"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        done = keel(tmp_path, *command)
         server.setblocking(False)
         with pytest.raises(BlockingIOError):
             server.accept()

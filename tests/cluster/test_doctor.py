@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from keel_megatron.cluster import doctor
+from tests.distributed import run_ranks
 from tests.integration.commands import keel, write_config
 
 # Packages as they are found in the wild, by their files.
@@ -27,17 +27,14 @@ def find(folder: Path, name: str, files: dict[str, str], version: str) -> tuple[
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    probe = (
-        f"import sys; sys.path.insert(0, {str(folder)!r})\n"
-        "from keel_megatron.cluster.doctor import find\n"
-        f"(found,) = [x for x in find() if x.name == {name!r}]\n"
-        "print(found.text); print(found.warning)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", probe], capture_output=True, text=True, timeout=300, check=True
-    )
-    text, warning = done.stdout.splitlines()
+    ((text, warning),) = run_ranks(1, found_beside, folder, name)
     return text, warning
+
+
+def found_beside(folder: Path, name: str) -> tuple[str, str]:
+    sys.path.insert(0, str(folder))
+    (found,) = (each for each in doctor.find() if each.name == name)
+    return found.text, str(found.warning)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,7 @@ def agree(case: Case) -> None:
     assert not disagreement(found, exact), case
 
 
-@settings(max_examples=200, deadline=None)
-@given(
+any_shape = given(
     rows=st.integers(1, 40),
     hidden_size=st.sampled_from(SIZES),
     alpha=st.sampled_from([1.0, 16.0, 1024.0]),
@@ -38,7 +37,18 @@ def agree(case: Case) -> None:
     inner=st.booleans(),
     scale=st.sampled_from([1.0, 1e-3]),
 )
+
+
+@settings(max_examples=50, deadline=None)
+@any_shape
 def test_any_shape_agrees(**settings: object) -> None:
+    agree(Case(**settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None)
+@any_shape
+def test_many_shapes_agree(**settings: object) -> None:
     agree(Case(**settings))  # type: ignore[arg-type]
 
 
