@@ -20,7 +20,7 @@ _COLOURS = (BLUE, ORANGE, "#2f855a", "#805ad5", "#b83280", SLATE)
 
 
 def flow_table(flows: Sequence[GradientFlow]) -> str:
-    """One line per model: the product along the skip path from x_2 to x_L, measured and predicted."""
+    """One line per model: the skip path's product from x_2 to x_L, measured and predicted."""
     rows = []
     for flow in flows:
         measured, predicted = flow.skip[0], flow.predicted[0]
