@@ -110,7 +110,7 @@ def test_clocks_and_devices_that_differ_are_warned_of() -> None:
     nodes = [Node("a", 0, [80.0] * 8, 100.0), Node("b", 0, [80.0] * 7, 107.5)]
     lines = preflight._report(small_config(), nodes, [], [], 0.4)
     assert lines[1:] == [
-        "warning: the clock of host b is 7.5 s ahead of that of host a: time limits and log lines "
+        "warning: the clock of host b is 7.5 s ahead of that of host a: time limits and "
         "log times will differ",
         "warning: host b has 7 device(s) of 80 GB, others 8 of 80 GB",
     ]

@@ -252,4 +252,4 @@ def test_files_whose_syntax_is_learned_are_named(tmp_path: Path) -> None:
     said: list[str] = []
     find_corpus((tmp_path / "a.jsonl",), said.append)
     assert "1 of 1 files" in said[0]
-    assert "syntax and all" in said[0]
+    assert "will learn their syntax too" in said[0]

@@ -142,7 +142,7 @@ def test_resuming_on_another_layout_agrees(tmp_path: Path, text: Path) -> None:
     shutil.rmtree(folder.step_folder(tmp_path / "runs" / "test", 6))
     again = keel(tmp_path, "train", str(config), "parallel.pipeline=1", "--processes", "1")
     assert again.returncode == 0, again.stderr
-    assert "going on from runs/test/checkpoints/step_00000003" in again.stdout
+    assert "resuming from runs/test/checkpoints/step_00000003" in again.stdout
     assert len(losses(tmp_path)) == 6
     for here, there in zip(losses(tmp_path), undisturbed, strict=True):
         assert here == pytest.approx(there, rel=1e-5)

@@ -39,7 +39,7 @@ def test_cuda_is_not_invented(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto", 1) == torch.device("cuda", 1)
     assert choose_device("cpu", 1) == torch.device("cpu")
-    with pytest.raises(UserError, match=r"there are 2: start at most 2 processes a node"):
+    with pytest.raises(UserError, match=r"there are 2: start at most 2 processes per node"):
         choose_device("auto", 2)
 
 
