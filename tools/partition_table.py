@@ -1,4 +1,4 @@
-"""Print the computed cut against an even split, on the paper's deep models.
+"""Print the computed balance against an even split, on the paper's deep models.
 
 python tools/partition_table.py [--device h200]
 
@@ -52,7 +52,7 @@ def config_of(blocks: int, vocab_size: int, stages: int) -> RunConfig:
 
 
 def bound(found: Partition) -> float:
-    """No cut's slowest stage is faster, relative to the mean of the stages.
+    """Lower bound of the slowest stage's time, relative to the mean of the stages.
 
     The slowest is at least the mean; it holds the head alone, the head with blocks, or blocks
     alone, of which some stage has at least the others' share rounded up.
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--device", default="h200", choices=[n for n in DEVICES if n != "cpu"])
     device = device_named(parser.parse_args().device, memory_gb=None)
     head = "| sub-layers | vocabulary | stages | blocks: first, middle, last "
-    print(head + "| even split | computed cut | bound | step faster by |")
+    print(head + "| even split | computed balance | bound | step faster by |")
     print("|" + "---|" * 8)
     for sub_layers in MODELS:
         for name in VOCABULARIES:

@@ -1,1 +1,1 @@
-"""`keel bench`: where the time of a step goes."""
+"""`keel bench`: time of a training step, by part."""

@@ -1,4 +1,4 @@
-"""`keel bench` from its arguments to its figures."""
+"""`keel bench`: configurations, measurement and results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from keel_megatron.runtime.versions import package_versions
 
 @dataclass(frozen=True)
 class Bench:
-    """What a bench found: lines to show, and the same as plain values."""
+    """Results of a benchmark: lines of text, and a JSON object."""
 
     lines: list[str]
     figures: dict[str, Any]
@@ -39,23 +39,23 @@ def run_bench(
     random_tokens: bool,
     profile: Path | None = None,
 ) -> Bench | None:
-    """Bench a configuration, or its variants in turn, in this process of a group.
+    """Benchmark a configuration, or variants of it, in this process of a group.
 
     Args:
         path: the YAML file.
         overrides: `section.key=value` each.
         compare: `section.key=a,b,...`, or None.
-        warmup: steps that are not counted.
-        steps: steps that are.
-        random_tokens: draw the tokens in place of reading the run's text.
-        profile: where a torch trace of one step goes.
+        warmup: untimed steps.
+        steps: timed steps.
+        random_tokens: use random tokens instead of the training data.
+        profile: file for a torch trace of one step.
 
     Returns:
-        The figures on rank 0; None elsewhere.
+        The results on rank 0; None elsewhere.
 
     Raises:
-        ConfigError: a configuration is wrong.
-        UserError: variants that cannot be compared.
+        ConfigError: a configuration has errors.
+        UserError: the variants cannot be compared.
     """
     world_size = Launch.from_environment().world_size
     configs = _variants(path, overrides, compare, world_size)
@@ -122,11 +122,11 @@ def _variants(
 
 
 def _where(runtime: Runtime, config: RunConfig) -> str:
-    """The machine and the layout, in words."""
+    """Description of the machine and the layout."""
     if runtime.device.type == "cuda":
         device = torch.cuda.get_device_name(runtime.device)
     else:
-        device = f"{_cpu()}, {runtime.threads} thread(s) a process"
+        device = f"{_cpu()}, {runtime.threads} thread(s) per process"
     return (
         f"{runtime.launch.world_size} process(es) on {device}; TP {runtime.tensor_size} x PP "
         f"{runtime.pipeline_size} x VPP {config.parallel.virtual_pipeline} x DP "

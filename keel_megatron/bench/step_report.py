@@ -1,4 +1,4 @@
-"""What `keel bench` prints: medians, spread, parts, and how far from this device's best."""
+"""Output of `keel bench`: medians, spread, parts, and comparison with the roofline."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from keel_megatron.runtime.tables import table_lines
 
 
 def summary(ranks: list[Samples], roofline: Roofline) -> dict[str, Any]:
-    """One configuration's figures, from all ranks' samples.
+    """Results of one configuration, from the samples of all ranks.
 
-    Seconds are medians over the steps; of a part, the mean over ranks and the largest rank's.
+    Times are medians over steps; for parts, the mean and the maximum over ranks.
     """
     first, devices = ranks[0], len(ranks)
     low, middle, high = statistics.quantiles(first.steps, n=4)
@@ -42,10 +42,10 @@ def summary(ranks: list[Samples], roofline: Roofline) -> dict[str, Any]:
 
 
 def _ideal_seconds(samples: Samples, roofline: Roofline, devices: int) -> float:
-    """A step at this device's best: products at its largest one's rate, the rest at a copy's.
+    """Roofline time of a step: products at the rate of the largest one, the rest at a copy's.
 
-    No launch, no message, no bubble, no optimizer: what the passes' arithmetic and traffic alone
-    would take, spread evenly over the devices.
+    Only arithmetic and memory access of the passes, divided evenly among the devices; without
+    kernel launches, communication, pipeline bubble and optimizer.
     """
     config = samples.config
     device = Device(
@@ -75,7 +75,7 @@ def _ideal_seconds(samples: Samples, roofline: Roofline, devices: int) -> float:
 
 
 def report(found: list[dict[str, Any]], roofline: Roofline, where: str) -> list[str]:
-    """Lines for a terminal; several configurations beside the first."""
+    """The results as lines; further configurations are compared with the first."""
     lines = [
         where,
         f"roofline here: {roofline.tflops:.3g} TFLOP/s in the largest product, "
@@ -94,7 +94,7 @@ def report(found: list[dict[str, Any]], roofline: Roofline, where: str) -> list[
         base = found[0]["step_seconds"]
         row("  ratio", [f"{one['step_seconds'] / base:.3f}" for one in found])
     row("tokens/s", [f"{one['tokens_per_second']:,.0f}" for one in found])
-    row("model TFLOP/s a device", [f"{one['tflops_per_device']:.3g}" for one in found])
+    row("model TFLOP/s per device", [f"{one['tflops_per_device']:.3g}" for one in found])
     row("MFU (of the largest product)", [f"{one['mfu']:.1%}" for one in found])
     row("roofline's step, ms", [f"{one['roofline_seconds'] * 1e3:.1f}" for one in found])
     row("peak memory, GB (worst rank)", [f"{one['peak_memory_gb']:.3f}" for one in found])

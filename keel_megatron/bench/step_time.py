@@ -1,4 +1,4 @@
-"""Time a run's steps part by part, of one configuration or of several in turn."""
+"""Measures the time of training steps by part, for one or several configurations."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from keel_megatron.training.ready import open_batches
 from keel_megatron.training.step_report import peak_memory_gb, step_record
 
 PARTS = (*PASSES, "optimizer", "data", "logging")
-"""What a step's time is made of; they add up to it."""
+"""Parts of a step; their times add up to that of the step."""
 
 
 @dataclass
 class Samples:
-    """Seconds of every timed step of one configuration, on one rank."""
+    """Times of the steps of one configuration on one rank, seconds."""
 
     name: str
     config: RunConfig
@@ -45,16 +45,16 @@ class Samples:
     losses: list[float] = field(default_factory=list)
     peak_memory_gb: float = 0.0
     checkpoint_stall: float | None = None
-    """Seconds for which one save kept training waiting; None if none was asked for."""
+    """Time for which a save blocked training, seconds; None without checkpoints."""
 
     @property
     def tokens(self) -> int:
-        """Of a step, all replicas together."""
+        """Tokens per step, of all replicas."""
         return self.config.training.global_batch_size * self.config.data.seq_length
 
     @property
     def flops(self) -> float:
-        """Model FLOPs of a step, all devices together (architecture/flops.py has the formula)."""
+        """Model FLOPs per step, of all devices (architecture/flops.py)."""
         config = self.config
         return self.tokens * training_flops_per_token(
             config.model, config.data.seq_length, config.data.vocab_size
@@ -71,19 +71,20 @@ def time_steps(
     say: Callable[[str], None],
     profile: Path | None = None,
 ) -> list[Samples]:
-    """Train every configuration, a step of each in turn.
+    """Train all configurations, alternating after each step.
 
-    Nothing of the runs is kept: their folders are temporary. Checkpoints of several nodes need one
-    that all share, so there it lies in `training.runs_dir`.
+    The runs' folders are temporary. With several nodes, checkpoints need a shared folder, in
+    `training.runs_dir`.
 
     Args:
-        configs: by name; of one layout.
-        runtime: this rank's place.
-        warmup: steps of each that are not counted.
-        steps: steps of each that are.
-        random_tokens: draw the tokens in place of reading the run's text.
-        say: told how far it is, on rank 0.
-        profile: where rank 0 writes a torch trace of one further step of the first configuration.
+        configs: configurations by name, with the same layout.
+        runtime: this rank.
+        warmup: untimed steps per configuration.
+        steps: timed steps per configuration.
+        random_tokens: use random tokens instead of the training data.
+        say: called with progress messages on rank 0.
+        profile: file to which rank 0 writes a torch trace of a further step of the first
+            configuration.
 
     Raises:
         UserError: `training.runs_dir` is needed and cannot be written.
@@ -110,7 +111,7 @@ def time_steps(
 
 
 def _temporary(configs: dict[str, RunConfig], runtime: Runtime, stack: ExitStack) -> Path:
-    """A folder until the end of the stack."""
+    """A temporary folder, removed at the end of the stack."""
     saving = [config for config in configs.values() if config.checkpoint.every]
     shared = saving[0].training.runs_dir if saving and len(set(runtime.hosts)) > 1 else None
     try:
@@ -119,14 +120,14 @@ def _temporary(configs: dict[str, RunConfig], runtime: Runtime, stack: ExitStack
         made = tempfile.TemporaryDirectory(prefix=".keel-bench-", dir=shared)
     except OSError as error:
         raise UserError(
-            f"training.runs_dir: checkpoints of several nodes are written there, and {shared} "
+            f"training.runs_dir: checkpoints of several nodes need this folder, and {shared} "
             f"cannot be written: {error.strerror}; or set checkpoint.every=0"
         ) from error
     return Path(stack.enter_context(made)).resolve()
 
 
 class _Run:
-    """One configuration, ready to step."""
+    """A run of one configuration."""
 
     def __init__(
         self,
@@ -162,9 +163,9 @@ class _Run:
     def opened(
         cls, name: str, config: RunConfig, runtime: Runtime, folder: Path, random_tokens: bool
     ) -> Iterator[_Run]:
-        """The run, until the end of the block."""
+        """Open the run for the duration of the block."""
         training = config.training.model_copy(update={"runs_dir": folder / f"run-{name}"})
-        # Reporting is part of a step; but a team's server is to hear nothing of a bench.
+        # Metrics are part of a step, but a benchmark must not report to a team's server.
         tracking = config.tracking.model_copy(update={"uri": None})
         config = config.model_copy(update={"training": training, "tracking": tracking})
         with (
@@ -174,7 +175,7 @@ class _Run:
             yield cls(name, config, runtime, tracker, random_tokens)
 
     def step(self, *, counted: bool) -> None:
-        """Take one step; keep its times if it counts."""
+        """Train one step, and record its times if counted."""
         config, position = self.samples.config, self._position
         rate = config.optimizer.learning_rate
         self.runtime.barrier()
@@ -201,7 +202,7 @@ class _Run:
             values.append(found[part])
 
     def save(self) -> None:
-        """One checkpoint, if the run asks for any: how long training waits for it."""
+        """Save a checkpoint, if the run saves any, and time how long it blocks training."""
         config = self.samples.config
         if config.checkpoint.every == 0:
             return
@@ -235,16 +236,16 @@ def _trace(run: _Run, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Roofline:
-    """What this device does at best, measured here."""
+    """Measured peak rates of this device."""
 
     tflops: float
-    """1e12 FLOP/s of a large matrix product in the run's compute type."""
+    """Rate of a large matrix product in the run's compute type, 1e12 FLOP/s."""
     bandwidth_gb: float
-    """1e9 bytes/s, read and written, of a large copy."""
+    """Rate of a large copy, read and written, 1e9 bytes/s."""
 
 
 def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
-    """Time the largest product and the largest copy that are worth waiting for."""
+    """Measure a large matrix product and a large copy."""
     cuda = device.type == "cuda"
     n, size = (8192, 2**31) if cuda else (1024, 2**27)
     a = torch.randn(n, n, device=device).to(dtype)
@@ -253,7 +254,7 @@ def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
     product = torch.empty_like(a)
 
     def seconds(call: Callable[[], Tensor]) -> float:
-        """The fastest of some calls."""
+        """The shortest time of several calls, seconds."""
         times = []
         for _ in range(7):
             if cuda:

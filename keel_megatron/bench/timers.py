@@ -1,4 +1,4 @@
-"""Where the time of a step's passes goes, through Megatron-core's own timers."""
+"""Times of the parts of a step's passes, from Megatron-core's timers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 PASSES = ("forward", "backward", "pipeline messages", "gradient sync", "schedule")
-"""Parts of the passes. Waiting for a neighbour is in the messages; tensor-parallel collectives are
-in forward and backward; `schedule` is what is left."""
+"""Parts of the passes. Pipeline messages include waiting for a neighbour; forward and backward
+include tensor-parallel collectives; `schedule` is the rest."""
 
 
 class PartTimers:
-    """Megatron-core's `config.timers`: it calls them around what its schedules do.
+    """Megatron-core's `config.timers`, which its schedules call.
 
-    On CUDA they are events on the current stream, read when the step is over: nothing waits.
+    On CUDA they are events on the current stream, read after the step, without synchronisation.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,19 +26,19 @@ class PartTimers:
         self._spans: list[tuple[str, Any, Any]] = []
 
     def __call__(self, name: str, log_level: int | None = None) -> _Timer:  # noqa: ARG002
-        """The timer of that name."""
+        """The timer with that name."""
         return _Timer(self, name)
 
     def start(self, name: str) -> None:
-        """Begin a span."""
+        """Start a timer."""
         self._open[name] = self._mark()
 
     def stop(self, name: str) -> None:
-        """End it."""
+        """Stop a timer."""
         self._spans.append((name, self._open.pop(name), self._mark()))
 
     def take(self) -> dict[str, float]:
-        """Seconds by part since the last call; `passes` are all of them with what lies between."""
+        """Times by part since the last call, seconds; `passes` is the total of the passes."""
         if self._cuda:
             torch.cuda.synchronize()
         found: dict[str, float] = defaultdict(float)
@@ -48,8 +48,8 @@ class PartTimers:
         self._spans.clear()
         names = ("forward", "backward", "pipeline messages", "gradient sync")
         result = {name: found[name] for name in names}
-        # Megatron-core stops its span of the passes before it reduces the gradients or after it,
-        # by schedule: whatever is left of them is the schedule's own.
+        # Depending on the schedule, Megatron-core's timer of the passes includes the gradient
+        # reduction or not; the remainder is the schedule's own time.
         result["schedule"] = max(0.0, found["passes"] - sum(result.values()))
         return result | {"passes": max(found["passes"], sum(result.values()))}
 
@@ -74,7 +74,7 @@ class _Timer:
 
 
 def _part_of(name: str) -> str:
-    """The part that a timer of Megatron-core's belongs to."""
+    """The part to which a Megatron-core timer belongs."""
     if name == "forward-backward":
         return "passes"
     if "send" in name or "recv" in name:

@@ -1,1 +1,1 @@
-"""Nodes and links: doctor, pre-flight checks, probes, watchdog."""
+"""Cluster: doctor, pre-flight checks, bandwidth and connectivity probes, watchdog."""

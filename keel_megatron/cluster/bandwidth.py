@@ -1,8 +1,8 @@
-"""Latency and bandwidth of the links that a layout uses, and which of them are slow.
+"""Bandwidth probe: latency and bandwidth between ranks of a layout, and slow connections.
 
-Every group of the layout is a ring of ranks here. Neighbours play ping-pong, all disjoint pairs at
-the same time, as they would send at the same time in training; so a host's network card is shared
-as it will be.
+The probe treats every group of the layout as a ring of ranks. Neighbours exchange messages, all
+disjoint pairs at the same time, as in training. So ranks share a host's network card as in
+training.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from keel_megatron.runtime.distributed import Runtime
 _ROUNDS = 8
 _SMALLEST, _GROWTH = 1 << 16, 4
 _LARGEST = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Bytes of a message; it grows until it takes `_LONG_ENOUGH`."""
+"""Initial message size, bytes; it grows until a message takes `_LONG_ENOUGH`."""
 _LONG_ENOUGH = 0.03
 _SLOW_RATE, _SLOW_LATENCY, _LEAST_LATENCY = 1 / 4, 10.0, 5e-3
 
 
 @dataclass(frozen=True)
 class Link:
-    """Two neighbours in a group of the layout."""
+    """The connection of two neighbours in a group of the layout."""
 
     kind: str
     """pipeline, data or tensor."""
     hosts: tuple[str, str]
     ranks: tuple[int, int]
     latency: float
-    """One way, in seconds."""
+    """One-way latency, seconds."""
     rate: float
-    """Bytes per second, the mean of both ways."""
+    """Bandwidth, bytes per second, the mean of both directions."""
 
     @property
     def between_hosts(self) -> bool:
-        """Whether it needs the network."""
+        """Whether the ranks are on different hosts."""
         return self.hosts[0] != self.hosts[1]
 
     def __str__(self) -> str:
@@ -56,13 +56,13 @@ class Reduction:
     kind: str
     size: int
     latency: float
-    """Of a few bytes, in seconds."""
+    """Time of a few bytes, seconds."""
     rate: float
-    """Bus bandwidth, 2 (n - 1) / n x bytes / seconds: comparable with a link's rate."""
+    """Bus bandwidth, 2 (n - 1) / n x bytes / seconds: comparable with a connection's bandwidth."""
 
 
 def ring_rounds(size: int) -> list[list[tuple[int, int]]]:
-    """The neighbours of a ring in rounds of disjoint pairs, the first of a pair beginning."""
+    """Neighbours of a ring, in rounds of disjoint pairs (first sender, receiver)."""
     pairs = [(i, (i + 1) % size) for i in range(size if size > 2 else size - 1)]
     closing = pairs[-1:] if size > 2 and size % 2 else []
     open_ring = pairs[: len(pairs) - len(closing)]
@@ -75,13 +75,13 @@ def probe_links(
     runtime: Runtime,
     note: Callable[[str], None],
 ) -> Iterator[Link]:
-    """The links of this rank's group that this rank measures; collective over the group.
+    """Measure this rank's connections in a group; collective over the group.
 
     Args:
-        kind: the group's name.
-        group: gloo's or NCCL's.
-        runtime: this rank's place.
-        note: told what is about to be done, for whoever finds that it never ends.
+        kind: name of the group.
+        group: a gloo or NCCL group.
+        runtime: this rank.
+        note: called with each action before it starts, to report it if it hangs.
     """
     ranks = dist.get_process_group_ranks(group)
     mine = ranks.index(dist.get_rank())
@@ -100,7 +100,7 @@ def probe_links(
 
 
 def probe_reduction(kind: str, group: dist.ProcessGroup, device: torch.device) -> Reduction:
-    """An all-reduce's latency and bus bandwidth; collective over the group."""
+    """Measure latency and bus bandwidth of an all-reduce; collective over the group."""
     size, largest = _SMALLEST, _LARGEST[device.type]
     world = dist.get_world_size(group)
 
@@ -124,7 +124,7 @@ def probe_reduction(kind: str, group: dist.ProcessGroup, device: torch.device) -
 
 
 def _ask(other: int, group: dist.ProcessGroup, device: torch.device) -> tuple[float, float]:
-    """Latency and rate of the link to a rank that answers (`_answer`)."""
+    """Latency and bandwidth to a rank that runs `_answer`."""
 
     def round_trip(size: int) -> float:
         message = torch.zeros(size, dtype=torch.uint8, device=device)
@@ -162,13 +162,14 @@ def _finish(device: torch.device) -> None:
 
 
 def slow_links(links: Sequence[Link]) -> list[str]:
-    """The links that are far behind their like, each in a sentence with the others' figure.
+    """Describe connections that are much slower than comparable ones.
 
-    Like is what is of the same kind of group and needs the network, or does not. The measure is
-    the median, of an even number the better one, so that of two links the worse one is seen.
+    Comparable connections are of the same kind of group, and all within a host or all between
+    hosts. The reference is the median (the better middle value of an even number, so that the worse
+    of two connections is found).
     """
     found = []
-    for like in _alike(links):
+    for like in _comparable(links):
         rate = median_high(link.rate for link in like)
         latency = -median_high(-link.latency for link in like)
         for link in like:
@@ -180,9 +181,9 @@ def slow_links(links: Sequence[Link]) -> list[str]:
 
 
 def describe_links(links: Sequence[Link]) -> list[str]:
-    """One line for each kind of link: how many, their latency and rate, the slowest."""
+    """One line per kind of connection: count, latency, bandwidth, and the slowest."""
     lines = []
-    for like in _alike(links):
+    for like in _comparable(links):
         worst = min(like, key=lambda link: link.rate)
         where = "between hosts" if worst.between_hosts else "within a host"
         latency = median(link.latency for link in like)
@@ -196,7 +197,7 @@ def describe_links(links: Sequence[Link]) -> list[str]:
     return lines
 
 
-def _alike(links: Sequence[Link]) -> list[list[Link]]:
+def _comparable(links: Sequence[Link]) -> list[list[Link]]:
     classes: dict[Any, list[Link]] = {}
     for link in links:
         classes.setdefault((link.kind, link.between_hosts), []).append(link)

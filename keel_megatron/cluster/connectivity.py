@@ -1,4 +1,4 @@
-"""Which hosts of a run reach each other, asked when nothing moves any more."""
+"""Connectivity probe: which hosts can connect to each other, tested when a run hangs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch.distributed as dist
 from keel_megatron.runtime.distributed import Runtime
 
 ANSWER_SECONDS = 1.0
-"""For a host to answer; a network that works takes milliseconds."""
+"""Timeout for a host to answer, seconds; a working network takes milliseconds."""
 _ASKED = 64
-"""Hosts that one host asks."""
+"""Number of hosts that each host tests."""
 
 
 class Doorbells:
-    """A listening socket on every host, which the others can try; nothing is ever sent.
+    """A listening socket on each host, for connection tests; no data is sent.
 
-    Made by all ranks together. On one host alone there is nothing to listen or ask.
+    Collective over all ranks. Does nothing on a single host.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -34,17 +34,17 @@ class Doorbells:
         if runtime.launch.local_rank == 0:
             self._socket = socket.create_server(("", 0), backlog=_ASKED)
             mine = (runtime.host, _own_address(runtime), self._socket.getsockname()[1])
-        told: list[tuple[str, str, int] | None] = [mine] * runtime.launch.world_size
-        dist.all_gather_object(told, mine)
+        gathered: list[tuple[str, str, int] | None] = [mine] * runtime.launch.world_size
+        dist.all_gather_object(gathered, mine)
         if mine is not None:
-            known = {host: (address, port) for host, address, port in filter(None, told)}
+            known = {host: (address, port) for host, address, port in filter(None, gathered)}
             names = list(known)
             first = names.index(runtime.host) + 1  # the next ones, in a ring
             for name in (names[first:] + names[: first - 1])[:_ASKED]:
                 self._others[name] = known[name]
 
     def unanswered(self) -> list[str]:
-        """The hosts that this one does not reach; none where it does not ask."""
+        """The hosts to which this one cannot connect; empty if it does not test."""
         if not self._others:
             return []
         with ThreadPoolExecutor(len(self._others)) as pool:
@@ -58,10 +58,10 @@ class Doorbells:
 
 
 def cut_off(unanswered: Mapping[str, Sequence[str]]) -> str | None:
-    """Who is cut off from whom, in words; None if everybody reaches everybody.
+    """Describe which hosts are disconnected; None if all are connected.
 
     Args:
-        unanswered: for each host that asked, those that did not answer.
+        unanswered: for each testing host, the hosts that did not answer.
     """
     pairs = {frozenset((host, other)) for host, others in unanswered.items() for other in others}
     if not pairs:
@@ -76,7 +76,7 @@ def cut_off(unanswered: Mapping[str, Sequence[str]]) -> str | None:
 
 
 def _own_address(runtime: Runtime) -> str:
-    """The address by which the others reach this host: that of the route to the first node."""
+    """This host's address for the others: that of the route to the first node."""
     main = os.environ.get("MASTER_ADDR", "127.0.0.1")
     if runtime.host == runtime.hosts[0]:
         return main

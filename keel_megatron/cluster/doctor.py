@@ -1,4 +1,4 @@
-"""What this machine has: packages, devices, and the traps among them."""
+"""Doctor: installed packages and devices of this machine, and known problems."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ _OTHER_APEX = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked for."""
+    """A checked library or device."""
 
     name: str
     text: str
-    """Its version, or "absent" and what that means."""
+    """Its version, or "absent" with the consequence."""
     warning: str | None = None
-    """What its user should do about it."""
+    """What the user should do, or None."""
 
 
 def find() -> list[Finding]:
-    """Everything that a run could stand on, whether it is there or not."""
+    """All libraries that a run can use, installed or not."""
     return [
         Finding("torch", f"{torch.__version__}"),
         Finding("CUDA", _cuda()),
@@ -61,10 +61,10 @@ def find() -> list[Finding]:
 
 
 def used(config: RunConfig | None) -> list[Finding]:
-    """The device and the norm of a run here.
+    """The device and the norm implementation of a run on this machine.
 
     Args:
-        config: the run; None = one with the defaults.
+        config: the run; None: the defaults.
     """
     cuda = device_type(config) == "cuda"
     fused = cuda and importlib.util.find_spec("triton") is not None
@@ -75,20 +75,20 @@ def used(config: RunConfig | None) -> list[Finding]:
 
 
 def device_type(config: RunConfig | None) -> str:
-    """`cuda` or `cpu`: what a run here would train on; None = one with the defaults."""
+    """Device type of a run on this machine, `cuda` or `cpu`; None: the default configuration."""
     wanted = "auto" if config is None else config.training.device
     return "cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu"
 
 
 def versions() -> dict[str, str]:
-    """Versions of all that can change what a rank computes, and a digest of this code."""
+    """Versions of everything that can change results, and a digest of this code."""
     found = package_versions() | {"torch": str(torch.__version__)}
     found["keel-megatron"] += f" (code {_code_digest()})"
     return found | {"CUDA": str(torch.version.cuda), "NCCL": _nccl()}
 
 
 def facts(config: RunConfig) -> dict[str, Any]:
-    """What must be equal on all ranks of a run, by name: versions and the configuration."""
+    """What must be identical on all ranks, by name: versions and the configuration."""
     return versions() | flatten(config)
 
 
@@ -106,7 +106,7 @@ def device_memory() -> list[float]:
 
 
 def describe_devices() -> str:
-    """This node's devices in words."""
+    """Description of this node's devices."""
     memory = device_memory()
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(n) for n in range(len(memory))}
@@ -152,7 +152,7 @@ def _mlflow() -> Finding:
 
 
 def _apex() -> Finding:
-    """NVIDIA's Apex is what has amp_C and apex.optimizers; the name alone says nothing."""
+    """NVIDIA's Apex has amp_C and apex.optimizers; the package name is not enough."""
     if _imports("amp_C") and _imports("apex.optimizers"):
         return Finding("apex", f"{version('apex') or 'built from source'}, NVIDIA's")
     found = importlib.util.find_spec("apex")
@@ -163,7 +163,7 @@ def _apex() -> Finding:
         return Finding(
             "apex",
             f"{version('apex')}, without its extensions: not used",
-            "NVIDIA's Apex is there without amp_C: build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1",
+            "NVIDIA's Apex has no amp_C: build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1",
         )
     return Finding("apex", f"{version('apex')}, not NVIDIA's: not used", _OTHER_APEX)
 
@@ -175,7 +175,7 @@ def _transformer_engine() -> Finding:
         return Finding(name, "absent (optional)")
     try:
         _import("transformer_engine.pytorch")
-    except RuntimeError as error:  # what the empty package says of itself
+    except RuntimeError as error:  # the error of the empty package
         return Finding(name, f"{found}, broken: {_first_line(error)}", _EMPTY_TRANSFORMER_ENGINE)
     except (ImportError, OSError) as error:
         text = f"{found}, cannot be imported: {_first_line(error)}"
@@ -192,7 +192,7 @@ def _there(module: str) -> bool:
 def _imports(module: str) -> bool:
     try:
         _import(module)
-    except Exception:  # whatever a package of another kind does when it is imported
+    except Exception:  # importing an unrelated package may raise any error
         return False
     return True
 
@@ -209,7 +209,7 @@ def _first_line(error: BaseException) -> str:
 
 @cache
 def _code_digest() -> str:
-    """Of this package's sources: nodes with different checkouts compute different things."""
+    """Digest of this package's sources, to detect nodes with different checkouts."""
     root = Path(keel_megatron.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):

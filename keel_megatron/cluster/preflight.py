@@ -1,8 +1,8 @@
-"""Before training: are the nodes fit for each other? In seconds, not after an hour.
+"""Pre-flight check of the nodes before training.
 
-Versions, code and configuration are compared before any group is made (`runtime/rendezvous.agree`);
-here follow the devices, the clocks, the folders and the links. What is broken is an error, what is
-slow a warning.
+Versions, code and configuration are compared before process groups are created
+(`runtime/rendezvous.agree`). This module checks devices, clocks, shared folders and bandwidth.
+Failures are errors; slow connections are warnings.
 """
 
 from __future__ import annotations
@@ -37,44 +37,44 @@ from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime
 
 DEADLINE_SECONDS = {"cpu": 30.0, "cuda": 120.0}
-"""Longest pre-flight; NCCL opens its connections in it."""
+"""Time limit of the pre-flight, seconds; it includes NCCL's connection setup."""
 CLOCK_SECONDS = 1.0
-"""Clocks may differ so much."""
+"""Tolerated clock difference, seconds."""
 SHARED_SECONDS = 10.0
-"""For a network file system to show one node what another has written."""
+"""Time for a network file system to show other nodes' writes, seconds."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """What one rank says of its node."""
+    """Properties of a rank's node."""
 
     host: str
     local_rank: int
     memory: list[float]
-    """GB of each device."""
+    """Memory of each device, GB."""
     clock: float
-    """Seconds since 1970, right after a barrier."""
+    """Clock right after a barrier, seconds since 1970."""
 
 
 def wanted(config: RunConfig, launch: Launch) -> bool:
-    """Whether this run begins with a pre-flight."""
+    """Whether this run starts with a pre-flight."""
     several = launch.world_size > launch.local_world_size
     choice = config.parallel.preflight
     return choice == "always" or (choice == "auto" and several)
 
 
 def check(config: RunConfig, runtime: Runtime) -> list[str]:
-    """See that the nodes can train together; collective over all ranks.
+    """Check that the nodes can train together; collective over all ranks.
 
     Args:
         config: the run.
-        runtime: this rank's place, its groups made.
+        runtime: this rank, with its process groups.
 
     Returns:
-        What was found, as lines, warnings among them; the same on all ranks.
+        The results and warnings as lines; the same on all ranks.
 
     Raises:
-        UserError: something is broken; says on which host. On all ranks.
+        UserError: a check failed; names the host. Raised on all ranks.
     """
     began = time.monotonic()
     with _Deadline(runtime).running() as deadline:
@@ -93,9 +93,9 @@ def check(config: RunConfig, runtime: Runtime) -> list[str]:
 
 
 class _Deadline:
-    """Ends this process, saying what it waits for, when the pre-flight takes too long.
+    """Ends this process with a message when the pre-flight takes too long.
 
-    A broken link blocks a rank in C for as long as the group's time-out; nothing else can end it.
+    A broken connection blocks a rank in C code until the group's timeout; nothing else can end it.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -104,12 +104,12 @@ class _Deadline:
         self._waits_for = ""
 
     def note(self, what: str) -> None:
-        """Say what is waited for from now on."""
+        """Set what this rank is waiting for."""
         self._waits_for = what
 
     @contextmanager
     def running(self) -> Iterator[_Deadline]:
-        """Count the time of the block."""
+        """Apply the time limit to the block."""
         timer = threading.Timer(self._seconds, self._expire)
         timer.daemon = True
         timer.start()
@@ -126,11 +126,11 @@ class _Deadline:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(exit_codes.FAILED)  # a network may be mended by the next start
+        os._exit(exit_codes.FAILED)  # the network may work at the next start
 
 
 def _gather_nodes(runtime: Runtime) -> list[Node]:
-    """Every rank's node, by rank, on all ranks."""
+    """The nodes of all ranks, by rank, on all ranks."""
     launch = runtime.launch
     memory = device_memory()
     runtime.barrier()
@@ -141,10 +141,10 @@ def _gather_nodes(runtime: Runtime) -> list[Node]:
 
 
 def _check_devices(nodes: Sequence[Node]) -> None:
-    """Refuse two launchers' ranks on one device; the same judgement on all ranks.
+    """Refuse ranks of two launchers on one device; the same result on all ranks.
 
     Raises:
-        UserError: a device has more ranks than one.
+        UserError: several ranks use the same device.
     """
     places = [(node.host, node.local_rank) for node in nodes]
     for rank, place in enumerate(places):
@@ -152,23 +152,23 @@ def _check_devices(nodes: Sequence[Node]) -> None:
         if first != rank:
             raise UserError(
                 f"ranks {first} and {rank} are both process {place[1]} of a host {place[0]}: start "
-                "one launcher a node, and give the nodes different host names",
+                "one launcher per node, and give the nodes different host names",
                 reported=dist.get_rank() != 0,
             )
 
 
 def _folders(config: RunConfig) -> list[tuple[Path, str]]:
-    """The folders that all nodes must share, and the settings that name them."""
+    """The folders that all nodes must share, with their settings."""
     found = {config.training.runs_dir.absolute(): "training.runs_dir"}
     found.setdefault(config.data.cache_dir.absolute(), "data.cache_dir")
     return list(found.items())
 
 
 def _check_shared(runtime: Runtime, folder: Path, setting: str) -> None:
-    """See that what one node writes to a folder, the others read; collective.
+    """Check that all nodes share a folder; collective.
 
     Raises:
-        UserError: it cannot be written, or is another folder on another node.
+        UserError: the folder cannot be written, or differs between nodes.
     """
     is_leader = runtime.launch.local_rank == 0
     token = runtime.from_main(lambda: uuid.uuid4().hex)
@@ -183,20 +183,20 @@ def _check_shared(runtime: Runtime, folder: Path, setting: str) -> None:
                 problem = "does not show what rank 0 wrote"
             else:
                 problem = _write(place / f"rank_{runtime.rank}", token)
-        told = runtime.gather((runtime.host, problem, is_leader and not runtime.is_main))
-        runtime.from_main(lambda: _judge_folder(folder, setting, place, told))
+        gathered = runtime.gather((runtime.host, problem, is_leader and not runtime.is_main))
+        runtime.from_main(lambda: _judge_folder(folder, setting, place, gathered))
     finally:
-        if runtime.is_main:  # NFS may not show yet all that is in it; that is no error
+        if runtime.is_main:  # NFS may not show all entries yet; that is not an error
             shutil.rmtree(place, ignore_errors=True)
 
 
 def _judge_folder(
-    folder: Path, setting: str, place: Path, told: Sequence[tuple[str, str | None, bool]]
+    folder: Path, setting: str, place: Path, gathered: Sequence[tuple[str, str | None, bool]]
 ) -> None:
-    main = told[0][0]
-    for rank, (host, problem, writes) in enumerate(told):
+    main = gathered[0][0]
+    for rank, (host, problem, writes) in enumerate(gathered):
         if problem is None and writes and not _appears(place / f"rank_{rank}"):
-            problem = f"keeps its own: host {main} does not see what host {host} wrote"
+            problem = f"is not shared: host {main} does not see what host {host} wrote"
         if problem is not None:
             raise UserError(
                 f"{setting}: {folder} on host {host} {problem}; it must be one folder that all "
@@ -205,7 +205,7 @@ def _judge_folder(
 
 
 def _write(path: Path, text: str) -> str | None:
-    """Write a file; what is wrong if it cannot be."""
+    """Write a file; returns the problem, if there is one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -219,7 +219,7 @@ def _appears(path: Path) -> bool:
     while not path.is_file():
         if time.monotonic() > deadline:
             return False
-        # Listing a folder makes NFS look again.
+        # Listing a folder refreshes the NFS cache.
         if path.parent.is_dir():
             list(path.parent.iterdir())
         time.sleep(0.05)
@@ -227,7 +227,7 @@ def _appears(path: Path) -> bool:
 
 
 def _probe(runtime: Runtime, deadline: _Deadline) -> tuple[list[Link], list[Reduction]]:
-    """Measure all groups of the layout; everything on rank 0, nothing elsewhere."""
+    """Measure all groups of the layout; returns the results on rank 0."""
     from megatron.core import parallel_state
 
     links: list[Link] = []
@@ -245,8 +245,8 @@ def _probe(runtime: Runtime, deadline: _Deadline) -> tuple[list[Link], list[Redu
             deadline.note(f"the {kind} group's all-reduce")
             reductions.append(probe_reduction(kind, group, runtime.device))
     deadline.note("all other ranks' measurements")
-    told = runtime.gather((links, reductions))
-    return [x for some, _ in told for x in some], [x for _, some in told for x in some]
+    gathered = runtime.gather((links, reductions))
+    return [x for some, _ in gathered for x in some], [x for _, some in gathered for x in some]
 
 
 def _report(
@@ -256,7 +256,7 @@ def _report(
     reductions: Sequence[Reduction],
     seconds: float,
 ) -> list[str]:
-    """What was found, in lines; warnings last."""
+    """The results as lines, warnings last."""
     skew = {node.host: node.clock - nodes[0].clock for node in nodes}
     worst = max(abs(value) for value in skew.values())
     memory = sorted({round(gb, 1) for node in nodes for gb in node.memory})
@@ -276,7 +276,7 @@ def _report(
     warnings = [f"slow link {text}" for text in slow_links(links)]
     warnings += [
         f"the clock of host {host} is {abs(value):.3g} s {'ahead of' if value > 0 else 'behind'} "
-        f"that of host {nodes[0].host}: time limits and log lines will not agree"
+        f"that of host {nodes[0].host}: time limits and log times will differ"
         for host, value in skew.items()
         if abs(value) > CLOCK_SECONDS
     ]
@@ -285,7 +285,7 @@ def _report(
 
 
 def _unequal_devices(nodes: Sequence[Node]) -> list[str]:
-    """Hosts with fewer or smaller devices than the best one has."""
+    """Hosts with fewer or smaller devices than the best one."""
     kinds = {node.host: (len(node.memory), round(min(node.memory))) for node in nodes}
     best = max(kinds.values())
     return [

@@ -1,15 +1,14 @@
-"""The watchdog: ends a group in which a rank hangs, and says which one.
+"""Watchdog: ends a process group in which a rank hangs, and names the rank.
 
-Every rank has a thread that looks at the time of the rank's last mark (a finished step, validation
-or save). While all is well that is all it does: nothing is written and nobody is asked. When one
-rank's mark is too old, it makes the folder `hangs/START` in the run's folder; the others' threads
-see it, and each rank that still can writes there the stacks of all its threads, what its main
-thread is doing and which hosts it does not reach. From these reports follows who did not arrive.
-Then every process ends itself, since a main thread that is blocked in a collective can do nothing
-any more.
+Each rank has a thread that checks the time of the rank's last progress (a finished step, validation
+or save). Without a hang it does nothing else. When a rank makes no progress for too long, its
+thread creates the folder `hangs/START` in the run's folder. The other ranks' threads see it. Each
+responsive rank writes a report there: the stacks of all threads, what its main thread is doing, and
+which hosts it cannot connect to. The reports identify the hanging rank. Then each process exits,
+because a main thread blocked in a collective cannot continue.
 
-Files, not the process group's store: the store may live in the very process that was stopped, and
-the run's folder is shared by all nodes anyway.
+The watchdog uses files and not the process group's store, because the store may be in the hanging
+process; all nodes share the run's folder anyway.
 """
 
 from __future__ import annotations
@@ -34,38 +33,38 @@ from keel_megatron.runtime.files import write_whole
 
 FOLDER = "hangs"
 _WAITING = ("torch/distributed/", "megatron/core/pipeline_parallel/", "param_and_grad_buffer.py")
-"""Files of code that waits for other ranks."""
+"""Source files of code that waits for other ranks."""
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank says of itself when the group hangs."""
+    """A rank's report when the group hangs."""
 
     rank: int
     place: str
-    """Its stage, tensor rank and replica."""
+    """Its pipeline stage, tensor rank and replica."""
     marks: int
-    """How often it has made progress."""
+    """Number of progress marks."""
     last: str
-    """What it had finished last."""
+    """Its last progress."""
     seconds: float
-    """How long ago."""
+    """Time since then, seconds."""
     main_thread: str
-    """Where its main thread is: file, line and function."""
+    """Position of its main thread: file, line and function."""
     waits: bool
-    """Whether it waits there for other ranks."""
+    """Whether it is waiting for other ranks."""
     host: str = ""
     unanswered: list[str] = field(default_factory=list)
-    """Hosts that its host does not reach, if it is the one that asks for its host."""
+    """Hosts to which its host cannot connect, if this rank tests for its host."""
 
 
 class Watchdog:
     """One rank's watchdog; a context manager around the training loop.
 
     Args:
-        runtime: this rank's place.
+        runtime: this rank.
         folder: the run's folder.
-        timeout: seconds without a mark until it acts; 0 = never.
+        timeout: seconds without progress until it acts; 0: never.
     """
 
     def __init__(self, runtime: Runtime, folder: Path, timeout: float) -> None:
@@ -82,7 +81,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def mark(self, what: str) -> None:
-        """Note progress, such as "step 17"."""
+        """Record progress, such as "step 17"."""
         self._marks += 1
         self._last = what
         self._time = time.monotonic()
@@ -106,11 +105,13 @@ class Watchdog:
                 self._end_group()
 
     def _end_group(self) -> None:
-        """Report, wait for the others' reports, say who is missing, and end this process."""
+        """Write a report, wait for the others' reports, print the verdict, and end this process."""
         grace = min(30.0, max(1.0, self._timeout / 4)) + ANSWER_SECONDS
-        # Should the file system be what hangs: C code ends the process without asking anybody.
+        # If the file system hangs, this C code still ends the process.
         faulthandler.dump_traceback_later(2 * grace, exit=True)
-        with suppress(OSError):  # the disk may be full: the others and the exit code matter more
+        with suppress(
+            OSError
+        ):  # the disk may be full; the other ranks and the exit code matter more
             self._folder.mkdir(parents=True, exist_ok=True)
             self._write_report()
         hosts = self._runtime.hosts
@@ -150,23 +151,23 @@ class Watchdog:
 
 
 def read_reports(folder: Path) -> list[RankReport]:
-    """The reports of a hang, by rank."""
+    """Read the reports of a hang, by rank."""
     paths = sorted(folder.glob("rank_*.txt"))
     heads = (path.read_text(encoding="utf-8").partition("\n")[0] for path in paths)
     return [RankReport(**json.loads(head)) for head in heads]
 
 
 def verdict(reports: Sequence[RankReport], hosts: Sequence[str], timeout: float) -> str:
-    """Who did not arrive, in one sentence.
+    """Name the hanging rank, in one sentence.
 
-    A rank that gives no report is stopped, dead or cut off. If all give one, it is the host that
-    the others do not reach; else who does not wait for others while others wait; else who has made
-    the least progress; else who is elsewhere than most (on CUDA all seem to wait for their own
-    device).
+    A rank without a report is stopped, dead or disconnected. If all ranks report, it is, in this
+    order: the host that others cannot connect to; the rank that does not wait while others wait;
+    the rank with the least progress; the rank at another position than most (on CUDA, all seem to
+    wait for their own device).
 
     Args:
-        reports: of the ranks that gave one, by rank.
-        hosts: every rank's host.
+        reports: the reports, by rank.
+        hosts: the host of every rank.
         timeout: `training.hang_timeout`.
     """
     world_size = len(hosts)

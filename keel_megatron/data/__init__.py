@@ -1,1 +1,1 @@
-"""Text to tokens to batches."""
+"""Training data: corpora, tokenizers, indexed tokens and batches."""

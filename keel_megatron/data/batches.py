@@ -1,4 +1,4 @@
-"""Tokens to micro-batches, in an order that depends on the seed and the samples consumed alone."""
+"""Micro-batches, in an order that depends only on the seed and the samples consumed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 
 _HEAD = struct.Struct("<9sQBQQ")
-"""Of an index: its mark, version, type of the tokens, and how many sequences and documents."""
+"""Header of an index: magic bytes, version, token type, number of sequences and documents."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Batch:
     tokens: Tensor
     """int64."""
     labels: Tensor
-    """int64: the token that follows."""
+    """int64: the next token."""
     loss_mask: Tensor
     """fp32: 1 where the label counts."""
     position_ids: Tensor
@@ -45,19 +45,19 @@ class Batch:
 
 
 class SequenceDataset:
-    """One epoch of `prefix`.bin: the shuffled documents' tokens, cut into sequences.
+    """One epoch of `prefix`.bin: the tokens of the shuffled documents, split into sequences.
 
-    The order is Megatron-core's GPTDataset's. It is drawn again at every start, in about a second
-    per 10 million documents, so no index files can be missing, damaged or replaced. Takes 12 bytes
-    of memory a document and 4 a sequence.
+    The order is that of Megatron-core's GPTDataset. It is computed at every start, in about a
+    second per 10 million documents, so it needs no index files. Memory: 12 bytes per document and 4
+    per sequence.
 
     Args:
         prefix: path of the indexed tokens, without .bin and .idx.
-        seq_length: tokens of a sequence.
+        seq_length: tokens per sequence.
         seed: the run's seed.
 
     Raises:
-        UserError: the index does not fit the tokens.
+        UserError: the index does not match the tokens.
     """
 
     def __init__(self, prefix: Path, seq_length: int, seed: int) -> None:
@@ -67,18 +67,18 @@ class SequenceDataset:
         random = np.random.RandomState(seed % 2**32)
         self._documents = np.arange(len(lengths), dtype=np.int32)
         random.shuffle(self._documents)
-        # Where each of the shuffled documents ends in the stream of all of them.
+        # End of each shuffled document in the stream of all tokens.
         self._ends = np.cumsum(lengths[self._documents], dtype=np.int64)
         count = max(0, int(self._ends[-1]) - 1) // seq_length
         self._order = np.arange(count, dtype=np.uint32 if count < 2**32 - 2 else np.int64)
         random.shuffle(self._order)
 
     def __len__(self) -> int:
-        """Sequences; what is left over at the stream's end is no sequence."""
+        """Number of sequences; a remainder at the end of the stream is dropped."""
         return len(self._order)
 
     def __getitem__(self, number: int) -> Tensor:
-        """A sequence and the token that follows it, int64 [seq_length + 1]."""
+        """A sequence and its next token, int64 [seq_length + 1]."""
         start = int(self._order[number]) * self.seq_length
         stop = start + self.seq_length + 1
         parts = []
@@ -94,10 +94,10 @@ class SequenceDataset:
 
 
 def _open(prefix: Path) -> Any:
-    """Megatron-core's IndexedDataset, which maps both files and reads no Python object.
+    """Open Megatron-core's IndexedDataset, which memory-maps both files and unpickles nothing.
 
     Raises:
-        UserError: as SequenceDataset.
+        UserError: as in SequenceDataset.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -114,32 +114,32 @@ def _open(prefix: Path) -> Any:
 
 
 def _check_index(index: Path, tokens: Path) -> None:
-    """See that an index has the form of Megatron-core's, and that all tokens it names are there."""
+    """Check the format of an index, and that all tokens that it refers to exist."""
     from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 
     with index.open("rb") as stream:
         magic, version, code, count, documents = _HEAD.unpack(stream.read(_HEAD.size))
     if (magic, version) != (_INDEX_HEADER, 1) or count == 0:
-        raise ValueError("its head is another")
+        raise ValueError("unknown header")
     if index.stat().st_size != _HEAD.size + 12 * count + 8 * documents:
-        raise ValueError("its size is another")
+        raise ValueError("wrong size")
     width, size = DType.size(DType.dtype_from_code(code)), tokens.stat().st_size
     lengths = np.fromfile(index, "<i4", count, offset=_HEAD.size).astype(np.int64)
     starts = np.fromfile(index, "<i8", count, offset=_HEAD.size + 4 * count)
-    # The starts by themselves, too: their sums with the lengths may overflow.
+    # The starts are checked separately too: their sums with the lengths may overflow.
     if lengths.min() < 1 or starts.min() < 0 or starts.max() > size:
-        raise ValueError("it names no tokens")
+        raise ValueError("it refers to no tokens")
     if (starts + width * lengths).max() > size or width * lengths.sum() > size:
-        raise ValueError("it names more tokens than there are")
+        raise ValueError("it refers to more tokens than exist")
 
 
 class SampleOrder:
-    """Which sample of the dataset is the k-th of the run: a new permutation every epoch.
+    """Order of samples in a run: a new permutation every epoch.
 
-    Neither the number of steps, nor the batch size, nor the layout has a say.
+    It does not depend on the number of steps, the batch size or the layout.
 
     Args:
-        samples: samples of the dataset.
+        samples: number of samples in the dataset.
         seed: the run's seed.
     """
 
@@ -160,7 +160,7 @@ class SampleOrder:
 
 @dataclass(frozen=True)
 class BatchSource:
-    """This replica's micro-batches of every step."""
+    """Micro-batches of this replica, step by step."""
 
     dataset: SequenceDataset
     order: SampleOrder
@@ -183,7 +183,7 @@ class BatchSource:
 
 @dataclass(frozen=True)
 class Batches:
-    """What a replica trains on and validates with."""
+    """Training and validation batches of a replica."""
 
     train: BatchSource
     validation: list[Batch]
@@ -205,15 +205,15 @@ def validation_batches(
 
     Args:
         dataset: the validation set.
-        sequences: how many to take at most.
-        micro_batch_size: sequences of a micro-batch.
+        sequences: maximum number of sequences.
+        micro_batch_size: sequences per micro-batch.
         data_parallel_rank: this replica.
-        data_parallel_size: replicas.
-        multiple: every replica's number of micro-batches must be a multiple of this; an
-            interleaved schedule wants its number of stages.
+        data_parallel_size: number of replicas.
+        multiple: the number of micro-batches per replica is a multiple of this; an interleaved
+            schedule needs its number of stages.
 
     Raises:
-        UserError: not one micro-batch a replica can be filled.
+        UserError: there are too few sequences for one micro-batch per replica.
     """
     stride = micro_batch_size * data_parallel_size
     count = min(sequences, len(dataset)) // (stride * multiple) * (stride * multiple)
@@ -223,17 +223,17 @@ def validation_batches(
         )
         if len(dataset) < stride * multiple:
             raise UserError(
-                f"data.validation_fraction: the validation text makes {len(dataset)} sequence(s), "
-                f"and {needed}; hold out more of the text, give more, or take smaller micro-batches"
+                f"data.validation_fraction: the validation set has {len(dataset)} sequence(s), and "
+                f"{needed}; use a larger fraction, more data, or smaller micro-batches"
             )
-        raise UserError(f"training.validation_sequences: {sequences} are too few: {needed}")
+        raise UserError(f"training.validation_sequences: {sequences} is too small: {needed}")
     for start in range(0, count, stride):
         first = start + data_parallel_rank * micro_batch_size
         yield collate([dataset[number] for number in range(first, first + micro_batch_size)])
 
 
 def collate(sequences: list[Tensor]) -> Batch:
-    """A micro-batch of sequences, each with the token that follows it [s + 1]."""
+    """A micro-batch of sequences, each with its next token [s + 1]."""
     rows = torch.stack(sequences)
     tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     return Batch(
@@ -245,7 +245,7 @@ def collate(sequences: list[Tensor]) -> Batch:
 
 
 def random_batch(config: RunConfig, number: int = 0) -> Batch:
-    """A micro-batch of tokens drawn at random, the same for the same seed and number."""
+    """A micro-batch of random tokens, determined by the seed and the number."""
     shape = (config.training.micro_batch_size, config.data.seq_length)
     generator = torch.Generator().manual_seed(config.training.seed + number)
     rows = torch.randint(0, config.data.vocab_size, (2, *shape), generator=generator)

@@ -1,4 +1,4 @@
-"""The text of a run: the user's files, or the sources of Python's standard library."""
+"""The corpus of a run: the user's files, or the sources of Python's standard library."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from keel_megatron.config.errors import UserError
-from keel_megatron.data.folder import NOT_TEXT, LeftOut, files_below
+from keel_megatron.data.text_files import NOT_TEXT, LeftOut, files_below
 
-# Tests and vendored packages are left out of the demo corpus: it is the library itself.
+# The demo corpus excludes tests and vendored packages.
 _DEMO_WITHOUT = {
     "site-packages",
     "dist-packages",
@@ -28,7 +28,7 @@ _DEMO_WITHOUT = {
 
 
 _BOM = "\ufeff"
-# Text, but not text to learn: what a model makes of these is their syntax.
+# Text files in which a model learns mostly the markup syntax.
 _MARKUP = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".html", ".xml")
 
 
@@ -37,7 +37,7 @@ class TextFile:
     """One file of a corpus: a document."""
 
     name: str
-    """Stable and unique: relative to the folder that was given, or the file's own."""
+    """Stable, unique name: relative to the given folder, or the file name."""
     path: Path
     size: int
     """Bytes."""
@@ -45,7 +45,7 @@ class TextFile:
 
 @dataclass(frozen=True)
 class Document:
-    """One document's text, under a name that decides its side of the split."""
+    """Text of a document, with the name that determines its side of the split."""
 
     name: str
     text: str
@@ -53,7 +53,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The files that `data.text` means, in a fixed order."""
+    """The files of `data.text`, in a fixed order."""
 
     description: str
     files: tuple[TextFile, ...]
@@ -64,10 +64,10 @@ class Corpus:
         return sum(file.size for file in self.files)
 
     def contents(self) -> dict[str, list[Any]]:
-        """Of each file its bytes and the SHA-256 of its contents, by name.
+        """Size and SHA-256 of each file, by name.
 
-        Contents, not times, however large they are: a copy of the text on another machine finds
-        the same prepared data, and hashing takes less than a hundredth of encoding's time.
+        Contents are hashed, not timestamps: a copy of the corpus on another machine uses the same
+        prepared data. Hashing takes less than 1 % of the time of encoding.
         """
         found: dict[str, list[Any]] = {}
         for file in self.files:
@@ -79,25 +79,25 @@ class Corpus:
         """The texts, one file at a time.
 
         Raises:
-            UserError: a file vanished, changed its size or is not UTF-8.
+            UserError: a file disappeared, changed its size or is not UTF-8.
         """
         for file in self.files:
             yield Document(file.name, _read(file))
 
 
 def contents_fingerprint(contents: Mapping[str, list[Any]]) -> str:
-    """SHA-256 over the names, sizes and contents that `Corpus.contents` returns, in their order."""
+    """SHA-256 of the result of `Corpus.contents`, in order."""
     return hashlib.sha256(json.dumps(list(contents.items())).encode()).hexdigest()
 
 
 def find_corpus(text: tuple[Path, ...] | None, log: Callable[[str], None]) -> Corpus:
-    """The corpus of `data.text`; None is the demo corpus.
+    """Find the corpus of `data.text`; None: the demo corpus.
 
-    A file that is named must be text; of a folder, what is not UTF-8 text, hidden or a broken link
-    is left out and counted. Links to folders are followed.
+    A named file must be text. In a folder, files that are not UTF-8 text, hidden files and broken
+    links are skipped and counted. Links to folders are followed.
 
     Raises:
-        UserError: a path is missing or unreadable, or all of them hold nothing but white space.
+        UserError: a path is missing or unreadable, or all files are blank.
     """
     if text is None:
         root = Path(sysconfig.get_path("stdlib"))
@@ -117,10 +117,10 @@ def find_corpus(text: tuple[Path, ...] | None, log: Callable[[str], None]) -> Co
 
 
 def check_paths(text: tuple[Path, ...] | None) -> None:
-    """See in a moment, without reading any text, that `data.text` can be a corpus.
+    """Check quickly, without reading files, that `data.text` can be a corpus.
 
     Raises:
-        UserError: a path is missing or unreadable, or there is nothing in any of them.
+        UserError: a path is missing or unreadable, or all of them are empty.
     """
     if text is None:
         return
@@ -137,7 +137,7 @@ def check_paths(text: tuple[Path, ...] | None) -> None:
 
 def _no_text(where: str) -> UserError:
     return UserError(
-        f"data.text: there is no text in {where}; name files or folders with UTF-8 text"
+        f"data.text: there is no text in {where}; give files or folders with UTF-8 text"
     )
 
 
@@ -159,7 +159,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _below(path: Path, left_out: LeftOut) -> list[Path]:
-    """The files of a folder that can be entered."""
+    """The files below a readable folder."""
     try:
         return files_below(path, left_out)
     except OSError as error:
@@ -171,15 +171,15 @@ def _user_files(path: Path, log: Callable[[str], None]) -> list[TextFile]:
         left_out = LeftOut(path)
         files = _text_files(_below(path, left_out), left_out)
         if left_out.found:
-            log(f"data.text: left out of {path}: {left_out.text()}")
+            log(f"data.text: skipped in {path}: {left_out.text()}")
         return files
     return [TextFile(path.name, path, path.stat().st_size)] if _has_text(path) else []
 
 
 def _each_once(files: list[TextFile]) -> list[TextFile]:
-    """The files without repetitions, and with numbers after names that several of them have.
+    """Remove duplicate files, and number equal names.
 
-    Else one text could be on both sides of the split, or all texts of one name on one side.
+    Otherwise a text could be on both sides of the split, or all texts of one name on one side.
     """
     unique = {file.path.resolve(): file for file in reversed(files)}
     taken: set[str] = set()
@@ -195,18 +195,18 @@ def _each_once(files: list[TextFile]) -> list[TextFile]:
 
 
 def _warn_of_markup(files: list[TextFile], log: Callable[[str], None]) -> None:
-    """Say of which files the syntax, not the text alone, is learned."""
+    """Warn about files in which the model also learns markup syntax."""
     found = [file for file in files if file.path.suffix.lower() in _MARKUP]
     if found:
         log(
             f"warning: data.text: {len(found):,} of {len(files):,} files, such as {found[0].path}, "
-            f"are {found[0].path.suffix} and are learned as they stand, syntax and all; to learn "
-            "the text in them alone, extract it into text files first"
+            f"are {found[0].path.suffix} files, and the model will learn their syntax too; to "
+            "train only on their text, extract it into text files first"
         )
 
 
 def _text_files(paths: list[Path], left_out: LeftOut) -> list[TextFile]:
-    """Those of a folder's files that are text; blank ones hold none."""
+    """The text files of a folder, without blank ones."""
     files = []
     for path in paths:
         try:
@@ -226,10 +226,10 @@ def _opened(path: Path) -> BufferedReader:
 
 
 def _has_text(path: Path) -> bool:
-    """Whether a file holds more than white space and a byte order mark, a block at a time.
+    """Whether a file contains more than white space and a byte order mark.
 
     Raises:
-        UserError: it cannot be read or is not UTF-8 text.
+        UserError: the file cannot be read or is not UTF-8 text.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, found = 0, False
@@ -237,7 +237,7 @@ def _has_text(path: Path) -> bool:
         with _opened(path) as stream:
             while block := stream.read(1 << 20):
                 if b"\0" in block:
-                    raise UserError(f"data.text: {path} is not text: it holds NUL bytes")
+                    raise UserError(f"data.text: {path} is not text: it contains NUL bytes")
                 begun = len(decoder.getstate()[0])  # of a character that the last block began
                 text = decoder.decode(block)
                 found |= bool((text if offset else text.removeprefix(_BOM)).strip())
@@ -259,7 +259,7 @@ def _read(file: TextFile) -> str:
         if len(content) != file.size:
             raise UserError(
                 f"data.text: {file.path} changed while it was prepared ({file.size} bytes, then "
-                f"{len(content)}); start again when it is complete"
+                f"{len(content)}); restart when the file is complete"
             )
         return content.decode("utf-8").removeprefix(_BOM)
     except OSError as error:
@@ -273,10 +273,10 @@ def _not_utf8(path: Path, byte: int) -> UserError:
 
 
 def split(corpus: Corpus, fraction: float) -> tuple[Callable[[], Iterator[Document]], ...]:
-    """The training and the validation side of a corpus, each to be iterated anew at will.
+    """Split a corpus into training and validation documents; both can be iterated repeatedly.
 
-    Documents go to a side by a hash of their names, the nearest to `fraction` of them to
-    validation and at least one; the only document of a corpus is cut at a line near its end.
+    A hash of the name determines a document's side: about `fraction` of them, at least one, go to
+    validation. A single document is split at a line near its end.
     """
     if len(corpus.files) == 1:
         return tuple(lambda part=part: iter([_cut(corpus, fraction)[part]]) for part in (0, 1))
@@ -291,7 +291,7 @@ def split(corpus: Corpus, fraction: float) -> tuple[Callable[[], Iterator[Docume
 
 
 def describe_split(corpus: Corpus, fraction: float) -> str:
-    """What is held out for validation, in words: whole documents may be more than was asked for."""
+    """Describe the validation set; its actual fraction may differ, as documents are not split."""
     if len(corpus.files) == 1:
         return f"validation: the last {fraction:.3g} of the only document"
     chosen = _held_out(corpus, fraction)
@@ -303,17 +303,17 @@ def describe_split(corpus: Corpus, fraction: float) -> str:
 
 
 def _held_out(corpus: Corpus, fraction: float) -> list[TextFile]:
-    """The documents that are kept for validation."""
+    """The validation documents."""
     ordered = sorted(corpus.files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
     return ordered[: min(len(ordered) - 1, max(1, round(fraction * len(ordered))))]
 
 
 def _cut(corpus: Corpus, fraction: float) -> tuple[Document, Document]:
-    """A single document's beginning and end, cut after a line's end where one is near."""
+    """Split a single document, after a line end if one is near."""
     (document,) = corpus.documents()
     name, text = document.name, document.text
     at = int(len(text) * (1.0 - fraction))
-    # A long line is cut within: the end of the one before could be at the text's beginning.
+    # A long line is split inside: the previous line end could be at the beginning of the text.
     nearest = max(at - (len(text) - at), 0)
     at = text.rfind("\n", nearest, at) + 1 or at
     return Document(f"{name}[:{at}]", text[:at]), Document(f"{name}[{at}:]", text[at:])

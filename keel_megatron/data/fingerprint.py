@@ -1,4 +1,4 @@
-"""What a run's data is, to the byte: no run goes on with other data unnoticed."""
+"""Identity of a run's data, by hash: a run never resumes with different data unnoticed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ SOURCES = "sources.json"
 _SHOWN = 5
 
 Sources = Mapping[str, list[Any]]
-"""Of each text file its bytes and SHA-256, by name."""
+"""Size and SHA-256 of each text file, by name."""
 
 
 def file_record(path: Path) -> dict[str, Any]:
-    """Size, SHA-256 and time of change of a file."""
+    """Size, SHA-256 and modification time of a file."""
     state = path.stat()
     return {"bytes": state.st_size, "sha256": _sha256(path), "mtime_ns": state.st_mtime_ns}
 
 
 def is_unchanged(path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether a file is as it was recorded.
+    """Whether a file equals its record.
 
-    It is read only if its time of change is another one, as git does: hashing terabytes of tokens
-    at every start would take hours.
+    As in git, it is hashed only if its modification time changed: hashing terabytes of tokens at
+    every start would take hours.
     """
     if not path.is_file() or path.stat().st_size != record["bytes"]:
         return False
@@ -37,13 +37,13 @@ def is_unchanged(path: Path, record: Mapping[str, Any]) -> bool:
 def refuse_other_text(
     expected: Mapping[str, Any], found: Mapping[str, Any], cache: Path, sources: Sources
 ) -> None:
-    """Refuse text or a given tokenizer that differ from what a run was trained on so far.
+    """Refuse a corpus or tokenizer other than that of the run's previous training.
 
     Args:
-        expected: the identity that its checkpoint holds.
-        found: the same of what is there now; its files need not be known.
-        cache: where the expected data was prepared; its list of texts tells what differs.
-        sources: the texts that are there now.
+        expected: the identity in the checkpoint.
+        found: the identity of the current data.
+        cache: folder of the prepared data; its list of texts shows the differences.
+        sources: the current text files.
 
     Raises:
         UserError: they differ.
@@ -52,26 +52,26 @@ def refuse_other_text(
         return
     if expected["corpus"] == found["corpus"]:
         raise UserError(
-            "data.tokenizer: it is not the one that the run was trained with "
-            f"({_given(expected['tokenizer'])} then, {_given(found['tokenizer'])} now); give that "
-            "one again, or train with this one under another training.name, which begins with new "
+            "data.tokenizer: not the tokenizer that the run was trained with "
+            f"({_given(expected['tokenizer'])} then, {_given(found['tokenizer'])} now); restore "
+            "it, or use the new one under another training.name, which starts with new "
             "weights"
         )
     raise UserError(
-        "data.text: it is not the text that the run was trained on: "
-        f"{_text_difference(expected, found, cache, sources)}. A run goes on with its own text "
-        "alone (data.text may name another place of it): restore it, or train on this text under "
-        "another training.name, which begins with new weights"
+        "data.text: not the data that the run was trained on: "
+        f"{_text_difference(expected, found, cache, sources)}. A run resumes only "
+        "with the same data (its path may change): restore it, or train on the new data under "
+        "another training.name, which starts with new weights"
     )
 
 
 def refuse_other_files(expected: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> None:
-    """Refuse prepared files that differ from those that a run was trained on so far.
+    """Refuse prepared files other than those of the run's previous training.
 
     Args:
-        expected: the identity that its checkpoint holds.
-        found: that of the prepared data.
-        folder: where it lies.
+        expected: the identity in the checkpoint.
+        found: the identity of the prepared data.
+        folder: folder of the prepared data.
 
     Raises:
         UserError: they differ.

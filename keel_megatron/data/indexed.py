@@ -1,4 +1,4 @@
-"""Text to Megatron-core's indexed tokens (.bin and .idx), and what their counts say."""
+"""Writes Megatron-core's indexed tokens (.bin and .idx) and their statistics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 @dataclass(frozen=True)
 class Indexed:
-    """What was written under one prefix."""
+    """Statistics of the tokens of one prefix."""
 
     documents: int
     tokens: int

@@ -1,8 +1,8 @@
-"""Prepared data: a tokenizer and indexed tokens, made once for a text and reused.
+"""Prepared data: a tokenizer and indexed tokens, created once per corpus and reused.
 
-Lies under `data.cache_dir`/KEY, where KEY names everything that determines it. A folder is built
-beside its place and renamed, so it is complete or absent, and a lock lets one process build while
-the others wait.
+The folder is `data.cache_dir`/KEY, where KEY is a hash of everything that determines the data. It
+is built under a temporary name and renamed, so it is complete or absent. A lock lets one process
+build while others wait.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 _LOCK = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _SAMPLE = 1_000_000
-"""Characters of the text on which a tokenizer that was given is tried."""
+"""Number of characters on which a given tokenizer is tested."""
 _LOST_AT_MOST = 0.001
 TOKENIZER = "tokenizer.model"
 _TRAIN, _VALIDATION, _MANIFEST = "train", "validation", "data.json"
@@ -56,23 +56,23 @@ _FILES = {SOURCES, TOKENIZER} | {
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Where a run's tokens are, and what is known of them."""
+    """Location and properties of a run's tokens."""
 
     folder: Path
     fingerprint: str
-    """SHA-256 of everything that determined them."""
+    """SHA-256 of everything that determines the tokens."""
     corpus: str
     """SHA-256 of the text."""
     tokenizer: str | None
-    """SHA-256 of the tokenizer that was given."""
+    """SHA-256 of data.tokenizer, if set."""
     unigram_entropy: float
-    """Of the training tokens, in nats per token."""
+    """Unigram entropy of the training tokens, nats per token."""
     train_tokens: int
     validation_tokens: int
     train_documents: int
     validation_documents: int
     files: dict[str, dict[str, Any]]
-    """Of each of the folder's data files its bytes, SHA-256 and time of change."""
+    """Size, SHA-256 and modification time of each data file."""
 
     @property
     def tokenizer_path(self) -> Path:
@@ -90,7 +90,7 @@ class PreparedData:
         return self.folder / _VALIDATION
 
     def identity(self) -> dict[str, Any]:
-        """What must stay the same between two starts of a run; kept in its checkpoints."""
+        """What must not change when a run resumes; saved in its checkpoints."""
         return {
             "fingerprint": self.fingerprint,
             "corpus": self.corpus,
@@ -105,16 +105,16 @@ class PreparedData:
 def prepare(
     config: RunConfig, log: Callable[[str], None], expected: dict[str, Any] | None = None
 ) -> PreparedData:
-    """Make, or find, a run's tokenizer and tokens.
+    """Create a run's tokenizer and tokens, or reuse existing ones.
 
     Args:
-        config: its `data` section decides; seq_length only has to fit the tokens.
-        log: told what happens, a line at a time.
-        expected: the identity that the data must have; None = none is known yet.
+        config: the run; its `data` section matters.
+        log: called with progress messages.
+        expected: the identity that the data must have; None: any.
 
     Raises:
-        UserError: the text, tokenizer or cache is not as the configuration says, or not what is
-            expected.
+        UserError: the data, tokenizer or cache does not match the configuration or the expected
+            identity.
     """
     log = _tolerant(log)
     corpus = find_corpus(config.data.text, log)
@@ -124,7 +124,9 @@ def prepare(
         refuse_other_text(expected, origin, config.data.cache_dir, sources)
     folder = config.data.cache_dir / origin["fingerprint"][:16]
     prepared = _find(folder, origin, lambda _text: None)
-    if prepared is not None:  # no lock: others may have made it, where this user only reads
+    if (
+        prepared is not None
+    ):  # no lock: another user may have created it, and this one may have read access only
         log(f"reusing the prepared data in {folder}")
     else:
         prepared = _made(config, corpus, sources, folder, origin, log)
@@ -142,7 +144,7 @@ def _made(
     origin: dict[str, Any],
     log: Callable[[str], None],
 ) -> PreparedData:
-    """Build the data, or wait for whoever does."""
+    """Build the data, or wait for the process that builds it."""
     with _locked(config.data.cache_dir, folder.name, log):
         prepared = _find(folder, origin, log)
         if prepared is None:
@@ -157,7 +159,7 @@ def _made(
 
 
 def _tolerant(log: Callable[[str], None]) -> Callable[[str], None]:
-    """A log that nobody can read any more is no failure of the preparation."""
+    """A log that ignores a closed output."""
 
     def say(text: str) -> None:
         with suppress(OSError):
@@ -167,7 +169,7 @@ def _tolerant(log: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def keep_tokenizer(data: PreparedData, run_folder: Path) -> Path:
-    """Copy the tokenizer into a run's folder, which then needs the prepared data no more.
+    """Copy the tokenizer into a run's folder, so that inference does not need the prepared data.
 
     Returns:
         The copy.
@@ -186,7 +188,7 @@ def keep_tokenizer(data: PreparedData, run_folder: Path) -> Path:
 
 
 def _origin(config: RunConfig, sources: Sources) -> dict[str, Any]:
-    """The fingerprint of everything that determines the data, and two of its parts."""
+    """Fingerprint of everything that determines the data, and two of its parts."""
     data = config.data
     parts = {
         "format": FORMAT,
@@ -212,15 +214,15 @@ def _file_hash(path: Path) -> str:
 
 @contextmanager
 def _locked(cache: Path, name: str, log: Callable[[str], None]) -> Iterator[None]:
-    """Hold the cache's lock of one folder; whoever comes later waits, and says so."""
+    """Hold the lock of a folder in the cache; later processes wait, and log that they do."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        # Others may write the cache: the name may be a link to a file of ours, or a FIFO.
+        # Other users may write the cache: the name may be a link to another file, or a FIFO.
         with os.fdopen(os.open(cache / f".{name}.lock", _LOCK, 0o666), "wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log(f"another process prepares {cache / name}: waiting for it")
+                log(f"waiting for another process that prepares {cache / name}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
     except OSError as error:
@@ -232,7 +234,7 @@ def _locked(cache: Path, name: str, log: Callable[[str], None]) -> Iterator[None
 def _find(
     folder: Path, origin: Mapping[str, Any], log: Callable[[str], None]
 ) -> PreparedData | None:
-    """The complete folder, or None if it is absent or not as it was written."""
+    """The complete folder, or None if it is absent or was changed."""
     manifest = folder / _MANIFEST
     if folder.is_symlink() or manifest.is_symlink() or not manifest.is_file():
         return None
@@ -246,10 +248,10 @@ def _find(
             name for name, file in prepared.files.items() if not _is_good(folder / name, file)
         ]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        log(f"{manifest} is not as it was written: preparing the data anew")
+        log(f"{manifest} was changed: preparing the data again")
         return None
     for name in changed[:1]:
-        log(f"{folder / name} is missing or not as it was written: preparing the data anew")
+        log(f"{folder / name} is missing or was changed: preparing the data again")
         return None
     return prepared
 
@@ -268,7 +270,7 @@ def _is_good(path: Path, record: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def _partial(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder`, of which nothing is left if the building fails."""
+    """A temporary folder next to `folder`, removed if building fails."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -328,16 +330,16 @@ def _check_tokenizer(
     training: Callable[[], Iterator[Document]],
     log: Callable[[str], None],
 ) -> None:
-    """See that a tokenizer that was given fits the run and loses no text.
+    """Check that a given tokenizer has the right size and is lossless.
 
     Raises:
-        UserError: it has another size, or loses more than 0.1 % of a sample's characters.
+        UserError: its size differs, or it loses more than 0.1 % of a sample's characters.
     """
     data = config.data
     if tokenizer.vocab_size != data.vocab_size:
         raise UserError(
-            f"data.vocab_size: {data.vocab_size} is not the {tokenizer.vocab_size} pieces "
-            f"of data.tokenizer = {data.tokenizer}"
+            f"data.vocab_size: {data.vocab_size} must be {tokenizer.vocab_size}, the size of "
+            f"data.tokenizer = {data.tokenizer}"
         )
     size = lost = 0
     for document in training():
@@ -355,8 +357,8 @@ def _check_tokenizer(
         log(f"warning: {said}")
         return
     raise UserError(
-        f"{said}. Give one trained with byte_fallback=true, normalization_rule_name=identity and "
-        "remove_extra_whitespaces=false, or none to have one trained; or set "
+        f"{said}. Use one trained with byte_fallback=true, normalization_rule_name=identity and "
+        "remove_extra_whitespaces=false, or null to train one; or set "
         "data.allow_lossy_tokenizer to true"
     )
 
@@ -376,9 +378,9 @@ def _publish(partial: Path, folder: Path, prepared: PreparedData) -> None:
 
 
 def _check_length(config: RunConfig, prepared: PreparedData, documents: int) -> None:
-    """A sequence needs seq_length tokens and the one that follows the last."""
+    """Check that there are seq_length + 1 tokens, enough for one sequence."""
     needed = config.data.seq_length + 1
-    # Of two documents one is held out, whatever the fraction.
+    # With two documents, one is held out for any fraction.
     fraction = "" if documents == 2 else " or another data.validation_fraction"
     for side, tokens in (
         ("training", prepared.train_tokens),
@@ -386,7 +388,7 @@ def _check_length(config: RunConfig, prepared: PreparedData, documents: int) -> 
     ):
         if tokens < needed:
             raise UserError(
-                f"data.text: its {side} part has {tokens} tokens, fewer than the {needed} of one "
-                f"sequence (data.seq_length + 1); give more text, a shorter data.seq_length"
+                f"data.text: the {side} set has {tokens} tokens, fewer than the {needed} of one "
+                f"sequence (data.seq_length + 1); use more data, a shorter data.seq_length"
                 f"{fraction}"
             )

@@ -1,4 +1,4 @@
-"""SentencePiece BPE with byte fallback: any text survives the round trip."""
+"""SentencePiece BPE with byte fallback: encoding is lossless for any text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import sentencepiece
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.reading import LARGE, read_small
 
-# Training sees at most this many characters, from the corpus's beginning on: merges of a BPE of
-# usual size do not change noticeably beyond.
+# Training uses at most this many characters from the start of the corpus: with more, the merges of
+# a BPE of usual size do not change noticeably.
 SAMPLE_CHARACTERS = 50_000_000
 _PIECE_CHARACTERS = 4000
 _EOD_ID = 0
-# SentencePiece writes spaces as this character, so one in the text must go in as its bytes.
+# SentencePiece uses this character for spaces, so the character itself must be encoded as bytes.
 _SPACE_MARK = "\u2581"
 
 
@@ -37,14 +37,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             vocab_size=vocab_size,
             byte_fallback=True,
             character_coverage=0.9999,
-            # Text in, the same text out.
+            # Lossless: no normalisation.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
             max_sentence_length=8 * _PIECE_CHARACTERS,
-            # One control token, the end of a document; its name is never matched in text.
+            # One control token, the end of a document; text never matches it.
             eos_id=_EOD_ID,
             eos_piece="<eod>",
             unk_id=1,
@@ -59,7 +59,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """The texts in pieces of bounded length, cut after line ends where there are any."""
+    """Split texts into pieces of bounded length, after line ends where possible."""
     left = SAMPLE_CHARACTERS
     for text in texts:
         start = 0
@@ -73,23 +73,25 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _reason(error: RuntimeError, vocab_size: int) -> str:
-    """SentencePiece's complaint in the user's words."""
+    """SentencePiece's error as a message about settings."""
     text = str(error).strip().splitlines()[-1].rsplit("] ", 1)[-1].strip()
     setting = f"data.vocab_size: {vocab_size}"
     if "sentences_.empty()" in str(error):
-        return "data.text: its training part is too short to train a tokenizer on; give more text"
+        return "data.text: the training set is too small to train a tokenizer; use more data"
     if limit := re.search(r"value <= (\d+)", text):
-        return f"{setting} is too large for so little text; it gives {limit[1]} pieces at most"
+        return f"{setting} is too large for this amount of data; it must be at most {limit[1]}"
     if need := re.search(r"required_chars. \d+ vs (\d+)", text):
-        return f"{setting} is too small for this text's characters; they need {need[1]} at least"
-    return f"{setting} does not suit this text: {text}"
+        return (
+            f"{setting} is too small for the characters in the data; it must be at least {need[1]}"
+        )
+    return f"{setting} does not work for this data: {text}"
 
 
 class Tokenizer:
     """A trained SentencePiece model.
 
     Raises:
-        UserError: the file is missing or no SentencePiece model.
+        UserError: the file is missing or not a SentencePiece model.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,7 +107,7 @@ class Tokenizer:
         self.eod = int(self._model.eos_id())
         if self.eod < 0:
             raise UserError(
-                f"data.tokenizer: {path} has no end-of-sentence piece, which ends each document; "
+                f"data.tokenizer: {path} has no end-of-sentence token, which ends each document; "
                 "train it with eos_id set"
             )
         self._unknown = int(self._model.unk_id())
@@ -114,7 +116,7 @@ class Tokenizer:
         ]
 
     def encode(self, text: str) -> list[int]:
-        """The text's tokens."""
+        """Encode a text."""
         parts = self._model.encode(text.split(_SPACE_MARK))
         tokens: list[int] = parts[0]
         for part in parts[1:]:
@@ -122,21 +124,21 @@ class Tokenizer:
         return tokens
 
     def decode(self, tokens: list[int]) -> str:
-        """The tokens' text; the end of a document has none."""
+        """Decode tokens; the end of a document is empty."""
         return str(self._model.decode([token for token in tokens if token != self.eod]))
 
     def lost(self, text: str) -> int:
-        """How many of a text's characters do not come back from its tokens."""
+        """Number of characters that encoding and decoding lose."""
         known = [token for token in self.encode(text) if token != self._unknown]
         return (Counter(text) - Counter(self.decode(known))).total()
 
     def losses(self) -> list[str]:
-        """Why a text may not come back, found out by trying."""
+        """Reasons why encoding may be lossy, found by testing."""
         return [reason for probe, reason in _PROBES if self.lost(probe)]
 
 
 _PROBES = (
-    ("a\nb\tc", "it has no line ends or tabs"),
+    ("a\nb\tc", "it drops line ends or tabs"),
     ("a  b   c", "it merges white space (remove_extra_whitespaces)"),
     ("\uff21\ufb01", "it normalises characters (normalization_rule_name)"),
     ("\U0001f9ff\u0d9e", "it has no byte fallback: unknown characters become <unk>"),

@@ -19,20 +19,20 @@ from keel_megatron.runtime.distributed import start
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen."""
+    """Sampling settings."""
 
     max_new_tokens: int = 64
     temperature: float = 0.8
-    """0 = always the likeliest token."""
+    """0: greedy decoding."""
     top_p: float = 0.95
-    """Sample among the likeliest tokens that hold this probability together."""
+    """Nucleus sampling: probability mass to sample from."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens: {self.max_new_tokens} must be at least 1")
         if not 0 <= self.temperature < math.inf:
-            raise UserError(f"--temperature: {self.temperature} must be a number from 0 on")
+            raise UserError(f"--temperature: {self.temperature} must be a number of at least 0")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed: {self.seed} must be from 0 to 2^63 - 1")
         if not 0 < self.top_p <= 1:
@@ -48,17 +48,17 @@ def generate_from_run(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> str:
-    """The prompt and its continuation by a checkpoint.
+    """Generate a continuation of a prompt; returns the prompt and the continuation.
 
-    The model sees the last data.seq_length tokens at a time; a prompt may be longer.
+    The context is the last data.seq_length tokens; a prompt may be longer.
 
     Args:
-        run: a run's folder, of which the newest good checkpoint is taken, or a checkpoint's.
+        run: folder of a run, for its newest valid checkpoint, or of a checkpoint.
         prompt: the text to continue.
-        max_new_tokens: as in `Sampling`, like the others.
-        temperature: likewise.
-        top_p: likewise.
-        seed: likewise.
+        max_new_tokens: see `Sampling`.
+        temperature: see `Sampling`.
+        top_p: see `Sampling`.
+        seed: see `Sampling`.
 
     Raises:
         UserError: the folder holds no run or no checkpoint, or a sampling setting is out of range.
@@ -98,8 +98,8 @@ def continue_tokens(
     Args:
         tokens: the prompt's tokens.
         eod: the token that ends a document; not appended.
-        sampling: how to choose.
-        next_logits: the logits [vocabulary] that follow a list of tokens.
+        sampling: the sampling settings.
+        next_logits: returns the logits [vocabulary] after a list of tokens.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     tokens = list(tokens)
@@ -112,19 +112,19 @@ def continue_tokens(
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token from its logits [vocabulary] by temperature and nucleus sampling.
+    """Sample one token from logits [vocabulary], with temperature and nucleus sampling.
 
     Nucleus (top-p) sampling: Holtzman et al. 2020, arXiv 1904.09751.
     """
     if not logits.isfinite().all():
         raise UserError(
-            "the model's logits are not finite: its training has diverged; give an earlier "
+            "the model's logits are not finite: its training has diverged; use an earlier "
             "checkpoint, RUN/checkpoints/step_NNNNNNNN"
         )
     if sampling.temperature == 0:
         return int(logits.argmax())
     probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
     ordered, order = probabilities.sort(descending=True)
-    # Keep every token before which less than top_p is held: the likeliest always stays.
+    # Keep tokens whose preceding cumulative probability is below top_p; the first one always stays.
     kept = ordered * ((ordered.cumsum(-1) - ordered) < sampling.top_p)
     return int(order[torch.multinomial(kept, 1, generator=generator)])

@@ -1,4 +1,4 @@
-"""The sample that a finished run leaves: its prompt, continued from its own checkpoint."""
+"""The text sample of a finished run, generated from its checkpoint."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from keel_megatron.runtime.files import write_whole
 
 SAMPLE_TOKENS = 64
 _HEADROOM = 1.3
-"""What the model takes beside its weights: activations of one sequence, a file that is read."""
+"""Memory beside the weights, bytes: activations of one sequence, file buffers."""
 
 
 def sample_run(run: Path, uri: str | None, *, again: bool) -> None:
-    """Print what the run's model makes of `tracking.sample_prompt`, and keep it in samples.txt.
+    """Generate from `tracking.sample_prompt`, print the text, and save it in samples.txt.
 
-    The run is complete and saved: whatever ails its sample is a remark.
+    The run is complete: a problem with its sample is only a remark.
 
     Args:
         run: the run's folder.
-        uri: tracking.uri of the run's configuration today.
-        again: generate it; otherwise the kept one is shown if there is one.
+        uri: the current tracking.uri of the run.
+        again: generate a new sample; otherwise show an existing one.
     """
     try:
         _sample(run, uri, again)
@@ -42,7 +42,7 @@ def _sample(run: Path, uri: str | None, again: bool) -> None:
         return
     kept = run / "samples.txt"
     if again or not kept.is_file():
-        # Only now: the kept one is shown without torch.
+        # Imported late: an existing sample is shown without torch.
         from keel_megatron.inference.generate import generate_from_run
 
         lack = _lack_of_memory(config)
@@ -62,7 +62,7 @@ def _remark(run: Path, why: str) -> None:
 
 
 def _lack_of_memory(config: RunConfig) -> str | None:
-    """Why one device has no room for the whole model, if it has none."""
+    """Why the whole model does not fit on one device, or None."""
     import psutil
     import torch
 
@@ -76,4 +76,4 @@ def _lack_of_memory(config: RunConfig) -> str | None:
         free = psutil.virtual_memory().available
     if needed <= free:
         return None
-    return f"the whole model takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free here"
+    return f"the whole model needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"

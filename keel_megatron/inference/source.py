@@ -1,6 +1,6 @@
-"""What there is to generate from: weights and a tokenizer, from a run's folder or a checkpoint's.
+"""Loads weights and tokenizer for generation, from the folder of a run or a checkpoint.
 
-Neither the text nor data.cache_dir nor the working directory has a say.
+Needs neither the training data nor data.cache_dir, and does not depend on the working directory.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class Source:
     model: nn.Module
     tokenizer: Tokenizer
     remarks: tuple[str, ...]
-    """What was passed over and why."""
+    """Skipped checkpoints, with reasons."""
 
 
 def config_of(path: Path) -> RunConfig:
-    """The configuration of the run whose folder, or one of whose checkpoints, this is.
+    """The configuration of a run, from its folder or one of its checkpoints.
 
-    Made for one process alone, on a GPU if there is one and the run was not on a CPU by choice.
+    Changed for one process, on a GPU if there is one and the run did not set device: cpu.
 
     Raises:
-        UserError: it is neither.
+        UserError: the folder is neither.
     """
     config = load_config(path / CONFIG) if _is_checkpoint(path) else saved_config(path)
     device = "cpu" if config.training.device == "cpu" else "auto"
@@ -55,15 +55,15 @@ def config_of(path: Path) -> RunConfig:
 
 
 def load(path: Path, config: RunConfig, runtime: Runtime) -> Source:
-    """Build the model and load a checkpoint: the one given, or the newest good one of a run.
+    """Build the model and load a checkpoint: the given one, or the newest valid one of a run.
 
     Args:
-        path: a run's folder, or a checkpoint's.
-        config: as `config_of` returns it.
-        runtime: of this process alone.
+        path: folder of a run or a checkpoint.
+        config: the result of `config_of`.
+        runtime: a runtime with only this process.
 
     Raises:
-        UserError: there is no good checkpoint, or its tokenizer is nowhere.
+        UserError: there is no valid checkpoint, or its tokenizer is missing.
     """
     model: nn.Module | None = None
     while True:
@@ -71,13 +71,13 @@ def load(path: Path, config: RunConfig, runtime: Runtime) -> Source:
         try:
             found = checked(path, runtime) if _is_checkpoint(path) else newest_good(path, runtime)
             if found.path is None:
-                raise UserError(f"{path} has no complete checkpoint yet; train it first")
+                raise UserError(f"{path} has no complete checkpoint; train the run first")
             tokenizer = Tokenizer(_tokenizer(path, found.path, found, config))
             if model is None:
                 (model,) = build_model(config, runtime)
             state.load_weights(found.path, runtime, [model])
         except (UserError, OSError):
-            # A run that is being trained removes old checkpoints: perhaps this one, meanwhile.
+            # A running training may have removed this checkpoint meanwhile.
             if folder.steps(path) == before:
                 raise
             continue
@@ -89,7 +89,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _tokenizer(given: Path, checkpoint: Path, found: ResumePoint, config: RunConfig) -> Path:
-    """The checkpoint's own tokenizer; for one of an earlier version, where it was prepared."""
+    """The tokenizer of the checkpoint, or of the prepared data for checkpoints without one."""
     if (checkpoint / TOKENIZER).is_file():
         return checkpoint / TOKENIZER
     data = found.state.get("data", {})

@@ -1,1 +1,1 @@
-"""Where a run happens: device, process groups, seeds."""
+"""One process of a run: device, process groups, seeds, files, ownership, local launch."""

@@ -1,4 +1,4 @@
-"""How many CPU cores this process may use: its affinity and its cgroup's quota. No torch here."""
+"""Available CPU cores, from affinity and cgroup quota. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _PROC = Path("/proc/self")
 
 
 def available_cores(proc: Path = _PROC) -> int:
-    """Cores that this process may use, at least 1.
+    """Number of available cores, at least 1.
 
-    The smaller of its affinity (taskset, SLURM's binding) and the CPU quota of its cgroup and of
-    those above it (a container's limit, cgroup v1 or v2), rounded up to whole cores.
+    The smaller of the CPU affinity (taskset, SLURM binding) and the CPU quota of its cgroup and its
+    parents (container limits, cgroup v1 or v2), rounded up to whole cores.
 
     Args:
         proc: this process's folder in /proc; tests make one.
@@ -39,7 +39,7 @@ def _quotas(proc: Path) -> Iterator[float]:
 
 
 def _cgroups(proc: Path) -> Iterator[tuple[Path, Path]]:
-    """This process's folder in each hierarchy that limits CPU time, and that hierarchy's top."""
+    """This process's folder in each cgroup hierarchy that limits CPU time, with its root."""
     own = _own_paths(proc)
     for line in _lines(proc / "mountinfo"):
         left, _separator, right = line.partition(" - ")
@@ -79,7 +79,7 @@ def _below(path: str, mounted: str) -> PurePosixPath:
 
 
 def _quota(folder: Path) -> float | None:
-    """A cgroup's own limit in cores; None = it has none."""
+    """A cgroup's own limit in cores; None: no limit."""
     v2 = " ".join(_lines(folder / "cpu.max")).split()
     v1 = [*_lines(folder / "cpu.cfs_quota_us"), *_lines(folder / "cpu.cfs_period_us")]
     for values in (v2, v1):

@@ -14,7 +14,7 @@ from keel_megatron.runtime.cores import available_cores
 
 @dataclass(frozen=True)
 class Launch:
-    """Who this process is among those that torchrun started (one alone without torchrun)."""
+    """Rank and world size of this process, from torchrun (1 process without torchrun)."""
 
     rank: int
     world_size: int
@@ -26,7 +26,7 @@ class Launch:
         """Read torchrun's variables; DeepSpeed's launcher calls the last one LOCAL_SIZE.
 
         Raises:
-            UserError: they contradict each other, or one is missing.
+            UserError: the variables are inconsistent, or one is missing.
         """
         local = "LOCAL_SIZE" if "LOCAL_WORLD_SIZE" not in os.environ else "LOCAL_WORLD_SIZE"
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", local)
@@ -55,28 +55,27 @@ _MEETING = ("MASTER_ADDR", "MASTER_PORT")
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not (text.isascii() and text.isdecimal()):
-        raise _odd(f"{name}={text!r} must be a whole number")
+        raise _odd(f"{name}={text!r} must be an integer")
     return int(text)
 
 
 def _odd(what: str) -> UserError:
     return UserError(
         f"environment variable {what}; start the run with keel train --processes, torchrun or a "
-        "launcher of launchers/, which set it, or unset RANK, WORLD_SIZE and their like"
+        "launcher of launchers/, which set it, or unset RANK, WORLD_SIZE and related variables"
     )
 
 
 def choose_device(preference: Literal["auto", "cuda", "cpu"], local_rank: int) -> torch.device:
-    """The device that `training.device` means for the process `local_rank` of this node.
+    """The device of process `local_rank` of this node under `training.device`.
 
     Raises:
-        UserError: CUDA is asked for and absent, or has fewer devices than processes.
+        UserError: CUDA is not available, or has fewer devices than processes.
     """
     available = torch.cuda.is_available()
     if preference == "cuda" and not available:
         raise UserError(
-            "training.device: cuda is asked for, but torch sees no CUDA device "
-            "(auto or cpu would use the CPU)"
+            "training.device: cuda is set, but torch finds no CUDA device (auto or cpu use the CPU)"
         )
     if preference == "cpu" or not available:
         return torch.device("cpu")
@@ -84,7 +83,7 @@ def choose_device(preference: Literal["auto", "cuda", "cpu"], local_rank: int) -
     if local_rank >= count:
         raise UserError(
             f"training.device: process {local_rank} of this node has no CUDA device of its own; "
-            f"there are {count}: start at most {count} processes a node"
+            f"there are {count}: start at most {count} processes per node"
         )
     return torch.device("cuda", local_rank)
 

@@ -1,4 +1,4 @@
-"""The process groups of a run, from the configuration, and what a rank knows of itself."""
+"""Process groups of a run, and each rank's position in the layout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands: its device and its place in the parallel layout."""
+    """This process's device and position in the parallel layout."""
 
     device: torch.device
     launch: Launch
@@ -48,7 +48,7 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is global rank 0, the one that reports."""
+        """Whether this is global rank 0, which reports."""
         return self.launch.rank == 0
 
     @property
@@ -62,7 +62,7 @@ class Runtime:
         return f"rank {rank} on host {self.hosts[rank]}" if several else f"rank {rank}"
 
     def describe(self) -> str:
-        """This rank's place, for messages."""
+        """Description of this rank, for messages."""
         return (
             f"{self.named(self.rank)} (pipeline stage {self.pipeline_rank}, tensor rank "
             f"{self.tensor_rank}, replica {self.data_rank})"
@@ -89,10 +89,10 @@ class Runtime:
         return values if self.is_main else []
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make` returns on global rank 0, on every rank; it is called there alone.
+        """Call `make` on global rank 0 only, and return its result on every rank.
 
         Raises:
-            UserError: rank 0's, on every rank; marked as reported on all but rank 0.
+            UserError: the error of rank 0, on every rank; marked as reported on the others.
         """
         answer: list[Any] = [None, None]
         failure: BaseException | None = None
@@ -115,20 +115,20 @@ def start(
     parallel: ParallelConfig,
     training: TrainingConfig,
     launch: Launch | None = None,
-    alike: Mapping[str, Any] | None = None,
+    identical: Mapping[str, Any] | None = None,
 ) -> Iterator[Runtime]:
-    """Start this process's device and process groups, and take them down at the end.
+    """Set up this process's device and process groups, and destroy them at the end.
 
     Args:
         parallel: the layout.
         training: the device, its threads and the seed.
-        launch: this process's place; None = as torchrun says.
-        alike: what must be equal on all ranks, by name; compared before any group is made.
+        launch: rank and world size; None: from torchrun's variables.
+        identical: what must be identical on all ranks, by name; compared before groups are created.
 
     Raises:
         CollectiveTimeoutError: a rank waited longer than `parallel.timeout_seconds`; names the
             rank that waited.
-        UserError: the device that is asked for is not there, or the ranks are not alike.
+        UserError: the device is not available, or the ranks differ.
     """
     launch = launch or Launch.from_environment()
     device = choose_device(training.device, launch.local_rank)
@@ -138,7 +138,7 @@ def start(
     else:
         torch.cuda.set_device(device)
     threads = set_threads(training.threads, launch.local_world_size)
-    _init_process_group(launch, device, parallel.timeout_seconds, alike or {})
+    _init_process_group(launch, device, parallel.timeout_seconds, identical or {})
     try:
         runtime = _model_parallel(parallel, launch, device, threads)
         seed_dropout(training.seed, runtime.pipeline_rank, runtime.data_rank)
@@ -149,7 +149,7 @@ def start(
 
 
 def _init_process_group(
-    launch: Launch, device: torch.device, timeout_seconds: float, alike: Mapping[str, Any]
+    launch: Launch, device: torch.device, timeout_seconds: float, identical: Mapping[str, Any]
 ) -> None:
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -158,8 +158,8 @@ def _init_process_group(
     else:
         shared = shared_store(timeout_seconds)
         store = meet(shared, launch.rank, launch.world_size, timeout_seconds)
-        if alike:
-            agree(store, launch.rank, launch.world_size, socket.gethostname(), alike)
+        if identical:
+            agree(store, launch.rank, launch.world_size, socket.gethostname(), identical)
     dist.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
     )
@@ -197,7 +197,7 @@ def _model_parallel(
 
 @contextmanager
 def _named_timeouts(runtime: Runtime, timeout_seconds: float) -> Iterator[None]:
-    """Say which rank waited when a collective times out."""
+    """Name the waiting rank when a collective times out."""
     try:
         yield
     except RuntimeError as error:

@@ -1,23 +1,23 @@
-"""How a run's process ends, for whoever started it.
+"""Exit codes of a run's process.
 
-| code | the run | what a launcher does |
+| exit code | meaning | launcher's action |
 |---|---|---|
-| 0 | is done | nothing |
-| 1 | failed with an error | start the group again: it goes on from its newest checkpoint |
-| 2 | met a mistake that only its user can mend | nothing |
-| 65 | diverged: `guard.limit` reached, or weights that are not finite | nothing |
-| 70 | hung, and its watchdog ended it | start the group again |
-| 75 | saved, on SIGUSR1 or at `training.exit_after` | submit the job again |
-| 129, 130, 143 | saved, on SIGHUP, SIGINT or SIGTERM | what the sender of the signal has in mind |
-| other 128 + n | was killed by signal n | start the group again |
+| 0 | run complete | none |
+| 1 | error | restart the group, which resumes from the newest checkpoint |
+| 2 | configuration or usage error; fix it and restart | none |
+| 65 | diverged: `guard.limit` reached, or non-finite weights | none |
+| 70 | hang, ended by the watchdog | restart the group |
+| 75 | checkpoint saved, on SIGUSR1 or at `training.exit_after` | resubmit the job |
+| 129, 130, 143 | checkpoint saved, on SIGHUP, SIGINT or SIGTERM | none |
+| other 128 + n | killed by signal n | restart the group |
 
 65, 70 and 75 are EX_DATAERR, EX_SOFTWARE and EX_TEMPFAIL of sysexits.h.
 
-torchrun hides them: it starts a group again after any code but 0, and itself ends with 1 then. So
-under a torchrun with restarts left to give, a run that was saved leaves with 0; and in any case the
-code stands in the file `exit_code` of the run's folder, which is absent after an error. A user's
-mistake may be about that folder: it is noted in a file of the launcher's, `$KEEL_MISTAKE_FILE`.
-That ends the next starts at once, and the launcher with 2.
+torchrun restarts a group after any code but 0, and exits with 1 itself. So under a torchrun with
+restarts left, a saved run exits with 0. In any case the code is in the file `exit_code` of the
+run's folder, which is absent after an error. A usage error may concern that folder: it is recorded
+in a file of the launcher, `$KEEL_MISTAKE_FILE`. The next starts then exit at once, and the launcher
+exits with 2.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SAVED = 75
 INTERRUPTED = 130
 
 FINAL = frozenset({DONE, USER_ERROR, DIVERGED, SAVED, 129, INTERRUPTED, 143})
-"""Codes after which the same command, started again at once, is not what is wanted."""
+"""Exit codes after which the command must not be restarted at once."""
 
 FILE = "exit_code"
 _RESERVED = "exit_code.partial"
@@ -45,21 +45,21 @@ MISTAKE = "KEEL_MISTAKE_FILE"
 
 
 def to_shell(returncode: int) -> int:
-    """A subprocess's return code as a shell has it: -n, ended by signal n, is 128 + n."""
+    """A subprocess's return code as a shell reports it: -n (signal n) becomes 128 + n."""
     return returncode if returncode >= 0 else 128 - returncode
 
 
 def for_torchrun(code: int) -> int:
-    """The code for this process to end with: 0 for one that torchrun would take for a failure."""
+    """The exit code of this process: 0 where torchrun would otherwise restart it."""
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     return DONE if restarts > 0 and code in FINAL - {USER_ERROR} else code
 
 
 def write(folder: Path, code: int) -> None:
-    """Leave the code in a run's folder, whole or not at all.
+    """Write the code to a run's folder, atomically.
 
-    On a full disk it takes the room that `clear` has kept. If even that fails, standard error says
-    so, and nothing changes about how the run has ended.
+    On a full disk it uses the space that `clear` reserved. If that fails too, a message goes to
+    standard error, and the exit code stays the same.
     """
     try:
         kept = os.open(folder / _RESERVED, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -76,7 +76,7 @@ def write(folder: Path, code: int) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier process left, and keep room for what `write` will leave."""
+    """Remove the code of an earlier process, and reserve space for `write`."""
     (folder / FILE).unlink(missing_ok=True)
     reserved = folder / _RESERVED
     with contextlib.suppress(OSError):  # `write` tries again
@@ -85,12 +85,12 @@ def clear(folder: Path) -> None:
 
 
 def note_mistake() -> None:
-    """Tell the launcher, if it wants to know, that only its user can help."""
+    """Record a usage error for the launcher, if it asked for that."""
     if MISTAKE in os.environ:
         Path(os.environ[MISTAKE]).write_text(f"{USER_ERROR}\n", encoding="utf-8")
 
 
 def is_mistake() -> bool:
-    """Whether an earlier process of this launcher has met one."""
+    """Whether an earlier process of this launcher recorded a usage error."""
     path = os.environ.get(MISTAKE)
     return path is not None and Path(path).is_file() and Path(path).stat().st_size > 0

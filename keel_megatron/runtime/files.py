@@ -1,6 +1,6 @@
-"""Files that a run writes while it trains: a full disk neither ends it nor leaves half of anything.
+"""Files that a run writes while it trains, safe against a full disk and partial writes.
 
-No write follows a link at the file's own name: a run's folder may come from somebody else.
+Writes do not follow a link at the file's name, because a run's folder may come from someone else.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from keel_megatron.config.reading import read_small
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KEPT_BYTES = 16_000_000
-"""How much of a file is kept in memory while it cannot be written."""
+"""Maximum bytes of a file kept in memory while it cannot be written."""
 _BLOCK = 1 << 20
 _APPEND = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _REPLACE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file in one move: a reader, or whoever comes after a kill, sees all of it or nothing.
+    """Write a file atomically: readers see the old or the new content, even after a kill.
 
-    A file that has this content already is left as it is, which needs no room.
+    A file that already has this content is not written, which needs no space.
 
     Raises:
-        OSError: it cannot be written; what was there before is there still.
+        OSError: the file cannot be written; it is unchanged.
     """
     content = content.encode() if isinstance(content, str) else content
     with suppress(OSError):
@@ -48,22 +48,22 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 class LineFile:
-    """Appends lines to a text file, each with the system as soon as it is written.
+    """Appends lines to a text file, unbuffered.
 
-    While they cannot be written, because the disk is full or does not answer, lines are kept in
-    memory, and written with the next one that can be: up to `limit` bytes, beyond which new lines
-    are left out. Never does half a line stay in the file. Not safe among threads by itself.
+    While the disk is full or does not respond, lines are kept in memory up to `limit` bytes, and
+    written later; further lines are dropped. The file never contains a partial line. Not
+    thread-safe.
 
     Args:
-        path: the file, made with its folder at the first line.
-        say: told once when the file cannot be written and once when it can be again.
-        limit: bytes that are kept in memory.
+        path: the file, created with its folder at the first line.
+        say: called with a message when writing fails, and when it works again.
+        limit: maximum bytes kept in memory.
 
     Attributes:
-        kept: the lines that are in memory only.
+        kept: the lines that are only in memory.
         kept_bytes: their size.
-        written: bytes that went to the file.
-        left_out: how many were left out for want of memory.
+        written: bytes written to the file.
+        left_out: number of dropped lines.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class LineFile:
 
         Args:
             line: the line.
-            must: keep it in memory even beyond the limit.
+            must: keep the line in memory even above the limit.
         """
         line = (line.encode("utf-8", "replace") if isinstance(line, str) else line) + b"\n"
         if not must and self.kept_bytes + len(line) > self._limit and self.kept:
@@ -98,7 +98,7 @@ class LineFile:
         self.write()
 
     def write(self) -> bool:
-        """Try to write what is kept; whether all of it is written."""
+        """Try to write the kept lines; returns whether all are written."""
         if not self.kept:
             return True
         try:
@@ -119,11 +119,11 @@ class LineFile:
         return True
 
     def cut(self, size: int, kept: list[bytes]) -> None:
-        """Make the file, or shorten it, and replace what is kept in memory; this needs no room.
+        """Create or truncate the file, and replace the lines kept in memory; needs no disk space.
 
         Args:
-            size: bytes that stay in the file.
-            kept: lines, with their ends, that follow.
+            size: bytes to keep in the file.
+            kept: the following lines, with line ends.
 
         Raises:
             OSError: the file cannot be changed.
@@ -134,7 +134,7 @@ class LineFile:
         self.write()
 
     def close(self) -> None:
-        """Try once more, say what is missing, and close the file."""
+        """Try to write once more, report missing lines, and close the file."""
         self.write()
         self._close()
         missing = len(self.kept) + self.left_out
@@ -146,7 +146,7 @@ class LineFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self.path, _APPEND, 0o666)
             whole = whole_lines(self._descriptor)
-            if whole < os.fstat(self._descriptor).st_size:  # a kill cut the last one short
+            if whole < os.fstat(self._descriptor).st_size:  # a kill left a partial last line
                 os.ftruncate(self._descriptor, whole)
         return self._descriptor
 
@@ -155,7 +155,7 @@ class LineFile:
             self._write_block(self._open())
 
     def _write_block(self, descriptor: int) -> None:
-        """Write the first of the kept lines, as many as make a block."""
+        """Write the first block of kept lines."""
         sizes = accumulate(map(len, self.kept))
         count = max(1, sum(1 for _ in takewhile(lambda size: size <= _BLOCK, sizes)))
         content = memoryview(b"".join(islice(self.kept, count)))
@@ -169,7 +169,7 @@ class LineFile:
                 whole += len(self.kept.popleft())
             self.kept_bytes -= whole
             self.written += whole
-            if whole < written:  # half a line: away with it
+            if whole < written:  # remove the partial line
                 with suppress(OSError):
                     os.ftruncate(descriptor, before + whole)
 
@@ -181,7 +181,7 @@ class LineFile:
 
 
 def whole_lines(descriptor: int) -> int:
-    """Bytes of an open file up to the end of its last whole line."""
+    """Bytes of an open file up to the end of its last complete line."""
     end = os.fstat(descriptor).st_size
     while end > 0:
         start = max(0, end - _BLOCK)

@@ -1,8 +1,8 @@
-"""How this program starts Python processes of its own: with the code that it runs itself.
+"""Command and environment of Python subprocesses, which must import the same code.
 
-`python -m` and `python -c` put the working directory first among the places to import from: a
-`queue.py` there would take the place of Python's own, another checkout that of the package. `-P`
-keeps the folder out. No torch here.
+`python -m` and `python -c` put the working directory first on the import path: a `queue.py` there
+would replace the standard module, another checkout this package. `-P` prevents that. Does not
+import torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def python() -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, in which the package is found where this process has found it."""
+    """This process's environment, with the package's location on the import path."""
     root = str(Path(keel_megatron.__file__).resolve().parents[1])
     found = os.environ.get("PYTHONPATH")
     if sys.flags.safe_path or not sys.path or os.path.realpath(sys.path[0]) != root:

@@ -1,19 +1,18 @@
-"""A run's folder has one owner at a time: whoever trains in it, or removes its checkpoints.
+"""Lock of a run's folder: one process at a time trains in it or removes its checkpoints.
 
-`owner.lock` in the folder names the owner and is locked with flock while the owner lives. The lock
-belongs to an open file, not to a process: `keel train` opens it and passes it on to rank 0, so that
-the folder is free only when both are gone, whatever ended them, and is free at once then. A clean
-end removes the file.
+`owner.lock` in the folder names the owner, which holds an flock on it. The lock belongs to an open
+file, not to a process: `keel train` opens it and passes it to rank 0. So the folder is free as soon
+as both have ended, for any reason. A clean exit removes the file.
 
-flock is certain between processes of one machine, and on most shared file systems between machines
-(NFS 4, GPFS, Lustre mounted with `flock`). Where it does not reach another machine, or is not
-supported, a lease stands in: the owner renews the file's time of change every HEARTBEAT_SECONDS,
-and who finds the file of an owner on another machine watches it for LEASE_SECONDS, on its own
-clock, before it takes the folder over. On such a file system two starts within these seconds may
-both be let in, and an owner that is stopped (SIGSTOP, a suspended virtual machine) for longer than
-that may be taken for dead. The same holds if somebody removes owner.lock by hand.
+flock works between processes of one machine, and on most shared file systems between machines (NFS
+4, GPFS, Lustre mounted with `flock`). Where it does not, a lease replaces it: the owner updates the
+file's modification time every HEARTBEAT_SECONDS. A process that finds the file of an owner on
+another machine watches it for LEASE_SECONDS, by its own clock, before it takes the folder. On such
+a file system, two starts within this time may both succeed, and an owner that is suspended for
+longer (SIGSTOP, a suspended virtual machine) may lose the folder. The same applies if owner.lock is
+removed by hand.
 
-Nothing that only reads a run needs the lock. No torch here.
+Reading a run does not need the lock. Does not import torch.
 """
 
 from __future__ import annotations
@@ -42,9 +41,9 @@ PASSED_ON = "KEEL_OWNER_FD"
 HEARTBEAT_SECONDS = 10.0
 LEASE_SECONDS = 30.0
 LEFT_BEHIND_SECONDS = 600.0
-"""A lease that was not renewed for so long by this machine's clock is not watched any more."""
+"""A lease older than this, by this machine's clock, is expired without being watched."""
 PATIENCE_SECONDS = 10.0
-"""How long to wait for the ranks of an owner that is gone to end."""
+"""Time for the ranks of a dead owner to end, seconds."""
 _POLL_SECONDS = 0.2
 # In somebody else's folder the name may be a link to a file of ours, or a FIFO.
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -53,18 +52,18 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 @dataclass(frozen=True)
 class Owner:
-    """Who owns a run's folder, as its file says."""
+    """Owner of a run's folder, from its lock file."""
 
     host: str
     pid: int
     since: str
     """UTC."""
     machine: str
-    """The machine's boot: flock is certain within it."""
+    """Id of the machine's boot, within which flock works."""
     pids: str
-    """The namespace of `pid`: a container has its own."""
+    """PID namespace of `pid`: containers have their own."""
     work: str
-    """What is done to the run: "trained", "pruned"."""
+    """What the owner does: "trained", "pruned"."""
 
     @classmethod
     def this_process(cls, work: str) -> Owner:
@@ -74,20 +73,19 @@ class Owner:
 
     @property
     def is_gone(self) -> bool:
-        """Whether it is a process of this machine that has ended; then its ranks still live."""
+        """Whether it is an ended process of this machine, whose ranks are still running."""
         here = (self.machine, self.pids) == (_machine(), _pids())
         return here and not psutil.pid_exists(self.pid)
 
 
 class Ownership:
-    """This process's hold on a run's folder; a context manager that gives it back.
+    """This process's lock on a run's folder; a context manager that releases it.
 
     Args:
         folder: the run's folder.
         descriptor: its open, locked file.
-        made: the folders that were made for it, innermost first; they are removed again if
-            nothing else has come into them.
-        is_passed_on: another process made the file, and removes it.
+        made: the folders that were created for it, innermost first; removed again if empty.
+        is_passed_on: another process created the file, and removes it.
     """
 
     def __init__(
@@ -102,7 +100,7 @@ class Ownership:
         self._heart.start()
 
     def release(self) -> None:
-        """Give the folder back; a second call does nothing."""
+        """Release the folder; a second call does nothing."""
         if self._ending.is_set():
             return
         self._ending.set()
@@ -131,14 +129,14 @@ class Ownership:
 
 
 def take(folder: Path, work: str = "trained") -> Ownership:
-    """Own a run's folder, which is made if it is not there.
+    """Lock a run's folder, which is created if needed.
 
     Args:
         folder: the run's folder.
-        work: what will be done to the run, for the message that another process gets.
+        work: what this process does, for the message to other processes.
 
     Raises:
-        UserError: another process owns it, or it cannot be written.
+        UserError: another process owns the folder, or it cannot be written.
     """
     made = tuple(path for path in (folder, *folder.parents) if not path.exists())
     try:
@@ -161,10 +159,10 @@ def take(folder: Path, work: str = "trained") -> Ownership:
 
 
 def passed_on(folder: Path) -> Ownership | None:
-    """The hold on a run's folder that this process's launcher has passed on to it, if it has.
+    """The lock that the launcher has passed to this process, or None.
 
-    The variable alone proves nothing, as a process started by a rank inherits it; the open file
-    does, as it is passed on to rank 0 only.
+    The variable is not enough, because child processes of a rank inherit it; the open file is
+    passed only to rank 0.
     """
     text = os.environ.pop(PASSED_ON, "")
     if not text.isdecimal():
@@ -184,7 +182,7 @@ def _path(folder: Path) -> Path:
 
 
 def _locked(folder: Path) -> int:
-    """The folder's file, open and locked, once no other owner is left."""
+    """Open and lock the folder's file, when there is no other owner."""
     end: float | None = None
     while True:
         folder.mkdir(parents=True, exist_ok=True)  # an owner may remove what it has made
@@ -227,7 +225,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _is_current(descriptor: int, folder: Path) -> bool:
-    """Whether the locked file is still the folder's: its last owner removes it at its end."""
+    """Whether the locked file is still in the folder; the last owner removes it."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(_path(folder)))
     except FileNotFoundError:
@@ -235,23 +233,23 @@ def _is_current(descriptor: int, folder: Path) -> bool:
 
 
 def _may_end_soon(owner: Owner | None) -> bool:
-    """Whether the owner is a killed launcher's ranks, or torchrun's last start of this group."""
+    """Whether the owner is a killed launcher's ranks, or an earlier start of this group."""
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
     return restarted or (owner is not None and owner.is_gone)
 
 
 def _watch(folder: Path, owner: Owner | None) -> None:
-    """See that the owner of a lease does not renew it.
+    """Check that the owner of a lease does not renew it.
 
     Raises:
-        UserError: it does.
+        UserError: the owner renews it.
     """
     path = _path(folder)
     before = path.stat()
     if owner is None or time.time() - before.st_mtime > LEFT_BEHIND_SECONDS:
         return
     print(
-        f"{folder} was last owned by process {owner.pid} on host {owner.host}; watching for "
+        f"{folder} was last owned by process {owner.pid} on host {owner.host}; checking for "
         f"{LEASE_SECONDS:g} s whether it still is",
         file=sys.stderr,
         flush=True,
@@ -267,7 +265,7 @@ def _watch(folder: Path, owner: Owner | None) -> None:
 
 
 def _settled(descriptor: int) -> Owner | None:
-    """The owner that a locked file names; one that has just locked it is about to write it."""
+    """The owner in a locked file; waits for one that has locked it but not yet written."""
     for _ in range(5):
         owner = _read(descriptor)
         if owner is not None:
@@ -304,14 +302,14 @@ def _refusal(folder: Path, owner: Owner | None) -> UserError:
 
 
 def _unmake(made: tuple[Path, ...]) -> None:
-    """Remove folders, innermost first, unless there is anything in them."""
+    """Remove folders, innermost first, if they are empty."""
     for folder in made:
         with suppress(OSError):
             folder.rmdir()
 
 
 def _machine() -> str:
-    """This boot of this machine; its name where the system does not tell boots apart."""
+    """Id of this machine's boot; its host name where there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""A rank does not outlive the launcher that started it."""
+"""Ends a rank when its launcher dies."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_launcher() -> None:
-    """Have this rank sent SIGTERM when its launcher dies, even by SIGKILL.
+    """Send this rank SIGTERM when its launcher dies, even by SIGKILL.
 
-    It then saves and ends, as on any SIGTERM. Without it the ranks of a killed launcher would
-    train on unseen, while the run is started again in the same folder. Linux only; elsewhere, and
-    in a process that no launcher started, nothing happens.
+    The rank then saves and exits, as on any SIGTERM. Otherwise the ranks of a killed launcher would
+    keep training in the background. Linux only; does nothing elsewhere, or in a process without a
+    launcher.
     """
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return

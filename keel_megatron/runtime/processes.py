@@ -1,4 +1,4 @@
-"""How many processes a run has on this machine, unless its user says so. No torch here."""
+"""Default number of processes of a run on this machine. Does not import torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _DEVICES = Path("/dev")
 def with_processes(
     path: Path, overrides: tuple[str, ...], processes: int = 0
 ) -> tuple[RunConfig, int]:
-    """A configuration, checked against the number of processes that will be started here.
+    """Load a configuration and check it against the number of processes.
 
     Args:
         path: the YAML file.
         overrides: `section.key=value` each.
-        processes: how many; 0 = `default_processes`.
+        processes: number of processes; 0: `default_processes`.
 
     Raises:
-        ConfigError: with everything that is wrong.
+        ConfigError: the configuration has errors; it lists all of them.
     """
     config = load_config(path, overrides, world_size=processes or None)
     if not processes:
@@ -34,11 +34,10 @@ def with_processes(
 
 
 def default_processes(config: RunConfig) -> int:
-    """Those of one replica of the model, times the replicas that this machine has devices for.
+    """The processes of one replica, times the number of replicas that this machine has devices for.
 
-    A device is a GPU, or without any a CPU core, or `training.threads` of them. There are only as
-    many replicas as divide the global batch evenly. One replica is started in any case, even if it
-    has to share cores.
+    A device is a GPU; without GPUs, a CPU core or `training.threads` cores. The number of replicas
+    divides the global batch. It is at least 1, even if processes then share cores.
     """
     replica = config.parallel.model_parallel_size
     for replicas in range(_devices(config) // replica, 1, -1):
@@ -60,13 +59,13 @@ def _devices(config: RunConfig) -> int:
 
 
 def count_gpus(devices: Path = _DEVICES) -> int | None:
-    """GPUs that a process started now would see; None = there are some, who knows how many.
+    """Number of GPUs visible to this process; None: an unknown number.
 
-    From the driver's device files, of which a container has only its own, and
-    CUDA_VISIBLE_DEVICES: torch itself would take seconds to say.
+    Counted from the driver's device files (a container has only its own) and CUDA_VISIBLE_DEVICES;
+    importing torch would take seconds.
 
     Args:
-        devices: the folder of device files; tests make one.
+        devices: the folder of device files, for tests.
     """
     if (devices / "dxg").exists():  # Windows' subsystem for Linux
         return None
@@ -75,7 +74,7 @@ def count_gpus(devices: Path = _DEVICES) -> int | None:
     if not found or visible is None:
         return found
     names = [name.strip() for name in visible.split(",")]
-    for number, name in enumerate(names):  # CUDA stops at the first that it cannot take
+    for number, name in enumerate(names):  # CUDA stops at the first invalid entry
         if not name or name.startswith("-"):
             return number
     # A part of a GPU (MIG) is a device of its own.

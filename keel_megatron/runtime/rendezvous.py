@@ -1,9 +1,9 @@
-"""Where the ranks of one start meet.
+"""Rendezvous of the ranks of one start.
 
-torchrun keeps one store for all the starts of a group. What the processes of an earlier start left
-there, gloo's addresses among it, would make those of a later one wait for the dead. Nothing in
-the environment tells two starts apart on every node (a node counts its own restarts alone), so the
-ranks agree on a name of their own first, and everything else happens under it.
+torchrun keeps one store for all starts of a group. Keys of an earlier start, such as gloo's
+addresses, would make later processes wait for dead ones. The environment does not identify a start
+on every node (each node counts only its own restarts), so the ranks first agree on a name and use
+it as a prefix.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from keel_megatron.runtime.local_launch import STORE_LISTENER
 
 _SECONDS_BETWEEN_LOOKS = 0.02
 _SHOWN = 6
-"""Differences of a rank that are told; a wrong file would have dozens."""
+"""Maximum differences shown per rank; a wrong file has dozens."""
 
 
 class CollectiveTimeoutError(RuntimeError):
@@ -34,10 +34,10 @@ class CollectiveTimeoutError(RuntimeError):
 
 
 def shared_store(timeout_seconds: float) -> Store:
-    """The store that the launcher's variables name; that of `keel train --processes` is rank 0's.
+    """The store of the launcher's variables; under `keel train --processes`, rank 0 hosts it.
 
     Args:
-        timeout_seconds: longest wait for it.
+        timeout_seconds: timeout of the connection.
     """
     timeout = timedelta(seconds=timeout_seconds)
     listener = os.environ.pop(STORE_LISTENER, None)
@@ -54,10 +54,10 @@ def shared_store(timeout_seconds: float) -> Store:
 
 
 def meet(store: Store, rank: int, world_size: int, timeout_seconds: float) -> Store:
-    """The part of a store that the ranks of this start alone use; collective over them.
+    """A store with a prefix that only the ranks of this start use; collective over them.
 
-    Every other rank says hello under a name that no process had before; rank 0 answers each with
-    the name of the start, until all have confirmed it.
+    Every other rank registers under a unique name; rank 0 answers each with the name of the start,
+    until all have confirmed it.
 
     Args:
         store: shared by all ranks, and by those of earlier starts.
@@ -66,7 +66,7 @@ def meet(store: Store, rank: int, world_size: int, timeout_seconds: float) -> St
         timeout_seconds: longest wait for the others.
 
     Raises:
-        CollectiveTimeoutError: some rank did not come; rank 0 names those.
+        CollectiveTimeoutError: a rank is missing; rank 0 names it.
     """
     store = PrefixStore("keel", store)
     mine = uuid.uuid4().hex
@@ -79,28 +79,29 @@ def meet(store: Store, rank: int, world_size: int, timeout_seconds: float) -> St
 
 
 def agree(store: Store, rank: int, world_size: int, host: str, facts: Mapping[str, Any]) -> None:
-    """See that all ranks say the same of everything in `facts`; collective.
+    """Check that `facts` are identical on all ranks; collective.
 
-    It needs no process group, so that ranks which would make different groups learn it here.
+    It needs no process group, because ranks with different configurations would create different
+    groups.
 
     Args:
-        store: of this start (`meet`).
+        store: the store of this start (`meet`).
         rank: this rank.
         world_size: ranks of the run.
         host: this rank's host.
-        facts: what must be equal, by name; JSON values.
+        facts: what must be identical, by name; JSON values.
 
     Raises:
-        UserError: with every difference from rank 0; marked as reported on all but rank 0.
+        UserError: lists every difference from rank 0; marked as reported on all but rank 0.
     """
     store = PrefixStore("agree", store)
     store.set(f"facts/{rank}", json.dumps([host, dict(facts)]))
     if rank == 0:
-        told = [json.loads(store.get(f"facts/{other}")) for other in range(world_size)]
-        verdict = differences(told)
+        gathered = [json.loads(store.get(f"facts/{other}")) for other in range(world_size)]
+        verdict = differences(gathered)
         store.set("verdict", verdict)
         if verdict:  # the store may live in this process
-            with suppress(DistStoreError):  # one that has died does not hear it
+            with suppress(DistStoreError):  # a dead rank does not answer
                 heard = [f"heard/{other}" for other in range(1, world_size)]
                 store.wait(heard, timedelta(seconds=10))
     else:
@@ -110,15 +111,15 @@ def agree(store: Store, rank: int, world_size: int, host: str, facts: Mapping[st
         raise UserError(verdict, reported=rank != 0)
 
 
-def differences(told: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """How ranks differ from rank 0, a line for each host and its differences; "" if in nothing.
+def differences(gathered: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Differences from rank 0, one line per host; "" if there are none.
 
     Args:
-        told: every rank's host and facts, by rank.
+        gathered: host and facts of every rank, by rank.
     """
-    main_host, expected = told[0]
+    main_host, expected = gathered[0]
     ranks_of: dict[str, list[int]] = {}
-    for rank, (host, facts) in enumerate(told):
+    for rank, (host, facts) in enumerate(gathered):
         found = [
             f"{name} is {facts.get(name, 'absent')}, not {expected.get(name, 'absent')}"
             for name in [*expected, *(name for name in facts if name not in expected)]
@@ -131,7 +132,7 @@ def differences(told: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     if not ranks_of:
         return ""
     lines = [f"  {line} (rank {_listed(ranks)})" for line, ranks in ranks_of.items()]
-    head = f"the nodes are not alike; host {main_host} with rank 0 sets the norm"
+    head = f"the nodes differ; compared with host {main_host}, which has rank 0"
     return "\n".join([head, *lines])
 
 

@@ -1,4 +1,4 @@
-"""Seeds: of the weights, of dropout, each derived from the run's one seed by what it is for."""
+"""Seeds of weights and dropout, derived from the run's seed and their purpose."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def derive_seed(seed: int, *purpose: object) -> int:
-    """A 63-bit seed that depends on the run's seed and on the purpose alone.
+    """A 63-bit seed that depends only on the run's seed and the purpose.
 
     Independent of Python's hash randomization, of the parallel layout and of call order.
     """

@@ -1,1 +1,1 @@
-"""The experiments of the paper, one command each."""
+"""The paper's studies, one command each."""

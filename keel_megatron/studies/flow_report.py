@@ -1,4 +1,4 @@
-"""The gradient-flow study as a table and a picture."""
+"""Table and plot of the gradient-flow study."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COLOURS = (BLUE, ORANGE, "#2f855a", "#805ad5", "#b83280", SLATE)
 
 
 def flow_table(flows: Sequence[GradientFlow]) -> str:
-    """One line a model: the skip path's product from x_2 to x_L, measured and predicted."""
+    """One line per model: the skip path's product from x_2 to x_L, measured and predicted."""
     rows = []
     for flow in flows:
         measured, predicted = flow.skip[0], flow.predicted[0]
@@ -37,12 +37,12 @@ def flow_table(flows: Sequence[GradientFlow]) -> str:
 
 
 def save_flows(flows: Sequence[GradientFlow], path: Path) -> None:
-    """All figures as JSON."""
+    """Save the results as JSON."""
     path.write_text(json.dumps([asdict(flow) for flow in flows], indent=1) + "\n")
 
 
 def plot_flows(flows: Sequence[GradientFlow], out: Path) -> None:
-    """A column a depth: the skip path above, the whole gradient of the loss below."""
+    """Plot one column per depth: the skip path above, the whole gradient of the loss below."""
     from matplotlib.figure import Figure
 
     depths = sorted({flow.sub_layers for flow in flows})
@@ -55,7 +55,7 @@ def plot_flows(flows: Sequence[GradientFlow], out: Path) -> None:
         for flow in (flow for flow in flows if flow.sub_layers == depth):
             colour = _COLOURS[rules.index(flow.residual) % len(_COLOURS)]
             l = range(FIRST, depth + 1)
-            # The first rule's line is wide, to be seen below one that covers it.
+            # The first rule's line is wide, so that it shows below others.
             width = 4.0 if flow.residual == rules[0] else 1.8
             top.plot(l, flow.skip, color=colour, linewidth=width, label=flow.residual)
             top.plot(l, flow.predicted, color=TEXT, linewidth=1, linestyle=(0, (4, 3)))
@@ -75,7 +75,7 @@ def _log_scale(axes: Axes) -> None:
 
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    if high / low < 100:  # a flat curve looks flat
+    if high / low < 100:  # keep a flat curve flat
         middle = math.sqrt(low * high)
         low, high = middle / 10, middle * 10
         axes.set_ylim(low, high)

@@ -1,14 +1,14 @@
-"""How gradients travel down the stack at initialization, beside what the analysis predicts.
+"""Gradient flow through the stack at initialization, measured and predicted.
 
-The paper (arXiv 2601.19895, section 3) follows the skip path alone: the product of the Jacobians of
-x_{l+1} = N_out(alpha x_l + c F_l), F_l held fixed. With all gains at 1 and branches of RMS 1, each
-is, with c = 1 in the paper's rules,
+The paper (arXiv 2601.19895, section 3) analyses the skip path: the product of the Jacobians of
+x_{l+1} = N_out(alpha x_l + c F_l) with constant F_l. With all norm weights at 1 and branches of RMS
+1, each is (c = 1 in the paper's rules)
 
     |J_l| = alpha / sqrt(alpha^2 + c^2),
 
 so a stack of L sub-layers keeps (1 + 1/alpha^2)^(-L/2): about 1 for Keel (alpha = L), 2^(-L/2) for
-Post-LN (alpha = 1), exp(-sqrt(L)/2) for DeepNorm (alpha = L^1/4). Left out by the analysis: the
-norm's projection, which takes one of h directions, and the gains' drift in training.
+Post-LN (alpha = 1), exp(-sqrt(L)/2) for DeepNorm (alpha = L^1/4). The analysis neglects
+the norm's projection, which removes one of h directions, and changes of norm weights in training.
 """
 
 from __future__ import annotations
@@ -33,42 +33,42 @@ ANALYSIS = Reader(
     ("alpha", "branch_factor", "inner", "outer_norm", "qkv_norm"),  # a fixed branch has any inside
 )
 FIRST = 2
-"""The analysis starts after the first block: Keel's is plainer, and x_0 is the embedding."""
+"""The analysis starts after the first block: Keel's has fewer norms, and x_0 is the embedding."""
 _SEQUENCE, _VOCABULARY = 32, 512
 _PAPER_HIDDEN_SIZE, _PAPER_INIT_STD = 1024, 0.02
 
 
 @dataclass(frozen=True)
 class GradientFlow:
-    """One model's figures, each a list over l = FIRST .. L."""
+    """Results of one model, as lists over l = FIRST .. L."""
 
     residual: str
     sub_layers: int
     skip: list[float]
     """Measured |d x_L / d x_l| along the skip path, branches scaled to an RMS of 1."""
     predicted: list[float]
-    """The same by the analysis."""
+    """The same, predicted by the analysis."""
     loss: list[float]
-    """Measured |d loss / d x_l| over |d loss / d x_L|, branches as they are."""
+    """Measured |d loss / d x_l| / |d loss / d x_L|, with unscaled branches."""
 
 
 def gradient_flow(residual: str, sub_layers: int, hidden_size: int = 128) -> GradientFlow:
-    """Measure a model as it is initialized, in fp64, in this process.
+    """Measure an initialized model, in fp64, in this process.
 
-    Weights are N(0, 0.02^2 x 1024 / h), so that a narrow model's matrices enlarge what passes them
-    as much as those of the paper's width do. What the analysis leaves out is of order 1/h.
+    Weights are N(0, 0.02^2 x 1024 / h), so that a narrow model's matrices scale their inputs as
+    those of the paper's width. The terms neglected by the analysis are of order 1/h.
 
     Args:
-        residual: a rule of architecture/residual.py whose sub-layers all end in an outer norm.
+        residual: a rule of architecture/residual.py with an outer norm in every sub-layer.
         sub_layers: L, even.
         hidden_size: width; a multiple of 16.
 
     Raises:
         UserError: the depth is odd, or the rule has a sub-layer without an outer norm.
-        ConfigError: the rule or the sizes are not ones of `model`.
+        ConfigError: the rule or the sizes are invalid.
     """
     if sub_layers % 2:
-        raise UserError(f"sub-layers: {sub_layers} must be even, two a block")
+        raise UserError(f"sub-layers: {sub_layers} must be even, two per block")
     config = _config(residual, sub_layers, hidden_size)
     rules = [ANALYSIS.sub_layer(l, config.model) for l in range(FIRST, sub_layers)]
     if not all(rule.outer_norm for rule in rules):
@@ -98,7 +98,7 @@ def gradient_flow(residual: str, sub_layers: int, hidden_size: int = 128) -> Gra
 
 
 def predicted_skip(config: RunConfig, l: int) -> float:
-    """|d x_L / d x_l| along the skip path by the analysis: the product of all |J_l|."""
+    """Predicted |d x_L / d x_l| along the skip path: the product of all |J_l|."""
     model = config.model
     rules = (ANALYSIS.sub_layer(number, model) for number in range(l, model.sub_layers))
     return math.prod(rule.alpha / math.hypot(rule.alpha, rule.branch_factor) for rule in rules)
@@ -122,7 +122,7 @@ def _config(residual: str, sub_layers: int, hidden_size: int) -> RunConfig:
                 "steps": 1,
                 "global_batch_size": 1,
                 "device": "cpu",
-                "threads": 1,  # more would wait for each other at every small product
+                "threads": 1,  # more threads would only synchronise, as products are small
             },
         },
         "gradient flow",
@@ -146,7 +146,7 @@ def _loss(chunk: nn.Module, config: RunConfig) -> Tensor:
 
 
 def _fix_branches(chunk: nn.Module) -> None:
-    """Make every branch a constant of RMS 1, as the analysis takes it."""
+    """Make every branch a constant of RMS 1, as in the analysis."""
 
     def constant(_module: nn.Module, _inputs: Any, output: tuple[Tensor, Any]) -> tuple[Any, Any]:
         branch, bias = output[0].detach(), output[1]

@@ -131,7 +131,7 @@ def test_nodes_that_cannot_save_are_told(path: Path, tmp_path: Path) -> None:
     for said in run_ranks(
         2, folders_of_saves, path, ["checkpoint.every=1", f"training.runs_dir={tmp_path}/file"]
     ):
-        assert said[0].startswith("training.runs_dir: checkpoints of several nodes are written")
+        assert said[0].startswith("training.runs_dir: checkpoints of several nodes need")
 
 
 def test_a_comparison_needs_two_values_of_one_layout(path: Path) -> None:

@@ -28,7 +28,7 @@ def test_differences_are_told_by_host() -> None:
         ("c", {name: value for name, value in norm.items() if name != "numpy"}),
     ]
     assert differences(told).splitlines() == [
-        "the nodes are not alike; host a with rank 0 sets the norm",
+        "the nodes differ; compared with host a, which has rank 0",
         "  host b: torch is 2.12.0, not 2.13.0; model.blocks is 12, not 8 (rank 2, 3)",
         "  host c: numpy is absent, not 2.4.6 (rank 4)",
     ]
@@ -46,7 +46,7 @@ def disagree(sections: dict) -> tuple[str, bool]:
     size = 2 if os.environ["RANK"] == "2" else 1
     parallel = config.parallel.model_copy(update={"pipeline": size})
     try:
-        with start(parallel, config.training, alike={"parallel.pipeline": size}):
+        with start(parallel, config.training, identical={"parallel.pipeline": size}):
             return "no error", False
     except UserError as error:
         return str(error), error.reported
@@ -110,8 +110,8 @@ def test_clocks_and_devices_that_differ_are_warned_of() -> None:
     nodes = [Node("a", 0, [80.0] * 8, 100.0), Node("b", 0, [80.0] * 7, 107.5)]
     lines = preflight._report(small_config(), nodes, [], [], 0.4)
     assert lines[1:] == [
-        "warning: the clock of host b is 7.5 s ahead of that of host a: time limits and log lines "
-        "will not agree",
+        "warning: the clock of host b is 7.5 s ahead of that of host a: time limits and "
+        "log times will differ",
         "warning: host b has 7 device(s) of 80 GB, others 8 of 80 GB",
     ]
 

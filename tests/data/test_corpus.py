@@ -68,7 +68,7 @@ def test_a_folder_gives_its_text_files_and_counts_the_rest(tmp_path: Path) -> No
     corpus = find_corpus((tmp_path,), said.append)
     assert [file.name for file in corpus.files] == ["b/two.md", "one.txt"]
     assert said == [
-        f"data.text: left out of {tmp_path}: 1 hidden (such as .hidden), 2 not readable UTF-8 text "
+        f"data.text: skipped in {tmp_path}: 1 hidden (such as .hidden), 2 not readable UTF-8 text "
         "(such as image.bin)"
     ]
 
@@ -78,7 +78,7 @@ def test_a_folder_gives_its_text_files_and_counts_the_rest(tmp_path: Path) -> No
     [
         (None, "does not exist"),
         (b"abc\xe9", "is not UTF-8 text (byte 3)"),
-        (b"a\0b", "holds NUL bytes"),
+        (b"a\0b", "contains NUL bytes"),
         (b"", "there is no text in"),
     ],
 )
@@ -196,7 +196,7 @@ def test_links_are_followed_once_and_the_rest_is_counted(tmp_path: Path) -> None
     # A folder that is there is called by its own path, as it was before links were followed.
     assert [file.name for file in corpus.files] == ["a_link/text.txt", "own/text.txt"]
     assert said == [
-        f"data.text: left out of {root}: 1 broken link (such as broken), "
+        f"data.text: skipped in {root}: 1 broken link (such as broken), "
         "1 neither file nor folder (such as pipe)"
     ]
 
@@ -228,7 +228,7 @@ def test_a_folder_that_cannot_be_entered_is_counted(
     monkeypatch.setattr(os, "scandir", refuse)  # root, as whom tests may run, may enter any
     said: list[str] = []
     assert len(find_corpus((tmp_path,), said.append).files) == 1
-    assert said == [f"data.text: left out of {tmp_path}: 1 unreadable folder (such as closed)"]
+    assert said == [f"data.text: skipped in {tmp_path}: 1 unreadable folder (such as closed)"]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
@@ -252,4 +252,4 @@ def test_files_whose_syntax_is_learned_are_named(tmp_path: Path) -> None:
     said: list[str] = []
     find_corpus((tmp_path / "a.jsonl",), said.append)
     assert "1 of 1 files" in said[0]
-    assert "syntax and all" in said[0]
+    assert "will learn their syntax too" in said[0]

@@ -65,7 +65,7 @@ def test_other_text_is_refused_by_name_before_it_is_prepared(
         (other / "more.py").write_text("x = 1\n")
         expected = r"more\.py is new"
     changed = small_config(data__text=str(other), data__cache_dir=str(data.folder.parent))
-    with pytest.raises(UserError, match=rf"data\.text: it is not the text .*: {expected}\. A run"):
+    with pytest.raises(UserError, match=rf"data\.text: not the data .*: {expected}\. A run"):
         prepare(changed, ignore, data.identity())
     assert [path.name for path in data.folder.parent.iterdir() if path.is_dir()] == [
         data.folder.name
@@ -102,9 +102,7 @@ def test_another_tokenizer_is_refused(
         data__cache_dir=str(data.folder.parent),
         data__tokenizer=str(data.tokenizer_path),
     )
-    with pytest.raises(
-        UserError, match=r"data\.tokenizer: it is not the .*\(none was given then, S"
-    ):
+    with pytest.raises(UserError, match=r"data\.tokenizer: not the .*\(none was given then, S"):
         prepare(given, ignore, data.identity())
 
 
@@ -119,7 +117,7 @@ def test_a_changed_bit_of_the_prepared_data_is_mended(
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     said: list[str] = []
     assert not is_reused(config, data.identity(), said)
-    assert f"{name} is missing or not as it was written" in said[0]
+    assert f"{name} is missing or was changed" in said[0]
     assert path.read_bytes() == whole
 
 

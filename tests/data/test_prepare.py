@@ -81,7 +81,7 @@ def test_damaged_data_is_made_anew(text: Path, tmp_path: Path, damage: str) -> N
     said: list[str] = []
     assert not is_reused(config, said=said)
     assert victim.read_bytes() == whole
-    assert "train.bin is missing or not as it was written" in said[0]
+    assert "train.bin is missing or was changed" in said[0]
 
 
 @pytest.mark.parametrize("manifest", ['{"fingerprint": "12', "{}", "null"])
@@ -91,7 +91,7 @@ def test_a_damaged_manifest_is_made_anew(text: Path, tmp_path: Path, manifest: s
     (first.folder / "data.json").write_text(manifest)
     said: list[str] = []
     assert not is_reused(config, said=said)
-    assert "data.json is not as it was written" in said[0]
+    assert "data.json was changed" in said[0]
     assert is_reused(config)
 
 
@@ -116,7 +116,7 @@ def test_another_tokenizer_may_be_given(prepared: PreparedData, text: Path, tmp_
     path = str(prepared.tokenizer_path)
     given = prepare(small_config(**overrides, data__tokenizer=path), ignore)
     assert given.tokenizer_path.read_bytes() == prepared.tokenizer_path.read_bytes()
-    with pytest.raises(UserError, match=r"data.vocab_size: 640 is not the 512 pieces"):
+    with pytest.raises(UserError, match=r"data.vocab_size: 640 must be 512"):
         prepare(small_config(**overrides, data__tokenizer=path, data__vocab_size=640), ignore)
 
 
@@ -129,7 +129,7 @@ def test_text_shorter_than_a_sequence(tmp_path: Path) -> None:
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"seq_length": 100_000})}
     )
-    with pytest.raises(UserError, match=r"data.text: its training part has \d+ tokens, fewer"):
+    with pytest.raises(UserError, match=r"data.text: the training set has \d+ tokens, fewer"):
         prepare(config, ignore)
 
 
@@ -165,7 +165,7 @@ def test_a_tokenizer_that_loses_text_is_refused_unless_that_is_allowed(
         prepare(small_config(**options), ignore)
     message = str(caught.value)
     assert f"data.tokenizer: {tmp_path}/foreign.model loses 2" in message  # a fifth and more
-    assert "it has no line ends or tabs; it merges white space" in message
+    assert "it drops line ends or tabs; it merges white space" in message
     assert "no byte fallback" in message
     assert "set data.allow_lossy_tokenizer to true" in message
     assert "partial" not in message
@@ -193,7 +193,7 @@ def test_a_tokenizer_without_an_end_is_named(text: Path, tmp_path: Path) -> None
     config = small_config(
         data__text=str(text), data__cache_dir=str(tmp_path / "cache"), data__tokenizer=str(given)
     )
-    with pytest.raises(UserError, match=rf"data\.tokenizer: {given} has no end-of-sentence piece"):
+    with pytest.raises(UserError, match=rf"data\.tokenizer: {given} has no end-of-sentence token"):
         prepare(config, ignore)
 
 
@@ -218,7 +218,7 @@ def test_whoever_waits_for_another_says_so(text: Path, tmp_path: Path) -> None:
             time.sleep(0.01)
         fcntl.flock(lock, fcntl.LOCK_UN)
         waiting.join()
-    assert said[0] == f"another process prepares {folder}: waiting for it"
+    assert said[0] == f"waiting for another process that prepares {folder}"
 
 
 def test_a_fraction_is_offered_only_where_it_changes_something(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_data_is_reused_only_with_exactly_its_files(
     (folder / "data.json").write_text(json.dumps(content))
     said: list[str] = []
     assert not is_reused(cached, said=said)
-    assert "data.json is not as it was written" in said[0]
+    assert "data.json was changed" in said[0]
     assert (folder / "train.bin").read_bytes() == whole
 
 

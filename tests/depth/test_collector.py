@@ -270,7 +270,7 @@ def plainly(
             "attention_logit_max": largest_logit(sub.F, seen[l]["z"]) if l % 2 == 0 else None,
         }
         for which, norm in (("outer", getattr(sub, "N_out", None)), ("inner", sub.N_in)):
-            gain = None if norm is None else norm.stream_weight
+            gain = None if norm is None else norm.gain
             found[f"{which}_gain_mean"] = None if gain is None else gain.mean()
             found[f"{which}_gain_min"] = None if gain is None else gain.min()
             found[f"{which}_gain_max"] = None if gain is None else gain.max()

@@ -149,7 +149,7 @@ def test_whatever_ails_the_sample_is_a_remark(
         "memory": "MemoryError",
         "interrupt": "it was interrupted",
         "disk": "[Errno 28] No space left on device",
-        "too large": "the whole model takes 5.2e+06 GB, and ",
+        "too large": "the whole model needs 5.2e+06 GB, and ",
     }
     shown = capsys.readouterr().out
     assert shown.startswith(f"no sample: {said[ailment]}")

@@ -285,9 +285,9 @@ def test_a_node_that_is_not_like_the_others_is_told_before_training(
     second = job.start("host-b", "--max-restarts", "0")
     assert 0 not in job.all_end([first, second])
     log = job.log("host-a")
-    assert "the nodes are not alike; host host-a with rank 0 sets the norm" in log
+    assert "the nodes differ; compared with host host-a, which has rank 0" in log
     assert "host host-b: parallel.pipeline is 1, not 2; training.seed is 5, not 1234" in log
-    assert log.count("not alike") == 1
+    assert log.count("the nodes differ") == 1
     assert not job.metrics.exists()
 
     alone = tmp_path / "alone"
@@ -301,7 +301,7 @@ def test_a_node_that_is_not_like_the_others_is_told_before_training(
     expected = (
         "training.runs_dir: .*/alone/runs on host host-b|training.runs_dir: .* on host host-b"
     )
-    assert re.search(expected, job.log("host-a").split("not alike")[-1])
+    assert re.search(expected, job.log("host-a").split("the nodes differ")[-1])
     assert "it must be one folder that all nodes share" in job.log("host-a")
 
 

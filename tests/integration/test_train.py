@@ -142,7 +142,7 @@ def test_resuming_on_another_layout_agrees(tmp_path: Path, text: Path) -> None:
     shutil.rmtree(folder.step_folder(tmp_path / "runs" / "test", 6))
     again = keel(tmp_path, "train", str(config), "parallel.pipeline=1", "--processes", "1")
     assert again.returncode == 0, again.stderr
-    assert "going on from runs/test/checkpoints/step_00000003" in again.stdout
+    assert "resuming from runs/test/checkpoints/step_00000003" in again.stdout
     assert len(losses(tmp_path)) == 6
     for here, there in zip(losses(tmp_path), undisturbed, strict=True):
         assert here == pytest.approx(there, rel=1e-5)
@@ -168,7 +168,7 @@ def test_other_text_is_refused_and_nothing_is_lost(finished: Path, tmp_path: Pat
         finished, "train", "run.yaml", "training.steps=8", f"data.text={other}", "--processes", "2"
     )
     assert wrong.returncode == 2
-    assert "data.text: it is not the text that the run was trained on: argparse.py changed (" in (
+    assert "data.text: not the data that the run was trained on: argparse.py changed (" in (
         wrong.stderr
     )
     assert wrong.stderr.count("error: ") == 1
@@ -205,7 +205,7 @@ def test_another_configuration_is_refused_and_nothing_is_lost(finished: Path) ->
     ("make", "settings", "expected"),
     [
         (b"\xff\xfe", [], "missing.txt is not UTF-8 text"),
-        (b"too short", [], "data.vocab_size: 512 is too large for so little text"),
+        (b"too short", [], "data.vocab_size: 512 is too large for this amount of data"),
         (b"some text", ["parallel.memory_gb=0.000001"], "parallel.memory_gb"),
     ],
 )

@@ -164,7 +164,7 @@ def test_another_machine_s_lease_is_watched_before_it_is_taken(
     begun = time.monotonic()
     take(Path("run")).release()
     assert time.monotonic() - begun >= 0.3
-    assert "run was last owned by process 7 on host far; watching for 0.3 s" in (
+    assert "run was last owned by process 7 on host far; checking for 0.3 s" in (
         capsys.readouterr().err
     )
     another_machine_s()

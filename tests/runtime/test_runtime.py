@@ -33,13 +33,13 @@ def test_a_seed_depends_on_its_purpose_alone() -> None:
 def test_cuda_is_not_invented(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto", 0) == torch.device("cpu")
-    with pytest.raises(UserError, match=r"training.device: cuda is asked for, but torch sees no"):
+    with pytest.raises(UserError, match=r"training.device: cuda is set, but torch finds no"):
         choose_device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto", 1) == torch.device("cuda", 1)
     assert choose_device("cpu", 1) == torch.device("cpu")
-    with pytest.raises(UserError, match=r"there are 2: start at most 2 processes a node"):
+    with pytest.raises(UserError, match=r"there are 2: start at most 2 processes per node"):
         choose_device("auto", 2)
 
 
@@ -65,8 +65,8 @@ WHOLE = {
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"RANK": "five"}, "RANK='five' must be a whole number"),
-        ({"RANK": ""}, "RANK='' must be a whole number"),
+        ({"RANK": "five"}, "RANK='five' must be an integer"),
+        ({"RANK": ""}, "RANK='' must be an integer"),
         ({"RANK": "4"}, "RANK=4 must be below WORLD_SIZE=4"),
         ({"WORLD_SIZE": "0"}, "RANK=1 must be below WORLD_SIZE=0"),
         ({"WORLD_SIZE": None}, "RANK=1 must be below WORLD_SIZE=1"),
@@ -74,7 +74,7 @@ WHOLE = {
         ({"LOCAL_WORLD_SIZE": "8"}, "LOCAL_WORLD_SIZE=8 must be below WORLD_SIZE + 1=5"),
         ({"RANK": None, "MASTER_PORT": None}, "WORLD_SIZE=4 needs RANK, MASTER_PORT too"),
         ({"MASTER_PORT": "0"}, "MASTER_PORT=0 must be from 1 to 65535"),
-        ({"MASTER_PORT": "29500x"}, "MASTER_PORT='29500x' must be a whole number"),
+        ({"MASTER_PORT": "29500x"}, "MASTER_PORT='29500x' must be an integer"),
     ],
 )
 def test_odd_variables_are_one_message(

@@ -81,7 +81,7 @@ def test_mistakes_and_a_complete_run_need_no_torch_and_leave_nothing(tmp_path: P
     assert [code for code, _shown, _error in ends] == [2, 2, 2, 2, 2, 2, 0, 2]
     errors = [error for _code, _shown, error in ends]
     assert errors[0] == "error: data.text: nowhere does not exist\n"
-    assert "there is no text in empty; name files or folders" in errors[1]
+    assert "there is no text in empty; give files or folders" in errors[1]
     assert "data.tokenizer: nowhere.model does not exist" in errors[2]
     assert "start 2 or a multiple of it (keel train --processes 2; torchrun" in errors[3]
     assert f"busy/test is being trained by process {os.getpid()} on host" in errors[4]

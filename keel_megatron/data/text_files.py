@@ -1,4 +1,4 @@
-"""The files of a folder of text, and what of it is left out and why."""
+"""The files below a folder of text, and those that are skipped, with reasons."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 
 @dataclass
 class LeftOut:
-    """What of a folder is no text of a run's, by reason."""
+    """Skipped paths of a folder, by reason."""
 
     root: Path
     found: dict[str, list[Path]] = field(default_factory=dict)
 
     def add(self, reason: str, path: Path) -> None:
-        """Count one."""
+        """Count a path."""
         self.found.setdefault(reason, []).append(path)
 
     def text(self) -> str:
-        """All of it in one line, an example each; empty if it is nothing."""
+        """One line with counts and an example per reason; empty if nothing was skipped."""
         return ", ".join(
             f"{len(paths):,} {reason} (such as {paths[0].relative_to(self.root)})"
             for reason, paths in self.found.items()
@@ -35,14 +35,13 @@ SPECIAL = "neither file nor folder"
 
 
 def files_below(root: Path, left_out: LeftOut) -> list[Path]:
-    """Every file below a folder, in order of their paths; links to folders are followed.
+    """All files below a folder, sorted by path; links to folders are followed.
 
-    A folder is entered once, whatever links lead to it, so cycles end; by its own path where that
-    is below `root`, too.
+    Each folder is entered once, so cycles of links end; by its own path if that is below `root`.
 
     Args:
         root: the folder.
-        left_out: told of what is hidden or cannot be entered.
+        left_out: collects hidden and unreadable paths.
     """
     found: list[Path] = []
     entered: set[tuple[int, int]] = set()
@@ -72,7 +71,7 @@ def files_below(root: Path, left_out: LeftOut) -> list[Path]:
 
 
 def _entries(folder: Path, left_out: LeftOut) -> Iterator[tuple[Path, bool, bool]]:
-    """(path, whether it is a folder, whether it is a link) of what is not left out."""
+    """(path, whether it is a folder, whether it is a link) of the entries that are not skipped."""
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             path = folder / entry.name
