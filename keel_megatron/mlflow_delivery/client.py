@@ -38,13 +38,14 @@ def open_client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
-def experiment_id(client: Any, name: str, artifacts: str | None) -> str:
+def experiment_id(client: Any, name: str, artifacts: str | None, *, local: bool) -> str:
     """The id of an experiment, which is made if it is not there.
 
     Args:
         client: MLflow's.
         name: the experiment's.
         artifacts: where the files of a new experiment go; None = as the server says.
+        local: restore it if it is deleted, as MLflow's own "Default" is in a local database.
     """
     from mlflow.exceptions import MlflowException
 
@@ -56,4 +57,6 @@ def experiment_id(client: Any, name: str, artifacts: str | None) -> str:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             found = client.get_experiment_by_name(name)  # another run has just made it
+    if local and found.lifecycle_stage != "active":
+        client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)

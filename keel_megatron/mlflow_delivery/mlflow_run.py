@@ -229,12 +229,10 @@ class MlflowRun:
     def _create(self, start: str, time_ms: int | None) -> None:
         target, before = self._target, remembered_run_id(self._folder)
         tags = {_START_TAG: start, "mlflow.note.content": DESCRIPTION}
-        experiment = experiment_id(self._client, target.experiment, target.artifacts(self._folder))
+        place = target.artifacts(self._folder)
+        experiment = experiment_id(self._client, target.experiment, place, local=self._is_local)
         self._run = self._client.create_run(
-            experiment,
-            start_time=time_ms,
-            run_name=target.name,
-            tags=tags,
+            experiment, start_time=time_ms, run_name=target.name, tags=tags
         )
         remember_run_id(self._folder, str(self.run_id))
         if self._is_local and before is not None and self._get(before, deleted=True) is None:

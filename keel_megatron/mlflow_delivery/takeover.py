@@ -87,9 +87,9 @@ def take_over(run: Path, client: Any) -> None:
         source = open_client(sqlite_uri(copy))
         for experiment in source.search_experiments():
             for found in _runs(source, [experiment.experiment_id]):
-                _take_run(
-                    run, source, found, client, experiment_id(client, experiment.name, artifacts)
-                )
+                name = experiment.name
+                target = experiment_id(client, name, artifacts, local=True)
+                _take_run(run, source, found, client, target)
     for path in sorted(run.glob(f"{NAME}*")):
         part = path.name.removeprefix(NAME)
         if part in ("", "-wal", "-shm"):
