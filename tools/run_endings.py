@@ -346,7 +346,7 @@ def _ending(code: int, folder: Path) -> Ending:
     late = Waiting.of(folder).status is not None  # more than 30 s, on a busy machine
     if late:
         sync(folder)
-    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder.parent / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("keel")
     runs = client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])
     ending = Ending(code, [run.info.status for run in runs], synced=late)
