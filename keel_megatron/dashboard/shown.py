@@ -10,7 +10,6 @@ from pathlib import Path
 from keel_megatron.config.errors import UserError
 from keel_megatron.dashboard.folders import saved_settings
 from keel_megatron.mlflow_delivery.database import database_of, why_foreign
-from keel_megatron.mlflow_delivery.outbox import FOLDER
 from keel_megatron.mlflow_delivery.presence import the_only_one
 from keel_megatron.mlflow_delivery.reasons import reason
 from keel_megatron.mlflow_delivery.run_file import original_of
@@ -18,6 +17,7 @@ from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_file
 from keel_megatron.mlflow_delivery.sync import sync
 from keel_megatron.mlflow_delivery.takeover import has_earlier_database, take_over_now
 from keel_megatron.mlflow_delivery.target import Target
+from keel_megatron.tracking.outbox import FOLDER
 from keel_megatron.urls import without_credentials
 
 

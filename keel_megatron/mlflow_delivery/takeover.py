@@ -23,7 +23,6 @@ from keel_megatron.mlflow_delivery.database import (
     local_uri,
     prepare,
 )
-from keel_megatron.mlflow_delivery.outbox import FOLDER
 from keel_megatron.mlflow_delivery.presence import the_only_one
 from keel_megatron.mlflow_delivery.run_file import original_of
 from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_uri
@@ -56,7 +55,6 @@ def take_over_now(run: Path) -> bool:
     """
     if not has_earlier_database(run) or original_of(run) is not None:
         return False
-    (run / FOLDER).mkdir(exist_ok=True)
     with the_only_one(run, wait=False) as free:
         if free:
             prepare(database_of(run))

@@ -57,8 +57,6 @@ def _delivered(run: Path) -> int:
     try:
         path = run.parent / "mlflow.db"
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-            sqlite3.connect(f"file:{run.parent / 'mlflow.db'}?mode=ro", uri=True)
-        ) as database:
             counted = "SELECT count(*) FROM metrics WHERE key = 'train/loss'"
             return int(database.execute(counted).fetchone()[0])
     except sqlite3.Error:
