@@ -151,6 +151,8 @@ def link_artifacts(run: Path, run_id: str) -> None:
     place = database_of(run).parent / ARTIFACTS
     wanted = os.path.join("..", Path(os.path.abspath(run)).name, ARTIFACTS, run_id)
     link = place / run_id
+    if place.is_symlink():  # somebody's, to somewhere else
+        return
     with suppress(OSError):
         place.mkdir(mode=0o700, exist_ok=True)
         if link.is_symlink():

@@ -1,4 +1,4 @@
-"""A run as MLflow sees it. Everything here may block or fail: only the courier calls it."""
+"""A run as MLflow sees it. Everything here may block or fail: only the MLflow worker calls it."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.inside import check_links
-from keel_megatron.mlflow_delivery.delivery import Delivery
 from keel_megatron.mlflow_delivery.database import database_of
+from keel_megatron.mlflow_delivery.delivery import Delivery
 from keel_megatron.mlflow_delivery.outbox import OutboxReader, Waiting
 from keel_megatron.mlflow_delivery.presence import is_alive, the_only_one
 from keel_megatron.mlflow_delivery.run_file import original_of, read_run_file
@@ -26,7 +26,7 @@ def sync(run: Path, to: Collection[str] = (), *, rebuild: bool = False) -> list[
     run's MLflow run if the database has it, where points that are there already stay single, and
     tags, notes and names that people gave are kept; or into a new one.
 
-    Reports go to a store in the run's folder by themselves; to any other place only if the user
+    Reports go to the local database by themselves; to any other place only if the user
     names it, because the folder may be somebody else's: MLflow's client would send credentials
     there, or write there.
 
