@@ -105,8 +105,7 @@ def prepare(database: Path) -> None:
         if _OUT_OF_DATE not in str(error):
             raise
         with _locked(database):
-            _upgrade(database)
-        _open(database)
+            _open_upgraded(database)  # another process may have been first
 
 
 def copy_foreign(database: Path, to: Path) -> None:

@@ -258,7 +258,8 @@ def test_tables_of_an_earlier_mlflow_are_upgraded_after_a_copy(
     database = tmp_path / "mlflow.db"
     write_template(database)
     asked: list[list[str]] = []
-    tries = iter([Exception("Detected out-of-date database schema (found version a"), None])
+    old = Exception("Detected out-of-date database schema (found version a")
+    tries = iter([old, old, None])
 
     def opened(_database: Path) -> None:
         error = next(tries)
