@@ -41,7 +41,10 @@ def mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
-def test_it_is_an_ordinary_private_mlflow_database(tmp_path: Path) -> None:
+def test_it_is_an_ordinary_private_mlflow_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "make_tables", write_template)
     database = tmp_path / "mlflow.db"
     prepare(database)
     assert mode(database) == 0o600
