@@ -11,14 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from keel_megatron.checkpoint import folder
 from keel_megatron.tracking.metrics import read_metrics
 from tests.integration.commands import environment, keel, write_config
+from tests.tracking.samples import config, history, mlflow_runs
 from tools.browser import MISSING, browser
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -31,8 +33,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a run was killed once MLflow had it, and then trained to its end."""
     home = tmp_path_factory.mktemp("killed")
     overrides = {"tracking__mlflow": True, "tracking__depth_every": 1, "checkpoint__every": 4}
-    config = write_config(home, Path(argparse.__file__), schedule__decay="constant", **overrides)
-    command = [sys.executable, "-m", "keel_megatron", "train", str(config)]
+    written = write_config(home, Path(argparse.__file__), schedule__decay="constant", **overrides)
+    command = [sys.executable, "-m", "keel_megatron", "train", str(written)]
     run = home / "runs" / "test"
     with subprocess.Popen(
         [*command, "training.steps=100000"],
@@ -41,15 +43,29 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stdout=subprocess.DEVNULL,
     ) as first:
         try:
-            _wait(lambda: first.poll() is not None or (folder.steps(run) and _delivered(run) > 4))
+            _wait(lambda: first.poll() is not None or _is_past_a_checkpoint(run))
         finally:
-            first.kill()
+            _kill(first)
     assert first.returncode == -signal.SIGKILL
     last = read_metrics(run / "metrics.jsonl")[-1]["step"]
-    done = keel(home, "train", str(config), f"training.steps={last + STEPS_AFTER_KILL}")
+    done = keel(home, "train", str(written), f"training.steps={last + STEPS_AFTER_KILL}")
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     return home
+
+
+def _is_past_a_checkpoint(run: Path) -> bool:
+    """Whether MLflow has steps that a resume trains again."""
+    saved = folder.steps(run)
+    return bool(saved) and _delivered(run) > saved[-1]
+
+
+def _kill(launcher: subprocess.Popen[bytes]) -> None:
+    """Kill a run with its ranks and its MLflow worker: nobody saves or reports anything more."""
+    process = psutil.Process(launcher.pid)
+    for each in [*process.children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
 
 
 def _delivered(run: Path) -> int:
@@ -91,6 +107,14 @@ def address(home: Path) -> Iterator[str]:
         finally:
             server.send_signal(signal.SIGINT)
         assert server.wait(300) == 0
+
+
+def test_steps_that_are_trained_again_have_the_same_loss_twice(home: Path) -> None:
+    run = config(home / "runs")
+    (found,) = mlflow_runs(run)
+    points = history(run, found.info.run_id, "train/loss")
+    assert len(points) > len(set(points)) == len({step for step, _ in points})
+    assert "resumed.1" in found.data.tags
 
 
 def test_a_killed_and_resumed_run_is_one_run_with_one_curve(home: Path, address: str) -> None:
