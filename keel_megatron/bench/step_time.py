@@ -23,10 +23,11 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch, random_batch
 from keel_megatron.data.prepare import PreparedData, prepare
 from keel_megatron.engines.build import build_engine
-from keel_megatron.mlflow_delivery.tracker import Tracker, open_progress, open_tracker
+from keel_megatron.mlflow_delivery.reporting import open_progress, open_tracker
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.tracking.metrics import read_metrics
+from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training.ready import open_batches
 from keel_megatron.training.step_report import peak_memory_gb, step_record
 

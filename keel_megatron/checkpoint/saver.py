@@ -19,9 +19,9 @@ from keel_megatron.checkpoint.state import Position, Snapshot, Trained, snapshot
 from keel_megatron.config.errors import DivergedError, UserError
 from keel_megatron.config.load import dump_config
 from keel_megatron.config.run import RunConfig
-from keel_megatron.mlflow_delivery.tracker import Tracker
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.tracking.records import CheckpointRecord
+from keel_megatron.tracking.tracker import Tracker
 
 _POLL_SECONDS = 0.02
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)

@@ -28,9 +28,16 @@ def sync(
             "local store.",
         ),
     ] = None,
+    rebuild: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild",
+            help="Deliver the whole run again, from its log. What MLflow has of it stays.",
+        ),
+    ] = False,
 ) -> None:
     """Upload the metrics that a crash or an unreachable server left in a run's folder."""
     from keel_megatron.mlflow_delivery.sync import sync
 
-    for line in sync(run, to or ()):
+    for line in sync(run, to or (), rebuild=rebuild):
         print(line)

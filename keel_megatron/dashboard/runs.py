@@ -39,7 +39,8 @@ State = Literal[
 VERDICTS = "hangs/*/verdict.txt"
 """What cluster/watchdog.py leaves; not imported from there, where torch comes along."""
 
-_TAIL_BYTES = 1 << 16
+_TAIL_BYTES, _LONGEST_TAIL = 1 << 16, 1 << 24
+_DEPTH = '"depth": {'
 _IMPLAUSIBLE = 10**15
 _UNBOUNDED = ("loss", "validation_loss", "grad_norm", "learning_rate")
 _STEPS_AVERAGED = 20
@@ -324,10 +325,17 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def _last_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The whole records at the end of a metrics file, and a line about one that is none."""
     found, wrong = [], []
-    for line in _tail(path):
+    for line in _last_lines(path):
         try:
             record = parse_json(line)
         except ValueError:
@@ -345,6 +353,16 @@ def _last_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return found, wrong[-1:]
 
 
+def _last_lines(path: Path) -> list[str]:
+    """The last lines of a metrics file that are no depth profiles, which may be long."""
+    limit = _TAIL_BYTES
+    while True:
+        lines = [line for line in _tail(path, limit) if _DEPTH not in line]
+        if len(lines) > _STEPS_AVERAGED or limit >= _LONGEST_TAIL or limit > _size(path):
+            return lines
+        limit *= 16
+
+
 def _log_tail(path: Path) -> list[tuple[float, str]]:
     """The last messages of log.txt: seconds since 1970, and a line."""
     matches = (_LOG_LINE.match(line) for line in _tail(path))
@@ -355,16 +373,16 @@ def _log_tail(path: Path) -> list[tuple[float, str]]:
     ]
 
 
-def _tail(path: Path) -> list[str]:
+def _tail(path: Path, limit: int = _TAIL_BYTES) -> list[str]:
     """The last lines of a file: whole ones, but perhaps the very last."""
     try:
         with open_regular(path) as stream:
             size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - _TAIL_BYTES))
+            stream.seek(max(0, size - limit))
             lines = stream.read().decode(errors="replace").splitlines()
     except OSError:
         return []
-    return lines[1:] if size > _TAIL_BYTES else lines
+    return lines[1:] if size > limit else lines
 
 
 def _held_metrics() -> set[Path]:

@@ -13,8 +13,7 @@ from numpy.typing import ArrayLike
 from keel_megatron.config.errors import UserError
 from keel_megatron.tracking.metric_names import DEPTH
 from keel_megatron.tracking.metrics import iterate_metrics
-
-DEPTH_FILE = "depth.jsonl"
+from keel_megatron.tracking.run_log import EARLIER_DEPTH_FILE, METRICS_FILE
 
 
 @dataclass(frozen=True)
@@ -90,13 +89,16 @@ class DepthProfile:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> DepthProfile:
-        """What `to_json` made, also of another version's quantities.
+        """What `to_json` made, also of another version's quantities, and of a line of depth.jsonl.
 
         Raises:
             ValueError: it has none of them, or they are not lists of numbers, one as long as the
                 others.
         """
-        lists = {name: record[name] for name in QUANTITIES if record.get(name) is not None}
+        noted = record.get("depth", record)
+        if not isinstance(noted, Mapping):
+            raise ValueError("no quantity")
+        lists = {name: noted[name] for name in QUANTITIES if noted.get(name) is not None}
         if not lists:
             raise ValueError("no quantity")
         if any(not isinstance(found, list) for found in lists.values()):
@@ -112,13 +114,16 @@ class DepthProfile:
         return cls(record["step"], values, frozenset(QUANTITIES.keys() - lists.keys()))
 
     def to_json(self) -> dict[str, Any]:
-        """One flat object: a list a quantity, null where it is absent, fp32's shortest digits."""
+        """A record of metrics.jsonl: a list a quantity, null where it is absent.
+
+        Numbers have the fewest digits that give the same fp32.
+        """
         lists = {
             name: [None if value is None else float(str(np.float32(value))) for value in found]
             for name, found in ((name, array.tolist()) for name, array in self.values.items())
             if name not in self.missing
         }
-        return {"step": self.step, **lists}
+        return {"step": self.step, "depth": lists}
 
     @property
     def sub_layers(self) -> int:
@@ -172,28 +177,42 @@ def first_nonfinite(values: Values) -> int | None:
     return int(bad[0]) if bad.size else None
 
 
-def read_profiles(run_folder: Path) -> list[DepthProfile]:
+def read_profiles(run_folder: Path, *, may_lack: bool = False) -> list[DepthProfile]:
     """The profiles of a run, in the order of their steps.
 
+    They are records of metrics.jsonl; those that an earlier version wrote are in depth.jsonl.
+
+    Args:
+        run_folder: the run's folder.
+        may_lack: whether a run without any is fine.
+
     Raises:
-        UserError: the run has none, or a line of its file is none.
+        UserError: the run has none, or a line of its files is none.
     """
     if not run_folder.is_dir():
         raise UserError(f"{run_folder} is no run's folder")
-    path = run_folder / DEPTH_FILE
-    profiles = []
-    for record in iterate_metrics(path):
-        try:
-            profiles.append(DepthProfile.from_json(record))
-            if profiles[-1].sub_layers != profiles[0].sub_layers:
-                raise ValueError("it is of another number of sub-layers")
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{path}: the line of step {record['step']} is no depth profile ({error}); remove "
-                "the line, or move the file away"
-            ) from error
-    if not profiles:
+    path, earlier = run_folder / METRICS_FILE, run_folder / EARLIER_DEPTH_FILE
+    profiles: list[DepthProfile] = []
+    for source in (earlier, path):
+        for record in iterate_metrics(source):
+            if source == earlier or "depth" in record:
+                profiles.append(_profile(record, source, profiles))
+    if not profiles and not may_lack:
         raise UserError(
             f"{path} has no depth profiles; tracking.depth_every sets the steps between them"
         )
     return profiles
+
+
+def _profile(record: dict[str, Any], path: Path, before: Sequence[DepthProfile]) -> DepthProfile:
+    """The profile in a line, of as many sub-layers as those before it."""
+    try:
+        profile = DepthProfile.from_json(record)
+        if before and profile.sub_layers != before[0].sub_layers:
+            raise ValueError("it is of another number of sub-layers")
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: the line of step {record['step']} is no depth profile ({error}); remove "
+            "the line, or move the file away"
+        ) from error
+    return profile

@@ -18,7 +18,6 @@ from keel_megatron.mlflow_delivery.changes import Change
 from keel_megatron.mlflow_delivery.overwrite import delete_after, set_params, settle
 from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_file, sqlite_uri
 from keel_megatron.mlflow_delivery.target import (
-    Status,
     Target,
     local_artifacts,
     local_uri,
@@ -26,6 +25,7 @@ from keel_megatron.mlflow_delivery.target import (
     remembered_run_id,
 )
 from keel_megatron.tracking.metric_names import DESCRIPTION
+from keel_megatron.tracking.records import Status
 
 METRICS_PER_CALL = 1000
 _PER_CALL = 100
@@ -106,19 +106,22 @@ class MlflowRun:
         """The MLflow run."""
         return None if self._run is None else str(self._run.info.run_id)
 
-    def start(self, start: str, back_to: int | None, time_ms: int) -> str | None:
+    def start(
+        self, start: str, back_to: int | None, time_ms: int, *, again: bool = False
+    ) -> str | None:
         """Begin a new MLflow run, or go on with the folder's.
 
         Args:
             start: name of this start; the same one a second time changes nothing.
             back_to: step that the run goes on from; None = a new MLflow run.
             time_ms: when.
+            again: whether all of the run is delivered again: to the MLflow run that it has.
 
         Returns:
             What the user should know about it, if anything.
         """
         known, remark = self._remembered(), None
-        if known is not None and known.data.tags.get(_START_TAG) == start:
+        if known is not None and (again or known.data.tags.get(_START_TAG) == start):
             self._run = known
         elif back_to is None:
             if known is not None and known.info.status == "RUNNING":

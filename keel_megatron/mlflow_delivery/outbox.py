@@ -1,312 +1,260 @@
-"""What waits to be delivered to MLflow: append-only files of JSON lines in the run's folder.
+"""What of a run's log MLflow does not have yet.
 
-    spool/events.000001.jsonl        rank 0's: starts, each with the place that it reports to
-                                     (target.py), values, files, tags, changed settings, rewinds,
-                                     the ending
-    spool/system-HOST.000001.jsonl   a node's own measurements
-    spool/delivered.json             how far MLflow has them, replaced in one move
-    spool/target.json                that place, of starts by earlier versions
-    spool/lock                       held by the courier that delivers
+Metrics.jsonl, the event log and the nodes' measurements (tracking/outbox.py) are only read;
+`outbox/delivered.json` says how far MLflow has each, in bytes, and is replaced in one move. An item
+may come twice, when the process dies between a delivery and its note: MLflow's database stores take
+a point of the same name, step, time and value as the same.
 
-Only the training process writes a stream and only one courier reads it, so neither waits for the
-other. Every start of a writer begins a new file, and so does every file that has grown large;
-delivered files are deleted, and the others have a limit (SpoolWriter). A last line that a kill cut
-short is no item.
-
-A line is with the system as soon as it is written: no end of the process loses it. It is not
-synced to the disk: a node that loses its power may lose its last seconds, as metrics.jsonl may.
-An item may come twice, when the courier dies between a delivery and its note of it: MLflow's
-database stores take a point of the same step, time and value as the same.
+The run cuts metrics.jsonl when it resumes or rolls back, and then logs an event with the size that
+stays, before it writes on. So no cut can be known while records before it are taken for later ones:
+a batch of records counts only if no cut was logged between the looks before and after reading it.
+Should the event itself be lost, on a full disk or by a change made by hand, the bytes before the
+noted place are others than before, and the file is delivered again from its beginning.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import re
-import threading
-import time
+import zlib
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from keel_megatron.config.reading import lines_of, open_regular, parse_json, read_small
-from keel_megatron.runtime.files import LineFile, write_whole
+from keel_megatron.config.reading import lines_of, open_regular, parse_json
+from keel_megatron.depth.profile import DepthProfile
+from keel_megatron.mlflow_delivery import earlier_spool
+from keel_megatron.mlflow_delivery.items import Item, is_item, note_in, one_call
+from keel_megatron.runtime.files import write_whole
+from keel_megatron.tracking.outbox import EVENTS_FILE, FOLDER, SYSTEM, segments
+from keel_megatron.tracking.run_log import METRICS_FILE
 
-FOLDER = "spool"
-EVENTS = "events"
-SYSTEM = "system-"
-POINTS = ("metrics", "system")
-"""Kinds of items that hold points."""
-SEGMENT_BYTES = 8_000_000
-EVENTS_BYTES = 256_000_000
-"""How large rank 0's stream grows while MLflow does not answer: some 600,000 steps."""
-SYSTEM_BYTES = 32_000_000
-"""Likewise a node's own: some two days of a node with 8 GPUs, at a measurement every 10 s."""
-UNWRITTEN_BYTES = 16_000_000
-"""How much is kept in memory while the disk is full."""
-LOOK_SECONDS = 10.0
-_DELIVERED = "delivered.json"
-_NUMBER = re.compile(r"[0-9]{1,15}")
+_NOTE = "delivered.json"
+_EVENTS, _METRICS = "events", "metrics"
+_MARK_BYTES = 64
+_LARGEST = 1 << 53
 
 
-class SpoolWriter:
-    """Appends items to a stream; any thread may.
-
-    A full disk does not stop the run: what cannot be written is kept in memory (runtime/files.py).
-    While nobody delivers, neither files nor memory grow without limit: once they have reached it,
-    points are left out until there is room again. All else is kept.
+class OutboxReader:
+    """Reads on in a run's log, and notes how far MLflow has it.
 
     Args:
         run: the run's folder.
-        stream: name of the stream.
-        limit: bytes of its files from which on points are left out.
+        again: forget what is noted, and deliver the whole of the run's present MLflow run again:
+            from the last start that began one.
+        whole: with `again`, deliver the records from before the first start that is logged too,
+            which an earlier version delivered; not in a copy, where they are another run's.
 
     Attributes:
-        left_out: points that were left out for want of room.
+        session: what the last delivered start said.
+        last_start: what the last start said.
+        ended: whether the last start's end is known.
     """
 
-    def __init__(self, run: Path, stream: str, limit: int = EVENTS_BYTES) -> None:
-        self._folder = run / FOLDER
-        self._stream = stream
-        self._limit = limit
-        self._is_full = False
-        self._look_at = -math.inf
-        self.left_out = 0
-        self._lock = threading.Lock()
-        self._lines: LineFile | None = None
-        with suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-
-    def append(self, kind: str, **values: Any) -> None:
-        """Write an item, `values` being plain JSON."""
-        line = json.dumps({"kind": kind, **values})
-        with self._lock:
-            if kind in POINTS and self._has_no_room():
-                self.left_out += len(values["values"])
-            else:
-                self._segment().append(line, must=True)
-
-    @property
-    def unwritten(self) -> int:
-        """Items that are in memory only."""
-        return 0 if self._lines is None else len(self._lines.kept)
-
-    def close(self) -> None:
-        """Close the file."""
-        with self._lock:
-            if self._lines is not None:
-                self._lines.close()
-
-    def _has_no_room(self) -> bool:
-        now, lines = time.monotonic(), self._segment()
-        if now >= self._look_at:
-            self._look_at = now + LOOK_SECONDS
-            lines.write()
-            self._is_full = _bytes_of(self._folder, self._stream) >= self._limit
-        return self._is_full or lines.kept_bytes >= UNWRITTEN_BYTES
-
-    def _segment(self) -> LineFile:
-        """The file that the next item goes to."""
-        if self._lines is not None and self._lines.written > SEGMENT_BYTES and not self._lines.kept:
-            self._lines.close()
-            self._lines = None
-        if self._lines is None:
-            number = max((n for n, _ in segments(self._folder, self._stream)), default=0) + 1
-            number = max(number, read_position(self._folder).get(self._stream, (0, 0))[0] + 1)
-            self._lines = LineFile(self._folder / f"{self._stream}.{number:06d}.jsonl")
-        return self._lines
-
-
-@dataclass(frozen=True)
-class Item:
-    """One line of a stream."""
-
-    stream: str
-    segment: int
-    end: int
-    """Where the line ends in its file, in bytes."""
-    values: dict[str, Any]
-
-    @property
-    def kind(self) -> str:
-        """What it is: start, metrics, system, tags, changes, artifact, rewind or end."""
-        return str(self.values["kind"])
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Its file and its end there: later items have a greater one."""
-        return self.segment, self.end
-
-
-_FIELDS: dict[str, dict[str, type]] = {
-    "start": {"name": str, "time": int},
-    "metrics": {"step": int, "values": dict, "time": int},
-    "system": {"values": dict, "time": int},
-    "tags": {"tags": dict},
-    "changes": {"changes": list},
-    "artifact": {"path": str},
-    "rewind": {"back_to": int, "time": int},
-    "end": {"status": str, "time": int},
-}
-
-
-def _is_item(values: Any) -> bool:
-    """Whether a line has what its kind must have: not every line need be a writer's."""
-    if not isinstance(values, dict):
-        return False
-    fields = _FIELDS.get(str(values.get("kind")), {"kind": str})
-    back_to = values.get("back_to")
-    return all(isinstance(values.get(name), kind) for name, kind in fields.items()) and (
-        back_to is None or isinstance(back_to, int)
-    )
-
-
-def segments(folder: Path, stream: str) -> list[tuple[int, Path]]:
-    """(number, path) of a stream's files in order; `folder` is the spool."""
-    found = []
-    for path in folder.glob(f"{stream}.*.jsonl"):
-        number = path.name[len(stream) + 1 : -len(".jsonl")]
-        if _NUMBER.fullmatch(number):
-            found.append((int(number), path))
-    return sorted(found)
-
-
-def _bytes_of(folder: Path, stream: str) -> int:
-    """Size of a stream's files; those that are delivered meanwhile count as nothing."""
-    size = 0
-    for _number, path in segments(folder, stream):
-        with suppress(OSError):
-            size += path.stat().st_size
-    return size
-
-
-def read_position(folder: Path) -> dict[str, tuple[int, int]]:
-    """How far every stream is delivered: (file, byte)."""
-    with suppress(AttributeError, TypeError, ValueError):
-        return {name: (int(s), int(e)) for name, (s, e) in _note(folder).get("streams", {}).items()}
-    return {}
-
-
-def _note(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(parse_json(read_small(folder / _DELIVERED)))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-class SpoolReader:
-    """What of a run's spool is not delivered yet.
-
-    Values after the step that a later start or rewind goes back to are left out: the run computes
-    them again.
-
-    Args:
-        run: the run's folder.
-
-    Attributes:
-        session: what the last delivered start said, and whether its end is delivered (`open`).
-    """
-
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, *, again: bool = False, whole: bool = True) -> None:
         self.folder = run / FOLDER
-        note = _note(self.folder)
-        session = note.get("session")
-        self.session: dict[str, Any] = session if isinstance(session, dict) else {}
-        self._position = read_position(self.folder)
-        self._scanned = self._position.get(EVENTS, (0, 0))
-        self._turns: list[tuple[tuple[int, int], int]] = []
-        self.last_start: dict[str, Any] = dict(self.session)
-        self.ended = not self.session.get("open", False)
+        self._metrics_path = run / METRICS_FILE
+        self.again = again
+        self._whole = again and whole
+        note: dict[str, Any] = {} if again else note_in(self.folder / _NOTE)
+        self._at = {name: _byte(note.get(name)) for name in (_METRICS, _EVENTS)}
+        self._first = _byte(note.get("first"))
+        """Where the records of the MLflow run begin."""
+        self._mark = (0, 0)
+        self._system: dict[str, tuple[int, int]] = {}
+        with suppress(AttributeError, TypeError, ValueError):
+            begin, checksum = note.get("mark", self._mark)
+            self._mark = (_byte(begin), _byte(checksum))
+            streams = note.get("system", {}).items()
+            self._system = {name: (_byte(number), _byte(byte)) for name, (number, byte) in streams}
+        self._is_open = note.get("open") is True
+        self.session: dict[str, Any] = {}
+        self.last_start: dict[str, Any] = {}
+        self.ended = not self._is_open
+        self._scanned = 0
+        self._cuts = 0
+        self._pending: deque[Item] = deque()
+        if again:
+            self._at[_EVENTS] = self._last_beginning()
 
     def scan(self) -> None:
-        """Look ahead, over what has come since the last look, for starts, rewinds and ends."""
-        for item in self._lines(EVENTS, self._scanned):
-            self._scanned = item.place
+        """Read the events that were logged since the last look."""
+        for item in self._events(self._scanned):
+            self._scanned = item.place[1]
             if item.kind == "start":
-                self.last_start, self.ended = item.values, False
-            elif item.kind == "end":
-                self.ended = True
-            back_to = item.values.get("back_to")
-            if back_to is not None:
-                self._turns.append((item.place, int(back_to)))
+                self.last_start = item.values
+            if self._scanned <= self._at[_EVENTS]:
+                self.session = {} if self.again else self.last_start
+                continue
+            self._pending.append(item)
+            self._cuts += _is_cut(item)
+            self.ended = (self.ended and item.kind != "start") or item.kind == "end"
+
+    def batch(self) -> list[Item]:
+        """The next items: points, as many as go into one call, or one event; none if all is there.
+
+        Records come before the event that they were written before.
+        """
+        self.scan()
+        while True:
+            cuts = self._cuts
+            found = one_call(self._records()) or self._event() or one_call(self._measurements())
+            self.scan()
+            if self._cuts == cuts:
+                return found
 
     def waiting(self) -> Iterator[Item]:
-        """The items that are to be delivered: events first, in their order."""
+        """All that is to be delivered, as it stands now."""
         self.scan()
-        for stream in self._streams():
-            for item in self._lines(stream, self._position.get(stream, (0, 0))):
-                if not self._is_overtaken(item):
-                    yield item
+        at = self._records_from()
+        if at is not None:
+            yield from self._lines_of_metrics(at, None)
+        yield from self._pending
+        yield from self._measurements()
 
     def commit(self, items: list[Item]) -> None:
-        """Note that these are delivered (or given up), with all before them; delete their files."""
+        """Note that these are delivered (or given up), with all before them."""
         for item in items:
-            self._position[item.stream] = max(self._position.get(item.stream, (0, 0)), item.place)
-            if item.kind == "start":
-                self.session = {**item.values, "open": True}
-            elif item.kind == "end":
-                self.session["open"] = False
-        self._turns = [t for t in self._turns if t[0] > self._position.get(EVENTS, (0, 0))]
-        self.write_note()
-        for stream in {item.stream for item in items}:
-            for number, path in segments(self.folder, stream):
-                if number < self._position[stream][0]:
-                    path.unlink(missing_ok=True)
+            if item.stream == _EVENTS:
+                self._pending.popleft()
+                self._commit_event(item)
+            elif item.stream == _METRICS:
+                self._at[_METRICS], self._mark = item.place[1], item.mark
+            else:
+                self._system[item.stream] = item.place
+        self._write_note()
 
-    def write_note(self) -> None:
-        """Keep how far everything is delivered."""
-        note = {"streams": self._position, "session": self.session}
-        write_whole(self.folder / _DELIVERED, json.dumps(note))
+    def close(self) -> None:
+        """Note that the last start's end is delivered, though the run did not say it."""
+        self._is_open, self.ended = False, True
+        self._write_note()
 
-    def tidy(self, streams: list[str] | None = None) -> None:
-        """Delete the files that are delivered to their end; their writers must be gone.
+    def _commit_event(self, item: Item) -> None:
+        self._at[_EVENTS] = item.place[1]
+        if item.kind == "start":
+            if not self.session:  # what was there before is not for MLflow, or it has it
+                self._first = 0 if self._whole else item.values["metrics"]
+                self._at[_METRICS] = self._first
+            self.session, self._is_open, self.again = item.values, True, False
+        elif item.kind == "end":
+            self._is_open = False
+        if _is_cut(item):
+            self._at[_METRICS] = min(self._at[_METRICS], item.values["metrics"])
+            self._first = min(self._first, item.values["metrics"])
+            begin = max(0, self._at[_METRICS] - _MARK_BYTES)
+            self._mark = begin, self._checksum(begin, self._at[_METRICS])
 
-        Args:
-            streams: whose; None = all.
-        """
-        for stream in self._streams() if streams is None else streams:
-            last, end = self._position.get(stream, (0, 0))
-            for number, path in segments(self.folder, stream):
-                done = number < last or (number == last and path.stat().st_size <= end)
-                if done or path.stat().st_size == 0:
-                    path.unlink(missing_ok=True)
+    def _event(self) -> list[Item]:
+        return [self._pending[0]] if self._pending else []
 
-    def _streams(self) -> list[str]:
-        names = {path.name.rsplit(".", 2)[0] for path in self.folder.glob("*.*.jsonl")}
-        return sorted(names, key=lambda name: (name != EVENTS, name))
+    def _records(self) -> Iterator[Item]:
+        """Records that count now, before the next cut's place."""
+        if not self.session:
+            return
+        limit = min((i.values["metrics"] for i in self._pending if _is_cut(i)), default=None)
+        at = self._at[_METRICS]
+        if limit is None or at < limit:
+            yield from self._lines_of_metrics(at if self._is_same(at) else self._first, limit)
 
-    def _is_overtaken(self, item: Item) -> bool:
-        if item.kind != "metrics":
-            return False
-        return any(
-            place > item.place and item.values["step"] > back_to for place, back_to in self._turns
-        )
+    def _records_from(self) -> int | None:
+        """Where the records begin that MLflow lacks once the pending events are delivered."""
+        at: int | None = None
+        if self.session:
+            at = self._at[_METRICS]
+            at = at if self._is_same(at) else self._first
+        for item in self._pending:
+            if _is_cut(item):
+                size = item.values["metrics"]
+                at = (0 if self._whole else size) if at is None else min(at, size)
+        return at
 
-    def _lines(self, stream: str, after: tuple[int, int]) -> Iterator[Item]:
-        """Whole lines of a stream after a place."""
+    def _lines_of_metrics(self, at: int, limit: int | None) -> Iterator[Item]:
+        with suppress(FileNotFoundError), open_regular(self._metrics_path) as stream:
+            stream.seek(at)
+            for end, record, line in _lines(stream, at):
+                if limit is not None and end > limit:
+                    return
+                tail = line[-_MARK_BYTES:]
+                mark = (end - len(tail), zlib.crc32(tail))
+                yield Item(_METRICS, (0, end), self._item(record), mark)
+
+    def _item(self, record: Any) -> dict[str, Any]:
+        """What a record is to MLflow; without values if the line is no record."""
+        values: dict[str, float] = {}
+        step, time = 0, self.session.get("time", 0)  # of an earlier version's record
+        if isinstance(record, dict) and 0 <= _whole(record.get("step")) < _LARGEST:
+            values, step = _points(record), record["step"]
+            if 0 < _whole(record.get("time")) < _LARGEST:
+                time = record["time"]
+        return {"kind": "metrics", "step": step, "time": time, "values": values}
+
+    def _measurements(self) -> Iterator[Item]:
+        files = self.folder.glob(f"{SYSTEM}*.*.jsonl")
+        for stream in sorted({path.name.rsplit(".", 2)[0] for path in files}):
+            yield from self._measurements_of(stream, self._system.get(stream, (0, 0)))
+
+    def _measurements_of(self, stream: str, after: tuple[int, int]) -> Iterator[Item]:
         for number, path in segments(self.folder, stream):
             if number < after[0]:
                 continue
-            end = after[1] if number == after[0] else 0
-            with open_regular(path) as file:
-                file.seek(end)
-                for line in lines_of(file):
-                    if not line.endswith(b"\n"):
-                        break
-                    end += len(line)
-                    with suppress(ValueError):
-                        values = parse_json(line)
-                        if _is_item(values):
-                            yield Item(stream, number, end, values)
+            begin = after[1] if number == after[0] else 0
+            with suppress(FileNotFoundError), open_regular(path) as file:  # the oldest may go
+                file.seek(begin)
+                for end, values, _line in _lines(file, begin):
+                    if is_item(values) and values["kind"] == "system":
+                        yield Item(stream, (number, end), values)
+
+    def _events(self, after: int) -> Iterator[Item]:
+        with suppress(FileNotFoundError), open_regular(self.folder / EVENTS_FILE) as file:
+            file.seek(after)
+            for end, values, _line in _lines(file, after):
+                if is_item(values) and values["kind"] not in ("metrics", "system"):
+                    item = Item(_EVENTS, (0, end), values)
+                    if not _is_cut(item) or type(values.get("metrics")) is int:
+                        yield item
+
+    def _last_beginning(self) -> int:
+        """Where the event of the last start ends the MLflow run before it; 0 if none does."""
+        before = found = 0
+        for item in self._events(0):
+            if item.kind == "start" and item.values.get("back_to") is None:
+                found = before
+            before = item.place[1]
+        return found
+
+    def _is_same(self, at: int) -> bool:
+        """Whether the bytes before a delivered place are those that were delivered.
+
+        A file that has become shorter says nothing yet: its cut is about to be logged.
+        """
+        with suppress(FileNotFoundError):
+            begin, checksum = self._mark
+            if self._metrics_path.stat().st_size >= at:
+                return self._checksum(min(begin, at), at) == checksum
+        return True
+
+    def _checksum(self, begin: int, end: int) -> int:
+        with suppress(FileNotFoundError), open_regular(self._metrics_path) as stream:
+            stream.seek(begin)
+            return zlib.crc32(stream.read(min(end - begin, _MARK_BYTES)))
+        return zlib.crc32(b"")
+
+    def _write_note(self) -> None:
+        note = {
+            **self._at,
+            "mark": self._mark,
+            "first": self._first,
+            "system": self._system,
+            "open": self._is_open,
+        }
+        write_whole(self.folder / _NOTE, json.dumps(note))
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """How much of a spool is not delivered."""
+    """How much of a run's log MLflow does not have."""
 
     points: int = 0
     files: int = 0
@@ -318,10 +266,11 @@ class Waiting:
         """Count a run's."""
         points = files = 0
         status: str | None = None
-        for item in SpoolReader(run).waiting():
-            points += len(item.values.get("values", ()))
-            files += item.kind == "artifact"
-            status = item.values["status"] if item.kind == "end" else status
+        for reader in (earlier_spool.SpoolReader(run), OutboxReader(run)):
+            for item in reader.waiting():
+                points += item.points
+                files += item.kind == "artifact"
+                status = item.values["status"] if item.kind == "end" else status
         return cls(points, files, status)
 
     def __bool__(self) -> bool:
@@ -336,7 +285,45 @@ class Waiting:
         return ", ".join(parts[:-1]) + " and " * (len(parts) > 1) + parts[-1]
 
 
-def relative(run: Path, path: Path) -> str:
-    """A file's path as the spool keeps it: within the run's folder relative to it."""
-    full, home = os.path.abspath(path), os.path.abspath(run)
-    return os.path.relpath(full, home) if full.startswith(home + os.sep) else full
+def _is_cut(item: Item) -> bool:
+    return item.kind in ("start", "rewind")
+
+
+def _whole(value: Any) -> int:
+    """A whole number; -1 for anything else."""
+    return value if type(value) is int else -1
+
+
+def _byte(value: Any) -> int:
+    return max(0, _whole(value)) if _whole(value) < _LARGEST else 0
+
+
+def _lines(stream: BinaryIO, at: int) -> Iterator[tuple[int, Any, bytes]]:
+    """(where it ends, what it says, itself) of each whole line; None for what is no JSON."""
+    for line in lines_of(stream):
+        if not line.endswith(b"\n"):
+            return
+        at += len(line)
+        try:
+            values = parse_json(line)
+        except ValueError:
+            values = None
+        yield at, values, line
+
+
+def _points(record: Any) -> dict[str, float]:
+    """A record's values for MLflow, by their fields' names."""
+    if not isinstance(record, dict):
+        return {}
+    if "depth" in record:
+        with suppress(ValueError, TypeError, KeyError):
+            return DepthProfile.from_json(record).summary()
+        return {}
+    if "validation_loss" in record:  # the step's own record has the rest
+        record = {"validation_loss": record["validation_loss"]}
+    found = {}
+    for name, value in record.items():
+        if name not in ("step", "time") and type(value) in (int, float):
+            with suppress(OverflowError):
+                found[name] = float(value)
+    return found

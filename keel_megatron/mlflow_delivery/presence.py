@@ -1,4 +1,4 @@
-"""Who is at work on a run's spool: the one courier that delivers it, and the training process."""
+"""Who is at work on a run's outbox: the one worker that delivers it, and the training process."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from typing import Any
 
 import psutil
 
-from keel_megatron.mlflow_delivery.outbox import FOLDER
+from keel_megatron.tracking.outbox import FOLDER
 
 HEARTBEAT_SECONDS = 10.0
 
 
 @contextmanager
 def the_only_one(run: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the spool's lock within the block; False if another courier has it.
+    """Hold the outbox's lock within the block; False if another worker has it.
 
     The system frees the lock of a process that dies. A file system without locks gives it to all.
     """
     path = run / FOLDER / "lock"
+    path.parent.mkdir(exist_ok=True)
     with path.open("a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -38,7 +39,7 @@ def the_only_one(run: Path, *, wait: bool) -> Iterator[bool]:
 def is_alive(session: dict[str, Any], run: Path) -> bool:
     """Whether the training process of a session may still be there.
 
-    On another machine that is so if its courier gave a sign of life within the last minute.
+    On another machine that is so if its MLflow worker gave a sign of life within the last minute.
     """
     if session.get("host") == socket.gethostname():
         pid, born = session.get("pid"), session.get("born")

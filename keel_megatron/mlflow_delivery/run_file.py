@@ -26,14 +26,15 @@ from typing import Any
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.reading import parse_json, read_small
-from keel_megatron.mlflow_delivery.outbox import FOLDER as SPOOL
+from keel_megatron.mlflow_delivery.earlier_spool import FOLDER as SPOOL
 from keel_megatron.mlflow_delivery.target import RUN_ID_FILE, remembered_run_id
 from keel_megatron.runtime.files import write_whole
+from keel_megatron.tracking.outbox import FOLDER as OUTBOX
 
 FILE = "run.json"
 ORIGIN_FOLDER = "origin"
 _ID = re.compile(r"[0-9a-f]{32}")
-_OF_THE_ORIGINAL = ("mlflow.db*", "mlflow_artifacts", SPOOL, RUN_ID_FILE)
+_OF_THE_ORIGINAL = ("mlflow.db*", "mlflow_artifacts", OUTBOX, SPOOL, RUN_ID_FILE)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Deliver what a run's spool still holds, once the run itself is over."""
+"""Deliver what MLflow lacks of a run's log once the run itself is over, or all of it again."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from pathlib import Path
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.inside import check_links
-from keel_megatron.mlflow_delivery.outbox import EVENTS, FOLDER, SpoolWriter, Waiting, relative
+from keel_megatron.mlflow_delivery.outbox import OutboxReader, Waiting
 from keel_megatron.mlflow_delivery.presence import is_alive, the_only_one
-from keel_megatron.mlflow_delivery.run_file import original_of
+from keel_megatron.mlflow_delivery.run_file import original_of, read_run_file
 from keel_megatron.mlflow_delivery.target import Target, sync_command
-from keel_megatron.mlflow_delivery.worker import Courier
+from keel_megatron.mlflow_delivery.worker import MlflowWorker
+from keel_megatron.tracking.outbox import FOLDER, EventLog, relative
 from keel_megatron.urls import without_credentials
 
 
-def sync(run: Path, to: Collection[str] = ()) -> list[str]:
+def sync(run: Path, to: Collection[str] = (), *, rebuild: bool = False) -> list[str]:
     """Deliver what waits; a run whose process died without a word becomes FAILED.
+
+    MLflow's database is a view of the runs' logs. A rebuild makes that of one run anew: into the
+    run's MLflow run if the database has it, where points that are there already stay single, and
+    tags, notes and names that people gave are kept; or into a new one.
 
     Reports go to a store in the run's folder by themselves; to any other place only if the user
     names it, because the folder may be somebody else's: MLflow's client would send credentials
@@ -26,6 +31,7 @@ def sync(run: Path, to: Collection[str] = ()) -> list[str]:
     Args:
         run: the run's folder.
         to: tracking URIs that may be delivered to; MLFLOW_TRACKING_URI is one, too.
+        rebuild: deliver the whole log again, not only what waits.
 
     Returns:
         What was done, in lines.
@@ -57,7 +63,7 @@ def sync(run: Path, to: Collection[str] = ()) -> list[str]:
     with the_only_one(run, wait=False) as free:
         if not free:
             raise UserError(f"{run}: the run is at work and delivers what waits itself")
-        return _deliver(run, confirmed)
+        return _deliver(run, confirmed, rebuild)
 
 
 def add_file(run: Path, path: Path, uri: str | None) -> None:
@@ -71,9 +77,9 @@ def add_file(run: Path, path: Path, uri: str | None) -> None:
     if Target.newest(run) is None or original_of(run) is not None:
         return
     unreached = Waiting.of(run)
-    writer = SpoolWriter(run, EVENTS)
-    writer.append("artifact", path=relative(run, path))
-    writer.close()
+    events = EventLog(run)
+    events.append("artifact", path=relative(run, path))
+    events.close()
     if unreached:
         return
     try:
@@ -82,40 +88,42 @@ def add_file(run: Path, path: Path, uri: str | None) -> None:
         print(f"{path.name} is not in MLflow yet: {error}")
 
 
-def _deliver(run: Path, confirmed: Collection[str]) -> list[str]:
+def _deliver(run: Path, confirmed: Collection[str], rebuild: bool) -> list[str]:
     remarks: list[str] = []
     try:
-        courier = Courier(run, remarks.append, file_seconds=0.0, confirmed=confirmed)
-        courier.reader.scan()
+        is_copy = getattr(read_run_file(run), "origin", None) is not None
+        outbox = OutboxReader(run, again=rebuild, whole=not is_copy)
+        worker = MlflowWorker(run, remarks.append, 0.0, confirmed, outbox)
         waiting = Waiting.of(run)
-        ended = courier.reader.ended
-        if not courier.deliver():
+        ended = worker.reader.ended
+        if not worker.deliver():
             raise UserError(
-                f"MLflow ({courier.shown_uri}) {courier.problem}; "
-                f"{Waiting.of(run)} still wait in {run / FOLDER}"
+                f"MLflow ({worker.shown_uri}) {worker.problem}; "
+                f"{Waiting.of(run)} still wait in {run}"
             )
-        if not waiting and ended:  # tags and marks count as nothing
-            return [*remarks, f"{run}: nothing waits, MLflow ({courier.shown_uri}) has everything"]
         done = list(remarks)
-        if waiting:
-            done.append(f"{run}: delivered {waiting} to MLflow ({courier.shown_uri})")
-        if not courier.reader.ended:
-            done.append(_settle(run, courier))
+        if rebuild:
+            points = f"{worker.points:,} point(s)"
+            done.append(f"{run}: delivered {points} again to MLflow ({worker.shown_uri})")
+        elif waiting:
+            done.append(f"{run}: delivered {waiting} to MLflow ({worker.shown_uri})")
+        elif ended:  # tags and marks count as nothing
+            done.append(f"{run}: nothing waits, MLflow ({worker.shown_uri}) has everything")
+        if not worker.reader.ended:
+            done.append(_settle(run, worker))
     except ImportError as error:
         raise UserError(
             f"MLflow cannot be imported ({error}): install mlflow-skinny, sqlalchemy and alembic"
         ) from error
-    if courier.reader.ended:
-        courier.reader.tidy()
     return done
 
 
-def _settle(run: Path, courier: Courier) -> str:
+def _settle(run: Path, worker: MlflowWorker) -> str:
     """End the MLflow run of a process that is gone."""
-    session = courier.reader.session
+    session = worker.reader.session
     where = f"process {session.get('pid')} on {session.get('host')}"
     if is_alive(session, run):
         return f"{run}: its status stays RUNNING: {where} seems to be at work"
-    if not courier.end("FAILED"):
-        raise UserError(f"MLflow ({courier.shown_uri}) {courier.problem}")
+    if not worker.end("FAILED"):
+        raise UserError(f"MLflow ({worker.shown_uri}) {worker.problem}")
     return f"{run}: its status is FAILED now: {where} is gone and did not say how it ended"

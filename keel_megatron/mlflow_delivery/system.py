@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -14,15 +13,15 @@ from typing import Any
 import psutil
 
 from keel_megatron.config.run import RunConfig
-from keel_megatron.mlflow_delivery.outbox import SYSTEM, SYSTEM_BYTES, SpoolWriter
+from keel_megatron.tracking.outbox import MeasurementLog
 
 
 @contextmanager
 def measured_machine(config: RunConfig, local_rank: int) -> Iterator[None]:
     """Measure this node within the block, every `tracking.system_metrics_every` seconds.
 
-    Local rank 0 of each node appends to a stream of its own in the run's spool; rank 0's courier
-    delivers all of them, so that no other node needs to reach MLflow.
+    Local rank 0 of each node appends to a stream of its own in the run's outbox; rank 0's MLflow
+    worker delivers all of them, so that no other node needs to reach MLflow.
 
     Args:
         config: the run.
@@ -33,9 +32,9 @@ def measured_machine(config: RunConfig, local_rank: int) -> Iterator[None]:
         yield
         return
     ended = threading.Event()
-    writer = SpoolWriter(config.training.folder, SYSTEM + node_name(), SYSTEM_BYTES)
+    log = MeasurementLog(config.training.folder, node_name())
     thread = threading.Thread(
-        target=_measure, args=(writer, every, ended), name="system metrics", daemon=True
+        target=_measure, args=(log, every, ended), name="system metrics", daemon=True
     )
     thread.start()
     try:
@@ -43,7 +42,7 @@ def measured_machine(config: RunConfig, local_rank: int) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        writer.close()
+        log.close()
 
 
 def node_name() -> str:
@@ -51,13 +50,12 @@ def node_name() -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname().partition(".")[0]) or "node"
 
 
-def _measure(writer: SpoolWriter, every: float, ended: threading.Event) -> None:
+def _measure(log: MeasurementLog, every: float, ended: threading.Event) -> None:
     machine = Machine()
     prefix = f"system/{node_name()}/"
     while not ended.wait(every):
         with suppress(OSError, psutil.Error):
-            values = {prefix + name: value for name, value in machine.measure().items()}
-            writer.append("system", time=time.time_ns() // 1_000_000, values=values)
+            log.append({prefix + name: value for name, value in machine.measure().items()})
 
 
 class Machine:

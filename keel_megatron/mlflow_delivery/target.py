@@ -8,17 +8,16 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from keel_megatron.config.reading import parse_json, read_small, read_small_text
 from keel_megatron.config.run import RunConfig
-from keel_megatron.mlflow_delivery.outbox import FOLDER, SpoolReader
+from keel_megatron.mlflow_delivery.earlier_spool import FOLDER as SPOOL
+from keel_megatron.mlflow_delivery.earlier_spool import SpoolReader
+from keel_megatron.mlflow_delivery.outbox import OutboxReader
 from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_file, sqlite_uri
 from keel_megatron.runtime.files import write_whole
 from keel_megatron.urls import without_credentials
-
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-"""How an MLflow run ends: as planned; by an error, or without a word; because it was asked to."""
 
 RUN_ID_FILE = "mlflow_run_id"
 _OLDER_FILE = "target.json"
@@ -32,7 +31,7 @@ _PARAM_LENGTH = 6000
 
 @dataclass(frozen=True)
 class Target:
-    """What the courier must know of the configuration; every start leaves its own in the spool."""
+    """What the MLflow worker must know of the configuration; every start logs its own."""
 
     uri: str | None
     """MLflow's tracking URI; None = the sqlite file in the run's folder."""
@@ -53,7 +52,7 @@ class Target:
 
     @classmethod
     def of_start(cls, run: Path, start: Mapping[str, Any]) -> Target | None:
-        """That of a start in a run's spool; None if there is no start, or its place is not known.
+        """That of a start in a run's event log; None if there is no start, or its place is unknown.
 
         Whoever could write to the folder may have named the place: `is_trusted` before it is used.
 
@@ -65,7 +64,7 @@ class Target:
             return None
         if "target" in start:
             return cls._from_json(start["target"])
-        older = run / FOLDER / _OLDER_FILE
+        older = run / SPOOL / _OLDER_FILE
         if not older.is_file():
             return None
         return cls._from_json(parse_json(read_small(older)))
@@ -73,9 +72,11 @@ class Target:
     @classmethod
     def newest(cls, run: Path) -> Target | None:
         """That of the newest start in a run's folder; None if it has never reported to MLflow."""
-        reader = SpoolReader(run)
-        reader.scan()
-        return cls.of_start(run, reader.last_start)
+        start: dict[str, Any] = {}
+        for reader in (SpoolReader(run), OutboxReader(run)):
+            reader.scan()
+            start = reader.last_start or start
+        return cls.of_start(run, start)
 
     def to_json(self) -> dict[str, Any]:
         """What `of_start` reads."""

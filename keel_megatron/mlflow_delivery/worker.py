@@ -1,13 +1,13 @@
-"""The courier: a process that delivers a run's spool to MLflow while the run trains.
+"""The MLflow worker: a process that follows a run's log, delivers it to MLflow and draws pictures.
 
     python -m keel_megatron.mlflow_delivery.worker RUN --parent PID --start NAME [--to URI]
 
 MLflow is imported, waited for and retried here, so that training never shares an interpreter with
-it. The courier also sees the training process die, which that process itself cannot report: a run
+it. The worker also sees the training process die, which that process itself cannot report: a run
 that ends without a word, by kill -9 or by its watchdog, has FAILED.
 
-The spool may be a stranger's: reports go to a store in the run's folder, or to an address that the
-user has given today; files are taken from the run's folder alone.
+The run's folder may be a stranger's: reports go to a store in that folder, or to an address that
+the user has given today; files are taken from that folder alone.
 
 It speaks to its parent by lines on standard output. `keel track sync` does the same work once, for
 what a crash, or a server that was down, left behind.
@@ -22,24 +22,29 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from keel_megatron.config.inside import inside
+from keel_megatron.depth.drawing import DepthDrawer
+from keel_megatron.depth.pictures import HEAT_MAPS, LATEST
 from keel_megatron.mlflow_delivery.changes import Change
-from keel_megatron.mlflow_delivery.mlflow_run import METRICS_PER_CALL, MlflowRun, Point
-from keel_megatron.mlflow_delivery.outbox import EVENTS, FOLDER, Item, SpoolReader, relative
+from keel_megatron.mlflow_delivery.earlier_spool import SpoolReader
+from keel_megatron.mlflow_delivery.items import Item
+from keel_megatron.mlflow_delivery.mlflow_run import MlflowRun, Point
+from keel_megatron.mlflow_delivery.outbox import OutboxReader
 from keel_megatron.mlflow_delivery.presence import HEARTBEAT_SECONDS, the_only_one
 from keel_megatron.mlflow_delivery.reasons import UnconfirmedError, is_rejected, problem, reason
-from keel_megatron.mlflow_delivery.target import Status, Target
+from keel_megatron.mlflow_delivery.target import Target
 from keel_megatron.tracking.metric_names import mlflow_name
+from keel_megatron.tracking.outbox import FOLDER, relative
+from keel_megatron.tracking.records import Status
 from keel_megatron.urls import without_credentials
 
 POLL_SECONDS = 0.5
 LONGEST_PAUSE = 30.0
 LINGER_SECONDS = 60.0
-"""How long the courier of a dead run tries to reach a server that is down."""
+"""How long the worker of a dead run tries to reach a server that is down."""
 FILE_SECONDS = 60.0
 """How long a file that cannot be stored holds up the points behind it while MLflow answers."""
 
@@ -47,16 +52,17 @@ DELIVERED, UNUSABLE, LEFT = 0, 2, 3
 """Exit codes: all is delivered; MLflow cannot be used at all; something waits."""
 
 
-class Courier:
-    """Delivers a run's spool; one at a time does.
+class MlflowWorker:
+    """Delivers a run's log; one at a time does.
 
     Args:
         run: the run's folder.
         say: told what the user should know: once when MLflow does not answer and once when it does
             again, and what MLflow refuses.
         file_seconds: how long a file that cannot be stored is tried again while MLflow answers.
-        confirmed: the tracking URIs that the user has given; what the spool says is for another
+        confirmed: the tracking URIs that the user has given; what the log says is for another
             one, but for the store in the run's folder, is delivered to where the run reports now.
+        outbox: what it reads; None reads on where the last worker has stopped.
 
     Raises:
         ImportError: MLflow is not installed.
@@ -68,13 +74,16 @@ class Courier:
         say: Callable[[str], None],
         file_seconds: float = FILE_SECONDS,
         confirmed: Collection[str] = (),
+        outbox: OutboxReader | None = None,
     ) -> None:
         self._run = run
         self._confirmed = frozenset(confirmed)
         self._say = say
-        self.reader = SpoolReader(run)
+        self._earlier = SpoolReader(run)
+        self._outbox = outbox or OutboxReader(run)
+        self.scan()
         self._client: MlflowRun | None = None
-        self._target = Target.of_start(run, self.reader.session)
+        self._target = Target.of_start(run, self._outbox.session or self._earlier.session)
         self._given_up: set[str] = set()
         self._file_seconds = file_seconds
         self._no_file_since: float | None = None
@@ -88,14 +97,25 @@ class Courier:
         """Where it delivers to, for messages."""
         return without_credentials(self._place().uri_of(self._run))
 
+    @property
+    def reader(self) -> OutboxReader | SpoolReader:
+        """What the newest start has written to."""
+        return self._outbox if self._outbox.last_start else self._earlier
+
+    def scan(self) -> None:
+        """Look at what the run has logged beside its records."""
+        self._earlier.scan()
+        self._outbox.scan()
+
     def deliver(self) -> bool:
         """Deliver what waits, each start's to the place it names; whether MLflow took all of it."""
         while True:
             try:
-                while batch := self._batch():
-                    self._deliver(batch)
-                    self.reader.commit(batch)
-                    self._answered()
+                for reader in (self._earlier, self._outbox):
+                    while batch := reader.batch():
+                        self._deliver(batch)
+                        reader.commit(batch)
+                        self._answered()
                 return True
             except ImportError:
                 raise
@@ -109,27 +129,21 @@ class Courier:
         item = {"kind": "end", "status": status, "time": time.time_ns() // 1_000_000}
         try:
             self._end(item)
-            self.reader.session["open"] = False
-            self.reader.ended = True
-            self.reader.write_note()
+            self.reader.close()
         except Exception as error:
             self._no_answer(error)
             return False
         return True
 
-    def _batch(self) -> list[Item]:
-        """The next items: values, as many as go into one call, or one of anything else."""
-        batch: list[Item] = []
-        points = 0
-        for item in islice(self.reader.waiting(), METRICS_PER_CALL):
-            is_values = item.kind in ("metrics", "system")
-            if batch and (not is_values or points + len(item.values["values"]) > METRICS_PER_CALL):
-                break
-            batch.append(item)
-            if not is_values:
-                break
-            points += len(item.values["values"])
-        return batch
+    def show(self, pictures: list[Path]) -> None:
+        """Let MLflow have pictures that were drawn, if it takes them now; it has them at the end.
+
+        Raises:
+            Exception: it does not.
+        """
+        if self._client is not None:
+            for picture in pictures:
+                self._log_file(self._client, relative(self._run, picture))
 
     def _deliver(self, batch: list[Item]) -> None:
         try:
@@ -170,7 +184,9 @@ class Courier:
             self._go_to(Target.of_start(self._run, values))
         client = self._mlflow()
         if first.kind == "start":
-            remark = client.start(values["name"], values.get("back_to"), values["time"])
+            remark = client.start(
+                values["name"], values.get("back_to"), values["time"], again=self._outbox.again
+            )
             if remark is not None:
                 self._say(remark)
             return
@@ -195,7 +211,8 @@ class Courier:
         client = self._mlflow()
         client.reopen()
         since = self.reader.last_start.get("time", 0) / 1000
-        for path in [self._run / "log.txt", *sorted(self._run.glob("hangs/*"))]:
+        pictures = [self._run / name for name in (HEAT_MAPS, LATEST)]
+        for path in [self._run / "log.txt", *sorted(self._run.glob("hangs/*")), *pictures]:
             try:
                 if path.lstat().st_mtime >= since:
                     self._log_file(client, relative(self._run, path))
@@ -216,12 +233,12 @@ class Courier:
             client.log_file(path)
 
     def _newest(self) -> Target | None:
-        """Where the run reports now, as far as the reader has looked ahead."""
+        """Where the run reports now, as far as the log was looked at."""
         return Target.of_start(self._run, self.reader.last_start)
 
     def _place(self) -> Target:
         target = self._target or self._newest()
-        assert target is not None, f"{self._run} has no spool"
+        assert target is not None, f"{self._run} has logged no start"
         return target
 
     def _mlflow(self) -> MlflowRun:
@@ -266,7 +283,7 @@ class Courier:
         if first:
             self._say(
                 f"MLflow ({self.shown_uri}) {self.problem}; "
-                f"training goes on, and what it reports waits in {self._run / FOLDER}"
+                f"training continues, and {self._run} keeps everything until it does"
             )
 
 
@@ -292,21 +309,23 @@ def follow(
     say: Callable[[str], None],
     confirmed: Collection[str] = (),
 ) -> int:
-    """Deliver until the training process has ended and all is delivered.
+    """Deliver until the training process has ended and all is delivered; draw meanwhile.
+
+    The last pictures are drawn once nothing else is left to do, so that they hold up nothing.
 
     Args:
         run: the run's folder.
         parent: the training process, this one's parent.
         start: name of its start.
-        say: as the courier's.
-        confirmed: as the courier's.
+        say: as the worker's.
+        confirmed: as the worker's.
 
     Returns:
         The exit code.
     """
+    drawer = DepthDrawer(run)
     with the_only_one(run, wait=True):
-        courier = Courier(run, say, confirmed=confirmed)
-        reader = courier.reader
+        worker = MlflowWorker(run, say, confirmed=confirmed)
         heartbeat = pause = 0.0
         dead_since: float | None = None
         while True:
@@ -315,37 +334,47 @@ def follow(
                 heartbeat = time.monotonic() + HEARTBEAT_SECONDS
                 with suppress(OSError):
                     (run / FOLDER / "alive").touch()
-            done = courier.deliver()
+            done = worker.deliver()
+            reader = worker.reader
             if is_orphan and dead_since is None:
                 dead_since = time.monotonic()
             if is_orphan and reader.last_start.get("name") != start:
-                return LEFT  # the run was started again: its new courier waits for this one
+                return LEFT  # the run was started again: its new worker waits for this one
             if done and is_orphan and not reader.ended:
-                done = courier.end("FAILED")
-            if done and reader.ended:
-                reader.tidy([EVENTS])
-                return DELIVERED
-            if not done and reader.ended and not is_orphan:
-                return LEFT  # the training process waits for this answer
-            if dead_since is not None and time.monotonic() - dead_since > LINGER_SECONDS:
-                return LEFT
+                done = worker.end("FAILED")
+            lingered = dead_since is not None and time.monotonic() - dead_since > LINGER_SECONDS
+            if (reader.ended and (done or not is_orphan)) or lingered:
+                _draw(worker, drawer, say)
+                return DELIVERED if done and reader.ended else LEFT
+            if drawer.is_due:
+                _draw(worker, drawer, say)
             pause = POLL_SECONDS if done else min(LONGEST_PAUSE, max(POLL_SECONDS, 2 * pause))
-            _rest(pause, parent, reader)
+            _rest(pause, parent, worker)
 
 
-def _rest(seconds: float, parent: int, reader: SpoolReader) -> None:
+def _draw(worker: MlflowWorker, drawer: DepthDrawer, say: Callable[[str], None]) -> None:
+    try:
+        pictures = drawer.draw()
+    except Exception as error:  # whatever ails a picture, the run and its delivery continue
+        say(f"cannot draw the depth profiles: {type(error).__name__}: {error}")
+        return
+    with suppress(Exception):  # the end of the run delivers them, or says that it cannot
+        worker.show(pictures)
+
+
+def _rest(seconds: float, parent: int, worker: MlflowWorker) -> None:
     """Wait; not to the end when the run ends meanwhile."""
     until = time.monotonic() + seconds
-    was_parent, was_ended = os.getppid() == parent, reader.ended
+    was_parent, was_ended = os.getppid() == parent, worker.reader.ended
     while (left := until - time.monotonic()) > 0:
         time.sleep(min(POLL_SECONDS / 2, left))
-        reader.scan()
-        if (os.getppid() == parent) != was_parent or reader.ended != was_ended:
+        worker.scan()
+        if (os.getppid() == parent) != was_parent or worker.reader.ended != was_ended:
             return
 
 
 def main() -> None:
-    """The process that `MlflowSink` starts."""
+    """The process that `WorkerProcess` starts."""
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     parser.add_argument("--parent", type=int, required=True, help="the training process")
@@ -366,11 +395,11 @@ def main() -> None:
     except ImportError as error:
         say(
             f"MLflow cannot be imported ({error}): install mlflow-skinny, sqlalchemy and alembic, "
-            "or set tracking.mlflow=false; training goes on, metrics.jsonl has every record"
+            "or set tracking.mlflow=false; training continues, metrics.jsonl has every record"
         )
         code = UNUSABLE
     except Exception as error:
-        say(f"MLflow's courier stops: {reason(error)}")
+        say(f"the MLflow worker stops: {reason(error)}")
         code = 1
     with suppress(OSError):
         sys.stdout.close()

@@ -1,4 +1,8 @@
-"""metrics.jsonl: one JSON object a line, every float at full precision."""
+"""metrics.jsonl: one JSON object a line, every float at full precision.
+
+A line is a record of a step, a validation, a checkpoint or a depth profile, with the `time` at
+which it was written, in milliseconds since 1970.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,14 @@ from typing import Any, BinaryIO, Protocol
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.reading import lines_of, open_regular, parse_json
 from keel_megatron.runtime.files import LineFile, whole_lines
+from keel_megatron.tracking.outbox import milliseconds
 
 
 class Recordable(Protocol):
-    """Whatever one line can hold: an object with a step."""
+    """Whatever one line can hold: a record with its `step`."""
 
     def to_json(self) -> dict[str, Any]:
-        """The object, with its `step`."""
+        """The record as one object."""
 
 
 class MetricsFile:
@@ -47,17 +52,33 @@ class MetricsFile:
 
     def write(self, record: Recordable) -> None:
         """Append a record."""
-        self._lines.append(json.dumps(record.to_json()))
+        self._lines.append(json.dumps({**record.to_json(), "time": milliseconds()}))
 
-    def rewind(self, step: int) -> None:
-        """Drop the records after `step`, which the run is about to compute again.
+    def rewind(self, step: int | None, cut_to: Callable[[int], None] = lambda _size: None) -> None:
+        """Drop the records after `step`, which the run is about to compute again; all for None.
 
         The file is cut before the first of them, which needs no room on the disk. What a save on
         its way has noted behind it of an earlier step is written anew.
 
+        Args:
+            step: the last that stays.
+            cut_to: told the file's size once it is cut, before anything is written to it again.
+
         Raises:
             UserError: a line in the middle of the file is no record, or it cannot be changed.
         """
+        size, kept = (0, []) if step is None else self._until(step)
+        with _refused(self._path):
+            self._lines.cut(size, [])
+            cut_to(size)
+            self._lines.cut(size, kept)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._lines.close()
+
+    def _until(self, step: int) -> tuple[int, list[bytes]]:
+        """Bytes before the first record after `step`, and the lines behind it that stay."""
         size, kept, cut = 0, list[bytes](), False
         if self._path.is_file():
             for line, record in _records(self._path):
@@ -67,17 +88,7 @@ class MetricsFile:
                 elif record["step"] <= step:
                     kept.append(line + b"\n")
         kept += [line for line in self._lines.kept if json.loads(line)["step"] <= step]
-        with _refused(self._path):
-            self._lines.cut(size, kept)
-
-    def clear(self) -> None:
-        """Drop everything: the run starts from its beginning."""
-        with _refused(self._path):
-            self._lines.cut(0, [])
-
-    def close(self) -> None:
-        """Close the file."""
-        self._lines.close()
+        return size, kept
 
     def __enter__(self) -> MetricsFile:
         return self

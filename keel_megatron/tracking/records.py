@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+"""How a run ends: as planned; by an error, or without a word; because it was asked to."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +78,13 @@ class CheckpointRecord:
 
 
 Record = StepRecord | ValidationRecord | CheckpointRecord
+
+
+class DepthRecord(Protocol):
+    """The depth profile of a step (depth/profile.py)."""
+
+    def to_json(self) -> dict[str, Any]:
+        """`step`, and `depth` with a list a quantity."""
+
+    def alarm(self) -> str | None:
+        """Where what is not finite begins, in a line; None if all is finite."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from keel_megatron.config.run import RunConfig
-from keel_megatron.mlflow_delivery.tracker import Tracker, where
+from keel_megatron.mlflow_delivery.reporting import where
 from keel_megatron.tracking.loss_plot import plot_loss
+from keel_megatron.tracking.tracker import Tracker
 
 
 def conclude(

@@ -13,8 +13,8 @@ from keel_megatron.data.prepare import TOKENIZER
 from keel_megatron.layout.stage_table import write_stages
 from keel_megatron.layout.stages import Partition
 from keel_megatron.mlflow_delivery.tags import code_tags, place_tags
-from keel_megatron.mlflow_delivery.tracker import Tracker
 from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.tracking.tracker import Tracker
 
 
 def describe_run(tracker: Tracker, runtime: Runtime, partition: Partition) -> None:

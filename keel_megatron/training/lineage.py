@@ -17,7 +17,7 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.mlflow_delivery.changes import Change, differences
 from keel_megatron.mlflow_delivery.run_file import RunFile, take_run_file
 from keel_megatron.mlflow_delivery.target import remember_run_id, remembered_run_id
-from keel_megatron.mlflow_delivery.tracker import Tracker
+from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training.learning_rate import learning_rate
 from keel_megatron.training.run_state import Stateful
 

@@ -11,10 +11,10 @@ from keel_megatron.config.errors import DivergedError, UserError
 from keel_megatron.data.batches import Batches
 from keel_megatron.depth.collector import DepthCollector
 from keel_megatron.engines.base import Engine
-from keel_megatron.mlflow_delivery.tracker import Tracker
 from keel_megatron.model.compiled import compile_report
 from keel_megatron.runtime import exit_codes
 from keel_megatron.tracking.records import ValidationRecord
+from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.learning_rate import learning_rate
 from keel_megatron.training.recovery import Inspection, roll_back, what_is_left
@@ -120,7 +120,6 @@ class Loop:
 
     def _save(self) -> None:
         self._state.save()
-        self._tracker.draw_depth(ending=False)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self._state.position.step % every == 0

@@ -20,7 +20,7 @@ from keel_megatron.engines.base import Engine
 from keel_megatron.engines.build import build_engine
 from keel_megatron.layout.stage_table import stage_table
 from keel_megatron.layout.stages import Partition, own_partition, require_fit
-from keel_megatron.mlflow_delivery.tracker import check_records
+from keel_megatron.mlflow_delivery.reporting import check_records
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime
 

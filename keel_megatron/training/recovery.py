@@ -12,7 +12,7 @@ from keel_megatron.checkpoint.state import Position
 from keel_megatron.config.errors import UserError
 from keel_megatron.data.batches import Batch
 from keel_megatron.engines.base import Engine, StepResult
-from keel_megatron.mlflow_delivery.tracker import Tracker
+from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training import diagnose
 from keel_megatron.training.guard import Anomaly, Guard
 from keel_megatron.training.run_state import RunState

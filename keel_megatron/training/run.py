@@ -11,8 +11,8 @@ from keel_megatron.cluster.watchdog import Watchdog
 from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
+from keel_megatron.mlflow_delivery.reporting import open_progress, open_tracker
 from keel_megatron.mlflow_delivery.system import measured_machine
-from keel_megatron.mlflow_delivery.tracker import Tracker, open_progress, open_tracker
 from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime
@@ -20,6 +20,7 @@ from keel_megatron.runtime.ownership import Ownership
 from keel_megatron.runtime.parent import end_with_launcher
 from keel_megatron.runtime.versions import package_versions
 from keel_megatron.tracking.progress import Progress
+from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training.conclude import conclude
 from keel_megatron.training.describe import describe_run, version_changes
 from keel_megatron.training.guard import Guard
@@ -173,7 +174,6 @@ def _train(
             tracker.say(f"stopped before step {state.position.step + 1}: nothing new to save")
             return runtime.max(stop.exit_code)
         code = loop.run(stop)
-    tracker.draw_depth(ending=True)
     if runtime.is_main:
         step, entropy = state.position.step, ready.data.unigram_entropy
         conclude(config, tracker, step, loop.validation_loss, entropy)

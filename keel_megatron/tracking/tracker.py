@@ -1,0 +1,147 @@
+"""Everything that a run reports, behind one object."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from keel_megatron.config.errors import UserError
+from keel_megatron.tracking.metrics import Recordable
+from keel_megatron.tracking.outbox import relative
+from keel_megatron.tracking.progress import Progress
+from keel_megatron.tracking.records import (
+    CheckpointRecord,
+    DepthRecord,
+    Status,
+    StepRecord,
+    ValidationRecord,
+)
+from keel_megatron.tracking.run_log import RunLog
+
+
+class Tracker:
+    """Writes the run's log and shows its progress.
+
+    As a context manager it logs how the run ended: FINISHED, KILLED after Ctrl-C, FAILED after any
+    other error, which log.txt then has too.
+
+    Args:
+        folder: the run's folder.
+        log: the run's log; None = a rank that does not report: it takes everything and keeps
+            nothing.
+        progress: where the run speaks; None on a rank that does not report.
+    """
+
+    def __init__(self, folder: Path, log: RunLog | None, progress: Progress | None) -> None:
+        self.folder = folder
+        self._log = log
+        self._progress = progress
+        self._closed = False
+        self._followers: list[Callable[[], None]] = []
+
+    def at_end(self, finish: Callable[[], None]) -> None:
+        """Have this called when the run has logged its end, before its files are closed."""
+        self._followers.append(finish)
+
+    def step(self, record: StepRecord | ValidationRecord) -> None:
+        """Report a step or a validation."""
+        self._write(record)
+        if self._progress is not None:
+            if isinstance(record, ValidationRecord):
+                self._progress.validation(record)
+            else:
+                self._progress.step(record)
+
+    def checkpoint(self, record: CheckpointRecord) -> None:
+        """Report a complete checkpoint."""
+        self._write(record)
+
+    def depth(self, profile: DepthRecord) -> None:
+        """Report a depth profile; of what is not finite also say where it begins."""
+        self._write(profile)
+        alarm = profile.alarm()
+        if alarm is not None:
+            self.say(alarm)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records after `step`: the run resumes from there."""
+        if self._log is not None:
+            self._log.rewind(step)
+
+    def say(self, text: str) -> None:
+        """Show a message and keep it in log.txt."""
+        if self._progress is not None:
+            self._progress.say(text)
+
+    def artifact(self, path: Path) -> None:
+        """Log that a file of the run's folder is there for followers to copy."""
+        self._event("artifact", path=relative(self.folder, path))
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Log what describes the run."""
+        self._event("tags", tags=dict(tags))
+
+    def changes(self, changes: Sequence[Recordable]) -> None:
+        """Log all changes of settings on the way to where the run stands."""
+        self._event("changes", changes=[change.to_json() for change in changes])
+
+    def last_word(self, status: Status) -> None:
+        """Log how the run ends, for a process that is about to end itself; any thread may."""
+        if not self._closed:
+            self._event("end", status=status)
+
+    def close(self, status: Status) -> None:
+        """Log the end, wait for the followers (`at_end`), close the files.
+
+        The first call counts; later ones do nothing.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        with ExitStack() as ending:  # in reverse, each whatever becomes of the others
+            if self._progress is not None:
+                ending.callback(self._progress.close)
+            if self._log is not None:
+                ending.callback(self._log.close)
+            for finish in reversed(self._followers):
+                ending.callback(finish)
+            ending.callback(self._event, "end", status=status)
+            if self._progress is not None:
+                ending.callback(self._progress.stop)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close("FINISHED")
+            return
+        self._note_end(error)
+        self.close("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+
+    def _write(self, record: Recordable) -> None:
+        if self._log is not None:
+            self._log.write(record)
+
+    def _event(self, kind: str, **values: object) -> None:
+        if self._log is not None:
+            self._log.event(kind, **values)
+
+    def _note_end(self, error: BaseException | None) -> None:
+        """Keep in log.txt what ended the run; standard error has it anyway."""
+        if self._closed or error is None or self._progress is None:
+            return
+        if isinstance(error, KeyboardInterrupt):
+            self._progress.note("interrupted")
+        elif isinstance(error, UserError):
+            self._progress.note(f"error: {error}")
+        else:
+            self._progress.note("".join(traceback.format_exception(error)))
