@@ -27,9 +27,9 @@ from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch, Batches
 from keel_megatron.engines.megatron.engine import MegatronEngine
-from keel_megatron.mlflow_delivery.tracker import NullTracker
 from keel_megatron.runtime.distributed import Runtime, start
-from keel_megatron.tracking.records import CheckpointRecord, Record, StepRecord
+from keel_megatron.tracking.records import CheckpointRecord, Record, StepRecord, ValidationRecord
+from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.loop import Loop
 from keel_megatron.training.run_state import RunState
@@ -53,15 +53,15 @@ class MadeUp:
         return iter(made_up_batches(self.config, self.runtime, step))
 
 
-class Recorder(NullTracker):
+class Recorder(Tracker):
     """Keeps what it is told."""
 
     def __init__(self, config: RunConfig) -> None:
-        super().__init__(config)
+        super().__init__(config.training.folder, None, None)
         self.records: list[Record] = []
         self.said: list[str] = []
 
-    def step(self, record: Record) -> None:
+    def step(self, record: StepRecord | ValidationRecord) -> None:
         self.records.append(record)
 
     def checkpoint(self, record: CheckpointRecord) -> None:

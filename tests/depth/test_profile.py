@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import shutil
@@ -18,10 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from keel_megatron.config import UserError
-from keel_megatron.depth.log import DepthLog
 from keel_megatron.depth.pictures import draw_heat_map, plot_all, plot_quantity
 from keel_megatron.depth.profile import (
-    DEPTH_FILE,
     QUANTITIES,
     DepthProfile,
     first_nonfinite,
@@ -29,7 +26,9 @@ from keel_megatron.depth.profile import (
     read_profiles,
 )
 from keel_megatron.depth.table import draw, select, table
-from keel_megatron.mlflow_delivery.tracker import open_tracker
+from keel_megatron.mlflow_delivery.reporting import open_tracker
+from keel_megatron.tracking.metrics import MetricsFile
+from keel_megatron.tracking.run_log import METRICS_FILE, RunLog
 from keel_megatron.tracking.style import ALARM, NOTHING
 from tests.tracking.samples import config, history, mlflow_client, mlflow_runs
 
@@ -44,7 +43,7 @@ def profile(step: int, sub_layers: int = 6, **values: Any) -> DepthProfile:
 
 def test_a_profile_comes_back_to_the_last_bit_and_absent_is_not_nan(tmp_path: Path) -> None:
     rough = np.float32([1 / 3, math.nan, math.inf, -math.inf, 1e-45, 3.4e38])
-    with DepthLog(tmp_path, None) as log:
+    with MetricsFile(tmp_path / METRICS_FILE) as log:
         log.write(profile(1, branch_rms=rough, outer_gain_min=rough, weight_rms=[1e300] * 6))
     (found,) = read_profiles(tmp_path)
     np.testing.assert_array_equal(found.values["branch_rms"].data, rough)
@@ -52,22 +51,23 @@ def test_a_profile_comes_back_to_the_last_bit_and_absent_is_not_nan(tmp_path: Pa
     assert found.values["outer_gain_min"].mask.tolist() == [True] + [False] * 5
     assert first_nonfinite(found.values["outer_gain_min"]) == 1
     assert first_nonfinite(found.values["attention_logit_max"]) is None
-    line = (tmp_path / DEPTH_FILE).read_text()
+    line = (tmp_path / METRICS_FILE).read_text()
     assert '"branch_rms": [0.33333334, NaN, Infinity, -Infinity, 1e-45, 3.4e+38]' in line
     assert '"outer_gain_min": [null, NaN,' in line
 
 
 def test_what_an_older_version_did_not_note_is_left_out_and_said(tmp_path: Path) -> None:
-    with DepthLog(tmp_path, None) as log:
+    with MetricsFile(tmp_path / METRICS_FILE) as log:
         for step in (1, 2, 4):
             log.write(profile(step))
-    path = tmp_path / DEPTH_FILE
+    path = tmp_path / METRICS_FILE
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for old in lines[:2]:
-        del old["attention_logit_max"], old["gradient_norm"]
+        del old["depth"]["attention_logit_max"], old["depth"]["gradient_norm"]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = read_profiles(tmp_path)
-    assert [f.to_json() for f in found] == lines
+    times = [{"time": line["time"]} for line in lines]
+    assert [f.to_json() | t for f, t in zip(found, times, strict=True)] == lines
     assert not_noted(found) == "not noted at steps 1 to 2: gradient_norm, attention_logit_max"
     assert not_noted(found[2:]) is None
     assert "gradient_norm" not in table(found[0], select(found, None, 2), None)
@@ -80,60 +80,29 @@ def test_what_an_older_version_did_not_note_is_left_out_and_said(tmp_path: Path)
     maps, _lines = draw(found, shown, None, "run", tmp_path)
     assert large.is_file()
     assert maps.is_file()
-    path.write_text('{"step": 1}\n')
+    path.write_text('{"step": 1, "depth": {}}\n')
     with pytest.raises(UserError, match=r"the line of step 1 is no depth profile \(no quantity\)"):
         read_profiles(tmp_path)
 
 
-def test_a_kill_loses_no_earlier_profile_and_a_resumed_run_rewinds(tmp_path: Path) -> None:
-    with DepthLog(tmp_path, None) as log:
-        for step in (1, 2, 4, 6):
-            log.write(profile(step))
-    path = tmp_path / DEPTH_FILE
-    whole = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(whole[:3]) + whole[3][: len(whole[3]) // 2])
-    with DepthLog(tmp_path, 5) as log:
-        assert path.read_bytes() == b"".join(whole[:3])
-        log.write(profile(6))
-    assert path.read_bytes() == b"".join(whole)
-    with DepthLog(tmp_path, 6) as log:
-        log.rewind(4)
-        assert path.read_bytes() == b"".join(whole[:3])
-        log.write(profile(6))
-    with DepthLog(tmp_path, 2):
-        assert path.read_bytes() == b"".join(whole[:2])
-    with DepthLog(tmp_path, None):
-        assert path.read_bytes() == b""
+def test_profiles_of_an_earlier_version_are_read_and_rewound_too(tmp_path: Path) -> None:
+    """They stand in depth.jsonl, flat; a run that resumes writes new ones to metrics.jsonl."""
+    earlier = [profile(step) for step in (1, 2, 4, 6)]
+    flat = [{"step": p.step, **p.to_json()["depth"]} for p in earlier]
+    (tmp_path / "depth.jsonl").write_text("".join(json.dumps(line) + "\n" for line in flat))
+    assert [p.to_json() for p in read_profiles(tmp_path)] == [p.to_json() for p in earlier]
+    log = RunLog(tmp_path, 5)
+    log.write(profile(6, stream_rms=7.0))
+    log.write(profile(8))
+    found = read_profiles(tmp_path)
+    assert [p.step for p in found] == [1, 2, 4, 6, 8]
+    assert found[3].values["stream_rms"][0] == 7.0
+    log.rewind(2)
+    assert [p.step for p in read_profiles(tmp_path)] == [1, 2]
+    log.close()
+    RunLog(tmp_path, None).close()
     with pytest.raises(UserError, match=r"no depth profiles; tracking.depth_every"):
         read_profiles(tmp_path)
-
-
-def test_a_run_without_profiles_has_no_file(tmp_path: Path) -> None:
-    with DepthLog(tmp_path, None) as log:
-        assert log.draw(ending=True) == []
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_drawing_takes_a_small_share_of_the_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now, drawn = [0.0], []
-
-    def plot(*_arguments: object) -> list[Path]:
-        drawn.append(now[0])
-        now[0] += 4.0  # a drawing takes so long
-        return [tmp_path / "picture.png"]
-
-    monkeypatch.setattr("keel_megatron.depth.pictures.plot_all", plot)
-    with DepthLog(tmp_path, None, clock=lambda: now[0]) as log:
-        while now[0] < 10_000:
-            now[0] += 10.0
-            log.write(profile(int(now[0])))
-            log.draw(ending=False)
-        assert 3 <= len(drawn) <= 0.002 * now[0] / 4.0
-        assert all(later - before >= 2000 for before, later in itertools.pairwise(drawn))
-        assert log.draw(ending=True) == [tmp_path / "picture.png"]
-        assert log.draw(ending=True) == [], "nothing new"
 
 
 def test_the_summary_leaves_out_what_is_not_finite_and_says_where_it_begins() -> None:
@@ -162,7 +131,6 @@ def test_mlflow_gets_the_summary_and_the_pictures(
     with open_tracker(run, rank=0, resume_step=None) as tracker:
         tracker.depth(profile(1))
         tracker.depth(profile(2, stream_rms=[1.0, 2.0, math.nan, 1.0, 1.0, 1.0]))
-        tracker.draw_depth(ending=True)
     (found,) = mlflow_runs(run)
     key = "depth.stream_rms.max"
     assert history(run, found.info.run_id, key) == [(1, 1.0), (2, 2.0)]
@@ -172,15 +140,23 @@ def test_mlflow_gets_the_summary_and_the_pictures(
     assert "step 2: not finite: stream_rms from sub-layer 2" in capsys.readouterr().out
 
 
-def test_a_picture_that_fails_is_said_and_the_run_goes_on(
+def test_a_picture_that_fails_is_said_and_the_run_ends(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = config(tmp_path, tracking__mlflow=False)
     with open_tracker(run, rank=0, resume_step=None) as tracker:
         tracker.depth(profile(1))
         shutil.rmtree(tracker.folder)
-        tracker.draw_depth(ending=True)
-        assert "cannot draw the depth profiles: UserError" in capsys.readouterr().out
+    assert "cannot draw the depth profiles: UserError" in capsys.readouterr().out
+
+
+def test_without_mlflow_the_pictures_are_drawn_at_the_end(tmp_path: Path) -> None:
+    run = config(tmp_path, tracking__mlflow=False)
+    with open_tracker(run, rank=0, resume_step=None) as tracker:
+        tracker.depth(profile(1))
+        assert not list(tracker.folder.glob("*.png"))
+    names = {path.name for path in tracker.folder.iterdir()}
+    assert names == {"depth_heat_maps.png", "depth_latest.png", "log.txt", "metrics.jsonl"}
 
 
 @pytest.fixture
@@ -309,19 +285,22 @@ def test_a_heat_map_begins_and_ends_with_its_steps(
 
 @pytest.mark.security
 @pytest.mark.parametrize(
-    "line",
+    "depth",
     [
-        '{"step": 3, "gradient_norm": 5}',
-        '{"step": 3, "gradient_norm": [1, 2], "stream_rms": [1]}',
-        '{"step": 3, "gradient_norm": [{}, 1]}',
-        '{"step": 3, "gradient_norm": [1, 2, 3]}',
-        '{"step": 1' + "0" * 400 + ', "gradient_norm": [1, 2]}',
-        '{"step": 1' + "0" * 5000 + "}",
+        '{"gradient_norm": 5}',
+        '{"gradient_norm": [1, 2], "stream_rms": [1]}',
+        '{"gradient_norm": [{}, 1]}',
+        '{"gradient_norm": [1, 2, 3]}',
+        "[]",
+        '"text"',
+        "5",
         "[" * 100_000,
     ],
 )
-def test_a_line_of_anything_is_named(tmp_path: Path, line: str) -> None:
-    good = '{"step": 1, "gradient_norm": [1, 2]}\n'
-    (tmp_path / DEPTH_FILE).write_text(good + line + "\n" + good)
-    with pytest.raises(UserError, match=r"depth.jsonl(: the line of step 3|, line 2)"):
+@pytest.mark.parametrize("step", ["3", "1" + "0" * 400, "1" + "0" * 5000])
+def test_a_line_of_anything_is_named(tmp_path: Path, step: str, depth: str) -> None:
+    good = '{"step": 1, "depth": {"gradient_norm": [1, 2]}}\n'
+    line = f'{{"step": {step}, "depth": {depth}}}\n'
+    (tmp_path / METRICS_FILE).write_text(good + line + good)
+    with pytest.raises(UserError, match=r"metrics.jsonl(: the line of step 3|, line 2)"):
         read_profiles(tmp_path)

@@ -31,13 +31,15 @@ class Session:
 
     clock = itertools.count(1_700_000_000_000, 1000)
 
-    def __init__(self, run: Any, name: str, back_to: int | None = None, pid: int = 0) -> None:
+    def __init__(
+        self, run: Any, name: str, back_to: int | None = None, pid: int = 0, host: str | None = None
+    ) -> None:
         self.run = run
         self.folder: Path = run.training.folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.time = next(self.clock)
         start = {"name": name, "time": self.time, "target": Target.of(run).to_json()}
-        start |= {"host": socket.gethostname(), "pid": pid, "born": 0.0}
+        start |= {"host": host or socket.gethostname(), "pid": pid, "born": 0.0}
         extra = {} if back_to is None else {"back_to": back_to}
         self.log = RunLog(self.folder, back_to, start={**start, **extra})
 
@@ -73,7 +75,7 @@ class EarlierSession:
 
     def put(self, kind: str, stream: str = "events", **values: Any) -> None:
         self.time = next(Session.clock)
-        line = json.dumps({"kind": kind, "time": self.time, **values})
+        line = json.dumps({"kind": kind, "time": self.time} | values)
         with (self.spool / f"{stream}.{self.number:06d}.jsonl").open("a") as file:
             file.write(line + "\n")
 

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from keel_megatron.mlflow_delivery.changes import Change
-from keel_megatron.mlflow_delivery.worker import Courier
+from keel_megatron.mlflow_delivery.worker import MlflowWorker
 from tests.mlflow_delivery.session import Session, deliver
 from tests.tracking.samples import config, history, mlflow_client, mlflow_runs
 
@@ -81,7 +81,7 @@ def test_an_infinite_value_is_nan(tmp_path: Path) -> None:
     """MLflow itself would make it 1.8e308."""
     run = config(tmp_path)
     session = Session(run, "a")
-    session.put("metrics", step=1, values={"loss": float("inf"), "grad_norm": float("-inf")})
+    session.record(1, loss=float("inf"), grad_norm=float("-inf"))
     deliver(session.folder)
     (found,) = mlflow_runs(run)
     assert {name: str(value) for name, value in found.data.metrics.items()} == {
@@ -127,7 +127,7 @@ def test_a_database_that_was_never_finished_is_made_anew(
         raise OSError("killed")
 
     monkeypatch.setattr(MlflowClient, "search_experiments", killed)
-    assert not Courier(session.folder, [].append).deliver()
+    assert not MlflowWorker(session.folder, [].append).deliver()
     assert not (session.folder / "mlflow.db").exists()
     (partial,) = session.folder.glob("mlflow.db.*.partial")
     with closing(sqlite3.connect(partial)) as database:

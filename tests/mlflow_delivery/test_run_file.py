@@ -11,11 +11,11 @@ import pytest
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
 from keel_megatron.dashboard.serve import _databases
-from keel_megatron.mlflow_delivery.outbox import EVENTS, SpoolWriter, Waiting
+from keel_megatron.mlflow_delivery.outbox import Waiting
 from keel_megatron.mlflow_delivery.run_file import original_of, read_run_file, take_run_file
 from keel_megatron.mlflow_delivery.sync import add_file, sync
-from keel_megatron.mlflow_delivery.target import Target, remembered_run_id
-from keel_megatron.mlflow_delivery.worker import Courier
+from keel_megatron.mlflow_delivery.target import remembered_run_id
+from tests.mlflow_delivery.session import Session, deliver
 from tests.tracking.samples import config, history, mlflow_client, mlflow_runs
 
 
@@ -25,25 +25,20 @@ def report(run: Any, step: int, back_to: int | None = None) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").touch()
     _identity, lines = take_run_file(folder, back_to or 0)
-    spool(run, step, back_to)
-    _artifact_repos_cache.clear()  # every start has a courier's process of its own
-    uri = run.tracking.uri
-    courier = Courier(folder, lines.append, confirmed=[uri] if uri else [])
-    assert courier.deliver(), courier.problem
+    log(run, step, back_to)
+    _artifact_repos_cache.clear()  # every start has a worker's process of its own
+    deliver(folder, lines, run.tracking.uri)
     return lines
 
 
-def spool(run: Any, step: int, back_to: int | None = None) -> None:
+def log(run: Any, step: int, back_to: int | None = None) -> None:
     folder: Path = run.training.folder
     (folder / "note.txt").write_text(f"{run.training.name}, step {step}")
-    writer = SpoolWriter(folder, EVENTS)
-    extra = {} if back_to is None else {"back_to": back_to}
-    target = Target.of(run).to_json()
-    writer.append("start", time=1000 * step, name=f"start {step}", target=target, **extra)
-    writer.append("metrics", time=1000 * step + 1, step=step, values={"loss": float(step)})
-    writer.append("artifact", time=1000 * step + 2, path="note.txt")
-    writer.append("end", time=1000 * step + 3, status="FINISHED")
-    writer.close()
+    session = Session(run, f"start {step}", back_to)
+    session.losses({step: float(step)})
+    session.put("artifact", path="note.txt")
+    session.put("end", status="FINISHED")
+    session.log.close()
 
 
 def notes(run: Any) -> list[str]:
@@ -87,7 +82,7 @@ def test_a_copy_is_a_run_of_its_own(tmp_path: Path, shared: bool) -> None:
     first = config(tmp_path, training__name="first", tracking__uri=uri)
     second = config(tmp_path, training__name="second", tracking__uri=uri)
     report(first, 1)
-    spool(first, 2, back_to=1)  # waits, also in the copy
+    log(first, 2, back_to=1)  # waits, also in the copy
     shutil.copytree(first.training.folder, second.training.folder)
     known = read_run_file(first.training.folder)
     run_id = remembered_run_id(first.training.folder)
@@ -116,7 +111,7 @@ def test_a_copy_is_a_run_of_its_own(tmp_path: Path, shared: bool) -> None:
         assert (notes(first), notes(second)) == (["first, step 2"], ["second, step 3"])
         aside = second.training.folder / "origin" / known.id
         assert {path.name for path in aside.iterdir()} == {
-            *("mlflow.db", "mlflow_artifacts", "mlflow_run_id", "spool")
+            *("mlflow.db", "mlflow_artifacts", "mlflow_run_id", "outbox")
         }
     assert report(second, 4, back_to=3) == [], "a later start of the copy is like any other"
     again = read_run_file(second.training.folder)
@@ -126,7 +121,7 @@ def test_a_copy_is_a_run_of_its_own(tmp_path: Path, shared: bool) -> None:
 def test_a_copy_that_was_not_started_delivers_and_shows_nothing(tmp_path: Path) -> None:
     run = config(tmp_path)
     report(run, 1)
-    spool(run, 2, back_to=1)
+    log(run, 2, back_to=1)
     copy = tmp_path / "copy"
     shutil.copytree(run.training.folder, copy)
     (line,) = sync(copy)

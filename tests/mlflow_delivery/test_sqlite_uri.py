@@ -8,10 +8,9 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from keel_megatron.dashboard.serve import _databases
-from keel_megatron.mlflow_delivery.outbox import EVENTS, SpoolWriter
 from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_file, sqlite_uri
-from keel_megatron.mlflow_delivery.target import Target, local_uri
-from keel_megatron.mlflow_delivery.worker import Courier
+from keel_megatron.mlflow_delivery.target import local_uri
+from tests.mlflow_delivery.session import Session, deliver
 from tests.tracking.samples import config
 
 STRANGE = [
@@ -54,12 +53,9 @@ def test_a_run_in_a_strange_folder_has_its_database_and_files_there(tmp_path: Pa
     run.training.folder.mkdir(parents=True)
     (run.training.folder / "config.yaml").touch()
     (run.training.folder / "note.txt").write_text("kept")
-    writer = SpoolWriter(run.training.folder, EVENTS)
-    writer.append("start", name="a", time=1000, target=Target.of(run).to_json())
-    writer.append("artifact", time=1001, path="note.txt")
+    Session(run, "a").put("artifact", path="note.txt")
     said: list[str] = []
-    courier = Courier(run.training.folder, said.append)
-    assert courier.deliver(), courier.problem
+    deliver(run.training.folder, said)
     assert said == []
     assert [path.name for path in tmp_path.iterdir()] == ["50% #1?a=b"]
     assert sqlite_file(local_uri(run.training.folder)) == run.training.folder / "mlflow.db"

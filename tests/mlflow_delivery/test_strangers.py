@@ -17,12 +17,16 @@ import pytest
 
 from keel_megatron.checkpoint.identity import check_folder
 from keel_megatron.config import UserError
-from keel_megatron.mlflow_delivery.outbox import EVENTS, SpoolReader, SpoolWriter
+from keel_megatron.mlflow_delivery import outbox
+from keel_megatron.mlflow_delivery.outbox import OutboxReader
 from keel_megatron.mlflow_delivery.presence import is_alive
 from keel_megatron.mlflow_delivery.run_file import read_run_file, take_run_file
 from keel_megatron.mlflow_delivery.sync import add_file, sync
 from keel_megatron.mlflow_delivery.target import Target, remembered_run_id
-from keel_megatron.mlflow_delivery.worker import Courier
+from keel_megatron.mlflow_delivery.worker import MlflowWorker
+from keel_megatron.tracking.outbox import EventLog
+from keel_megatron.tracking.run_log import RunLog
+from tests.mlflow_delivery.session import Values
 from tests.tracking.samples import config, history, mlflow_runs
 
 pytestmark = pytest.mark.security
@@ -82,13 +86,13 @@ def crafted(tmp_path: Path, uri: str | None, *files: str) -> tuple[Any, Path]:
     folder = run.training.folder
     folder.mkdir(parents=True)
     target = Target.of(run).to_json() | {"uri": uri, "artifacts": (tmp_path / "home").as_uri()}
-    writer = SpoolWriter(folder, EVENTS)
-    writer.append("start", time=1000, name="a", target=target, host="x", pid=1, born=0.0)
-    writer.append("metrics", step=1, time=1001, values={"loss": 5.0})
+    start = {"time": 1000, "name": "a", "target": target, "host": "x", "pid": 1, "born": 0.0}
+    log = RunLog(folder, None, start=start)
+    log.write(Values(1, {"loss": 5.0}))
     for file in files:
-        writer.append("artifact", path=file, time=1002)
-    writer.append("end", status="FINISHED", time=1003)
-    writer.close()
+        log.event("artifact", path=file, time=1002)
+    log.event("end", status="FINISHED", time=1003)
+    log.close()
     return run, folder
 
 
@@ -106,8 +110,8 @@ def test_no_address_of_a_folder_is_asked_before_the_user_confirms_it(
             sync(folder, to)
     (folder / "samples.txt").write_text("a sample")
     add_file(folder, folder / "samples.txt", None)
-    courier = Courier(folder, [].append)
-    assert not courier.deliver()
+    worker = MlflowWorker(folder, [].append)
+    assert not worker.deliver()
     assert recorder.asked == []
     with pytest.raises(UserError, match="still wait in"):
         sync(folder, [recorder.uri + "/"])
@@ -131,12 +135,11 @@ def test_a_resume_asks_no_address_but_its_own_and_takes_no_file_from_outside(
     (folder / "inner").mkdir()
     (folder / "inner" / "link").symlink_to(home)
     (folder / "log.txt").symlink_to(home / "id_rsa")
-    SpoolWriter(folder, EVENTS).append(
-        "start", time=2000, name="b", target=Target.of(run).to_json(), back_to=1
-    )
+    start = {"time": 2000, "name": "b", "target": Target.of(run).to_json(), "back_to": 1}
+    RunLog(folder, 1, start=start)
     said: list[str] = []
-    courier = Courier(folder, said.append)
-    assert courier.deliver(), courier.problem
+    worker = MlflowWorker(folder, said.append)
+    assert worker.deliver(), worker.problem
     assert recorder.asked == []
     (found,) = mlflow_runs(run)
     assert history(run, found.info.run_id, "train/loss") == [(1, 5.0)]
@@ -174,16 +177,17 @@ def test_a_database_of_a_folder_does_not_say_where_files_go(tmp_path: Path, home
 
 
 @pytest.mark.parametrize(
-    "name", ["log.txt", "mlflow_artifacts", "mlflow.db", "spool", "checkpoints", "spool/x.partial"]
+    "name",
+    ["log.txt", "mlflow_artifacts", "mlflow.db", "outbox", "checkpoints", "outbox/x.partial"],
 )
 def test_a_link_that_leads_out_of_a_folder_is_refused(
     tmp_path: Path, home: Path, name: str
 ) -> None:
     """Also one to something that is not there: it would be made."""
     run, folder = crafted(tmp_path, None)
-    if name == "spool":
-        (folder / "spool").rename(home / "spool")
-    to = home / "spool" if name == "spool" else home / "id_rsa.new"
+    if name == "outbox":
+        (folder / "outbox").rename(home / "outbox")
+    to = home / "outbox" if name == "outbox" else home / "id_rsa.new"
     (folder / name).symlink_to(to)
     before = sorted(home.rglob("*"))
     for refused in (lambda: sync(folder), lambda: check_folder(run)):
@@ -223,7 +227,7 @@ def test_a_folder_s_own_names_make_no_paths(tmp_path: Path, home: Path) -> None:
 def test_a_target_that_is_none_is_no_report(tmp_path: Path, target: Any) -> None:
     _run, folder = crafted(tmp_path, None)
     (folder / "config.yaml").write_text("")
-    SpoolWriter(folder, EVENTS).append("start", time=9, name="b", target=target)
+    EventLog(folder).append("start", time=9, name="b", target=target, metrics=0)
     assert sync(folder) == [f"{folder}: nothing waits; the run does not report to MLflow"]
 
 
@@ -238,19 +242,18 @@ def test_a_server_that_is_down_does_not_have_the_outbox_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _run, folder = crafted(tmp_path, "http://127.0.0.1:9")
-    courier = Courier(folder, [].append)
-    courier.reader.scan()
+    worker = MlflowWorker(folder, [].append)
     read = []
-    whole = SpoolReader._lines
+    whole = outbox._lines
 
-    def counted(self: SpoolReader, *arguments: Any) -> Iterator[Any]:
-        for item in whole(self, *arguments):
-            read.append(item)
-            yield item
+    def counted(*arguments: Any) -> Iterator[Any]:
+        for line in whole(*arguments):
+            read.append(line)
+            yield line
 
-    monkeypatch.setattr(SpoolReader, "_lines", counted)
-    assert not courier.deliver()
-    assert len(read) <= 2, "the batch that it tries, and the item after it"
+    monkeypatch.setattr(outbox, "_lines", counted)
+    assert not worker.deliver()
+    assert not read, "the start that it tries was read before, and nothing counts without it"
 
 
 @pytest.mark.parametrize(
@@ -269,8 +272,8 @@ def test_a_process_that_is_none_does_not_run(tmp_path: Path, session: dict[str, 
 
 def test_a_note_follows_no_link(tmp_path: Path, home: Path) -> None:
     run, before = tmp_path / "run", contents(home)
-    SpoolWriter(run, EVENTS).append("tags", tags={})
+    EventLog(run).append("tags", tags={})
     for name in ("delivered.json", "delivered.json.partial"):
-        (run / "spool" / name).symlink_to(home / ".bashrc")
-    SpoolReader(run).write_note()
+        (run / "outbox" / name).symlink_to(home / ".bashrc")
+    OutboxReader(run).close()
     assert contents(home) == before

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from keel_megatron.mlflow_delivery import tags
-from keel_megatron.mlflow_delivery.outbox import SpoolReader
+from keel_megatron.mlflow_delivery.outbox import OutboxReader
 from keel_megatron.mlflow_delivery.system import Machine, measured_machine, node_name
 from tests.hosts import await_that
 from tests.tracking.samples import config
@@ -29,7 +29,7 @@ def test_one_process_a_node_measures(
     tmp_path: Path, local_rank: int, settings: dict[str, Any], measures: bool
 ) -> None:
     run = config(tmp_path, **({"tracking__system_metrics_every": 0.02} | settings))
-    reader = SpoolReader(run.training.folder)
+    reader = OutboxReader(run.training.folder)
     with measured_machine(run, local_rank):
         threads = {thread.name for thread in threading.enumerate()}
         assert ("system metrics" in threads) == measures

@@ -1,7 +1,8 @@
-"""The courier: what MLflow gets from a spool, when it does not answer, and after a death."""
+"""The MLflow worker: what MLflow gets, when it does not answer, and after a death."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -13,12 +14,12 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 from keel_megatron.config import UserError
 from keel_megatron.mlflow_delivery.mlflow_run import MlflowRun
-from keel_megatron.mlflow_delivery.outbox import SpoolWriter, Waiting
+from keel_megatron.mlflow_delivery.outbox import Waiting
 from keel_megatron.mlflow_delivery.presence import the_only_one
 from keel_megatron.mlflow_delivery.sync import add_file, sync
 from keel_megatron.mlflow_delivery.target import Target, remembered_run_id
-from keel_megatron.mlflow_delivery.worker import Courier
-from tests.mlflow_delivery.session import Session, deliver
+from keel_megatron.mlflow_delivery.worker import MlflowWorker
+from tests.mlflow_delivery.session import EarlierSession, Session, deliver
 from tests.tracking.samples import config, history, mlflow_client, mlflow_runs
 
 
@@ -28,9 +29,9 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_doubled_points(tmp_path: 
     first = Session(run, "a")
     started = first.time
     first.losses({1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0})
-    SpoolWriter(first.folder, "system-x").append(
-        "system", time=first.time + 90_000, values={"system/x/cpu_utilization_percentage": 7.0}
-    )
+    measured = {"system/x/cpu_utilization_percentage": 7.0}
+    line = json.dumps({"kind": "system", "time": first.time + 90_000, "values": measured})
+    (first.folder / "outbox" / "system-x.1.jsonl").write_text(line + "\n")
     deliver(first.folder)
     second = Session(run, "b", back_to=2)
     deliver(first.folder)
@@ -38,7 +39,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_doubled_points(tmp_path: 
     run_id = found.info.run_id
     assert found.data.metrics["train/loss"] == 4.0, "the last value that counts"
     second.losses({3: 3.5, 4: 2.5})
-    second.put("rewind", back_to=3)
+    second.rewind(3)
     second.losses({4: 2.25})
     second.put("end", status="FINISHED")
     deliver(first.folder)
@@ -48,12 +49,15 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_doubled_points(tmp_path: 
     assert found.data.tags["resumed.1"].startswith("from step 2, 2023-11-14T22:")
     assert found.data.tags["resumed.2"].startswith("from step 3, 2023-11-14T22:")
     # Seconds since the run began: not a training step, so never taken back.
-    assert history(run, run_id, "system/x/cpu_utilization_percentage") == [(94, 7.0)]
+    assert history(run, run_id, "system/x/cpu_utilization_percentage") == [(90, 7.0)]
     assert found.info.start_time == started
 
 
 def test_an_undelivered_beginning_makes_its_run_when_it_can(tmp_path: Path) -> None:
-    """Two starts anew and a restart before the server was ever up: two runs, in order."""
+    """Two starts anew and a restart before the server was ever up: two runs, in order.
+
+    The second start has dropped the first one's records.
+    """
     run = config(tmp_path)
     Session(run, "a").losses({1: 9.0})
     Session(run, "b").losses({1: 5.0, 2: 4.0, 3: 3.0})
@@ -62,21 +66,21 @@ def test_an_undelivered_beginning_makes_its_run_when_it_can(tmp_path: Path) -> N
     deliver(last.folder)
     old, new = mlflow_runs(run)
     assert (old.info.status, new.info.status) == ("FAILED", "RUNNING")
-    assert history(run, old.info.run_id, "train/loss") == [(1, 9.0)]
+    assert history(run, old.info.run_id, "train/loss") == []
     assert history(run, new.info.run_id, "train/loss") == [(1, 5.0), (2, 4.0), (3, 3.5)]
     assert remembered_run_id(last.folder) == new.info.run_id
 
 
 def test_a_delivery_that_is_repeated_changes_nothing(tmp_path: Path) -> None:
-    """A courier that is killed before its note: everything comes a second time."""
+    """A worker that is killed before its note: everything comes a second time."""
     run = config(tmp_path)
     session = Session(run, "a")
     session.losses({1: 5.0, 2: float("nan"), 3: 3.0})
-    session.put("rewind", back_to=2)
+    session.rewind(2)
     session.losses({3: 3.5})
     deliver(session.folder)
     before = history(run, mlflow_runs(run)[0].info.run_id, "train/loss")
-    (session.folder / "spool" / "delivered.json").unlink()
+    (session.folder / "outbox" / "delivered.json").unlink()
     deliver(session.folder)
     (found,) = mlflow_runs(run)
     assert str(history(run, found.info.run_id, "train/loss")) == str(before)
@@ -90,31 +94,31 @@ def test_a_server_that_is_down_costs_nothing_but_time(
     run, said = config(tmp_path), []
     session = Session(run, "a")
     session.losses({1: 5.0})
-    courier = Courier(session.folder, said.append)
+    worker = MlflowWorker(session.folder, said.append)
     whole = MlflowRun.log
 
     def no_answer(self: MlflowRun, points: Any) -> None:
         raise MlflowException("http://me:secret@host refused")
 
     monkeypatch.setattr(MlflowRun, "log", no_answer)
-    assert not courier.deliver()
-    assert not courier.deliver()
+    assert not worker.deliver()
+    assert not worker.deliver()
     assert len(said) == 1
-    assert said[0].endswith(f"and what it reports waits in {session.folder / 'spool'}")
+    assert said[0].endswith(f"and {session.folder} keeps everything until it does")
     assert "secret" not in said[0]
     assert str(Waiting.of(session.folder)) == "1 point(s)"
     session.losses({2: 4.0})
     monkeypatch.setattr(MlflowRun, "log", whole)
-    assert courier.deliver()
+    assert worker.deliver()
     assert said[1].endswith("answers again: what waited is being delivered")
     assert history(run, mlflow_runs(run)[0].info.run_id, "train/loss") == [(1, 5.0), (2, 4.0)]
-    assert (len(said), courier.points) == (2, 2)
+    assert (len(said), worker.points) == (2, 2)
 
 
 def test_what_mlflow_refuses_is_said_and_holds_up_nothing(tmp_path: Path) -> None:
     run, said = config(tmp_path), []
     session = Session(run, "a")
-    session.put("metrics", step=1, values={"a?": 1.0})
+    session.record(1, **{"a?": 1.0})
     session.losses({1: 5.0})
     session.put("artifact", path="nowhere.txt")
     session.put("end", status="KILLED")
@@ -144,10 +148,10 @@ def test_a_store_of_files_that_fails_holds_up_no_points(
     session.put("artifact", path="one.txt")
     session.losses({1: 5.0})
     session.put("end", status="KILLED")
-    courier = Courier(session.folder, said.append, file_seconds=0.2)
+    worker = MlflowWorker(session.folder, said.append, file_seconds=0.2)
     deadline = time.monotonic() + 300
     tries = 1
-    while not courier.deliver():
+    while not worker.deliver():
         tries += 1
         assert time.monotonic() < deadline
     assert (tries > 1) == isinstance(error, PermissionError)
@@ -168,7 +172,7 @@ def test_what_a_proxy_answers_is_no_refusal(
     session = Session(config(tmp_path), "a")
     session.losses({1: 5.0})
     monkeypatch.setattr(MlflowRun, "log", answer)
-    assert not Courier(session.folder, [].append).deliver()
+    assert not MlflowWorker(session.folder, [].append).deliver()
     assert Waiting.of(session.folder).points == 1
 
 
@@ -192,12 +196,12 @@ def test_a_run_that_is_deleted_while_it_trains_is_replaced_once(tmp_path: Path) 
     run, said = config(tmp_path), []
     session = Session(run, "a")
     session.losses({1: 5.0})
-    courier = deliver(session.folder, said)
+    worker = deliver(session.folder, said)
     gone = mlflow_runs(run)[0].info.run_id
     mlflow_client(run).delete_run(gone)
     session.losses({2: 4.0, 3: 3.0})
     session.put("end", status="FINISHED")
-    assert courier.deliver()
+    assert worker.deliver()
     assert said == [f"MLflow has no run {gone} any longer: a new one is made"]
     (found,) = mlflow_runs(run)
     assert (found.info.status, found.data.params["training.steps"]) == ("FINISHED", "4")
@@ -205,7 +209,7 @@ def test_a_run_that_is_deleted_while_it_trains_is_replaced_once(tmp_path: Path) 
 
 
 def test_every_start_s_points_go_to_the_place_that_it_named(tmp_path: Path) -> None:
-    """Whoever delivers them: the first start's come after the second start, by another courier."""
+    """Whoever delivers them: the first start's come after the second start, by another worker."""
     here = config(tmp_path)
     there = config(tmp_path, tracking__uri=f"sqlite:///{tmp_path / 'there.db'}")
     first, said = Session(here, "a"), []
@@ -227,10 +231,11 @@ def test_every_start_s_points_go_to_the_place_that_it_named(tmp_path: Path) -> N
 def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path, delivered: bool) -> None:
     """Its starts named no place, neither those that wait nor the delivered one: a file did."""
     there = config(tmp_path, tracking__uri=f"sqlite:///{tmp_path / 'there.db'}")
-    first = Session(there, "a", earlier=True)
+    first = EarlierSession(there, "a")
     first.losses({1: 5.0})
     if delivered:
         deliver(first.folder, to=there.tracking.uri)
+        first.number += 1  # its file is gone
     first.losses({2: 4.0})
     assert f"MLflow ({there.tracking.uri})" in sync(first.folder, [there.tracking.uri])[0]
     here = config(tmp_path)
@@ -259,7 +264,7 @@ def test_a_place_that_is_gone_holds_up_no_other(
     assert said[0].startswith("MLflow (http://***@127.0.0.1:9) does not answer: ")
     assert "what waits for it goes to sqlite:///" in said[0]
     runs = [history(here, found.info.run_id, "train/loss") for found in mlflow_runs(here)]
-    assert runs == [[(1, 5.0)], [(1, 5.0), (2, 4.0)]]
+    assert runs == [[], [(1, 5.0), (2, 4.0)]], "the second start has dropped the first one's"
 
 
 def test_sync_delivers_and_tells_the_end_of_a_process_that_is_gone(tmp_path: Path) -> None:

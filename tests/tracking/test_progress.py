@@ -137,7 +137,7 @@ def test_durations_read_well(seconds: float, text: str) -> None:
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
-from keel_megatron.mlflow_delivery.tracker import open_tracker
+from keel_megatron.mlflow_delivery.reporting import open_tracker
 from keel_megatron.tracking.records import ValidationRecord
 from tests.settings import small_config
 from tests.tracking.samples import record

@@ -1,4 +1,4 @@
-"""The tracker: one object for all of it, and how a run's status ends."""
+"""A run with its tracker and its MLflow worker: what is reported, and how its status ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from keel_megatron.config import UserError
-from keel_megatron.mlflow_delivery.tracker import NullTracker, Tracker, open_tracker, where
+from keel_megatron.mlflow_delivery.reporting import open_tracker, where
 from keel_megatron.tracking.metrics import read_metrics
 from keel_megatron.tracking.records import ValidationRecord
 from tests.tracking.samples import config, history, mlflow_runs, record
@@ -18,12 +18,11 @@ def test_a_normal_end_is_finished_and_everything_is_there(
 ) -> None:
     run = config(tmp_path)
     with open_tracker(run, rank=0, resume_step=None) as tracker:
-        assert type(tracker) is Tracker
         assert tracker.folder == tmp_path / "test"
         tracker.say("here we go")
         for step in range(1, 4):
             tracker.step(record(step, loss=1.0 / step))
-        tracker.validation(ValidationRecord(3, 0.25, 48, 1536))
+        tracker.step(ValidationRecord(3, 0.25, 48, 1536))
     tracker.close("FAILED")  # the first end counts
     (found,) = mlflow_runs(run)
     assert found.info.status == "FINISHED"
@@ -121,11 +120,11 @@ def test_an_end_that_goes_wrong_still_closes_the_rest(
     run = config(tmp_path)
     tracker = open_tracker(run, rank=0, resume_step=None)
 
-    def interrupted(self: object, status: str) -> None:
+    def interrupted(self: object) -> None:
         raise KeyboardInterrupt
 
     closed: list[str] = []
-    monkeypatch.setattr("keel_megatron.mlflow_delivery.sink.MlflowSink.finish", interrupted)
+    monkeypatch.setattr("keel_megatron.mlflow_delivery.process.WorkerProcess.finish", interrupted)
     monkeypatch.setattr(
         "keel_megatron.tracking.progress.Progress.close", lambda self: closed.append("progress")
     )
@@ -142,12 +141,13 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
     def end_badly() -> None:
         with open_tracker(run, rank=1, resume_step=None) as tracker:
-            assert type(tracker) is NullTracker
             tracker.step(record(1))
-            tracker.validation(ValidationRecord(1, 0.5, 16, 512))
+            tracker.step(ValidationRecord(1, 0.5, 16, 512))
             tracker.say("nothing")
             tracker.artifact(tmp_path / "nothing")
-            assert tracker.where() == where(run)
+            tracker.tags({"a": "b"})
+            tracker.rewind(0)
+            tracker.last_word("KILLED")
             raise ValueError
 
     with pytest.raises(ValueError, match=r"^$"):

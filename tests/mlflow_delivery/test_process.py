@@ -1,4 +1,4 @@
-"""The sink and its courier's process: what MLflow gets, and how long training waits for it."""
+"""The worker's process: what MLflow gets, and how long training waits for it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,30 @@ import psutil
 import pytest
 
 from keel_megatron.mlflow_delivery.outbox import Waiting
-from keel_megatron.mlflow_delivery.sink import MlflowSink
-from keel_megatron.mlflow_delivery.target import flat_params, remembered_run_id
+from keel_megatron.mlflow_delivery.process import WorkerProcess
+from keel_megatron.mlflow_delivery.reporting import start_event
+from keel_megatron.mlflow_delivery.target import flat_params, remembered_run_id, tracking_uri
 from keel_megatron.tracking.records import ValidationRecord
+from keel_megatron.tracking.run_log import RunLog
 from tests.hosts import await_that
 from tests.tracking.samples import config, history, mlflow_client, mlflow_runs, record
 
 
-def open_sink(run: Any, said: list[str], **options: Any) -> MlflowSink:
-    run.training.folder.mkdir(parents=True, exist_ok=True)
-    return MlflowSink(run, said.append, **options)
+class Reports:
+    """A run's log, and the process that follows it."""
+
+    def __init__(self, run: Any, said: list[str], **options: Any) -> None:
+        folder = run.training.folder
+        start = start_event(run)
+        self.log = RunLog(folder, None, start=start)
+        self.process = WorkerProcess(
+            folder, start["name"], tracking_uri(run), run.tracking.uri, said.append, **options
+        )
+
+    def finish(self, status: str = "FINISHED") -> None:
+        self.log.event("end", status=status)
+        self.process.finish()
+        self.log.close()
 
 
 def told(said: list[str]) -> list[str]:
@@ -35,15 +49,15 @@ def told(said: list[str]) -> list[str]:
 def test_params_metrics_by_step_tags_files_and_status(tmp_path: Path) -> None:
     run = config(tmp_path, data__text=[f"{'x' * 90}/{number}" for number in range(100)])
     said: list[str] = []
-    sink = open_sink(run, said)
+    reports = Reports(run, said)
     for step in range(1, 301):  # 3,000 values: several calls
-        sink.record(record(step, loss=1.0 / step))
-    sink.record(ValidationRecord(300, 0.25, 4800, 153600))
-    sink.tags({"layout": "TP 1"})
+        reports.log.write(record(step, loss=1.0 / step))
+    reports.log.write(ValidationRecord(300, 0.25, 4800, 153600))
+    reports.log.event("tags", tags={"layout": "TP 1"})
     note = run.training.folder / "note.txt"
     note.write_text("kept")
-    sink.artifact(note)
-    sink.finish("FINISHED")
+    reports.log.event("artifact", path="note.txt")
+    reports.finish()
     assert told(said) == []
     assert not Waiting.of(run.training.folder)
     (found,) = mlflow_runs(run)
@@ -75,11 +89,11 @@ def test_a_stray_mlruns_folder_changes_nothing(
     database = tmp_path / "shared" / "all.db"
     database.parent.mkdir()
     run = config(tmp_path / "runs", tracking__uri=f"sqlite:///{database}")
-    sink = open_sink(run, [])
+    reports = Reports(run, [])
     note = run.training.folder / "note.txt"
     note.write_text("kept")
-    sink.artifact(note)
-    sink.finish("FINISHED")
+    reports.log.event("artifact", path="note.txt")
+    reports.finish()
     assert mlflow_runs(run)[0].info.status == "FINISHED"
     assert list((tmp_path / "mlruns").iterdir()) == []
     assert {path.name for path in tmp_path.iterdir()} == {"mlruns", "runs", "shared"}
@@ -89,18 +103,20 @@ def test_a_stray_mlruns_folder_changes_nothing(
 def test_a_dead_server_blocks_nothing_and_what_waits_is_said(tmp_path: Path) -> None:
     run = config(tmp_path, tracking__uri="http://127.0.0.1:9")
     said: list[str] = []
-    sink = open_sink(run, said, close_seconds=0.5)
-    await_that(lambda: bool(told(said)), 300, "the courier's word")
-    os.kill(sink._process.pid, signal.SIGSTOP)  # were it waited for, this would never end
+    reports = Reports(run, said, close_seconds=0.5)
+    await_that(lambda: bool(told(said)), 300, "the worker's word")
+    os.kill(
+        reports.process._process.pid, signal.SIGSTOP
+    )  # were it waited for, this would never end
     for step in range(1000):
-        sink.record(record(step))
-    sink.artifact(tmp_path / "note.txt")
+        reports.log.write(record(step))
+    reports.log.event("artifact", path="note.txt")
     folder = run.training.folder
     assert str(Waiting.of(folder)) == "10,000 point(s) and 1 file(s)"
-    sink.finish("FINISHED")
+    reports.finish()
     assert told(said)[-1] == (
         "MLflow (http://127.0.0.1:9) did not get everything: 10,000 point(s), 1 file(s) and the "
-        f"status FINISHED wait in {folder / 'spool'}; "
+        f"status FINISHED wait in {folder}; "
         f"`keel track sync {folder} --to http://127.0.0.1:9` delivers them"
     )
     assert told(said)[0].startswith("MLflow (http://127.0.0.1:9) does not answer: ")
@@ -111,8 +127,8 @@ def test_a_missing_package_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "mlflow.py").write_text("raise ImportError('broken')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     said: list[str] = []
-    sink = open_sink(config(tmp_path), said)
-    sink.finish("FINISHED")
+    reports = Reports(config(tmp_path), said)
+    reports.finish()
     first, second = told(said)
     assert "install mlflow-skinny, sqlalchemy and alembic, or set tracking.mlflow=false" in first
     assert "the status FINISHED wait" in second
@@ -120,23 +136,24 @@ def test_a_missing_package_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 DIES = """
 import os, signal, sys
+import psutil
 from tests.settings import small_config
-from keel_megatron.mlflow_delivery.sink import MlflowSink
+from keel_megatron.mlflow_delivery.reporting import open_progress, open_tracker
+from keel_megatron.tracking.records import StepRecord
 assert not {"torch", "mlflow", "matplotlib"} & sys.modules.keys()
 run = small_config(training__runs_dir=sys.argv[1], tracking__mlflow=True)
-run.training.folder.mkdir(parents=True)
-sink = MlflowSink(run, print)
-sink.values(1, {"loss": 5.0})
+tracker = open_tracker(run, 0, None, open_progress(run, open(os.devnull, "w")))
+tracker.step(StepRecord(1, 5.0, *[1] * 8))
 assert "mlflow" not in sys.modules
-print(sink._process.pid, flush=True)
+print(*[child.pid for child in psutil.Process().children()], flush=True)
 if sys.argv[2] == "KILLED":
-    sink.last_word("KILLED")
+    tracker.last_word("KILLED")
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @pytest.mark.parametrize("status", ["FAILED", "KILLED"])
-def test_the_courier_says_how_a_process_ended_that_cannot(tmp_path: Path, status: str) -> None:
+def test_the_worker_says_how_a_process_ended_that_cannot(tmp_path: Path, status: str) -> None:
     environment = {key: value for key, value in os.environ.items() if "MLFLOW" not in key}
     done = subprocess.run(
         [sys.executable, "-c", DIES, str(tmp_path), status],
@@ -159,14 +176,14 @@ def wait_for_end_of(pid: int) -> None:
         psutil.Process(pid).wait(600)
 
 
-def test_a_courier_that_is_killed_is_replaced(tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
     run = config(tmp_path)
     said: list[str] = []
-    sink = open_sink(run, said)
-    sink.record(record(1))
-    sink._process.kill()
-    sink._process.wait()
-    sink.finish("FINISHED")
+    reports = Reports(run, said)
+    reports.log.write(record(1))
+    reports.process._process.kill()
+    reports.process._process.wait()
+    reports.finish()
     assert told(said) == []
     assert mlflow_runs(run)[0].info.status == "FINISHED"
 
@@ -177,31 +194,9 @@ def test_no_credential_of_the_environment_is_kept(
     for name in ("USERNAME", "PASSWORD", "TOKEN"):
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "hunter2")
     run = config(tmp_path)
-    sink = open_sink(run, [])
-    sink.finish("FINISHED")
+    reports = Reports(run, [])
+    reports.finish()
     assert "hunter2" not in json.dumps(flat_params(run))
     files = [path for path in run.training.folder.rglob("*") if path.is_file()]
     assert {"mlflow.db", "delivered.json"} <= {path.name for path in files}
     assert [path for path in files if b"hunter2" in path.read_bytes()] == []
-
-
-def test_a_full_outbox_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MlflowSink, "_start_courier", lambda _self: ended())
-    said: list[str] = []
-    sink = open_sink(config(tmp_path), said)
-    sink._spool._limit = 0
-    for step in range(1, 4):
-        sink.record(record(step))
-    sink.finish("FINISHED")
-    folder = sink._run
-    assert [line for line in told(said) if "metrics.jsonl has every record" in line] == [
-        f"{folder / 'spool'} is full of what MLflow (sqlite:///{folder}/mlflow.db) did not get: "
-        "further points are left out of MLflow until it answers; metrics.jsonl has every record",
-        f"MLflow (sqlite:///{folder}/mlflow.db) will not get 30 point(s) for which "
-        f"{folder / 'spool'} had no room; metrics.jsonl has every record",
-    ]
-
-
-def ended() -> subprocess.Popen[str]:
-    """A courier that has ended: MLflow cannot be used."""
-    return subprocess.Popen(["sh", "-c", "exit 2"], stdout=subprocess.PIPE, text=True)
