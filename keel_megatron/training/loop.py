@@ -86,7 +86,7 @@ class Loop:
         state, steps = self._state, self._config.training.steps
         stopping = exit_codes.DONE
         if self._guard.action == "rollback" and state.position.step == 0:
-            self._save()  # for a rollback before the first checkpoint
+            self._state.save()  # for a rollback before the first checkpoint
         while state.position.step < steps:
             if not self._step():
                 continue
@@ -98,7 +98,7 @@ class Loop:
             if last or (self._due(self._config.training.validate_every) and not stopping):
                 self._validate()
             if last or stopping or self._due(self._config.checkpoint.every):
-                self._save()
+                self._state.save()
             if stopping:
                 break
         state.saver.finish()
@@ -117,9 +117,6 @@ class Loop:
             text += f"\n{unsaved}"
         left = what_is_left(self._config.training.folder, self._guard.anomaly_step)
         return DivergedError(f"{text}\n{left}", reported=not self._runtime.is_main)
-
-    def _save(self) -> None:
-        self._state.save()
 
     def _due(self, every: int) -> bool:
         return every > 0 and self._state.position.step % every == 0
