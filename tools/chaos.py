@@ -39,7 +39,7 @@ compat.install()  # before Megatron-core is imported
 from keel_megatron.checkpoint.state import Position
 from keel_megatron.config.errors import UserError
 from keel_megatron.engines.megatron.engine import MegatronEngine
-from keel_megatron.mlflow_delivery.outbox import SpoolReader
+from keel_megatron.mlflow_delivery.outbox import OutboxReader
 from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.tracking.metrics import read_metrics
@@ -236,11 +236,12 @@ def content(path: Path) -> bytes:
 
 
 def missing_records(calm: Path, hurt: Path) -> int:
-    """Steps that depth.jsonl and the reports to MLflow lack, and lines of log.txt not whole."""
+    """Steps whose depth profiles or reports to MLflow lack, and lines of log.txt not whole."""
     profiles, reports = [], []
     for run in (calm, hurt):
-        profiles.append({line["step"] for line in read_metrics(run / "depth.jsonl")})
-        items = SpoolReader(run).waiting()
+        records = read_metrics(run / "metrics.jsonl")
+        profiles.append({line["step"] for line in records if "depth" in line})
+        items = OutboxReader(run).waiting()
         reports.append(
             {item.values["step"] for item in items if "loss" in item.values.get("values", ())}
         )

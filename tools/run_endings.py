@@ -79,7 +79,7 @@ class Started:
 
     def wait_for_end(self) -> int:
         code = self.process.wait(PATIENCE)
-        self._wait(lambda: not self.couriers(), "the courier's end")
+        self._wait(lambda: not self.workers(), "the MLflow worker's end")
         return code
 
     def rank(self, rank: int) -> psutil.Process:
@@ -90,7 +90,7 @@ class Started:
                 return child
         raise RuntimeError(f"no rank {rank}")
 
-    def couriers(self) -> list[psutil.Process]:
+    def workers(self) -> list[psutil.Process]:
         found = []
         for process in psutil.process_iter():
             try:
@@ -104,7 +104,7 @@ class Started:
 
     def kill(self) -> None:
         """End whatever is left."""
-        for process in [*self.couriers(), *_family(self.process.pid)]:
+        for process in [*self.workers(), *_family(self.process.pid)]:
             try:
                 process.kill()
             except psutil.Error:
@@ -341,7 +341,7 @@ def _ending(code: int, folder: Path) -> Ending:
     from keel_megatron.mlflow_delivery.outbox import Waiting
     from keel_megatron.mlflow_delivery.sync import sync
 
-    if not (folder / "spool").is_dir():
+    if not (folder / "outbox").is_dir():
         return Ending(code)
     late = Waiting.of(folder).status is not None  # more than 30 s, on a busy machine
     if late:

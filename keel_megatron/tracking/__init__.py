@@ -1,1 +1,1 @@
-"""What a run shows: progress, metrics.jsonl, MLflow."""
+"""What a run writes down and shows: its log, and its progress."""

@@ -41,8 +41,7 @@ DESCRIPTION = """\
 | `depth.QUANTITY.first_nonfinite` | the first sub-layer whose value is not finite |
 | `system/HOST/...` | each node's machine; the step is seconds since the run's first start |
 
-An infinite value is shown as NaN. `metrics.jsonl` and `depth.jsonl` in the run's folder have \
-everything in full.
+An infinite value is shown as NaN. `metrics.jsonl` in the run's folder has everything in full.
 """
 """The description of a new MLflow run."""
 

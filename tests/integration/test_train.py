@@ -13,6 +13,7 @@ import pytest
 from keel_megatron.architecture.parameters import parameter_count
 from keel_megatron.checkpoint import folder
 from keel_megatron.config import load_config
+from keel_megatron.depth.profile import read_profiles
 from keel_megatron.tracking.metrics import read_metrics
 from tests.hosts import await_that
 from tests.integration.commands import keel, start, write_config
@@ -82,7 +83,6 @@ def test_a_run_leaves_its_folder_complete(finished: Path) -> None:
         "log.txt",
         "loss.png",
         "stages.json",
-        "depth.jsonl",
         "depth_heat_maps.png",
         "depth_latest.png",
     }
@@ -117,10 +117,11 @@ def test_resuming_on_the_same_layout_is_bit_identical(finished: Path, tmp_path: 
     assert "resuming from runs/test/checkpoints/step_00000003" in again.stdout
     assert losses(home) == losses(finished)
     profiles = [
-        (folder / "runs" / "test" / "depth.jsonl").read_text() for folder in (home, finished)
+        [json.dumps(profile.to_json()) for profile in read_profiles(folder / "runs" / "test")]
+        for folder in (home, finished)
     ]
     assert profiles[0] == profiles[1]
-    assert [json.loads(line)["step"] for line in profiles[0].splitlines()] == [1, 2, 4, 6]
+    assert [json.loads(line)["step"] for line in profiles[0]] == [1, 2, 4, 6]
 
 
 def test_the_depth_verb_tells_and_draws(finished: Path, tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ python tools/bench/depth.py [section.key=value ...] [--config YAML] [--pairs N]
 torchrun --nproc-per-node 2 tools/bench/depth.py ...   # at a parallel layout
 
 Prints, of the demo or of another configuration, the ratio of the two kinds of step (the median over
-pairs), and from it the share of training time at `tracking.depth_every`. A profile's writing and
-its summary for MLflow are in it, its pictures are not: drawn while a run goes on they take at most
-0.2 % (depth/log.py).
+pairs), and from it the share of training time at `tracking.depth_every`. A profile's writing is in
+it. Its summary for MLflow and its pictures are not: the MLflow worker makes them, a process of its
+own.
 Processor time is told besides, which others on the machine disturb less than the clock on the wall.
 """
 
@@ -29,11 +29,11 @@ from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
 from keel_megatron.depth.collector import DepthCollector
-from keel_megatron.depth.log import DepthLog
 from keel_megatron.engines.megatron.engine import MegatronEngine
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
+from keel_megatron.tracking.run_log import RunLog
 
 DEMO = Path(__file__).resolve().parents[2] / "yaml" / "demo.yaml"
 
@@ -56,7 +56,7 @@ def made_up(config: RunConfig, runtime: Runtime) -> list[Batch]:
     return batches
 
 
-def timed(engine: MegatronEngine, batches: list[Batch], log: DepthLog | None) -> tuple[float, ...]:
+def timed(engine: MegatronEngine, batches: list[Batch], log: RunLog | None) -> tuple[float, ...]:
     """Seconds on the wall and of the processor of one step, with a profile if there is a log."""
     runtime = engine.runtime
     runtime.barrier()
@@ -69,7 +69,6 @@ def timed(engine: MegatronEngine, batches: list[Batch], log: DepthLog | None) ->
         profile = depth.profile(1)
         if runtime.is_main:
             log.write(profile)
-            profile.summary()
     if runtime.device.type == "cuda":
         torch.cuda.synchronize()
     runtime.barrier()
@@ -101,13 +100,14 @@ def main() -> None:
     ):
         engine = MegatronEngine(config, runtime, build_model(config, runtime))
         batches = made_up(config, runtime)
-        with DepthLog(Path(folder), None) as log:
-            timed(engine, batches, None)
-            timed(engine, batches, log)
-            pairs = [
-                (timed(engine, batches, None), timed(engine, batches, log))
-                for _ in range(arguments.pairs)
-            ]
+        log = RunLog(Path(folder), None)
+        timed(engine, batches, None)
+        timed(engine, batches, log)
+        pairs = [
+            (timed(engine, batches, None), timed(engine, batches, log))
+            for _ in range(arguments.pairs)
+        ]
+        log.close()
         if runtime.is_main:
             model = config.model
             print(
