@@ -315,7 +315,7 @@ def page(measured: list[tuple[str, Measured]], steps: int) -> str:
         f"{os.cpu_count()} cores, {date.today()}. One",
         "process trains 16 sub-layers without depth profiles. Of the time of its steps its main",
         "thread spends so much in all of the tracker's calls (progress, metrics.jsonl, MLflow) and",
-        "so much in logging events for MLflow beside its records. end: the wait for what is on its way when the run is over.",
+        "so much in logging what MLflow gets beside records. end: the wait for what is on its way.",
         "Points: values of metrics.jsonl's records that MLflow has, of those that there are; then",
         "after `keel track sync`. The server works on the same cores all the time, behind a relay",
         "that delays or refuses: that is what the step times beside off show, where there is one.",
