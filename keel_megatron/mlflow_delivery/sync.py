@@ -8,11 +8,11 @@ from pathlib import Path
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.inside import check_links
+from keel_megatron.mlflow_delivery.delivery import Delivery
 from keel_megatron.mlflow_delivery.outbox import OutboxReader, Waiting
 from keel_megatron.mlflow_delivery.presence import is_alive, the_only_one
 from keel_megatron.mlflow_delivery.run_file import original_of, read_run_file
 from keel_megatron.mlflow_delivery.target import Target, sync_command
-from keel_megatron.mlflow_delivery.worker import MlflowWorker
 from keel_megatron.tracking.outbox import FOLDER, EventLog, relative
 from keel_megatron.urls import without_credentials
 
@@ -93,24 +93,24 @@ def _deliver(run: Path, confirmed: Collection[str], rebuild: bool) -> list[str]:
     try:
         is_copy = getattr(read_run_file(run), "origin", None) is not None
         outbox = OutboxReader(run, again=rebuild, whole=not is_copy)
-        worker = MlflowWorker(run, remarks.append, 0.0, confirmed, outbox)
+        delivery = Delivery(run, remarks.append, 0.0, confirmed, outbox)
         waiting = Waiting.of(run)
-        ended = worker.reader.ended
-        if not worker.deliver():
+        ended = delivery.reader.ended
+        if not delivery.deliver():
             raise UserError(
-                f"MLflow ({worker.shown_uri}) {worker.problem}; "
+                f"MLflow ({delivery.shown_uri}) {delivery.problem}; "
                 f"{Waiting.of(run)} still wait in {run}"
             )
         done = list(remarks)
         if rebuild:
-            points = f"{worker.points:,} point(s)"
-            done.append(f"{run}: delivered {points} again to MLflow ({worker.shown_uri})")
+            points = f"{delivery.points:,} point(s)"
+            done.append(f"{run}: delivered {points} again to MLflow ({delivery.shown_uri})")
         elif waiting:
-            done.append(f"{run}: delivered {waiting} to MLflow ({worker.shown_uri})")
+            done.append(f"{run}: delivered {waiting} to MLflow ({delivery.shown_uri})")
         elif ended:  # tags and marks count as nothing
-            done.append(f"{run}: nothing waits, MLflow ({worker.shown_uri}) has everything")
-        if not worker.reader.ended:
-            done.append(_settle(run, worker))
+            done.append(f"{run}: nothing waits, MLflow ({delivery.shown_uri}) has everything")
+        if not delivery.reader.ended:
+            done.append(_settle(run, delivery))
     except ImportError as error:
         raise UserError(
             f"MLflow cannot be imported ({error}): install mlflow-skinny, sqlalchemy and alembic"
@@ -118,12 +118,12 @@ def _deliver(run: Path, confirmed: Collection[str], rebuild: bool) -> list[str]:
     return done
 
 
-def _settle(run: Path, worker: MlflowWorker) -> str:
+def _settle(run: Path, delivery: Delivery) -> str:
     """End the MLflow run of a process that is gone."""
-    session = worker.reader.session
+    session = delivery.reader.session
     where = f"process {session.get('pid')} on {session.get('host')}"
     if is_alive(session, run):
         return f"{run}: its status stays RUNNING: {where} seems to be at work"
-    if not worker.end("FAILED"):
-        raise UserError(f"MLflow ({worker.shown_uri}) {worker.problem}")
+    if not delivery.end("FAILED"):
+        raise UserError(f"MLflow ({delivery.shown_uri}) {delivery.problem}")
     return f"{run}: its status is FAILED now: {where} is gone and did not say how it ended"

@@ -6,9 +6,6 @@ MLflow is imported, waited for and retried here, so that training never shares a
 it. The worker also sees the training process die, which that process itself cannot report: a run
 that ends without a word, by kill -9 or by its watchdog, has FAILED.
 
-The run's folder may be a stranger's: reports go to a store in that folder, or to an address that
-the user has given today; files are taken from that folder alone.
-
 It speaks to its parent by lines on standard output. `keel track sync` does the same work once, for
 what a crash, or a server that was down, left behind.
 """
@@ -23,283 +20,20 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from keel_megatron.config.inside import inside
 from keel_megatron.depth.drawing import DepthDrawer
-from keel_megatron.depth.pictures import HEAT_MAPS, LATEST
-from keel_megatron.mlflow_delivery.changes import Change
-from keel_megatron.mlflow_delivery.earlier_spool import SpoolReader
-from keel_megatron.mlflow_delivery.items import Item
-from keel_megatron.mlflow_delivery.mlflow_run import MlflowRun, Point
-from keel_megatron.mlflow_delivery.outbox import OutboxReader
+from keel_megatron.mlflow_delivery.delivery import Delivery
 from keel_megatron.mlflow_delivery.presence import HEARTBEAT_SECONDS, the_only_one
-from keel_megatron.mlflow_delivery.reasons import UnconfirmedError, is_rejected, problem, reason
-from keel_megatron.mlflow_delivery.target import Target
-from keel_megatron.tracking.metric_names import mlflow_name
-from keel_megatron.tracking.outbox import FOLDER, relative
-from keel_megatron.tracking.records import Status
-from keel_megatron.urls import without_credentials
+from keel_megatron.mlflow_delivery.reasons import reason
+from keel_megatron.tracking.outbox import FOLDER
 
 POLL_SECONDS = 0.5
 LONGEST_PAUSE = 30.0
 LINGER_SECONDS = 60.0
 """How long the worker of a dead run tries to reach a server that is down."""
-FILE_SECONDS = 60.0
-"""How long a file that cannot be stored holds up the points behind it while MLflow answers."""
 
 DELIVERED, UNUSABLE, LEFT = 0, 2, 3
 """Exit codes: all is delivered; MLflow cannot be used at all; something waits."""
-
-
-class MlflowWorker:
-    """Delivers a run's log; one at a time does.
-
-    Args:
-        run: the run's folder.
-        say: told what the user should know: once when MLflow does not answer and once when it does
-            again, and what MLflow refuses.
-        file_seconds: how long a file that cannot be stored is tried again while MLflow answers.
-        confirmed: the tracking URIs that the user has given; what the log says is for another
-            one, but for the store in the run's folder, is delivered to where the run reports now.
-        outbox: what it reads; None reads on where the last worker has stopped.
-
-    Raises:
-        ImportError: MLflow is not installed.
-    """
-
-    def __init__(
-        self,
-        run: Path,
-        say: Callable[[str], None],
-        file_seconds: float = FILE_SECONDS,
-        confirmed: Collection[str] = (),
-        outbox: OutboxReader | None = None,
-    ) -> None:
-        self._run = run
-        self._confirmed = frozenset(confirmed)
-        self._say = say
-        self._earlier = SpoolReader(run)
-        self._outbox = outbox or OutboxReader(run)
-        self.scan()
-        self._client: MlflowRun | None = None
-        self._target = Target.of_start(run, self._outbox.session or self._earlier.session)
-        self._given_up: set[str] = set()
-        self._file_seconds = file_seconds
-        self._no_file_since: float | None = None
-        self.problem: str | None = None
-        """What MLflow does instead of answering (reasons.problem); None while it answers."""
-        self.points = 0
-        """Points delivered so far."""
-
-    @property
-    def shown_uri(self) -> str:
-        """Where it delivers to, for messages."""
-        return without_credentials(self._place().uri_of(self._run))
-
-    @property
-    def reader(self) -> OutboxReader | SpoolReader:
-        """What the newest start has written to."""
-        return self._outbox if self._outbox.last_start else self._earlier
-
-    def scan(self) -> None:
-        """Look at what the run has logged beside its records."""
-        self._earlier.scan()
-        self._outbox.scan()
-
-    def deliver(self) -> bool:
-        """Deliver what waits, each start's to the place it names; whether MLflow took all of it."""
-        while True:
-            try:
-                for reader in (self._earlier, self._outbox):
-                    while batch := reader.batch():
-                        self._deliver(batch)
-                        reader.commit(batch)
-                        self._answered()
-                return True
-            except ImportError:
-                raise
-            except Exception as error:
-                if not self._moves_on(error):
-                    self._no_answer(error)
-                    return False
-
-    def end(self, status: Status) -> bool:
-        """Give the MLflow run an ending that nobody has reported; whether MLflow took it."""
-        item = {"kind": "end", "status": status, "time": time.time_ns() // 1_000_000}
-        try:
-            self._end(item)
-            self.reader.close()
-        except Exception as error:
-            self._no_answer(error)
-            return False
-        return True
-
-    def show(self, pictures: list[Path]) -> None:
-        """Let MLflow have pictures that were drawn, if it takes them now; it has them at the end.
-
-        Raises:
-            Exception: it does not.
-        """
-        if self._client is not None:
-            for picture in pictures:
-                self._log_file(self._client, relative(self._run, picture))
-
-    def _deliver(self, batch: list[Item]) -> None:
-        try:
-            self._send(batch)
-        except Exception as error:
-            is_file = batch[0].kind == "artifact"
-            if not is_rejected(error) and not (is_file and self._gives_up_file(error)):
-                raise
-            remark = None if self._client is None else self._client.replace_if_gone()
-            if remark is not None:
-                self._say(remark)
-                self._deliver(batch)
-            elif len(batch) > 1:
-                for item in batch:
-                    self._deliver([item])
-            else:
-                self._leave_out(_shown(batch[0]), error)
-
-    def _gives_up_file(self, error: Exception) -> bool:
-        """Whether a file that cannot be stored is left out, for the sake of what waits behind it.
-
-        Files have a store of their own: a bucket may need a package or a key that is not here, a
-        proxy may refuse their size, while MLflow takes points.
-        """
-        if self._client is None or not self._client.answers():
-            return False
-        now = time.monotonic()
-        if self._no_file_since is None:
-            self._no_file_since = now
-        return isinstance(error, ImportError) or now - self._no_file_since >= self._file_seconds
-
-    def _leave_out(self, what: str, error: Exception) -> None:
-        self._say(f"MLflow ({self.shown_uri}) refuses {what}: {reason(error)}; it is left out")
-
-    def _send(self, batch: list[Item]) -> None:
-        first, values = batch[0], batch[0].values
-        if first.kind == "start":
-            self._go_to(Target.of_start(self._run, values))
-        client = self._mlflow()
-        if first.kind == "start":
-            remark = client.start(
-                values["name"], values.get("back_to"), values["time"], again=self._outbox.again
-            )
-            if remark is not None:
-                self._say(remark)
-            return
-        client.reopen()
-        if first.kind in ("metrics", "system"):
-            points = [point for item in batch for point in _points(item, client)]
-            client.log(points)
-            self.points += len(points)
-        elif first.kind == "tags":
-            client.tag(values["tags"])
-        elif first.kind == "changes":
-            client.set_changes([Change.from_json(change) for change in values["changes"]])
-        elif first.kind == "artifact":
-            self._log_file(client, values["path"])
-            self._no_file_since = None
-        elif first.kind == "rewind":
-            client.rewind(values["back_to"], values["time"])
-        elif first.kind == "end":
-            self._end(values)
-
-    def _end(self, values: dict[str, Any]) -> None:
-        client = self._mlflow()
-        client.reopen()
-        since = self.reader.last_start.get("time", 0) / 1000
-        pictures = [self._run / name for name in (HEAT_MAPS, LATEST)]
-        for path in [self._run / "log.txt", *sorted(self._run.glob("hangs/*")), *pictures]:
-            try:
-                if path.lstat().st_mtime >= since:
-                    self._log_file(client, relative(self._run, path))
-            except FileNotFoundError:
-                continue
-            except Exception as error:  # the status does not wait for a file
-                if not client.answers():
-                    raise
-                self._leave_out(f"the file {path.name}", error)
-        client.end(values["status"], values["time"])
-
-    def _log_file(self, client: MlflowRun, name: str) -> None:
-        """Hand a file over, if it is the run's."""
-        path = inside(self._run, name)
-        if path is None:
-            self._say(f"the file {name} is not in {self._run}, the run's folder: it is left out")
-        else:
-            client.log_file(path)
-
-    def _newest(self) -> Target | None:
-        """Where the run reports now, as far as the log was looked at."""
-        return Target.of_start(self._run, self.reader.last_start)
-
-    def _place(self) -> Target:
-        target = self._target or self._newest()
-        assert target is not None, f"{self._run} has logged no start"
-        return target
-
-    def _mlflow(self) -> MlflowRun:
-        if self._client is None:
-            place = self._place()
-            if not place.is_trusted(self._confirmed):
-                raise UnconfirmedError(place.uri_of(self._run))
-            self._client = MlflowRun(self._run, place)
-        return self._client
-
-    def _go_to(self, target: Target | None) -> None:
-        """Deliver there from now on; to where the run reports now if it is a place given up."""
-        if target is not None and target.uri_of(self._run) in self._given_up:
-            target = self._newest()
-        if target != self._target:
-            self._target, self._client = target, None
-
-    def _moves_on(self, error: Exception) -> bool:
-        """Give up a place that does not answer if the run was since started with another one."""
-        newest = self._newest()
-        here, shown = self._place().uri_of(self._run), self.shown_uri
-        if newest is None or newest.uri_of(self._run) == here:
-            return False
-        if not newest.is_trusted(self._confirmed):
-            return False
-        self._given_up.add(here)
-        self._go_to(newest)
-        self._say(
-            f"MLflow ({shown}) {problem(error)}; what waits for it goes to "
-            f"{self.shown_uri}, where the run reports now"
-        )
-        return True
-
-    def _answered(self) -> None:
-        if self.problem is not None:
-            self._say(f"MLflow ({self.shown_uri}) answers again: what waited is being delivered")
-        self.problem = None
-
-    def _no_answer(self, error: Exception) -> None:
-        first = self.problem is None
-        self.problem = problem(error)
-        if first:
-            self._say(
-                f"MLflow ({self.shown_uri}) {self.problem}; "
-                f"training continues, and {self._run} keeps everything until it does"
-            )
-
-
-def _points(item: Item, client: MlflowRun) -> list[Point]:
-    values = item.values
-    time_ms = values["time"]
-    step = values["step"] if item.kind == "metrics" else client.seconds_since_start(time_ms)
-    return [
-        Point(mlflow_name(name), value, step, time_ms) for name, value in values["values"].items()
-    ]
-
-
-def _shown(item: Item) -> str:
-    if item.kind == "artifact":
-        return f"the file {item.values['path']}"
-    return f"{item.kind} of step {item.values['step']}" if "step" in item.values else item.kind
 
 
 def follow(
@@ -317,15 +51,15 @@ def follow(
         run: the run's folder.
         parent: the training process, this one's parent.
         start: name of its start.
-        say: as the worker's.
-        confirmed: as the worker's.
+        say: as the delivery's.
+        confirmed: as the delivery's.
 
     Returns:
         The exit code.
     """
     drawer = DepthDrawer(run)
     with the_only_one(run, wait=True):
-        worker = MlflowWorker(run, say, confirmed=confirmed)
+        delivery = Delivery(run, say, confirmed=confirmed)
         heartbeat = pause = 0.0
         dead_since: float | None = None
         while True:
@@ -334,42 +68,42 @@ def follow(
                 heartbeat = time.monotonic() + HEARTBEAT_SECONDS
                 with suppress(OSError):
                     (run / FOLDER / "alive").touch()
-            done = worker.deliver()
-            reader = worker.reader
+            done = delivery.deliver()
+            reader = delivery.reader
             if is_orphan and dead_since is None:
                 dead_since = time.monotonic()
             if is_orphan and reader.last_start.get("name") != start:
                 return LEFT  # the run was started again: its new worker waits for this one
             if done and is_orphan and not reader.ended:
-                done = worker.end("FAILED")
+                done = delivery.end("FAILED")
             lingered = dead_since is not None and time.monotonic() - dead_since > LINGER_SECONDS
             if (reader.ended and (done or not is_orphan)) or lingered:
-                _draw(worker, drawer, say)
+                _draw(delivery, drawer, say)
                 return DELIVERED if done and reader.ended else LEFT
             if drawer.is_due:
-                _draw(worker, drawer, say)
+                _draw(delivery, drawer, say)
             pause = POLL_SECONDS if done else min(LONGEST_PAUSE, max(POLL_SECONDS, 2 * pause))
-            _rest(pause, parent, worker)
+            _rest(pause, parent, delivery)
 
 
-def _draw(worker: MlflowWorker, drawer: DepthDrawer, say: Callable[[str], None]) -> None:
+def _draw(delivery: Delivery, drawer: DepthDrawer, say: Callable[[str], None]) -> None:
     try:
         pictures = drawer.draw()
     except Exception as error:  # whatever ails a picture, the run and its delivery continue
         say(f"cannot draw the depth profiles: {type(error).__name__}: {error}")
         return
     with suppress(Exception):  # the end of the run delivers them, or says that it cannot
-        worker.show(pictures)
+        delivery.show(pictures)
 
 
-def _rest(seconds: float, parent: int, worker: MlflowWorker) -> None:
+def _rest(seconds: float, parent: int, delivery: Delivery) -> None:
     """Wait; not to the end when the run ends meanwhile."""
     until = time.monotonic() + seconds
-    was_parent, was_ended = os.getppid() == parent, worker.reader.ended
+    was_parent, was_ended = os.getppid() == parent, delivery.reader.ended
     while (left := until - time.monotonic()) > 0:
         time.sleep(min(POLL_SECONDS / 2, left))
-        worker.scan()
-        if (os.getppid() == parent) != was_parent or worker.reader.ended != was_ended:
+        delivery.scan()
+        if (os.getppid() == parent) != was_parent or delivery.reader.ended != was_ended:
             return
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from keel_megatron.mlflow_delivery import earlier_spool
+from keel_megatron.mlflow_delivery.delivery import Delivery
 from keel_megatron.mlflow_delivery.target import Target
-from keel_megatron.mlflow_delivery.worker import MlflowWorker
 from keel_megatron.tracking.run_log import RunLog
 
 
@@ -84,8 +84,8 @@ class EarlierSession:
             self.put("metrics", step=step, values={"loss": loss})
 
 
-def deliver(folder: Path, said: list[str] | None = None, to: str | None = None) -> MlflowWorker:
+def deliver(folder: Path, said: list[str] | None = None, to: str | None = None) -> Delivery:
     confirmed = [] if to is None else [to]
-    worker = MlflowWorker(folder, [].append if said is None else said.append, confirmed=confirmed)
+    worker = Delivery(folder, [].append if said is None else said.append, confirmed=confirmed)
     assert worker.deliver(), worker.problem
     return worker

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from keel_megatron.mlflow_delivery.changes import Change
-from keel_megatron.mlflow_delivery.worker import MlflowWorker
+from keel_megatron.mlflow_delivery.delivery import Delivery
 from tests.mlflow_delivery.session import Session, deliver
 from tests.tracking.samples import config, history, mlflow_client, mlflow_runs
 
@@ -127,7 +127,7 @@ def test_a_database_that_was_never_finished_is_made_anew(
         raise OSError("killed")
 
     monkeypatch.setattr(MlflowClient, "search_experiments", killed)
-    assert not MlflowWorker(session.folder, [].append).deliver()
+    assert not Delivery(session.folder, [].append).deliver()
     assert not (session.folder / "mlflow.db").exists()
     (partial,) = session.folder.glob("mlflow.db.*.partial")
     with closing(sqlite3.connect(partial)) as database:

@@ -18,12 +18,12 @@ import pytest
 from keel_megatron.checkpoint.identity import check_folder
 from keel_megatron.config import UserError
 from keel_megatron.mlflow_delivery import outbox
+from keel_megatron.mlflow_delivery.delivery import Delivery
 from keel_megatron.mlflow_delivery.outbox import OutboxReader
 from keel_megatron.mlflow_delivery.presence import is_alive
 from keel_megatron.mlflow_delivery.run_file import read_run_file, take_run_file
 from keel_megatron.mlflow_delivery.sync import add_file, sync
 from keel_megatron.mlflow_delivery.target import Target, remembered_run_id
-from keel_megatron.mlflow_delivery.worker import MlflowWorker
 from keel_megatron.tracking.outbox import EventLog
 from keel_megatron.tracking.run_log import RunLog
 from tests.mlflow_delivery.session import Values
@@ -110,7 +110,7 @@ def test_no_address_of_a_folder_is_asked_before_the_user_confirms_it(
             sync(folder, to)
     (folder / "samples.txt").write_text("a sample")
     add_file(folder, folder / "samples.txt", None)
-    worker = MlflowWorker(folder, [].append)
+    worker = Delivery(folder, [].append)
     assert not worker.deliver()
     assert recorder.asked == []
     with pytest.raises(UserError, match="still wait in"):
@@ -138,7 +138,7 @@ def test_a_resume_asks_no_address_but_its_own_and_takes_no_file_from_outside(
     start = {"time": 2000, "name": "b", "target": Target.of(run).to_json(), "back_to": 1}
     RunLog(folder, 1, start=start)
     said: list[str] = []
-    worker = MlflowWorker(folder, said.append)
+    worker = Delivery(folder, said.append)
     assert worker.deliver(), worker.problem
     assert recorder.asked == []
     (found,) = mlflow_runs(run)
@@ -242,7 +242,7 @@ def test_a_server_that_is_down_does_not_have_the_outbox_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _run, folder = crafted(tmp_path, "http://127.0.0.1:9")
-    worker = MlflowWorker(folder, [].append)
+    worker = Delivery(folder, [].append)
     read = []
     whole = outbox._lines
 

@@ -1,4 +1,4 @@
-"""The MLflow worker: what MLflow gets, when it does not answer, and after a death."""
+"""Delivery: what MLflow gets, when it does not answer, and after a death."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 from keel_megatron.config import UserError
+from keel_megatron.mlflow_delivery.delivery import Delivery
 from keel_megatron.mlflow_delivery.mlflow_run import MlflowRun
 from keel_megatron.mlflow_delivery.outbox import Waiting
 from keel_megatron.mlflow_delivery.presence import the_only_one
 from keel_megatron.mlflow_delivery.sync import add_file, sync
 from keel_megatron.mlflow_delivery.target import Target, remembered_run_id
-from keel_megatron.mlflow_delivery.worker import MlflowWorker
 from tests.mlflow_delivery.session import EarlierSession, Session, deliver
 from tests.tracking.samples import config, history, mlflow_client, mlflow_runs
 
@@ -94,7 +94,7 @@ def test_a_server_that_is_down_costs_nothing_but_time(
     run, said = config(tmp_path), []
     session = Session(run, "a")
     session.losses({1: 5.0})
-    worker = MlflowWorker(session.folder, said.append)
+    worker = Delivery(session.folder, said.append)
     whole = MlflowRun.log
 
     def no_answer(self: MlflowRun, points: Any) -> None:
@@ -148,7 +148,7 @@ def test_a_store_of_files_that_fails_holds_up_no_points(
     session.put("artifact", path="one.txt")
     session.losses({1: 5.0})
     session.put("end", status="KILLED")
-    worker = MlflowWorker(session.folder, said.append, file_seconds=0.2)
+    worker = Delivery(session.folder, said.append, file_seconds=0.2)
     deadline = time.monotonic() + 300
     tries = 1
     while not worker.deliver():
@@ -172,7 +172,7 @@ def test_what_a_proxy_answers_is_no_refusal(
     session = Session(config(tmp_path), "a")
     session.losses({1: 5.0})
     monkeypatch.setattr(MlflowRun, "log", answer)
-    assert not MlflowWorker(session.folder, [].append).deliver()
+    assert not Delivery(session.folder, [].append).deliver()
     assert Waiting.of(session.folder).points == 1
 
 
