@@ -50,11 +50,8 @@ def test_a_rebuild_into_the_run_doubles_nothing_and_keeps_what_people_added(
     (again,) = mlflow_runs(run)
     assert again.info.run_id == run_id
     assert {name: sorted(history(run, run_id, name)) for name in names} == before
-    assert again.data.tags == {
-        **found.data.tags,
-        "mine": "kept",
-        "mlflow.note.content": "my note",
-    } | {"mlflow.runName": "the good one"}
+    added = {"mine": "kept", "mlflow.note.content": "my note", "mlflow.runName": "the good one"}
+    assert again.data.tags == found.data.tags | added
     assert again.info.status == "FINISHED"
     assert (again.info.start_time, again.info.end_time) == (
         found.info.start_time,
@@ -63,12 +60,12 @@ def test_a_rebuild_into_the_run_doubles_nothing_and_keeps_what_people_added(
     assert "nothing waits" in sync(folder, [str(run.tracking.uri)])[0]
 
 
-def test_a_rebuild_into_a_new_database_makes_the_run_anew(tmp_path: Path) -> None:
-    database = tmp_path / "all.db"
-    run = config(tmp_path, tracking__uri=f"sqlite:///{database}")
+def test_a_rebuild_where_the_run_is_gone_makes_it_anew(tmp_path: Path) -> None:
+    """As in a new database."""
+    run = config(tmp_path, tracking__uri=f"sqlite:///{tmp_path / 'all.db'}")
     folder = trained(run).folder
     gone = remembered_run_id(folder)
-    database.rename(tmp_path / "lost.db")
+    mlflow_client(run).delete_run(gone)
     lines = sync(folder, [str(run.tracking.uri)], rebuild=True)
     assert len(lines) == 1
     (found,) = mlflow_runs(run)
