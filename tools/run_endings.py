@@ -284,7 +284,7 @@ class Ending:
     synced: bool = False
     """Whether the run said that something waits, and `keel track sync` delivered it."""
     doubled: int = 0
-    """Steps whose loss MLflow has more than once."""
+    """Steps of which MLflow has several losses that differ."""
 
     def is_as_expected(self, case: Case) -> bool:
         code, status = case.expected
@@ -346,14 +346,19 @@ def _ending(code: int, folder: Path) -> Ending:
     late = Waiting.of(folder).status is not None  # more than 30 s, on a busy machine
     if late:
         sync(folder)
-    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder.parent / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("keel")
-    runs = client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])
+    runs = client.search_runs(
+        [experiment.experiment_id],
+        f"attributes.run_name = '{folder.name}'",
+        order_by=["start_time ASC"],
+    )
     ending = Ending(code, [run.info.status for run in runs], synced=late)
     for run in runs:
         ending.resumed += sum(name.startswith("resumed.") for name in run.data.tags)
-        steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
-        ending.doubled += len(steps) - len(set(steps))
+        points = client.get_metric_history(run.info.run_id, "train/loss")
+        losses = {(point.step, point.value) for point in points}
+        ending.doubled += len(losses) - len({step for step, _ in losses})
     return ending
 
 

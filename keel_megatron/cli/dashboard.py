@@ -22,10 +22,6 @@ def dashboard(
     open_browser: Annotated[
         bool, typer.Option("--open", help="Open the newest run's page in a browser.")
     ] = False,
-    edit: Annotated[
-        bool,
-        typer.Option("--edit", help="Allow edits of notes, tags and names."),
-    ] = False,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
@@ -36,9 +32,9 @@ def dashboard(
 ) -> None:
     """Open MLflow's pages over local runs, those in runs/ if none is given; Ctrl-C ends it.
 
-    The pages are for whoever has the address that is printed: it holds a token, a new one each
-    time. Runs that are being trained are followed. The runs' own files are only read: what --edit
-    lets be changed is gone when the dashboard ends.
+    It is `mlflow server` on the runs' database, runs/mlflow.db, for whoever has the address that is
+    printed: it holds a token, a new one each time. Notes, tags and names can be changed and are
+    kept; nothing else can be changed. What runs have not delivered yet is delivered first.
     """
     from keel_megatron.dashboard.serve import serve
 
@@ -46,6 +42,5 @@ def dashboard(
         runs or [Path("runs")],
         port,
         open_browser=open_browser,
-        edit=edit,
         names=allowed_host or (),
     )

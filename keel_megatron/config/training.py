@@ -130,8 +130,8 @@ class TrackingConfig(Section):
         default=None,
         description=(
             "MLflow tracking URI. Must not hold a user, a password or any other secret; "
-            "credentials come from MLflow's environment variables. null: the SQLite file "
-            "mlflow.db in the run's folder."
+            "credentials come from MLflow's environment variables. null: the SQLite "
+            "database runs_dir/mlflow.db, which all runs of the folder share."
         ),
     )
     experiment: str = Field(default="keel", description="Name of the MLflow experiment.")

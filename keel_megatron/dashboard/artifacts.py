@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import mimetypes
 import os
 import re
 import stat
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from keel_megatron.dashboard.folders import is_run
+
 ARTIFACTS = "mlflow_artifacts"
-"""In the folder of a run's database; in it ID/artifacts for every MLflow run."""
+"""In a run's folder; in it ID/artifacts for every MLflow run."""
+_RESCAN_SECONDS = 2.0
 _RUN = re.compile(r"^[0-9a-f]{32}$")
 _MOST_LISTED = 10_000
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -25,11 +30,16 @@ class ArtifactFolders:
     the root's folder, even if somebody moves links about meanwhile.
 
     Args:
-        roots: the folders of the runs' databases.
+        roots: runs' folders.
+        folder: the folder of the database; itself a root, and so are the runs' folders in it, those
+            of runs that start later included.
     """
 
-    def __init__(self, roots: Sequence[Path]) -> None:
-        self._roots = [root.resolve() / ARTIFACTS for root in roots]
+    def __init__(self, roots: Sequence[Path], folder: Path | None = None) -> None:
+        self._given = [*roots, *([] if folder is None else [folder])]
+        self._folder = folder
+        self._roots = [root.resolve() / ARTIFACTS for root in self._given]
+        self._scanned = -math.inf
 
     def open(self, run: str, path: str) -> tuple[int, int]:
         """A file: a descriptor, which is the caller's to close, and its size in bytes.
@@ -73,12 +83,27 @@ class ArtifactFolders:
         parts = [part for part in path.split("/") if part]
         if not _RUN.match(run) or any(part in (".", "..") or "\0" in part for part in parts):
             raise FileNotFoundError(path)
-        for root in self._roots:
-            try:
-                return _open_inside(root, [run, "artifacts", *parts])
-            except (OSError, UnicodeEncodeError):  # not there, or a link
-                continue
-        raise FileNotFoundError(path)
+        while True:
+            for root in self._roots:
+                try:
+                    return _open_inside(root, [run, "artifacts", *parts])
+                except (OSError, UnicodeEncodeError):  # not there, or a link
+                    continue
+            if not self._scan():
+                raise FileNotFoundError(path)
+
+    def _scan(self) -> bool:
+        """Look for runs' folders that are new; False if that was done a moment ago."""
+        now = time.monotonic()
+        if self._folder is None or now < self._scanned + _RESCAN_SECONDS:
+            return False
+        self._scanned = now
+        try:
+            runs = [path for path in sorted(self._folder.iterdir()) if is_run(path)]
+        except OSError:
+            return False
+        self._roots = [root.resolve() / ARTIFACTS for root in [*self._given, *runs]]
+        return True
 
 
 def content_type(path: str) -> str:

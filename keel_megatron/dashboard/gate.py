@@ -8,8 +8,8 @@ it only if
   name resolve to this machine does not),
 - it comes from these pages, not from another site's,
 - it shows the token of this start: in the address that `keel dashboard` prints, then in a cookie,
-- and it is one of those listed here, which read. With `edit`, those that write notes, tags and
-  names go through too.
+- and it is one of those listed here: they read, or, unless the database is another user's, write
+  notes, tags and names.
 
 Files are served from here, not by MLflow: see `artifacts.py`.
 """
@@ -34,6 +34,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
+COOKIE = "keel-dashboard-"
+"""Beginning of the cookie's name; the port follows."""
 _API = "/ajax-api/2.0/mlflow/"
 _GET = {
     "/",
@@ -126,7 +128,7 @@ class Gate:
         token: of this start.
         hosts: the exact names, with their port, under which the pages are served.
         artifacts: the runs' files.
-        edit: let notes, tags and names through.
+        edit: let changes of notes, tags and names through.
     """
 
     def __init__(
@@ -140,7 +142,7 @@ class Gate:
         self._edit = edit
         # Cookies do not tell ports apart: two dashboards would have each other's.
         port = hosts[0].rpartition(":")[2]
-        self._cookie = f"keel-dashboard-{port}"
+        self._cookie = COOKIE + port
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or have MLflow answer it."""
@@ -217,8 +219,7 @@ class Gate:
             return None
         edits = self._edit and path in _EDIT
         if method != "POST" or not (path in _SEARCH or path == _GRAPHQL or edits):
-            hint = " (keel dashboard --edit allows it)" if path in _EDIT else ""
-            raise RefusedError(403, f"the dashboard does not do this{hint}")
+            raise RefusedError(403, "the dashboard does not do this")
         body = await _read(receive)
         if path in _SEARCH:
             return body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import secrets
 import signal
 import socket
@@ -17,12 +18,16 @@ from pathlib import Path
 from types import TracebackType
 
 from keel_megatron.config.errors import UserError
+from keel_megatron.dashboard.gate import COOKIE
 from keel_megatron.dashboard.worker import Settings, environment
 
 HOST = "127.0.0.1"
 _START_SECONDS = 120.0
 _POLL_SECONDS = 0.2
 _LEAVE_SECONDS = 10.0
+_ANSWER_SECONDS = 60.0
+TRAINING_PAGES = "?workflowType=machine_learning"
+"""MLflow's pages for training rather than for language model applications."""
 
 
 def require_mlflow_server() -> None:
@@ -64,10 +69,12 @@ class Server:
     """The server over a database; a context manager that ends it.
 
     Args:
-        folder: for the server's own files: mlflow.db, which it makes, and server.log. It goes with
-            the server, should this process be killed.
+        folder: for the server's own files, such as server.log. It goes with the server, should this
+            process be killed.
         listener: what `listen` has given; the server's from now on.
-        roots: folders of the runs' databases: what files are shown lie in them.
+        database: what it serves.
+        runs_dir: files of the runs in this folder are served.
+        roots: further runs' folders whose files are served.
         names: under which the pages are asked for, beside 127.0.0.1 and localhost.
         edit: whether notes, tags and names can be changed.
     """
@@ -76,21 +83,25 @@ class Server:
         self,
         folder: Path,
         listener: socket.socket,
+        database: Path,
+        *,
+        runs_dir: Path,
         roots: Sequence[Path],
         names: Sequence[str] = (),
-        *,
-        edit: bool = False,
+        edit: bool,
     ) -> None:
-        self.database = folder / "mlflow.db"
         port = listener.getsockname()[1]
         self._token = secrets.token_urlsafe(24)
         self._url = f"http://{HOST}:{port}/"
+        # Not through a proxy, which would learn the token.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._log = folder / "server.log"
         hosts = [f"{name}:{port}" for name in (HOST, "localhost")]
         hosts += [name if ":" in name else f"{name}:{port}" for name in names]
         settings = Settings(
             folder=str(folder),
-            database=str(self.database),
+            database=str(database.resolve()),
+            runs_dir=str(runs_dir.resolve()),
             listener=listener.fileno(),
             token=self._token,
             hosts=hosts,
@@ -122,6 +133,20 @@ class Server:
         """
         return f"{self._url}?token={self._token}{place}"
 
+    def run_page(self, run_id: str) -> tuple[int, str, str] | None:
+        """Start (ms since 1970), name and page of an MLflow run; None if there is none such."""
+        path = f"ajax-api/2.0/mlflow/runs/get?run_id={run_id}"
+        request = urllib.request.Request(self._url + path)
+        port = self._url.rstrip("/").rpartition(":")[2]
+        request.add_header("Cookie", f"{COOKIE}{port}={self._token}")
+        with suppress(OSError, ValueError, KeyError):
+            with self._opener.open(request, timeout=_ANSWER_SECONDS) as answer:
+                info = json.load(answer)["run"]["info"]
+            place = f"#/experiments/{info['experiment_id']}/runs/{run_id}{TRAINING_PAGES}"
+            if info["lifecycle_stage"] == "active":
+                return int(info["start_time"]), str(info["run_name"]), self.page(place)
+        return None
+
     def wait_until_ready(self) -> None:
         """Wait until it answers.
 
@@ -129,11 +154,9 @@ class Server:
             UserError: it ended, or did not answer; with the end of its log.
         """
         deadline = time.monotonic() + _START_SECONDS
-        # Not through a proxy, which would learn the token.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         while time.monotonic() < deadline:
             self.check()
-            with suppress(OSError), opener.open(self.page(), timeout=5):
+            with suppress(OSError), self._opener.open(self.page(), timeout=5):
                 return
             time.sleep(_POLL_SECONDS)
         raise UserError(f"MLflow's server does not answer at {self._url}:\n{self._last_lines()}")

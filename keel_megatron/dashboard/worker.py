@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from keel_megatron.dashboard.artifacts import ArtifactFolders
 from keel_megatron.dashboard.gate import Gate
+from keel_megatron.mlflow_delivery.database import prepare
 from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_uri
 
 _REMOVALS = 5
@@ -32,15 +33,18 @@ class Settings:
     folder: str
     """Its own, which goes when it ends."""
     database: str
-    """MLflow's; it is made if it is not there."""
+    """The user's, or a copy in `folder` of another user's."""
+    runs_dir: str
+    """The folder of the original database; files of the runs in it are served."""
     listener: int
     """Descriptor of the listening socket."""
     token: str
     hosts: list[str]
     """Names, with the port, under which the pages are served."""
     roots: list[str]
-    """Folders of the runs' databases, where their files are."""
+    """Other folders of runs whose files are served."""
     edit: bool
+    """Whether notes, tags and names can be changed."""
 
     def to_line(self) -> bytes:
         """What `main` reads."""
@@ -82,7 +86,9 @@ def main() -> None:
     )
     watch.start()
 
-    uri = sqlite_uri(Path(settings.database))
+    database = Path(settings.database)
+    prepare(database)
+    uri = sqlite_uri(database)
     files = str(Path(settings.folder) / "no-artifacts")
     os.environ["_MLFLOW_SERVER_FILE_STORE"] = uri
     os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = files
@@ -92,7 +98,8 @@ def main() -> None:
     from mlflow.server.handlers import initialize_backend_stores
 
     initialize_backend_stores(uri, uri, files)
-    folders = ArtifactFolders([Path(root) for root in settings.roots])
+    roots = [Path(root) for root in settings.roots]
+    folders = ArtifactFolders(roots, Path(settings.runs_dir))
     gate = Gate(app, settings.token, settings.hosts, folders, edit=settings.edit)
     config = uvicorn.Config(
         gate,

@@ -38,7 +38,7 @@ class Delivery:
             again, and what MLflow refuses.
         file_seconds: how long a file that cannot be stored is tried again while MLflow answers.
         confirmed: the tracking URIs that the user has given; what the log says is for another
-            one, but for the store in the run's folder, is delivered to where the run reports now.
+            one, but for the local database, is delivered to where the run reports now.
         outbox: what it reads; None reads on where the last worker has stopped.
 
     Raises:

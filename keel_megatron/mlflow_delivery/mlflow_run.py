@@ -1,26 +1,26 @@
-"""A run as MLflow sees it. Everything here may block or fail: only the courier calls it."""
+"""A run as MLflow sees it. Everything here may block or fail: only the MLflow worker calls it."""
 
 from __future__ import annotations
 
 import datetime
-import logging
 import math
-import os
 import shutil
-import sqlite3
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keel_megatron.mlflow_delivery.changes import Change
-from keel_megatron.mlflow_delivery.overwrite import delete_after, set_params, settle
-from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_file, sqlite_uri
+from keel_megatron.mlflow_delivery.client import experiment_id, open_client
+from keel_megatron.mlflow_delivery.database import (
+    database_of,
+    link_artifacts,
+    local_artifacts,
+    prepare,
+)
+from keel_megatron.mlflow_delivery.takeover import move_artifacts, take_over
 from keel_megatron.mlflow_delivery.target import (
     Target,
-    local_artifacts,
-    local_uri,
     remember_run_id,
     remembered_run_id,
 )
@@ -31,34 +31,6 @@ METRICS_PER_CALL = 1000
 _PER_CALL = 100
 _TAG_LENGTH = 4000
 _START_TAG = "keel.start"
-_DEFAULTS = {
-    # A training job tells MLflow's makers nothing unless its user says so, and the run's address is
-    # said by us, without the password that it may hold.
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # The courier itself tries again; MLflow's own 7 attempts of 120 s would keep it for minutes.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-}
-
-
-def _create_database(folder: Path) -> None:
-    """Make the run's sqlite file whole before it gets its name.
-
-    MLflow makes its tables in dozens of steps, and one that is killed between them leaves a file
-    that it can neither use nor finish.
-    """
-    database = sqlite_file(local_uri(folder))
-    if database is None or database.exists():
-        return
-    from mlflow import MlflowClient
-
-    for left in folder.glob(f"{database.name}.*.partial"):
-        left.unlink()
-    # A name of its own each time: MLflow remembers within a process what it has made where.
-    partial = database.with_name(f"{database.name}.{uuid.uuid4().hex}.partial")
-    MlflowClient(tracking_uri=sqlite_uri(partial)).search_experiments(max_results=1)
-    partial.replace(database)
 
 
 @dataclass(frozen=True)
@@ -75,30 +47,20 @@ class Point:
 class MlflowRun:
     """A client, and the MLflow run that it writes to once `start` or `reopen` has found it.
 
-    The URI is always given to the client: MLflow's own default would be set by whatever mlruns
-    folder lies in the working directory.
-
     Args:
         folder: the run's folder.
         target: which MLflow run.
     """
 
     def __init__(self, folder: Path, target: Target) -> None:
-        for name, value in _DEFAULTS.items():
-            os.environ.setdefault(name, value)
-        from mlflow import MlflowClient
-
-        # Importing MLflow makes its loggers tell of every table that they create.
-        logging.getLogger("alembic").setLevel(logging.ERROR)
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
-
         self._folder = folder
         self._target = target
-        self._uri = target.uri_of(folder)
-        if target.uri is None:
-            _create_database(folder)
-            self._settle()
-        self._client: Any = MlflowClient(tracking_uri=self._uri)
+        self._is_local = target.uri is None
+        if self._is_local:
+            prepare(database_of(folder))
+        self._client = open_client(target.uri_of(folder))
+        if self._is_local:
+            take_over(folder, self._client)
         self._run: Any = None
 
     @property
@@ -138,6 +100,8 @@ class MlflowRun:
             self._rename()
             self.tag({_START_TAG: start})
         assert self._run is not None
+        if self._is_local:
+            link_artifacts(self._folder, str(self.run_id))
         if self._run.info.status != "RUNNING":
             self._client.update_run(self.run_id, status="RUNNING")
         self._log_params(self._run)
@@ -186,10 +150,10 @@ class MlflowRun:
             self._client.log_batch(self.run_id, tags=wanted[start : start + _PER_CALL])
 
     def rewind(self, step: int, time_ms: int) -> None:
-        """The run goes back to a step: take back the points after it, or mark that they are void.
+        """The run goes back to a step: a tag `resumed.N` marks that the points after it are void.
 
-        A tag `resumed.N` says it in any store. In a sqlite file the points are deleted. A server
-        cannot delete points: there, of two points of the same step the later one counts.
+        MLflow deletes no points. Of two points of the same step the later one counts; after an
+        exact resume both have the same values, except for times and speeds.
         """
         when = datetime.datetime.fromtimestamp(time_ms / 1000, datetime.UTC)
         tags = self._client.get_run(self.run_id).data.tags
@@ -198,9 +162,8 @@ class MlflowRun:
         before = [value for name, value in tags.items() if name.startswith("resumed.")]
         if any(value.startswith(text) for value in before):
             return
-        deleted = self._overwrite(delete_after, str(self.run_id), step)
-        kept = "" if deleted else "; of two points of a step the later counts"
-        self.tag({f"resumed.{len(before) + 1}": text + kept})
+        counts = "; of two points of a step the later counts"
+        self.tag({f"resumed.{len(before) + 1}": text + counts})
 
     def set_changes(self, changes: Sequence[Change]) -> None:
         """Say which settings were changed and where, a tag `changed.step_NNNNNNNN` each.
@@ -216,7 +179,7 @@ class MlflowRun:
 
     def log_file(self, path: Path) -> None:
         """Copy a file, or a folder under its name and its parent's."""
-        if self._target.uri is None:
+        if self._is_local:
             self._keep_file(path)
         elif path.is_dir():
             self._client.log_artifacts(self.run_id, str(path), f"{path.parent.name}/{path.name}")
@@ -236,7 +199,7 @@ class MlflowRun:
         self._client.set_terminated(self.run_id, status, end_time=time_ms)
 
     def _keep_file(self, path: Path) -> None:
-        """Copy it to the run's own folder of artifacts.
+        """Copy it to the run's own folder of artifacts, where a link leads MLflow.
 
         Not through MLflow, which would write to wherever the database says.
         """
@@ -251,8 +214,8 @@ class MlflowRun:
         run_id = remembered_run_id(self._folder)
         return None if run_id is None else self._get(run_id)
 
-    def _get(self, run_id: str) -> Any:
-        """The MLflow run; None if it was deleted or is another server's."""
+    def _get(self, run_id: str, deleted: bool = False) -> Any:
+        """The MLflow run; None if it is another server's, or was deleted and is not wanted then."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -261,30 +224,25 @@ class MlflowRun:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
-        return run if run.info.lifecycle_stage == "active" else None
+        return run if deleted or run.info.lifecycle_stage == "active" else None
 
     def _create(self, start: str, time_ms: int | None) -> None:
-        target = self._target
-        experiment = self._client.get_experiment_by_name(target.experiment)
-        if experiment is not None:
-            experiment_id = experiment.experiment_id
-        else:
-            experiment_id = self._client.create_experiment(
-                target.experiment, artifact_location=target.artifacts(self._folder)
-            )
+        target, before = self._target, remembered_run_id(self._folder)
         tags = {_START_TAG: start, "mlflow.note.content": DESCRIPTION}
+        place = target.artifacts(self._folder)
+        experiment = experiment_id(self._client, target.experiment, place, local=self._is_local)
         self._run = self._client.create_run(
-            experiment_id, start_time=time_ms, run_name=target.name, tags=tags
+            experiment, start_time=time_ms, run_name=target.name, tags=tags
         )
         remember_run_id(self._folder, str(self.run_id))
-        if target.uri is None:  # the default experiment's files would be somewhere else
-            self._settle()
+        if self._is_local and before is not None and self._get(before, deleted=True) is None:
+            move_artifacts(self._folder, before, str(self.run_id))
 
     def _log_params(self, run: Any) -> None:
         """The configuration in force.
 
-        MLflow keeps a parameter's first value. In a sqlite file it is replaced; elsewhere a tag
-        `config.KEY` has the value in force of each parameter that shows another one.
+        MLflow keeps a parameter's first value. A tag `config.KEY` has the value in force of each
+        parameter that shows another one.
         """
         from mlflow.entities import Param
 
@@ -293,8 +251,6 @@ class MlflowRun:
         for start in range(0, len(params), _PER_CALL):
             self._client.log_batch(self.run_id, params=params[start : start + _PER_CALL])
         other = {key: value for key, value in wanted.items() if known.get(key, value) != value}
-        if other and self._overwrite(set_params, str(self.run_id), other):
-            other = {}
         self._set_tags("config.", {f"config.{key}": _cut(value) for key, value in other.items()})
 
     def _rename(self) -> None:
@@ -311,23 +267,6 @@ class MlflowRun:
         for key in known:
             if key.startswith(prefix) and key not in wanted:
                 self._client.delete_tag(self.run_id, key)
-
-    def _settle(self) -> None:
-        artifacts = local_artifacts(self._folder).as_uri()
-        self._overwrite(settle, artifacts, self._target.experiment)
-
-    def _overwrite(self, change: Callable[..., object], *arguments: Any) -> bool:
-        """Make a change of overwrite.py; False on a server, or in tables of another MLflow."""
-        database = sqlite_file(self._uri)
-        if database is None:
-            return False
-        try:
-            change(database, *arguments)
-        except sqlite3.OperationalError as error:
-            if "locked" in str(error):
-                raise
-            return False
-        return True
 
 
 def _cut(text: str) -> str:

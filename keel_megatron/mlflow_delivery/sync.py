@@ -8,10 +8,12 @@ from pathlib import Path
 
 from keel_megatron.config.errors import UserError
 from keel_megatron.config.inside import check_links
+from keel_megatron.mlflow_delivery.database import database_of
 from keel_megatron.mlflow_delivery.delivery import Delivery
 from keel_megatron.mlflow_delivery.outbox import OutboxReader, Waiting
 from keel_megatron.mlflow_delivery.presence import is_alive, the_only_one
 from keel_megatron.mlflow_delivery.run_file import original_of, read_run_file
+from keel_megatron.mlflow_delivery.takeover import take_over_now
 from keel_megatron.mlflow_delivery.target import Target, sync_command
 from keel_megatron.tracking.outbox import FOLDER, EventLog, relative
 from keel_megatron.urls import without_credentials
@@ -24,7 +26,7 @@ def sync(run: Path, to: Collection[str] = (), *, rebuild: bool = False) -> list[
     run's MLflow run if the database has it, where points that are there already stay single, and
     tags, notes and names that people gave are kept; or into a new one.
 
-    Reports go to a store in the run's folder by themselves; to any other place only if the user
+    Reports go to the local database by themselves; to any other place only if the user
     names it, because the folder may be somebody else's: MLflow's client would send credentials
     there, or write there.
 
@@ -41,6 +43,7 @@ def sync(run: Path, to: Collection[str] = (), *, rebuild: bool = False) -> list[
             it reports to another address than these, or MLflow does not answer.
     """
     check_links(run)
+    done = [f"{run}: its own database is in {database_of(run)} now"] if take_over_now(run) else []
     try:
         newest = Target.newest(run)
     except (OSError, ValueError) as error:
@@ -48,7 +51,7 @@ def sync(run: Path, to: Collection[str] = (), *, rebuild: bool = False) -> list[
     if newest is None:
         if not (run / "config.yaml").is_file():
             raise UserError(f"{run} holds no run: there is no config.yaml in it")
-        return [f"{run}: nothing waits; the run does not report to MLflow"]
+        return done or [f"{run}: nothing waits; the run does not report to MLflow"]
     original = original_of(run)
     if original is not None:
         return [f"{run}: nothing waits: it is a copy of {original}, which delivers its own reports"]
@@ -63,7 +66,7 @@ def sync(run: Path, to: Collection[str] = (), *, rebuild: bool = False) -> list[
     with the_only_one(run, wait=False) as free:
         if not free:
             raise UserError(f"{run}: the run is at work and delivers what waits itself")
-        return _deliver(run, confirmed, rebuild)
+        return [*done, *_deliver(run, confirmed, rebuild)]
 
 
 def add_file(run: Path, path: Path, uri: str | None) -> None:

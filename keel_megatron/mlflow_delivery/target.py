@@ -12,17 +12,17 @@ from typing import Any
 
 from keel_megatron.config.reading import parse_json, read_small, read_small_text
 from keel_megatron.config.run import RunConfig
+from keel_megatron.mlflow_delivery.database import ARTIFACTS, artifacts_uri, local_uri
 from keel_megatron.mlflow_delivery.earlier_spool import FOLDER as SPOOL
 from keel_megatron.mlflow_delivery.earlier_spool import SpoolReader
 from keel_megatron.mlflow_delivery.outbox import OutboxReader
-from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_file, sqlite_uri
+from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_file
 from keel_megatron.runtime.files import write_whole
 from keel_megatron.urls import without_credentials
 
 RUN_ID_FILE = "mlflow_run_id"
 _OLDER_FILE = "target.json"
 """Where versions whose starts do not name their place kept the run's, in its spool."""
-_ARTIFACTS = "mlflow_artifacts"
 _DATABASES = ("postgresql", "mysql", "mssql")
 _RUN_ID = re.compile(r"[A-Za-z0-9][\w-]{0,255}", re.ASCII)
 """MLflow's own rule. The id becomes a folder's name."""
@@ -34,7 +34,7 @@ class Target:
     """What the MLflow worker must know of the configuration; every start logs its own."""
 
     uri: str | None
-    """MLflow's tracking URI; None = the sqlite file in the run's folder."""
+    """MLflow's tracking URI; None = the database of the folder of runs (database.py)."""
     experiment: str
     name: str
     params: dict[str, str]
@@ -87,7 +87,7 @@ class Target:
         return self.uri or local_uri(run)
 
     def is_trusted(self, confirmed: Collection[str]) -> bool:
-        """Whether it is in the run's folder, or is one of the addresses that the user has given."""
+        """Whether it is the local database, or one of the addresses that the user has given."""
         return not self.uri or self.uri.rstrip("/") in {uri.rstrip("/") for uri in confirmed}
 
     def artifacts(self, run: Path) -> str | None:
@@ -97,9 +97,9 @@ class Target:
         """
         database = sqlite_file(self.uri_of(run))
         if database is not None:
-            return (database.parent.resolve() / _ARTIFACTS).as_uri()
+            return artifacts_uri(database)
         if self.uri_of(run).partition("://")[0].partition("+")[0] in _DATABASES:
-            return (run.resolve().parent / _ARTIFACTS).as_uri()
+            return (run.resolve().parent / ARTIFACTS).as_uri()
         return None
 
     @classmethod
@@ -113,18 +113,8 @@ class Target:
         return cls(str(uri) if uri else None, experiment, name, params)
 
 
-def local_uri(run: Path) -> str:
-    """The sqlite file in a run's folder."""
-    return sqlite_uri((run / "mlflow.db").resolve())
-
-
-def local_artifacts(run: Path) -> Path:
-    """The folder of artifacts beside that file."""
-    return run.resolve() / _ARTIFACTS
-
-
 def tracking_uri(config: RunConfig) -> str:
-    """`tracking.uri`, or the sqlite file in the run's folder."""
+    """`tracking.uri`, or the database of the folder of runs."""
     return config.tracking.uri or local_uri(config.training.folder)
 
 

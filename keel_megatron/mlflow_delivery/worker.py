@@ -18,13 +18,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from keel_megatron.depth.drawing import DepthDrawer
+from keel_megatron.mlflow_delivery.database import database_of
 from keel_megatron.mlflow_delivery.delivery import Delivery
+from keel_megatron.mlflow_delivery.filesystem import network_filesystem
 from keel_megatron.mlflow_delivery.presence import HEARTBEAT_SECONDS, the_only_one
 from keel_megatron.mlflow_delivery.reasons import reason
+from keel_megatron.mlflow_delivery.target import Target
 from keel_megatron.tracking.outbox import FOLDER
 
 POLL_SECONDS = 0.5
@@ -58,7 +61,13 @@ def follow(
         The exit code.
     """
     drawer = DepthDrawer(run)
-    with the_only_one(run, wait=True):
+    network = _network(run)
+    if network is not None:
+        say(
+            f"{run.parent} is on a network file system ({network}): MLflow's database there is "
+            "brought up to date by `keel dashboard` and `keel track sync`"
+        )
+    with nullcontext() if network else the_only_one(run, wait=True):
         delivery = Delivery(run, say, confirmed=confirmed)
         heartbeat = pause = 0.0
         dead_since: float | None = None
@@ -68,7 +77,8 @@ def follow(
                 heartbeat = time.monotonic() + HEARTBEAT_SECONDS
                 with suppress(OSError):
                     (run / FOLDER / "alive").touch()
-            done = delivery.deliver()
+            delivery.scan()
+            done = network is None and delivery.deliver()
             reader = delivery.reader
             if is_orphan and dead_since is None:
                 dead_since = time.monotonic()
@@ -84,6 +94,17 @@ def follow(
                 _draw(delivery, drawer, say)
             pause = POLL_SECONDS if done else min(LONGEST_PAUSE, max(POLL_SECONDS, 2 * pause))
             _rest(pause, parent, delivery)
+
+
+def _network(run: Path) -> str | None:
+    """The type of a network file system with the database that the run reports to.
+
+    Several machines must not write one SQLite file, so workers leave it alone there. It is written
+    if tracking.uri names it.
+    """
+    target = Target.newest(run)
+    is_local = target is not None and target.uri is None
+    return network_filesystem(database_of(run).parent) if is_local else None
 
 
 def _draw(delivery: Delivery, drawer: DepthDrawer, say: Callable[[str], None]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import socket
-import tempfile
 import webbrowser
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,24 +30,10 @@ def test_a_taken_port_is_refused() -> None:
             assert listener.getsockname()[1] == port
 
 
-def test_runs_without_a_local_database_are_named(tmp_path: Path) -> None:
-    make_run(tmp_path, "plain")
-    remote = make_run(tmp_path, "remote") / "config.yaml"
-    text = remote.read_text().replace("uri: null", "uri: https://me:secret@host/")
-    remote.write_text(text.replace("mlflow: false", "mlflow: true"))
-    said: list[str] = []
-    with pytest.raises(UserError, match="none of these runs has a local MLflow database"):
-        serve([tmp_path], 0, open_browser=False, say=said.append)
-    assert said == [
-        "plain cannot be shown: tracking.mlflow is false",
-        "remote reports to https://***@host/: look there",
-    ]
-
-
 def test_without_the_extra_it_says_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (make_run(tmp_path, "run") / "mlflow.db").touch()
+    make_run(tmp_path, "run")
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "flask" else find(name)
@@ -57,19 +42,18 @@ def test_without_the_extra_it_says_how_to_install_it(
         serve([tmp_path], 0, open_browser=False)
 
 
-def test_databases_that_do_not_fit_are_refused(
+def test_another_user_s_database_that_does_not_fit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is copied, and with the numbers."""
-    database = make_run(tmp_path, "run") / "mlflow.db"
+    database = tmp_path / "mlflow.db"
     with database.open("wb") as file:
         file.truncate(5 << 30)
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=1 << 30))
-    with pytest.raises(UserError, match=r"6,\d\d\d MB are needed, 1,074 MB are free.*TMPDIR"):
-        serve([tmp_path], 0, open_browser=False, say=lambda _line: None)
+    with pytest.raises(UserError, match=r"5,\d\d\d MB are needed, 1,074 MB are free.*TMPDIR"):
+        serve_module._copy(database, temporary)
     assert not list(temporary.iterdir())
 
 

@@ -18,7 +18,7 @@ from keel_megatron.config.load import dump_config
 from keel_megatron.mlflow_delivery.mlflow_run import MlflowRun, Point
 from keel_megatron.mlflow_delivery.target import Target
 from tests.integration.commands import environment
-from tests.tracking.samples import config
+from tests.tracking.samples import config, mlflow_runs
 
 pytestmark = pytest.mark.security
 API = "ajax-api/2.0/mlflow"
@@ -42,7 +42,7 @@ class Dashboard:
 
 @pytest.fixture(scope="module")
 def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
-    """A dashboard over a run whose database says that its files are all the files."""
+    """A dashboard over a run with a step and a file."""
     home = tmp_path_factory.mktemp("home")
     saved = config(home, training__name="run", tracking__mlflow=True)
     run = saved.training.folder
@@ -53,6 +53,7 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
     store.log([Point("loss", 4.0, 1, 1000)])
     (home / "notes.txt").write_text("good")
     store.log_file(home / "notes.txt")
+    store.end("FINISHED")
     temporary = home / "tmp"
     temporary.mkdir()
     process = subprocess.Popen(
@@ -129,7 +130,7 @@ def test_another_user_neither_reads_nor_writes(dashboard: Dashboard, tmp_path: P
     assert (dashboard.temporary / os.listdir(dashboard.temporary)[0]).stat().st_mode & 0o77 == 0
 
 
-def test_the_owner_reads_and_does_not_write(dashboard: Dashboard) -> None:
+def test_the_owner_reads_and_writes_notes_alone(dashboard: Dashboard) -> None:
     url, run = dashboard.url, dashboard.run_id
     cookie = f"Cookie: keel-dashboard-{url.split(':')[2].rstrip('/')}={dashboard.token}"
 
@@ -148,10 +149,13 @@ def test_the_owner_reads_and_does_not_write(dashboard: Dashboard) -> None:
         ("experiments/create", '{"name": "x"}'),
         ("runs/create", '{"experiment_id": "1"}'),
         (f"upload-artifact?run_uuid={run}&path=x", "text"),
-        ("runs/set-tag", f'{{"run_id": "{run}", "key": "k", "value": "v"}}'),
     ):
         assert owner(f"{API}/{path}", "POST", body)[0] == 403, path
     assert owner("ajax-api/3.0/mlflow/assistant/config")[0] == 403
+    note = f'{{"run_id": "{run}", "key": "mlflow.note.content", "value": "the good one"}}'
+    assert owner(f"{API}/runs/set-tag", "POST", note)[0] == 200
+    (found,) = mlflow_runs(config(dashboard.run.parent))
+    assert found.data.tags["mlflow.note.content"] == "the good one", "and it is kept"
 
 
 def test_a_killed_dashboard_leaves_no_server(dashboard: Dashboard) -> None:

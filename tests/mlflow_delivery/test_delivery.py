@@ -13,18 +13,21 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 from keel_megatron.config import UserError
+from keel_megatron.dashboard.shown import fill
+from keel_megatron.mlflow_delivery import worker as worker_module
 from keel_megatron.mlflow_delivery.delivery import Delivery
 from keel_megatron.mlflow_delivery.mlflow_run import MlflowRun
 from keel_megatron.mlflow_delivery.outbox import Waiting
 from keel_megatron.mlflow_delivery.presence import the_only_one
 from keel_megatron.mlflow_delivery.sync import add_file, sync
 from keel_megatron.mlflow_delivery.target import Target, remembered_run_id
+from keel_megatron.mlflow_delivery.worker import DELIVERED, LEFT, follow
 from tests.mlflow_delivery.session import EarlierSession, Session, deliver
 from tests.tracking.samples import config, history, mlflow_client, mlflow_runs
 
 
-def test_a_resumed_run_goes_on_in_the_same_run_without_doubled_points(tmp_path: Path) -> None:
-    """The points after the resumed step were delivered before; sqlite gives them back."""
+def test_a_resumed_run_goes_on_in_the_same_run(tmp_path: Path) -> None:
+    """Points that were delivered before they became void stay, and a tag says so."""
     run = config(tmp_path)
     first = Session(run, "a")
     started = first.time
@@ -37,18 +40,19 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_doubled_points(tmp_path: 
     deliver(first.folder)
     (found,) = mlflow_runs(run)
     run_id = found.info.run_id
-    assert found.data.metrics["train/loss"] == 4.0, "the last value that counts"
     second.losses({3: 3.5, 4: 2.5})
     second.rewind(3)
     second.losses({4: 2.25})
     second.put("end", status="FINISHED")
     deliver(first.folder)
-    assert history(run, run_id, "train/loss") == [(1, 5.0), (2, 4.0), (3, 3.5), (4, 2.25)]
+    points = sorted(history(run, run_id, "train/loss"))
+    assert points == [(1, 5.0), (2, 4.0), (3, 3.0), (3, 3.5), (4, 2.0), (4, 2.25)]
     (found,) = mlflow_runs(run)
     assert found.info.status == "FINISHED"
     assert found.data.tags["resumed.1"].startswith("from step 2, 2023-11-14T22:")
     assert found.data.tags["resumed.2"].startswith("from step 3, 2023-11-14T22:")
-    # Seconds since the run began: not a training step, so never taken back.
+    assert found.data.metrics["train/loss"] == 2.25, "of two points of a step the later counts"
+    # Seconds since the run began: not a training step.
     assert history(run, run_id, "system/x/cpu_utilization_percentage") == [(90, 7.0)]
     assert found.info.start_time == started
 
@@ -310,3 +314,39 @@ def test_a_file_of_a_run_that_has_ended_is_delivered(tmp_path: Path) -> None:
     assert found.info.status == "FINISHED"
     names = [file.path for file in mlflow_client(run).list_artifacts(found.info.run_id)]
     assert names == ["samples.txt"]
+
+
+def test_on_a_network_file_system_the_database_is_filled_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several machines must not write one SQLite file; nobody holds the run's lock meanwhile."""
+    monkeypatch.setattr(worker_module, "network_filesystem", lambda _path: "nfs4")
+    run, said = config(tmp_path), []
+    session = Session(run, "a")
+    session.losses({1: 5.0})
+    session.put("end", status="FINISHED")
+    before = (tmp_path / "mlflow.db").read_bytes()
+    assert follow(session.folder, os.getppid(), "a", said.append) == LEFT
+    assert said == [
+        f"{tmp_path} is on a network file system (nfs4): MLflow's database there is brought up to "
+        "date by `keel dashboard` and `keel track sync`"
+    ]
+    assert (tmp_path / "mlflow.db").read_bytes() == before
+    assert (session.folder / "outbox" / "alive").exists()
+    fill([session.folder], said.append)
+    (found,) = mlflow_runs(run)
+    assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/loss": 5.0})
+
+
+def test_on_a_network_file_system_tracking_uri_is_reported_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "network_filesystem", lambda _path: "nfs4")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    run, said = config(tmp_path, tracking__uri=uri), []
+    session = Session(run, "a")
+    session.losses({1: 5.0})
+    session.put("end", status="FINISHED")
+    assert follow(session.folder, os.getppid(), "a", said.append, [uri]) == DELIVERED
+    assert said == []
+    assert mlflow_runs(run)[0].data.metrics == {"train/loss": 5.0}

@@ -197,6 +197,6 @@ def test_no_credential_of_the_environment_is_kept(
     reports = Reports(run, [])
     reports.finish()
     assert "hunter2" not in json.dumps(flat_params(run))
-    files = [path for path in run.training.folder.rglob("*") if path.is_file()]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"mlflow.db", "delivered.json"} <= {path.name for path in files}
     assert [path for path in files if b"hunter2" in path.read_bytes()] == []

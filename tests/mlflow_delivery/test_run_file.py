@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
-from keel_megatron.dashboard.serve import _databases
+from keel_megatron.dashboard.shown import choose
 from keel_megatron.mlflow_delivery.outbox import Waiting
 from keel_megatron.mlflow_delivery.run_file import original_of, read_run_file, take_run_file
 from keel_megatron.mlflow_delivery.sync import add_file, sync
@@ -64,7 +64,7 @@ def test_a_moved_folder_is_the_same_run_with_its_files_in_the_new_place(tmp_path
     assert history(new, run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
     assert notes(new) == ["new, step 2"]
     assert [file.path for file in mlflow_client(new).list_artifacts(run_id)] == ["note.txt"]
-    assert found.data.params["training.name"] == "new", "the settings in force"
+    assert found.data.tags["config.training.name"] == "new", "the setting in force"
 
 
 def test_a_name_that_was_given_in_mlflow_stays(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_name_that_was_given_in_mlflow_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_copy_is_a_run_of_its_own(tmp_path: Path, shared: bool) -> None:
-    """With a database in its folder, and with one that both report to, as to a server."""
+    """With the database of the folder of runs, and with one that tracking.uri names."""
     uri = f"sqlite:///{tmp_path / 'all.db'}" if shared else None
     first = config(tmp_path, training__name="first", tracking__uri=uri)
     second = config(tmp_path, training__name="second", tracking__uri=uri)
@@ -105,13 +105,12 @@ def test_a_copy_is_a_run_of_its_own(tmp_path: Path, shared: bool) -> None:
     assert history(first, run_id, "train/loss") == [(1, 1.0)], "what waits is the original's"
     assert "delivered 1 point(s)" in sync(first.training.folder, [uri] if uri else [])[0]
     assert history(first, run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
-    names = {found.info.run_name for found in mlflow_runs(second)}
-    assert names == ({"first", "second"} if shared else {"second"})
+    assert {found.info.run_name for found in mlflow_runs(second)} == {"first", "second"}
     if not shared:
         assert (notes(first), notes(second)) == (["first, step 2"], ["second, step 3"])
         aside = second.training.folder / "origin" / known.id
         assert {path.name for path in aside.iterdir()} == {
-            *("mlflow.db", "mlflow_artifacts", "mlflow_run_id", "outbox")
+            *("mlflow_artifacts", "mlflow_run_id", "outbox")
         }
     assert report(second, 4, back_to=3) == [], "a later start of the copy is like any other"
     again = read_run_file(second.training.folder)
@@ -131,9 +130,9 @@ def test_a_copy_that_was_not_started_delivers_and_shows_nothing(tmp_path: Path) 
     )
     add_file(copy, copy / "note.txt", None)
     assert Waiting.of(copy).points == 1, "untouched"
-    databases, elsewhere = _databases([run.training.folder, copy])
-    assert databases == [run.training.folder / "mlflow.db"]
-    assert elsewhere == [f"copy is a copy of {run.training.folder} that was not started yet"]
+    shown = choose([run.training.folder, copy])
+    assert shown.database == tmp_path / "mlflow.db"
+    assert shown.others == [f"copy is a copy of {run.training.folder} that was not started yet"]
 
 
 def test_another_way_to_the_same_folder_is_no_copy(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import make_url
 
-from keel_megatron.dashboard.serve import _databases
+from keel_megatron.dashboard.shown import choose
+from keel_megatron.mlflow_delivery.database import local_uri
 from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_file, sqlite_uri
-from keel_megatron.mlflow_delivery.target import local_uri
 from tests.mlflow_delivery.session import Session, deliver
 from tests.tracking.samples import config
 
@@ -58,8 +58,9 @@ def test_a_run_in_a_strange_folder_has_its_database_and_files_there(tmp_path: Pa
     deliver(run.training.folder, said)
     assert said == []
     assert [path.name for path in tmp_path.iterdir()] == ["50% #1?a=b"]
-    assert sqlite_file(local_uri(run.training.folder)) == run.training.folder / "mlflow.db"
+    database = run.training.runs_dir / "mlflow.db"
+    assert sqlite_file(local_uri(run.training.folder)) == database
     (kept,) = run.training.folder.glob("mlflow_artifacts/*/artifacts/note.txt")
     assert kept.read_text() == "kept"
-    databases, elsewhere = _databases([run.training.folder])
-    assert (databases, elsewhere) == ([run.training.folder / "mlflow.db"], [])
+    shown = choose([run.training.folder])
+    assert (shown.database, shown.others) == (database, [])

@@ -147,8 +147,8 @@ def test_a_resume_asks_no_address_but_its_own_and_takes_no_file_from_outside(
     assert contents(kept) == {"good": b"good"}
     assert said[0] == (
         f"MLflow ({recorder.uri}) is an address that the run's folder names, and not today's "
-        f"tracking.uri; what waits for it goes to sqlite:///{folder}/mlflow.db, where the run "
-        "reports now"
+        f"tracking.uri; what waits for it goes to sqlite:///{folder.parent}/mlflow.db, where the "
+        "run reports now"
     )
     outside = [str(home / "id_rsa"), "../../home/.bashrc", "..", "inner", "log.txt"]
     assert said[1:] == [
@@ -156,13 +156,13 @@ def test_a_resume_asks_no_address_but_its_own_and_takes_no_file_from_outside(
     ]
 
 
-def test_a_database_of_a_folder_does_not_say_where_files_go(tmp_path: Path, home: Path) -> None:
+def test_a_database_does_not_say_where_files_go(tmp_path: Path, home: Path) -> None:
     """Not even if it takes back what is written to it."""
     run, folder = crafted(tmp_path, None, ".bashrc")
     (folder / ".bashrc").write_text("theirs")
     sync(folder)
     (found,) = mlflow_runs(run)
-    with closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
+    with closing(sqlite3.connect(folder.parent / "mlflow.db")) as database, database:
         database.execute("UPDATE runs SET artifact_uri = ?", (home.as_uri(),))
         database.execute(
             "CREATE TRIGGER keep AFTER UPDATE ON runs BEGIN "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 
 from keel_megatron.config.run import RunConfig
+from keel_megatron.mlflow_delivery.database import NAME, prepare
 from keel_megatron.mlflow_delivery.target import tracking_uri
 from keel_megatron.tracking.records import StepRecord
 from tests.settings import small_config
@@ -27,7 +30,26 @@ def record(step: int, loss: float = 1.0, **values: float) -> StepRecord:
     return StepRecord(step=step, loss=loss, **(fields | values))
 
 
+@lru_cache(maxsize=1)
+def template() -> bytes:
+    """A new database: making MLflow's tables takes seconds, so once for all tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        database = Path(folder) / NAME
+        prepare(database)
+        return database.read_bytes()
+
+
+def place_template(runs_dir: Path) -> None:
+    """Put a new database into a folder of runs."""
+    database = runs_dir / NAME
+    if not database.exists():
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        database.write_bytes(template())
+        database.chmod(0o600)
+
+
 def config(tmp_path: Path, **overrides: Any) -> RunConfig:
+    place_template(tmp_path)
     wanted: dict[str, Any] = {
         "training__runs_dir": str(tmp_path),
         "training__steps": 4,

@@ -294,7 +294,7 @@ def run_all(home: Path, steps: int) -> list[tuple[str, Measured]]:
         for shown, name, case_uri, act, after in cases:
             found = measure(home, name, steps, case_uri, act)
             run = home / "runs" / name
-            store = direct if case_uri else f"sqlite:///{run / 'mlflow.db'}"
+            store = direct if case_uri else f"sqlite:///{run.parent / 'mlflow.db'}"
             if name != "off":
                 found.delivered = delivered(run, store)
                 after()
