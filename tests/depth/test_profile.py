@@ -92,7 +92,7 @@ def test_profiles_of_an_earlier_version_are_read_and_rewound_too(tmp_path: Path)
     (tmp_path / "depth.jsonl").write_text("".join(json.dumps(line) + "\n" for line in flat))
     assert [p.to_json() for p in read_profiles(tmp_path)] == [p.to_json() for p in earlier]
     log = RunLog(tmp_path, 5)
-    log.write(profile(6, stream_rms=7.0))
+    log.write(profile(6, stream_rms=[7.0] * 6))
     log.write(profile(8))
     found = read_profiles(tmp_path)
     assert [p.step for p in found] == [1, 2, 4, 6, 8]
@@ -143,7 +143,7 @@ def test_mlflow_gets_the_summary_and_the_pictures(
 def test_a_picture_that_fails_is_said_and_the_run_ends(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = config(tmp_path, tracking__mlflow=False)
+    run = config(tmp_path, tracking__mlflow=False, tracking__depth_every=1)
     with open_tracker(run, rank=0, resume_step=None) as tracker:
         tracker.depth(profile(1))
         shutil.rmtree(tracker.folder)
@@ -151,7 +151,7 @@ def test_a_picture_that_fails_is_said_and_the_run_ends(
 
 
 def test_without_mlflow_the_pictures_are_drawn_at_the_end(tmp_path: Path) -> None:
-    run = config(tmp_path, tracking__mlflow=False)
+    run = config(tmp_path, tracking__mlflow=False, tracking__depth_every=1)
     with open_tracker(run, rank=0, resume_step=None) as tracker:
         tracker.depth(profile(1))
         assert not list(tracker.folder.glob("*.png"))

@@ -54,7 +54,7 @@ def _is_past_a_checkpoint(run: Path) -> bool:
     return bool(saved) and _delivered(run) > saved[-1]
 
 
-def _kill(launcher: subprocess.Popen[bytes]) -> None:
+def _kill(launcher: subprocess.Popen[str]) -> None:
     """Kill a run with its ranks and its MLflow worker: nobody saves or reports anything more."""
     process = psutil.Process(launcher.pid)
     for each in [*process.children(recursive=True), process]:

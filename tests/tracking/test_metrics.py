@@ -169,6 +169,6 @@ def test_starting_anew_drops_everything(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path) as metrics:
         metrics.write(ValidationRecord(0, 2.5, 0, 0))
-        metrics.clear()
+        metrics.rewind(None)
         metrics.write(record(1))
     assert [line["step"] for line in read_metrics(path)] == [1]

@@ -1,4 +1,4 @@
-"""What the tests of tracking share."""
+"""What the tests of the MLflow worker share."""
 
 from __future__ import annotations
 
