@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,15 +49,12 @@ class Started:
 
     def start(self) -> subprocess.Popen[bytes]:
         keel = ["-m", "keel_megatron", "train", "run.yaml", *self.overrides]
-        kind, _, options = self.launcher.partition(" ")
+        kind, *options = self.launcher.split()
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command = {
             "alone": [*keel, "--processes", "1"],
-            "keel": [*keel, "--processes", "2", *options.split()],
-            "torchrun": [
-                *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-                *options.split(),
-                *keel,
-            ],
+            "keel": [*keel, "--processes", "2", *options],
+            "torchrun": [*torchrun, *options, *keel],
         }[kind]
         environment = {name: value for name, value in os.environ.items() if name not in DROPPED}
         environment["PYTHONPATH"] = str(ROOT)
