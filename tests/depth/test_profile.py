@@ -156,7 +156,7 @@ def test_without_mlflow_the_pictures_are_drawn_at_the_end(tmp_path: Path) -> Non
         tracker.depth(profile(1))
         assert not list(tracker.folder.glob("*.png"))
     names = {path.name for path in tracker.folder.iterdir()}
-    assert names == {"depth_heat_maps.png", "depth_latest.png", "log.txt", "metrics.jsonl"}
+    assert names == {"depth_heat_maps.png", "depth_latest.png", "metrics.jsonl"}
 
 
 @pytest.fixture
