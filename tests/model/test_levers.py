@@ -259,5 +259,5 @@ def test_what_is_computed_again_is_not_recorded() -> None:
 
     chunk: Any = torch.nn.Module()
     chunk.config = SimpleNamespace(recompute_num_layers=3)
-    with pytest.raises(UserError, match=r"recompute: auto computes 3 block"):
+    with pytest.raises(UserError, match=r"recompute: auto recomputes 3 block"):
         record_blocks([chunk], torch.device("cuda"))
