@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
