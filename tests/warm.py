@@ -32,8 +32,10 @@ from typing import IO, Any, NoReturn
 
 import torch
 
-from tests.distributed import CONTEXT
+from tests.distributed import CONTEXT, METHOD
 
+AVAILABLE = METHOD == "forkserver" and sys.platform == "linux"
+"""Elsewhere an interpreter is started."""
 POLL_SECONDS = 0.01
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -145,6 +147,8 @@ def fork_from(*modules: str) -> None:
 
     It must have one thread.
     """
+    if not AVAILABLE:
+        return
     for name in modules:
         module: Any = importlib.import_module(name)
         module.subprocess = SimpleNamespace(**vars(subprocess))

@@ -345,11 +345,8 @@ def _ending(code: int, folder: Path) -> Ending:
         sync(folder)
     client = MlflowClient(tracking_uri=f"sqlite:///{folder.parent / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("keel")
-    runs = client.search_runs(
-        [experiment.experiment_id],
-        f"attributes.run_name = '{folder.name}'",
-        order_by=["start_time ASC"],
-    )
+    named = f"attributes.run_name = '{folder.name}'"
+    runs = client.search_runs([experiment.experiment_id], named, order_by=["start_time ASC"])
     ending = Ending(code, [run.info.status for run in runs], synced=late)
     for run in runs:
         ending.resumed += sum(name.startswith("resumed.") for name in run.data.tags)

@@ -73,7 +73,7 @@ def zero_engine() -> Any:
     why="ZeRO has no way to refuse a step; a step that overflows in fp16 is left out, and all "
     "stages ask `overflow` after this call",
     needed_by="deepspeed 0.19.8",
-    test="tests/engines/test_deepspeed.py::test_a_refused_step_leaves_no_trace",
+    test="tests/engines/deepspeed/test_engine.py::test_a_refused_step_leaves_no_trace",
 )
 def refusing(optimizer: Any) -> Iterator[None]:
     """Within the block ZeRO's step drops the gradients and keeps everything else as it is."""

@@ -78,19 +78,19 @@ PRIVATE_NAMES = (
     PrivateName(
         "deepspeed",
         "_hp_mapping",
-        "engines/deepspeed/zero_pieces.py",
+        "engines/deepspeed/zero_shards.py",
         "find a parameter's fp32 fragment under ZeRO 1 and 2",
     ),
     PrivateName(
         "deepspeed",
         "_get_fp32_opt_state_partition",
-        "engines/deepspeed/zero_pieces.py",
+        "engines/deepspeed/zero_shards.py",
         "find a parameter's fp32 partition under ZeRO 3",
     ),
     PrivateName(
         "deepspeed",
         "_partition_all_parameters",
-        "engines/deepspeed/zero_pieces.py",
+        "engines/deepspeed/zero_shards.py",
         "rewrite the parameters after masters were loaded under ZeRO 3",
     ),
 )

@@ -182,7 +182,7 @@ def _create(database: Path) -> None:
     """Make the database whole before it gets its name; the caller holds the lock.
 
     MLflow makes its tables in dozens of steps, and one that is killed between them leaves a file
-    that it can neither use nor finish.
+    that it can neither use nor complete.
     """
     for left in database.parent.glob(f"{database.name}.*.partial*"):
         left.unlink(missing_ok=True)

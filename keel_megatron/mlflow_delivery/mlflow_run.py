@@ -71,11 +71,11 @@ class MlflowRun:
     def start(
         self, start: str, back_to: int | None, time_ms: int, *, again: bool = False
     ) -> str | None:
-        """Begin a new MLflow run, or go on with the folder's.
+        """Begin a new MLflow run, or continue the folder's.
 
         Args:
             start: name of this start; the same one a second time changes nothing.
-            back_to: step that the run goes on from; None = a new MLflow run.
+            back_to: step that the run resumes from; None = a new MLflow run.
             time_ms: when.
             again: whether all of the run is delivered again: to the MLflow run that it has.
 

@@ -9,7 +9,7 @@ import pytest
 
 from keel_megatron.compat import deepspeed_engine
 from tests.distributed import run_ranks
-from tests.engines.deepspeed_ranks import zero
+from tests.engines.deepspeed.ranks import zero
 from tests.settings import settings
 
 pytest.importorskip("deepspeed")

@@ -178,7 +178,7 @@ def test_whatever_is_not_listed_is_refused(ask: Any, method: str, path: str) -> 
         assert (answer.status, answer.reached) == (403, None)
 
 
-def test_notes_tags_and_names_are_changed_with_edit_alone(ask: Any) -> None:
+def test_notes_tags_and_names_alone_are_changed_and_not_in_a_copy(ask: Any) -> None:
     note = {"run_id": RUN, "key": "mlflow.note.content", "value": "good"}
     name = {"run_id": RUN, "run_name": "better"}
     for path, body in (("runs/set-tag", note), ("runs/update", name)):

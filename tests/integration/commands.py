@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 from keel_megatron.tracking.metrics import read_metrics
 from tests import warm
-from tests.distributed import METHOD
 from tests.settings import settings
 
 Completed = subprocess.CompletedProcess[str]
@@ -38,7 +37,7 @@ def keel(folder: Path, *arguments: str, timeout: float = 600, fresh: bool = Fals
 
 def start(folder: Path, *arguments: str, fresh: bool = False) -> subprocess.Popen[str] | warm.Warm:
     """`keel ARGUMENTS` in a folder, at work."""
-    if not fresh and METHOD == "forkserver":
+    if warm.AVAILABLE and not fresh:
         return warm.Warm(arguments, folder, environment())
     return subprocess.Popen(
         [sys.executable, "-m", "keel_megatron", *arguments],
