@@ -12,9 +12,9 @@ import torch
 
 from keel_megatron.bench.step_report import report, summary
 from keel_megatron.bench.step_time import measure_roofline, time_steps
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
+from keel_megatron.errors import UserError
 from keel_megatron.model.language_model import COMPUTE_DTYPES
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start

@@ -18,11 +18,11 @@ from keel_megatron.architecture.flops import training_flops_per_token
 from keel_megatron.bench.timers import PASSES, PartTimers
 from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.checkpoint.state import Position
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch, random_batch
 from keel_megatron.data.prepare import PreparedData, prepare
 from keel_megatron.engines.build import build_engine
+from keel_megatron.errors import UserError
 from keel_megatron.mlflow_delivery.reporting import open_progress, open_tracker
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime

@@ -8,10 +8,10 @@ from typing import Any
 
 from keel_megatron.checkpoint.folder import latest, steps
 from keel_megatron.checkpoint.manifest import CONFIG as CONFIG_FILE
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.inside import check_links
 from keel_megatron.config.load import dump_config, flatten, load_config
 from keel_megatron.config.run import RunConfig
+from keel_megatron.errors import UserError
 from keel_megatron.runtime.files import write_whole
 
 # What a run may change between two starts; everything else is the run's identity.

@@ -19,7 +19,7 @@ from keel_megatron.checkpoint.manifest import (
     read_json,
     read_manifest,
 )
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 
 _LAYOUT = (
     ("TP", "tensor"),

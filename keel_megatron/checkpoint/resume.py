@@ -18,8 +18,8 @@ from keel_megatron.checkpoint.manifest import (
     read_json,
     read_manifest,
 )
-from keel_megatron.config.errors import ConfigError, UserError
 from keel_megatron.config.load import load_config
+from keel_megatron.errors import ConfigError, UserError
 from keel_megatron.runtime.distributed import Runtime
 
 

@@ -16,9 +16,9 @@ from keel_megatron.checkpoint.manifest import FileRecord, shards_name
 from keel_megatron.checkpoint.shard_file import blocks
 from keel_megatron.checkpoint.sharding import NotFiniteError, Place, index
 from keel_megatron.checkpoint.state import Position, Snapshot, Trained, snapshot
-from keel_megatron.config.errors import DivergedError, UserError
 from keel_megatron.config.load import dump_config
 from keel_megatron.config.run import RunConfig
+from keel_megatron.errors import DivergedError, UserError
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.tracking.records import CheckpointRecord
 from keel_megatron.tracking.tracker import Tracker

@@ -32,8 +32,8 @@ from keel_megatron.checkpoint.manifest import (
 from keel_megatron.checkpoint.megatron_state import MegatronState
 from keel_megatron.checkpoint.shard_file import Part
 from keel_megatron.checkpoint.sharding import Place, split_state
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
+from keel_megatron.errors import UserError
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.runtime.seeds import seed_dropout
 from keel_megatron.runtime.versions import package_versions

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.renamed import notices
+from keel_megatron.errors import UserError
 
 
 def show_old_names(context: typer.Context, path: Path | None) -> Path | None:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from keel_megatron.cli.arguments import ConfigPath, Overrides, writing
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.runtime.processes import is_rank, with_processes
 

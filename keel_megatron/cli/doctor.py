@@ -54,8 +54,8 @@ def doctor(
 
 
 def _on_this_machine(config: Path | None, overrides: tuple[str, ...], processes: int) -> int:
-    from keel_megatron.config.errors import UserError
     from keel_megatron.config.load import load_config
+    from keel_megatron.errors import UserError
     from keel_megatron.runtime.local_launch import launch
 
     if config is None:
@@ -81,7 +81,7 @@ def _show(run: RunConfig | None) -> None:
 
 def _kernels(run: RunConfig | None) -> list[Finding]:
     from keel_megatron.cluster.doctor import Finding, device_type
-    from keel_megatron.config.errors import UserError
+    from keel_megatron.errors import UserError
     from keel_megatron.model.backend import choose_backend, describe_adam, describe_backend
 
     device = device_type(run)

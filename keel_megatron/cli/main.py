@@ -27,7 +27,7 @@ from keel_megatron.cli import (
     train,
 )
 from keel_megatron.cli.console import tolerate_consoles
-from keel_megatron.config.errors import ConfigError, DivergedError, UserError
+from keel_megatron.errors import ConfigError, DivergedError, UserError
 from keel_megatron.runtime import exit_codes
 
 

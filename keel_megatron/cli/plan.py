@@ -46,8 +46,8 @@ def plan(
 
     --search compares layouts, micro-batch sizes and recomputation; it prints the best as overrides.
     """
-    from keel_megatron.config.errors import UserError
     from keel_megatron.config.load import load_config
+    from keel_megatron.errors import UserError
 
     target = _device(gpu, figure or [])
     settings = tuple(overrides or ())
@@ -71,7 +71,7 @@ def _device(name: str, figures: list[str]) -> Device:
     Raises:
         UserError: a name or number is invalid.
     """
-    from keel_megatron.config.errors import UserError
+    from keel_megatron.errors import UserError
     from keel_megatron.layout.devices import DEVICES, device_named
 
     given: dict[str, float | int] = {}
@@ -127,7 +127,7 @@ def _draw(made: Plan, out: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    from keel_megatron.config.errors import UserError
+    from keel_megatron.errors import UserError
     from keel_megatron.planner.plot import plot_schedule
     from keel_megatron.planner.report import layout_words, seconds
 

@@ -30,8 +30,8 @@ from keel_megatron.cluster.bandwidth import (
     slow_links,
 )
 from keel_megatron.cluster.doctor import config_digest, device_memory
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
+from keel_megatron.errors import UserError
 from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from keel_megatron.compat.table import patch
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 
 INDUCTOR, TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 CACHE = "KEEL_CACHE"

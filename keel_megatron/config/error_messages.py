@@ -11,9 +11,9 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from keel_megatron.config.errors import Problem
 from keel_megatron.config.run import RunConfig
 from keel_megatron.config.yaml_text import read_yaml, shown
+from keel_megatron.errors import Problem
 
 _INTEGER, _NUMBER, _SWITCH = "is not an integer", "is not a number", "is not true or false"
 _TEXT, _PATH = "is not text", "is not a path"

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 
 _CHECKPOINTS = "checkpoints"
 

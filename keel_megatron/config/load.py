@@ -11,11 +11,11 @@ from pydantic_core import ErrorDetails
 
 from keel_megatron.config.checks import known_problems, problems
 from keel_megatron.config.error_messages import section_suggestion, translate
-from keel_megatron.config.errors import ConfigError, Problem
 from keel_megatron.config.reading import read_small_text
 from keel_megatron.config.renamed import current_key, rename
 from keel_megatron.config.run import RunConfig
 from keel_megatron.config.yaml_text import read_inline, read_yaml, shown, write_yaml
+from keel_megatron.errors import ConfigError, Problem
 
 
 def load_config(

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from keel_megatron.config.errors import Problem
 from keel_megatron.config.reading import read_small_text
 from keel_megatron.config.yaml_text import read_yaml
+from keel_megatron.errors import Problem
 
 RENAMED = {
     "checkpoint.asynchronous": "async_save",

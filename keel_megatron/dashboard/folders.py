@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.reading import read_small_text
 from keel_megatron.config.yaml_text import check_structure
+from keel_megatron.errors import UserError
 
 _MARKS = ("config.yaml", "metrics.jsonl", "log.txt")
 # The C loader takes a twentieth of the time, which counts with fifty runs.

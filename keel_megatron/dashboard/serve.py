@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.dashboard.folders import find_runs
 from keel_megatron.dashboard.server import TRAINING_PAGES, Server, listen, require_mlflow_server
 from keel_megatron.dashboard.shown import Shown, choose, fill
+from keel_megatron.errors import UserError
 from keel_megatron.mlflow_delivery.database import NAME, DatabaseError, copy_foreign
 from keel_megatron.mlflow_delivery.filesystem import network_filesystem
 from keel_megatron.mlflow_delivery.target import remembered_run_id

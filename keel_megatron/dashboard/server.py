@@ -17,9 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.dashboard.gate import COOKIE
 from keel_megatron.dashboard.worker import Settings, environment
+from keel_megatron.errors import UserError
 
 HOST = "127.0.0.1"
 _START_SECONDS = 120.0

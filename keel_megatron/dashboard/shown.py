@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.dashboard.folders import saved_settings
+from keel_megatron.errors import UserError
 from keel_megatron.mlflow_delivery.database import database_of, why_foreign
 from keel_megatron.mlflow_delivery.presence import the_only_one
 from keel_megatron.mlflow_delivery.reasons import reason

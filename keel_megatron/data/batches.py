@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
+from keel_megatron.errors import UserError
 
 _HEAD = struct.Struct("<9sQBQQ")
 """Header of an index: magic bytes, version, token type, number of sequences and documents."""

@@ -12,8 +12,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.data.text_files import NOT_TEXT, LeftOut, files_below
+from keel_megatron.errors import UserError
 
 # The demo corpus excludes tests and vendored packages.
 _DEMO_WITHOUT = {

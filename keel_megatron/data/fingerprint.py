@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.reading import LARGE, parse_json, read_small
+from keel_megatron.errors import UserError
 
 SOURCES = "sources.json"
 _SHOWN = 5

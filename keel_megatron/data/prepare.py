@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.reading import parse_json, read_small
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.corpus import (
@@ -37,6 +36,7 @@ from keel_megatron.data.fingerprint import (
     refuse_other_files,
     refuse_other_text,
 )
+from keel_megatron.errors import UserError
 from keel_megatron.runtime.files import write_whole
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.reading import LARGE, read_small
+from keel_megatron.errors import UserError
 
 # Training uses at most this many characters from the start of the corpus: with more, the merges of
 # a BPE of usual size do not change noticeably.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.tracking.metric_names import DEPTH
 from keel_megatron.tracking.metrics import iterate_metrics
 from keel_megatron.tracking.run_log import EARLIER_DEPTH_FILE, METRICS_FILE

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.depth.profile import (
     QUANTITIES,
     DepthProfile,
@@ -16,6 +15,7 @@ from keel_megatron.depth.profile import (
     finite_values,
     first_nonfinite,
 )
+from keel_megatron.errors import UserError
 from keel_megatron.runtime.tables import table_lines
 
 _GROUPS = 16

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.inference.source import config_of, load
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import start

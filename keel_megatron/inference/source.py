@@ -15,12 +15,12 @@ from keel_megatron.checkpoint import folder, state
 from keel_megatron.checkpoint.identity import saved_config
 from keel_megatron.checkpoint.manifest import CONFIG, MANIFEST, TOKENIZER
 from keel_megatron.checkpoint.resume import ResumePoint, checked, newest_good
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import load_config
 from keel_megatron.config.parallel import ParallelConfig
 from keel_megatron.config.reading import LARGE, read_small
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.tokenizer import Tokenizer
+from keel_megatron.errors import UserError
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 
 if TYPE_CHECKING:
     import torch

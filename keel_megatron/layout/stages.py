@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from keel_megatron.architecture.parameters import vector_parameters
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
+from keel_megatron.errors import UserError
 from keel_megatron.layout.balance import StageShare, assign_blocks
 from keel_megatron.layout.chunks import Chunk, Layout, from_counts
 from keel_megatron.layout.costs import model_costs

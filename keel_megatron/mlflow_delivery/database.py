@@ -25,7 +25,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.mlflow_delivery.client import open_client
 from keel_megatron.mlflow_delivery.filesystem import network_filesystem
 from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_uri

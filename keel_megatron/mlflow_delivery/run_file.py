@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.reading import parse_json, read_small
+from keel_megatron.errors import UserError
 from keel_megatron.mlflow_delivery.earlier_spool import FOLDER as SPOOL
 from keel_megatron.mlflow_delivery.target import RUN_ID_FILE, remembered_run_id
 from keel_megatron.runtime.files import write_whole

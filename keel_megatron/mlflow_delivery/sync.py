@@ -6,8 +6,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.inside import check_links
+from keel_megatron.errors import UserError
 from keel_megatron.mlflow_delivery.database import database_of
 from keel_megatron.mlflow_delivery.delivery import Delivery
 from keel_megatron.mlflow_delivery.outbox import OutboxReader, Waiting

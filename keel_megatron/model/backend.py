@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
+from keel_megatron.errors import UserError
 from keel_megatron.kernels import libraries
 
 Modules = Literal["local", "transformer_engine"]

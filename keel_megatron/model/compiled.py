@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from keel_megatron.architecture.residual import Inner, Reader, SubLayer
 from keel_megatron.compat import compile_cache
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.kernels import reference, triton_is_installed
 from keel_megatron.model.attention import causal_attention
 from keel_megatron.model.join import COLUMNS, join

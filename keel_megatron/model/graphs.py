@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from keel_megatron.compat.modules import replace_forward
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 
 Forward = Callable[..., Tensor]
 

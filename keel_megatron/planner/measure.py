@@ -11,11 +11,11 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch, random_batch
 from keel_megatron.engines.build import build_engine
 from keel_megatron.engines.megatron.engine import MegatronEngine
+from keel_megatron.errors import UserError
 from keel_megatron.layout.times import Times, UnitTimes
 from keel_megatron.model.language_model import build_model
 from keel_megatron.planner.plan import Measured

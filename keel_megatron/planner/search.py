@@ -12,8 +12,8 @@ from functools import cached_property
 from typing import Any
 
 from keel_megatron.config.checks import problems
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
+from keel_megatron.errors import UserError
 from keel_megatron.layout.costs import model_costs
 from keel_megatron.layout.devices import Device
 from keel_megatron.layout.memory import MemoryModel

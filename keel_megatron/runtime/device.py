@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.runtime.cores import available_cores
 
 

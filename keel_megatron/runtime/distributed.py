@@ -15,9 +15,9 @@ from torch._C._distributed_c10d import HashStore, Store
 
 from keel_megatron import compat
 from keel_megatron.compat import cpu
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.parallel import ParallelConfig
 from keel_megatron.config.training import TrainingConfig
+from keel_megatron.errors import UserError
 from keel_megatron.runtime.device import Launch, choose_device, set_threads
 from keel_megatron.runtime.rendezvous import CollectiveTimeoutError, agree, meet, shared_store
 from keel_megatron.runtime.seeds import seed_dropout

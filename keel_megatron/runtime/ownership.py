@@ -33,7 +33,7 @@ from types import TracebackType
 
 import psutil
 
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 
 FILE = "owner.lock"
 PASSED_ON = "KEEL_OWNER_FD"

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from keel_megatron.architecture.residual import Reader
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import parse_config
 from keel_megatron.config.run import RunConfig
+from keel_megatron.errors import UserError
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import start

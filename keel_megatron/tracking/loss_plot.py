@@ -7,7 +7,7 @@ from bisect import bisect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.tracking.metrics import read_metrics
 from keel_megatron.tracking.style import BLUE, ORANGE, QUIET, SLATE, TEXT, TITLE, dress, save
 

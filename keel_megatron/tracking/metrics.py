@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.reading import lines_of, open_regular, parse_json
+from keel_megatron.errors import UserError
 from keel_megatron.runtime.files import LineFile, whole_lines
 from keel_megatron.tracking.outbox import milliseconds
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.tracking.metrics import Recordable
 from keel_megatron.tracking.outbox import relative
 from keel_megatron.tracking.progress import Progress

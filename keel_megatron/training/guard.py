@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.guard import GuardConfig
+from keel_megatron.errors import DivergedError
 
 _NORMAL = 1.4826
 """Standard deviations in a median absolute deviation of a normal distribution."""

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 
 from keel_megatron.checkpoint.state import Position
-from keel_megatron.config.errors import DivergedError, UserError
 from keel_megatron.data.batches import Batches
 from keel_megatron.depth.collector import DepthCollector
 from keel_megatron.engines.base import Engine
+from keel_megatron.errors import DivergedError, UserError
 from keel_megatron.model.compiled import compile_report
 from keel_megatron.runtime import exit_codes
 from keel_megatron.tracking.records import ValidationRecord

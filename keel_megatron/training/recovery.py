@@ -9,9 +9,9 @@ from pathlib import Path
 from keel_megatron.checkpoint import folder
 from keel_megatron.checkpoint.resume import newest_good
 from keel_megatron.checkpoint.state import Position
-from keel_megatron.config.errors import UserError
 from keel_megatron.data.batches import Batch
 from keel_megatron.engines.base import Engine, StepResult
+from keel_megatron.errors import UserError
 from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training import diagnose
 from keel_megatron.training.guard import Anomaly, Guard

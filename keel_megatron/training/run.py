@@ -8,9 +8,9 @@ from pathlib import Path
 
 from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.cluster.watchdog import Watchdog
-from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
+from keel_megatron.errors import DivergedError
 from keel_megatron.mlflow_delivery.reporting import open_progress, open_tracker
 from keel_megatron.mlflow_delivery.system import measured_machine
 from keel_megatron.runtime import exit_codes

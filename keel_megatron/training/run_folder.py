@@ -9,9 +9,9 @@ from pathlib import Path
 from keel_megatron.checkpoint.identity import check_folder, check_identity, claim
 from keel_megatron.checkpoint.manifest import CONFIG
 from keel_megatron.checkpoint.resume import ResumePoint, newest_good
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.prepare import PreparedData, keep_tokenizer
+from keel_megatron.errors import UserError
 from keel_megatron.runtime import exit_codes, ownership
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.runtime.ownership import Ownership

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from keel_megatron.checkpoint import folder, manifest
 from keel_megatron.checkpoint.identity import check_folder, check_identity
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.corpus import check_paths
+from keel_megatron.errors import UserError
 
 READ_BYTES = 1_000_000_000
 """Checkpoints up to this size are read here, in about a second; larger ones by all ranks."""

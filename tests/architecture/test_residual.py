@@ -14,9 +14,9 @@ import torch
 from keel_megatron.architecture.flops import training_flops_per_token
 from keel_megatron.architecture.parameters import COUNTS
 from keel_megatron.architecture.residual import RULES, Reader, SubLayer
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.schema import json_schema
 from keel_megatron.depth.collector import PROFILE
+from keel_megatron.errors import UserError
 from keel_megatron.layout.block_costs import COSTS, typical_rows
 from keel_megatron.layout.devices import device_named
 from keel_megatron.model.compiled import COMPILED

@@ -19,7 +19,7 @@ from keel_megatron.bench.step_time import PARTS, measure_roofline, time_steps
 from keel_megatron.bench.timers import PartTimers
 from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.config import load_config
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.runtime.distributed import start
 from tests.distributed import run_ranks
 from tests.integration.commands import keel

@@ -23,10 +23,10 @@ from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.checkpoint.state import Position
 from keel_megatron.cluster.watchdog import Watchdog
 from keel_megatron.config import UserError
-from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch, Batches
 from keel_megatron.engines.megatron.engine import MegatronEngine
+from keel_megatron.errors import DivergedError
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.tracking.records import CheckpointRecord, Record, StepRecord, ValidationRecord
 from keel_megatron.tracking.tracker import Tracker

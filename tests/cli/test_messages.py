@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import yaml
 from keel_megatron.cli.main import app
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from tests.settings import settings
 
 

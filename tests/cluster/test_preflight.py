@@ -10,8 +10,8 @@ import pytest
 
 from keel_megatron.cluster import preflight
 from keel_megatron.cluster.preflight import Node
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
+from keel_megatron.errors import UserError
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.rendezvous import differences
 from tests.distributed import run_ranks

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from keel_megatron.compat import compile_cache
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 
 pytestmark = pytest.mark.security
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder to another user")

@@ -16,12 +16,12 @@ from rich.console import Console
 from keel_megatron.checkpoint import folder as checkpoints
 from keel_megatron.checkpoint.manifest import FileRecord, write_json, write_manifest
 from keel_megatron.cluster import watchdog
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import dump_config
 from keel_megatron.dashboard import runs
 from keel_megatron.dashboard.folders import find_runs
 from keel_megatron.dashboard.runs import VERDICTS, RunStatus, look
 from keel_megatron.dashboard.runs_table import runs_table
+from keel_megatron.errors import UserError
 from keel_megatron.runtime import exit_codes
 from keel_megatron.tracking.metrics import MetricsFile
 from keel_megatron.tracking.records import ValidationRecord

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.dashboard import serve as serve_module
 from keel_megatron.dashboard.serve import serve
 from keel_megatron.dashboard.server import listen
+from keel_megatron.errors import UserError
 from tests.dashboard.test_runs import make_run
 from tests.ports import reserved_port
 

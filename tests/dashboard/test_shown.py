@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import dump_config
 from keel_megatron.dashboard.shown import choose, fill
+from keel_megatron.errors import UserError
 from keel_megatron.mlflow_delivery.presence import the_only_one
 from tests.mlflow_delivery.session import Session
 from tests.tracking.samples import config, mlflow_runs

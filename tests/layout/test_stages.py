@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from keel_megatron.architecture.parameters import parameter_count
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.layout.chunks import from_counts
 from keel_megatron.layout.devices import DEVICES, device_named, this_device
 from keel_megatron.layout.memory import GB

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.mlflow_delivery import database as module
 from keel_megatron.mlflow_delivery.client import open_client
 from keel_megatron.mlflow_delivery.database import copy_foreign, database_of, prepare, why_foreign

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.mlflow_delivery import takeover
 from keel_megatron.mlflow_delivery.client import open_client
 from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_uri

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from keel_megatron.config.checks import problems
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.kernels import libraries
 from keel_megatron.model.backend import Backend, choose_backend
 from tests.settings import small_config

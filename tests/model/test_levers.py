@@ -15,7 +15,7 @@ import torch
 from keel_megatron.architecture.residual import RULES
 from keel_megatron.compat import compile_cache
 from keel_megatron.config.checks import problems
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.model import compiled
 from tests.distributed import run_ranks
 from tests.engines.deepspeed.ranks import needs_deepspeed

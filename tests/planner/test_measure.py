@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import random_batch
 from keel_megatron.engines.megatron.engine import MegatronEngine
+from keel_megatron.errors import UserError
 from keel_megatron.layout.devices import device_named
 from keel_megatron.planner import measure
 from keel_megatron.planner.measure import measure_pieces

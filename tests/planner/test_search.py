@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from keel_megatron.config import load_config
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.layout.devices import device_named
 from keel_megatron.planner.plan import make_plan
 from keel_megatron.planner.report import describe_search, seconds, si

@@ -14,8 +14,8 @@ import yaml
 from keel_megatron.checkpoint import folder, manifest
 from keel_megatron.checkpoint.listing import prune_run
 from keel_megatron.cli import main as command
-from keel_megatron.config.errors import DivergedError
 from keel_megatron.dashboard.runs import look
+from keel_megatron.errors import DivergedError
 from keel_megatron.runtime import exit_codes
 from keel_megatron.training import run
 from tests.checkpoint.ranks import no_validation_loss, poison, run_in_turn, spoil

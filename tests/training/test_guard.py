@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import yaml
-from keel_megatron.config.errors import DivergedError
 from keel_megatron.config.guard import GuardConfig
+from keel_megatron.errors import DivergedError
 from keel_megatron.training.guard import Guard, robust_z
 from tests.distributed import run_ranks
 from tests.settings import settings

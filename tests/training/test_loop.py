@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from keel_megatron.config.errors import DivergedError, UserError
 from keel_megatron.data.batches import Batches
+from keel_megatron.errors import DivergedError, UserError
 from keel_megatron.runtime import exit_codes
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
 from keel_megatron.training import diagnose

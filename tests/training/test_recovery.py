@@ -12,8 +12,8 @@ from keel_megatron.checkpoint import folder
 from keel_megatron.checkpoint import state as checkpoint_state
 from keel_megatron.checkpoint.resume import ResumePoint
 from keel_megatron.checkpoint.state import Loaded, Position
-from keel_megatron.config.errors import UserError
 from keel_megatron.engines.base import StepResult
+from keel_megatron.errors import UserError
 from keel_megatron.training import diagnose, recovery
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.recovery import Inspection, roll_back, what_is_left

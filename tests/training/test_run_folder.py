@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from keel_megatron.checkpoint.resume import ResumePoint
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.runtime import exit_codes, ownership
 from keel_megatron.training.run_folder import claim_folder, owned_folder
 from keel_megatron.training.stop import StopRequest

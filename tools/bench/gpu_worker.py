@@ -25,10 +25,10 @@ compat.install()  # before Megatron-core is imported
 from keel_megatron import kernels
 from keel_megatron.architecture.flops import training_flops_per_token
 from keel_megatron.bench.timers import PASSES, PartTimers
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import load_config
 from keel_megatron.data.batches import random_batch
 from keel_megatron.engines.build import build_engine
+from keel_megatron.errors import UserError
 from keel_megatron.layout.stages import own_partition
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime, start

@@ -16,12 +16,12 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from keel_megatron.compat import deepspeed_engine
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
 from keel_megatron.engines.base import DepthObserver, StepResult, mean_loss, owns
 from keel_megatron.engines.deepspeed.checkpoint_state import ZeroState, placed_parameters
 from keel_megatron.engines.deepspeed.zero_shards import MASTER, ZeroShards
+from keel_megatron.errors import UserError
 from keel_megatron.runtime.distributed import Runtime
 
 INSTALL = "DS_BUILD_OPS=0 pip install --no-build-isolation 'keel-megatron[deepspeed]'"
