@@ -23,13 +23,13 @@ def depth(
     ] = None,
 ) -> None:
     """Show per-layer statistics of a run: a table, and pictures over depth and steps."""
-    from keel_megatron.depth.profile import not_noted, read_profiles
+    from keel_megatron.depth.profile import not_recorded, read_profiles
     from keel_megatron.depth.table import draw, select, table
 
     profiles = read_profiles(run)
     shown = select(profiles, quantity, step)
     print(table(profiles[0], shown, quantity))
-    gap = not_noted(profiles)
+    gap = not_recorded(profiles)
     if gap is not None:
         print(gap)
     for picture in draw(profiles, shown, quantity, run.resolve().name, out or run):

@@ -226,7 +226,7 @@ class Gate:
         # Written anew: what was checked here is what MLflow reads.
         fields = _json_object(body)
         if edits and not fields.keys() <= _EDIT[path]:
-            raise RefusedError(403, "the dashboard edits notes, tags and names alone")
+            raise RefusedError(403, "the dashboard edits only notes, tags and names")
         if path == _GRAPHQL:
             names = re.findall(r"\bmlflow\w*", str(fields.get("query", "")))
             if not set(names) <= _GRAPHQL_FIELDS:
@@ -317,7 +317,7 @@ def _json_object(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
-        raise RefusedError(400, "the body is no JSON object")
+        raise RefusedError(400, "the body is not a JSON object")
     return fields
 
 

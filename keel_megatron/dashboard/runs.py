@@ -202,7 +202,7 @@ def _guessed(
         return ("running" if step else "preparing"), "", slow
     if silent <= _watchdog_seconds(settings) + _WATCHDOG_GRACE:
         return "silent", "", f"no sign for {wait}, and no process of this machine writes it"
-    return "lost", "", f"no sign for {wait}: it was killed; the same command goes on"
+    return "lost", "", f"no sign for {wait}: it was killed; the same command resumes it"
 
 
 def _numeric_settings(run: Path) -> tuple[dict[str, Any], list[str]]:
@@ -217,7 +217,7 @@ def _numeric_settings(run: Path) -> tuple[dict[str, Any], list[str]]:
         if _is_number(value):
             found[name] = value
         elif value is not None:
-            wrong.append(f"config.yaml: {section}.{name} is no number but {shown(value)}")
+            wrong.append(f"config.yaml: {section}.{name} must be a number, not {shown(value)}")
     return found, wrong
 
 
@@ -253,7 +253,7 @@ def _of_training(last: dict[str, Any], log: list[tuple[float, str]]) -> list[str
             found.append(f"the {name} is {value}")
     guard = [text for _time, text in log if text.startswith("guard, step ")]
     if skipped:
-        found.append(f"the updates of {skipped} step(s) were left out")
+        found.append(f"the updates of {skipped} step(s) were skipped")
     if guard:
         found.append(guard[-1])
     return found

@@ -64,7 +64,7 @@ def serve(
             fill(shown.runs, say)
         else:
             database = _copy(shown.database, Path(folder))
-            say(f"{shown.database} {foreign}: a copy of now is shown, without editing")
+            say(f"{shown.database} {foreign}: a copy is shown, as it is now and read-only")
         say(f"starting MLflow's server over {shown.database} ...")
         with Server(
             Path(folder),

@@ -1,12 +1,13 @@
 """The depth profile of one step, gathered on every rank and equal at every layout.
 
-Everything is a sum or a maximum over what ranks hold, so a profile costs two all-reduces, and a
-step without one costs nothing. Each rank adds only what no other adds too:
+Every quantity is a sum or a maximum over the ranks, so a profile costs two all-reduces, and a step
+without a profile costs nothing. Each element is counted on exactly one rank:
 
-- The stream [s, b, h] is split along the sequence under sequence parallelism and otherwise the
-  same on the whole tensor group, of which rank 0 then speaks. Replicas see different sequences.
-- Attention's heads are split over the tensor group.
-- Which elements of a parameter a rank speaks for is the engine's to say (`Profiled.own_gradient`).
+- The stream [s, b, h] is sharded along the sequence under sequence parallelism. Otherwise it is
+  replicated over the tensor group, and the group's rank 0 counts it. Replicas see different
+  sequences.
+- Attention heads are sharded over the tensor group.
+- The engine defines which elements of a parameter a rank owns (`Profiled.own_gradient`).
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ _SUMS = {
 }
 _ACTIVATIONS = slice(0, 4)
 _LOGIT = 0
-_GAINS = {"outer": 1, "inner": 4}
+_NORMS = {"outer": 1, "inner": 4}
 """First of three columns of the maxima: mean, -minimum, maximum."""
 _MAXIMA = 7
 _QUERIES = 512
 
 
 class Profiled(Protocol):
-    """What a profile asks of the engine."""
+    """What a profile needs from the engine."""
 
     config: RunConfig
     runtime: Runtime
@@ -54,9 +55,9 @@ class Profiled(Protocol):
     """This rank's model chunks, not wrapped."""
 
     def own_gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """The averaged gradient of what this rank alone speaks for of a parameter, flat.
+        """The averaged gradient of the elements of a parameter that this rank owns, flat.
 
-        Over all ranks that is every element once. None if there is nothing; valid between the
+        Each element is owned by one rank. None if this rank owns none; valid between the
         passes and the update (`DepthCollector.before_update`).
         """
 
@@ -65,15 +66,15 @@ class Profiled(Protocol):
 
 
 def is_matrix(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix, and no gain; also where ZeRO 3 has emptied it."""
+    """Whether a parameter is a matrix, not a norm weight; also where ZeRO 3 has emptied it."""
     return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
 
 
 class DepthCollector:
-    """Gathers the profile of one step: `watching` its passes, then around its update.
+    """Collects the profile of one step: `watching` its passes, then around its update.
 
     Args:
-        engine: what makes the step.
+        engine: runs the step.
     """
 
     def __init__(self, engine: Profiled) -> None:
@@ -95,11 +96,11 @@ class DepthCollector:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Within the block every forward pass is observed; recomputed ones count once."""
-        speaks = self._config.parallel.sequence or self._runtime.tensor_rank == 0
+        counts_stream = self._config.parallel.sequence or self._runtime.tensor_rank == 0
         hooks = []
         try:
             for layer in self._layers:
-                layer.observer = self._joined if speaks else None
+                layer.observer = self._joined if counts_stream else None
                 hook = partial(self._attended, _first_sub_layer(layer))
                 hooks.append(layer.self_attention.core_attention.register_forward_pre_hook(hook))
             yield
@@ -111,10 +112,10 @@ class DepthCollector:
 
     @torch.no_grad()
     def before_update(self) -> None:
-        """Read gradients, weights and gains; call it after the backward pass is finalized.
+        """Read gradients, weights and norm weights; call it after the backward pass is finalized.
 
         Keeps a copy of this rank's share of the fp32 matrices until `after_update`. The passes'
-        activations are freed by then, so the step's peak of memory stays theirs.
+        activations are freed by then, so the copy does not raise the step's peak memory.
         """
         pieces = list(self._pieces())
         self._add("gradient", [(l, gradient) for l, gradient, _weight in pieces])
@@ -123,7 +124,7 @@ class DepthCollector:
         for l, weight in matrices:
             self._sums[l, _SUMS["weights"]] += weight.numel()
         self._weights = [(l, weight, weight.clone()) for l, weight in matrices]
-        self._read_gains()
+        self._read_norm_weights()
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -132,7 +133,7 @@ class DepthCollector:
         self._weights = []
 
     def profile(self, step: int) -> DepthProfile:
-        """Reduce what every rank has gathered; collective over all ranks, the same on each."""
+        """Reduce over all ranks; collective, the same result on each."""
         # Not every backend's maximum passes a NaN on; infinity is no finite number either.
         self._maxima.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
         dist.all_reduce(self._sums)
@@ -152,7 +153,7 @@ class DepthCollector:
                 "update_to_weight": np.sqrt(sums["update"] / sums["weight"]),
                 "attention_logit_max": maxima[_LOGIT],
             }
-            for which, column in _GAINS.items():
+            for which, column in _NORMS.items():
                 found[f"{which}_gain_mean"] = maxima[column]
                 found[f"{which}_gain_min"] = -maxima[column + 1]
                 found[f"{which}_gain_max"] = maxima[column + 2]
@@ -160,7 +161,7 @@ class DepthCollector:
 
     def _joined(self, l: int, x: Tensor, f: Tensor, alpha: float, x_new: Tensor) -> None:
         """Add a micro-batch's sum at sub-layer l; x, f and x_new are [s, b, h]."""
-        # Under recomputation the first pass builds no graph, and the second comes going back.
+        # Under recomputation the first pass builds no graph; the second runs in the backward pass.
         if not torch.is_grad_enabled():
             return
         with torch.no_grad():
@@ -180,10 +181,10 @@ class DepthCollector:
             torch.maximum(found, logit_max(query, key).to(found.dtype), out=found)
 
     def _pieces(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """(l, flat fp32 gradient, flat fp32 weight) of all that this rank speaks for.
+        """(l, flat fp32 gradient, flat fp32 weight) of the elements that this rank owns.
 
-        The weight is None for gains, of which 1 is the neutral value: beside matrices of narrow
-        models they would be most of a norm and hide it.
+        The weight is None for norm weights: they are about 1, so in narrow models they would
+        dominate the norm of the matrices.
         """
         for layer in self._layers:
             for l, parameter in _parameters(layer):
@@ -202,22 +203,22 @@ class DepthCollector:
             norms = norms.to(rows.device)  # an offloaded optimizer's are the host's
             self._sums[:, _SUMS[name]].index_add_(0, rows, norms.square_())
 
-    def _read_gains(self) -> None:
-        """Mean, minimum and maximum of the gains, whole on every rank that has them."""
-        for which, column in _GAINS.items():
-            gains = {
-                l: gain.detach()
+    def _read_norm_weights(self) -> None:
+        """Mean, minimum and maximum of norm weights, which every rank that has them holds whole."""
+        for which, column in _NORMS.items():
+            weights = {
+                l: weight.detach()
                 for layer in self._layers
                 for l, module in _norms(layer, which)
-                for gain in module.parameters()
+                for weight in module.parameters()
             }
-            if gains:
-                stacked = torch.stack(list(gains.values())).double()
+            if weights:
+                stacked = torch.stack(list(weights.values())).double()
                 found = torch.stack((stacked.mean(1), -stacked.amin(1), stacked.amax(1)), dim=1)
-                self._maxima[list(gains), column : column + 3] = found
+                self._maxima[list(weights), column : column + 3] = found
 
     def _absent(self) -> dict[str, list[bool]]:
-        """Which sub-layers have no such thing."""
+        """For each kind of quantity, the sub-layers that lack it."""
         model = self._config.model
         rules = [PROFILE.sub_layer(l, model) for l in range(model.sub_layers)]
         return {

@@ -1,4 +1,4 @@
-"""When the pictures of a run's depth profiles are drawn while it trains, and at its end."""
+"""Draws the pictures of a run's depth profiles, during training and at its end."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from keel_megatron.tracking.run_log import METRICS_FILE
 
 _SHARE = 0.01
 _FIRST_GUESS = 3.0
-"""Seconds that a drawing takes, before the first one has told."""
+"""Assumed duration of a drawing before the first one is measured, in seconds."""
 
 
 class DepthDrawer:
     """Draws a run's depth profiles from its log, in a process that does not train.
 
-    A drawing takes a core for a second or more. So while the run trains there is a new picture only
-    if drawing the last one took less than 1 % of the time since.
+    A drawing occupies a core for a second or more. While the run trains, a new picture is drawn
+    only if the last drawing took less than 1 % of the time since then.
 
     Args:
         folder: the run's folder.
-        clock: seconds that only go forward.
+        clock: a monotonic clock, in seconds.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -35,7 +35,7 @@ class DepthDrawer:
 
     @property
     def is_due(self) -> bool:
-        """Whether a drawing is worth its time now."""
+        """Whether a new picture should be drawn now."""
         affordable = self._seconds <= _SHARE * (self._clock() - self._drawn_at)
         return affordable and self._size() != self._drawn_size
 
@@ -43,7 +43,7 @@ class DepthDrawer:
         """Draw the pictures, if the run has profiles and the log has grown since the last time.
 
         Raises:
-            UserError: a line of the log is no record.
+            UserError: a line of the log is not a record.
             OSError: a picture cannot be written.
         """
         started, size = self._clock(), self._size()
@@ -65,7 +65,7 @@ def draw_profiles(folder: Path) -> list[Path]:
     """Draw a run's depth profiles into its folder; the pictures, none if it has no profiles.
 
     Raises:
-        UserError: a line of the log is no record.
+        UserError: a line of the log is not a record.
         OSError: a picture cannot be written.
     """
     profiles = read_profiles(folder, may_lack=True)

@@ -1,4 +1,4 @@
-"""Pictures of depth profiles: a heat map depth x step, and the latest step beside the first."""
+"""Pictures of depth profiles: heat maps over depth and steps, and a step compared with the first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keel_megatron.depth.profile import (
     Values,
     finite_values,
     first_nonfinite,
-    not_noted,
+    not_recorded,
 )
 from keel_megatron.tracking.style import (
     ALARM,
@@ -50,11 +50,11 @@ def plot_all(
         profiles: a run's, in the order of their steps, all of the same depth.
         name: the run's, for the title.
         folder: where to draw.
-        shown: the step that is set beside the first; None is the latest.
+        shown: the step to compare with the first; None is the latest.
 
     Returns:
         `depth_heat_maps.png`, depth x step, and `depth_latest.png` (`depth_step_N.png` for another
-        step), that step beside the first.
+        step), that step compared with the first.
     """
     names = [q for q in QUANTITIES if stacked(profiles, q).count()]
     first, latest = profiles[0], profiles[-1]
@@ -63,11 +63,11 @@ def plot_all(
 
     figure = _grid(names, lambda axes, quantity: draw_heat_map(axes, profiles, quantity))
     facts = f"{latest.sub_layers} sub-layers, steps {first.step} to {latest.step}"
-    gap = not_noted(profiles)
+    gap = not_recorded(profiles)
     _title(figure, name, f"{facts}; pale: {gap}" if gap else facts)
     save(figure, folder / HEAT_MAPS)
     figure = _grid(names, lambda axes, quantity: draw_lines(axes, first, step, quantity))
-    _title(figure, name, _beside(first, step))
+    _title(figure, name, _compared(first, step))
     _explain(figure, first, step)
     save(figure, lines_out)
     return [folder / HEAT_MAPS, lines_out]
@@ -76,19 +76,19 @@ def plot_all(
 def plot_quantity(
     profiles: Sequence[DepthProfile], quantity: str, name: str, folder: Path, shown: DepthProfile
 ) -> Path:
-    """Draw one quantity large, its heat map and one step beside the first: `depth_QUANTITY.png`.
+    """Draw one quantity: its heat map, and a step compared with the first, as `depth_QUANTITY.png`.
 
     Args:
         profiles: a run's, in the order of their steps.
         quantity: a key of QUANTITIES.
         name: the run's, for the title.
         folder: where to draw.
-        shown: the step that is set beside the first.
+        shown: the step to compare with the first.
     """
     figure, (left, right) = _panels(1, 2, 5.2, 3.9)
     draw_heat_map(left, profiles, quantity)
     draw_lines(right, profiles[0], shown, quantity)
-    _title(figure, name, _beside(profiles[0], shown))
+    _title(figure, name, _compared(profiles[0], shown))
     _explain(figure, profiles[0], shown)
     out = folder / f"depth_{quantity}.png"
     save(figure, out)
@@ -108,10 +108,10 @@ def draw_heat_map(
     *,
     colour_bar: bool = True,
 ) -> None:
-    """Steps to the right, depth upwards; what is not finite is pink, what is not there pale.
+    """Draw steps to the right and depth upwards; non-finite values pink, absent values pale.
 
-    Above 128 sub-layers a row is the mean of a group of them, and pink if any of them is. Of what
-    attention alone has, a row is a block.
+    Above 128 sub-layers, a row is the mean of a group of sub-layers, and pink if any of them is not
+    finite. For quantities of attention only, a row is a block.
 
     Args:
         axes: where to draw.
@@ -151,7 +151,7 @@ def draw_heat_map(
 
 
 def draw_lines(axes: Axes, first: DepthProfile, latest: DepthProfile, quantity: str) -> None:
-    """A step (strong) beside the first (faint) over the depth; attention and FFN apart."""
+    """Draw a step (strong) and the first (faint) over depth, attention and FFN as separate lines."""
     for profile, style in (
         (first, {"linewidth": 0.9, "alpha": 0.5, "linestyle": (0, (4, 2))}),
         (latest, {"linewidth": 1.5}),
@@ -211,7 +211,7 @@ def _is_logarithmic(quantity: Quantity, finite: np.ndarray[Any, Any]) -> bool:
 
 
 def _at_least_wide(low: float, high: float) -> tuple[float, float]:
-    """A range of at least a tenth of what is in it, so that what is flat looks flat."""
+    """A range of at least a tenth of the values' size, so that small variation looks small."""
     missing = max(0.1 * max(abs(low), abs(high)), 1e-12) - (high - low)
     return (low - missing / 2, high + missing / 2) if missing > 0 else (low, high)
 
@@ -311,8 +311,8 @@ def _title(figure: Figure, name: str, facts: str) -> None:
     figure.text(at, top - 0.3 / height, facts, fontsize=10, color=QUIET, va="top")
 
 
-def _beside(first: DepthProfile, shown: DepthProfile) -> str:
-    return f"{shown.sub_layers} sub-layers, step {shown.step} beside step {first.step}"
+def _compared(first: DepthProfile, shown: DepthProfile) -> str:
+    return f"{shown.sub_layers} sub-layers, step {shown.step} compared with step {first.step}"
 
 
 def _explain(figure: Figure, first: DepthProfile, latest: DepthProfile) -> None:

@@ -1,4 +1,4 @@
-"""Depth profiles: what every sub-layer was like at a step, as a file and as a summary."""
+"""Depth profiles: per-sub-layer statistics of a step, as records and as summaries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from keel_megatron.tracking.run_log import EARLIER_DEPTH_FILE, METRICS_FILE
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is known of every sub-layer."""
+    """A statistic of every sub-layer."""
 
     label: str
     scale: Literal["log", "linear"] = "log"
@@ -32,12 +32,12 @@ QUANTITIES: dict[str, Quantity] = {
     "update_size": Quantity("size of the branch / skip path"),
     "weight_rms": Quantity("RMS of the weights"),
     "update_to_weight": Quantity("size of the update / weights"),
-    "outer_gain_mean": Quantity("outer gain, mean", "linear"),
-    "outer_gain_min": Quantity("outer gain, minimum", "linear"),
-    "outer_gain_max": Quantity("outer gain, maximum", "linear"),
-    "inner_gain_mean": Quantity("inner gain, mean", "linear"),
-    "inner_gain_min": Quantity("inner gain, minimum", "linear"),
-    "inner_gain_max": Quantity("inner gain, maximum", "linear"),
+    "outer_gain_mean": Quantity("outer norm weight, mean", "linear"),
+    "outer_gain_min": Quantity("outer norm weight, minimum", "linear"),
+    "outer_gain_max": Quantity("outer norm weight, maximum", "linear"),
+    "inner_gain_mean": Quantity("inner norm weight, mean", "linear"),
+    "inner_gain_min": Quantity("inner norm weight, minimum", "linear"),
+    "inner_gain_max": Quantity("inner norm weight, maximum", "linear"),
     "attention_logit_max": Quantity("largest attention logit", "linear"),
 }
 """With x the stream [s, b, h] before sub-layer l, F its branch's output, x' the stream after it:
@@ -47,9 +47,9 @@ QUANTITIES: dict[str, Quantity] = {
 - stream_rms, branch_rms: of x' and of F over all elements of the global batch;
 - update_cosine, update_size: cos(x, F) and |F| / |alpha x| in the sum alpha x + F, means over the
   tokens of the global batch;
-- weight_rms: of the matrices before the update (gains have their own statistics);
+- weight_rms: of the matrices before the update (norm weights have their own statistics);
 - update_to_weight: |W_after - W| / |W| of the matrices, in fp32;
-- outer_gain, inner_gain: of the gains of N_out and N_in (of the learned vector in N_in's place);
+- outer_gain, inner_gain: of the weights of N_out and N_in (or N_in's learned vector);
 - attention_logit_max: the largest q k / sqrt(d) that a softmax of the global batch saw.
 """
 
@@ -63,20 +63,20 @@ class DepthProfile:
     step: int
     """Number of the step; the first is 1."""
     values: Mapping[str, Values]
-    """By quantity: fp32 [sub_layers], masked where a sub-layer has no such thing."""
+    """By quantity: fp32 [sub_layers], masked where the quantity does not apply to a sub-layer."""
     missing: frozenset[str] = frozenset()
-    """Quantities that nobody noted, as another version may have left out; masked too."""
+    """Quantities that were not recorded, because another version wrote the record; masked too."""
 
     @classmethod
     def of(
         cls, step: int, values: Mapping[str, ArrayLike], absent: Mapping[str, Sequence[bool]]
     ) -> DepthProfile:
-        """A profile from plain arrays.
+        """A profile from arrays.
 
         Args:
             step: the step.
             values: a quantity's values [sub_layers], anything where it is absent.
-            absent: by the beginning of quantities' names, the sub-layers that have no such thing.
+            absent: by prefix of a quantity's name, the sub-layers to which it does not apply.
         """
 
         def mask(name: str) -> Any:
@@ -102,7 +102,7 @@ class DepthProfile:
         if not lists:
             raise ValueError("no quantity")
         if any(not isinstance(found, list) for found in lists.values()):
-            raise ValueError("a quantity is no list")
+            raise ValueError("a quantity is not a list")
         if len({len(found) for found in lists.values()}) > 1:
             raise ValueError("its quantities are of different lengths")
         nothing = [None] * len(next(iter(lists.values())))
@@ -114,7 +114,7 @@ class DepthProfile:
         return cls(record["step"], values, frozenset(QUANTITIES.keys() - lists.keys()))
 
     def to_json(self) -> dict[str, Any]:
-        """A record of metrics.jsonl: a list a quantity, null where it is absent.
+        """A record of metrics.jsonl: one list per quantity, null where it does not apply.
 
         Numbers have the fewest digits that give the same fp32.
         """
@@ -127,14 +127,14 @@ class DepthProfile:
 
     @property
     def sub_layers(self) -> int:
-        """How many there are."""
+        """Number of sub-layers."""
         return len(self.values["gradient_norm"])
 
     def summary(self) -> dict[str, float]:
         """Minimum, median, maximum and first depth that is not finite, for MLflow.
 
         Keys are `depth.QUANTITY.min`, `.median`, `.max` (of what is finite) and
-        `.first_nonfinite`, a sub-layer's number, which is only there if there is one.
+        `.first_nonfinite` (a sub-layer's number; only if a value is not finite).
         """
         found: dict[str, float] = {}
         for name, values in self.values.items():
@@ -149,30 +149,30 @@ class DepthProfile:
         return found
 
     def alarm(self) -> str | None:
-        """Where what is not finite begins, in a line; None if all is finite."""
+        """A message with the first non-finite sub-layer of each quantity; None if all are finite."""
         first = {name: first_nonfinite(values) for name, values in self.values.items()}
         where = [f"{name} from sub-layer {l}" for name, l in first.items() if l is not None]
         return f"step {self.step}: not finite: {', '.join(where)}" if where else None
 
 
-def not_noted(profiles: Sequence[DepthProfile]) -> str | None:
-    """A line that says which quantities are missing at some steps; None if none is."""
+def not_recorded(profiles: Sequence[DepthProfile]) -> str | None:
+    """A message that lists quantities missing at some steps; None if none is missing."""
     steps = [profile.step for profile in profiles if profile.missing]
     if not steps:
         return None
     names = {name for profile in profiles for name in profile.missing}
     between = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-    return f"not noted at {between}: {', '.join(name for name in QUANTITIES if name in names)}"
+    return f"not recorded at {between}: {', '.join(name for name in QUANTITIES if name in names)}"
 
 
 def finite_values(values: Values) -> np.ndarray[Any, Any]:
-    """The values that are there and finite."""
+    """The finite values, without masked ones."""
     present = values.compressed()
     return np.asarray(present[np.isfinite(present)])
 
 
 def first_nonfinite(values: Values) -> int | None:
-    """The first sub-layer whose value is there and not finite."""
+    """The first sub-layer whose value is not masked and not finite; None if there is none."""
     bad = np.flatnonzero(~np.isfinite(values.data) & ~np.ma.getmaskarray(values))
     return int(bad[0]) if bad.size else None
 
@@ -184,13 +184,13 @@ def read_profiles(run_folder: Path, *, may_lack: bool = False) -> list[DepthProf
 
     Args:
         run_folder: the run's folder.
-        may_lack: whether a run without any is fine.
+        may_lack: return an empty list for a run without profiles instead of raising.
 
     Raises:
-        UserError: the run has none, or a line of its files is none.
+        UserError: the run has none, or a line of its files is not a valid record.
     """
     if not run_folder.is_dir():
-        raise UserError(f"{run_folder} is no run's folder")
+        raise UserError(f"{run_folder} is not a run's folder")
     path, earlier = run_folder / METRICS_FILE, run_folder / EARLIER_DEPTH_FILE
     profiles: list[DepthProfile] = []
     for source in (earlier, path):
@@ -205,14 +205,14 @@ def read_profiles(run_folder: Path, *, may_lack: bool = False) -> list[DepthProf
 
 
 def _profile(record: dict[str, Any], path: Path, before: Sequence[DepthProfile]) -> DepthProfile:
-    """The profile in a line, of as many sub-layers as those before it."""
+    """The profile in a record; it must have as many sub-layers as the earlier ones."""
     try:
         profile = DepthProfile.from_json(record)
         if before and profile.sub_layers != before[0].sub_layers:
-            raise ValueError("it is of another number of sub-layers")
+            raise ValueError("it has another number of sub-layers")
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{path}: the line of step {record['step']} is no depth profile ({error}); remove "
+            f"{path}: the line of step {record['step']} is not a depth profile ({error}); remove "
             "the line, or move the file away"
         ) from error
     return profile

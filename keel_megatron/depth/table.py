@@ -27,10 +27,10 @@ def select(
     """The profile of a step; the latest for None.
 
     Raises:
-        UserError: there is none of that step, or no such quantity in it.
+        UserError: there is no profile of that step, or it lacks the quantity.
     """
     if quantity is not None and quantity not in QUANTITIES:
-        raise UserError(f"--quantity: {quantity} is none of {', '.join(QUANTITIES)}")
+        raise UserError(f"--quantity: {quantity} must be one of {', '.join(QUANTITIES)}")
     found = profiles[-1]
     if step is not None:
         steps = [profile.step for profile in profiles]
@@ -42,19 +42,19 @@ def select(
             )
         found = profiles[steps.index(step)]
     if quantity in found.missing:
-        raise UserError(f"--quantity: nobody noted {quantity} at step {found.step}; try --step")
+        raise UserError(f"--quantity: {quantity} was not recorded at step {found.step}; try --step")
     if quantity is not None and not found.values[quantity].count():
         raise UserError(f"--quantity: no sub-layer of this run has {quantity}")
     return found
 
 
 def table(first: DepthProfile, shown: DepthProfile, quantity: str | None) -> str:
-    """A profile as text: all quantities, a line each, or one by groups of sub-layers.
+    """A profile as text: one line per quantity, or one quantity by groups of sub-layers.
 
     Args:
-        first: the run's first profile, whose medians stand beside.
+        first: the run's first profile, whose medians are shown for comparison.
         shown: the profile.
-        quantity: the one to show; None shows all.
+        quantity: the quantity to show; None shows all.
     """
     head = f"{shown.sub_layers} sub-layers at step {shown.step}"
     columns = ["minimum", "median", "maximum", f"median, step {first.step}", "not finite from"]
@@ -66,7 +66,7 @@ def table(first: DepthProfile, shown: DepthProfile, quantity: str | None) -> str
         ]
         return _text(head, ["", *columns], rows)
     values, before = shown.values[quantity], first.values[quantity]
-    # Even, so that every group has as many attention as FFN sub-layers.
+    # Even, so that every group has as many attention sub-layers as FFN sub-layers.
     size = 1 if len(values) <= _GROUPS else 2 * math.ceil(len(values) / _GROUPS / 2)
     rows = []
     for start in range(0, len(values), size):

@@ -73,7 +73,7 @@ def why_foreign(database: Path) -> str | None:
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     if not stat.S_ISREG(found.st_mode):
-        return "is a link" if stat.S_ISLNK(found.st_mode) else "is no regular file"
+        return "is a link" if stat.S_ISLNK(found.st_mode) else "is not a regular file"
     if found.st_uid != os.geteuid():
         return f"belongs to another user (id {found.st_uid})"
     return None
@@ -128,7 +128,7 @@ def copy_foreign(database: Path, to: Path) -> None:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
             with os.fdopen(os.open(source, flags), "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise DatabaseError(f"{source} is no regular file")
+                    raise DatabaseError(f"{source} is not a regular file")
                 with to.with_name(to.name + part).open("wb") as copy:
                     shutil.copyfileobj(file, copy, 1 << 20)
         _check_tables(to)

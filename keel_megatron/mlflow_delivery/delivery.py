@@ -153,7 +153,7 @@ class Delivery:
         return isinstance(error, ImportError) or now - self._no_file_since >= self._file_seconds
 
     def _leave_out(self, what: str, error: Exception) -> None:
-        self._say(f"MLflow ({self.shown_uri}) refuses {what}: {reason(error)}; it is left out")
+        self._say(f"MLflow ({self.shown_uri}) refuses {what}: {reason(error)}; it is skipped")
 
     def _send(self, batch: list[Item]) -> None:
         first, values = batch[0], batch[0].values
@@ -205,7 +205,7 @@ class Delivery:
         """Hand a file over, if it is the run's."""
         path = inside(self._run, name)
         if path is None:
-            self._say(f"the file {name} is not in {self._run}, the run's folder: it is left out")
+            self._say(f"the file {name} is not in {self._run}, the run's folder: it is skipped")
         else:
             client.log_file(path)
 

@@ -90,7 +90,7 @@ class WorkerProcess:
         waiting = Waiting.of(self._run)
         if waiting:
             self._warn(
-                f"MLflow ({self._uri}) did not get everything: {waiting} wait in {self._run}; "
+                f"MLflow ({self._uri}) did not receive everything: {waiting} wait in {self._run}; "
                 f"`{sync_command(self._run, self._to)}` delivers them"
             )
         elif not is_done:

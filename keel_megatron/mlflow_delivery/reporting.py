@@ -92,8 +92,8 @@ def _ending(
         process.finish()
         if log.unwritten:
             say(
-                f"MLflow did not get {log.unwritten} report(s) beside metrics.jsonl for which the "
-                f"disk of {folder} had no room"
+                f"MLflow did not receive {log.unwritten} event(s) of the run log, because the disk "
+                f"of {folder} was full"
             )
         if process.is_unusable:
             _draw(config, say)

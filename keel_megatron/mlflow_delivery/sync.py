@@ -51,10 +51,12 @@ def sync(run: Path, to: Collection[str] = (), *, rebuild: bool = False) -> list[
     if newest is None:
         if not (run / "config.yaml").is_file():
             raise UserError(f"{run} holds no run: there is no config.yaml in it")
-        return done or [f"{run}: nothing waits; the run does not report to MLflow"]
+        return done or [f"{run}: nothing to deliver; the run does not report to MLflow"]
     original = original_of(run)
     if original is not None:
-        return [f"{run}: nothing waits: it is a copy of {original}, which delivers its own reports"]
+        return [
+            f"{run}: nothing to deliver: it is a copy of {original}, which delivers its own reports"
+        ]
     given = os.environ.get("MLFLOW_TRACKING_URI")
     confirmed = frozenset([*to, *([given] if given else [])])
     if not newest.is_trusted(confirmed):
@@ -65,7 +67,7 @@ def sync(run: Path, to: Collection[str] = (), *, rebuild: bool = False) -> list[
         )
     with the_only_one(run, wait=False) as free:
         if not free:
-            raise UserError(f"{run}: the run is at work and delivers what waits itself")
+            raise UserError(f"{run}: the run is training and delivers its own reports")
         return [*done, *_deliver(run, confirmed, rebuild)]
 
 
@@ -111,7 +113,7 @@ def _deliver(run: Path, confirmed: Collection[str], rebuild: bool) -> list[str]:
         elif waiting:
             done.append(f"{run}: delivered {waiting} to MLflow ({delivery.shown_uri})")
         elif ended:  # tags and marks count as nothing
-            done.append(f"{run}: nothing waits, MLflow ({delivery.shown_uri}) has everything")
+            done.append(f"{run}: nothing to deliver; MLflow ({delivery.shown_uri}) has everything")
         if not delivery.reader.ended:
             done.append(_settle(run, delivery))
     except ImportError as error:
@@ -126,7 +128,7 @@ def _settle(run: Path, delivery: Delivery) -> str:
     session = delivery.reader.session
     where = f"process {session.get('pid')} on {session.get('host')}"
     if is_alive(session, run):
-        return f"{run}: its status stays RUNNING: {where} seems to be at work"
+        return f"{run}: its status stays RUNNING: {where} seems to be running"
     if not delivery.end("FAILED"):
         raise UserError(f"MLflow ({delivery.shown_uri}) {delivery.problem}")
     return f"{run}: its status is FAILED now: {where} is gone and did not say how it ended"

@@ -114,7 +114,7 @@ class LineFile:
             return False
         if self._problem is not None:
             self._problem = None
-            lack = f"; {self.left_out:,} lines were left out" if self.left_out else ""
+            lack = f"; {self.left_out:,} lines were dropped" if self.left_out else ""
             self._say(f"{self.path} is written again{lack}")
         return True
 

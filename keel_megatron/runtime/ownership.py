@@ -292,8 +292,9 @@ def _refusal(folder: Path, owner: Owner | None) -> UserError:
         return UserError(f"{folder} is owned by another process; see {_path(folder)}")
     if owner.is_gone:
         return UserError(
-            f"{folder} still has ranks at work that process {owner.pid} on host {owner.host} has "
-            f"started at {owner.since}. It is gone, so they save and end: try again when they have"
+            f"{folder} still has running ranks, started by process {owner.pid} on host "
+            f"{owner.host} at {owner.since}. That process has ended, so they save and exit; try "
+            "again when they have"
         )
     return UserError(
         f"{folder} is being {owner.work} by process {owner.pid} on host {owner.host} since "

@@ -23,6 +23,6 @@ def test_a_run_s_log_is_delivered_and_other_folders_are_named(tmp_path: Path) ->
         "test: its status is FAILED now: process 0 on elsewhere is gone and did not say how it "
         "ended"
     )
-    assert "nothing waits" in keel(tmp_path, "track", "sync", "test").stdout
+    assert "nothing to deliver" in keel(tmp_path, "track", "sync", "test").stdout
     again = keel(tmp_path, "track", "sync", "test", "--rebuild").stdout
     assert again.startswith("test: delivered 1 point(s) again to MLflow (sqlite:///")

@@ -173,7 +173,7 @@ def test_what_is_wrong_with_the_training_is_told(tmp_path: Path) -> None:
     log(run, "guard, step 9 (skip): the loss is nan; from sub-layer 3")
     assert only(run).problems == [
         "the loss is nan",
-        "the updates of 3 step(s) were left out",
+        "the updates of 3 step(s) were skipped",
         "guard, step 9 (skip): the loss is nan; from sub-layer 3",
     ]
     assert json.loads(json.dumps(only(run).to_json(), allow_nan=False))["loss"] == "nan"
@@ -239,8 +239,8 @@ def test_a_field_of_a_wrong_type_costs_a_line(tmp_path: Path) -> None:
     found = {status.name: status for status in look([run, other], NOW)}
     assert (found["edited"].step, found["edited"].steps) == (9, None)
     assert found["edited"].problems[1:] == [
-        "config.yaml: training.steps is no number but 'many'",
-        "config.yaml: parallel.timeout_seconds is no number but [1]",
+        "config.yaml: training.steps must be a number, not 'many'",
+        "config.yaml: parallel.timeout_seconds must be a number, not [1]",
         "metrics.jsonl: loss of step 10 is no number: not counted",
     ]
     assert found["other"].problems == []

@@ -51,6 +51,6 @@ def test_a_run_without_profiles_has_no_pictures(tmp_path: Path) -> None:
 def test_a_line_that_is_no_profile_fails_the_drawing_each_time_it_is_tried(tmp_path: Path) -> None:
     (tmp_path / METRICS_FILE).write_text('{"step": 1, "depth": {}}\n')
     drawer = DepthDrawer(tmp_path)
-    with pytest.raises(UserError, match="is no depth profile"):
+    with pytest.raises(UserError, match="is not a depth profile"):
         drawer.draw()
     assert not drawer.is_due

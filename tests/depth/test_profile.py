@@ -22,7 +22,7 @@ from keel_megatron.depth.profile import (
     QUANTITIES,
     DepthProfile,
     first_nonfinite,
-    not_noted,
+    not_recorded,
     read_profiles,
 )
 from keel_megatron.depth.table import draw, select, table
@@ -68,12 +68,12 @@ def test_what_an_older_version_did_not_note_is_left_out_and_said(tmp_path: Path)
     found = read_profiles(tmp_path)
     times = [{"time": line["time"]} for line in lines]
     assert [f.to_json() | t for f, t in zip(found, times, strict=True)] == lines
-    assert not_noted(found) == "not noted at steps 1 to 2: gradient_norm, attention_logit_max"
-    assert not_noted(found[2:]) is None
+    assert not_recorded(found) == "not recorded at steps 1 to 2: gradient_norm, attention_logit_max"
+    assert not_recorded(found[2:]) is None
     assert "gradient_norm" not in table(found[0], select(found, None, 2), None)
     assert "gradient_norm" in table(found[0], select(found, None, None), None)
     assert "depth.gradient_norm.min" not in found[0].summary()
-    with pytest.raises(UserError, match=r"nobody noted gradient_norm at step 2; try --step"):
+    with pytest.raises(UserError, match=r"gradient_norm was not recorded at step 2; try --step"):
         select(found, "gradient_norm", 2)
     shown = select(found, "gradient_norm", 4)
     (large,) = draw(found, shown, "gradient_norm", "run", tmp_path)
@@ -81,7 +81,9 @@ def test_what_an_older_version_did_not_note_is_left_out_and_said(tmp_path: Path)
     assert large.is_file()
     assert maps.is_file()
     path.write_text('{"step": 1, "depth": {}}\n')
-    with pytest.raises(UserError, match=r"the line of step 1 is no depth profile \(no quantity\)"):
+    with pytest.raises(
+        UserError, match=r"the line of step 1 is not a depth profile \(no quantity\)"
+    ):
         read_profiles(tmp_path)
 
 
@@ -254,7 +256,9 @@ def test_what_a_user_gets_wrong_is_named(tmp_path: Path) -> None:
     profiles = [post_ln, profile(100), profile(200)]
     assert select(profiles, "gradient_norm", None) is profiles[-1]
     assert select(profiles, None, 100) is profiles[1]
-    with pytest.raises(UserError, match="--quantity: grad is none of gradient_norm, stream_rms"):
+    with pytest.raises(
+        UserError, match="--quantity: grad must be one of gradient_norm, stream_rms"
+    ):
         select(profiles, "grad", None)
     with pytest.raises(UserError, match=r"--step: there is no profile of step 3; .* 1, 100, 200"):
         select(profiles, None, 3)

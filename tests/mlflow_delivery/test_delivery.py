@@ -161,7 +161,7 @@ def test_a_store_of_files_that_fails_holds_up_no_points(
     assert (tries > 1) == isinstance(error, PermissionError)
     (found,) = mlflow_runs(run)
     assert (found.info.status, found.data.metrics) == ("KILLED", {"train/loss": 5.0})
-    left_out = [line for line in said if line.endswith("it is left out")]
+    left_out = [line for line in said if line.endswith("it is skipped")]
     assert ["one.txt" in left_out[0], "log.txt" in left_out[1]] == [True, True]
 
 
@@ -280,7 +280,7 @@ def test_sync_delivers_and_tells_the_end_of_a_process_that_is_gone(tmp_path: Pat
     (session.folder / "log.txt").write_text("the end")
     with the_only_one(session.folder, wait=False) as held:
         assert held
-        with pytest.raises(UserError, match="the run is at work and delivers what waits itself"):
+        with pytest.raises(UserError, match="the run is training and delivers its own reports"):
             sync(session.folder)
     lines = sync(session.folder)
     assert lines[0].startswith(f"{session.folder}: delivered 1 point(s) to MLflow (sqlite")
@@ -289,7 +289,7 @@ def test_sync_delivers_and_tells_the_end_of_a_process_that_is_gone(tmp_path: Pat
     assert found.info.status == "FAILED"
     assert [f.path for f in mlflow_client(run).list_artifacts(found.info.run_id)] == ["log.txt"]
     (line,) = sync(session.folder)
-    assert "nothing waits, MLflow" in line
+    assert "nothing to deliver; MLflow" in line
 
 
 def test_sync_with_a_server_that_is_down_is_one_message(

@@ -31,7 +31,7 @@ def test_what_waits_in_a_spool_is_delivered_by_sync(tmp_path: Path) -> None:
     assert found.info.status == "KILLED"
     assert history(run, found.info.run_id, "train/loss") == [(1, 5.0), (2, 4.0)]
     assert {path.name for path in session.spool.iterdir()} == {"delivered.json", "target.json"}
-    assert "nothing waits" in sync(session.folder)[0]
+    assert "nothing to deliver" in sync(session.folder)[0]
 
 
 def test_a_run_that_this_version_resumes_gets_it_before_its_own_records(tmp_path: Path) -> None:

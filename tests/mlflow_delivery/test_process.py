@@ -115,8 +115,8 @@ def test_a_dead_server_blocks_nothing_and_what_waits_is_said(tmp_path: Path) -> 
     assert str(Waiting.of(folder)) == "10,000 point(s) and 1 file(s)"
     reports.finish()
     assert told(said)[-1] == (
-        "MLflow (http://127.0.0.1:9) did not get everything: 10,000 point(s), 1 file(s) and the "
-        f"status FINISHED wait in {folder}; "
+        "MLflow (http://127.0.0.1:9) did not receive everything: 10,000 point(s), 1 file(s) and "
+        f"the status FINISHED wait in {folder}; "
         f"`keel track sync {folder} --to http://127.0.0.1:9` delivers them"
     )
     assert told(said)[0].startswith("MLflow (http://127.0.0.1:9) does not answer: ")

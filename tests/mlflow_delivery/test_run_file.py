@@ -125,8 +125,8 @@ def test_a_copy_that_was_not_started_delivers_and_shows_nothing(tmp_path: Path) 
     shutil.copytree(run.training.folder, copy)
     (line,) = sync(copy)
     assert line == (
-        f"{copy}: nothing waits: it is a copy of {run.training.folder}, which delivers its own "
-        "reports"
+        f"{copy}: nothing to deliver: it is a copy of {run.training.folder}, which delivers its "
+        "own reports"
     )
     add_file(copy, copy / "note.txt", None)
     assert Waiting.of(copy).points == 1, "untouched"

@@ -152,7 +152,7 @@ def test_a_resume_asks_no_address_but_its_own_and_takes_no_file_from_outside(
     )
     outside = [str(home / "id_rsa"), "../../home/.bashrc", "..", "inner", "log.txt"]
     assert said[1:] == [
-        f"the file {name} is not in {folder}, the run's folder: it is left out" for name in outside
+        f"the file {name} is not in {folder}, the run's folder: it is skipped" for name in outside
     ]
 
 
@@ -228,7 +228,7 @@ def test_a_target_that_is_none_is_no_report(tmp_path: Path, target: Any) -> None
     _run, folder = crafted(tmp_path, None)
     (folder / "config.yaml").write_text("")
     EventLog(folder).append("start", time=9, name="b", target=target, metrics=0)
-    assert sync(folder) == [f"{folder}: nothing waits; the run does not report to MLflow"]
+    assert sync(folder) == [f"{folder}: nothing to deliver; the run does not report to MLflow"]
 
 
 def test_a_place_that_is_no_folder_is_not_waited_for(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_rebuild_into_the_run_doubles_nothing_and_keeps_what_people_added(
         found.info.start_time,
         found.info.end_time,
     )
-    assert "nothing waits" in sync(folder, [str(run.tracking.uri)])[0]
+    assert "nothing to deliver" in sync(folder, [str(run.tracking.uri)])[0]
 
 
 def test_a_rebuild_where_the_run_is_gone_makes_it_anew(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_memory_has_a_limit_and_what_was_lost_is_told(
     assert file.write()
     found = (tmp_path / "log.txt").read_text().splitlines()
     assert found == [*(f"line {number:03}" for number in range(11)), "line 040"]
-    assert "is written again; 38 lines were left out" in said[1]
+    assert "is written again; 38 lines were dropped" in said[1]
 
 
 def test_a_file_that_can_never_be_written_is_told_at_its_end(tmp_path: Path) -> None:

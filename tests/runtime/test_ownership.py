@@ -110,7 +110,7 @@ def test_a_killed_launcher_s_rank_still_owns_the_folder() -> None:
         launcher.kill()
     rank = psutil.Process(int(pid))
     try:
-        with pytest.raises(UserError, match=rf"ranks at work that process {launcher.pid} on host"):
+        with pytest.raises(UserError, match=rf"ranks, started by process {launcher.pid} on host"):
             take(Path("run"))
     finally:
         rank.kill()
