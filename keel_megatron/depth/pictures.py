@@ -1,4 +1,4 @@
-"""Pictures of depth profiles: heat maps over depth and steps, and a step compared with the first."""
+"""Pictures of depth profiles: heat maps over depth and steps, and two steps compared."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def draw_heat_map(
 
 
 def draw_lines(axes: Axes, first: DepthProfile, latest: DepthProfile, quantity: str) -> None:
-    """Draw a step (strong) and the first (faint) over depth, attention and FFN as separate lines."""
+    """Draw a step (strong) and the first (faint) over depth; attention and FFN apart."""
     for profile, style in (
         (first, {"linewidth": 0.9, "alpha": 0.5, "linestyle": (0, (4, 2))}),
         (latest, {"linewidth": 1.5}),

@@ -149,7 +149,7 @@ class DepthProfile:
         return found
 
     def alarm(self) -> str | None:
-        """A message with the first non-finite sub-layer of each quantity; None if all are finite."""
+        """A message with each quantity's first non-finite sub-layer; None if all are finite."""
         first = {name: first_nonfinite(values) for name, values in self.values.items()}
         where = [f"{name} from sub-layer {l}" for name, l in first.items() if l is not None]
         return f"step {self.step}: not finite: {', '.join(where)}" if where else None
