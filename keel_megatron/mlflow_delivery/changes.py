@@ -1,4 +1,4 @@
-"""Settings that a run changed on its way."""
+"""Settings that changed during a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SHOWN = 200
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that has another value from the step after `step` on."""
+    """A setting whose value changed after step `step`."""
 
     step: int
     """Step of the checkpoint that the run resumed from."""

@@ -1,4 +1,4 @@
-"""The MLflow client as this project uses it. Importing MLflow takes seconds: only when asked."""
+"""The MLflow client. MLflow is imported only when needed, because that takes seconds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DEFAULTS = {
     # said by us, without the password that it may hold.
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # The caller itself tries again; MLflow's own 7 attempts of 120 s would keep it for minutes.
+    # The caller retries; MLflow's own 7 attempts of 120 s would block it for minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
@@ -22,8 +22,8 @@ _KIND = {"mlflow.experimentKind": "custom_model_development"}
 def open_client(uri: str) -> Any:
     """A client of a tracking URI.
 
-    The URI is always given: MLflow's own default would be set by whatever mlruns folder lies in the
-    working directory.
+    The URI is always explicit: MLflow's default depends on an mlruns folder in the working
+    directory.
 
     Raises:
         ImportError: MLflow is not installed.
@@ -32,19 +32,19 @@ def open_client(uri: str) -> Any:
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    # Importing MLflow makes its loggers tell of every table that they create.
+    # Importing MLflow makes its loggers report every table that they create.
     logging.getLogger("alembic").setLevel(logging.ERROR)
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     return MlflowClient(tracking_uri=uri)
 
 
 def experiment_id(client: Any, name: str, artifacts: str | None, *, local: bool) -> str:
-    """The id of an experiment, which is made if it is not there.
+    """The id of an experiment, which is created if it does not exist.
 
     Args:
-        client: MLflow's.
-        name: the experiment's.
-        artifacts: where the files of a new experiment go; None = as the server says.
+        client: MLflow's client.
+        name: name of the experiment.
+        artifacts: location of a new experiment's files; None = chosen by the server.
         local: restore it if it is deleted, as MLflow's own "Default" is in a local database.
     """
     from mlflow.exceptions import MlflowException
@@ -56,7 +56,7 @@ def experiment_id(client: Any, name: str, artifacts: str | None, *, local: bool)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)  # another run has just made it
+            found = client.get_experiment_by_name(name)  # another run has just created it
     if local and found.lifecycle_stage != "active":
         client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)

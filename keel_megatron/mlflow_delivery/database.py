@@ -2,12 +2,12 @@
 
     runs/mlflow.db               every run's points, parameters, notes and tags
     runs/mlflow_artifacts/ID     a link to RUN/mlflow_artifacts/ID, where the run keeps its files
-    runs/mlflow.db.lock          held while the database is made or upgraded
+    runs/mlflow.db.lock          held while the database is created or upgraded
 
 It is an ordinary MLflow database: `mlflow ui --backend-store-uri sqlite:///runs/mlflow.db` shows
-it. Only MLflow's own interface writes to it. On a local disk its journal is a write-ahead log, so
-that readers and writers do not wait for each other; on a network file system, where such a log does
-not work, it is SQLite's default.
+it. Only MLflow's own interface writes to it. On a local disk it uses SQLite's write-ahead log, so
+that readers and writers do not block each other. Network file systems do not support that log;
+there the journal is SQLite's default.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _OUT_OF_DATE = "out-of-date database schema"
 
 
 class DatabaseError(UserError):
-    """A database that is not this user's, or that cannot be used as it is."""
+    """The database belongs to another user, or cannot be used."""
 
 
 def database_of(run: Path) -> Path:
@@ -52,7 +52,7 @@ def local_uri(run: Path) -> str:
 
 
 def artifacts_uri(database: Path) -> str:
-    """Where the files of the database's experiments go, for MLflow: its own default is ./mlruns."""
+    """Location of the database's experiments' files for MLflow, whose default is ./mlruns."""
     return (database.parent.resolve() / ARTIFACTS).as_uri()
 
 
@@ -62,7 +62,7 @@ def local_artifacts(run: Path) -> Path:
 
 
 def why_foreign(database: Path) -> str | None:
-    """Why a database is not written: it is a link, no regular file, or another user's.
+    """Why a database is not written: it is a link, not a regular file, or another user's.
 
     None if it is this user's, or if there is none yet.
     """
@@ -80,10 +80,10 @@ def why_foreign(database: Path) -> str | None:
 
 
 def prepare(database: Path) -> None:
-    """Make the database if there is none, and bring its tables to the installed MLflow's version.
+    """Create the database if there is none, and upgrade its tables to the installed MLflow.
 
-    Any number of processes may do this at once. The file becomes readable and writable for its user
-    alone (0600). Before an upgrade the database is copied to mlflow.db.before_upgrade.
+    Several processes may do this at once. The file is readable and writable only for its user
+    (0600). Before an upgrade the database is copied to mlflow.db.before_upgrade.
 
     Raises:
         DatabaseError: it is not this user's.
@@ -109,16 +109,14 @@ def prepare(database: Path) -> None:
 
 
 def copy_foreign(database: Path, to: Path) -> None:
-    """Copy another user's database, to be read.
-
-    Its tables are brought to the installed MLflow's version in the copy.
+    """Copy another user's database for reading, and upgrade the copy's tables.
 
     Args:
         database: the original, which is only read.
         to: the copy; its folder is private.
 
     Raises:
-        DatabaseError: it cannot be read, or is no plain database.
+        DatabaseError: it cannot be read, or contains views or virtual tables.
     """
     try:
         for part in _PARTS[:2]:
@@ -141,11 +139,12 @@ def copy_foreign(database: Path, to: Path) -> None:
 
 
 def link_artifacts(run: Path, run_id: str) -> None:
-    """Lead the database's place for the files of an MLflow run to the run's own folder.
+    """Link the database's location for the files of an MLflow run to the run's own folder.
 
-    MLflow sets a run's place by its experiment alone. The link is relative, so that the folder of
-    runs can be moved as a whole, and is made anew at every start, so that a run's folder can.
-    Where a file system has no links, files are in the run's folder only.
+    MLflow derives a run's location from its experiment. The link is relative, so that the folder of
+    runs can be moved as a whole, and is recreated at every start, so that a run's folder can be
+    moved.
+    On a file system without links, files are in the run's folder only.
     """
     place = database_of(run).parent / ARTIFACTS
     wanted = os.path.join("..", Path(os.path.abspath(run)).name, ARTIFACTS, run_id)
@@ -179,10 +178,10 @@ def _open_upgraded(database: Path) -> None:
 
 
 def _create(database: Path) -> None:
-    """Make the database whole before it gets its name; the caller holds the lock.
+    """Create the complete database under a temporary name; the caller holds the lock.
 
-    MLflow makes its tables in dozens of steps, and one that is killed between them leaves a file
-    that it can neither use nor complete.
+    MLflow creates its tables in dozens of steps. If it is killed between them, it can neither use
+    nor complete the file.
     """
     for left in database.parent.glob(f"{database.name}.*.partial*"):
         left.unlink(missing_ok=True)
@@ -219,7 +218,7 @@ def _touch(file: Path) -> None:
 
 
 def _upgrade(database: Path) -> None:
-    """Bring the tables to the installed MLflow's version, after a copy; the caller holds the lock.
+    """Copy the database and upgrade its tables; the caller holds the lock.
 
     Raises:
         DatabaseError: MLflow cannot.
@@ -241,7 +240,7 @@ def _upgrade(database: Path) -> None:
 
 
 def _check_tables(database: Path) -> None:
-    """See that what another user's database holds are tables: a view is a query without an end.
+    """Refuse views and virtual tables in another user's database: they could be endless queries.
 
     Raises:
         DatabaseError: one is not.
@@ -253,7 +252,7 @@ def _check_tables(database: Path) -> None:
             "WHERE type = 'view' OR sql LIKE 'CREATE VIRTUAL%' ORDER BY name"
         ).fetchone()
     if other is not None:
-        raise DatabaseError(f"{other[0]} is a {other[1]}, not a plain table")
+        raise DatabaseError(f"{other[0]} is a {other[1]}, not a table")
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Delivering a run's log to MLflow: each start's to the place that it names.
+"""Delivery of a run's log to MLflow; each start's records go to the address that it names.
 
-The run's folder may be a stranger's: reports go to a store in that folder, or to an address that
-the user has given today; files are taken from that folder alone.
+The run's folder is untrusted: reports go only to the local database or to an address that the user
+has confirmed, and only files inside that folder are sent.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from keel_megatron.tracking.records import Status
 from keel_megatron.urls import without_credentials
 
 FILE_SECONDS = 60.0
-"""How long a file that cannot be stored holds up the points behind it while MLflow answers."""
+"""Longest time that a file which cannot be stored delays the points after it, in seconds."""
 
 
 class Delivery:
-    """Delivers a run's log; one at a time does.
+    """Delivers a run's log; only one at a time may do so.
 
     Args:
         run: the run's folder.
-        say: told what the user should know: once when MLflow does not answer and once when it does
-            again, and what MLflow refuses.
-        file_seconds: how long a file that cannot be stored is tried again while MLflow answers.
-        confirmed: the tracking URIs that the user has given; what the log says is for another
-            one, but for the local database, is delivered to where the run reports now.
-        outbox: what it reads; None reads on where the last worker has stopped.
+        say: called with messages: when MLflow stops answering, when it answers again, and what
+            MLflow refuses.
+        file_seconds: how long storing a file is retried while MLflow answers.
+        confirmed: tracking URIs that the user has confirmed; records for another one (except the
+            local database) are delivered to the run's current address.
+        outbox: reader of the log; None continues where the last worker stopped.
 
     Raises:
         ImportError: MLflow is not installed.
@@ -65,27 +65,27 @@ class Delivery:
         self._file_seconds = file_seconds
         self._no_file_since: float | None = None
         self.problem: str | None = None
-        """What MLflow does instead of answering (reasons.problem); None while it answers."""
+        """Why MLflow does not accept reports (reasons.problem); None while it does."""
         self.points = 0
         """Points delivered so far."""
 
     @property
     def shown_uri(self) -> str:
-        """Where it delivers to, for messages."""
+        """The address, for messages."""
         return without_credentials(self._place().uri_of(self._run))
 
     @property
     def reader(self) -> OutboxReader | SpoolReader:
-        """What the newest start has written to."""
+        """The reader of the newest start's records."""
         return self._outbox if self._outbox.last_start else self._earlier
 
     def scan(self) -> None:
-        """Look at what the run has logged beside its records."""
+        """Read new events of the run log."""
         self._earlier.scan()
         self._outbox.scan()
 
     def deliver(self) -> bool:
-        """Deliver what waits, each start's to the place it names; whether MLflow took all of it."""
+        """Deliver everything that is undelivered; whether MLflow accepted all of it."""
         while True:
             try:
                 for reader in (self._earlier, self._outbox):
@@ -102,7 +102,7 @@ class Delivery:
                     return False
 
     def end(self, status: Status) -> bool:
-        """Give the MLflow run an ending that nobody has reported; whether MLflow took it."""
+        """Set the final status of a run that did not report it; whether MLflow accepted it."""
         item = {"kind": "end", "status": status, "time": time.time_ns() // 1_000_000}
         try:
             self._end(item)
@@ -113,7 +113,7 @@ class Delivery:
         return True
 
     def show(self, pictures: list[Path]) -> None:
-        """Let MLflow have pictures that were drawn, if it takes them now; it has them at the end.
+        """Upload new pictures now if possible; they are uploaded again at the end.
 
         Raises:
             Exception: it does not.
@@ -140,7 +140,7 @@ class Delivery:
                 self._leave_out(_shown(batch[0]), error)
 
     def _gives_up_file(self, error: Exception) -> bool:
-        """Whether a file that cannot be stored is left out, for the sake of what waits behind it.
+        """Whether to skip a file that cannot be stored, so that later items are delivered.
 
         Files have a store of their own: a bucket may need a package or a key that is not here, a
         proxy may refuse their size, while MLflow takes points.
@@ -202,7 +202,7 @@ class Delivery:
         client.end(values["status"], values["time"])
 
     def _log_file(self, client: MlflowRun, name: str) -> None:
-        """Hand a file over, if it is the run's."""
+        """Upload a file, if it is in the run's folder."""
         path = inside(self._run, name)
         if path is None:
             self._say(f"the file {name} is not in {self._run}, the run's folder: it is skipped")
@@ -210,7 +210,7 @@ class Delivery:
             client.log_file(path)
 
     def _newest(self) -> Target | None:
-        """Where the run reports now, as far as the log was looked at."""
+        """The run's current address, as far as the log was read."""
         return Target.of_start(self._run, self.reader.last_start)
 
     def _place(self) -> Target:
@@ -227,14 +227,14 @@ class Delivery:
         return self._client
 
     def _go_to(self, target: Target | None) -> None:
-        """Deliver there from now on; to where the run reports now if it is a place given up."""
+        """Deliver to this address from now on; to the run's current one if it was given up."""
         if target is not None and target.uri_of(self._run) in self._given_up:
             target = self._newest()
         if target != self._target:
             self._target, self._client = target, None
 
     def _moves_on(self, error: Exception) -> bool:
-        """Give up a place that does not answer if the run was since started with another one."""
+        """Give up an address that does not answer if the run was since started with another."""
         newest = self._newest()
         here, shown = self._place().uri_of(self._run), self.shown_uri
         if newest is None or newest.uri_of(self._run) == here:

@@ -1,9 +1,9 @@
-"""What waits in a run's `spool/`, where earlier versions kept everything that MLflow was to get.
+"""Reader of `spool/`, in which earlier versions kept undelivered reports.
 
     spool/events.000001.jsonl        starts, values, files, tags, changed settings, rewinds, endings
     spool/system-HOST.000001.jsonl   a node's own measurements
-    spool/delivered.json             how far MLflow has them
-    spool/target.json                the place of starts that do not name it
+    spool/delivered.json             what is already delivered
+    spool/target.json                the address of starts that do not name one
 
 Nothing is written there any more. Files are deleted once they are delivered.
 """
@@ -29,18 +29,18 @@ Place = tuple[int, int]
 
 
 class SpoolReader:
-    """What of a spool is not delivered yet.
+    """The undelivered items of a spool.
 
-    Values after the step that a later start or rewind goes back to are left out: the run computed
+    Values after the step to which a later start or rewind returns are skipped: the run computed
     them again.
 
     Args:
         run: the run's folder.
 
     Attributes:
-        session: what the last delivered start said.
-        last_start: what the last start said.
-        ended: whether the last start's end is known.
+        session: values of the last delivered start.
+        last_start: values of the last start.
+        ended: whether the last start has logged its end.
     """
 
     def __init__(self, run: Path) -> None:

@@ -1,4 +1,4 @@
-"""What MLflow is to get, one item at a time."""
+"""Items to deliver to MLflow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from keel_megatron.config.reading import parse_json, read_small
 
 POINTS_PER_CALL = 1000
-"""As many as MLflow takes in one call."""
+"""Maximum number of points in one call of MLflow."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Item:
 
     @property
     def kind(self) -> str:
-        """What it is: start, metrics, system, tags, changes, artifact, rewind or end."""
+        """Kind: start, metrics, system, tags, changes, artifact, rewind or end."""
         return str(self.values["kind"])
 
     @property
     def points(self) -> int:
-        """How many points of metrics it holds."""
+        """Number of metric points in it."""
         return len(self.values.get("values", ()))
 
 
@@ -48,7 +48,7 @@ _FIELDS: dict[str, dict[str, type]] = {
 
 
 def is_item(values: Any) -> bool:
-    """Whether a line has what its kind must have: not every line need be a writer's."""
+    """Whether a line is a valid item of its kind: the file is untrusted."""
     if not isinstance(values, dict):
         return False
     fields = _FIELDS.get(str(values.get("kind")), {"kind": str})
@@ -59,7 +59,7 @@ def is_item(values: Any) -> bool:
 
 
 def one_call(items: Iterable[Item]) -> list[Item]:
-    """The first items: points, as many as go into one call, or one of anything else."""
+    """The first items: points for one call, or one item of another kind."""
     batch: list[Item] = []
     points = 0
     for item in items:
@@ -74,7 +74,7 @@ def one_call(items: Iterable[Item]) -> list[Item]:
 
 
 def note_in(path: Path) -> dict[str, Any]:
-    """A small JSON object that a reader keeps; empty if there is none."""
+    """A reader's note, a small JSON object; empty if there is none."""
     try:
         return dict(parse_json(read_small(path)))
     except (OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""A run as MLflow sees it. Everything here may block or fail: only the MLflow worker calls it."""
+"""An MLflow run. Every call may block or fail: only the MLflow worker makes them."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Point:
 
 
 class MlflowRun:
-    """A client, and the MLflow run that it writes to once `start` or `reopen` has found it.
+    """A client and the MLflow run that it writes to, after `start` or `reopen`.
 
     Args:
         folder: the run's folder.
-        target: which MLflow run.
+        target: the MLflow run and its server.
     """
 
     def __init__(self, folder: Path, target: Target) -> None:
@@ -74,13 +74,13 @@ class MlflowRun:
         """Begin a new MLflow run, or continue the folder's.
 
         Args:
-            start: name of this start; the same one a second time changes nothing.
+            start: name of this start; a second call with the same name changes nothing.
             back_to: step that the run resumes from; None = a new MLflow run.
             time_ms: when.
-            again: whether all of the run is delivered again: to the MLflow run that it has.
+            again: the whole run is delivered again, to its existing MLflow run.
 
         Returns:
-            What the user should know about it, if anything.
+            A message for the user, or None.
         """
         known, remark = self._remembered(), None
         if known is not None and (again or known.data.tags.get(_START_TAG) == start):
@@ -108,14 +108,14 @@ class MlflowRun:
         return remark
 
     def reopen(self) -> None:
-        """Find the folder's MLflow run; make one if there is none."""
+        """Find the folder's MLflow run, or create it."""
         if self._run is None:
             self._run = self._remembered()
         if self._run is None:
             self._create("", None)
 
     def replace_if_gone(self) -> str | None:
-        """Make a run in the place of one that was deleted meanwhile; the remark, if it was."""
+        """Create a new run if this one was deleted; a message if it was."""
         if self._run is None or self._get(self._run.info.run_id) is not None:
             return None
         gone, start = self.run_id, self._run.data.tags.get(_START_TAG, "")
@@ -150,10 +150,10 @@ class MlflowRun:
             self._client.log_batch(self.run_id, tags=wanted[start : start + _PER_CALL])
 
     def rewind(self, step: int, time_ms: int) -> None:
-        """The run goes back to a step: a tag `resumed.N` marks that the points after it are void.
+        """Record a return to a step: the tag `resumed.N` marks the points after it as replaced.
 
-        MLflow deletes no points. Of two points of the same step the later one counts; after an
-        exact resume both have the same values, except for times and speeds.
+        MLflow cannot delete points. Of two points of a step, the later one is valid; after an exact
+        resume both have the same values, except times and speeds.
         """
         when = datetime.datetime.fromtimestamp(time_ms / 1000, datetime.UTC)
         tags = self._client.get_run(self.run_id).data.tags
@@ -166,10 +166,10 @@ class MlflowRun:
         self.tag({f"resumed.{len(before) + 1}": text + counts})
 
     def set_changes(self, changes: Sequence[Change]) -> None:
-        """Say which settings were changed and where, a tag `changed.step_NNNNNNNN` each.
+        """Record changed settings, one tag `changed.step_NNNNNNNN` per step.
 
-        Tags of changes that are not among them are removed: those of steps that the run went back
-        behind, and the `changed.SETTING` of earlier versions.
+        Other tags of changes are removed: those of steps before which the run returned, and the
+        `changed.SETTING` tags of earlier versions.
         """
         by_step: dict[str, list[str]] = {}
         for change in changes:
@@ -187,7 +187,7 @@ class MlflowRun:
             self._client.log_artifact(self.run_id, str(path))
 
     def answers(self) -> bool:
-        """Whether MLflow knows the run and says so now."""
+        """Whether MLflow answers and has the run."""
         try:
             self._client.get_run(self.run_id)
         except Exception:
@@ -199,9 +199,9 @@ class MlflowRun:
         self._client.set_terminated(self.run_id, status, end_time=time_ms)
 
     def _keep_file(self, path: Path) -> None:
-        """Copy it to the run's own folder of artifacts, where a link leads MLflow.
+        """Copy it to the run's own artifact folder, to which MLflow has a link.
 
-        Not through MLflow, which would write to wherever the database says.
+        Not through MLflow, which would write to the location in the database.
         """
         place = local_artifacts(self._folder) / str(self.run_id) / "artifacts"
         if path.is_dir():
@@ -215,7 +215,7 @@ class MlflowRun:
         return None if run_id is None else self._get(run_id)
 
     def _get(self, run_id: str, deleted: bool = False) -> Any:
-        """The MLflow run; None if it is another server's, or was deleted and is not wanted then."""
+        """The MLflow run; None if it is on another server, or deleted."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -239,10 +239,10 @@ class MlflowRun:
             move_artifacts(self._folder, before, str(self.run_id))
 
     def _log_params(self, run: Any) -> None:
-        """The configuration in force.
+        """Log the current configuration.
 
-        MLflow keeps a parameter's first value. A tag `config.KEY` has the value in force of each
-        parameter that shows another one.
+        MLflow keeps a parameter's first value. A tag `config.KEY` has the current value of
+        each parameter whose first value differs.
         """
         from mlflow.entities import Param
 
@@ -254,14 +254,14 @@ class MlflowRun:
         self._set_tags("config.", {f"config.{key}": _cut(value) for key, value in other.items()})
 
     def _rename(self) -> None:
-        """Follow a changed training.name; a name that was given in MLflow's pages stays."""
+        """Apply a changed training.name; keep a name that was edited in MLflow's pages."""
         data, name = self._run.data, self._target.name
         before = data.tags.get("config.training.name", data.params.get("training.name", name))
         if before != name:
             self._client.update_run(self.run_id, name=name)
 
     def _set_tags(self, prefix: str, wanted: Mapping[str, str]) -> None:
-        """Make these all the tags whose names begin so."""
+        """Replace all tags with this prefix by these."""
         known = self._client.get_run(self.run_id).data.tags
         self.tag({key: value for key, value in wanted.items() if known.get(key) != value})
         for key in known:

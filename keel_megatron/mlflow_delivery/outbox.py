@@ -1,15 +1,15 @@
-"""What of a run's log MLflow does not have yet.
+"""Reader of a run's log, which tracks what is already delivered to MLflow.
 
 Metrics.jsonl, the event log and the nodes' measurements (tracking/outbox.py) are only read;
-`outbox/delivered.json` says how far MLflow has each, in bytes, and is replaced in one move. An item
-may come twice, when the process dies between a delivery and its note: MLflow's database stores take
-a point of the same name, step, time and value as the same.
+`outbox/delivered.json` has the delivered bytes of each, and is replaced atomically. An item may be
+delivered twice, if the process dies between a delivery and its note: MLflow's database stores treat
+a point with the same name, step, time and value as the same.
 
-The run cuts metrics.jsonl when it resumes or rolls back, and then logs an event with the size that
-stays, before it writes on. So no cut can be known while records before it are taken for later ones:
-a batch of records counts only if no cut was logged between the looks before and after reading it.
-Should the event itself be lost, on a full disk or by a change made by hand, the bytes before the
-noted place are others than before, and the file is delivered again from its beginning.
+The run truncates metrics.jsonl when it resumes or rolls back, then logs an event with the remaining
+size, then appends new records. A batch of records is valid only if no truncation was logged between
+the reads of the event log before and after it. If the event is lost, on a full disk or by a manual
+change, the bytes before the noted position differ from those delivered, and the file is delivered
+again from its beginning.
 """
 
 from __future__ import annotations
@@ -38,19 +38,18 @@ _LARGEST = 1 << 53
 
 
 class OutboxReader:
-    """Reads on in a run's log, and notes how far MLflow has it.
+    """Reads new items of a run's log, and notes what is delivered.
 
     Args:
         run: the run's folder.
-        again: forget what is noted, and deliver the whole of the run's present MLflow run again:
-            from the last start that began one.
-        whole: with `again`, deliver the records from before the first start that is logged too,
-            which an earlier version delivered; not in a copy, where they are another run's.
+        again: ignore the note, and deliver the current MLflow run again from its first start.
+        whole: with `again`, also deliver the records before the first logged start, which an
+            earlier version delivered; not in a copy, where they belong to another run.
 
     Attributes:
-        session: what the last delivered start said.
-        last_start: what the last start said.
-        ended: whether the last start's end is known.
+        session: values of the last delivered start.
+        last_start: values of the last start.
+        ended: whether the last start has logged its end.
     """
 
     def __init__(self, run: Path, *, again: bool = False, whole: bool = True) -> None:
@@ -93,7 +92,7 @@ class OutboxReader:
             self.ended = (self.ended and item.kind != "start") or item.kind == "end"
 
     def batch(self) -> list[Item]:
-        """The next items: points, as many as go into one call, or one event; none if all is there.
+        """The next items: points for one call, or one event; empty if everything is delivered.
 
         Records come before the event that they were written before.
         """
@@ -115,7 +114,7 @@ class OutboxReader:
         yield from self._measurements()
 
     def commit(self, items: list[Item]) -> None:
-        """Note that these are delivered (or given up), with all before them."""
+        """Note that these, and all before them, are delivered (or given up)."""
         for item in items:
             if item.stream == _EVENTS:
                 self._pending.popleft()
@@ -127,7 +126,7 @@ class OutboxReader:
         self._write_note()
 
     def close(self) -> None:
-        """Note that the last start's end is delivered, though the run did not say it."""
+        """Note that the last start's end is delivered, although the run did not log it."""
         self._is_open, self.ended = False, True
         self._write_note()
 
@@ -254,7 +253,7 @@ class OutboxReader:
 
 @dataclass(frozen=True)
 class Waiting:
-    """How much of a run's log MLflow does not have."""
+    """Number of undelivered items of a run's log."""
 
     points: int = 0
     files: int = 0

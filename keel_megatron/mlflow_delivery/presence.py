@@ -1,4 +1,4 @@
-"""Who is at work on a run's outbox: the one worker that delivers it, and the training process."""
+"""The processes of a run's outbox: the one worker that delivers it, and the training process."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ HEARTBEAT_SECONDS = 10.0
 
 @contextmanager
 def the_only_one(run: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the outbox's lock within the block; False if another worker has it.
+    """Hold the outbox's lock within the block; False if another worker holds it.
 
-    The system frees the lock of a process that dies. A file system without locks gives it to all.
+    The system releases the lock when its process ends. On a file system without locks, every
+    process gets it.
     """
     path = run / FOLDER / "lock"
     path.parent.mkdir(exist_ok=True)
@@ -37,9 +38,9 @@ def the_only_one(run: Path, *, wait: bool) -> Iterator[bool]:
 
 
 def is_alive(session: dict[str, Any], run: Path) -> bool:
-    """Whether the training process of a session may still be there.
+    """Whether the training process of a session may still run.
 
-    On another machine that is so if its MLflow worker gave a sign of life within the last minute.
+    On another machine: whether its MLflow worker updated its heartbeat within the last minute.
     """
     if session.get("host") == socket.gethostname():
         pid, born = session.get("pid"), session.get("born")

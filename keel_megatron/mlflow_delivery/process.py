@@ -1,4 +1,4 @@
-"""The MLflow worker as the training process sees it: started, watched, waited for at the end."""
+"""The MLflow worker, as the training process starts, supervises and awaits it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from keel_megatron.urls import without_credentials
 CLOSE_SECONDS = 30.0
 """Longest wait for the MLflow worker at the end of a run."""
 _PATIENCE = 3.0
-"""Seconds of waiting without a word."""
+"""Seconds of waiting without a message."""
 _RESPAWN_SECONDS = 30.0
 
 
 class WorkerProcess:
     """The process that delivers a run's log (worker.py). Even MLflow's import happens there.
 
-    It is started at once, and again should it die.
+    It is started immediately, and restarted if it dies.
 
     Args:
         run: the run's folder, in which the start is logged.
         start: the name of the start.
-        uri: where the run reports to.
-        to: tracking.uri, which the user confirms by giving it; None is the store in the folder.
-        warn: told what the user should know, from a thread or from `finish`.
+        uri: address to which the run reports.
+        to: tracking.uri, confirmed because the user has set it; None: the local database.
+        warn: called with messages, from a thread or from `finish`.
         close_seconds: longest wait of `finish`; None = CLOSE_SECONDS.
     """
 
@@ -56,7 +56,7 @@ class WorkerProcess:
         self._listener.start()
 
     def finish(self) -> None:
-        """Wait a bounded time for what is on its way; the run has logged its end."""
+        """Wait a limited time for the delivery; the run has logged its end."""
         self._closing.set()
         if self._process.poll() not in (None, worker.UNUSABLE):
             self._process = self._start()  # the last one died before its time
@@ -110,7 +110,7 @@ class WorkerProcess:
         )
 
     def _listen(self) -> None:
-        """Pass on what the worker says; start another one should it die."""
+        """Forward the worker's messages; restart it if it dies."""
         while True:
             process = self._process
             assert process.stdout is not None
