@@ -1,4 +1,4 @@
-"""What MLflow's errors mean, and how they are told."""
+"""Meaning of MLflow's errors, and messages about them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from keel_megatron.urls import without_credentials
 _REJECTIONS = frozenset(
     {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"}
 )
-"""MLflow's answers to what will never be taken; anything else may pass."""
+"""Error codes of items that MLflow will never accept; other errors may be temporary."""
 _LENGTH = 300
 _STATUS = re.compile(r"error code (\d{3})\b|too many (\d{3}) error responses")
 _CAUSE = re.compile(r"\(Caused by (.*)\)$", re.DOTALL)
@@ -28,21 +28,21 @@ _STATUS_WORDS = {
 
 
 class UnconfirmedError(Exception):
-    """Reports are for an address that nobody but the run's folder has named."""
+    """Reports are for an address that only the run's folder names, unconfirmed by the user."""
 
 
 def is_rejected(error: Exception) -> bool:
-    """Whether MLflow will never take what it was given."""
+    """Whether MLflow will never accept this item."""
     if isinstance(error, FileNotFoundError):
         return True
     code = getattr(error, "error_code", None)
     if code == "BAD_REQUEST" and not hasattr(error, "json"):
-        return False  # not MLflow's own words, but those of a proxy before it
+        return False  # the text of a proxy, not of MLflow
     return code in _REJECTIONS
 
 
 def problem(error: Exception) -> str:
-    """What MLflow does instead of taking something, to follow its name in a sentence."""
+    """The problem with MLflow, as the predicate of a sentence."""
     if isinstance(error, UnconfirmedError):
         return "is an address that the run's folder names, and not today's tracking.uri"
     status = _status(str(error))
@@ -55,7 +55,7 @@ def problem(error: Exception) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Why something failed, in a line without credentials."""
+    """The cause of an error, in one line without credentials."""
     text = " ".join(str(error).split())
     status = _status(text)
     if cause := _CAUSE.search(text):
@@ -74,7 +74,7 @@ def _status(text: str) -> int | None:
 
 
 def _shortened(text: str) -> str:
-    """At most so many characters, ending with a whole word."""
+    """The text, shortened at a word boundary."""
     if len(text) <= _LENGTH:
         return text
     return f"{text[:_LENGTH].rpartition(' ')[0] or text[:_LENGTH]} ..."

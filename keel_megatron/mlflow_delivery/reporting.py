@@ -1,4 +1,4 @@
-"""What a run reports to: its log, the console, and the MLflow worker that follows the log."""
+"""Opens a run's log, console and MLflow worker."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from keel_megatron.urls import without_credentials
 def open_tracker(
     config: RunConfig, rank: int, resume_step: int | None, progress: Progress | None = None
 ) -> Tracker:
-    """The tracker of a rank; rank 0's logs the start, and the MLflow worker follows its log.
+    """The tracker of a rank; on rank 0 it logs the start and starts the MLflow worker.
 
     Args:
         config: the run.
         rank: global rank; 0 reports.
         resume_step: step of the checkpoint that the run resumes from: later records of
             metrics.jsonl are dropped and the MLflow run continues. None starts both anew.
-        progress: where rank 0 has spoken so far; None makes one on standard output.
+        progress: rank 0's progress display so far; None creates one on standard output.
 
     Raises:
         UserError: metrics.jsonl cannot be continued.
@@ -47,7 +47,7 @@ def open_tracker(
     with ExitStack() as undo:
         progress = progress or open_progress(config)
         undo.callback(progress.close)
-        # A group that its launcher starts again is the same run even without a checkpoint.
+        # A process group that its launcher restarts is the same run even without a checkpoint.
         back_to = 0 if resume_step is None and _started_again() else resume_step
         start = start_event(config, back_to) if config.tracking.mlflow else None
         log = RunLog(folder, resume_step, progress.say, start)
@@ -60,7 +60,7 @@ def open_tracker(
 
 
 def start_event(config: RunConfig, back_to: int | None = None) -> dict[str, Any]:
-    """What a start's event says: the MLflow run, and the process whose death ends it.
+    """Values of a start's event: the MLflow run, and the process whose end it follows.
 
     Args:
         config: the run.
@@ -79,9 +79,10 @@ def start_event(config: RunConfig, back_to: int | None = None) -> dict[str, Any]
 def _ending(
     config: RunConfig, log: RunLog, start: dict[str, Any] | None, say: Callable[[str], None]
 ) -> Callable[[], None]:
-    """Start what follows the log; what waits for it at the run's end.
+    """Start the MLflow worker; the function that waits for it at the run's end.
 
-    The MLflow worker draws the depth profiles too. Without one, rank 0 does once it has trained.
+    The MLflow worker also draws the depth profiles. Without a worker, rank 0 draws them after
+    training.
     """
     folder, to = config.training.folder, config.tracking.uri
     if start is None:
@@ -106,12 +107,12 @@ def _draw(config: RunConfig, say: Callable[[str], None]) -> None:
         return
     try:
         draw_profiles(config.training.folder)
-    except Exception as error:  # whatever ails a picture, the run ends as it ends
+    except Exception as error:  # a failed picture does not change the run's end
         say(f"cannot draw the depth profiles: {type(error).__name__}: {error}")
 
 
 def open_progress(config: RunConfig, stream: TextIO | None = None) -> Progress:
-    """Where a run speaks before its folder is its own; its tracker keeps in log.txt what was said.
+    """The progress display of a start; the tracker later adds its messages to log.txt.
 
     Args:
         config: the run.
@@ -121,10 +122,10 @@ def open_progress(config: RunConfig, stream: TextIO | None = None) -> Progress:
 
 
 def check_records(folder: Path) -> None:
-    """See that a run's metrics.jsonl, and an earlier version's depth.jsonl, can be continued.
+    """Check that metrics.jsonl, and an earlier version's depth.jsonl, can be continued.
 
     Raises:
-        UserError: a line in the middle of one is no record.
+        UserError: a line in the middle of one is not a record.
     """
     for name in (METRICS_FILE, EARLIER_DEPTH_FILE):
         for _record in iterate_metrics(folder / name):
@@ -149,5 +150,5 @@ def where(config: RunConfig) -> list[str]:
 
 
 def _started_again() -> bool:
-    """Whether this is not the launcher's first start of the group."""
+    """Whether the launcher has restarted the process group."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")

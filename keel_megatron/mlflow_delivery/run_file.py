@@ -1,16 +1,16 @@
-"""run.json: which run a folder holds, wherever the folder is.
+"""run.json: identity of the run in a folder, independent of the folder's path.
 
-A run has an id beside its path. The file keeps it, and the folder's place at the last accepted
-start. At the next start a folder is
+The file contains the run's id, and the folder's path at the last accepted start. At the next start
+a folder is
 
-- the same run if it is still there, or if nothing at the recorded place has this id: it was moved;
-- a copy if the recorded place still holds the id. A copy becomes a run of its own: a new id, the
-  original's noted as its origin, and nothing of the original's MLflow run. The copied database,
-  artifacts, MLflow run id and undelivered reports are moved to `origin/ID/`; the original has and
-  delivers them itself.
+- the same run if its path is unchanged, or if no run at the recorded path has this id: it was
+moved; - a copy if the run at the recorded path still has the id. A copy becomes a new run: it gets
+a new id,
+  and the original's id is recorded as its origin. The copied database, artifacts, MLflow run id and
+  undelivered reports are moved to `origin/ID/`; the original delivers them itself.
 
-A copy whose original was moved, renamed or deleted before the copy's first start cannot be told
-from a run that was moved.
+A copy whose original was moved, renamed or deleted before the copy's first start cannot be
+distinguished from a moved run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _OF_THE_ORIGINAL = ("mlflow.db*", "mlflow_artifacts", OUTBOX, SPOOL, RUN_ID_FILE
 
 @dataclass(frozen=True)
 class Origin:
-    """What a copied run was copied from."""
+    """The original of a copied run."""
 
     id: str
     place: str
@@ -69,7 +69,7 @@ class RunFile:
 
     @classmethod
     def from_json(cls, values: Any) -> RunFile | None:
-        """An identity from a file or a checkpoint; None if it is none."""
+        """An identity from a file or a checkpoint; None if it is not valid."""
         if not isinstance(values, Mapping):
             return None
         with suppress(KeyError, TypeError):
@@ -82,7 +82,7 @@ class RunFile:
 
 
 def read_run_file(folder: Path) -> RunFile | None:
-    """The identity in a folder; None if there is none, as in those of earlier versions."""
+    """The identity in a folder; None if it has none, as from earlier versions."""
     try:
         return RunFile.from_json(parse_json(read_small(folder / FILE)))
     except (OSError, ValueError):
@@ -90,7 +90,7 @@ def read_run_file(folder: Path) -> RunFile | None:
 
 
 def original_of(folder: Path, known: RunFile | None = None) -> Path | None:
-    """The folder that this one is a copy of; None if it is no copy, or was started as its own run.
+    """The folder of which this one is an unstarted copy; None if it is not one.
 
     Args:
         folder: a run's folder.
@@ -112,10 +112,9 @@ def original_of(folder: Path, known: RunFile | None = None) -> Path | None:
 def take_run_file(
     folder: Path, step: int = 0, saved: Mapping[str, Any] | None = None
 ) -> tuple[RunFile, list[str]]:
-    """Make a folder's identity that of the run that is about to be trained in it.
+    """Set a folder's identity to that of the run that is about to train in it.
 
-    To be called once per start, when it is certain that the run will be trained and before anything
-    reports to MLflow.
+    Call it once per start, after the start is accepted and before anything reports to MLflow.
 
     Args:
         folder: the run's folder.
@@ -123,7 +122,7 @@ def take_run_file(
         saved: the identity in that checkpoint, for a folder without one.
 
     Returns:
-        The identity, and what the user should know about it, a line each.
+        The identity, and messages for the user.
 
     Raises:
         UserError: the folder cannot be written.
@@ -139,8 +138,8 @@ def take_run_file(
             _set_aside(folder, known.id)
             copy = _write(folder, RunFile(uuid.uuid4().hex, here, origin))
             return copy, [
-                f"this folder is a copy of {original}, which keeps its MLflow run: it is a run of "
-                f"its own from step {step} on"
+                f"this folder is a copy of {original}, which keeps its MLflow run: it is a new "
+                f"run from step {step} on"
             ]
         moved = [] if known.place == here else [f"the run was moved here from {known.place}"]
         return _write(folder, replace(known, place=here)), moved
@@ -151,7 +150,7 @@ def take_run_file(
 
 
 def _set_aside(folder: Path, original_id: str) -> None:
-    """Move what the copy has of the original's MLflow run out of the way."""
+    """Move the copied parts of the original's MLflow run to `origin/`."""
     aside = folder / ORIGIN_FOLDER / original_id
     for pattern in _OF_THE_ORIGINAL:
         for path in sorted(folder.glob(pattern)):

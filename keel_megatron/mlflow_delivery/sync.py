@@ -1,4 +1,4 @@
-"""Deliver what MLflow lacks of a run's log once the run itself is over, or all of it again."""
+"""`keel track sync`: deliver the rest of a run's log after the run, or all of it again."""
 
 from __future__ import annotations
 
@@ -20,27 +20,26 @@ from keel_megatron.urls import without_credentials
 
 
 def sync(run: Path, to: Collection[str] = (), *, rebuild: bool = False) -> list[str]:
-    """Deliver what waits; a run whose process died without a word becomes FAILED.
+    """Deliver undelivered reports; a run whose process died without logging its end becomes FAILED.
 
-    MLflow's database is a view of the runs' logs. A rebuild makes that of one run anew: into the
-    run's MLflow run if the database has it, where points that are there already stay single, and
-    tags, notes and names that people gave are kept; or into a new one.
+    MLflow's database is a view of the runs' logs. A rebuild delivers one run again: to its MLflow
+    run if the database has it (existing points are not duplicated; tags, notes and names that
+    people added are kept), or to a new one.
 
-    Reports go to the local database by themselves; to any other place only if the user
-    names it, because the folder may be somebody else's: MLflow's client would send credentials
-    there, or write there.
+    Reports go to the local database without confirmation, and to any other address only if the user
+    confirms it, because the folder is untrusted: MLflow's client would send credentials there.
 
     Args:
         run: the run's folder.
-        to: tracking URIs that may be delivered to; MLFLOW_TRACKING_URI is one, too.
-        rebuild: deliver the whole log again, not only what waits.
+        to: confirmed tracking URIs; MLFLOW_TRACKING_URI is one, too.
+        rebuild: deliver the whole log again.
 
     Returns:
-        What was done, in lines.
+        Messages about what was done.
 
     Raises:
         UserError: there is no such run, it is still being delivered, a link in it leads out of it,
-            it reports to another address than these, or MLflow does not answer.
+            it reports to an address that is not confirmed, or MLflow does not answer.
     """
     check_links(run)
     done = [f"{run}: its own database is in {database_of(run)} now"] if take_over_now(run) else []
@@ -62,7 +61,7 @@ def sync(run: Path, to: Collection[str] = (), *, rebuild: bool = False) -> list[
     if not newest.is_trusted(confirmed):
         shown = without_credentials(newest.uri_of(run))
         raise UserError(
-            f"{run} reports to {shown}, as the folder says, which may be somebody else's; if the "
+            f"{run} reports to {shown}, as the folder says, which is not trusted; if the "
             f"address is right: {sync_command(run, newest.uri)}"
         )
     with the_only_one(run, wait=False) as free:
@@ -72,7 +71,7 @@ def sync(run: Path, to: Collection[str] = (), *, rebuild: bool = False) -> list[
 
 
 def add_file(run: Path, path: Path, uri: str | None) -> None:
-    """Hand MLflow a file of a run that has ended; if it does not answer, the file waits.
+    """Upload a file of a run that has ended; if MLflow does not answer, log it for later delivery.
 
     Args:
         run: the run's folder.
@@ -124,7 +123,7 @@ def _deliver(run: Path, confirmed: Collection[str], rebuild: bool) -> list[str]:
 
 
 def _settle(run: Path, delivery: Delivery) -> str:
-    """End the MLflow run of a process that is gone."""
+    """End the MLflow run of a process that has ended."""
     session = delivery.reader.session
     where = f"process {session.get('pid')} on {session.get('host')}"
     if is_alive(session, run):

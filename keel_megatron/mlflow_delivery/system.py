@@ -1,4 +1,4 @@
-"""What a node's machine does: its CPU, memory, disk, network and GPUs, from every node."""
+"""System metrics of every node: CPU, memory, disk, network and GPUs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def measured_machine(config: RunConfig, local_rank: int) -> Iterator[None]:
     """Measure this node within the block, every `tracking.system_metrics_every` seconds.
 
     Local rank 0 of each node appends to a stream of its own in the run's outbox; rank 0's MLflow
-    worker delivers all of them, so that no other node needs to reach MLflow.
+    worker delivers all of them, so that no other node needs a connection to MLflow.
 
     Args:
         config: the run.
@@ -70,7 +70,7 @@ class Machine:
         psutil.cpu_percent()  # the first call only begins the interval
 
     def measure(self) -> dict[str, float]:
-        """The values of now; CPU use since the last call, network traffic since the first."""
+        """The current values; CPU use since the last call, network bytes since the first."""
         memory, disk = psutil.virtual_memory(), psutil.disk_usage(os.sep)
         network = psutil.net_io_counters()
         values = {

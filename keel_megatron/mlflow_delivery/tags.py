@@ -1,4 +1,4 @@
-"""What an MLflow run is tagged with: the code, the packages, the layout and the machines."""
+"""Tags of an MLflow run: code, packages, layout and machines."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def code_tags() -> dict[str, str]:
 
 
 def place_tags(layout: str, device: str, hosts: Sequence[str]) -> dict[str, str]:
-    """Where a run is.
+    """Layout, device and hosts of a run.
 
     Args:
         layout: such as "TP 1 x PP 2 x VPP 1 x DP 1".
@@ -58,8 +58,8 @@ def place_tags(layout: str, device: str, hosts: Sequence[str]) -> dict[str, str]
 def git_commit(folder: Path) -> tuple[str, str] | None:
     """(commit, whether tracked files differ from it: true, false or unknown) of a folder's code.
 
-    An image without a repository says its commit in KEEL_GIT_COMMIT. None if nobody says it, as for
-    a package installed into some other repository's environment.
+    An image without a repository names its commit in KEEL_GIT_COMMIT. None if it is unknown, as for
+    a package installed into another repository's environment.
     """
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None:
         commit = _git(folder, "rev-parse", "HEAD")
@@ -80,7 +80,7 @@ def job_id() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git answers; None if it fails, is absent or takes long."""
+    """Output of git; None if it fails, is absent or takes too long."""
     command = ["git", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)

@@ -1,7 +1,7 @@
-"""Earlier versions kept a database in every run's folder: its MLflow runs move to the shared one.
+"""Migration of the databases that earlier versions kept in each run's folder to the shared one.
 
-Once: RUN/mlflow.db is then called mlflow.db.taken_over. Everything goes through MLflow's interface.
-Whoever is interrupted starts again, and continues with the MLflow runs that have been made.
+It happens once: RUN/mlflow.db is then renamed to mlflow.db.taken_over. Only MLflow's interface is
+used. An interrupted migration starts again, and continues with the MLflow runs that exist.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _POINTS_PER_CALL = 1000
 
 
 def has_earlier_database(run: Path) -> bool:
-    """Whether a run's folder has a database of its own that was not taken over yet."""
+    """Whether a run's folder has a database that was not migrated yet."""
     database = run / NAME
     return database.is_file() and not database.is_symlink()
 
 
 def take_over_now(run: Path) -> bool:
-    """Take a run's own database over, if it has one and no process delivers its reports.
+    """Migrate a run's own database, if it has one and no process delivers its reports.
 
-    A copy of another run's folder has none of its own.
+    The database in a copy of another run's folder is not migrated.
 
     Returns:
-        Whether it was taken over.
+        Whether it was migrated.
 
     Raises:
         DatabaseError: the earlier database cannot be read, or the shared one is not this user's.
@@ -65,22 +65,23 @@ def take_over_now(run: Path) -> bool:
 def take_over(run: Path, client: Any) -> None:
     """Move the MLflow runs of a run's own database to the shared one.
 
-    Notes, tags, names, parameters, points, times and states come along, points under this version's
-    names. The ids are new, because MLflow gives them; the run's files and `mlflow_run_id` follow.
+    Notes, tags, names, parameters, points, times and states are kept; points get this version's
+    metric names. The ids are new, because MLflow assigns them; the run's files and `mlflow_run_id`
+    are updated.
 
     Args:
-        run: the run's folder; nobody else delivers its reports meanwhile.
+        run: the run's folder; no other process delivers its reports meanwhile.
         client: MLflow's client of the shared database.
 
     Raises:
-        DatabaseError: the earlier database cannot be read. It stays where it is.
+        DatabaseError: the earlier database cannot be read. It is left in place.
     """
     if not has_earlier_database(run):
         return
     artifacts = artifacts_uri(database_of(run))
     with tempfile.TemporaryDirectory(prefix="keel-mlflow-") as folder:
         copy = Path(folder) / NAME
-        # The run's folder may come from somebody else, and be read only.
+        # The run's folder is untrusted, and may be read-only.
         copy_foreign(run / NAME, copy)
         source = open_client(sqlite_uri(copy))
         for experiment in source.search_experiments():
@@ -96,7 +97,7 @@ def take_over(run: Path, client: Any) -> None:
 
 
 def move_artifacts(run: Path, before: str, after: str) -> None:
-    """Give the files of an MLflow run in a run's folder to another one, and link them."""
+    """Move an MLflow run's files in a run's folder to another MLflow run, and link them."""
     old, new = (run.resolve() / ARTIFACTS / run_id for run_id in (before, after))
     with suppress(OSError):
         if old.is_dir() and not new.exists():
@@ -136,7 +137,7 @@ def _take_run(run: Path, source: Any, found: Any, client: Any, experiment_id: st
 
 
 def _runs(client: Any, experiments: list[str], wanted: str = "") -> Iterator[Any]:
-    """All MLflow runs of experiments that are not deleted."""
+    """All MLflow runs of these experiments that are not deleted."""
     token = None
     while True:
         page = client.search_runs(experiments, wanted, page_token=token)

@@ -1,4 +1,4 @@
-"""The MLflow run that a run's reports are for: where it is, and what it is called."""
+"""The MLflow run of a run's reports: its address and its name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from keel_megatron.urls import without_credentials
 
 RUN_ID_FILE = "mlflow_run_id"
 _OLDER_FILE = "target.json"
-"""Where versions whose starts do not name their place kept the run's, in its spool."""
+"""File with the address in `spool/`, from versions whose starts do not name it."""
 _DATABASES = ("postgresql", "mysql", "mssql")
 _RUN_ID = re.compile(r"[A-Za-z0-9][\w-]{0,255}", re.ASCII)
 """MLflow's own rule. The id becomes a folder's name."""
@@ -31,7 +31,7 @@ _PARAM_LENGTH = 6000
 
 @dataclass(frozen=True)
 class Target:
-    """What the MLflow worker must know of the configuration; every start logs its own."""
+    """The part of the configuration that the MLflow worker needs; every start logs its own."""
 
     uri: str | None
     """MLflow's tracking URI; None = the database of the folder of runs (database.py)."""
@@ -41,7 +41,7 @@ class Target:
 
     @classmethod
     def of(cls, config: RunConfig) -> Target:
-        """That of a configuration."""
+        """The target of a configuration."""
         tracking = config.tracking
         return cls(
             tracking.uri,
@@ -52,13 +52,13 @@ class Target:
 
     @classmethod
     def of_start(cls, run: Path, start: Mapping[str, Any]) -> Target | None:
-        """That of a start in a run's event log; None if there is no start, or its place is unknown.
+        """The target of a start in a run's event log; None if there is no start, or no address.
 
-        Whoever could write to the folder may have named the place: `is_trusted` before it is used.
+        The folder is untrusted: check `is_trusted` before using the address.
 
         Args:
-            run: the run's folder; an earlier version's start has its place there.
-            start: the item's values.
+            run: the run's folder; an earlier version's start has its address there.
+            start: the event's values.
         """
         if not start:
             return None
@@ -71,7 +71,7 @@ class Target:
 
     @classmethod
     def newest(cls, run: Path) -> Target | None:
-        """That of the newest start in a run's folder; None if it has never reported to MLflow."""
+        """The target of the newest start in a run's folder; None if it never reported."""
         start: dict[str, Any] = {}
         for reader in (SpoolReader(run), OutboxReader(run)):
             reader.scan()
@@ -83,17 +83,17 @@ class Target:
         return asdict(self)
 
     def uri_of(self, run: Path) -> str:
-        """The URI, wherever the run's folder is."""
+        """The URI; for the local database, of the run's present folder."""
         return self.uri or local_uri(run)
 
     def is_trusted(self, confirmed: Collection[str]) -> bool:
-        """Whether it is the local database, or one of the addresses that the user has given."""
+        """Whether it is the local database, or an address that the user has confirmed."""
         return not self.uri or self.uri.rstrip("/") in {uri.rstrip("/") for uri in confirmed}
 
     def artifacts(self, run: Path) -> str | None:
-        """Where the files of a new experiment go; None = as the server says.
+        """Location of a new experiment's files; None: chosen by the server.
 
-        A database has no place of its own for files, and MLflow's default is ./mlruns.
+        A database stores no files, and MLflow's default is ./mlruns.
         """
         database = sqlite_file(self.uri_of(run))
         if database is not None:
@@ -119,7 +119,7 @@ def tracking_uri(config: RunConfig) -> str:
 
 
 def sync_command(run: Path, uri: str | None) -> str:
-    """The command that delivers what waits, naming the address that the user confirms by it."""
+    """The command that delivers undelivered reports; its address is the user's confirmation."""
     to = f" --to {shlex.quote(without_credentials(uri))}" if uri else ""
     return f"keel track sync {shlex.quote(str(run))}{to}"
 
@@ -134,12 +134,12 @@ def remembered_run_id(folder: Path) -> str | None:
 
 
 def remember_run_id(folder: Path, run_id: str) -> None:
-    """Make this the MLflow run of a run's folder."""
+    """Record the MLflow run of a run's folder."""
     write_whole(folder / RUN_ID_FILE, run_id + "\n")
 
 
 def flat_params(config: RunConfig) -> dict[str, str]:
-    """The configuration as `section.key`: text, within MLflow's limit of length."""
+    """The configuration as `section.key` to text, within MLflow's length limit."""
     params = {
         f"{section}.{key}": without_credentials(str(value))
         for section, values in config.model_dump(mode="json").items()

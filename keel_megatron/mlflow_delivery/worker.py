@@ -1,13 +1,13 @@
-"""The MLflow worker: a process that follows a run's log, delivers it to MLflow and draws pictures.
+"""The MLflow worker: a process that reads a run's log, delivers it to MLflow and draws pictures.
 
     python -m keel_megatron.mlflow_delivery.worker RUN --parent PID --start NAME [--to URI]
 
-MLflow is imported, waited for and retried here, so that training never shares an interpreter with
-it. The worker also sees the training process die, which that process itself cannot report: a run
-that ends without a word, by kill -9 or by its watchdog, has FAILED.
+MLflow is imported and called only here, so that training never waits for it. The worker also
+notices when the training process dies: a run that ends without logging its end, by kill -9 or by
+its watchdog, gets the status FAILED.
 
-It speaks to its parent by lines on standard output. `keel track sync` does the same work once, for
-what a crash, or a server that was down, left behind.
+It sends messages to its parent as lines on standard output. `keel track sync` does the same work
+once, after a crash or when a server was unreachable.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from keel_megatron.tracking.outbox import FOLDER
 POLL_SECONDS = 0.5
 LONGEST_PAUSE = 30.0
 LINGER_SECONDS = 60.0
-"""How long the worker of a dead run tries to reach a server that is down."""
+"""How long the worker of an ended run retries an unreachable server, in seconds."""
 
 DELIVERED, UNUSABLE, LEFT = 0, 2, 3
-"""Exit codes: all is delivered; MLflow cannot be used at all; something waits."""
+"""Exit codes: everything is delivered; MLflow cannot be used; some reports are undelivered."""
 
 
 def follow(
@@ -46,16 +46,16 @@ def follow(
     say: Callable[[str], None],
     confirmed: Collection[str] = (),
 ) -> int:
-    """Deliver until the training process has ended and all is delivered; draw meanwhile.
+    """Deliver until the training process has ended and everything is delivered; draw meanwhile.
 
-    The last pictures are drawn once nothing else is left to do, so that they hold up nothing.
+    The last pictures are drawn after everything else is delivered, so that they delay nothing.
 
     Args:
         run: the run's folder.
         parent: the training process, this one's parent.
         start: name of its start.
-        say: as the delivery's.
-        confirmed: as the delivery's.
+        say: as for `Delivery`.
+        confirmed: as for `Delivery`.
 
     Returns:
         The exit code.
@@ -72,7 +72,7 @@ def follow(
         heartbeat = pause = 0.0
         dead_since: float | None = None
         while True:
-            is_orphan = os.getppid() != parent  # asked before looking: what it left is all there
+            is_orphan = os.getppid() != parent  # checked before reading the log
             if time.monotonic() >= heartbeat:
                 heartbeat = time.monotonic() + HEARTBEAT_SECONDS
                 with suppress(OSError):
@@ -97,10 +97,10 @@ def follow(
 
 
 def _network(run: Path) -> str | None:
-    """The type of a network file system with the database that the run reports to.
+    """The type of the network file system of the local database; None if it may be written.
 
-    Several machines must not write one SQLite file, so workers leave it alone there. It is written
-    if tracking.uri names it.
+    Several machines must not write one SQLite file, so workers do not write it there, unless
+    tracking.uri names it.
     """
     target = Target.newest(run)
     is_local = target is not None and target.uri is None
@@ -110,7 +110,7 @@ def _network(run: Path) -> str | None:
 def _draw(delivery: Delivery, drawer: DepthDrawer, say: Callable[[str], None]) -> None:
     try:
         pictures = drawer.draw()
-    except Exception as error:  # whatever ails a picture, the run and its delivery continue
+    except Exception as error:  # a failed picture does not stop the delivery
         say(f"cannot draw the depth profiles: {type(error).__name__}: {error}")
         return
     with suppress(Exception):  # the end of the run delivers them, or says that it cannot
@@ -118,7 +118,7 @@ def _draw(delivery: Delivery, drawer: DepthDrawer, say: Callable[[str], None]) -
 
 
 def _rest(seconds: float, parent: int, delivery: Delivery) -> None:
-    """Wait; not to the end when the run ends meanwhile."""
+    """Wait; return early if the run ends."""
     until = time.monotonic() + seconds
     was_parent, was_ended = os.getppid() == parent, delivery.reader.ended
     while (left := until - time.monotonic()) > 0:
@@ -136,8 +136,8 @@ def main() -> None:
     parser.add_argument("--start", required=True, help="name of its start")
     parser.add_argument("--to", action="append", default=[], help="its tracking.uri")
     arguments = parser.parse_args()
-    # A launcher's or a scheduler's signals are the training process's matter: its ending is still
-    # to be delivered.
+    # Signals of a launcher or scheduler are for the training process, whose end must still be
+    # delivered.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
