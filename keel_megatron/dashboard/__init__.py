@@ -1,1 +1,1 @@
-"""Runs seen from outside: a list for the terminal, and MLflow's pages over all of them."""
+"""`keel runs`, a list of runs, and `keel dashboard`, MLflow's pages over all local runs."""

@@ -1,4 +1,4 @@
-"""The files of MLflow runs, from within the shown folders and nowhere else."""
+"""Access to the files of MLflow runs, restricted to the shown folders."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class ArtifactFolders:
-    """Where the files of MLflow runs lie.
+    """The files of MLflow runs.
 
-    What a database says of the place (`artifact_uri`) is not asked: it may name any folder. Every
-    path is opened part by part from its root, and no part may be a link; so what is read lies in
-    the root's folder, even if somebody moves links about meanwhile.
+    The location in the database (`artifact_uri`) is ignored: it may name any folder. Every path is
+    opened part by part from its root, and no part may be a link. So only files in the root's folder
+    are read, even if links are changed at the same time.
 
     Args:
         roots: runs' folders.
-        folder: the folder of the database; itself a root, and so are the runs' folders in it, those
-            of runs that start later included.
+        folder: the folder of the database; a root, as are the runs' folders in it, including those
+            of runs that start later.
     """
 
     def __init__(self, roots: Sequence[Path], folder: Path | None = None) -> None:
@@ -42,7 +42,7 @@ class ArtifactFolders:
         self._scanned = -math.inf
 
     def open(self, run: str, path: str) -> tuple[int, int]:
-        """A file: a descriptor, which is the caller's to close, and its size in bytes.
+        """Open a file: a descriptor, which the caller closes, and its size in bytes.
 
         Raises:
             FileNotFoundError: there is no such file within the run's folder.
@@ -55,10 +55,10 @@ class ArtifactFolders:
         return descriptor, found.st_size
 
     def list(self, run: str, path: str) -> list[dict[str, Any]]:
-        """What a folder of a run holds, as MLflow's API says it; links are left out.
+        """Content of a run's folder in the format of MLflow's API, without links.
 
         Raises:
-            FileNotFoundError: there is no such folder within the run's.
+            FileNotFoundError: there is no such folder in the run's folder.
         """
         descriptor = self._open(run, path)
         try:
@@ -87,13 +87,13 @@ class ArtifactFolders:
             for root in self._roots:
                 try:
                     return _open_inside(root, [run, "artifacts", *parts])
-                except (OSError, UnicodeEncodeError):  # not there, or a link
+                except (OSError, UnicodeEncodeError):  # it does not exist, or is a link
                     continue
             if not self._scan():
                 raise FileNotFoundError(path)
 
     def _scan(self) -> bool:
-        """Look for runs' folders that are new; False if that was done a moment ago."""
+        """Find new runs' folders; False if that was done a moment ago."""
         now = time.monotonic()
         if self._folder is None or now < self._scanned + _RESCAN_SECONDS:
             return False
@@ -107,7 +107,7 @@ class ArtifactFolders:
 
 
 def content_type(path: str) -> str:
-    """What a browser is told of a file: never anything that it would run."""
+    """Content type of a file for a browser: never an executable type."""
     kind, _encoding = mimetypes.guess_type(path)
     if kind is not None and (kind.startswith("image/") or kind == "application/json"):
         return kind

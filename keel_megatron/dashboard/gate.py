@@ -1,17 +1,15 @@
-"""Who may ask the dashboard for what: an ASGI application in front of MLflow's.
+"""Access control of the dashboard: an ASGI application in front of MLflow's.
 
-MLflow's server writes what it is asked to and reads whatever folder its database names, for whoever
-can connect; and to a port of loopback every user of the machine can. So a request goes through to
-it only if
+MLflow's server writes anything, and reads any folder that its database names, for everyone who can
+connect. Every user of the machine can connect to a loopback port. So a request is forwarded only if
 
-- it asks for one of the names under which the pages are served (a page of another site that has its
-  name resolve to this machine does not),
+- its Host header is one of the served names (against DNS rebinding),
 - it comes from these pages, not from another site's,
-- it shows the token of this start: in the address that `keel dashboard` prints, then in a cookie,
-- and it is one of those listed here: they read, or, unless the database is another user's, write
-  notes, tags and names.
+- it has the token of this start: in the address that `keel dashboard` prints, then in a cookie,
+- and it is one of the requests listed here: they read or, unless the database is another user's,
+  change notes, tags and names.
 
-Files are served from here, not by MLflow: see `artifacts.py`.
+Files are served by this application, not by MLflow: see `artifacts.py`.
 """
 
 from __future__ import annotations
@@ -67,7 +65,7 @@ _SEARCH = {
         "runs/search",
     )
 }
-"""These read, although they are asked by POST."""
+"""Requests that read, although their method is POST."""
 _EDIT = {
     _API + "runs/set-tag": {"run_id", "run_uuid", "key", "value"},
     _API + "runs/delete-tag": {"run_id", "key"},
@@ -76,7 +74,7 @@ _EDIT = {
     _API + "experiments/delete-experiment-tag": {"experiment_id", "key"},
     _API + "experiments/update": {"experiment_id", "new_name"},
 }
-"""What `edit` allows: notes (which are tags), tags and names, with these fields and no others."""
+"""Requests allowed by `edit`: notes (which are tags), tags and names, with only these fields."""
 _GRAPHQL = "/graphql"
 _GRAPHQL_FIELDS = {
     "mlflowGetExperiment",
@@ -86,7 +84,7 @@ _GRAPHQL_FIELDS = {
     "mlflowSearchModelVersions",
     "mlflowSearchRuns",
 }
-"""All that there are but the one that lists files, from wherever a database says."""
+"""All reading requests except the one that lists files at the database's locations."""
 
 _MOST_BODY = 4 << 20
 _BLOCK = 1 << 20
@@ -113,7 +111,7 @@ which nothing goes through, does not open by itself."""
 
 
 class RefusedError(Exception):
-    """A request is not answered: status, and why."""
+    """A refused request: status and reason."""
 
     def __init__(self, status: int, why: str) -> None:
         super().__init__(why)
@@ -124,11 +122,11 @@ class Gate:
     """The application that the server runs.
 
     Args:
-        app: MLflow's.
-        token: of this start.
-        hosts: the exact names, with their port, under which the pages are served.
+        app: MLflow's application.
+        token: token of this start.
+        hosts: exact host names, with port, under which the pages are served.
         artifacts: the runs' files.
-        edit: let changes of notes, tags and names through.
+        edit: allow changes of notes, tags and names.
     """
 
     def __init__(
@@ -140,12 +138,12 @@ class Gate:
         self._origins = {b"http://" + host for host in self._hosts}
         self._artifacts = artifacts
         self._edit = edit
-        # Cookies do not tell ports apart: two dashboards would have each other's.
+        # Cookies are not separated by port: two dashboards would share one.
         port = hosts[0].rpartition(":")[2]
         self._cookie = COOKIE + port
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or have MLflow answer it."""
+        """Answer a request, or forward it to MLflow."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -181,20 +179,20 @@ class Gate:
                 await self._forward(scope, receive, send, body)
 
     def _check_site(self, headers: dict[bytes, list[bytes]], path: str, method: str) -> None:
-        """That our own pages ask, under a name that is ours."""
+        """Check the Host header and the origin of a request."""
         hosts, origins = headers.get(b"host", []), headers.get(b"origin", [])
         if len(hosts) != 1 or hosts[0] not in self._hosts:
             raise RefusedError(403, "not a name of this server (keel dashboard --allowed-host)")
         if any(origin not in self._origins for origin in origins):
             raise RefusedError(403, "asked by another site")
-        # A browser says who asks. Following a link to the first page is anybody's right.
+        # A browser names the origin. Any site may link to the first page.
         asks = headers.get(b"sec-fetch-site", [b"none"])[0]
         opens = headers.get(b"sec-fetch-mode") == [b"navigate"] and method == "GET" and path == "/"
         if asks not in (b"same-origin", b"none") and not opens:
             raise RefusedError(403, "asked by another site")
 
     def _shown(self, headers: dict[bytes, list[bytes]]) -> str:
-        """The token that a request's cookie shows."""
+        """The token in a request's cookie."""
         for line in headers.get(b"cookie", []):
             try:
                 cookie = SimpleCookie(line.decode("latin-1")).get(self._cookie)
@@ -223,7 +221,7 @@ class Gate:
         body = await _read(receive)
         if path in _SEARCH:
             return body
-        # Written anew: what was checked here is what MLflow reads.
+        # Serialised again, so that MLflow reads exactly what was checked.
         fields = _json_object(body)
         if edits and not fields.keys() <= _EDIT[path]:
             raise RefusedError(403, "the dashboard edits only notes, tags and names")
@@ -236,7 +234,7 @@ class Gate:
     async def _forward(
         self, scope: Scope, receive: Receive, send: Send, body: bytes | None
     ) -> None:
-        """Have MLflow answer; it sees neither the cookie nor whom else it might answer."""
+        """Forward to MLflow, without the cookie and origin headers."""
         left_out = {b"cookie", b"authorization", b"origin", b"content-length", b"transfer-encoding"}
         headers = [pair for pair in scope["headers"] if pair[0] not in left_out]
         headers.append((b"content-length", str(len(body or b"")).encode()))

@@ -1,13 +1,13 @@
-"""How a run is doing, from its folder alone: nothing asks the run, nothing is written.
+"""State of a run, from its folder alone: the run is not contacted, and nothing is written.
 
-A run says itself how it ended: in `exit_code`, by an error at the end of log.txt, or by a verdict
-in `hangs/`. One that was killed says nothing. So:
+A run records how it ended: in `exit_code`, by an error at the end of log.txt, or by a verdict in
+`hangs/`. A killed run records nothing. So:
 
-- `running`: a process of this machine has its metrics.jsonl open; or, since it may run on another
-  machine, its last sign of life is not older than some steps take.
-- `silent`: neither, but its watchdog would not yet have ended it either.
-- `lost`: no sign for longer than its watchdog allows: it was killed, or its machine was.
-- `unreadable`: its files are not a run's, or not for this user.
+- `running`: a process on this machine has its metrics.jsonl open; or, since it may run on another
+  machine, it wrote a file within the duration of some steps.
+- `silent`: neither, but the watchdog's timeout has not passed.
+- `lost`: it wrote nothing for longer than the watchdog's timeout: it was killed.
+- `unreadable`: its files are not a run's, or this user may not read them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ State = Literal[
 ]
 
 VERDICTS = "hangs/*/verdict.txt"
-"""What cluster/watchdog.py leaves; not imported from there, where torch comes along."""
+"""Files of cluster/watchdog.py; not imported from there, because that imports torch."""
 
 _TAIL_BYTES, _LONGEST_TAIL = 1 << 16, 1 << 24
 _DEPTH = '"depth": {'
@@ -47,7 +47,7 @@ _STEPS_AVERAGED = 20
 _QUIET_STEPS = 5
 _QUIET_SECONDS = 30.0
 _WATCHDOG_SECONDS = 300.0
-"""Until a watchdog acts, where config.yaml does not say."""
+"""Timeout of the watchdog if config.yaml does not have it."""
 _WATCHDOG_GRACE = 60.0
 _SETTINGS = (
     ("training", "steps"),
@@ -61,12 +61,12 @@ _ERROR = re.compile(r"^(error: |Traceback \(most recent call last\))")
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run as its folder shows it."""
+    """State of a run."""
 
     name: str
     folder: str
     state: State
-    """The module's docstring tells them apart."""
+    """The module's docstring defines them."""
     detail: str = ""
     """The signal that ended it, if one did."""
     step: int = 0
@@ -80,18 +80,18 @@ class RunStatus:
     tokens_per_second: float | None = None
     """Mean over the last steps."""
     seconds_left: float | None = None
-    """At the last steps' pace; None if it does not run."""
+    """Estimate from the last steps; None if it does not run."""
     checkpoint: int | None = None
     """Step of the newest checkpoint whose names and sizes are right."""
     checkpoint_age: float | None = None
     """Seconds since it was complete."""
     seconds_silent: float = 0.0
-    """Since its last sign of life."""
+    """Seconds since its last activity."""
     problems: list[str] = field(default_factory=list)
-    """What is wrong, a line each."""
+    """Problems, one line each."""
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name; a loss that is not finite is text, as JSON has no number for it."""
+        """The fields by name; a non-finite loss is text, as JSON has no number for it."""
 
         def plain(value: Any) -> Any:
             bad = isinstance(value, float) and not math.isfinite(value)
@@ -101,11 +101,11 @@ class RunStatus:
 
 
 def look(runs: list[Path], now: float | None = None) -> list[RunStatus]:
-    """How runs are doing, those with the latest sign of life first.
+    """States of runs, the most recently active first.
 
     Args:
         runs: their folders.
-        now: seconds since 1970; None takes the clock's.
+        now: seconds since 1970; None: the current time.
     """
     held = _held_metrics()
     instant = time.time() if now is None else now
@@ -114,13 +114,13 @@ def look(runs: list[Path], now: float | None = None) -> list[RunStatus]:
 
 
 def _look_safely(run: Path, held: set[Path], now: float) -> RunStatus:
-    """The same for a folder in which anything may lie: what is wrong with it is its own line."""
+    """`_look` for an untrusted folder: an error becomes a problem of this run."""
     try:
         os.listdir(run)
         return _look(run, (run / "metrics.jsonl").resolve() in held, now)
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
-    except Exception as error:  # no damage of one run hides the others
+    except Exception as error:  # a damaged run does not hide the others
         problem = f"its files are not a run's ({type(error).__name__}: {error})"
     silent = max(0.0, now - _last_sign(run))
     return RunStatus(run.name, str(run), "unreadable", problems=[problem], seconds_silent=silent)
@@ -163,7 +163,7 @@ def _look(run: Path, is_held: bool, now: float) -> RunStatus:
 def _told(
     run: Path, log: list[tuple[float, str]], step: int, steps: int | None, checkpoint: int | None
 ) -> tuple[State, str, str] | None:
-    """How the run says that it ended: state, detail, what is wrong; None if it does not say."""
+    """State, detail and problem that the run recorded at its end; None if it recorded none."""
     code = _exit_code(run)
     if code == exit_codes.DONE:
         return "finished", "", ""
@@ -176,7 +176,7 @@ def _told(
         return "failed", "", f"{why} (code {code})"
     if code is not None:
         return "failed", "", f"it ended with code {code}"
-    # Whatever an earlier start left behind is older than what the latest one has written.
+    # Files of an earlier start are older than those of the latest one.
     since = _modified(run / "metrics.jsonl")
     verdict = max(run.glob(VERDICTS), key=_modified, default=None)
     if verdict is not None and _modified(verdict) >= since:
@@ -192,7 +192,7 @@ def _told(
 def _guessed(
     settings: dict[str, float], step: int, seconds: list[float], silent: float, is_held: bool
 ) -> tuple[State, str, str]:
-    """The same for a run that says nothing, from the time since its last sign of life."""
+    """The same for a run without a recorded end, from the time since its last activity."""
     patience = max(_QUIET_SECONDS, _QUIET_STEPS * max(seconds, default=0.0))
     wait = duration(silent)
     if silent <= patience:
@@ -206,7 +206,7 @@ def _guessed(
 
 
 def _numeric_settings(run: Path) -> tuple[dict[str, Any], list[str]]:
-    """The numbers among config.yaml's settings that are used here, and what of them is none."""
+    """The numeric settings of config.yaml that are used here, and problems with them."""
     saved, found, wrong = {}, {}, []
     try:
         saved = read_settings(run)
@@ -222,20 +222,20 @@ def _numeric_settings(run: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that can be counted with and shown."""
+    """Whether it is a finite number of plausible size."""
     return type(value) in (int, float) and abs(value) < _IMPLAUSIBLE  # False for NaN
 
 
 def _is_sound(name: str, value: Any) -> bool:
-    """Whether a record's field can be counted with and shown.
+    """Whether a record's field is a usable number.
 
-    What a training that diverges reports may be of any size, or not finite.
+    Values of a diverging run may have any size, or not be finite.
     """
     return _is_number(value) or (name in _UNBOUNDED and type(value) is float)
 
 
 def _watchdog_seconds(settings: dict[str, float]) -> float:
-    """How long a run may be silent before its watchdog, or a collective's time-out, ends it."""
+    """Seconds after which the watchdog, or a collective's timeout, ends an inactive run."""
     timeout = settings.get("timeout_seconds", 2 * _WATCHDOG_SECONDS)
     chosen = settings.get("hang_timeout")
     if chosen == 0:
@@ -244,7 +244,7 @@ def _watchdog_seconds(settings: dict[str, float]) -> float:
 
 
 def _of_training(last: dict[str, Any], log: list[tuple[float, str]]) -> list[str]:
-    """What is wrong with the training itself."""
+    """Problems of the training itself."""
     found = []
     skipped = last.get("skipped_steps", 0)
     for field_name, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
@@ -260,7 +260,7 @@ def _of_training(last: dict[str, Any], log: list[tuple[float, str]]) -> list[str
 
 
 def _newest_checkpoint(run: Path) -> tuple[int | None, list[str]]:
-    """The newest whose names and sizes are right, and what is wrong with newer ones."""
+    """The newest checkpoint with correct names and sizes, and problems with newer ones."""
     damaged = []
     for step in reversed(checkpoints.steps(run)):
         path = checkpoints.step_folder(run, step)
@@ -280,7 +280,7 @@ def _age(run: Path, checkpoint: int | None, now: float) -> float | None:
 
 
 def _mean_speed(records: list[dict[str, Any]]) -> float | None:
-    """Tokens a second over steps: all their tokens by all their time."""
+    """Tokens per second over these steps."""
     timed = [r for r in records if r.get("tokens_per_second") and r.get("seconds")]
     seconds = sum(record["seconds"] for record in timed)
     tokens = sum(record["tokens_per_second"] * record["seconds"] for record in timed)
@@ -302,7 +302,7 @@ def _verdict(path: Path) -> str:
 
 
 def _last_error(log: list[tuple[float, str]], since: float) -> str | None:
-    """What log.txt says ended the run at or after a time: the message, or a traceback's end."""
+    """The error in log.txt at or after a time: its message, or the end of a traceback."""
     starts = [i for i, (when, text) in enumerate(log) if _ERROR.match(text) and when + 1 >= since]
     if not starts:
         return None
@@ -318,7 +318,7 @@ def _last_sign(run: Path) -> float:
 
 
 def _modified(path: Path) -> float:
-    """When a file was written last, in seconds since 1970; 0 if it is not there."""
+    """Modification time of a file, in seconds since 1970; 0 if it does not exist."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -333,13 +333,13 @@ def _size(path: Path) -> int:
 
 
 def _last_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The whole records at the end of a metrics file, and a line about one that is none."""
+    """The complete records at the end of a metrics file, and a problem with an invalid one."""
     found, wrong = [], []
     for line in _last_lines(path):
         try:
             record = parse_json(line)
         except ValueError:
-            continue  # the writer is in the middle of it
+            continue  # being written
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             continue
         bad = next((name for name, value in record.items() if not _is_sound(name, value)), None)
@@ -354,7 +354,7 @@ def _last_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _last_lines(path: Path) -> list[str]:
-    """The last lines of a metrics file that are no depth profiles, which may be long."""
+    """The last lines of a metrics file, without depth profiles, which may be long."""
     limit = _TAIL_BYTES
     while True:
         lines = [line for line in _tail(path, limit) if _DEPTH not in line]
@@ -374,7 +374,7 @@ def _log_tail(path: Path) -> list[tuple[float, str]]:
 
 
 def _tail(path: Path, limit: int = _TAIL_BYTES) -> list[str]:
-    """The last lines of a file: whole ones, but perhaps the very last."""
+    """The last lines of a file; only the last one may be incomplete."""
     try:
         with open_regular(path) as stream:
             size = stream.seek(0, os.SEEK_END)
@@ -386,7 +386,7 @@ def _tail(path: Path, limit: int = _TAIL_BYTES) -> list[str]:
 
 
 def _held_metrics() -> set[Path]:
-    """Every metrics.jsonl that a process of this user has open on this machine."""
+    """All metrics.jsonl that a process of this user has open on this machine."""
     found = set()
     for process in psutil.process_iter(["name"]):
         if "python" not in (process.info["name"] or "") and "keel" not in process.info["name"]:

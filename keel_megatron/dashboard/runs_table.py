@@ -1,4 +1,4 @@
-"""`keel runs` on a terminal: a line a run, and below what is wrong."""
+"""Table of `keel runs`: one line per run, then the problems."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from keel_megatron.mlflow_delivery.target import remembered_run_id
 
 CHECK_SECONDS = 5.0
 FILL_SECONDS = 30.0
-"""Between deliveries to a database on a network file system while it is served."""
+"""Seconds between deliveries to a database on a network file system."""
 _LISTED = 20
 _RESERVE = 64 << 20
 
@@ -40,13 +40,13 @@ def serve(
 
     Args:
         paths: runs' folders, or folders of runs.
-        port: 0 = any that is free.
-        open_browser: open the first page.
-        names: NAME or NAME:PORT to answer under, beside 127.0.0.1 and localhost.
-        say: told where the pages are, with the token that they need.
+        port: 0: any free port.
+        open_browser: open the first page in a browser.
+        names: additional host names, NAME or NAME:PORT, besides 127.0.0.1 and localhost.
+        say: called with the pages' addresses, which contain the token.
 
     Raises:
-        UserError: there is no run to show, the port is taken, or MLflow's server does not run.
+        UserError: there is no run to show, the port is in use, or MLflow's server does not run.
     """
     require_mlflow_server()
     shown = choose(find_runs(paths))
@@ -83,7 +83,7 @@ def serve(
 
 
 def _show(server: Server, shown: Shown, say: Callable[[str], None]) -> str | None:
-    """Say where the pages are; the newest run's, if there is a run."""
+    """Print the pages' addresses and open the newest run's page."""
     ids = [remembered_run_id(run) for run in shown.runs]
     found = [server.run_page(run_id) for run_id in ids if run_id is not None]
     pages = sorted((page for page in found if page is not None), reverse=True)
@@ -95,7 +95,7 @@ def _show(server: Server, shown: Shown, say: Callable[[str], None]) -> str | Non
 
 
 def _watch(server: Server, shown: Shown, say: Callable[[str], None], *, fills: bool) -> None:
-    """Wait, and deliver what runs on a network file system report meanwhile."""
+    """Wait, and deliver the reports of runs on a network file system meanwhile."""
     told: set[str] = set()
 
     def say_once(line: str) -> None:
@@ -117,7 +117,7 @@ def _copy(database: Path, folder: Path) -> Path:
     """A copy of another user's database in a private folder.
 
     Raises:
-        UserError: it cannot be read, or has no room.
+        UserError: it cannot be read, or there is not enough disk space.
     """
     copy = folder / NAME
     try:
@@ -138,7 +138,7 @@ def _copy(database: Path, folder: Path) -> Path:
 
 
 def _open(folder: Path, page: str) -> None:
-    """Open a page by a file of ours: a browser's arguments, and so the token, are anybody's."""
+    """Open a page through a private file: other users can read a browser's arguments."""
     file = folder / "open.html"
     address = html.escape(page)
     file.write_text(f'<meta charset="utf-8"><meta http-equiv="refresh" content="0;url={address}">')

@@ -31,10 +31,10 @@ TRAINING_PAGES = "?workflowType=machine_learning"
 
 
 def require_mlflow_server() -> None:
-    """See that MLflow's server is installed, not its client alone.
+    """Check that MLflow's server is installed, not only its client.
 
     Raises:
-        UserError: it is not; with the command that installs it.
+        UserError: it is not; the message has the command that installs it.
     """
     wanted = ("mlflow", "flask", "fastapi", "uvicorn")
     if any(importlib.util.find_spec(name) is None for name in wanted):
@@ -44,12 +44,12 @@ def require_mlflow_server() -> None:
 
 
 def listen(port: int) -> socket.socket:
-    """A socket that listens on the port of 127.0.0.1; for 0 on any that is free.
+    """A socket that listens on a port of 127.0.0.1; 0: any free port.
 
-    It is handed to the server as it is, so that nobody else can take the port before it.
+    The server inherits it, so that no other process can take the port.
 
     Raises:
-        UserError: the port is taken.
+        UserError: the port is in use.
     """
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -69,13 +69,13 @@ class Server:
     """The server over a database; a context manager that ends it.
 
     Args:
-        folder: for the server's own files, such as server.log. It goes with the server, should this
-            process be killed.
-        listener: what `listen` has given; the server's from now on.
-        database: what it serves.
+        folder: for the server's own files, such as server.log. The server removes it if this
+            process is killed.
+        listener: socket from `listen`; owned by the server from now on.
+        database: the database to serve.
         runs_dir: files of the runs in this folder are served.
         roots: further runs' folders whose files are served.
-        names: under which the pages are asked for, beside 127.0.0.1 and localhost.
+        names: host names to answer to, besides 127.0.0.1 and localhost.
         edit: whether notes, tags and names can be changed.
     """
 
@@ -129,12 +129,12 @@ class Server:
         """The address of a page, with the token.
 
         Args:
-            place: what follows the server's address, from `#` on.
+            place: the rest of the address, from `#` on.
         """
         return f"{self._url}?token={self._token}{place}"
 
     def run_page(self, run_id: str) -> tuple[int, str, str] | None:
-        """Start (ms since 1970), name and page of an MLflow run; None if there is none such."""
+        """Start (ms since 1970), name and page of an MLflow run; None if it does not exist."""
         path = f"ajax-api/2.0/mlflow/runs/get?run_id={run_id}"
         request = urllib.request.Request(self._url + path)
         port = self._url.rstrip("/").rpartition(":")[2]
@@ -148,7 +148,7 @@ class Server:
         return None
 
     def wait_until_ready(self) -> None:
-        """Wait until it answers.
+        """Wait until the server answers.
 
         Raises:
             UserError: it ended, or did not answer; with the end of its log.
@@ -162,7 +162,7 @@ class Server:
         raise UserError(f"MLflow's server does not answer at {self._url}:\n{self._last_lines()}")
 
     def check(self) -> None:
-        """See that it still runs.
+        """Check that it still runs.
 
         Raises:
             UserError: it has ended.

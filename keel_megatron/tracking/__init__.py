@@ -1,1 +1,1 @@
-"""What a run writes down and shows: its log, and its progress."""
+"""A run's log and its progress display."""

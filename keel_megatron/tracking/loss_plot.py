@@ -1,4 +1,4 @@
-"""The picture of a run: loss over tokens, gradient norm below."""
+"""Plot of a run: loss over tokens, gradient norm below."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def plot_loss(run_folder: Path, out: Path, unigram_entropy: float | None) -> Non
     Args:
         run_folder: the run's folder.
         out: the picture.
-        unigram_entropy: nats per token that counting tokens alone reaches; drawn as a line.
+        unigram_entropy: loss of a unigram model, in nats per token; drawn as a line.
 
     Raises:
-        UserError: there is nothing to draw.
+        UserError: the run has no steps.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -64,10 +64,10 @@ def plot_loss(run_folder: Path, out: Path, unigram_entropy: float | None) -> Non
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """The mean over a window of about a twentieth of the run, centred, so that it does not lag.
+    """Moving average over about a twentieth of the run, centred, so that it does not lag.
 
-    At the start it narrows; at the end it only looks back. A value that is not finite counts in no
-    mean and has none.
+    The window narrows at the start, and looks only back at the end. Non-finite values are excluded
+    and stay non-finite.
     """
     half = max(1, len(values) // 40)
     sums, counts = [0.0], [0]
@@ -113,7 +113,7 @@ def _draw_loss(axes: Axes, training: Series, validation: Series) -> None:
 
 
 def _draw_entropy(axes: Axes, entropy: float, training: Series, validation: Series) -> None:
-    """The line, its words where the curves leave room: above its right or below its left end."""
+    """Draw the line, with its label above the right or below the left end, where there is room."""
     axes.axhline(entropy, color=TEXT, linestyle=(0, (5, 3)), linewidth=1.1, zorder=3)
     cut = 0.7 * training[0][-1]
     right_is_free = all(
@@ -156,7 +156,7 @@ def _title(
     validation: list[float],
     entropy: float | None,
 ) -> None:
-    """The run's name, and where it got to."""
+    """The run's name and progress."""
     facts = [f"{last['step']:,} steps"]
     if validation:
         facts.append(f"validation loss {validation[-1]:.3f}")
@@ -186,5 +186,5 @@ def _series(records: list[dict[str, Any]], key: str, scale: float) -> Series:
 
 
 def _unit(tokens: float) -> tuple[float, str]:
-    """The unit in which so many tokens are read most easily."""
+    """A readable unit for this number of tokens."""
     return next((unit for unit in _UNITS if tokens >= unit[0]), (1e3, "thousand tokens"))

@@ -1,4 +1,4 @@
-"""The names under which MLflow has what a run reports; metrics.jsonl keeps the fields' names.
+"""Names of a run's metrics in MLflow; metrics.jsonl keeps the fields' names.
 
 A run's page in MLflow has a section for each part of a name before its last `/`, sorted by
 character, and one for all other names below them. So `train` and `validation` come first, then

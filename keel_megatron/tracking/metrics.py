@@ -20,24 +20,24 @@ from keel_megatron.tracking.outbox import milliseconds
 
 
 class Recordable(Protocol):
-    """Whatever one line can hold: a record with its `step`."""
+    """A record with its `step`."""
 
     def to_json(self) -> dict[str, Any]:
         """The record as one object."""
 
 
 class MetricsFile:
-    """Appends records, each with the system as soon as it is written.
+    """Appends records, each flushed to the system immediately.
 
-    Floats are written as Python's repr, so that they come back to the last bit. A loss that is not
-    finite is written as NaN, Infinity or -Infinity: not strict JSON, but what Python's and pandas'
-    readers take, and a null would hide which of the three it was.
+    Floats are written as Python's repr, so that they are read back exactly. A non-finite loss is
+    written as NaN, Infinity or -Infinity: not strict JSON, but Python and pandas read it, and a
+    null would hide which of the three it was.
 
     While the disk is full, records are kept in memory (runtime/files.py).
 
     Args:
-        path: the file; it is made if it is not there. A last line that a kill cut short is dropped.
-        say: told when it cannot be written, and when it can be again.
+        path: the file; created if it does not exist. An incomplete last line is removed.
+        say: called when writing fails, and when it works again.
 
     Raises:
         UserError: the file cannot be changed.
@@ -54,23 +54,27 @@ class MetricsFile:
         """Append a record."""
         self._lines.append(json.dumps({**record.to_json(), "time": milliseconds()}))
 
-    def rewind(self, step: int | None, cut_to: Callable[[int], None] = lambda _size: None) -> None:
-        """Drop the records after `step`, which the run is about to compute again; all for None.
+    def rewind(
+        self, step: int | None, truncated_to: Callable[[int], None] = lambda _size: None
+    ) -> None:
+        """Remove the records after `step`, which the run will compute again; all records for None.
 
-        The file is cut before the first of them, which needs no room on the disk. What a save on
-        its way has noted behind it of an earlier step is written anew.
+        The file is truncated before the first of them, which needs no disk space. Records of
+        earlier steps that follow it, from a save in the background, are written again.
 
         Args:
-            step: the last that stays.
-            cut_to: told the file's size once it is cut, before anything is written to it again.
+            step: the last step to keep.
+            truncated_to: called with the file's size after the truncation, before anything is
+            appended.
 
         Raises:
-            UserError: a line in the middle of the file is no record, or it cannot be changed.
+            UserError: a line in the middle of the file is not a record, or the file cannot be
+            changed.
         """
         size, kept = (0, []) if step is None else self._until(step)
         with _refused(self._path):
             self._lines.cut(size, [])
-            cut_to(size)
+            truncated_to(size)
             self._lines.cut(size, kept)
 
     def close(self) -> None:
@@ -78,7 +82,7 @@ class MetricsFile:
         self._lines.close()
 
     def _until(self, step: int) -> tuple[int, list[bytes]]:
-        """Bytes before the first record after `step`, and the lines behind it that stay."""
+        """Size before the first record after `step`, and the later lines to keep."""
         size, kept, cut = 0, list[bytes](), False
         if self._path.is_file():
             for line, record in _records(self._path):
@@ -103,23 +107,23 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that a kill cut short is left out.
+    """The records of a metrics file, without an incomplete last line.
 
     Raises:
-        UserError: a line in the middle of the file is no record.
+        UserError: a line in the middle of the file is not a record.
     """
     return list(iterate_metrics(path))
 
 
 def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The same, one after the other."""
+    """The same, as an iterator."""
     if path.is_file():
         for _line, record in _records(path):
             yield record
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Lines as they stand in the file, without their end, and what they say."""
+    """Lines of the file, without line ends, and their parsed records."""
     with open_regular(path) as stream:
         lines = enumerate(_lines(stream, path), start=1)
         for number, line in lines:
@@ -149,7 +153,7 @@ def _lines(stream: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def _ending(path: Path) -> tuple[int, bytes]:
-    """Bytes of the file's whole lines, and what a kill has left behind them."""
+    """Size of the file's complete lines, and the incomplete rest."""
     if not path.is_file():
         return 0, b""
     with open_regular(path) as stream:

@@ -1,16 +1,16 @@
-"""What a run leaves for its followers beside metrics.jsonl: append-only files of JSON lines.
+"""The rest of the run log, beside metrics.jsonl: append-only files of JSON lines.
 
-    outbox/events.jsonl              rank 0's event log: starts, each with the place that it reports
-                                     to, tags, changed settings, files, rewinds, endings
+    outbox/events.jsonl              rank 0's event log: starts, each with the address that it
+                                     reports to, tags, changed settings, files, rewinds, endings
     outbox/system-HOST.TIME.jsonl    a node's own measurements, the newest 32 MB
 
-Nothing is deleted when it is delivered: with metrics.jsonl these files are the run's log, from
-which MLflow's view can be rebuilt. A line is with the system as soon as it is written: no end of
-the process loses it. A last line that a kill cut short is no event.
+Nothing is deleted after delivery: with metrics.jsonl these files are the run's log, from which
+MLflow's database can be rebuilt. Each line is flushed to the system immediately, so the end of the
+process does not lose it. An incomplete last line is ignored.
 
-A start and a rewind say how many bytes of metrics.jsonl stay (`metrics`): the writer cuts the file,
-then appends the event, then writes new records (run_log.py). So whoever reads metrics.jsonl, and
-looks at the events before and after, knows whether what it has read still counts.
+A start and a rewind contain the remaining size of metrics.jsonl (`metrics`): the writer truncates
+the file, then appends the event, then appends new records (run_log.py). So a reader that reads the
+events before and after metrics.jsonl knows whether its records are valid.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ SYSTEM = "system-"
 """Beginning of the streams of nodes' measurements."""
 SEGMENT_BYTES = 8_000_000
 SYSTEM_BYTES = 32_000_000
-"""How much of a node's measurements is kept: some two days of 8 GPUs, measured every 10 s."""
+"""Bytes of a node's measurements to keep: about two days of 8 GPUs, measured every 10 s."""
 _NUMBER = re.compile(r"[0-9]{1,15}")
 
 
 class EventLog:
-    """Appends events to a run's event log; any thread may.
+    """Appends events to a run's event log; thread-safe.
 
-    A full disk does not stop the run: what cannot be written is kept in memory (runtime/files.py).
+    A full disk does not stop the run: unwritten lines are kept in memory (runtime/files.py).
 
     Args:
         run: the run's folder.
@@ -50,7 +50,7 @@ class EventLog:
         self._lock = threading.Lock()
 
     def append(self, kind: str, **values: Any) -> None:
-        """Write an event, `values` being plain JSON; its `time` is now unless it is given."""
+        """Write an event; `values` must be JSON. Default of its `time`: now."""
         line = json.dumps({"kind": kind, "time": milliseconds(), **values})
         with self._lock:
             self._lines.append(line, must=True)
@@ -67,12 +67,12 @@ class EventLog:
 
 
 class MeasurementLog:
-    """Appends a node's measurements; files and memory have a limit, and the oldest go.
+    """Appends a node's measurements; files and memory are limited, and the oldest are deleted.
 
     Args:
         run: the run's folder.
         node: the node's name.
-        limit: bytes that are kept.
+        limit: bytes to keep.
     """
 
     def __init__(self, run: Path, node: str, limit: int = SYSTEM_BYTES) -> None:
@@ -82,7 +82,7 @@ class MeasurementLog:
         self._lines: LineFile | None = None
 
     def append(self, values: dict[str, float]) -> None:
-        """Write the values of now by their names in MLflow."""
+        """Write the current values, by their names in MLflow."""
         line = json.dumps({"kind": "system", "time": milliseconds(), "values": values})
         self._segment().append(line)
 
@@ -92,7 +92,7 @@ class MeasurementLog:
             self._lines.close()
 
     def _segment(self) -> LineFile:
-        """The file that the next line goes to."""
+        """The file for the next line."""
         size = min(SEGMENT_BYTES, self._limit // 4)
         if self._lines is not None and self._lines.written > size and not self._lines.kept:
             self._lines.close()
@@ -103,7 +103,7 @@ class MeasurementLog:
             for position, (_number, path) in enumerate(known):
                 if sum(sizes[position:]) + size > self._limit:
                     path.unlink(missing_ok=True)
-            # By the clock, so that no number comes again even if somebody deletes files.
+            # By the clock, so that no number is reused even if files are deleted.
             number = max(milliseconds(), known[-1][0] + 1 if known else 0)
             self._lines = LineFile(self._folder / f"{self._stream}.{number}.jsonl")
         return self._lines
@@ -121,11 +121,11 @@ def segments(folder: Path, stream: str) -> list[tuple[int, Path]]:
 
 
 def milliseconds() -> int:
-    """Now, since 1970."""
+    """The current time, since 1970."""
     return time.time_ns() // 1_000_000
 
 
 def relative(run: Path, path: Path) -> str:
-    """A file's path as the event log keeps it: within the run's folder relative to it."""
+    """A file's path in the event log: relative if it is in the run's folder."""
     full, home = os.path.abspath(path), os.path.abspath(run)
     return os.path.relpath(full, home) if full.startswith(home + os.sep) else full

@@ -1,4 +1,4 @@
-"""What rank 0 shows: a live display on a terminal, plain lines elsewhere; and log.txt."""
+"""Rank 0's console: a live display on a terminal, text lines elsewhere; and log.txt."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _SECONDS_PER_REFRESH = 0.1
 
 
 class Progress:
-    """Progress of a run and everything that is said about it.
+    """Progress and messages of a run.
 
-    On a terminal two live lines stay at the bottom and messages go above them. Elsewhere a plain
-    line comes every `log_every` steps. The log has the messages and the plain lines either way.
-    Any thread may speak.
+    On a terminal, two live lines stay at the bottom and messages appear above them. Elsewhere, a
+    text line is printed every `log_every` steps. The log has messages and text lines in both cases.
+    Thread-safe.
 
     Args:
         steps: steps of the whole run.
-        log: file to which everything is added, with the time in UTC; None = `keep` names it.
-        log_every: steps between plain lines.
-        stream: where to show it; standard output if None.
-        clock: seconds that only go forward, for the time left.
+        log: log file, with times in UTC; None: set later by `keep`.
+        log_every: steps between text lines.
+        stream: output stream; None: standard output.
+        clock: a monotonic clock in seconds, for the time left.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Progress:
         self._unkept: list[str] = []
         if log is not None:
             self.keep(log)
-        # Not as rich would guess: a variable such as FORCE_COLOR makes no terminal of a file.
+        # rich's own detection would treat a file as a terminal if FORCE_COLOR is set.
         terminal = self._stream.isatty()
         self._console = Console(
             file=trusted(self._stream),
@@ -78,7 +78,7 @@ class Progress:
         self._validation_loss: float | None = None
 
     def keep(self, log: Path) -> None:
-        """Add everything to a file from now on, and first what there was before."""
+        """Write everything to a file from now on, earlier messages first."""
         with self._lock:
             self._log = LineFile(log, self._show)
             for line in self._unkept:
@@ -86,9 +86,9 @@ class Progress:
             self._unkept.clear()
 
     def say(self, text: str) -> None:
-        """Show a message, above the live display if there is one, and keep it in the log.
+        """Show a message, above the live display if there is one, and write it to the log.
 
-        URLs in it are shown without what may be a secret.
+        Parts of URLs that may be secret are hidden.
         """
         text = without_credentials(text)
         with self._lock:
@@ -96,7 +96,7 @@ class Progress:
             self.note(text)
 
     def note(self, text: str) -> None:
-        """Keep a message in the log only."""
+        """Write a message to the log only."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         lines = [f"{now} {line}" for line in without_credentials(text).splitlines() or [""]]
         with self._lock:
@@ -126,7 +126,7 @@ class Progress:
         self.say(f"step {record.step}: validation loss {record.validation_loss:.4f}")
 
     def stop(self) -> None:
-        """Give the terminal back; messages go on as plain lines."""
+        """End the live display; later messages are text lines."""
         with self._lock:
             live, self._live, self._is_live = self._live, None, False
             if live is not None:
@@ -137,7 +137,7 @@ class Progress:
                     live.stop()
 
     def close(self) -> None:
-        """Give the terminal back and close the log; later messages are shown only."""
+        """End the live display and close the log; later messages are only shown."""
         with self._lock:
             try:
                 self.stop()
@@ -155,7 +155,7 @@ class Progress:
             if self._live is not None:
                 self._console.print(text)
             else:
-                # Not through rich, which ends the whole program when a pipe is closed.
+                # Not through rich, which exits the program when a pipe is closed.
                 self._stream.write(text + "\n")
                 self._stream.flush()
         except OSError as error:
@@ -163,7 +163,7 @@ class Progress:
                 self._go_silent()
 
     def _go_silent(self) -> None:
-        """Nobody reads any longer (a closed pipe or terminal): the log and the run go on."""
+        """Stop printing to a closed pipe or terminal; the log continues."""
         self._stream = self._live = None
         self._is_live = False
 
@@ -185,7 +185,7 @@ class Progress:
         picture = self._picture(record, left)
         try:
             if self._live is None:
-                # No refreshing thread: between steps there is nothing new.
+                # No refresh thread: the display changes only at steps.
                 self._live = Live(picture, console=self._console, auto_refresh=False)
                 self._live.start()
             self._live.update(picture, refresh=True)
@@ -218,7 +218,7 @@ class Progress:
 
 
 class _Rate:
-    """Seconds a step, as the clock on the wall sees it: validations and saves included."""
+    """Wall-clock seconds per step, validations and saves included."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -226,10 +226,11 @@ class _Rate:
         self.last = 0.0
 
     def seconds_a_step(self, record: StepRecord) -> float:
-        """Mean so far, after this step; the first one is left out."""
+        """Mean so far, without the first step."""
         now = self._clock()
         if self._first is None:
-            # The first step has compilation and allocation in it: it starts the measurement.
+            # The first step includes compilation and allocation, so the measurement starts after
+            # it.
             self._first = (now, record.step)
             self.last = record.seconds
         elif record.step > self._first[1]:
@@ -239,7 +240,7 @@ class _Rate:
 
 
 def duration(seconds: float) -> str:
-    """Days, hours, minutes and seconds, the two largest."""
+    """A duration in its two largest units."""
     whole = round(seconds)
     minutes, hours, days = whole // 60, whole // 3600, whole // 86400
     if days:

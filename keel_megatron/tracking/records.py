@@ -1,4 +1,4 @@
-"""What a run reports: one record a step, one a validation."""
+"""Records of a run: steps, validations, checkpoints and depth profiles."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-"""How a run ends: as planned; by an error, or without a word; because it was asked to."""
+"""How a run ended: complete; by an error or a kill; by a request to stop."""
 
 
 @dataclass(frozen=True)
@@ -20,21 +20,21 @@ class StepRecord:
     grad_norm: float
     """Global L2 norm of the gradient before clipping."""
     learning_rate: float
-    """Rate that the step was taken with."""
+    """Learning rate of the step."""
     consumed_samples: int
     """Sequences seen so far in the run, this step's included."""
     consumed_tokens: int
     """Tokens seen so far in the run, this step's included."""
     tokens_per_second: float
-    """Tokens a second of the whole run, all devices together."""
+    """Tokens per second over all devices."""
     tflops_per_device: float
-    """Model FLOPs in 1e12 a second and device."""
+    """Model FLOPs per second and device, in 1e12."""
     memory_gb: float
-    """Peak memory of the reporting rank in 1e9 bytes."""
+    """Peak memory of the reporting rank, in 1e9 bytes."""
     seconds: float
     """Duration of the step in seconds."""
     skipped_steps: int = 0
-    """Steps so far in the run whose update was left out."""
+    """Steps so far in the run whose update was skipped."""
 
     def to_json(self) -> dict[str, float]:
         """The record as one flat object, with the fields' names as keys."""
@@ -64,13 +64,13 @@ class CheckpointRecord:
     """One checkpoint, once it is complete."""
 
     step: int
-    """Its step."""
+    """Step of the checkpoint."""
     checkpoint_stall_seconds: float
-    """Time for which training waited: the copy to the host, and what could not be overlapped."""
+    """Time for which training waited: the copy to the host, and work that did not overlap."""
     checkpoint_seconds: float
-    """From its beginning to its publication."""
+    """Time from start to publication."""
     checkpoint_bytes: int
-    """About what all ranks wrote."""
+    """Approximate size of all ranks' files."""
 
     def to_json(self) -> dict[str, float]:
         """The record as one flat object, with the fields' names as keys."""
@@ -84,7 +84,7 @@ class DepthRecord(Protocol):
     """The depth profile of a step (depth/profile.py)."""
 
     def to_json(self) -> dict[str, Any]:
-        """`step`, and `depth` with a list a quantity."""
+        """`step`, and `depth` with one list per quantity."""
 
     def alarm(self) -> str | None:
-        """Where what is not finite begins, in a line; None if all is finite."""
+        """A message that names the first non-finite values; None if all are finite."""

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, and the events that belong to no step."""
+"""The log of a run: metrics.jsonl, and events that belong to no step."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from keel_megatron.tracking.outbox import EventLog
 
 METRICS_FILE = "metrics.jsonl"
 EARLIER_DEPTH_FILE = "depth.jsonl"
-"""Where earlier versions kept the depth profiles, which are records of metrics.jsonl now."""
+"""File of depth profiles of earlier versions; they are records of metrics.jsonl now."""
 
 
 class RunLog:
     """Writes a run's log, each record once.
 
-    A cut of metrics.jsonl is three steps in this order: the file is cut, an event says how many
-    bytes stay, new records follow. A follower that reads the file depends on it (outbox.py).
+    metrics.jsonl is truncated in three steps, in this order: truncate the file, append an event
+    with the remaining size, append new records. Readers depend on this order (outbox.py).
 
     Args:
         folder: the run's folder.
-        resume_step: records of later steps are dropped; None drops all.
-        say: told when a file cannot be written, and when it can be again.
-        start: what the start's event says beside the cut, plain JSON; None = the run has no
-            followers and so no event log.
+        resume_step: records of later steps are removed; None removes all.
+        say: called when writing fails, and when it works again.
+        start: further values of the start's event, JSON; None: no event log, because the run
+            does not report to MLflow.
 
     Raises:
         UserError: metrics.jsonl cannot be continued.
@@ -43,7 +43,7 @@ class RunLog:
         self._events = None if start is None else EventLog(folder)
         with ExitStack() as undo:
             self._metrics = undo.enter_context(MetricsFile(folder / METRICS_FILE, say))
-            self._cut(resume_step, "start", start or {})
+            self._truncate(resume_step, "start", start or {})
             undo.pop_all()
 
     def write(self, record: Recordable) -> None:
@@ -51,13 +51,13 @@ class RunLog:
         self._metrics.write(record)
 
     def event(self, kind: str, **values: Any) -> None:
-        """Append an event, `values` being plain JSON; any thread may."""
+        """Append an event; `values` must be JSON. Thread-safe."""
         if self._events is not None:
             self._events.append(kind, **values)
 
     def rewind(self, step: int) -> None:
-        """Drop the records after `step`, which the run is about to compute again."""
-        self._cut(step, "rewind", {"back_to": step})
+        """Remove the records after `step`, which the run will compute again."""
+        self._truncate(step, "rewind", {"back_to": step})
 
     def close(self) -> None:
         """Close the files."""
@@ -68,10 +68,10 @@ class RunLog:
 
     @property
     def unwritten(self) -> int:
-        """Events for which there was no room."""
+        """Number of events lost because the disk was full."""
         return 0 if self._events is None else self._events.unwritten
 
-    def _cut(self, step: int | None, kind: str, values: Mapping[str, Any]) -> None:
+    def _truncate(self, step: int | None, kind: str, values: Mapping[str, Any]) -> None:
         if self._earlier.is_file():
             with MetricsFile(self._earlier) as earlier:
                 earlier.rewind(step)

@@ -1,4 +1,4 @@
-"""How this project's pictures look."""
+"""Style of the project's plots."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, SLATE, ALARM = "#2b6cb0", "#dd6b20", "#4a5568", "#e5007d"
 TEXT, QUIET, GRID, NOTHING = "#1a202c", "#718096", "#e2e8f0", "#edf2f7"
-# A run may be called a$b: no formula.
+# A run may be named a$b, which is not a formula.
 TITLE: dict[str, Any] = {"fontsize": 14, "fontweight": "bold", "color": TEXT, "parse_math": False}
 
 
 def dress(axes: Axes) -> None:
-    """A quiet frame and grid."""
+    """Set a light frame and grid."""
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -29,7 +29,7 @@ def dress(axes: Axes) -> None:
 
 
 def save(figure: Figure, out: Path) -> None:
-    """Write a PNG as `write_whole` does: in one move, and through no link."""
+    """Write a PNG as `write_whole` does: atomically, without following links."""
     picture = BytesIO()
     figure.savefig(picture, format="png")
     write_whole(out, picture.getvalue())

@@ -1,4 +1,4 @@
-"""Everything that a run reports, behind one object."""
+"""The interface through which a run reports."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ from keel_megatron.tracking.run_log import RunLog
 class Tracker:
     """Writes the run's log and shows its progress.
 
-    As a context manager it logs how the run ended: FINISHED, KILLED after Ctrl-C, FAILED after any
-    other error, which log.txt then has too.
+    As a context manager it logs the run's end: FINISHED, KILLED after Ctrl-C, or FAILED after any
+    other error, which is also written to log.txt.
 
     Args:
         folder: the run's folder.
-        log: the run's log; None = a rank that does not report: it takes everything and keeps
-            nothing.
-        progress: where the run speaks; None on a rank that does not report.
+        log: the run's log; None: a rank that does not report, whose calls do nothing.
+        progress: the console; None on a rank that does not report.
     """
 
     def __init__(self, folder: Path, log: RunLog | None, progress: Progress | None) -> None:
@@ -43,7 +42,7 @@ class Tracker:
         self._followers: list[Callable[[], None]] = []
 
     def at_end(self, finish: Callable[[], None]) -> None:
-        """Have this called when the run has logged its end, before its files are closed."""
+        """Register a function to call after the run's end is logged and before its files close."""
         self._followers.append(finish)
 
     def step(self, record: StepRecord | ValidationRecord) -> None:
@@ -60,48 +59,48 @@ class Tracker:
         self._write(record)
 
     def depth(self, profile: DepthRecord) -> None:
-        """Report a depth profile; of what is not finite also say where it begins."""
+        """Report a depth profile, with a message if values are not finite."""
         self._write(profile)
         alarm = profile.alarm()
         if alarm is not None:
             self.say(alarm)
 
     def rewind(self, step: int) -> None:
-        """Drop the records after `step`: the run resumes from there."""
+        """Remove the records after `step`, from which the run resumes."""
         if self._log is not None:
             self._log.rewind(step)
 
     def say(self, text: str) -> None:
-        """Show a message and keep it in log.txt."""
+        """Show a message and write it to log.txt."""
         if self._progress is not None:
             self._progress.say(text)
 
     def artifact(self, path: Path) -> None:
-        """Log that a file of the run's folder is there for followers to copy."""
+        """Log a file of the run's folder for upload."""
         self._event("artifact", path=relative(self.folder, path))
 
     def tags(self, tags: Mapping[str, str]) -> None:
-        """Log what describes the run."""
+        """Log tags of the run."""
         self._event("tags", tags=dict(tags))
 
     def changes(self, changes: Sequence[Recordable]) -> None:
-        """Log all changes of settings on the way to where the run stands."""
+        """Log all changes of settings so far."""
         self._event("changes", changes=[change.to_json() for change in changes])
 
     def last_word(self, status: Status) -> None:
-        """Log how the run ends, for a process that is about to end itself; any thread may."""
+        """Log the run's end from a process that is about to exit; thread-safe."""
         if not self._closed:
             self._event("end", status=status)
 
     def close(self, status: Status) -> None:
-        """Log the end, wait for the followers (`at_end`), close the files.
+        """Log the end, call the functions of `at_end`, close the files.
 
-        The first call counts; later ones do nothing.
+        Only the first call has an effect.
         """
         if self._closed:
             return
         self._closed = True
-        with ExitStack() as ending:  # in reverse, each whatever becomes of the others
+        with ExitStack() as ending:  # in reverse order, each even if others fail
             if self._progress is not None:
                 ending.callback(self._progress.close)
             if self._log is not None:
@@ -136,7 +135,7 @@ class Tracker:
             self._log.event(kind, **values)
 
     def _note_end(self, error: BaseException | None) -> None:
-        """Keep in log.txt what ended the run; standard error has it anyway."""
+        """Write the error that ended the run to log.txt; standard error has it too."""
         if self._closed or error is None or self._progress is None:
             return
         if isinstance(error, KeyboardInterrupt):

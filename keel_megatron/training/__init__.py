@@ -1,1 +1,1 @@
-"""The loop, the step, the optimizer and its schedule."""
+"""A training run: start, loop, guard, learning rate, end."""

@@ -1,4 +1,4 @@
-"""What is said and drawn when a run ends without an error."""
+"""Report of a run that ends without an error."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from keel_megatron.tracking.tracker import Tracker
 def conclude(
     config: RunConfig, tracker: Tracker, step: int, validation_loss: float, unigram_entropy: float
 ) -> None:
-    """Report what the run has reached; of a finished one, draw the loss too. Rank 0 only.
+    """Report the result; draw the loss of a finished run. Rank 0 only.
 
     Args:
         config: the run.
-        tracker: its tracker.
-        step: the last step that was done.
+        tracker: the run's tracker.
+        step: the last completed step.
         validation_loss: nats per token after the last step; not used before it.
         unigram_entropy: nats per token: the loss of a model that only counts tokens.
     """
@@ -38,7 +38,7 @@ def conclude(
     try:
         plot_loss(config.training.folder, picture, unigram_entropy)
         tracker.artifact(picture)
-    except Exception as error:  # the run is complete and saved, whatever ails its picture
+    except Exception as error:  # a failed picture does not fail a complete run
         tracker.say(f"cannot draw {picture}: {type(error).__name__}: {error}")
     for line in where(config):
         tracker.say(line)

@@ -1,4 +1,4 @@
-"""What MLflow and the log are told of a run before its first step."""
+"""Description of a run before its first step, for MLflow and the log."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from keel_megatron.tracking.tracker import Tracker
 
 
 def describe_run(tracker: Tracker, runtime: Runtime, partition: Partition) -> None:
-    """Tag the MLflow run with code and place, and hand over the run's own files; collective.
+    """Tag the MLflow run with code, layout and hosts, and upload the run's own files; collective.
 
     Args:
-        tracker: the run's.
+        tracker: the run's tracker.
         runtime: this rank's place.
         partition: written to `stages.json` in the run's folder.
     """
@@ -50,7 +50,7 @@ def version_changes(saved: Mapping[str, str], current: Mapping[str, str]) -> lis
 
     Args:
         saved: versions in the checkpoint (`runtime.versions.package_versions`).
-        current: those of this process.
+        current: versions in this process.
     """
     return [
         f"{name} was {saved.get(name, 'absent')} when the checkpoint was written, now "

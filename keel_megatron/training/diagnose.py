@@ -1,4 +1,4 @@
-"""Locates an anomalous step's trouble in depth; computed only when the guard finds one."""
+"""Diagnosis of an anomalous step by depth; computed only when the guard finds an anomaly."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _EMBEDDING = 0
 
 
 def describe(engine: Engine, batches: Sequence[Batch], loss: float) -> str:
-    """One line on where the trouble is; collective, the same on every rank.
+    """One line that names the affected depth; collective, the same on every rank.
 
     Call it after the backward pass and before the update. If the loss is not finite, the
     forward pass is repeated without dropout, to find the first block after which the stream is not
     finite.
 
     Args:
-        engine: with the step's gradients in it.
+        engine: holds the step's gradients.
         batches: the step's micro-batches on this replica.
-        loss: the step's.
+        loss: the step's loss.
     """
     stages = _stages(engine)
     rows = len(stages)
@@ -92,7 +92,7 @@ def _layers(chunks: list[nn.Module]) -> Iterator[tuple[int, Any]]:
 
 
 def _stages(engine: Engine) -> list[int]:
-    """The pipeline stage of every place."""
+    """The pipeline stage of every row."""
     runtime, rows = engine.runtime, engine.config.model.blocks + 2
     stages = torch.zeros(rows, dtype=torch.int64, device=runtime.device)
     for row, _parameter in _parameters(engine.chunks, rows):

@@ -1,7 +1,7 @@
-"""Judges every step before its update: not finite, or a spike; and what to do about it.
+"""Checks every step before its update for non-finite values and spikes.
 
-An update whose loss or gradient norm is not finite is never made, whatever `guard.action` is: it is
-skipped, or the run is rolled back. `guard.action` decides about spikes.
+An update whose loss or gradient norm is not finite is never applied, whatever `guard.action` is: it
+is skipped, or the run is rolled back. `guard.action` applies to spikes.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from keel_megatron.errors import DivergedError
 _NORMAL = 1.4826
 """Standard deviations in a median absolute deviation of a normal distribution."""
 _LEAST_SPREAD = 0.01
-"""Of the median: a window that hardly varies makes no spike of every ripple."""
+"""Smallest deviation, as a fraction of the median: in a flat window, ripples are not spikes."""
 
 
 @dataclass(frozen=True)
 class Anomaly:
-    """What is wrong with a step."""
+    """An anomaly of one step."""
 
     quantity: str
     """`loss` or `grad_norm`."""
     value: float
     median: float
-    """Of the window; NaN where the value is not finite."""
+    """Median of the window; NaN where the value is not finite."""
     z: float
     """Robust standard deviations above the median; infinite where the value is not finite."""
 
     @property
     def finite(self) -> bool:
-        """Whether it is a spike rather than no number at all."""
+        """Whether it is a spike, not a non-finite value."""
         return math.isfinite(self.value)
 
     def __str__(self) -> str:
@@ -48,18 +48,18 @@ class Anomaly:
 
 
 class Guard:
-    """The window of accepted steps, and how often the guard has acted.
+    """The window of accepted steps, and counts of skips and rollbacks.
 
-    Loss and gradient norm are the same on every rank, and so is all of this: nothing is exchanged.
+    Loss and gradient norm are the same on every rank, so the guard is too, without communication.
 
     Args:
-        config: its settings.
-        reported: another rank says what ends the run.
+        config: the section guard.
+        reported: another rank reports the error that stops the run.
 
     Attributes:
         skipped: steps so far whose update was skipped.
         rollbacks: steps at which the run was rolled back.
-        anomaly_step: the first anomalous step of a trouble that is not over: it is over when
+        anomaly_step: the first step of the current series of anomalies, which ends when
             `guard.window` steps were accepted after the latest anomaly. None if there is none.
             Retention keeps the newest checkpoint from before it (checkpoint/folder.py).
     """
@@ -75,17 +75,17 @@ class Guard:
         self.rollbacks: list[int] = []
         self.anomaly_step: int | None = None
         self._accepted = 0
-        """Steps accepted since the latest anomaly; counts until the trouble is over."""
+        """Steps accepted since the latest anomaly; counted until the series of anomalies ends."""
 
     @property
     def action(self) -> str:
-        """What is done about an anomaly: off, warn, skip or rollback."""
+        """Action on an anomaly: off, warn, skip or rollback."""
         return self._config.action
 
     def judge(self, loss: float, grad_norm: float) -> Anomaly | None:
-        """What is wrong with a step of this loss and gradient norm, if anything.
+        """The anomaly of a step with this loss and gradient norm, or None.
 
-        With guard.action = off spikes are not looked for.
+        With guard.action = off, spikes are not detected.
         """
         values = {"loss": loss, "grad_norm": grad_norm}
         for quantity, value in values.items():
@@ -103,7 +103,7 @@ class Guard:
         return None
 
     def accept(self, loss: float, grad_norm: float) -> None:
-        """Count a step without an anomaly: it belongs to the window from now on."""
+        """Add a step without an anomaly to the window."""
         self._in_a_row = 0
         self._windows["loss"].append(loss)
         self._windows["grad_norm"].append(grad_norm)
@@ -113,7 +113,7 @@ class Guard:
                 self.anomaly_step = None
 
     def tolerates(self, anomaly: Anomaly) -> bool:
-        """Whether the update is made in spite of the anomaly: a spike that is only reported."""
+        """Whether the update is applied despite the anomaly: a spike that is only reported."""
         return anomaly.finite and self.action == "warn"
 
     def note(self, step: int, anomaly: Anomaly) -> None:
@@ -159,7 +159,7 @@ class Guard:
         )
 
     def state(self) -> dict[str, Any]:
-        """All that a checkpoint keeps of the guard, as numbers and lists."""
+        """State of the guard for checkpoints, as numbers and lists."""
         return {
             "windows": {quantity: list(window) for quantity, window in self._windows.items()},
             "in_a_row": self._in_a_row,
@@ -170,7 +170,7 @@ class Guard:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` gave; a smaller `guard.window` keeps the latest."""
+        """Restore a value of `state`; a smaller `guard.window` keeps the latest steps."""
         for quantity, values in state["windows"].items():
             self._windows[quantity] = deque(values, maxlen=self._config.window)
         self._in_a_row = state["in_a_row"]
@@ -180,13 +180,13 @@ class Guard:
         self._accepted = state.get("accepted", 0)
 
     def keep_through_rollback(self, before: dict[str, Any]) -> None:
-        """Keep, of the state `before` a rollback, what restoring a checkpoint must not undo."""
+        """Keep what restoring a checkpoint must not undo, from the state `before` the rollback."""
         self.rollbacks = list(before["rollbacks"])
         self.anomaly_step, self._accepted = before["anomaly"], before["accepted"]
 
 
 def robust_z(value: float, window: deque[float]) -> tuple[float, float]:
-    """The window's median, and how many robust standard deviations a value lies above it."""
+    """The window's median, and a value's distance above it in robust standard deviations."""
     middle = median(window)
     spread = _NORMAL * median(abs(entry - middle) for entry in window)
     spread = max(spread, _LEAST_SPREAD * abs(middle), 1e-12)

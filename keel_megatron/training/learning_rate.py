@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: no state, so a resumed run cannot lose any."""
+"""The learning rate as a function of the step, without state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a start comes from: which run it is, what has changed, where its learning rate resumes."""
+"""History of a run at a start: its identity, changed settings and learning rate."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class MlflowRunId:
     """The id of the run's MLflow run, which is known once the server has answered (`Stateful`)."""
 
     folder: Path
-    """The run's folder, which holds it."""
+    """The run's folder, which contains it."""
 
     def state(self) -> str | None:
         """The id; None while there is none."""
@@ -67,7 +67,7 @@ class Lineage:
     resumes: bool = False
 
     def stateful(self, folder: Path) -> dict[str, Stateful]:
-        """What checkpoints keep of the run in a folder, by its name in them."""
+        """The parts of a run's identity that checkpoints keep, by name."""
         changes = [change.to_json() for change in self.changes]
         return {
             RUN: Kept(self.run.to_json()),
@@ -76,7 +76,7 @@ class Lineage:
         }
 
     def report(self, tracker: Tracker) -> None:
-        """Show the messages and hand the changes to MLflow."""
+        """Show the messages and log the changes."""
         for line in self.lines:
             tracker.say(line)
         if self.run.origin is not None:
@@ -86,11 +86,11 @@ class Lineage:
 
 
 def accept(config: RunConfig, resume: ResumePoint) -> Lineage:
-    """Accept the run's folder for a start that is certain to train; on rank 0.
+    """Claim the run's folder for an accepted start; on rank 0.
 
     Args:
         config: the run.
-        resume: what it resumes from.
+        resume: the checkpoint to resume from.
 
     Raises:
         UserError: the folder cannot be written.
@@ -117,8 +117,8 @@ def learning_rate_lines(saved: RunConfig, config: RunConfig, step: int) -> list[
 
     Args:
         saved: the configuration of the checkpoint.
-        config: the one in force now.
-        step: the checkpoint's.
+        config: the current configuration.
+        step: step of the checkpoint.
     """
     if step >= config.training.steps:
         return []
@@ -146,7 +146,7 @@ def _rate(config: RunConfig, step: int) -> float:
 
 
 def _changes_in(extras: Mapping[str, Any]) -> list[Change]:
-    """The changes that a checkpoint holds; checkpoints of earlier versions hold none."""
+    """The changes recorded in a checkpoint; earlier versions recorded none."""
     with suppress(KeyError, TypeError):
         return [Change.from_json(change) for change in extras.get(CHANGES) or []]
     return []

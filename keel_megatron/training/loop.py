@@ -29,21 +29,21 @@ BeforeStep = Callable[[Position, Engine], None]
 class Loop:
     """Steps from a position to the end of the run.
 
-    A step takes the next `global_batch_size` sequences, trains on them at the step's learning
-    rate unless the guard objects, and is reported; at their intervals come a validation and a
-    checkpoint; a request to stop ends the loop after the step, with a checkpoint.
+    Each step trains on the next `global_batch_size` sequences at the step's learning rate, unless
+    the guard skips the update, and is reported. Validations and checkpoints follow at their
+    intervals. A request to stop ends the loop after the step, with a checkpoint.
 
     Args:
-        engine: makes the steps of a run on this rank.
-        batches: what it trains on and validates with.
+        engine: runs the training steps.
+        batches: training and validation batches.
         state: the position, saved and restored with everything else.
-        guard: judges every step.
-        tracker: told of steps and validations.
-        mark: told of progress (`cluster.watchdog.Watchdog.mark`).
+        guard: checks every step.
+        tracker: receives steps and validations.
+        mark: called after progress (`cluster.watchdog.Watchdog.mark`).
         before_step: called before every step.
 
     Attributes:
-        validation_loss: the latest, in nats per token; NaN before the first.
+        validation_loss: the latest validation loss, in nats per token; NaN before the first.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class Loop:
         self.validation_loss = math.nan
 
     def run(self, stop: StopRequest) -> int:
-        """Train until the last step or until a stop is asked for on any rank.
+        """Train until the last step or a request to stop on any rank.
 
         Returns:
             The exit code, the same on every rank: 0, or that of the request to stop.
 
         Raises:
-            DivergedError: training has diverged; the save that was under way is finished.
+            DivergedError: training has diverged; the pending save is finished.
             UserError: a checkpoint cannot be written, and checkpoint.on_error is stop.
         """
         try:
@@ -109,7 +109,7 @@ class Loop:
         return stopping
 
     def _diverged(self, error: DivergedError) -> DivergedError:
-        """The error, with what there is to resume from once the save under way is finished."""
+        """The error, with the checkpoints to resume from; finishes the pending save."""
         text = str(error)
         try:
             self._state.saver.finish()
@@ -154,7 +154,7 @@ class Loop:
         return True
 
     def _depth_collector(self, step: int) -> DepthCollector | None:
-        """What gathers the step's depth profile: of step 1 and of every `depth_every`-th."""
+        """Collector of the step's depth profile, at step 1 and every `depth_every` steps."""
         every = self._config.tracking.depth_every
         if every == 0 or (step != 1 and step % every):
             return None

@@ -1,4 +1,4 @@
-"""The start of a run's process group, which a signal may still break off."""
+"""The start of a run's process group, which a signal can still abort."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from keel_megatron.runtime.rendezvous import CollectiveTimeoutError
 from keel_megatron.training.stop import StopRequest
 
 _SIGNAL_SECONDS = 3.0
-"""In which a signal that one rank has received reaches the others."""
+"""Time for a signal received by one rank to reach the others, in seconds."""
 
 
 @contextmanager
 def process_group(
     config: RunConfig, launch: Launch, stop: StopRequest
 ) -> Iterator[tuple[Runtime, list[str]]]:
-    """Within the block the process group exists: this rank's place, and the pre-flight's remarks.
+    """Context with the process group: this rank's runtime, and the pre-flight's messages.
 
     Args:
         config: the run.
-        launch: what the launcher says of this process.
+        launch: the launcher's environment of this process.
         stop: the requests to stop.
 
     Raises:
@@ -40,7 +40,7 @@ def process_group(
 
 @contextmanager
 def _ended_by_signal(stop: StopRequest) -> Iterator[None]:
-    """A collective that fails because a signal has ended another rank first ends this one too."""
+    """End this rank if a collective fails because a signal has ended another rank."""
     try:
         yield
     except CollectiveTimeoutError:

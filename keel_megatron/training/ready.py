@@ -1,4 +1,4 @@
-"""What a run needs before its first step: all that can be refused, while nothing is written."""
+"""Preparation of a run before its first step; errors are found before anything is written."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Ready:
-    """A run that can begin."""
+    """A prepared run."""
 
     config: RunConfig
     runtime: Runtime
     resume: ResumePoint
-    """What it resumes from."""
+    """The checkpoint to resume from."""
     partition: Partition
     data: PreparedData
     batches: Batches
@@ -42,17 +42,17 @@ class Ready:
 
 
 def get_ready(config: RunConfig, runtime: Runtime, resume: ResumePoint, say: Say) -> Ready:
-    """Decide the partition, prepare the data, build the model; the run's folder stays as it is.
+    """Balance the stages, prepare the data, build the model; the run's folder is not changed.
 
     Args:
         config: the run.
-        runtime: this rank's place.
+        runtime: this rank's runtime.
         resume: the checkpoint to resume from.
-        say: told what happens; heard on rank 0.
+        say: called with messages; shown on rank 0.
 
     Raises:
-        UserError: the model does not fit, the text is not as the configuration or the checkpoint
-            says, the records cannot be continued, or a library is missing.
+        UserError: the model does not fit, the text does not match the configuration or the
+            checkpoint, the records cannot be continued, or a library is missing.
     """
     partition = runtime.from_main(lambda: _decided(config, runtime))
     runtime.from_main(lambda: check_records(config.training.folder))
@@ -68,7 +68,7 @@ def get_ready(config: RunConfig, runtime: Runtime, resume: ResumePoint, say: Say
 
 
 def _decided(config: RunConfig, runtime: Runtime) -> Partition:
-    """Which blocks are on which stage; rank 0 decides, since devices may differ in memory."""
+    """The assignment of blocks to stages, by rank 0, since devices may differ in memory."""
     partition = own_partition(config, runtime)
     require_fit(partition, config)
     return partition
@@ -100,7 +100,7 @@ def open_batches(config: RunConfig, runtime: Runtime, data: PreparedData) -> Bat
 
 
 def _announce(config: RunConfig, runtime: Runtime, say: Say, data: PreparedData) -> None:
-    """What is about to be trained, on what, where."""
+    """Report model, devices and data."""
     model, parallel = config.model, config.parallel
     parameters = parameter_count(model, config.data.vocab_size)
     say(

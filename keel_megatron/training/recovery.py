@@ -1,4 +1,4 @@
-"""What the loop does about an anomaly: skip the update, roll the run back, or stop and say why."""
+"""Handling of an anomaly: skip the update, roll the run back, or stop with an error."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from keel_megatron.training.run_state import RunState
 
 @dataclass
 class Inspection:
-    """The guard's look at one step, which the engine calls between its passes and its update.
+    """The guard's check of one step, which the engine calls between its passes and its update.
 
     Args:
-        guard: judges the step.
-        engine: with the step's gradients in it when this is called.
-        tracker: told of an anomaly.
+        guard: checks the step.
+        engine: holds the step's gradients when this is called.
+        tracker: receives the message about an anomaly.
         batches: the step's micro-batches on this replica.
-        step: its number.
+        step: number of the step.
 
     Attributes:
-        anomaly: what is wrong with the step; None if nothing is.
+        anomaly: the step's anomaly, or None.
     """
 
     guard: Guard
@@ -41,7 +41,7 @@ class Inspection:
     anomaly: Anomaly | None = None
 
     def __call__(self, result: StepResult) -> bool:
-        """Whether the update is to be made; the same on every rank, collective.
+        """Whether to apply the update; the same on every rank, collective.
 
         Raises:
             DivergedError: too many updates were skipped in a row.
@@ -64,14 +64,14 @@ class Inspection:
 def roll_back(engine: Engine, state: RunState, guard: Guard, tracker: Tracker) -> None:
     """Return to the newest checkpoint, and continue with the data after the anomalous batch.
 
-    All batches since the checkpoint are passed over: with them the run would come to the same step
-    again. A run that is killed before its next checkpoint repeats all this. Collective.
+    All batches since the checkpoint are skipped: with them the run would reach the same step again.
+    A run that is killed before its next checkpoint repeats the rollback. Collective.
 
     Args:
         engine: has made the passes of the anomalous step.
         state: after that step.
         guard: has counted the rollback.
-        tracker: told of it.
+        tracker: receives the message.
 
     Raises:
         UserError: there is no good checkpoint.
@@ -101,7 +101,7 @@ def roll_back(engine: Engine, state: RunState, guard: Guard, tracker: Tracker) -
 
 
 def what_is_left(run_folder: Path, anomaly_step: int | None) -> str:
-    """Which checkpoints a run that has diverged leaves to resume from, as lines of its error.
+    """The checkpoints from which a diverged run can resume, as lines of its error message.
 
     Args:
         run_folder: the run's folder.

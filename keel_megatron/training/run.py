@@ -1,4 +1,4 @@
-"""A run from its configuration to its end: prepare, claim the folder, resume, train, report."""
+"""A run from configuration to end: prepare, claim the folder, resume, train, report."""
 
 from __future__ import annotations
 
@@ -58,23 +58,23 @@ def run_training(
 ) -> Outcome:
     """Train the run that a YAML file and overrides describe, in this process of a torchrun group.
 
-    A run resumes from the newest checkpoint in its folder; a complete one is left as it is. A start
-    that is refused, or that a signal breaks off before its first step, changes neither the run's
-    folder nor its MLflow run.
+    A run resumes from the newest checkpoint in its folder; a complete run is not changed. A start
+    that is refused, or aborted by a signal before its first step, changes neither the run's folder
+    nor its MLflow run.
 
     Args:
         config_path: the YAML file.
-        overrides: `section.key=value` each.
+        overrides: `section.key=value`.
         before_step: called before every step; tests inject faults there.
-        owned: the hold on the run's folder; None = rank 0 takes it, or its launcher has it.
-        stop: the requests to stop that were received so far; None listens from now on.
+        owned: ownership of the run's folder; None: rank 0 takes it, or its launcher has it.
+        stop: requests to stop received so far; None: listen from now on.
 
     Raises:
         ConfigError: the configuration is wrong, or does not fit the number of processes.
-        UserError: the text, the run's folder or the device is not as the configuration says,
-            another process trains the run, or the nodes do not fit together.
+        UserError: the text, the run's folder or the device does not match the configuration,
+            another process trains the run, or the nodes differ.
         DivergedError: training has diverged.
-        SystemExit: a signal has asked to stop before the run could begin.
+        SystemExit: a signal requested a stop before the run began.
     """
     end_with_launcher()
     launch = Launch.from_environment()
@@ -104,7 +104,7 @@ def run_training(
 
 
 def _complete(config: RunConfig, runtime: Runtime, newest: Path) -> Outcome:
-    """There is nothing to train."""
+    """The outcome of a run that was complete before."""
     folder, uri = config.training.folder, config.tracking.uri
     if runtime.is_main:
         print(complete_text(config, newest), flush=True)
@@ -117,10 +117,10 @@ def _accepted(
 ) -> int:
     """Claim the folder, open the tracker and train; the exit code. Collective.
 
-    Nothing is written before, and nothing is refused after.
+    Nothing is written before this function, and nothing is refused after it starts.
     """
     config, runtime, resume = ready.config, ready.runtime, ready.resume
-    runtime.barrier()  # no rank can be broken off any more
+    runtime.barrier()  # no rank can be aborted by a signal any more
     stop.starting = False
     lineage = runtime.from_main(lambda: claim_folder(config, resume, ready.data))
     with open_tracker(config, runtime.rank, resume.step, progress) as tracker:
@@ -134,7 +134,7 @@ def _accepted(
             raise
         if code != exit_codes.DONE:
             tracker.close("KILLED")
-    # Together: a launcher takes the first that leaves for the sign to end the others.
+    # All ranks exit together: a launcher ends the others when the first one exits.
     runtime.barrier()
     if runtime.is_main:
         exit_codes.write(config.training.folder, code)

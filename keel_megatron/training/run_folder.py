@@ -1,4 +1,4 @@
-"""A run's folder at a start: who owns it, what to resume from, and the claim that makes it ours."""
+"""A run's folder at a start: ownership, the checkpoint to resume from, and the claim."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from keel_megatron.training.stop import StopRequest
 
 @contextmanager
 def owned_folder(folder: Path, runtime: Runtime, stop: StopRequest) -> Iterator[None]:
-    """Within the block rank 0, or its launcher, owns the run's folder; collective.
+    """Context in which rank 0, or its launcher, owns the run's folder; collective.
 
     Raises:
         UserError: another process owns it.
@@ -41,7 +41,7 @@ def owned_folder(folder: Path, runtime: Runtime, stop: StopRequest) -> Iterator[
 
 
 def find_resume_point(config: RunConfig, runtime: Runtime) -> ResumePoint:
-    """The checkpoint to resume from, of a folder that belongs to this run; collective.
+    """The checkpoint to resume from, in a folder that belongs to this run; collective.
 
     Raises:
         UserError: the folder or its newest checkpoint belongs to another run, or every checkpoint
@@ -58,10 +58,10 @@ def find_resume_point(config: RunConfig, runtime: Runtime) -> ResumePoint:
 def claim_folder(config: RunConfig, resume: ResumePoint, data: PreparedData) -> Lineage:
     """Make the folder this run's, with its tokenizer; rank 0 only.
 
-    A file that is already as it should be needs no room on the disk.
+    Files whose content is already correct are not rewritten, and need no disk space.
 
     Returns:
-        Which run this is and what has changed.
+        Identity of the run, and its changes.
 
     Raises:
         UserError: the folder cannot be written.

@@ -1,4 +1,4 @@
-"""The state of a run: what a checkpoint holds, and the one place that saves and restores it."""
+"""The state of a run in a checkpoint; the only place that saves and restores it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from keel_megatron.engines.base import Engine
 
 
 class Stateful(Protocol):
-    """A part of the run whose state goes into every checkpoint and comes back from it."""
+    """A part of the run whose state every checkpoint contains."""
 
     def state(self) -> Any:
-        """Its state, the same on every rank; `checkpoint.json_codec.to_json` says of what."""
+        """The state, the same on every rank, of values that `checkpoint.json_codec` supports."""
 
     def restore(self, state: Any) -> None:
-        """Continue from what `state` returned."""
+        """Restore a value of `state`."""
 
 
 class RunState:
     """Weights, optimizer and generators, the position in the data, and all stateful parts.
 
     Args:
-        engine: holds weights and optimizer.
+        engine: has weights and optimizer.
         saver: writes the checkpoints.
-        stateful: every other part that checkpoints keep, by the name that it has in them.
+        stateful: all other parts in checkpoints, by name.
 
     Attributes:
         position: steps done and sequences seen.
@@ -55,7 +55,7 @@ class RunState:
     def restore(self, checkpoint: Path) -> None:
         """Return to a checkpoint, with all of its state; collective.
 
-        A part that the checkpoint does not know stays as it is.
+        A part that the checkpoint does not contain is not changed.
 
         Raises:
             UserError: it does not fit this run, or is damaged.

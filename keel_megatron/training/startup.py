@@ -1,4 +1,4 @@
-"""Checks of a run before any rank is started. No torch here, so that errors come at once.
+"""Checks of a run before any rank is started. No torch here, so that errors appear immediately.
 
 The ranks check again, and more: another launcher may have started them, and some checks take long
 (reading a large checkpoint) or need the device.
@@ -20,7 +20,7 @@ READ_BYTES = 1_000_000_000
 
 
 def check(config: RunConfig) -> None:
-    """Refuse a run that cannot be trained; nothing is written.
+    """Check whether a run can be trained; nothing is written.
 
     Raises:
         UserError: the run's folder holds another run, or data.text or data.tokenizer cannot be
@@ -38,9 +38,9 @@ def check(config: RunConfig) -> None:
 
 
 def complete(config: RunConfig) -> Path | None:
-    """The newest checkpoint of a run all of whose steps are done; None if it is not good.
+    """The newest checkpoint of a run that has completed all steps; None if it is damaged.
 
-    None also if it is too large to be read here.
+    None also if it is too large to read here.
     """
     newest = folder.latest(config.training.folder)
     if newest is None or folder.step_of(newest) < config.training.steps:

@@ -1,4 +1,4 @@
-"""What is recorded of a step."""
+"""The record of a step."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def step_record(
 
     Args:
         config: the run.
-        runtime: this rank's place.
+        runtime: this rank's runtime.
         position: after the step.
-        result: the step's.
+        result: result of the step.
         rate: its learning rate.
         seconds: its duration.
-        skipped: steps so far whose update was skipped.
+        skipped: number of skipped updates so far.
     """
     seq_length = config.data.seq_length
     tokens_per_second = config.training.global_batch_size * seq_length / seconds

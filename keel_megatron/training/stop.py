@@ -15,18 +15,18 @@ import psutil
 from keel_megatron.runtime import exit_codes
 
 SIGNAL_FILE = "KEEL_SIGNAL_FILE"
-"""Variable with a file in which launchers/torchrun.sh notes the signal that it hands on: a trainer
-that is still importing would die of it or miss it, and torchrun would start it again."""
+"""Variable with a file in which launchers/torchrun.sh records a signal that it forwards: a trainer
+that is still importing would die of it or miss it, and torchrun would restart it."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 LEAVE_SECONDS = 5.0
 """For a start that a signal breaks off to end by itself."""
 SAME_SECONDS = 1.0
-"""A signal that comes again within so many seconds of its first is the same request: a scheduler
-signals every process of a job, and a launcher hands on what it was sent."""
+"""A signal that repeats within this many seconds is the same request: a scheduler signals every
+process of a job, and a launcher forwards the signal too."""
 
 
 class StopRequest:
-    """Remembers the first signal that asked this process to stop, and knows its time limit.
+    """The first signal that requested a stop, and the time limit.
 
     Args:
         deadline: when to stop, in seconds since 1970; None = never.
@@ -37,7 +37,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self.deadline = deadline
         self.starting = starting
-        """Until somebody sets it to False, a signal raises SystemExit in the main thread."""
+        """While True, a signal raises SystemExit in the main thread."""
         self._unsaid = threading.Lock()
         self.last_word: Callable[[], None] | None = None
         """Called before a signal ends the process at once."""
@@ -47,7 +47,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """What the process ends with (runtime/exit_codes.py); 0 while nobody asks it to stop."""
+        """Exit code of the process (runtime/exit_codes.py); 0 without a request to stop."""
         if self.signal is not None:
             return _code(self.signal)
         late = self.deadline is not None and time.time() >= self.deadline
@@ -67,7 +67,7 @@ class StopRequest:
         """Say once that a signal breaks the start off."""
         if self._unsaid.acquire(blocking=False) and os.environ.get("LOCAL_RANK", "0") == "0":
             name = signal.Signals(number).name
-            with suppress(OSError):  # nobody may read it any more
+            with suppress(OSError):  # standard error may be closed
                 os.write(2, f"{name}: no step was made yet, ending\n".encode())
 
 
@@ -79,17 +79,17 @@ def _code(number: int) -> int:
 def stop_requests(
     exit_after: float | None = None, *, starting: bool = False
 ) -> Iterator[StopRequest]:
-    """Within the block the signals only set the request; the same one again ends the process.
+    """Context in which signals only set the request; a repeated signal ends the process.
 
-    The first signal is the request, and says so on standard error (once a node). Any signal that
-    comes more than SAME_SECONDS after its own first ends the process at once, whatever else has
-    come between: SIGTERM, then Ctrl-C is still one request, and Ctrl-C once more ends it.
+    The first signal is the request, and is acknowledged on standard error (once per node). A signal
+    that repeats more than SAME_SECONDS after its own first arrival ends the process immediately.
+    SIGTERM followed by Ctrl-C is still one request; another Ctrl-C ends the process.
 
-    While the run is being prepared, there is nothing to save: the first one ends the process.
+    While the run is being prepared, there is nothing to save: the first signal ends the process.
 
-    That must also work while the main thread waits inside a collective, where Python runs no signal
-    handler. So a thread of its own takes the signals' numbers, which the interpreter's C handler
-    writes to a socket at once.
+    This also works while the main thread waits inside a collective, where Python runs no signal
+    handler: a separate thread reads the signal numbers that the interpreter's C handler writes to a
+    socket.
 
     Args:
         exit_after: minutes from the start of the launch to the request; None = never.
@@ -106,7 +106,7 @@ def stop_requests(
         yield request
         return
     # Started with nohup, a process ignores SIGHUP, in a script's background SIGINT; it stays so.
-    # SIGUSR1 is always taken: launchers/torchrun.sh makes torchrun, our parent, deaf to it.
+    # SIGUSR1 is always handled: launchers/torchrun.sh makes torchrun, our parent, ignore it.
     chosen = [
         n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN or n == signal.SIGUSR1
     ]
@@ -133,7 +133,7 @@ def stop_requests(
 
 
 def _handed_on() -> signal.Signals | None:
-    """The signal that the launcher noted before this process could hear it."""
+    """The signal that the launcher recorded before this process could receive it."""
     try:
         with open(os.environ.get(SIGNAL_FILE, ""), encoding="utf-8") as file:
             return signal.Signals[file.read().strip()]
@@ -142,9 +142,9 @@ def _handed_on() -> signal.Signals | None:
 
 
 def _listen(receiver: socket.socket, request: StopRequest) -> None:
-    """Set the request at the first signal; end the process when one comes again."""
+    """Set the request at the first signal; end the process when a signal repeats."""
     first: dict[int, float] = {}
-    if request.signal is not None:  # a launcher has noted it already
+    if request.signal is not None:  # a launcher has recorded it already
         first[request.signal] = time.monotonic()
     while numbers := receiver.recv(16):
         for number in numbers:
@@ -165,13 +165,13 @@ def _listen(receiver: socket.socket, request: StopRequest) -> None:
 
 
 def _acknowledge(number: signal.Signals) -> None:
-    """Say that the signal was heard: a step and a save may take minutes."""
+    """Acknowledge the signal: a step and a save may take minutes."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         text = (
             f"{number.name}: stopping after this step, with a checkpoint; {number.name} again "
             "ends the run at once\n"
         )
-        with suppress(OSError):  # nobody may read it any more
+        with suppress(OSError):  # standard error may be closed
             os.write(2, text.encode())
 
 
@@ -200,8 +200,8 @@ def deadline(exit_after: float | None) -> float | None:
 def launched_at() -> float:
     """When this run was started, in seconds since 1970.
 
-    Under torchrun that is torchrun's own start: a group that it starts again has no more time left
-    than the first one had.
+    Under torchrun that is torchrun's own start, so a restarted process group does not get more
+    time.
     """
     process = psutil.Process()
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -49,7 +49,7 @@ class Session:
 
     def rewind(self, step: int) -> None:
         self.time = next(self.clock)
-        self.log._cut(step, "rewind", {"back_to": step, "time": self.time})
+        self.log._truncate(step, "rewind", {"back_to": step, "time": self.time})
 
     def record(self, step: int, **values: Any) -> None:
         self.log.write(Values(step, values))
