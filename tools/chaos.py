@@ -39,7 +39,7 @@ compat.install()  # before Megatron-core is imported
 from keel_megatron.checkpoint.state import Position
 from keel_megatron.engines.megatron.engine import MegatronEngine
 from keel_megatron.errors import UserError
-from keel_megatron.mlflow_delivery.outbox import OutboxReader
+from keel_megatron.mlflow_delivery.outbox_reader import OutboxReader
 from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.tracking.metrics import read_metrics

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from keel_megatron import compat
-from keel_megatron.compat import table
+from keel_megatron.compat import patch_table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "compat.md"
 BEGIN, END = "<!-- patches: tools/compat_table.py -->", "<!-- /patches -->"
@@ -22,7 +22,7 @@ def page() -> str:
     """The page with its tables as they should be."""
     head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     _old, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{table.markdown()}\n{END}{tail}"
+    return f"{head}{BEGIN}\n{patch_table.markdown()}\n{END}{tail}"
 
 
 def main() -> None:

@@ -335,7 +335,7 @@ def _sections(case: Case, data: Path) -> dict[str, Any]:
 def _ending(code: int, folder: Path) -> Ending:
     from mlflow import MlflowClient
 
-    from keel_megatron.mlflow_delivery.outbox import Waiting
+    from keel_megatron.mlflow_delivery.outbox_reader import Waiting
     from keel_megatron.mlflow_delivery.sync import sync
 
     if not (folder / "outbox").is_dir():

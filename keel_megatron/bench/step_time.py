@@ -29,7 +29,7 @@ from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.tracking.metrics import read_metrics
 from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training.ready import open_batches
-from keel_megatron.training.step_report import peak_memory_gb, step_record
+from keel_megatron.training.step_record import peak_memory_gb, step_record
 
 PARTS = (*PASSES, "optimizer", "data", "logging")
 """Parts of a step; their times add up to that of the step."""

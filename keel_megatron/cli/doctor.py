@@ -12,7 +12,7 @@ import typer
 from keel_megatron.cli.arguments import Overrides, show_old_names
 
 if TYPE_CHECKING:
-    from keel_megatron.cluster.doctor import Finding
+    from keel_megatron.cluster.doctor import Component
     from keel_megatron.config.run import RunConfig
     from keel_megatron.runtime.device import Launch
 
@@ -68,31 +68,31 @@ def _show(run: RunConfig | None) -> None:
     from keel_megatron.cluster import doctor
 
     print(doctor.describe_machine())
-    found, used = doctor.find(), [*doctor.used(run), *_kernels(run)]
-    width = max(len(finding.name) for finding in [*found, *used])
-    for title, findings in (("found", found), ("used", used)):
+    found, used = doctor.installed(), [*doctor.used(run), *_kernels(run)]
+    width = max(len(component.name) for component in [*found, *used])
+    for title, components in (("found", found), ("used", used)):
         print(title)
-        for finding in findings:
-            print(f"  {finding.name:<{width}}  {finding.text}")
-    for finding in [*found, *used]:
-        if finding.warning is not None:
-            print(f"warning: {finding.warning}", file=sys.stderr)
+        for component in components:
+            print(f"  {component.name:<{width}}  {component.text}")
+    for component in [*found, *used]:
+        if component.warning is not None:
+            print(f"warning: {component.warning}", file=sys.stderr)
 
 
-def _kernels(run: RunConfig | None) -> list[Finding]:
-    from keel_megatron.cluster.doctor import Finding, device_type
+def _kernels(run: RunConfig | None) -> list[Component]:
+    from keel_megatron.cluster.doctor import Component, device_type
     from keel_megatron.errors import UserError
     from keel_megatron.model.backend import choose_backend, describe_adam, describe_backend
 
     device = device_type(run)
     asked = "auto" if run is None else run.kernels.backend
     try:
-        backend = Finding(
+        backend = Component(
             "kernels.backend", f"{asked}: {describe_backend(choose_backend(run, device))}"
         )
     except UserError as error:
-        backend = Finding("kernels.backend", f"{asked}: cannot be used", str(error))
-    return [backend, Finding("Adam", describe_adam(run, device))]
+        backend = Component("kernels.backend", f"{asked}: cannot be used", str(error))
+    return [backend, Component("Adam", describe_adam(run, device))]
 
 
 def _preflight(run: RunConfig, launch: Launch) -> None:

@@ -34,7 +34,7 @@ _OTHER_APEX = (
 
 
 @dataclass(frozen=True)
-class Finding:
+class Component:
     """A checked library or device."""
 
     name: str
@@ -44,13 +44,13 @@ class Finding:
     """What the user should do, or None."""
 
 
-def find() -> list[Finding]:
+def installed() -> list[Component]:
     """All libraries that a run can use, installed or not."""
     return [
-        Finding("torch", f"{torch.__version__}"),
-        Finding("CUDA", _cuda()),
-        Finding("NCCL", _nccl()),
-        Finding("devices", describe_devices()),
+        Component("torch", f"{torch.__version__}"),
+        Component("CUDA", _cuda()),
+        Component("NCCL", _nccl()),
+        Component("devices", describe_devices()),
         _package("megatron-core", "megatron.core"),
         _package("triton", "triton", absent="the fused norm runs in torch"),
         _apex(),
@@ -60,7 +60,7 @@ def find() -> list[Finding]:
     ]
 
 
-def used(config: RunConfig | None) -> list[Finding]:
+def used(config: RunConfig | None) -> list[Component]:
     """The device and the norm implementation of a run on this machine.
 
     Args:
@@ -69,8 +69,8 @@ def used(config: RunConfig | None) -> list[Finding]:
     cuda = device_type(config) == "cuda"
     fused = cuda and importlib.util.find_spec("triton") is not None
     return [
-        Finding("device", "CUDA, with NCCL" if cuda else "CPU, with gloo"),
-        Finding("norm", "one Triton kernel with its sum" if fused else "torch"),
+        Component("device", "CUDA, with NCCL" if cuda else "CPU, with gloo"),
+        Component("norm", "one Triton kernel with its sum" if fused else "torch"),
     ]
 
 
@@ -136,53 +136,54 @@ def _nccl() -> str:
     return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
 
 
-def _package(name: str, module: str, absent: str = "") -> Finding:
+def _package(name: str, module: str, absent: str = "") -> Component:
     found = version(name)
     if found is None or not _there(module.partition(".")[0]):
-        return Finding(name, f"absent{': ' * bool(absent)}{absent}")
-    return Finding(name, found)
+        return Component(name, f"absent{': ' * bool(absent)}{absent}")
+    return Component(name, found)
 
 
-def _mlflow() -> Finding:
+def _mlflow() -> Component:
     skinny, whole = version("mlflow-skinny"), version("mlflow")
     if skinny is None and whole is None:
-        return Finding("mlflow", "absent", "tracking.mlflow: true needs pip install mlflow-skinny")
+        needs = "tracking.mlflow: true needs pip install mlflow-skinny"
+        return Component("mlflow", "absent", needs)
     note = "with its server" if whole else "without its server (extra: dashboard)"
-    return Finding("mlflow", f"{whole or skinny}, {note}")
+    return Component("mlflow", f"{whole or skinny}, {note}")
 
 
-def _apex() -> Finding:
+def _apex() -> Component:
     """NVIDIA's Apex has amp_C and apex.optimizers; the package name is not enough."""
     if _imports("amp_C") and _imports("apex.optimizers"):
-        return Finding("apex", f"{version('apex') or 'built from source'}, NVIDIA's")
+        return Component("apex", f"{version('apex') or 'built from source'}, NVIDIA's")
     found = importlib.util.find_spec("apex")
     parts = list(found.submodule_search_locations or []) if found else []
     if found is None:
-        return Finding("apex", "absent (optional)")
+        return Component("apex", "absent (optional)")
     if any((Path(part) / "optimizers").is_dir() for part in parts):
-        return Finding(
+        return Component(
             "apex",
             f"{version('apex')}, without its extensions: not used",
             "NVIDIA's Apex has no amp_C: build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1",
         )
-    return Finding("apex", f"{version('apex')}, not NVIDIA's: not used", _OTHER_APEX)
+    return Component("apex", f"{version('apex')}, not NVIDIA's: not used", _OTHER_APEX)
 
 
-def _transformer_engine() -> Finding:
+def _transformer_engine() -> Component:
     name = "transformer-engine"
     found = version(name) or version("transformer_engine")
     if found is None and not _there("transformer_engine"):
-        return Finding(name, "absent (optional)")
+        return Component(name, "absent (optional)")
     try:
         _import("transformer_engine.pytorch")
     except RuntimeError as error:  # the error of the empty package
-        return Finding(name, f"{found}, broken: {_first_line(error)}", _EMPTY_TRANSFORMER_ENGINE)
+        return Component(name, f"{found}, broken: {_first_line(error)}", _EMPTY_TRANSFORMER_ENGINE)
     except (ImportError, OSError) as error:
         text = f"{found}, cannot be imported: {_first_line(error)}"
         if version("transformer-engine-torch") is None:
-            return Finding(name, text, _EMPTY_TRANSFORMER_ENGINE)
-        return Finding(name, text, f"{name} {found} does not fit this torch or this machine")
-    return Finding(name, f"{found}")
+            return Component(name, text, _EMPTY_TRANSFORMER_ENGINE)
+        return Component(name, text, f"{name} {found} does not fit this torch or this machine")
+    return Component(name, f"{found}")
 
 
 def _there(module: str) -> bool:

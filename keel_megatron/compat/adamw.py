@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from keel_megatron.compat.table import patch
+from keel_megatron.compat.patch_table import patch
 
 
 @patch(

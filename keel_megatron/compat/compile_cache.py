@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from keel_megatron.compat.table import patch
+from keel_megatron.compat.patch_table import patch
 from keel_megatron.errors import UserError
 
 INDUCTOR, TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from keel_megatron.compat.table import patch
+from keel_megatron.compat.patch_table import patch
 
 _CPU = torch.device("cpu")
 

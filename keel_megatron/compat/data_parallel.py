@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from keel_megatron.compat.table import patch
+from keel_megatron.compat.patch_table import patch
 
 
 @patch(

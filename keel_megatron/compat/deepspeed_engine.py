@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from keel_megatron.compat.table import patch
+from keel_megatron.compat.patch_table import patch
 
 
 @patch(

@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
-from keel_megatron.compat.table import patch
+from keel_megatron.compat.patch_table import patch
 
 _MODULES = ("megatron.core.jit", "megatron.core.transformer.moe.router")
 """Those that take `torch.compile` on import, for themselves or for others."""

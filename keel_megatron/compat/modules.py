@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from keel_megatron.compat.table import patch
+from keel_megatron.compat.patch_table import patch
 
 
 @patch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 
-from keel_megatron.compat.table import patch
+from keel_megatron.compat.patch_table import patch
 
 
 @patch(

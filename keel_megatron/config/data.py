@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from keel_megatron.config.base import Section, TextPath
+from keel_megatron.config.section import Section, TextPath
 
 
 class DataConfig(Section):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from keel_megatron.config.base import Section
+from keel_megatron.config.section import Section
 
 
 class GuardConfig(Section):

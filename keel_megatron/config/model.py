@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from keel_megatron.architecture.residual import RULES, rules_with
-from keel_megatron.config.base import Section
+from keel_megatron.config.section import Section
 
 
 def _known_rule(name: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from keel_megatron.config.base import Section
+from keel_megatron.config.section import Section
 
 
 class OptimizerConfig(Section):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from keel_megatron.config.base import Section
 from keel_megatron.config.data import DataConfig
 from keel_megatron.config.deepspeed import DeepSpeedConfig
 from keel_megatron.config.guard import GuardConfig
@@ -12,6 +11,7 @@ from keel_megatron.config.kernels import KernelsConfig
 from keel_megatron.config.model import ModelConfig
 from keel_megatron.config.optimizer import OptimizerConfig, ScheduleConfig
 from keel_megatron.config.parallel import ParallelConfig
+from keel_megatron.config.section import Section
 from keel_megatron.config.training import CheckpointConfig, TrackingConfig, TrainingConfig
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from keel_megatron.config.base import Section, TextPath
+from keel_megatron.config.section import Section, TextPath
 
 
 class TrainingConfig(Section):

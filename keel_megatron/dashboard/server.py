@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from keel_megatron.dashboard.gate import COOKIE
-from keel_megatron.dashboard.worker import Settings, environment
+from keel_megatron.dashboard.server_process import Settings, environment
 from keel_megatron.errors import UserError
 
 HOST = "127.0.0.1"
@@ -111,7 +111,7 @@ class Server:
         with self._log.open("w") as log, listener:
             self._process = subprocess.Popen(
                 # -P: no module from the working directory, which may be anybody's
-                [sys.executable, "-P", "-m", "keel_megatron.dashboard.worker"],
+                [sys.executable, "-P", "-m", "keel_megatron.dashboard.server_process"],
                 env=environment(),
                 stdin=subprocess.PIPE,  # its end tells the server that we are gone
                 stdout=log,

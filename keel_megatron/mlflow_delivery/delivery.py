@@ -17,7 +17,7 @@ from keel_megatron.mlflow_delivery.changes import Change
 from keel_megatron.mlflow_delivery.earlier_spool import SpoolReader
 from keel_megatron.mlflow_delivery.items import Item
 from keel_megatron.mlflow_delivery.mlflow_run import MlflowRun, Point
-from keel_megatron.mlflow_delivery.outbox import OutboxReader
+from keel_megatron.mlflow_delivery.outbox_reader import OutboxReader
 from keel_megatron.mlflow_delivery.reasons import UnconfirmedError, is_rejected, problem, reason
 from keel_megatron.mlflow_delivery.target import Target
 from keel_megatron.tracking.metric_names import mlflow_name

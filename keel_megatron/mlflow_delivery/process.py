@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from keel_megatron.mlflow_delivery import worker
-from keel_megatron.mlflow_delivery.outbox import Waiting
+from keel_megatron.mlflow_delivery.outbox_reader import Waiting
 from keel_megatron.mlflow_delivery.target import sync_command
 from keel_megatron.runtime.interpreter import environment, python
 from keel_megatron.urls import without_credentials

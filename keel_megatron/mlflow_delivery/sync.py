@@ -10,7 +10,7 @@ from keel_megatron.config.inside import check_links
 from keel_megatron.errors import UserError
 from keel_megatron.mlflow_delivery.database import database_of
 from keel_megatron.mlflow_delivery.delivery import Delivery
-from keel_megatron.mlflow_delivery.outbox import OutboxReader, Waiting
+from keel_megatron.mlflow_delivery.outbox_reader import OutboxReader, Waiting
 from keel_megatron.mlflow_delivery.presence import is_alive, the_only_one
 from keel_megatron.mlflow_delivery.run_file import original_of, read_run_file
 from keel_megatron.mlflow_delivery.takeover import take_over_now

@@ -15,7 +15,7 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.mlflow_delivery.database import ARTIFACTS, artifacts_uri, local_uri
 from keel_megatron.mlflow_delivery.earlier_spool import FOLDER as SPOOL
 from keel_megatron.mlflow_delivery.earlier_spool import SpoolReader
-from keel_megatron.mlflow_delivery.outbox import OutboxReader
+from keel_megatron.mlflow_delivery.outbox_reader import OutboxReader
 from keel_megatron.mlflow_delivery.sqlite_uri import sqlite_file
 from keel_megatron.runtime.files import write_whole
 from keel_megatron.urls import without_credentials

@@ -19,7 +19,7 @@ from keel_megatron.training.guard import Guard
 from keel_megatron.training.learning_rate import learning_rate
 from keel_megatron.training.recovery import Inspection, roll_back, what_is_left
 from keel_megatron.training.run_state import RunState
-from keel_megatron.training.step_report import step_record
+from keel_megatron.training.step_record import step_record
 from keel_megatron.training.stop import StopRequest
 
 BeforeStep = Callable[[Position, Engine], None]

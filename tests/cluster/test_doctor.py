@@ -20,7 +20,7 @@ WHOLE_TE = {"transformer_engine/__init__.py": "", "transformer_engine/pytorch.py
 
 
 def find(folder: Path, name: str, files: dict[str, str], version: str) -> tuple[str, str]:
-    """The doctor's finding and warning of a package, in a process that sees these files."""
+    """The doctor's component and warning of a package, in a process that sees these files."""
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
@@ -33,7 +33,7 @@ def find(folder: Path, name: str, files: dict[str, str], version: str) -> tuple[
 
 def found_beside(folder: Path, name: str) -> tuple[str, str]:
     sys.path.insert(0, str(folder))
-    (found,) = (each for each in doctor.find() if each.name == name)
+    (found,) = (each for each in doctor.installed() if each.name == name)
     return found.text, str(found.warning)
 
 
@@ -56,7 +56,7 @@ def test_packages_with_misleading_names(
 
 
 def test_what_is_absent_is_no_warning() -> None:
-    found = {finding.name: finding for finding in doctor.find()}
+    found = {component.name: component for component in doctor.installed()}
     assert {"torch", "CUDA", "NCCL", "devices", "megatron-core", "triton", "apex"} <= set(found)
     assert found["torch"].text.startswith("2.")
     for name in ("apex", "transformer-engine"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from keel_megatron.checkpoint import folder
-from keel_megatron.mlflow_delivery.outbox import OutboxReader
+from keel_megatron.mlflow_delivery.outbox_reader import OutboxReader
 from keel_megatron.tracking.metrics import read_metrics
 from tests.integration.commands import environment, write_config
 

@@ -17,7 +17,7 @@ from keel_megatron.dashboard.shown import fill
 from keel_megatron.mlflow_delivery import worker as worker_module
 from keel_megatron.mlflow_delivery.delivery import Delivery
 from keel_megatron.mlflow_delivery.mlflow_run import MlflowRun
-from keel_megatron.mlflow_delivery.outbox import Waiting
+from keel_megatron.mlflow_delivery.outbox_reader import Waiting
 from keel_megatron.mlflow_delivery.presence import the_only_one
 from keel_megatron.mlflow_delivery.sync import add_file, sync
 from keel_megatron.mlflow_delivery.target import Target, remembered_run_id

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from keel_megatron.mlflow_delivery.earlier_spool import SpoolReader
-from keel_megatron.mlflow_delivery.outbox import Waiting
+from keel_megatron.mlflow_delivery.outbox_reader import Waiting
 from keel_megatron.mlflow_delivery.sync import sync
 from tests.mlflow_delivery.session import EarlierSession, Session, deliver
 from tests.tracking.samples import config, history, mlflow_runs

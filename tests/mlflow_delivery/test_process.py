@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from keel_megatron.mlflow_delivery.outbox import Waiting
+from keel_megatron.mlflow_delivery.outbox_reader import Waiting
 from keel_megatron.mlflow_delivery.process import WorkerProcess
 from keel_megatron.mlflow_delivery.reporting import start_event
 from keel_megatron.mlflow_delivery.target import flat_params, remembered_run_id, tracking_uri

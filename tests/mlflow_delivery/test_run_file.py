@@ -11,7 +11,7 @@ import pytest
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
 from keel_megatron.dashboard.shown import choose
-from keel_megatron.mlflow_delivery.outbox import Waiting
+from keel_megatron.mlflow_delivery.outbox_reader import Waiting
 from keel_megatron.mlflow_delivery.run_file import original_of, read_run_file, take_run_file
 from keel_megatron.mlflow_delivery.sync import add_file, sync
 from keel_megatron.mlflow_delivery.target import remembered_run_id

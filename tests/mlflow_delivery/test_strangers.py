@@ -19,7 +19,7 @@ from keel_megatron.checkpoint.identity import check_folder
 from keel_megatron.config import UserError
 from keel_megatron.mlflow_delivery import outbox
 from keel_megatron.mlflow_delivery.delivery import Delivery
-from keel_megatron.mlflow_delivery.outbox import OutboxReader
+from keel_megatron.mlflow_delivery.outbox_reader import OutboxReader
 from keel_megatron.mlflow_delivery.presence import is_alive
 from keel_megatron.mlflow_delivery.run_file import read_run_file, take_run_file
 from keel_megatron.mlflow_delivery.sync import add_file, sync

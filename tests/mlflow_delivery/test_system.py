@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from keel_megatron.mlflow_delivery import tags
-from keel_megatron.mlflow_delivery.outbox import OutboxReader
+from keel_megatron.mlflow_delivery.outbox_reader import OutboxReader
 from keel_megatron.mlflow_delivery.system import Machine, measured_machine, node_name
 from tests.hosts import await_that
 from tests.tracking.samples import config

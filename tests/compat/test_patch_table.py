@@ -10,11 +10,11 @@ from pathlib import Path
 import grimp
 import pytest
 
-from keel_megatron.compat import table
+from keel_megatron.compat import patch_table
 from tools import compat_table
 
 ROOT = Path(__file__).resolve().parents[2]
-PATCHES = table.patches()
+PATCHES = patch_table.patches()
 HELPERS = {"compile_cache.private_folder", "late_compile.compile_late"}
 """Public functions that patch nothing."""
 
@@ -30,18 +30,18 @@ def test_every_function_of_the_room_is_in_the_table() -> None:
         }
     assert {row.name for row in PATCHES} == public - HELPERS
     modules = {path.stem for path in (ROOT / "keel_megatron" / "compat").glob("*.py")}
-    assert {row.name.partition(".")[0] for row in PATCHES} == modules - {"__init__", "table"}
+    assert {row.name.partition(".")[0] for row in PATCHES} == modules - {"__init__", "patch_table"}
 
 
 @pytest.mark.parametrize("row", PATCHES, ids=lambda row: row.name)
-def test_its_test_exists(row: table.Patch) -> None:
+def test_its_test_exists(row: patch_table.Patch) -> None:
     path, _, name = row.test.partition("::")
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize("row", table.PRIVATE_NAMES, ids=lambda row: row.name)
-def test_a_private_name_is_used_where_it_is_said(row: table.PrivateName) -> None:
+@pytest.mark.parametrize("row", patch_table.PRIVATE_NAMES, ids=lambda row: row.name)
+def test_a_private_name_is_used_where_it_is_said(row: patch_table.PrivateName) -> None:
     assert row.name in (ROOT / "keel_megatron" / row.file).read_text(encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from keel_megatron.mlflow_delivery import outbox
 from keel_megatron.mlflow_delivery.items import Item
-from keel_megatron.mlflow_delivery.outbox import OutboxReader, Waiting
+from keel_megatron.mlflow_delivery.outbox_reader import OutboxReader, Waiting
 from keel_megatron.tracking.metrics import read_metrics
 from keel_megatron.tracking.outbox import EventLog, MeasurementLog
 from keel_megatron.tracking.run_log import RunLog
