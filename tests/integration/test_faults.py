@@ -113,7 +113,7 @@ def test_a_guard_that_has_had_enough_is_one_message(tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump(sections))
     ended = keel(tmp_path, "train", str(config), "--processes", "2", "--max-restarts", "2")
     assert ended.returncode == exit_codes.DIVERGED, ended.stderr
-    assert ended.stderr.count("training has diverged: the update of step") == 1
+    assert ended.stderr.count("training has diverged: step") == 1
     assert "would be skipped update number 3 in a row (grad_norm is nan)" in ended.stderr
     assert "guard.limit = 2" in ended.stderr
     assert "Traceback" not in ended.stderr

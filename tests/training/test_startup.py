@@ -130,7 +130,7 @@ def test_what_cannot_be_trained_is_refused_and_nothing_is_made(tmp_path: Path) -
         (tmp_path / name).write_text(content)
     (tmp_path / "folder" / "deep").mkdir(parents=True)
     none = [str(tmp_path / name) for name in ("blank", "folder")]
-    with pytest.raises(UserError, match=r"^data.text: there is no text in .*blank, .*folder; name"):
+    with pytest.raises(UserError, match=r"^data.text: there is no text in .*blank, .*folder; give"):
         startup.check(small_config(data__text=none))
     startup.check(small_config(data__text=[*none, str(tmp_path / "some")]))
     (tmp_path / "folder" / "deep" / "file").write_text("text")
