@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip
 #   make train PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
 PROCESSES ?= 2
-# Tests beside each other, a file at a time; more than one a core gains nothing.
+# Test processes; each runs whole files. More than one per core is not faster.
 TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --durations=25 --numprocesses $(TEST_WORKERS) \
 	--dist loadfile --no-loadscope-reorder

@@ -1,6 +1,6 @@
 """Run the tests across hosts and write their results as a table.
 
-python tools/hosts_table.py              # as root, some minutes; writes docs/benchmarks/hosts.md
+python tools/hosts_table.py              # as root, a few minutes; writes docs/benchmarks/hosts.md
 python tools/hosts_table.py --from FILE  # from the lines of a run with KEEL_HOSTS_TABLE=FILE
 """
 

@@ -1,7 +1,7 @@
-"""End real training runs in every way there is, and see what status MLflow has then.
+"""End real training runs in every supported way, and check their status in MLflow.
 
 python tools/run_endings.py                       # all of them, to docs/benchmarks/endings.md
-python tools/run_endings.py --only "kill -9"      # those whose name has this in it, shown only
+python tools/run_endings.py --only "kill -9"      # cases whose name contains this; only printed
 
 tests/integration/test_ends.py runs the same cases.
 """

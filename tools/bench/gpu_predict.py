@@ -1,6 +1,6 @@
-"""The speed levers that are measured on one GPU, and what `keel plan` expects of each.
+"""The optimisations that are measured on one GPU, and `keel plan`'s prediction for each.
 
-There is no model of time here: a lever's step is the plan of its settings (layout/times.py).
+The prediction is the plan of the optimisation's settings (layout/times.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/benchmarks/gpu.md from what is expected and what was measured."""
+"""Writes docs/benchmarks/gpu.md from predictions and measurements."""
 
 from __future__ import annotations
 
