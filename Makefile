@@ -65,7 +65,7 @@ test-gpu: ## Run the GPU suite with the python3 at hand (CUDA torch, megatron-co
 bench-kernel: ## Measure the fused kernel's bandwidth with the python3 at hand.
 	$(PYTHON) tools/bench/kernel.py
 
-bench-gpu: ## Measure the speed levers on one GPU with the python3 at hand, four parts of < 10 min.
+bench-gpu: ## Measure each optimisation on one GPU with the python3 at hand, four parts of < 10 min.
 	$(PYTHON) tools/bench/gpu.py $(addprefix --part ,$(PART))
 
 bench-peers: setup ## Time this project beside its neighbours, in environments of their own.

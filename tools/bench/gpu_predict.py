@@ -71,7 +71,7 @@ LEVERS: tuple[Lever, ...] = (
     Lever(
         "Pre-LN",
         ("model.residual=pre_ln",),
-        "the fused kernel moves the same; two gains' sums less (aim: Keel at most 1.02 of it)",
+        "the fused kernel moves as much data; two sums of norm weights' gradients less (aim: Keel at most 1.02 of it)",
     ),
     Lever(
         "joins in torch's operators",
@@ -82,7 +82,7 @@ LEVERS: tuple[Lever, ...] = (
     Lever(
         "compile",
         ("kernels.compile=true",),
-        "rotary fused; but the gains' sums are a pass of their own",
+        "rotary embedding fused; but norm weights' gradients are summed in a separate pass",
         seconds=240,
     ),
     Lever(
