@@ -23,7 +23,8 @@ HEAD = """# Runs across hosts that fail
 `python tools/hosts_table.py` ({date}, {cores} cores of {machine}, gloo):
 hosts are network namespaces of one machine with their own names, addresses and network links, each
 with `launchers/torchrun.sh`. The peers of a dead or disconnected host are not notified. The losses
-and gradient norms of every run were bit-identical to an undisturbed run's on one host. The checkpoint interval is 4 steps, `training.hang_timeout` 8 s.
+and gradient norms of every run were bit-identical to an undisturbed run's on one host.
+The checkpoint interval is 4 steps, `training.hang_timeout` 8 s.
 
 | hosts | layout | rendezvous | what failed | steps lost | until it was named |
 |---|---|---|---|---:|---:|

@@ -71,7 +71,7 @@ LEVERS: tuple[Lever, ...] = (
     Lever(
         "Pre-LN",
         ("model.residual=pre_ln",),
-        "the fused kernel moves as much data; two sums of norm weights' gradients less (aim: Keel at most 1.02 of it)",
+        "as much data in the fused kernel; two norm gradients less (aim: Keel at most 1.02 of it)",
     ),
     Lever(
         "joins in torch's operators",

@@ -320,7 +320,7 @@ def page(measured: list[tuple[str, Measured]], steps: int) -> str:
         "server runs on the same cores, behind a relay that delays or refuses; this load is",
         "visible in the step times compared with MLflow off.",
         "",
-        "| | step, median | relative to off | tracker | MLflow | end | points at the end | after sync |",
+        "| | step, median | vs. off | tracker | MLflow | end | points at the end | after sync |",
         "|---|-:|-:|-:|-:|-:|-:|-:|",
     ]
     for shown, found in measured:
