@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip
 #   make train PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
 PROCESSES ?= 2
-# Tests beside each other, a file at a time; more than one a core gains nothing.
+# Test processes; each runs whole files. More than one per core is not faster.
 TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --durations=25 --numprocesses $(TEST_WORKERS) \
 	--dist loadfile --no-loadscope-reorder
@@ -65,7 +65,7 @@ test-gpu: ## Run the GPU suite with the python3 at hand (CUDA torch, megatron-co
 bench-kernel: ## Measure the fused kernel's bandwidth with the python3 at hand.
 	$(PYTHON) tools/bench/kernel.py
 
-bench-gpu: ## Measure the speed levers on one GPU with the python3 at hand, four parts of < 10 min.
+bench-gpu: ## Measure each optimisation on one GPU with the python3 at hand, four parts of < 10 min.
 	$(PYTHON) tools/bench/gpu.py $(addprefix --part ,$(PART))
 
 bench-peers: setup ## Time this project beside its neighbours, in environments of their own.

@@ -32,7 +32,7 @@ plain() {
         "is, so it may have letters, digits and _@+=:,./- only"
 }
 
-# Nothing that a host's shell would expand is in what DeepSpeed hands on.
+# Nothing that DeepSpeed passes on may be expanded by a host's shell.
 check_route() {
     local name
     plain "the current folder" "$PWD"

@@ -159,7 +159,7 @@ has_exit_code() {
     local before=$MARK && mark_exit_code && [[ $VERB == train && $MARK != "$before" && -n $MARK ]]
 }
 
-# A name that nobody guesses.
+# An unpredictable name.
 random_id() { od -An -N16 -tx1 /dev/urandom | tr -d ' \n'; }
 
 # wait_for HOST PORT SECONDS: until something listens there, or say that nothing does.

@@ -88,8 +88,8 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # One thread a process until keel sets training.threads; torchrun would set and announce the same.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 mark_exit_code
-# Where a user's mistake is noted (runtime/exit_codes.py): torchrun would start it again and end with 1.
-# And the signal that was handed on, for trainers that could not hear it yet (training/stop.py).
+# File that records a usage error (runtime/exit_codes.py): torchrun would restart it and exit with 1.
+# And the forwarded signal, for trainers that could not receive it yet (training/stop.py).
 KEEL_MISTAKE_FILE=$(mktemp) KEEL_SIGNAL_FILE=$(mktemp)
 export KEEL_MISTAKE_FILE KEEL_SIGNAL_FILE
 trap 'rm -f "$KEEL_MISTAKE_FILE" "$KEEL_SIGNAL_FILE"' EXIT

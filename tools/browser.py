@@ -12,7 +12,7 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 MISSING = (
     None if CHROMIUM and DRIVER else "needs Chromium: apt-get install chromium chromium-driver"
 )
-"""Why there is no browser here; None if there is one."""
+"""Why no browser is available; None if there is one."""
 FLAGS = (
     "--headless",
     "--no-sandbox",

@@ -1,15 +1,15 @@
-"""Hurt a training run in every way at hand and compare its end with an undisturbed one's.
+"""Inject faults into a training run, and compare its result with an undisturbed run.
 
 python tools/chaos.py --faults 100 --seed 1
 
 A small Keel model with dropout is trained twice on several CPU ranks. The second time a seeded
-sequence of faults is injected; the launcher, the watchdog, the guard and the checkpoints have to
-carry the run to its end. Then the loss curves and the final checkpoints must be the same to the
-last bit, and no start may go on from an older checkpoint than the newest good one.
+sequence of faults is injected; the launcher, the watchdog, the guard and the checkpoints must
+bring the run to its end. Loss curves and final checkpoints must be bit-identical, and every start
+must resume from the newest valid checkpoint.
 
-Both runs have the same poisoned batches, in which one rank's gradient is not a number: the guard
-skips their updates, and must do so the same whatever else happens. When a rank is hit depends on
-the machine's pace; which fault comes next, on which rank and after how many steps, on the seed.
+Both runs have the same poisoned batches, in which one rank's gradient is NaN: the guard must skip
+the same updates in both. The seed determines the order of faults, their ranks and the steps between
+them; the exact moment depends on the machine's speed.
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ from tools import chaos_starts
 
 PATIENCE_SECONDS = 300.0
 SMALL_FILE_BYTES = 600_000
-"""More than log.txt and metrics.jsonl come to, less than a rank's part of a checkpoint."""
+"""Larger than log.txt and metrics.jsonl, smaller than a rank's part of a checkpoint."""
 
 SLOW_FILE = "slow"
-"""In the folder of the runs: while it is there the disturbed run takes its time for a step."""
+"""File in the folder of the runs: while it exists, the disturbed run's steps are slow."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Faults of tools/chaos.py that a user makes: other starts in a run's folder, and copies of it."""
+"""Faults of tools/chaos.py caused by users: other starts in a run's folder, and copies of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OVERRIDES = {
 _COPY_STEPS = 3
 
 Launch = Callable[..., list[str]]
-"""Makes the command that starts a group: of a run's name and overrides."""
+"""Returns the command that starts a process group, from a run's name and overrides."""
 
 
 class Starts:

@@ -1,11 +1,11 @@
-"""Hold Kubernetes manifests against their schemas, offline.
+"""Validate Kubernetes manifests against their schemas, offline.
 
 python tools/check_manifests.py [FILE ...]   # default: launchers/kubernetes/*.yaml; - = stdin
 
-Kubernetes' own kinds by its OpenAPI schemas (kubernetes-validate, strict: no unknown field), a
-PyTorchJob by the training operator's own models (kubeflow-training) and its pods by Kubernetes'.
-Both packages live in an environment of their own, .venv/validators (`make validators`), because
-they bring clients along that training has no use for.
+Kubernetes' own kinds are validated with its OpenAPI schemas (kubernetes-validate, strict: no
+unknown fields), a PyTorchJob with the training operator's models (kubeflow-training), and its pods
+with Kubernetes' schemas. Both packages are in a separate environment, .venv/validators (`make
+validators`), because they install clients that training does not need.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("1.31", "1.37")
-"""The oldest that the manifests say they need, and the newest that the package knows."""
+"""The oldest version that the manifests support, and the newest that the package supports."""
 KINDS = {"str": str, "int": int, "bool": bool, "float": (int, float)}
 DESCRIBED = {
     "nprocPerNode": r"auto|cpu|gpu|\d+",

@@ -19,7 +19,7 @@ BEGIN, END = "<!-- patches: tools/compat_table.py -->", "<!-- /patches -->"
 
 
 def page() -> str:
-    """The page with its tables as they should be."""
+    """The page with current tables."""
     head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     _old, tail = rest.split(END)
     return f"{head}{BEGIN}\n{patch_table.markdown()}\n{END}{tail}"

@@ -1,4 +1,4 @@
-"""Print the DeepSpeed engine beside the Megatron engine: losses, and memory of real and large runs.
+"""Compare the DeepSpeed engine with the Megatron engine: losses, and memory of real and large runs.
 
 python tools/deepspeed_parity.py             # 20 steps, every stage and layout, on gloo ranks
 python tools/deepspeed_parity.py --steps 4 "DP 2"

@@ -1,11 +1,11 @@
-"""Train Keel and Post-LN alike at 256 sub-layers, and draw three quantities over depth and steps.
+"""Train Keel and Post-LN at 256 sub-layers, and plot three quantities over depth and steps.
 
 python tools/depth_comparison.py            # docs/images/depth_keel_post_ln.png; 2 processes
-python tools/depth_comparison.py --runs DIR # keep the runs there; trained ones are drawn again
+python tools/depth_comparison.py --runs DIR # keep the runs there; complete ones are only plotted
 
 Both are the demo (yaml/demo.yaml: hidden size 64, Python's standard library) with twice the blocks,
-shorter sequences, a learning rate that stays after its warm-up, and a profile of every step. A few
-minutes on two cores.
+shorter sequences, a constant learning rate after the warm-up, and a profile of every step. It takes
+a few minutes on two cores.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run the tests across hosts and write their results as a table.
 
-python tools/hosts_table.py              # as root, some minutes; writes docs/benchmarks/hosts.md
+python tools/hosts_table.py              # as root, a few minutes; writes docs/benchmarks/hosts.md
 python tools/hosts_table.py --from FILE  # from the lines of a run with KEEL_HOSTS_TABLE=FILE
 """
 
@@ -21,10 +21,10 @@ PAGE = ROOT / "docs" / "benchmarks" / "hosts.md"
 HEAD = """# Runs across hosts that fail
 
 `python tools/hosts_table.py` ({date}, {cores} cores of {machine}, gloo):
-hosts are network namespaces of one machine with names, addresses and cables of their own, each with
-`launchers/torchrun.sh`. A dead or cut-off host's peers get no word of it. The losses and gradient
-norms of every training were compared bit by bit with an undisturbed run's on one host, and were
-equal. The checkpoint interval is 4 steps, `training.hang_timeout` 8 s.
+hosts are network namespaces of one machine with their own names, addresses and network links, each
+with `launchers/torchrun.sh`. The peers of a dead or disconnected host are not notified. The losses
+and gradient norms of every run were bit-identical to an undisturbed run's on one host.
+The checkpoint interval is 4 steps, `training.hang_timeout` 8 s.
 
 | hosts | layout | rendezvous | what failed | steps lost | until it was named |
 |---|---|---|---|---:|---:|

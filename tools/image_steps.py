@@ -1,12 +1,13 @@
 """Run the build steps of a Dockerfile without a container engine, in a clean virtual environment.
 
-python tools/image_steps.py docker/Dockerfile.cpu      # to its stage build, then `keel --version`
-python tools/image_steps.py docker/Dockerfile.mlflow
-python tools/image_steps.py docker/Dockerfile.cpu --arg PIP_ARGS= --then 'keel --help'
+python tools/image_steps.py docker/Dockerfile.cpu      # up to its stage build, then `keel
+--version` python tools/image_steps.py docker/Dockerfile.mlflow python tools/image_steps.py
+docker/Dockerfile.cpu --arg PIP_ARGS= --then 'keel --help'
 
-What it does is what the file says: COPY, ENV, ARG, WORKDIR and RUN in their order, with the image's
-folders below a temporary one. What only a container or Debian can do (apt-get, useradd, another
-base, mounts) is named and left out; so the result tells of the commands, not of the image.
+It executes COPY, ENV, ARG, WORKDIR and RUN in order, with the image's folders below a temporary
+one.
+Steps that need a container or Debian (apt-get, useradd, another base, mounts) are listed and
+skipped, so the result is about the commands, not about the image.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def build(dockerfile: Path, stage: str | None, image: Image) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("dockerfile", type=Path)
-    parser.add_argument("--stage", help="the first if left out")
+    parser.add_argument("--stage", help="default: the first")
     parser.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--then", help="a command to run in what was built")
     options = parser.parse_args()

@@ -2,10 +2,10 @@
 
 python tools/lock.py    # make lock
 
-pip resolves what each image asks for within constraints.txt, without installing it, and reports the
-hash of every file that it would take: those for the images' platform, which is why this runs on it
-(Linux on x86_64, CPython 3.11). Left out are torch, whose CPU build comes from an index of its own,
-and DeepSpeed, which is built against that torch; the images install them by constraints.txt alone.
+pip resolves each image's requirements within constraints.txt, without installing them, and reports
+the hash of every file. The files depend on the platform, so this must run on the images' platform
+(Linux on x86_64, CPython 3.11). torch, whose CPU build comes from its own index, and DeepSpeed,
+which is built against that torch, are excluded; the images install them by constraints.txt alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEAD = "# Made by `make lock`: Linux on x86_64, CPython 3.11; without torch and 
 
 
 def requirements() -> dict[str, list[str]]:
-    """What each image asks for."""
+    """Requirements of each image."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     cpu = [*project["dependencies"], "setuptools"]
     dev = project["optional-dependencies"]["dev"]

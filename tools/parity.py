@@ -1,4 +1,4 @@
-"""Print how far every parallel layout is from one process: the same run, losses and grad norms.
+"""Compare every parallel layout with one process: losses and gradient norms of the same run.
 
 python tools/parity.py             # 20 steps of all layouts, on gloo ranks of this machine
 python tools/parity.py --steps 4 "PP 2" "TP 2"

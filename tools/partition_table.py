@@ -1,11 +1,11 @@
-"""Print the computed balance against an even split, on the paper's deep models.
+"""Compare the computed stage balance with an even split, on the paper's deep models.
 
 python tools/partition_table.py [--device h200]
 
 Analytic: times of embedding, block and head are predicted by a roofline of the device. A row's
 "relative to ideal" is the slowest stage's forward and backward time over the mean of all stages:
-1.000 is a pipeline in which no stage waits for another. "bound" is the least that any cut can have:
-a stage of whole blocks, or one with the head alone. Memory is not limited here.
+1.000 is a pipeline in which no stage waits for another. "bound" is the lower bound of any balance:
+a stage of whole blocks, or one with only the head. Memory is not limited here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""End real training runs in every way there is, and see what status MLflow has then.
+"""End real training runs in every supported way, and check their status in MLflow.
 
 python tools/run_endings.py                       # all of them, to docs/benchmarks/endings.md
-python tools/run_endings.py --only "kill -9"      # those whose name has this in it, shown only
+python tools/run_endings.py --only "kill -9"      # cases whose name contains this; only printed
 
 tests/integration/test_ends.py runs the same cases.
 """
@@ -138,7 +138,7 @@ class Case:
     steps: int = 2000
     overrides: tuple[str, ...] = ()
     resumed: int = 0
-    """How often the MLflow run is said to have been gone on with."""
+    """Number of resumes of the MLflow run, by its tags."""
 
 
 def at(step: int, act: Callable[[Started], None]) -> Callable[[Started], None]:
@@ -362,12 +362,11 @@ def main() -> None:
     arguments = parser.parse_args()
     home = Path(tempfile.mkdtemp(prefix="endings-"))
     lines = [
-        "# The ways a run ends, and the status that MLflow has then",
+        "# How a run ends, and its final status in MLflow",
         "",
         f"`python tools/run_endings.py`, {os.cpu_count()} cores, {date.today()}: real runs of a",
-        "small model. code: what the command ended with (-9: killed itself). Every case has",
-        "one MLflow run, in which no step's loss is there twice; resumed: how often it was",
-        "gone on with.",
+        "small model. code: exit code of the command (-9: it was killed itself). Every case has",
+        "one MLflow run; resumed: the number of its resumes.",
         "",
         "| end | launcher | code | status | resumed | |",
         "|---|---|---|---|---|---|",

@@ -1,8 +1,8 @@
-"""Take the documents' pictures of the dashboard from a run that has been trained.
+"""Take the documents' pictures of the dashboard, from a trained run.
 
 python tools/screenshots.py runs/demo    # docs/images/dashboard_*.png; needs Chromium
 
-The run should have been stopped and resumed, with depth profiles often enough to make heat maps:
+Use a run that was stopped and resumed, with enough depth profiles for heat maps:
     keel train yaml/demo.yaml --processes 2 tracking.depth_every=4
 """
 

@@ -1,12 +1,11 @@
-"""Hold the simulated step against the real trainer's, on two processes of this machine's CPU.
+"""Compare the simulated step with the real trainer's, on two processes of this machine's CPU.
 
 python tools/simulator_check.py               # a table in Markdown
 python tools/simulator_check.py --out FILE    # and the figures as JSON
 
-Blocks, embedding and head are timed in two processes at once, as the trainer's two stages run. Then
-`keel train` runs each layout, and its steps stand against the prediction; of both the lower
-quartile, as whatever else the machine does only adds.
-Needs two idle cores: what else the machine does is in one of the two and not in the other.
+Blocks, embedding and head are timed in two simultaneous processes, like the trainer's two stages.
+Then `keel train` runs each layout, and its steps are compared with the prediction. Both use the
+lower quartile, because other load on the machine only adds time. It needs two idle cores.
 """
 
 from __future__ import annotations

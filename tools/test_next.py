@@ -1,12 +1,12 @@
-"""Test this project on newer versions of megatron-core, beside the one that is installed.
+"""Test this project with newer versions of megatron-core than the installed one.
 
 python tools/test_next.py                 # the newest of 0.17, 0.18 and 0.19; make test-next
 python tools/test_next.py 0.19 --only demo layouts
 
-From 0.17 on megatron-core asks for Python 3.12, for which its wheels are built. What they hold is
-valid Python 3.11 all the same, except for one compiled helper of its datasets. So a wheel is
-downloaded for 3.12 and unpacked; under an older Python the installed version's helper is put in;
-and the folder goes first on PYTHONPATH. Exit code 1 if anything fails.
+From 0.17 on, megatron-core requires Python 3.12, and its wheels are built for it. Their content is
+valid Python 3.11, except for one compiled helper of its datasets. So the wheel for 3.12 is
+downloaded and unpacked, the installed version's helper is copied into it under an older Python, and
+the folder is put first on PYTHONPATH. Exit code 1 if anything fails.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Model FLOPs: the arithmetic that the mathematics asks for, whatever the program does.
+"""Model FLOPs: the arithmetic of the model, independent of the implementation.
 
 A product of an [m, k] and a [k, n] matrix counts 2 m k n. Causal attention counts the half of the
 s x s products that the mask leaves; norms, rotary embedding, SwiGLU's element-wise part and

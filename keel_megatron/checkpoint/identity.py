@@ -34,7 +34,7 @@ CHANGEABLE = (
     "guard.",
     "tracking.",
     "data.cache_dir",
-    "data.text",  # where it lies: its contents are fingerprinted
+    "data.text",  # its path; its contents are fingerprinted
     "data.tokenizer",  # likewise
     "data.allow_lossy_tokenizer",
     "training.name",

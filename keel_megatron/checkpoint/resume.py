@@ -45,7 +45,7 @@ class ResumePoint:
 def newest_good(run_folder: Path, runtime: Runtime, multiple_of: int = 1) -> ResumePoint:
     """The newest good checkpoint of a run; collective over all ranks.
 
-    The ranks share the reading, rank 0 judges and tells the others.
+    The ranks share the reading; rank 0 decides and broadcasts.
 
     Args:
         run_folder: the run's folder.
@@ -130,7 +130,7 @@ def _outline(
 
 
 def _check_identity(path: Path, run_folder: Path) -> None:
-    """See that a checkpoint is of the run in whose folder it lies."""
+    """Check that a checkpoint belongs to the run in whose folder it is."""
     try:
         own, saved = load_config(run_folder / CONFIG), load_config(path / CONFIG)
     except ConfigError:

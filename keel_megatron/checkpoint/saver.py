@@ -59,7 +59,7 @@ class _Writer(threading.Thread):
         except OSError as error:
             text = f"{error.strerror} ({self._path.name})"
             self.report = _Report(error=text, no_space=error.errno in _NO_SPACE)
-        except Exception as error:  # whatever it is, the other ranks must hear of it
+        except Exception as error:  # the other ranks must be notified of any error
             self.report = _Report(error=f"{type(error).__name__}: {error} ({self._path.name})")
         else:
             self.report = _Report(record, content.places)
@@ -91,10 +91,10 @@ class Saver:
     Args:
         config: the run.
         runtime: this rank's place.
-        tracker: told what was saved and how long training waited.
+        tracker: receives a record of each save.
         data: what the run is trained on (`data.prepare.PreparedData.identity`).
         damaged: steps of damaged checkpoints, which retention neither counts nor removes.
-        progress: told that a save is under way, for whoever watches over the run.
+        progress: called while a save is pending, for the watchdog.
         tokenizer: the SentencePiece model that each checkpoint keeps, on rank 0; empty = none.
         anomaly_step: the step at which training went wrong lately, or None; see `folder.prune`.
     """

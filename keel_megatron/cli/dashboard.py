@@ -32,8 +32,8 @@ def dashboard(
 ) -> None:
     """Open MLflow's pages over local runs, those in runs/ if none is given; Ctrl-C ends it.
 
-    It is `mlflow server` on the runs' database, runs/mlflow.db, for whoever has the address that is
-    printed: it holds a token, a new one each time. Notes, tags and names can be changed and are
+    It is `mlflow server` on the runs' database, runs/mlflow.db, for users who have the address that
+    is printed: it holds a token, a new one each time. Notes, tags and names can be changed and are
     kept; nothing else can be changed. What runs have not delivered yet is delivered first.
     """
     from keel_megatron.dashboard.serve import serve

@@ -71,7 +71,7 @@ def fp32_parameters_described(inner: Any) -> Iterator[None]:
     test="tests/compat/test_adamw.py::test_groups_are_recognised_by_their_decay",
 )
 def identify_groups(loaded: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
-    """Give loaded groups this optimizer's settings; they are told apart by their decay alone.
+    """Give loaded groups this optimizer's settings; they are distinguished by their decay.
 
     Args:
         loaded: the groups of a loaded state; changed in place.

@@ -1,8 +1,8 @@
 """Where torch keeps what it compiles: a folder of this user's alone.
 
-What torch finds in its cache it executes: pickles, Python, libraries. So the cache lies neither in
-a run's folder, which may come from somebody else, nor in torch's default, a name in the shared
-temporary folder that anybody can take first, but in `KEEL_CACHE`/compiled (by default
+torch executes the contents of its cache: pickles, Python, libraries. So the cache is neither in a
+run's folder, which is untrusted, nor in torch's default, a predictable name in the shared temporary
+folder, but in `KEEL_CACHE`/compiled (by default
 ~/.cache/keel-megatron/compiled). Its entries are named after their contents: all runs share it.
 """
 
@@ -42,7 +42,7 @@ def use() -> Path:
         Inductor's cache.
 
     Raises:
-        UserError: somebody else may write the cache.
+        UserError: another user may write the cache.
     """
     chosen = os.environ.get(INDUCTOR)
     if chosen is None or Path(chosen).name.startswith("torchinductor_"):  # torch sets its own
@@ -56,7 +56,7 @@ def private_folder() -> Path:
     """The cache, which only this user can enter; made if it is not there.
 
     Raises:
-        UserError: it is a link, or somebody else's, or others may write it.
+        UserError: it is a link, belongs to another user, or others may write it.
     """
     try:
         root = _root()
@@ -84,7 +84,7 @@ def _root() -> Path:
 
 
 def _check(folder: Path, *, ours: bool) -> None:
-    """Refuse a folder in which somebody else may put or exchange something."""
+    """Refuse a folder in which another user may create or replace files."""
     found = os.lstat(folder)
     own = found.st_uid == os.geteuid()
     problem = None
@@ -127,7 +127,7 @@ def allow_graphs(count: int) -> None:
 
 
 def _no_shared_headers() -> None:
-    """Inductor's precompiled C++ headers stay in the shared temporary folder, whatever is set."""
+    """Inductor's precompiled C++ headers are always in the shared temporary folder."""
     from torch._inductor import config
 
     if hasattr(config, "cpp_cache_precompile_headers"):

@@ -95,7 +95,7 @@ _SAFE: Headers = [
     (
         b"content-security-policy",
         # MLflow's pages make code at run time. Nothing is fetched from or sent to another host,
-        # whatever a run's notes ask for.
+        # even if a run's notes contain addresses.
         b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; "
         b"base-uri 'self'; form-action 'self'; frame-ancestors 'none'",
     ),
@@ -105,9 +105,9 @@ _ENTER = b"""<!doctype html><title>Keel dashboard</title>
 localStorage["mlflow.assistant.fab.autoOpenedOnFirstLoad_v1"] = "true"
 location.replace(location.pathname + location.hash)
 </script>"""
-"""Goes on to the pages without the token in the address. By a script and not by a redirect: only
-what a page of this site asks for carries a cookie that is SameSite=Strict. MLflow's assistant, to
-which nothing goes through, does not open by itself."""
+"""Opens the pages without the token in the address. A script does so, not a redirect: a cookie that
+is SameSite=Strict is sent only with requests of pages of this site. MLflow's assistant, whose
+requests are refused, does not open by itself."""
 
 
 class RefusedError(Exception):

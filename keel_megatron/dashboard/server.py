@@ -110,7 +110,7 @@ class Server:
         )
         with self._log.open("w") as log, listener:
             self._process = subprocess.Popen(
-                # -P: no module from the working directory, which may be anybody's
+                # -P: no module from the working directory, which may be untrusted
                 [sys.executable, "-P", "-m", "keel_megatron.dashboard.server_process"],
                 env=environment(),
                 stdin=subprocess.PIPE,  # its end tells the server that we are gone

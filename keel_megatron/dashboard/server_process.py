@@ -28,7 +28,7 @@ _GOODBYE_SECONDS = 1
 
 @dataclass(frozen=True)
 class Settings:
-    """What the server is told."""
+    """Settings of the server."""
 
     folder: str
     """Its own, which goes when it ends."""
@@ -62,7 +62,7 @@ def environment() -> dict[str, str]:
         if not name.lstrip("_").upper().startswith("MLFLOW_")
     }
     return kept | {
-        # Pages that are looked at on this machine tell MLflow's makers nothing.
+        # No usage statistics are sent to MLflow's developers.
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }

@@ -76,12 +76,12 @@ def fill(runs: Sequence[Path], say: Callable[[str], None]) -> None:
                     sync(run)
         except UserError as error:
             say(str(error))
-        except Exception as error:  # whatever ails one run, the others are shown
+        except Exception as error:  # an error of one run does not hide the others
             say(f"{run}: {reason(error)}")
 
 
 def _waits(run: Path) -> bool:
-    """Whether a run's reports are for the local database, and nobody delivers them now."""
+    """Whether a run reports to the local database, and no process delivers now."""
     try:
         target = Target.newest(run)
         if target is None or target.uri is not None or original_of(run) is not None:

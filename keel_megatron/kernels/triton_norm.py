@@ -1,6 +1,6 @@
 """The fused operation as two Triton kernels, forward and backward.
 
-Each row (token) lies whole in one tile of a program; h is padded to a power of two in registers,
+Each row (token) is in one tile of a program; h is padded to a power of two in registers,
 never in memory. Forward reads x and f once and writes x' and z once. Backward reads x, f and the
 incoming gradients once, recomputes u, its normalised value and x' from them, and writes the two
 gradients once.

@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 _DEFAULTS = {
-    # A training job tells MLflow's makers nothing unless its user says so, and the run's address is
-    # said by us, without the password that it may hold.
+    # No usage statistics are sent to MLflow's developers unless the user enables them. The run's
+    # address is printed by us, without passwords.
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # The caller retries; MLflow's own 7 attempts of 120 s would block it for minutes.

@@ -149,7 +149,7 @@ def link_artifacts(run: Path, run_id: str) -> None:
     place = database_of(run).parent / ARTIFACTS
     wanted = os.path.join("..", Path(os.path.abspath(run)).name, ARTIFACTS, run_id)
     link = place / run_id
-    if place.is_symlink():  # somebody's, to somewhere else
+    if place.is_symlink():  # the user's own link
         return
     with suppress(OSError):
         place.mkdir(mode=0o700, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Whether a folder lies on a network file system, which several machines may write at once."""
+"""Detection of network file systems, which several machines may write at once."""
 
 from __future__ import annotations
 

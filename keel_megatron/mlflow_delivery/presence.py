@@ -45,7 +45,7 @@ def is_alive(session: dict[str, Any], run: Path) -> bool:
     if session.get("host") == socket.gethostname():
         pid, born = session.get("pid"), session.get("born")
         if not (type(pid) is int and pid > 0 and isinstance(born, (int, float))):
-            return False  # nobody's: a start notes both
+            return False  # invalid: every start records both
         return process_runs(pid, born)
     try:
         return time.time() - (run / FOLDER / "alive").stat().st_mtime < 6 * HEARTBEAT_SECONDS

@@ -3,9 +3,9 @@
 None of torchrun's own pieces is used:
 
 - `torch.distributed.run` takes 1.4 s of CPU time to import, where this module takes 0.2 s (2 cores
-  of an Intel Xeon); a mistake in a configuration is to be shown at once.
+  of an Intel Xeon); errors in a configuration must be shown at once.
 - Its agent restarts a group after every failure: what was saved and stopped on purpose, too, and
-  what only its user can mend (runtime/exit_codes.py). It exits with 1, whatever a process said.
+  a usage error (runtime/exit_codes.py). It exits with 1 for any error of a process.
 - It ends a group at the first failure or signal. Here a request to save reaches every rank once,
   and the others have time to end by themselves.
 - Its processes inherit no open file: rank 0 needs the hold on the run's folder and the listening
@@ -115,7 +115,7 @@ class _Group:
             ]
 
     def _environment(self, rank: int, size: int, run_id: str, restart: int) -> dict[str, str]:
-        """What torchrun tells its processes, and what the user has not chosen."""
+        """The environment that torchrun sets, and defaults."""
         values = {
             "RANK": rank,
             "LOCAL_RANK": rank,
@@ -156,7 +156,7 @@ class _Group:
             self._wait_for_end(GRACE_SECONDS)
             self.signal(signal.SIGKILL)
             self._wait_for_end(GRACE_SECONDS)
-        # One that knows that nothing is to be started again is right whatever the others saw.
+        # An exit code that forbids a restart takes precedence over the others.
         failures.sort(key=lambda found: found[1] not in exit_codes.FINAL)
         return failures[0] if failures else (0, exit_codes.DONE)
 

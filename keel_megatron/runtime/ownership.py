@@ -45,7 +45,7 @@ LEFT_BEHIND_SECONDS = 600.0
 PATIENCE_SECONDS = 10.0
 """Time for the ranks of a dead owner to end, seconds."""
 _POLL_SECONDS = 0.2
-# In somebody else's folder the name may be a link to a file of ours, or a FIFO.
+# In an untrusted folder the name may be a link to a file of ours, or a FIFO.
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -107,7 +107,7 @@ class Ownership:
         self._heart.join()
         if not self._is_passed_on:
             with suppress(OSError):
-                _path(self.folder).unlink()  # while it is locked: nobody else's is removed
+                _path(self.folder).unlink()  # locked, so it is not another process's
             _unmake(self._made)
         os.close(self.descriptor)
 
@@ -145,7 +145,7 @@ def take(folder: Path, work: str = "trained") -> Ownership:
             _write(descriptor, Owner.this_process(work))
         except BaseException:
             with suppress(OSError):
-                _path(folder).unlink()  # locked, so it is nobody else's
+                _path(folder).unlink()  # locked, so it is not another process's
             os.close(descriptor)
             raise
     except BaseException as error:

@@ -19,7 +19,7 @@ SIGNAL_FILE = "KEEL_SIGNAL_FILE"
 that is still importing would die of it or miss it, and torchrun would restart it."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 LEAVE_SECONDS = 5.0
-"""For a start that a signal breaks off to end by itself."""
+"""Time for a start that a signal aborts to end by itself, in seconds."""
 SAME_SECONDS = 1.0
 """A signal that repeats within this many seconds is the same request: a scheduler signals every
 process of a job, and a launcher forwards the signal too."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from keel_megatron.mlflow_delivery import outbox
+from keel_megatron.mlflow_delivery import outbox_reader
 from keel_megatron.mlflow_delivery.items import Item
 from keel_megatron.mlflow_delivery.outbox_reader import OutboxReader, Waiting
 from keel_megatron.tracking.metrics import read_metrics
@@ -144,7 +144,7 @@ def test_a_cut_while_a_batch_is_read_drops_the_batch(
     write(log, 1, 2, 3)
     reader = OutboxReader(tmp_path)
     reader.commit(reader.batch())
-    whole, lines = outbox._lines, 0
+    whole, lines = outbox_reader._lines, 0
 
     def cut(stream: Any, at: int) -> Any:
         nonlocal lines
@@ -157,7 +157,7 @@ def test_a_cut_while_a_batch_is_read_drops_the_batch(
                 lines = 99
             yield line
 
-    monkeypatch.setattr(outbox, "_lines", cut)
+    monkeypatch.setattr(outbox_reader, "_lines", cut)
     found = reader.batch()
     assert [(i.values["step"], i.values["values"]["loss"]) for i in found] == [(1, 0.5)]
     reader.commit(found)
@@ -313,7 +313,7 @@ def test_every_record_that_stays_is_delivered_and_nothing_that_is_known_to_be_ov
     """At random, also while the worker is in the middle of reading the file."""
     play = Play(tmp_path_factory.mktemp("run"))
     meanwhile = [move for move in inner if move[0] != "deliver"]
-    whole, lines = outbox._lines, 0
+    whole, lines = outbox_reader._lines, 0
 
     def interrupted(stream: Any, at: int) -> Any:
         nonlocal lines
@@ -325,7 +325,7 @@ def test_every_record_that_stays_is_delivered_and_nothing_that_is_known_to_be_ov
             yield line
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outbox, "_lines", interrupted)
+        patch.setattr(outbox_reader, "_lines", interrupted)
         for act, number in moves:
             _call(play, act)(number)
         meanwhile.clear()

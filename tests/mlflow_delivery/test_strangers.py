@@ -17,7 +17,7 @@ import pytest
 
 from keel_megatron.checkpoint.identity import check_folder
 from keel_megatron.config import UserError
-from keel_megatron.mlflow_delivery import outbox
+from keel_megatron.mlflow_delivery import outbox_reader
 from keel_megatron.mlflow_delivery.delivery import Delivery
 from keel_megatron.mlflow_delivery.outbox_reader import OutboxReader
 from keel_megatron.mlflow_delivery.presence import is_alive
@@ -244,14 +244,14 @@ def test_a_server_that_is_down_does_not_have_the_outbox_read_again(
     _run, folder = crafted(tmp_path, "http://127.0.0.1:9")
     worker = Delivery(folder, [].append)
     read = []
-    whole = outbox._lines
+    whole = outbox_reader._lines
 
     def counted(*arguments: Any) -> Iterator[Any]:
         for line in whole(*arguments):
             read.append(line)
             yield line
 
-    monkeypatch.setattr(outbox, "_lines", counted)
+    monkeypatch.setattr(outbox_reader, "_lines", counted)
     assert not worker.deliver()
     assert not read, "the start that it tries was read before, and nothing counts without it"
 

@@ -1,12 +1,12 @@
-"""Time a block, forward and backward, as torch.compile may take it: in parts, or whole.
+"""Time a block, forward and backward, compiled by torch.compile in parts or as a whole.
 
 python tools/bench/compiled.py               # the shapes of tools/bench/peers.py
 python tools/bench/compiled.py --shape deep --blocks 16 --rounds 15
 
-Ways: `plain` = the hand-written operators; `parts` = what lies between the products compiled
-(scaled add + norms, split + rotation, SwiGLU), each also alone; `whole` = `kernels.compile`
-(model/compiled.py). All take the same weights, pass after pass in turn; gradients are added to fp32
-sums as DDP adds them.
+Variants: `plain` = the hand-written operators; `parts` = the operators between the matrix products
+compiled (scaled add + norms, split + rotation, SwiGLU), together and separately; `whole` =
+`kernels.compile` (model/compiled.py). All use the same weights, with interleaved passes; gradients
+are added to fp32 sums as in DDP.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What the CPU's adaptation of Megatron-core (compat/cpu.py) costs in a training step.
+"""Measure the cost of running Megatron-core on a CPU (compat/cpu.py) in a training step.
 
 python tools/bench/cpu_layer.py                  # 32 sub-layers, hidden 256
 python tools/bench/cpu_layer.py --shape deep     # 1024, hidden 64
 
-Counts the calls of its functions in a step under a profiler, which makes each look slower than it
-is, and sets their own time beside a step without one: an upper bound of their share.
+It sums the own time of these functions in a profiled step and divides it by an unprofiled step. The
+profiler slows each call, so this is an upper bound of their share.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Time the output layer and its loss in pieces beside the whole, and beside torch's operators.
+"""Time the output layer and its loss in chunks, as a whole, and with torch's operators.
 
 python tools/bench/cross_entropy.py            # shapes for a CPU; a vocabulary of 128k on CUDA
 
-All ways take turns, forward and backward, their weight's gradient added to an fp32 sum; the median
-of the rounds counts. Peak is what the operation allocates at once, without its input, its weight
-and that sum: by torch's operators on a CPU, by the allocator on CUDA.
+The variants are interleaved, forward and backward, with the weight's gradient added to an fp32 sum;
+results are medians over the rounds. Peak is the memory that the operation allocates, without its
+input, its weight and that sum: counted by torch's operators on a CPU, by the allocator on CUDA.
 """
 
 from __future__ import annotations

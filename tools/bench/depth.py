@@ -1,13 +1,13 @@
-"""What depth profiles cost: steps with and without one, in turn, on made-up tokens.
+"""Measure the cost of depth profiles: alternating steps with and without one, on random tokens.
 
 python tools/bench/depth.py [section.key=value ...] [--config YAML] [--pairs N]
 torchrun --nproc-per-node 2 tools/bench/depth.py ...   # at a parallel layout
 
-Prints, of the demo or of another configuration, the ratio of the two kinds of step (the median over
-pairs), and from it the share of training time at `tracking.depth_every`. A profile's writing is in
-it. Its summary for MLflow and its pictures are not: the MLflow worker makes them, a process of its
-own.
-Processor time is told besides, which others on the machine disturb less than the clock on the wall.
+It prints, for the demo or another configuration, the ratio of the two kinds of step (median over
+pairs), and the resulting share of training time at `tracking.depth_every`. Writing a profile is
+included; its summary for MLflow and its pictures are not, because the MLflow worker, a separate
+process, makes them. Processor time is printed too; other load on the machine affects it less than
+wall-clock time.
 """
 
 from __future__ import annotations

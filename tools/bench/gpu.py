@@ -1,13 +1,13 @@
-"""Measure the speed levers on one GPU, each beside what was expected of it.
+"""Measure each optimisation on one GPU, and compare it with its prediction.
 
-python tools/bench/gpu.py --predict        # write what is expected, without a GPU
+python tools/bench/gpu.py --predict        # write the predictions, without a GPU
 python tools/bench/gpu.py                  # run all parts, each below ten minutes on an H200
 python tools/bench/gpu.py --part deep      # one part: levers-64, levers-32, deep, kernel
 
 Needs a python3 with CUDA torch, megatron-core, pydantic and PyYAML; nothing is installed. Every
-variant is a process of its own (gpu_worker.py) on the same idle GPU, random tokens, the base first.
-A variant that fails is told with its reason, and the others go on. Writes docs/benchmarks/gpu.md
-and gpu.json after every variant; what is not measured stays a prediction.
+variant runs in a separate process (gpu_worker.py) on the same idle GPU with random tokens, the base
+first. A failed variant is reported with its reason, and the others continue. docs/benchmarks/gpu.md
+and gpu.json are written after every variant; unmeasured variants keep their prediction.
 """
 
 from __future__ import annotations

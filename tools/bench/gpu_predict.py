@@ -1,6 +1,6 @@
-"""The speed levers that are measured on one GPU, and what `keel plan` expects of each.
+"""The optimisations that are measured on one GPU, and `keel plan`'s prediction for each.
 
-There is no model of time here: a lever's step is the plan of its settings (layout/times.py).
+The prediction is the plan of the optimisation's settings (layout/times.py).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ LEVERS: tuple[Lever, ...] = (
     Lever(
         "Pre-LN",
         ("model.residual=pre_ln",),
-        "the fused kernel moves the same; two gains' sums less (aim: Keel at most 1.02 of it)",
+        "as much data in the fused kernel; two norm gradients less (aim: Keel at most 1.02 of it)",
     ),
     Lever(
         "joins in torch's operators",
@@ -82,7 +82,7 @@ LEVERS: tuple[Lever, ...] = (
     Lever(
         "compile",
         ("kernels.compile=true",),
-        "rotary fused; but the gains' sums are a pass of their own",
+        "rotary embedding fused; but norm weights' gradients are summed in a separate pass",
         seconds=240,
     ),
     Lever(

@@ -1,4 +1,4 @@
-"""docs/benchmarks/gpu.md from what is expected and what was measured."""
+"""Writes docs/benchmarks/gpu.md from predictions and measurements."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ MODEL: dict[str, int] = {
 }
 """Any of Keel's: a block's kernels depend on the rule alone."""
 
-HEAD = """# The speed levers on one GPU
+HEAD = """# Effect of each optimisation on one GPU
 
-Written by `make bench-gpu` (`tools/bench/gpu.py`); `--predict` writes it without a GPU. What is
-expected is what `keel plan` says of the same run (`layout/times.py`) on one {gpu}, whose rates
-are rules of thumb (`layout/devices.py`): {assumptions}.
+Written by `make bench-gpu` (`tools/bench/gpu.py`); `--predict` writes it without a GPU. The
+expected values are `keel plan`'s for the same run (`layout/times.py`) on one {gpu}, with rates
+estimated by rules of thumb (`layout/devices.py`): {assumptions}.
 {state}
 """
 SHAPE = """## {sub_layers} sub-layers in {blocks} blocks
 
 The paper's shape (`yaml/paper/keel_128.yaml`): hidden 1024, FFN 3072, 16 heads, 8 key/value heads,
 sequence 4096, vocabulary 128,000, bf16; 8 sequences a step in micro-batches of 1 on one GPU, random
-tokens, nothing recomputed. A ratio is a step's time over the base's; below 1 is faster.
+tokens, no recomputation. The ratio is the step time divided by the base's; below 1 is faster.
 """
 
 

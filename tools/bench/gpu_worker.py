@@ -1,4 +1,4 @@
-"""One variant of `tools/bench/gpu.py`, in a process of its own: time its steps, print them as JSON.
+"""One variant of `tools/bench/gpu.py` in a separate process: times its steps, prints them as JSON.
 
 python tools/bench/gpu_worker.py '{"config": ..., "settings": [...], "warmup": 3, "steps": 8}'
 

@@ -225,13 +225,13 @@ def cpu_name() -> str:
 def write(results: dict[str, Any]) -> None:
     """Both files, from everything measured so far."""
     lines = [
-        "# Beside the neighbours, on a CPU",
+        "# Comparison with other projects, on a CPU",
         "",
         "One training step (forward, backward, clip, AdamW) of the same shape on the same tokens,",
-        "fp32, every contender in turn in one run: `make bench-peers`. Step times are relative to",
-        "this project's Pre-LN; only such ratios mean anything, as the machine is shared. Peak",
-        "memory is the process's, libraries included. torchtitan 0.3.0 is not here: its language",
-        "models have no attention that runs on a CPU (flex and varlen alone).",
+        "fp32, all programs interleaved in one run: `make bench-peers`. Step times are relative to",
+        "this project's Pre-LN; only these ratios are meaningful, as the machine is shared. Peak",
+        "memory is the process's, libraries included. torchtitan 0.3.0 is not included: its",
+        "language models have no attention that runs on a CPU (only flex and varlen).",
     ]
     for name, one in results.items():
         shape = one["shape"]

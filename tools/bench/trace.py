@@ -4,9 +4,8 @@ keel bench CONFIG ... --processes 1 --profile trace.json
 python tools/bench/trace.py trace.json                      # the table
 python tools/bench/trace.py trace.json --write 'keel ...'   # docs/benchmarks/trace.md too
 
-Every moment of the training thread belongs to the innermost operator that runs then; what is in
-none is Python: modules, hooks, schedules. Tracing itself costs about as much as a small operator,
-so small ones appear larger than they are.
+The training thread's time is attributed to the innermost running operator; the rest is Python:
+modules, hooks, schedules. Tracing costs about as much as a small operator, so it overstates them.
 """
 
 from __future__ import annotations
@@ -174,11 +173,10 @@ def main() -> None:
         return
     draw(events, arguments.block, ROOT / "docs" / "images" / "trace.png")
     page = [
-        "# What a step of a deep and narrow model consists of",
+        "# Where the time of a step goes in a deep and narrow model",
         "",
-        "One step, traced: every moment belongs to the innermost operator that runs then. Tracing",
-        "makes small operators look larger than they are. "
-        f"{available_cores()} cores of {cpu_name()}, {datetime.date.today()}.",
+        "One traced step: time is attributed to the innermost running operator. Tracing overstates",
+        f"small operators. {available_cores()} cores of {cpu_name()}, {datetime.date.today()}.",
         "",
         f"`{arguments.write}`, then `python tools/bench/trace.py trace.json --write ...`",
         "",

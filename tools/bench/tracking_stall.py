@@ -1,4 +1,4 @@
-"""What reporting costs training, and what is lost: MLflow off, sqlite, a server up, slow and down.
+"""Cost of reporting for training, and lost points: MLflow off, sqlite, a server up, slow and down.
 
 python tools/bench/tracking_stall.py [--steps 300]
 
@@ -309,18 +309,18 @@ def run_all(home: Path, steps: int) -> list[tuple[str, Measured]]:
 def page(measured: list[tuple[str, Measured]], steps: int) -> str:
     """The table."""
     lines = [
-        "# What reporting costs training",
+        "# Cost of reporting",
         "",
         f"`python tools/bench/tracking_stall.py --steps {steps}`: {platform.machine()}, "
         f"{os.cpu_count()} cores, {date.today()}. One",
-        "process trains 16 sub-layers without depth profiles. Of the time of its steps its main",
-        "thread spends so much in all of the tracker's calls (progress, metrics.jsonl, MLflow) and",
-        "so much in logging what MLflow gets beside records. end: the wait for what is on its way.",
-        "Points: values of metrics.jsonl's records that MLflow has, of those that there are; then",
-        "after `keel track sync`. The server works on the same cores all the time, behind a relay",
-        "that delays or refuses: that is what the step times beside off show, where there is one.",
+        "process trains 16 sub-layers without depth profiles. tracker: share of the step time that",
+        "its main thread spends in all calls of the tracker (progress, metrics.jsonl, events).",
+        "MLflow: share for the events alone. end: wait for the delivery at the end. Points: values",
+        "of metrics.jsonl's records that MLflow has, at the end and after `keel track sync`. The",
+        "server runs on the same cores, behind a relay that delays or refuses; this load is",
+        "visible in the step times compared with MLflow off.",
         "",
-        "| | step, median | beside off | tracker | MLflow | end | points at the end | after sync |",
+        "| | step, median | vs. off | tracker | MLflow | end | points at the end | after sync |",
         "|---|-:|-:|-:|-:|-:|-:|-:|",
     ]
     for shown, found in measured:
