@@ -68,7 +68,7 @@ bench-kernel: ## Measure the fused kernel's bandwidth with the python3 at hand.
 bench-gpu: ## Measure each optimisation on one GPU with the python3 at hand, four parts of < 10 min.
 	$(PYTHON) tools/bench/gpu.py $(addprefix --part ,$(PART))
 
-bench-peers: setup ## Time this project beside its neighbours, in environments of their own.
+bench-peers: setup ## Compare step times with other projects, each in its own environment.
 	$(BIN)/python tools/bench/peers.py --pip-args "$(PIP_ARGS)"
 
 chaos: setup ## Train while 100 faults are injected; nothing may be lost (tools/chaos.py).
@@ -78,7 +78,7 @@ check-images: setup ## Run the images' build steps in clean environments (tools/
 	$(BIN)/python tools/image_steps.py docker/Dockerfile.cpu --then 'keel --help' $(IMAGE_ARGS)
 	$(BIN)/python tools/image_steps.py docker/Dockerfile.mlflow $(IMAGE_ARGS)
 
-check: setup validators ## Lint, format, types, floors, spelling, Dockerfiles, scripts, manifests.
+check: setup validators ## Lint, format, types, layers, spelling, Dockerfiles, scripts, manifests.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

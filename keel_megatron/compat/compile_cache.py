@@ -27,8 +27,8 @@ _NAME = "compiled"
 @patch(
     changes="the environment variables TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR, unless they "
     "are set; `torch._inductor.config.cpp_cache_precompile_headers`",
-    why="torch executes what it finds in its cache, which by default has a name in the shared "
-    "temporary folder that anybody can take first; its precompiled headers stay there in any case",
+    why="torch executes the contents of its cache, which by default has a predictable name in the "
+    "shared temporary folder; its precompiled headers are there in any case",
     needed_by="torch 2.9 to 2.13",
     test="tests/compat/test_compile_cache.py::test_the_cache_is_the_users_alone",
 )

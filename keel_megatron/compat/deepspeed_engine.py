@@ -70,7 +70,7 @@ def zero_engine() -> Any:
 @contextmanager
 @patch(
     changes="`_update_scale` of a ZeRO optimizer, during one step",
-    why="ZeRO has no way to refuse a step; a step that overflows in fp16 is left out, and all "
+    why="ZeRO has no way to refuse a step; a step that overflows in fp16 is skipped, and all "
     "stages ask `overflow` after this call",
     needed_by="deepspeed 0.19.8",
     test="tests/engines/deepspeed/test_engine.py::test_a_refused_step_leaves_no_trace",

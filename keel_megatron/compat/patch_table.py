@@ -20,7 +20,7 @@ class Patch:
     changes: str
     why: str
     needed_by: str
-    """The versions of megatron-core, torch or DeepSpeed that were looked at and need it."""
+    """The checked versions of megatron-core, torch or DeepSpeed that need it."""
     test: str
     """`path::function` of a test that fails without it."""
 
@@ -29,7 +29,7 @@ _PATCHES: dict[str, Patch] = {}
 
 
 def patch(*, changes: str, why: str, needed_by: str, test: str) -> Callable[[F], F]:
-    """Enter a function into the table; the function itself stays as it is."""
+    """Register a function in the table; the function itself is not changed."""
 
     def enter(function: F) -> F:
         name = f"{function.__module__.removeprefix(__package__ + '.')}.{function.__name__}"
@@ -41,7 +41,7 @@ def patch(*, changes: str, why: str, needed_by: str, test: str) -> Callable[[F],
 
 @dataclass(frozen=True)
 class PrivateName:
-    """A private name of a library that is used as it is, and so may break with a new version."""
+    """A private name of a library that is used directly, and so may break with a new version."""
 
     library: str
     name: str
@@ -97,7 +97,7 @@ PRIVATE_NAMES = (
 
 
 def patches() -> list[Patch]:
-    """All rows, by name. Imports every module of the room, and with them torch."""
+    """All rows, by name. Imports every module of the package, and with them torch."""
     package = importlib.import_module(__package__)
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{__package__}.{module.name}")
@@ -111,7 +111,7 @@ def markdown() -> str:
         f"| `{row.name}` | {row.changes} | {row.why} | {row.needed_by} | `{row.test}` |"
         for row in patches()
     ]
-    lines += ["", "Private names that are used as they are:", ""]
+    lines += ["", "Private names of libraries that are used directly:", ""]
     lines += ["| library | name | file | use |", "|---|---|---|---|"]
     lines += [
         f"| {row.library} | `{row.name}` | `{row.file}` | {row.use} |" for row in PRIVATE_NAMES

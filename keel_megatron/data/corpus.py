@@ -279,7 +279,7 @@ def split(corpus: Corpus, fraction: float) -> tuple[Callable[[], Iterator[Docume
     validation. A single document is split at a line near its end.
     """
     if len(corpus.files) == 1:
-        return tuple(lambda part=part: iter([_cut(corpus, fraction)[part]]) for part in (0, 1))
+        return tuple(lambda part=part: iter([_split(corpus, fraction)[part]]) for part in (0, 1))
     chosen = {file.name for file in _held_out(corpus, fraction)}
 
     def side(validation: bool) -> Iterator[Document]:
@@ -308,7 +308,7 @@ def _held_out(corpus: Corpus, fraction: float) -> list[TextFile]:
     return ordered[: min(len(ordered) - 1, max(1, round(fraction * len(ordered))))]
 
 
-def _cut(corpus: Corpus, fraction: float) -> tuple[Document, Document]:
+def _split(corpus: Corpus, fraction: float) -> tuple[Document, Document]:
     """Split a single document, after a line end if one is near."""
     (document,) = corpus.documents()
     name, text = document.name, document.text
