@@ -80,7 +80,8 @@ def install(
         tensor.device = property(device)
         tensor.is_cuda = property(lambda self: self.device.type == "cuda")
     _adapt_tensor(tensor, wait)
-    _adapt_constructor()
+    # `torch.tensor` makes what it makes on the host, and copies it by an operator.
+    torch._C._set_only_lift_cpu_tensors(True)
     _allow_lists()
 
 
@@ -122,7 +123,10 @@ def _nothing(*_args: Any, **_kwargs: Any) -> None:
 
 def _hide_device_from_autograd() -> None:
     """C++ sees FakeTensors as meta tensors, Python sees the device."""
-    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    mode: Any = FakeTensorMode
+    mode.avoid_device_init = True  # otherwise it copies values that it knows to the device
 
     tensor: Any = torch.Tensor
     make = tensor._make_subclass
@@ -147,32 +151,23 @@ def _adapt_tensor(tensor: Any, wait: Wait) -> None:
     tensor.type = type_name
     tensor.cuda = lambda self, *_args, **_kwargs: self.to(CUDA)
     for name in _READS:
-        setattr(tensor, name, _read(name, getattr(torch.Tensor, name), wait))
+        plain = None if tensor is not torch.Tensor else getattr(torch.Tensor, name)
+        setattr(tensor, name, _read(name, plain, wait))
 
 
-def _read(name: str, plain: Callable[..., Any], wait: Wait) -> Callable[..., Any]:
+def _read(name: str, plain: Callable[..., Any] | None, wait: Wait) -> Callable[..., Any]:
+    """A tensor's method that gives a value; `plain` of those that have some on the host."""
     convert: Any = {"__int__": int, "__bool__": bool, "__float__": float, "__index__": int}.get(name)
 
     def read(self: torch.Tensor, *args: Any) -> Any:
-        if not self.is_cuda:
+        if self.is_cuda:
+            wait(name.strip("_"))
+        elif plain is not None:
             return plain(self, *args)
-        wait(name.strip("_"))
         value: Any = 1.0 if self.dtype.is_floating_point else 1
         return convert(value) if convert else value
 
     return read
-
-
-def _adapt_constructor() -> None:
-    """`torch.tensor` on the device: made on the host and copied, as C++ does it too."""
-    torch_: Any = torch
-    plain = torch.tensor
-
-    def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        made = plain(data, *args, device="cpu", **kwargs)
-        return made if device is None or torch.device(device).type == "cpu" else made.to(CUDA)
-
-    torch_.tensor = tensor
 
 
 def _allow_lists() -> None:
