@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
     from keel_megatron.config.run import RunConfig
     from keel_megatron.layout.devices import Device
     from keel_megatron.planner.plan import Plan
+    from keel_megatron.planner.trace.run import Trace
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What `--trace` and `--trace-plot` ask for."""
+
+    wanted: bool
+    out: Path | None
 
 
 def plan(
@@ -38,6 +48,14 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure times on this machine instead of estimating.")
     ] = False,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Run one rank of each stage on CUDA tensors without data."),
+    ] = False,
+    trace_plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Trace, and draw the memory over the trace."),
+    ] = None,
     search: Annotated[
         bool, typer.Option("--search", help="Find the fastest layout for --gpus devices.")
     ] = False,
@@ -45,24 +63,26 @@ def plan(
     """Estimate stages, memory, speed and duration of a run; needs no GPU.
 
     --search compares layouts, micro-batch sizes and recomputation; it prints the best as overrides.
+    --trace counts memory, kernels, messages and host waits by running the program without a GPU.
     """
     from keel_megatron.config.load import load_config
     from keel_megatron.errors import UserError
 
     target = _device(gpu, figure or [])
     settings = tuple(overrides or ())
+    traced = _Traced(trace or trace_plot is not None, trace_plot)
     if search:
-        if gpus is None or measure or plot:
-            wrong = (
-                "needs --gpus N" if gpus is None else "cannot be combined with --measure and --plot"
-            )
+        if gpus is None or measure or plot or traced.wanted:
+            wrong = "needs --gpus N"
+            if gpus is not None:
+                wrong = "cannot be combined with --measure, --plot and --trace"
             raise UserError(f"--search {wrong}")
         _search(load_config(config, settings), config, settings, gpus, target, as_json)
         return
     run = load_config(config, settings)
     count = gpus or run.parallel.model_parallel_size
     run = load_config(config, settings, world_size=count)
-    _plan(run, count, target, as_json, plot, measure, more_gpus=gpus is None)
+    _plan(run, count, target, as_json, plot, measure, traced, more_gpus=gpus is None)
 
 
 def _device(name: str, figures: list[str]) -> Device:
@@ -95,6 +115,7 @@ def _plan(
     as_json: bool,
     plot: Path | None,
     measure: bool,
+    traced: _Traced,
     more_gpus: bool,
 ) -> None:
     from keel_megatron.planner.advice import smallest_change
@@ -110,15 +131,46 @@ def _plan(
     change = None if made.fits else smallest_change(made, more_gpus=more_gpus)
     if plot is not None:
         _draw(made, plot)
+    found = _trace(made, traced.out) if traced.wanted else None
     if as_json:
         advice = {"change": change[0] if change else None}
-        print(json.dumps({**made.as_object(), **advice}, indent=2))
+        more = {} if found is None else {"trace": found.as_object()}
+        print(json.dumps({**made.as_object(), **advice, **more}, indent=2))
         return
     print(describe(made))
     if not made.fits:
         print(describe_change(change))
-    if plot is not None:
-        print(f"plot: {plot}")
+    if found is not None:
+        from keel_megatron.planner.trace.report import describe_trace
+
+        print(describe_trace(found))
+    for drawn in (plot, traced.out):
+        if drawn is not None:
+            print(f"plot: {drawn}")
+
+
+def _trace(made: Plan, out: Path | None) -> Trace:
+    """Trace a plan's ranks, and draw them.
+
+    Raises:
+        UserError: the run cannot be traced, or the file cannot be written.
+    """
+    from keel_megatron.config.errors import UserError
+    from keel_megatron.planner.report import layout_words
+    from keel_megatron.planner.trace.run import trace_plan
+
+    found = trace_plan(made)
+    if out is not None:
+        from keel_megatron.planner.trace.plot import plot_trace
+
+        title = f"{made.config.training.name} on {made.gpus:,} x {made.device.name}: "
+        try:
+            plot_trace(
+                found, out, title=title + layout_words(made), limit=made.partition.limit_bytes
+            )
+        except OSError as error:
+            raise UserError(f"--trace-plot: {out} cannot be written: {error.strerror}") from error
+    return found
 
 
 def _draw(made: Plan, out: Path) -> None:

@@ -79,15 +79,14 @@ def install(
 
         tensor.device = property(device)
         tensor.is_cuda = property(lambda self: self.device.type == "cuda")
+        _adapt_constructor()
     _adapt_tensor(tensor, wait)
-    # `torch.tensor` makes what it makes on the host, and copies it by an operator.
-    torch._C._set_only_lift_cpu_tensors(True)
     _allow_lists()
 
 
 def _answer_for_cuda(gpu: Gpu, wait: Wait) -> None:
     """`torch.cuda` of a machine with this device."""
-    import torch._dynamo  # noqa: F401 - it compares signatures with what is replaced here
+    import torch._dynamo  # it compares signatures with what is replaced here
 
     # Meta tensors have no generator: states are those of the CPU's before anything was drawn.
     state = torch.get_rng_state()
@@ -126,7 +125,7 @@ def _hide_device_from_autograd() -> None:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     mode: Any = FakeTensorMode
-    mode.avoid_device_init = True  # otherwise it copies values that it knows to the device
+    mode.avoid_device_init = True  # else it makes values that it knows on the device
 
     tensor: Any = torch.Tensor
     make = tensor._make_subclass
@@ -157,7 +156,9 @@ def _adapt_tensor(tensor: Any, wait: Wait) -> None:
 
 def _read(name: str, plain: Callable[..., Any] | None, wait: Wait) -> Callable[..., Any]:
     """A tensor's method that gives a value; `plain` of those that have some on the host."""
-    convert: Any = {"__int__": int, "__bool__": bool, "__float__": float, "__index__": int}.get(name)
+    convert: Any = {"__int__": int, "__bool__": bool, "__float__": float, "__index__": int}.get(
+        name
+    )
 
     def read(self: torch.Tensor, *args: Any) -> Any:
         if self.is_cuda:
@@ -168,6 +169,21 @@ def _read(name: str, plain: Callable[..., Any] | None, wait: Wait) -> Callable[.
         return convert(value) if convert else value
 
     return read
+
+
+def _adapt_constructor() -> None:
+    """`torch.tensor` on the device: made on the host, and copied by an operator.
+
+    FakeTensorMode has it so by itself, where it is told that CUDA must not be touched.
+    """
+    torch_: Any = torch
+    plain = torch.tensor
+
+    def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        made = plain(data, *args, device="cpu", **kwargs)
+        return made if device is None or torch.device(device).type == "cpu" else made.to(CUDA)
+
+    torch_.tensor = tensor
 
 
 def _allow_lists() -> None:

@@ -20,7 +20,12 @@ from keel_megatron.planner.trace.device import CUDA
 from keel_megatron.planner.trace.result import PARTS, RankTrace, curve_of, merged, part_of
 from keel_megatron.planner.trace.tracker import Tracker, group_names
 
-_GPUS = {"a100": (108, (8, 0)), "h100": (132, (9, 0)), "h200": (132, (9, 0)), "b200": (148, (10, 0))}
+_GPUS = {
+    "a100": (108, (8, 0)),
+    "h100": (132, (9, 0)),
+    "h200": (132, (9, 0)),
+    "b200": (148, (10, 0)),
+}
 """Streaming multiprocessors and compute capability."""
 _BACKEND = "absent"
 
@@ -112,9 +117,7 @@ def _start_groups(request: Request) -> Any:
     # Megatron-core's order of ranks: tensor, data, pipeline.
     rank = request.tensor_rank + request.stage * parallel.tensor * request.replicas
     make: Any = _create_fake_pg
-    dist.Backend.register_backend(
-        backend, make, extended_api=True, devices=["cpu", "cuda", "meta"]
-    )
+    dist.Backend.register_backend(backend, make, extended_api=True, devices=["cpu", "cuda", "meta"])
     dist.init_process_group(backend, store=FakeStore(), rank=rank, world_size=request.gpus)
     plain: Any = dist.new_group
     distributed: Any = dist

@@ -1,8 +1,8 @@
 """Stand-ins of the kernels that need data or a GPU.
 
 Each makes the tensors that its kernel makes and keeps those that it keeps, of the same shapes and
-types, and computes nothing. Attention and torch's RMSNorm need none: on CUDA torch calls an
-operator whose shapes it knows itself, which is called here by name.
+types, and computes nothing. Attention needs none: on CUDA torch calls an operator whose shapes it
+knows itself, which is called here by name.
 """
 
 from __future__ import annotations
@@ -92,13 +92,39 @@ def scaled_add_norm(function: Any, plain: Callable[..., Any]) -> Callable[..., A
     return call
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+def rms_norm_function(launched: Launched) -> Any:
+    """The autograd function in the place of torch's own RMSNorm kernel on CUDA.
+
+    Torch has it for CUDA alone (`aten._fused_rms_norm`); elsewhere its operators take its place.
+    """
+
+    class RmsNorm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
+            rstd = torch.empty(*x.shape[:-1], 1, dtype=x.dtype, device=x.device)
+            launched("fused rms norm")
+            ctx.save_for_backward(x, gain, rstd)
+            return torch.empty_like(x)
+
+        @staticmethod
+        def backward(ctx: Any, _dy: Tensor) -> tuple[Tensor, Tensor]:
+            x, gain, _rstd = ctx.saved_tensors
+            launched("fused rms norm backward")
+            return torch.empty_like(x), torch.empty_like(gain)
+
+    return RmsNorm
+
+
+def rms_norm(function: Any) -> Callable[..., Tensor]:
     """`kernels.rms_norm` on CUDA: torch's own kernel, where the types of x and gain are one."""
-    if x.is_cuda and x.dtype == gain.dtype:
-        fused: Any = torch.ops.aten._fused_rms_norm
-        normalised: Tensor = fused(x, [x.size(-1)], gain, eps)[0]
-        return normalised.to(out_dtype)
-    return torch.rms_norm(x, (x.size(-1),), gain, eps).to(out_dtype)
+
+    def call(x: Tensor, gain: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+        if x.is_cuda and x.dtype == gain.dtype:
+            normalised: Tensor = function.apply(x, gain)
+            return normalised.to(out_dtype)
+        return torch.rms_norm(x, (x.size(-1),), gain, eps).to(out_dtype)
+
+    return call
 
 
 def swiglu(launched: Launched) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
@@ -161,7 +187,7 @@ def install(launched: Launched, processors: int, which: str) -> None:
     function = scaled_add_norm_function(launched, processors)
     places: list[tuple[Any, str, Any]] = [
         (layer, "scaled_add_norm", scaled_add_norm(function, kernels.scaled_add_norm)),
-        (norm, "rms_norm", rms_norm),
+        (norm, "rms_norm", rms_norm(rms_norm_function(launched))),
         (attention_module, "functional", attention(which)),
         # Weights are drawn on the device, whose generator is not there.
         (language_model, "initialize", lambda *_args: None),

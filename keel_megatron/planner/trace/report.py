@@ -1,0 +1,93 @@
+"""A trace in words and tables, beside the plan's own figures."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+from keel_megatron.layout.memory import GB
+from keel_megatron.planner.report import digits, si, table
+from keel_megatron.planner.trace.result import RankTrace
+from keel_megatron.planner.trace.run import LIMITS, Trace
+
+_PARTS = ("step", "depth profile", "validation", "save")
+
+
+def describe_trace(trace: Trace) -> str:
+    """Both tables of a trace and its limits, for a terminal."""
+    worst = trace.worst
+    part = worst.parts[worst.worst]
+    first = trace.ranks[0]
+    some = first.micro_batches < first.all_micro_batches
+    lines = [
+        "",
+        f"Traced: one rank of {len(trace.ranks)} distinct stage(s), {first.micro_batches} of "
+        f"{first.all_micro_batches} micro-batches, {max(r.seconds for r in trace.ranks):.0f} s. "
+        "Memory in GB:",
+        table(_memory(trace), left=(len(_PARTS) + 6,)),
+        f"Fullest: stage {worst.stage} in its {worst.worst}, at {part.peak_operator} called by "
+        f"{part.peak_where}; the plan is {worst.deviation:+.1%} of it.",
+        "",
+        "A step" + (", scaled to all its micro-batches:" if some else ":"),
+        table(_work(trace), left=(4, 5)),
+        LIMITS,
+    ]
+    return "\n".join(lines)
+
+
+def _memory(trace: Trace) -> list[list[str]]:
+    header = ["stage", "plan", *_PARTS, "plan is", "reserved", "expandable", "", "at"]
+    rows = [header]
+    for rank in trace.ranks:
+        parts = [
+            f"{rank.parts[name].peak / GB:.3f}" if name in rank.parts else "-" for name in _PARTS
+        ]
+        rows.append(
+            [
+                _stages(trace, rank),
+                f"{rank.planned / GB:.3f}",
+                *parts,
+                f"{rank.deviation:+.1%}",
+                f"{rank.reserved / GB:.3f}",
+                f"{rank.reserved_expandable / GB:.3f}",
+                "",
+                f"{rank.worst}: {rank.parts[rank.worst].peak_operator}",
+            ]
+        )
+    return rows
+
+
+def _work(trace: Trace) -> list[list[str]]:
+    rows = [["stage", "TFLOP", "launches", "waits", "messages (number, bytes)", "waits in"]]
+    for rank in trace.ranks:
+        waits = rank.parts["step"].waits
+        rows.append(
+            [
+                _stages(trace, rank),
+                digits(rank.flops / 1e12),
+                f"{rank.launches:,.0f}",
+                str(sum(waits.values())),
+                messages(rank),
+                "; ".join(name.partition(" in ")[2] for name in waits),
+            ]
+        )
+    return rows
+
+
+def messages(rank: RankTrace) -> str:
+    """The step's messages by group: how many, and their bytes."""
+    groups: dict[str, Counter[str]] = defaultdict(Counter)
+    for _operation, group, number, size in rank.messages():
+        groups[group] += Counter({"number": round(number), "bytes": round(size)})
+    return (
+        ", ".join(
+            f"{name} {found['number']:,} x {si(found['bytes'] / max(found['number'], 1))}B"
+            for name, found in sorted(groups.items())
+        )
+        or "-"
+    )
+
+
+def _stages(trace: Trace, rank: RankTrace) -> str:
+    """The stages that are like the traced one."""
+    like = [number for number, first in enumerate(trace.like) if first == rank.stage]
+    return str(like[0]) if len(like) == 1 else f"{like[0]}-{like[-1]}"
