@@ -44,6 +44,8 @@ _NORMS = {"outer": 1, "inner": 4}
 """First of three columns of the maxima: mean, -minimum, maximum."""
 _MAXIMA = 7
 _QUERIES = 512
+_TOGETHER = 8
+"""Matrices, two blocks' worth, whose updates are compared at once."""
 
 
 class Profiled(Protocol):
@@ -114,8 +116,8 @@ class DepthCollector:
     def before_update(self) -> None:
         """Read gradients, weights and norm weights; call it after the backward pass is finalized.
 
-        Keeps a copy of this rank's share of the fp32 matrices until `after_update`. The passes'
-        activations are freed by then, so the copy does not raise the step's peak memory.
+        Keeps a copy of this rank's share of the fp32 matrices in host memory until `after_update`:
+        4 bytes a parameter, which the device may not have.
         """
         pieces = list(self._pieces())
         self._add("gradient", [(l, gradient) for l, gradient, _weight in pieces])
@@ -123,13 +125,15 @@ class DepthCollector:
         self._add("weight", matrices)
         for l, weight in matrices:
             self._sums[l, _SUMS["weights"]] += weight.numel()
-        self._weights = [(l, weight, weight.clone()) for l, weight in matrices]
+        self._weights = [(l, weight, _host_copy(weight)) for l, weight in matrices]
         self._read_norm_weights()
 
     @torch.no_grad()
     def after_update(self) -> None:
-        """Compare the weights with what they were."""
-        self._add("update", [(l, before.sub_(after)) for l, after, before in self._weights])
+        """Compare the weights with what they were, a few at a time: they come from the host."""
+        for start in range(0, len(self._weights), _TOGETHER):
+            some = self._weights[start : start + _TOGETHER]
+            self._add("update", [(l, before.to(after).sub_(after)) for l, after, before in some])
         self._weights = []
 
     def profile(self, step: int) -> DepthProfile:
@@ -249,6 +253,11 @@ def logit_max(query: Tensor, key: Tensor) -> Tensor:
         scores[..., start:].masked_fill_(future, -math.inf)
         largest = torch.maximum(largest, scores.amax())
     return largest
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory."""
+    return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
 
 
 def _first_sub_layer(layer: KeelLayer) -> int:

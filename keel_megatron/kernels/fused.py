@@ -90,6 +90,8 @@ class RmsNorm(torch.autograd.Function):
 def _rstd(u: Tensor, eps: float) -> Tensor:
     """(mean(u^2) + eps)^-1/2 of every row: [..., 1]."""
     norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+    if u.is_cuda:  # addcmul's kernel there refuses a scalar of the host's
+        return norm.square_().mul_(1 / u.size(-1)).add_(eps).rsqrt_()
     return torch.addcmul(_scalar(eps, u.dtype), norm, norm, value=1 / u.size(-1)).rsqrt_()
 
 

@@ -175,6 +175,15 @@ def attention(which: str) -> types.SimpleNamespace:
     return types.SimpleNamespace(scaled_dot_product_attention=call)
 
 
+def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.dropout` on CUDA: one kernel, which keeps a mask of a byte an element."""
+    if not training or p == 0.0:
+        return x
+    assert not inplace
+    dropped: Tensor = torch.native_dropout(x, p, True)[0]
+    return dropped
+
+
 def install(launched: Launched, processors: int, which: str) -> None:
     """Put all stand-ins in their places, in this process."""
     from megatron.core.fusions import fused_bias_swiglu
@@ -187,6 +196,7 @@ def install(launched: Launched, processors: int, which: str) -> None:
     function = scaled_add_norm_function(launched, processors)
     places: list[tuple[Any, str, Any]] = [
         (layer, "scaled_add_norm", scaled_add_norm(function, kernels.scaled_add_norm)),
+        (torch.nn.functional, "dropout", dropout),
         (norm, "rms_norm", rms_norm(rms_norm_function(launched))),
         (attention_module, "functional", attention(which)),
         # Weights are drawn on the device, whose generator is not there.
