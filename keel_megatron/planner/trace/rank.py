@@ -89,13 +89,13 @@ def trace_rank(request: Request) -> RankTrace:
 
 def _install(request: Request) -> Tracker:
     """Have this process take CUDA for there."""
-    from keel_megatron.runtime.distributed import _quiet
+    from keel_megatron import compat
 
     processors, capability = _GPUS.get(request.device.name, _GPUS["h200"])
     tracker = Tracker(strict=request.strict)
     memory = int((request.device.memory_gb or 80.0) * 1e9)
     gpu = devices.Gpu(request.device.name, memory, processors, capability)
-    _quiet()
+    compat.install()
     import megatron.core.optimizer  # noqa: F401 - imports look at the real torch.cuda
 
     devices.install(gpu, tracker.wait, tracker.device_of, strict=request.strict)
@@ -110,7 +110,7 @@ def _start_groups(request: Request) -> Any:
     from torch.testing._internal.distributed.fake_pg import FakeStore, _create_fake_pg
 
     from keel_megatron.runtime.device import Launch
-    from keel_megatron.runtime.distributed import _model_parallel
+    from keel_megatron.runtime.distributed import model_parallel
     from keel_megatron.runtime.seeds import seed_dropout
 
     parallel, backend = request.config.parallel, _BACKEND
@@ -124,7 +124,7 @@ def _start_groups(request: Request) -> Any:
     distributed.all_gather_object = _all_say_the_same
     distributed.new_group = lambda *args, **kwargs: plain(*args, **{**kwargs, "backend": backend})
     launch = Launch(rank, request.gpus, rank % 8, 8)
-    runtime = _model_parallel(parallel, launch, CUDA, 1)
+    runtime = model_parallel(parallel, launch, CUDA, 1)
     assert (runtime.pipeline_rank, runtime.tensor_rank) == (request.stage, request.tensor_rank)
     seed_dropout(request.config.training.seed, runtime.pipeline_rank, runtime.data_rank)
     return runtime
