@@ -58,7 +58,7 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
     kept = 4 * shape.heads  # attention's statistics
     kept += c * (2 * a + 2 * g)  # context, q, k, v
     kept += c * 3 * f  # fc1's output, and fc2's input
-    kept += _head_norms_bytes(shape, rows)
+    kept += _head_norms_bytes(shape, rows) + _dropout_bytes(shape, kernel)
     rotary = 0 if execution.compiled else 5 * c * (a + g) + 2 * c * g
     moved = _moved(shape, rows, kernel, execution)
     casts = _fp8_casts(shape, parameters) if execution.fp8 else (0, 0, 0, 0)
@@ -128,6 +128,16 @@ def _head_norms_bytes(shape: Shape, rows: Rows) -> int:
     # Under fp32 key's and value's inputs are views of linear_qkv's output, and query's is a copy.
     views = STREAM_BYTES * a if shape.c == STREAM_BYTES else 0
     return STREAM_BYTES * (a + 2 * g) + views + 4 * (shape.heads + 2 * groups)
+
+
+def _dropout_bytes(shape: Shape, kernel: Kernel) -> int:
+    """Kept a token by both branches' dropout: a mask of a byte an element on CUDA.
+
+    On a CPU torch keeps its noise in the branch's type. Attention's kernel draws its mask again.
+    """
+    if not shape.model.dropout:
+        return 0
+    return 2 * shape.h * (1 if kernel == "triton" else shape.c)
 
 
 def _moved(shape: Shape, rows: Rows, kernel: Kernel, execution: Execution) -> tuple[float, float]:

@@ -44,6 +44,9 @@ class StageMemory:
     """Temporary memory in a block's backward pass, with the recomputed activations."""
     host: int = 0
     """Host memory that ZeRO offloads to, for this device; not part of the total."""
+    collecting: int = 0
+    """Temporary memory while a checkpoint is collected; not part of the total, which is a step's.
+    """
 
     @property
     def total(self) -> int:
@@ -57,6 +60,16 @@ class StageMemory:
             + self.communication
             + self.working
         )
+
+    @property
+    def saving(self) -> int:
+        """At the fullest moment of a save."""
+        return self.parameters + self.gradients + self.optimizer + self.collecting
+
+    @property
+    def peak(self) -> int:
+        """At the fullest moment of a run: in a step or in a save."""
+        return max(self.total, self.saving)
 
 
 @cache
@@ -155,6 +168,7 @@ class MemoryModel:
             communication=self._communication() + states.buffers + self._recorded(sum(blocks)),
             host=states.host,
             working=self._working(blocks, recomputed, embedding=stage == 0),
+            collecting=self._collecting(stage, blocks),
         )
 
     def recomputed(
@@ -246,6 +260,24 @@ class MemoryModel:
         # Receive and send buffers, forward and backward; interleaving has two of each.
         messages = 0 if parallel.pipeline == 1 else 4 * min(parallel.virtual_pipeline, 2)
         return messages * stream + (collected if parallel.sequence else 0)
+
+    def _collecting(self, stage: int, blocks: Sequence[int]) -> int:
+        """Bytes that Megatron-core's distributed optimizer takes to save masters and moments.
+
+        Of each of the three in turn it gathers a buffer of a chunk from all replicas, in fp32: this
+        replica's part, every part, and NCCL's own copy of every part.
+        """
+        parallel, costs = self.config.parallel, self.costs
+        if self.config.training.engine == "deepspeed" or not parallel.distributed_optimizer:
+            return 0
+        mixed = self.config.training.precision == "bf16"  # gains have a buffer of their own
+        block = costs.block.parameters + (0 if mixed else costs.block.vector_parameters)
+        buffers = [count * block for count in blocks]
+        if stage == 0:
+            buffers[0] += costs.embedding.parameters
+        if stage == parallel.pipeline - 1:
+            buffers[-1] += costs.head.parameters
+        return 8 * max(buffers) + 4 * max(buffers) // self.data_parallel
 
     def _recorded(self, blocks: int) -> int:
         """Bytes of the blocks' gradients, in their weights' types, that CUDA graphs write into."""

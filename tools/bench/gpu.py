@@ -107,7 +107,7 @@ def predicted_deep(device: Device) -> dict[str, Any]:
                 "step_seconds": None if settings == OFFLOAD else plan.step_seconds,
                 "memory_gb": stage.memory.total / 1e9,
                 "recomputed": sum(stage.recomputed),
-                "fits": plan.fits,
+                "fits": plan.partition.fits,  # it saves nothing
             },
         }
     return {"rows": rows}

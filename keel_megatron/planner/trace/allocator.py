@@ -1,7 +1,7 @@
 """What torch's CUDA caching allocator would reserve for a sequence of allocations.
 
-Its rules (c10/cuda/CUDACachingAllocator.cpp, torch 2.9 to 2.13), of one stream: sizes are rounded up
-to 512 bytes. Up to 1 MiB they come from the pool of small blocks, whose segments are 2 MiB; larger
+Its rules (c10/cuda/CUDACachingAllocator.cpp, torch 2.9 to 2.13), of one stream: sizes are rounded
+up to 512 bytes. Up to 1 MiB they come from the pool of small blocks, whose segments are 2 MiB; larger
 ones from segments of 20 MiB below 10 MiB, and of their own size in whole 2 MiB from there. The
 smallest free block that is large enough is taken, and split where more than 512 bytes (small) or
 1 MiB (large) would be left; freed neighbours are joined.
@@ -13,7 +13,6 @@ With expandable segments a pool is one range of addresses that grows at its end,
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 MIB = 1 << 20
@@ -152,14 +151,3 @@ class CachingAllocator:
         """Free what was allocated under the key."""
         pool, address = self._where.pop(key)
         pool.give(address)
-
-
-def reserved(events: Iterable[tuple[int, int]], *, expandable: bool) -> int:
-    """Most bytes that are reserved in a sequence of (size, key), with -size where key is freed."""
-    allocator = CachingAllocator(expandable=expandable)
-    for size, key in events:
-        if size > 0:
-            allocator.malloc(key, size)
-        else:
-            allocator.free(key)
-    return allocator.reserved

@@ -83,7 +83,7 @@ def trace_rank(request: Request) -> RankTrace:
         _train(request, engine, tracker)
         if request.save:
             _save(engine, tracker)
-    planned = parts.stages[request.stage].memory.total
+    planned = parts.stages[request.stage].memory.peak
     return _result(request, tracker, planned, time.perf_counter() - started)
 
 

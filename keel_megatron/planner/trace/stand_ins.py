@@ -176,7 +176,7 @@ def attention(which: str) -> types.SimpleNamespace:
 
 
 def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """`torch.nn.functional.dropout` on CUDA: one kernel, which keeps a mask of a byte an element."""
+    """`torch.nn.functional.dropout` on CUDA: one kernel, which keeps a byte an element."""
     if not training or p == 0.0:
         return x
     assert not inplace

@@ -34,6 +34,7 @@ DEVICE_COPIES = {"aten._to_copy", "aten.copy_"}
 """Operators whose purpose it is to have operands on two devices."""
 MIXED_ALLOWED = {
     "aten.add_": "an addend of no dimensions may be the host's (CUDA takes it as a number)",
+    "aten.index_put_": "indices may be the host's",
 }
 """Other operators that may, and why."""
 
@@ -133,7 +134,7 @@ class Tracker(TorchDispatchMode):
         self._operator = name
         kwargs = kwargs or {}
         if name.startswith("c10d."):
-            return self._message(name, func, args, kwargs)
+            return self._message(name, args)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         on_device = any(t.is_cuda for t in given)
         target = kwargs.get("device")
@@ -148,7 +149,7 @@ class Tracker(TorchDispatchMode):
             kwargs = kwargs | {"device": CUDA if self.strict else META}
             on_device = True
         elif not self.strict and not on_device:
-            host = self._is_host_call(func, given, args, kwargs)
+            host = self._is_host_call(given, args, kwargs)
             if host and target is not None:
                 kwargs = kwargs | {"device": META}
         if self.strict and on_device:
@@ -239,7 +240,7 @@ class Tracker(TorchDispatchMode):
         self._see_host(copy)
         return copy
 
-    def _is_host_call(self, func: Any, given: list[Tensor], args: Any, kwargs: Any) -> bool:
+    def _is_host_call(self, given: list[Tensor], args: Any, kwargs: Any) -> bool:
         """Whether an operator is of tensors without data that stand for the host's."""
         if self.host and any(self._stands_for_host(t) for t in given if _is_meta(t)):
             return True
@@ -266,7 +267,7 @@ class Tracker(TorchDispatchMode):
         self.host_now -= size
 
     # Messages and devices
-    def _message(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+    def _message(self, name: str, args: Any) -> Any:
         group, sizes = "other", [0]
         for argument in args:
             if isinstance(argument, torch.ScriptObject):
