@@ -1,10 +1,10 @@
 """What torch's CUDA caching allocator would reserve for a sequence of allocations.
 
 Its rules (c10/cuda/CUDACachingAllocator.cpp, torch 2.9 to 2.13), of one stream: sizes are rounded
-up to 512 bytes. Up to 1 MiB they come from the pool of small blocks, whose segments are 2 MiB; larger
-ones from segments of 20 MiB below 10 MiB, and of their own size in whole 2 MiB from there. The
-smallest free block that is large enough is taken, and split where more than 512 bytes (small) or
-1 MiB (large) would be left; freed neighbours are joined.
+up to 512 bytes. Up to 1 MiB they come from the pool of small blocks, whose segments are 2 MiB;
+larger ones from segments of 20 MiB below 10 MiB, and of their own size in whole 2 MiB from there.
+The smallest free block that is large enough is taken, and split where 512 bytes (small) or more
+than 1 MiB (large) would be left; freed neighbours are joined.
 
 With expandable segments a pool is one range of addresses that grows at its end, by whole pages of
 2 MiB (small) or 20 MiB, and every block may be split.

@@ -177,10 +177,10 @@ def _adapt_constructor() -> None:
     FakeTensorMode has it so by itself, where it is told that CUDA must not be touched.
     """
     torch_: Any = torch
-    plain = torch.tensor
+    plain: Any = torch.tensor
 
     def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        made = plain(data, *args, device="cpu", **kwargs)
+        made: torch.Tensor = plain(data, *args, device="cpu", **kwargs)
         return made if device is None or torch.device(device).type == "cpu" else made.to(CUDA)
 
     torch_.tensor = tensor

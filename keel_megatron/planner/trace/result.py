@@ -182,7 +182,9 @@ def merged(phases: Sequence[Any], reserved: tuple[int, int]) -> Part:
         host_peak=max(phase.host_peak for phase in phases),
         flops=sum(phase.flops for phase in phases),
         kernels=dict(kernels),
-        messages=[(what, group, *entry) for (what, group), entry in sorted(messages.items())],
+        messages=[
+            (what, group, entry[0], entry[1]) for (what, group), entry in sorted(messages.items())
+        ],
         waits=dict(waits),
         mixed=dict(mixed),
     )

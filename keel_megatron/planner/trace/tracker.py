@@ -65,7 +65,7 @@ class Phase:
     """Most bytes of tensors without data that stood for the host's."""
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within it operators on a device that is not there are counted, not run.
 
     Args:
@@ -73,7 +73,7 @@ class Tracker(TorchDispatchMode):
     """
 
     def __init__(self, *, strict: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.strict = strict
         self.groups: dict[str, str] = {}
         """What torch's process groups are called in the report."""
