@@ -1,0 +1,52 @@
+"""What a strict trace must not show: the rules that hold the CUDA path without a GPU."""
+
+from __future__ import annotations
+
+from keel_megatron.config.run import RunConfig
+from keel_megatron.planner.trace.result import RankTrace
+
+WAITS = {
+    "float in _run (engine.py)": "the step's loss",
+    "item in get_grad_norm_fp32 (clip_grads.py)": "the gradient norm",
+    "torch.cuda.synchronize in _communicate (p2p_communication.py)": "Megatron-core's batched "
+    "messages of a pipeline without interleaving (batch_p2p_sync)",
+    "copy to the host in profile (collector.py)": "the depth profile's sums",
+    "copy to the host in _host_copy (collector.py)": "the depth profile's copy of the weights",
+}
+"""The functions in which the host may wait for the device, and for what; a save may anywhere."""
+
+_TIGHT, _LOOSE = 0.02, 0.05
+
+
+def allowed_above(config: RunConfig) -> float:
+    """How far a plan's memory may be above a trace's, relative to it.
+
+    Small models have small activations, beside which what is counted once weighs more.
+    """
+    model = config.model
+    return _TIGHT if model.hidden_size >= 1024 and model.blocks >= 32 else _LOOSE
+
+
+def problems(config: RunConfig, trace: RankTrace) -> list[str]:
+    """What is wrong with a rank, a sentence each."""
+    found = [
+        f"{name}: {operator} has operands on two devices ({count} x)"
+        for name, part in trace.parts.items()
+        for operator, count in part.mixed.items()
+    ]
+    found += [
+        f"{name}: the host waits for the device: {wait} ({count} x)"
+        for name, part in trace.parts.items()
+        if name not in ("build", "save")
+        for wait, count in part.waits.items()
+        if wait not in WAITS
+    ]
+    allowed = allowed_above(config)
+    if not 0.0 <= trace.deviation <= allowed:
+        part = trace.parts[trace.worst]
+        found.append(
+            f"the plan's memory is {trace.deviation:+.2%} of the trace's {trace.peak:,} bytes, and "
+            f"may be from +0 % to +{allowed:.0%} ({trace.worst}, at {part.peak_operator} called by "
+            f"{part.peak_where})"
+        )
+    return found

@@ -1,0 +1,113 @@
+"""The CUDA path on a CPU: devices, types and shapes of every rule, host waits, and the plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from keel_megatron.architecture.residual import RULES
+from tests.planner.trace.strict import Case, trace_all
+
+HARDEST: dict[str, Any] = {
+    "parallel__tensor": 2,
+    "parallel__sequence": True,
+    "parallel__pipeline": 2,
+    "parallel__virtual_pipeline": 2,
+}
+PP2: dict[str, Any] = {"parallel__pipeline": 2}
+LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "one": (1, 1, {}),
+    "PP 2 x DP 2": (4, 2, PP2),
+    "TP 2 x DP 2": (4, 1, {"parallel__tensor": 2}),
+    "TP 2 + SP x PP 2 x VPP 2 x DP 2": (8, 2, HARDEST),
+    "PP 4, full recompute": (4, 4, {"parallel__pipeline": 4, "parallel__recompute": "full"}),
+}
+"""Devices, stages, overrides."""
+MODELS: dict[str, dict[str, Any]] = {
+    **{rule: {"model__residual": rule} for rule in RULES},
+    "keel, v1, tied": {"model__first_block": "v1", "model__tie_embeddings": True},
+}
+OPTIONS: dict[str, Case] = {
+    "dropout": Case(1, 0, {"model__dropout": 0.1}),
+    "fp32": Case(2, 1, {**PP2, "training__precision": "fp32", "model__num_query_groups": 16}),
+    "head in pieces": Case(1, 0, {"kernels__logits_mib": 40.0}),
+    "optimizer replicated": Case(2, 0, {"parallel__distributed_optimizer": False}),
+    "two sequences": Case(1, 0, {"training__micro_batch_size": 2}),
+}
+QUICK: dict[str, Case] = {
+    # Every rule at the hardest layout, the stages in turn.
+    **{
+        f"{name}, hardest, stage {number % 2}": Case(8, number % 2, {**HARDEST, **model})
+        for number, (name, model) in enumerate(MODELS.items())
+    },
+    "keel, hardest, stage 1": Case(8, 1, HARDEST),
+    "keel, one": Case(1, 0),
+    "hybrid_norm, one": Case(1, 0, {"model__residual": "hybrid_norm"}),
+    "keel, PP 2, stage 0": Case(4, 0, PP2),
+    **OPTIONS,
+}
+FAULTS: dict[str, tuple[Case, str]] = {
+    "a tensor on the host": (Case(1, 0, fault="a_table_on_the_host"), "cuda, cpu"),
+    "a number of the host": (
+        Case(1, 0, fault="a_number_of_the_host"),
+        "aten.addcmul(cpu, cuda, cuda) in rstd (faults.py) has operands on two devices",
+    ),
+    "a host wait": (
+        Case(1, 0, fault="a_wait_in_the_loss"),
+        "the host waits for the device: float in mean_loss (faults.py) (2 x)",
+    ),
+    "a plan that is too low": (
+        Case(1, 0, {"model__residual": "hybrid_norm"}, fault="a_plan_without_head_norms"),
+        "the plan's memory is -",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def quick() -> dict[str, Any]:
+    faults = {name: case for name, (case, _text) in FAULTS.items()}
+    operators = {"joins in operators": Case(1, 0, fault="joins_in_operators")}
+    return trace_all({**QUICK, **faults, **operators})
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_a_rank_is_as_it_should_be(case: str, quick: dict[str, Any]) -> None:
+    problems, _trace = quick[case]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_caught(fault: str, quick: dict[str, Any]) -> None:
+    problems, _trace = quick[fault]
+    assert FAULTS[fault][1] in "\n".join(problems)
+
+
+def test_the_joins_in_operators_run_on_cuda(quick: dict[str, Any]) -> None:
+    """Only the plan is wrong there: it counts on the fused kernel."""
+    problems, _trace = quick["joins in operators"]
+    assert all("the plan's memory" in problem for problem in problems), problems
+
+
+def test_a_trace_finds_what_is_known_of_a_step(quick: dict[str, Any]) -> None:
+    _problems, trace = quick["keel, PP 2, stage 0"]
+    step = trace.parts["step"]
+    groups = {(what, group): number for what, group, number, _size in step.messages}
+    assert (trace.micro_batches, trace.all_micro_batches) == (4, 16)
+    assert groups["send", "pipeline"] == groups["recv_", "pipeline"] == 4
+    # Weights and gains, each a bucket of its own.
+    assert groups["reduce_scatter_tensor_coalesced_", "data"] == 2
+    assert 0 < step.flops < trace.flops < 4 * step.flops
+
+
+@pytest.mark.slow
+def test_every_rule_at_every_layout_and_stage() -> None:
+    cases = {
+        f"{name}, {layout}, stage {stage}": Case(gpus, stage, {**overrides, **model})
+        for name, model in MODELS.items()
+        for layout, (gpus, stages, overrides) in LAYOUTS.items()
+        for stage in range(stages)
+    }
+    found = trace_all(cases)
+    wrong = {name: problems for name, (problems, _trace) in found.items() if problems}
+    assert not wrong, wrong
