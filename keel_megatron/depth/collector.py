@@ -133,7 +133,9 @@ class DepthCollector:
         """Compare the weights with what they were, a few at a time: they come from the host."""
         for start in range(0, len(self._weights), _TOGETHER):
             some = self._weights[start : start + _TOGETHER]
-            self._add("update", [(l, before.to(after).sub_(after)) for l, after, before in some])
+            self._add(
+                "update", [(l, before.to(after.device).sub_(after)) for l, after, before in some]
+            )
         self._weights = []
 
     def profile(self, step: int) -> DepthProfile:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.layout.devices import Device
+from keel_megatron.layout.memory import StageMemory
 from keel_megatron.layout.stages import Partition, partition
 from keel_megatron.planner.trace import device as devices
 from keel_megatron.planner.trace import stand_ins
@@ -83,8 +84,8 @@ def trace_rank(request: Request) -> RankTrace:
         _train(request, engine, tracker)
         if request.save:
             _save(engine, tracker)
-    planned = parts.stages[request.stage].memory.peak
-    return _result(request, tracker, planned, time.perf_counter() - started)
+    memory = parts.stages[request.stage].memory
+    return _result(request, tracker, memory, time.perf_counter() - started)
 
 
 def _install(request: Request) -> Tracker:
@@ -200,7 +201,7 @@ def _save(engine: Any, tracker: Tracker) -> None:
     split_state(engine.state.to_save(), copy=True, validate=False)
 
 
-def _result(request: Request, tracker: Tracker, planned: int, seconds: float) -> RankTrace:
+def _result(request: Request, tracker: Tracker, memory: StageMemory, seconds: float) -> RankTrace:
     reserved = _reserved(tracker)
     phases = {
         part: [found for name, found in tracker.phases.items() if part_of(name) == part]
@@ -214,7 +215,8 @@ def _result(request: Request, tracker: Tracker, planned: int, seconds: float) ->
         all_micro_batches=request.all_micro_batches,
         parts={name: merged(found, reserved[name]) for name, found in phases.items() if found},
         passes=merged([tracker.phases["step"]], reserved["step"]),
-        planned=planned,
+        planned=memory.total,
+        planned_save=memory.saving,
         curve=curve,
         marks=marks,
         seconds=seconds,

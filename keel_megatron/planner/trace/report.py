@@ -9,7 +9,7 @@ from keel_megatron.planner.report import digits, si, table
 from keel_megatron.planner.trace.result import RankTrace
 from keel_megatron.planner.trace.run import LIMITS, Trace
 
-_PARTS = ("step", "depth profile", "validation", "save")
+_PARTS = ("step", "depth profile", "validation")
 
 
 def describe_trace(trace: Trace) -> str:
@@ -23,9 +23,9 @@ def describe_trace(trace: Trace) -> str:
         f"Traced: one rank of {len(trace.ranks)} distinct stage(s), {first.micro_batches} of "
         f"{first.all_micro_batches} micro-batches, {max(r.seconds for r in trace.ranks):.0f} s. "
         "Memory in GB:",
-        table(_memory(trace), left=(len(_PARTS) + 6,)),
+        table(_memory(trace), left=(len(_PARTS) + 8,)),
         f"Fullest: stage {worst.stage} in its {worst.worst}, at {part.peak_operator} called by "
-        f"{part.peak_where}; the plan is {worst.deviation:+.1%} of it.",
+        f"{part.peak_where}.",
         "",
         "A step" + (", scaled to all its micro-batches:" if some else ":"),
         table(_work(trace), left=(4, 5)),
@@ -35,7 +35,8 @@ def describe_trace(trace: Trace) -> str:
 
 
 def _memory(trace: Trace) -> list[list[str]]:
-    header = ["stage", "plan", *_PARTS, "plan is", "reserved", "expandable", "", "at"]
+    header = ["stage", "plan", *_PARTS, "plan is", "plan's save", "save", "plan is"]
+    header += ["reserved", "expandable", "fullest in"]
     rows = [header]
     for rank in trace.ranks:
         parts = [
@@ -47,13 +48,20 @@ def _memory(trace: Trace) -> list[list[str]]:
                 f"{rank.planned / GB:.3f}",
                 *parts,
                 f"{rank.deviation:+.1%}",
+                *_save(rank),
                 f"{rank.reserved / GB:.3f}",
                 f"{rank.reserved_expandable / GB:.3f}",
-                "",
                 f"{rank.worst}: {rank.parts[rank.worst].peak_operator}",
             ]
         )
     return rows
+
+
+def _save(rank: RankTrace) -> tuple[str, str, str]:
+    if rank.save_deviation is None:
+        return "-", "-", "-"
+    peak = rank.parts["save"].peak
+    return f"{rank.planned_save / GB:.3f}", f"{peak / GB:.3f}", f"{rank.save_deviation:+.1%}"
 
 
 def _work(trace: Trace) -> list[list[str]]:

@@ -60,7 +60,9 @@ class RankTrace:
     passes: Part
     """Of the step only the micro-batches' passes, without gradients' reduction and the update."""
     planned: int
-    """Bytes that the plan says."""
+    """Bytes that the plan says of a step."""
+    planned_save: int
+    """Bytes that it says of a save."""
     curve: list[tuple[float, int]]
     """(share of the trace's allocations that are done, bytes allocated)."""
     marks: list[tuple[float, str]]
@@ -89,9 +91,20 @@ class RankTrace:
         return max(part.reserved_expandable for part in self.parts.values())
 
     @property
+    def step_peak(self) -> int:
+        """Most bytes allocated in any part but the save."""
+        return max(part.peak for name, part in self.parts.items() if name != "save")
+
+    @property
     def deviation(self) -> float:
-        """How far the plan's memory is above the trace's, relative to it; negative = below."""
-        return self.planned / self.peak - 1.0
+        """How far the plan's step is above the trace's, relative to it; negative = below."""
+        return self.planned / self.step_peak - 1.0
+
+    @property
+    def save_deviation(self) -> float | None:
+        """The same of a save."""
+        save = self.parts.get("save")
+        return None if save is None else self.planned_save / save.peak - 1.0
 
     @property
     def flops(self) -> float:
@@ -120,14 +133,16 @@ class RankTrace:
         return {
             "stage": self.stage,
             "micro_batches": self.micro_batches,
-            "planned_bytes": self.planned,
+            "planned_step_bytes": self.planned,
+            "planned_save_bytes": self.planned_save,
             "peak_bytes": self.peak,
             "peak_part": self.worst,
             "peak_operator": self.parts[self.worst].peak_operator,
             "peak_where": self.parts[self.worst].peak_where,
             "reserved_bytes": self.reserved,
             "reserved_expandable_bytes": self.reserved_expandable,
-            "plan_above_trace": self.deviation,
+            "plan_above_step": self.deviation,
+            "plan_above_save": self.save_deviation,
             "step_flops": self.flops,
             "step_launches": self.launches,
             "step_messages": [

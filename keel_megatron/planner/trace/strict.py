@@ -42,11 +42,14 @@ def problems(config: RunConfig, trace: RankTrace) -> list[str]:
         if wait not in WAITS
     ]
     allowed = allowed_above(config)
-    if not 0.0 <= trace.deviation <= allowed:
-        part = trace.parts[trace.worst]
-        found.append(
-            f"the plan's memory is {trace.deviation:+.2%} of the trace's {trace.peak:,} bytes, and "
-            f"may be from +0 % to +{allowed:.0%} ({trace.worst}, at {part.peak_operator} called by "
-            f"{part.peak_where})"
-        )
+    for what, peak, deviation in (
+        ("step", trace.step_peak, trace.deviation),
+        ("save", trace.parts["save"].peak if "save" in trace.parts else 0, trace.save_deviation),
+    ):
+        if deviation is not None and not 0.0 <= deviation <= allowed:
+            part = next(part for part in trace.parts.values() if peak == part.peak)
+            found.append(
+                f"the plan's {what} is {deviation:+.2%} of the trace's {peak:,} bytes, and may be "
+                f"from +0 % to +{allowed:.0%} (at {part.peak_operator} called by {part.peak_where})"
+            )
     return found

@@ -59,7 +59,7 @@ FAULTS: dict[str, tuple[Case, str]] = {
     ),
     "a plan that is too low": (
         Case(1, 0, {"model__residual": "hybrid_norm"}, fault="a_plan_without_head_norms"),
-        "the plan's memory is -",
+        "the plan's step is -",
     ),
 }
 
@@ -86,7 +86,7 @@ def test_a_fault_is_caught(fault: str, quick: dict[str, Any]) -> None:
 def test_the_joins_in_operators_run_on_cuda(quick: dict[str, Any]) -> None:
     """Only the plan is wrong there: it counts on the fused kernel."""
     problems, _trace = quick["joins in operators"]
-    assert all("the plan's memory" in problem for problem in problems), problems
+    assert all("the plan's" in problem for problem in problems), problems
 
 
 def test_a_trace_finds_what_is_known_of_a_step(quick: dict[str, Any]) -> None:

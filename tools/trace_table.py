@@ -1,0 +1,140 @@
+"""The paper's recipes traced beside their plans: docs/benchmarks/plan_trace.md.
+
+python tools/trace_table.py            # trace what is missing, and write the table
+python tools/trace_table.py --again    # trace everything
+
+Of every recipe and number of GPUs the stage that needs the most memory is traced. What was traced
+is kept in docs/benchmarks/plan_trace.json; a trace takes 10 s to 2 minutes of a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from keel_megatron.config.load import load_config  # noqa: E402
+from keel_megatron.config.run import RunConfig  # noqa: E402
+from keel_megatron.layout.devices import device_named  # noqa: E402
+from keel_megatron.planner.plan import make_plan  # noqa: E402
+from keel_megatron.planner.report import layout_words  # noqa: E402
+from keel_megatron.runtime.cores import available_cores  # noqa: E402
+from tools.bench.peers import cpu_name  # noqa: E402
+
+RECIPES = ("keel_64", "keel_128", "keel_512", "keel_1024")
+GPUS = (1, 8, 64, 1024)
+OUT = ROOT / "docs" / "benchmarks" / "plan_trace"
+ALONE = ("parallel.pipeline=1", "parallel.virtual_pipeline=1")
+"""One GPU takes one stage."""
+
+
+def configured(recipe: str, gpus: int) -> RunConfig:
+    overrides = ALONE if gpus == 1 else ()
+    return load_config(ROOT / "yaml" / "paper" / f"{recipe}.yaml", overrides, world_size=gpus)
+
+
+def traced(recipe: str, gpus: int, depth: bool) -> dict[str, Any]:
+    from keel_megatron.planner.trace.rank import Request, trace_rank
+
+    config, device = configured(recipe, gpus), device_named("h200")
+    plan = make_plan(config, gpus, device)
+    stage = plan.partition.worst_memory.number
+    found = trace_rank(Request(config, gpus, device, stage, depth=depth)).as_object()
+    return {"layout": layout_words(plan), "depth": depth, **found}
+
+
+def rows(results: dict[str, Any]) -> list[str]:
+    header = ("sub-layers", "GPUs", "layout", "stage", "plan", "step", "plan is")
+    header += ("reserved", "expandable", "plan's save", "save", "plan is", "TFLOP", "launches")
+    lines = ["| " + " | ".join((*header, "waits", "fullest at")) + " |"]
+    lines.append("|-:|-:|---|" + "-:|" * (len(header) - 2) + "---|")
+    for recipe in RECIPES:
+        for gpus in GPUS:
+            one = results.get(f"{recipe}/{gpus}")
+            if one is not None:
+                lines.append("| " + " | ".join(_cells(recipe, gpus, one)) + " |")
+    return lines
+
+
+def _cells(recipe: str, gpus: int, one: dict[str, Any]) -> list[str]:
+    parts = one["parts"]
+    steps = {name: part for name, part in parts.items() if name != "save"}
+    fullest = max(steps, key=lambda name: steps[name]["peak_bytes"])
+    before_save = list(steps.values())[-1]
+
+    def gb(size: float) -> str:
+        return f"{size / 1e9:.2f}"
+
+    return [
+        recipe.removeprefix("keel_"),
+        f"{gpus:,}",
+        one["layout"].partition(",")[0],
+        str(one["stage"]),
+        gb(one["planned_step_bytes"]),
+        gb(steps[fullest]["peak_bytes"]),
+        f"{one['plan_above_step']:+.2%}",
+        gb(before_save["reserved_bytes"]),
+        gb(before_save["reserved_expandable_bytes"]),
+        gb(one["planned_save_bytes"]),
+        gb(parts["save"]["peak_bytes"]),
+        f"{one['plan_above_save']:+.2%}",
+        f"{one['step_flops'] / 1e12:,.0f}",
+        f"{one['step_launches']:,.0f}",
+        str(sum(one["host_waits"]["step"].values())),
+        f"{steps[fullest]['peak_operator']} ({steps[fullest]['peak_where']})",
+    ]
+
+
+def page(results: dict[str, Any]) -> str:
+    day = datetime.date.today().isoformat()
+    lines = [
+        "# Plans beside traces",
+        "",
+        "`python tools/trace_table.py`: the stage that needs the most memory by the plan, traced "
+        "(docs/tracing.md) on an H200 that is not there. Memory in GB (1e9 bytes). `step` is the "
+        "fullest moment of a step, a step with a depth profile (up to 128 sub-layers) and a "
+        "validation; `reserved` is what torch's allocator would hold by then, without and with "
+        "expandable segments. TFLOP, launches and waits are of a whole step. Nothing here ran on "
+        f"a GPU. Traced on a core of {cpu_name()}, {day}.",
+        "",
+        *rows(results),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--again", action="store_true", help="trace what was traced before too")
+    parser.add_argument("--processes", type=int, default=available_cores())
+    parser.add_argument("--only", nargs="*", metavar="RECIPE/GPUS", help="keel_64/8 and the like")
+    options = parser.parse_args()
+    store = OUT.with_suffix(".json")
+    results = json.loads(store.read_text()) if store.exists() and not options.again else {}
+    names = options.only or [f"{recipe}/{gpus}" for recipe in RECIPES for gpus in GPUS]
+    missing = [name for name in names if name not in results]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, context, max_tasks_per_child=1) as pool:
+        jobs = {}
+        for name in missing:
+            recipe, _slash, gpus = name.partition("/")
+            depth = int(recipe.removeprefix("keel_")) <= 128
+            jobs[pool.submit(traced, recipe, int(gpus), depth)] = name
+        for job in as_completed(jobs):
+            results[jobs[job]] = job.result()
+            print(f"{jobs[job]}: {results[jobs[job]]['seconds']:.0f} s", flush=True)
+            store.write_text(json.dumps(results, indent=1) + "\n")
+            OUT.with_suffix(".md").write_text(page(results))
+    OUT.with_suffix(".md").write_text(page(results))
+
+
+if __name__ == "__main__":
+    main()
