@@ -277,11 +277,11 @@ class MemoryModel:
             buffers[0] += costs.embedding.parameters
         if stage == parallel.pipeline - 1:
             buffers[-1] += costs.head.parameters
-        # Every chunk holds its rotary table, and what the previous stage last sent it.
+        # Every chunk holds its rotary table and the message that it received last; one is sent.
         config = self.config
         tokens = config.data.seq_length * config.training.micro_batch_size
         width = config.model.hidden_size // (parallel.tensor if parallel.sequence else 1)
-        held = (len(blocks) if parallel.pipeline > 1 else 0) * STREAM_BYTES * tokens * width
+        held = (len(blocks) + 1 if parallel.pipeline > 1 else 0) * STREAM_BYTES * tokens * width
         table = 2 * config.data.seq_length * config.model.head_dim * (2 if mixed else 4)
         held += len(blocks) * table
         return 8 * max(buffers) + 4 * max(buffers) // self.data_parallel + held
