@@ -17,6 +17,7 @@ import tests.conftest  # noqa: F401  (before Triton and Megatron-core)
 
 import keel_megatron.cli.main  # isort: skip
 import keel_megatron.inference.generate  # isort: skip
+import keel_megatron.planner.trace.rank  # isort: skip
 import keel_megatron.training.run  # noqa: F401  # isort: skip
 from keel_megatron.compat import cpu
 

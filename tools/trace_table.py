@@ -21,13 +21,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from keel_megatron.config.load import load_config  # noqa: E402
-from keel_megatron.config.run import RunConfig  # noqa: E402
-from keel_megatron.layout.devices import device_named  # noqa: E402
-from keel_megatron.planner.plan import make_plan  # noqa: E402
-from keel_megatron.planner.report import layout_words  # noqa: E402
-from keel_megatron.runtime.cores import available_cores  # noqa: E402
-from tools.bench.peers import cpu_name  # noqa: E402
+from keel_megatron.config.load import load_config
+from keel_megatron.config.run import RunConfig
+from keel_megatron.layout.devices import device_named
+from keel_megatron.planner.plan import make_plan
+from keel_megatron.planner.report import layout_words
+from keel_megatron.runtime.cores import available_cores
+from tools.bench.peers import cpu_name
 
 RECIPES = ("keel_64", "keel_128", "keel_512", "keel_1024")
 GPUS = (1, 8, 64, 1024)

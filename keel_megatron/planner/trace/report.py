@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 from keel_megatron.layout.memory import GB
-from keel_megatron.planner.report import digits, si, table
+from keel_megatron.planner.report import digits, si
 from keel_megatron.planner.trace.result import RankTrace
 from keel_megatron.planner.trace.run import LIMITS, Trace
+from keel_megatron.runtime.tables import table_lines
 
 _PARTS = ("step", "depth profile", "validation")
+_MEMORY = ("stage", "plan", *_PARTS, "plan is", "plan's save", "save", "plan is", "reserved")
+_MEMORY += ("expandable", "fullest in")
+_WORK = ("stage", "TFLOP", "launches", "waits", "messages (number, bytes)", "waits in")
 
 
 def describe_trace(trace: Trace) -> str:
@@ -23,38 +28,33 @@ def describe_trace(trace: Trace) -> str:
         f"Traced: one rank of {len(trace.ranks)} distinct stage(s), {first.micro_batches} of "
         f"{first.all_micro_batches} micro-batches, {max(r.seconds for r in trace.ranks):.0f} s. "
         "Memory in GB:",
-        table(_memory(trace), left=(len(_PARTS) + 8,)),
+        *_indented(_MEMORY, [_memory(trace, rank) for rank in trace.ranks], len(_MEMORY) - 1),
         f"Fullest: stage {worst.stage} in its {worst.worst}, at {part.peak_operator} called by "
         f"{part.peak_where}.",
         "",
         "A step" + (", scaled to all its micro-batches:" if some else ":"),
-        table(_work(trace), left=(4, 5)),
+        *_indented(_WORK, [_work(trace, rank) for rank in trace.ranks], 4, 5),
         LIMITS,
     ]
     return "\n".join(lines)
 
 
-def _memory(trace: Trace) -> list[list[str]]:
-    header = ["stage", "plan", *_PARTS, "plan is", "plan's save", "save", "plan is"]
-    header += ["reserved", "expandable", "fullest in"]
-    rows = [header]
-    for rank in trace.ranks:
-        parts = [
-            f"{rank.parts[name].peak / GB:.3f}" if name in rank.parts else "-" for name in _PARTS
-        ]
-        rows.append(
-            [
-                _stages(trace, rank),
-                f"{rank.planned / GB:.3f}",
-                *parts,
-                f"{rank.deviation:+.1%}",
-                *_save(rank),
-                f"{rank.reserved / GB:.3f}",
-                f"{rank.reserved_expandable / GB:.3f}",
-                f"{rank.worst}: {rank.parts[rank.worst].peak_operator}",
-            ]
-        )
-    return rows
+def _indented(columns: Sequence[str], rows: list[list[str]], *left: int) -> list[str]:
+    return ["  " + line for line in table_lines(columns, rows, left=left)]
+
+
+def _memory(trace: Trace, rank: RankTrace) -> list[str]:
+    parts = [f"{rank.parts[name].peak / GB:.3f}" if name in rank.parts else "-" for name in _PARTS]
+    return [
+        _stages(trace, rank),
+        f"{rank.planned / GB:.3f}",
+        *parts,
+        f"{rank.deviation:+.1%}",
+        *_save(rank),
+        f"{rank.reserved / GB:.3f}",
+        f"{rank.reserved_expandable / GB:.3f}",
+        f"{rank.worst}: {rank.parts[rank.worst].peak_operator}",
+    ]
 
 
 def _save(rank: RankTrace) -> tuple[str, str, str]:
@@ -64,21 +64,16 @@ def _save(rank: RankTrace) -> tuple[str, str, str]:
     return f"{rank.planned_save / GB:.3f}", f"{peak / GB:.3f}", f"{rank.save_deviation:+.1%}"
 
 
-def _work(trace: Trace) -> list[list[str]]:
-    rows = [["stage", "TFLOP", "launches", "waits", "messages (number, bytes)", "waits in"]]
-    for rank in trace.ranks:
-        waits = rank.parts["step"].waits
-        rows.append(
-            [
-                _stages(trace, rank),
-                digits(rank.flops / 1e12),
-                f"{rank.launches:,.0f}",
-                str(sum(waits.values())),
-                messages(rank),
-                "; ".join(name.partition(" in ")[2] for name in waits),
-            ]
-        )
-    return rows
+def _work(trace: Trace, rank: RankTrace) -> list[str]:
+    waits = rank.parts["step"].waits
+    return [
+        _stages(trace, rank),
+        digits(rank.flops / 1e12),
+        f"{rank.launches:,.0f}",
+        str(sum(waits.values())),
+        messages(rank),
+        "; ".join(name.partition(" in ")[2] for name in waits),
+    ]
 
 
 def messages(rank: RankTrace) -> str:

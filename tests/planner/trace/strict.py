@@ -5,13 +5,14 @@ A process has traced once and is of no further use (keel_megatron/planner/trace/
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from keel_megatron.runtime.cores import available_cores
+from tests.distributed import CONTEXT
 from tests.settings import settings
 
 SHAPE: dict[str, Any] = {
@@ -43,10 +44,7 @@ class Case:
 
 def trace_all(cases: dict[str, Case]) -> dict[str, tuple[list[str], Any]]:
     """For every case the problems (an exception is one) and the trace."""
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.planner.trace.warm"])
-    # Two at a time even on more cores: each has half a gigabyte.
-    with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(available_cores(), CONTEXT, max_tasks_per_child=1) as pool:
         return dict(zip(cases, pool.map(_trace, cases.values()), strict=True))
 
 
