@@ -22,6 +22,8 @@ from keel_megatron.layout.work import STREAM_BYTES, Cost, Costs
 from keel_megatron.layout.zero_memory import Sizes, ZeroMemory, zero_memory
 
 GB = 1e9
+_TENSORS = 10
+"""Parameters of a block, or of embedding and head, at most."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,8 @@ class MemoryModel:
         held = (len(blocks) + 1 if parallel.pipeline > 1 else 0) * STREAM_BYTES * tokens * width
         table = 2 * config.data.seq_length * config.model.head_dim * (2 if mixed else 4)
         held += len(blocks) * table
+        # The optimizer's step counters, and the rounding of sizes to 512 bytes.
+        held += 1024 * _TENSORS * (sum(blocks) + 1)
         return 8 * max(buffers) + 4 * max(buffers) // self.data_parallel + held
 
     def _recorded(self, blocks: int) -> int:

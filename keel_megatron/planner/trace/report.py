@@ -12,8 +12,8 @@ from keel_megatron.planner.trace.run import LIMITS, Trace
 from keel_megatron.runtime.tables import table_lines
 
 _PARTS = ("step", "depth profile", "validation")
-_MEMORY = ("stage", "plan", *_PARTS, "plan is", "plan's save", "save", "plan is", "reserved")
-_MEMORY += ("expandable", "fullest in")
+_SAVE = ("plan's save", "save", "plan is")
+_MEMORY = ("stage", "plan", *_PARTS, "plan is", *_SAVE, "reserved", "expandable", "fullest in")
 _WORK = ("stage", "TFLOP", "launches", "waits", "messages (number, bytes)", "waits in")
 
 

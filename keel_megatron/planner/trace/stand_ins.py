@@ -175,13 +175,28 @@ def attention(which: str) -> types.SimpleNamespace:
     return types.SimpleNamespace(scaled_dot_product_attention=call)
 
 
-def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def dropout(launched: Launched) -> Callable[..., Tensor]:
     """`torch.nn.functional.dropout` on CUDA: one kernel, which keeps a byte an element."""
-    if not training or p == 0.0:
-        return x
-    assert not inplace
-    dropped: Tensor = torch.native_dropout(x, p, True)[0]
-    return dropped
+
+    class Dropout(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(torch.empty(x.shape, dtype=torch.bool, device=x.device))
+            launched("dropout")
+            return torch.empty_like(x)
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Tensor:
+            (_mask,) = ctx.saved_tensors
+            launched("dropout backward")
+            return torch.empty_like(dy)
+
+    def call(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        assert not inplace
+        function: Any = Dropout
+        return function.apply(x) if training and p > 0.0 else x
+
+    return call
 
 
 def install(launched: Launched, processors: int, which: str) -> None:
@@ -196,7 +211,7 @@ def install(launched: Launched, processors: int, which: str) -> None:
     function = scaled_add_norm_function(launched, processors)
     places: list[tuple[Any, str, Any]] = [
         (layer, "scaled_add_norm", scaled_add_norm(function, kernels.scaled_add_norm)),
-        (torch.nn.functional, "dropout", dropout),
+        (torch.nn.functional, "dropout", dropout(launched)),
         (norm, "rms_norm", rms_norm(rms_norm_function(launched))),
         (attention_module, "functional", attention(which)),
         # Weights are drawn on the device, whose generator is not there.
