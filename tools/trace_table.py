@@ -66,9 +66,13 @@ def rows(results: dict[str, Any]) -> list[str]:
 
 def _cells(recipe: str, gpus: int, one: dict[str, Any]) -> list[str]:
     parts = one["parts"]
+    plan = make_plan(configured(recipe, gpus), gpus, device_named("h200"))
+    memory = plan.partition.stages[one["stage"]].memory  # as it is now
     steps = {name: part for name, part in parts.items() if name != "save"}
     fullest = max(steps, key=lambda name: steps[name]["peak_bytes"])
     before_save = list(steps.values())[-1]
+
+    step, save = steps[fullest]["peak_bytes"], parts["save"]["peak_bytes"]
 
     def gb(size: float) -> str:
         return f"{size / 1e9:.2f}"
@@ -78,14 +82,14 @@ def _cells(recipe: str, gpus: int, one: dict[str, Any]) -> list[str]:
         f"{gpus:,}",
         one["layout"].partition(",")[0],
         str(one["stage"]),
-        gb(one["planned_step_bytes"]),
-        gb(steps[fullest]["peak_bytes"]),
-        f"{one['plan_above_step']:+.2%}",
+        gb(memory.total),
+        gb(step),
+        f"{memory.total / step - 1:+.2%}",
         gb(before_save["reserved_bytes"]),
         gb(before_save["reserved_expandable_bytes"]),
-        gb(one["planned_save_bytes"]),
-        gb(parts["save"]["peak_bytes"]),
-        f"{one['plan_above_save']:+.2%}",
+        gb(memory.saving),
+        gb(save),
+        f"{memory.saving / save - 1:+.2%}",
         f"{one['step_flops'] / 1e12:,.0f}",
         f"{one['step_launches']:,.0f}",
         str(sum(one["host_waits"]["step"].values())),

@@ -44,8 +44,8 @@ _NORMS = {"outer": 1, "inner": 4}
 """First of three columns of the maxima: mean, -minimum, maximum."""
 _MAXIMA = 7
 _QUERIES = 512
-_TOGETHER = 8
-"""Matrices, two blocks' worth, whose updates are compared at once."""
+_TOGETHER = 4
+"""Matrices, a block's worth, whose updates are compared at once."""
 
 
 class Profiled(Protocol):

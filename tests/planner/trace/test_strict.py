@@ -33,6 +33,7 @@ OPTIONS: dict[str, Case] = {
     "fp32": Case(2, 1, {**PP2, "training__precision": "fp32", "model__num_query_groups": 16}),
     "head in pieces": Case(1, 0, {"kernels__logits_mib": 40.0}),
     "optimizer replicated": Case(2, 0, {"parallel__distributed_optimizer": False}),
+    "few activations": Case(1, 0, {"data__seq_length": 512, "parallel__recompute": "full"}),
     "two sequences": Case(1, 0, {"training__micro_batch_size": 2}),
 }
 QUICK: dict[str, Case] = {
@@ -98,6 +99,12 @@ def test_a_trace_finds_what_is_known_of_a_step(quick: dict[str, Any]) -> None:
     # Weights and gains, each a bucket of its own.
     assert groups["reduce_scatter_tensor_coalesced_", "data"] == 2
     assert 0 < step.flops < trace.flops < 4 * step.flops
+
+
+def test_a_depth_profile_takes_no_more_memory_than_its_step(quick: dict[str, Any]) -> None:
+    """A copy of the weights would be 0.7 GB beside its 3.4; a block's matrices are 0.05."""
+    _problems, trace = quick["few activations"]
+    assert trace.parts["depth profile"].peak < 1.02 * trace.parts["step"].peak
 
 
 @pytest.mark.slow
