@@ -70,6 +70,7 @@ def install(
         tensor = FakeTensor
         _hide_device_from_autograd()
         tensor.is_cuda = property(lambda self: self.fake_device.type == "cuda")
+        _adapt_numpy()
     else:
         plain_device: Any = torch.Tensor.device
 
@@ -136,6 +137,20 @@ def _hide_device_from_autograd() -> None:
         return make(cls, elem, requires_grad, **options)
 
     tensor._make_subclass = staticmethod(make_subclass)
+
+
+def _adapt_numpy() -> None:
+    """Arrays of ones: FakeTensorMode takes every tensor for one of its own, without data."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    tensor: Any = torch.Tensor
+    plain = tensor.numpy
+
+    def numpy(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return plain(torch.ones(self.shape, dtype=self.dtype), *args, **kwargs)
+
+    tensor.numpy = numpy
 
 
 def _adapt_tensor(tensor: Any, wait: Wait) -> None:
