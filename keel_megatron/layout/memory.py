@@ -264,31 +264,44 @@ class MemoryModel:
         return messages * stream + (collected if parallel.sequence else 0)
 
     def _collecting(self, stage: int, blocks: Sequence[int]) -> int:
-        """Bytes that Megatron-core's distributed optimizer takes to save masters and moments.
+        """Bytes in use while a checkpoint is collected, besides weights, gradients and optimizer.
 
-        Of each of the three in turn it gathers a buffer of a chunk from all replicas, in fp32: this
-        replica's part, every part, and NCCL's own copy of every part.
+        Each chunk holds its rotary table and the message that it received last, and one is sent;
+        the optimizer has step counters, and sizes are rounded to 512 bytes.
         """
-        parallel, costs = self.config.parallel, self.costs
-        if self.config.training.engine == "deepspeed" or not parallel.distributed_optimizer:
-            return 0
-        mixed = self.config.training.precision == "bf16"  # gains have a buffer of their own
-        block = costs.block.parameters + (0 if mixed else costs.block.vector_parameters)
-        buffers = [count * block for count in blocks]
-        if stage == 0:
-            buffers[0] += costs.embedding.parameters
-        if stage == parallel.pipeline - 1:
-            buffers[-1] += costs.head.parameters
-        # Every chunk holds its rotary table and the message that it received last; one is sent.
-        config = self.config
+        config, parallel = self.config, self.config.parallel
+        size = 2 if config.training.precision == "bf16" else 4
+        tables = len(blocks) * 2 * config.data.seq_length * config.model.head_dim * size
         tokens = config.data.seq_length * config.training.micro_batch_size
         width = config.model.hidden_size // (parallel.tensor if parallel.sequence else 1)
-        held = (len(blocks) + 1 if parallel.pipeline > 1 else 0) * STREAM_BYTES * tokens * width
-        table = 2 * config.data.seq_length * config.model.head_dim * (2 if mixed else 4)
-        held += len(blocks) * table
-        # The optimizer's step counters, and the rounding of sizes to 512 bytes.
-        held += 1024 * _TENSORS * (sum(blocks) + 1)
-        return 8 * max(buffers) + 4 * max(buffers) // self.data_parallel + held
+        messages = len(blocks) + 1 if parallel.pipeline > 1 else 0
+        small = 1024 * _TENSORS * (sum(blocks) + 1)
+        held = tables + messages * STREAM_BYTES * tokens * width + small
+        return held + self._gathered(stage, blocks)
+
+    def _gathered(self, stage: int, blocks: Sequence[int]) -> int:
+        """Bytes that Megatron-core's distributed optimizer needs to save its state.
+
+        Master weights and both moments are gathered in turn from all replicas, one fp32 buffer of a
+        chunk at a time: this replica's shard, all shards, and NCCL's copy of all shards.
+        """
+        config, parallel, costs = self.config, self.config.parallel, self.costs
+        if config.training.engine == "deepspeed" or not parallel.distributed_optimizer:
+            return 0
+        mixed = config.training.precision == "bf16"  # norm weights have a buffer of their own
+        block = costs.block.parameters + (0 if mixed else costs.block.vector_parameters)
+        buffers = [count * block for count in blocks]
+        # What two stages share has a bucket of its own.
+        shared = config.model.tie_embeddings and parallel.pipeline > 1
+        for piece, chunk, here in (
+            (costs.embedding, 0, stage == 0),
+            (costs.head, -1, stage == parallel.pipeline - 1),
+        ):
+            if here and shared:
+                buffers.append(piece.parameters)
+            elif here:
+                buffers[chunk] += piece.parameters
+        return 8 * max(buffers) + 4 * max(buffers) // self.data_parallel
 
     def _recorded(self, blocks: int) -> int:
         """Bytes of the blocks' gradients, in their weights' types, that CUDA graphs write into."""

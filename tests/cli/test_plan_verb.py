@@ -88,6 +88,8 @@ def test_the_search_prints_a_command_that_is_valid(tmp_path: Path) -> None:
         (("--figure", "inter_node_gb=fast"), "must be NAME=NUMBER with a number above 0"),
         (("--figure", "devices_per_node=1.5"), "with an integer above 0"),
         (("--search",), "--search needs --gpus N"),
+        (("--search", "--gpus", "8", "--trace"), "cannot be combined with --measure, --plot"),
+        (("--trace", "--gpu", "cpu"), "--trace traces CUDA: --gpu must be a GPU"),
         (("--search", "--gpus", "8", "--measure"), "--search cannot be combined with --measure"),
         (("--measure", "parallel.tensor=2"), "parallel.tensor = 2 must be 1"),
         (("--plot", "nowhere/plan.png", "--gpus", "512"), "nowhere/plan.png cannot be written"),

@@ -33,6 +33,8 @@ _TYPE_NAMES = {
     torch.uint8: "ByteTensor",
     torch.bool: "BoolTensor",
 }
+UNEQUAL = "_compares_unequal"
+"""Set of results of comparisons that are false because every value is 1."""
 _READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__")
 
 
@@ -180,6 +182,8 @@ def _read(name: str, plain: Callable[..., Any] | None, wait: Wait) -> Callable[.
             wait(name.strip("_"))
         elif plain is not None:
             return plain(self, *args)
+        if getattr(self, UNEQUAL, False):
+            return False
         value: Any = 1.0 if self.dtype.is_floating_point else 1
         return convert(value) if convert else value
 

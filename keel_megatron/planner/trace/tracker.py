@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from keel_megatron.planner.trace.counts import NO_KERNEL, flops, workspace
-from keel_megatron.planner.trace.device import CUDA, META
+from keel_megatron.planner.trace.device import CUDA, META, UNEQUAL
 
 REAL_BYTES = 1 << 20
 """What is copied to the host becomes a real tensor of ones up to this size, and has no data above
@@ -37,6 +37,8 @@ MIXED_ALLOWED = {
     "aten.index_put_": "indices may be the host's",
 }
 """Other operators that may, and why."""
+
+_UNEQUAL = ("aten.ne", "aten.lt", "aten.gt")
 
 
 def rounded(size: int) -> int:
@@ -171,6 +173,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._see_host(tensor)
             elif tensor.is_cuda:
                 self._see(tensor)
+        if name in _UNEQUAL:
+            setattr(result, UNEQUAL, True)
         on_device = not host and any(t.is_cuda for t in (*made, *given))
         if not on_device or name in NO_KERNEL or func.is_view:
             return

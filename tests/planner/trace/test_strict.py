@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from keel_megatron.architecture.residual import RULES
+from keel_megatron.planner.trace.plot import plot_trace
+from keel_megatron.planner.trace.report import describe_trace
+from keel_megatron.planner.trace.run import LIMITS, Trace
+from keel_megatron.planner.trace.strict import WAITS
 from tests.planner.trace.strict import Case, trace_all
 
 HARDEST: dict[str, Any] = {
@@ -28,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     **{rule: {"model__residual": rule} for rule in RULES},
     "keel, v1, tied": {"model__first_block": "v1", "model__tie_embeddings": True},
 }
+HYBRID: dict[str, Any] = {"model__residual": "hybrid_norm"}
 OPTIONS: dict[str, Case] = {
     "dropout": Case(1, 0, {"model__dropout": 0.1}),
     "fp32": Case(2, 1, {**PP2, "training__precision": "fp32", "model__num_query_groups": 16}),
@@ -44,12 +51,15 @@ QUICK: dict[str, Case] = {
     },
     "keel, hardest, stage 1": Case(8, 1, HARDEST),
     "keel, one": Case(1, 0),
-    "hybrid_norm, one": Case(1, 0, {"model__residual": "hybrid_norm"}),
+    "hybrid_norm, one": Case(1, 0, HYBRID),
     "keel, PP 2, stage 0": Case(4, 0, PP2),
     **OPTIONS,
 }
 FAULTS: dict[str, tuple[Case, str]] = {
-    "a tensor on the host": (Case(1, 0, fault="a_table_on_the_host"), "cuda, cpu"),
+    "a tensor on the host": (
+        Case(1, 0, fault="a_table_on_the_host"),
+        "two devices, cuda:0 and cpu",
+    ),
     "a number of the host": (
         Case(1, 0, fault="a_number_of_the_host"),
         "aten.addcmul(cpu, cuda, cuda) in rstd (faults.py) has operands on two devices",
@@ -59,7 +69,7 @@ FAULTS: dict[str, tuple[Case, str]] = {
         "the host waits for the device: float in mean_loss (faults.py) (2 x)",
     ),
     "a plan that is too low": (
-        Case(1, 0, {"model__residual": "hybrid_norm"}, fault="a_plan_without_head_norms"),
+        Case(1, 0, {**HYBRID, "model__blocks": 16}, fault="a_plan_without_head_norms"),
         "the plan's step is -",
     ),
 }
@@ -105,6 +115,20 @@ def test_a_depth_profile_takes_no_more_memory_than_its_step(quick: dict[str, Any
     """A copy of the weights would be 0.7 GB beside its 3.4; a block's matrices are 0.05."""
     _problems, trace = quick["few activations"]
     assert trace.parts["depth profile"].peak < 1.02 * trace.parts["step"].peak
+
+
+def test_a_trace_is_reported_and_drawn(quick: dict[str, Any], tmp_path: Path) -> None:
+    ranks = tuple(quick[name][1] for name in ("keel, one", "dropout"))
+    trace = Trace(ranks, like=(0,))
+    text = describe_trace(trace)
+    for part in (LIMITS, "Fullest: stage 0 in its save, at c10d.allgather_", "plan's save"):
+        assert part in text
+    found = json.loads(json.dumps(trace.as_object()))["ranks"][0]
+    assert found["peak_bytes"] == ranks[0].peak
+    assert found["reserved_bytes"] >= found["reserved_expandable_bytes"] > ranks[0].step_peak
+    assert found["host_waits"]["step"].keys() < WAITS.keys()
+    plot_trace(trace, tmp_path / "trace.png", title="two ranks", limit=6e9)
+    assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
