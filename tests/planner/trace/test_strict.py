@@ -108,7 +108,7 @@ def test_a_trace_finds_what_is_known_of_a_step(quick: dict[str, Any]) -> None:
     assert groups["send", "pipeline"] == groups["recv_", "pipeline"] == 4
     # Weights and gains, each a bucket of its own.
     assert groups["reduce_scatter_tensor_coalesced_", "data"] == 2
-    assert 0 < step.flops < trace.flops < 4 * step.flops
+    assert trace.flops == pytest.approx(4 * step.flops) > 0
 
 
 def test_a_depth_profile_takes_no_more_memory_than_its_step(quick: dict[str, Any]) -> None:
