@@ -39,7 +39,12 @@ def stage_rows(partition: Partition) -> list[dict[str, Any]]:
             "head": stage.head,
             "parameters": stage.parameters,
             "memory_gb": stage.memory.total / GB,
-            "memory_gb_by_kind": {k: v / GB for k, v in asdict(stage.memory).items()},
+            "memory_gb_by_kind": {
+                kind: size / GB
+                for kind, size in asdict(stage.memory).items()
+                if kind != "collecting"
+            },
+            "saving_gb": stage.memory.saving / GB,
             "time_share": partition.time_share(stage),
             "forward_seconds": stage.forward_seconds,
             "backward_seconds": stage.backward_seconds,
