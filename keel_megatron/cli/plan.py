@@ -155,7 +155,7 @@ def _trace(made: Plan, out: Path | None) -> Trace:
     Raises:
         UserError: the run cannot be traced, or the file cannot be written.
     """
-    from keel_megatron.config.errors import UserError
+    from keel_megatron.errors import UserError
     from keel_megatron.planner.report import layout_words
     from keel_megatron.planner.trace.run import trace_plan
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from keel_megatron.config.errors import UserError
 from keel_megatron.config.load import load_config
+from keel_megatron.errors import UserError
 from keel_megatron.layout.devices import device_named
 from keel_megatron.planner.plan import Plan, make_plan
 from keel_megatron.planner.trace.report import messages
