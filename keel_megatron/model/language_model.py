@@ -96,7 +96,11 @@ def _pipelined(layout: Layout) -> dict[str, Any]:
     """Megatron-core's settings for pipeline stages."""
     if layout.pipeline == 1:
         return {}
-    settings: dict[str, Any] = {"pipeline_model_parallel_layout": layout.to_megatron()}
+    settings: dict[str, Any] = {
+        "pipeline_model_parallel_layout": layout.to_megatron(),
+        # By default the host waits for the device after every exchange, because of an old torch.
+        "batch_p2p_sync": False,
+    }
     if layout.virtual_pipeline > 1:
         settings["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
         # Two stages are each other's next and previous one: in one batch of messages the four
