@@ -140,7 +140,7 @@ def start(
     threads = set_threads(training.threads, launch.local_world_size)
     _init_process_group(launch, device, parallel.timeout_seconds, identical or {})
     try:
-        runtime = _model_parallel(parallel, launch, device, threads)
+        runtime = model_parallel(parallel, launch, device, threads)
         seed_dropout(training.seed, runtime.pipeline_rank, runtime.data_rank)
         with _named_timeouts(runtime, parallel.timeout_seconds):
             yield runtime
@@ -165,9 +165,10 @@ def _init_process_group(
     )
 
 
-def _model_parallel(
+def model_parallel(
     parallel: ParallelConfig, launch: Launch, device: torch.device, threads: int
 ) -> Runtime:
+    """Make Megatron-core's process groups of the layout; this rank's place in them."""
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
@@ -177,7 +178,7 @@ def _model_parallel(
             parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
         ),
         distributed_timeout_minutes=parallel.timeout_seconds / 60,
-        create_gloo_process_groups=device.type == "cuda",
+        create_gloo_process_groups=False,
     )
     hosts = [socket.gethostname()] * launch.world_size
     dist.all_gather_object(hosts, hosts[launch.rank])
