@@ -212,6 +212,14 @@ def _hang_timeout(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
+def _deterministic(config: RunConfig) -> Iterator[tuple[str, str]]:
+    if config.training.deterministic and config.kernels.backend == "transformer_engine":
+        yield (
+            "training.deterministic",
+            "true does not reach Transformer Engine's kernels; set kernels.backend to torch",
+        )
+
+
 def _guard_window(config: RunConfig) -> Iterator[tuple[str, str]]:
     window, least = config.guard.window, config.guard.min_steps
     if least > window:
@@ -278,6 +286,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _decay_after_warmup,
     _lowest_rate,
     _hang_timeout,
+    _deterministic,
     _guard_window,
     _keep_every,
     credentials,

@@ -77,6 +77,8 @@ def transformer_config(
         deallocate_pipeline_outputs=device.type == "cuda" or layout.virtual_pipeline == 1,
         transformer_impl="local",
         gradient_accumulation_fusion=gradient_fusion,
+        # The embedding's gradient is summed in a fixed order.
+        deterministic_mode=config.training.deterministic and device.type == "cuda",
         # The first block differs from the rest: checkpoints keep one key a block.
         hetereogenous_dist_checkpoint=True,
         **_fp8(config),

@@ -18,7 +18,13 @@ from keel_megatron.compat import cpu
 from keel_megatron.config.parallel import ParallelConfig
 from keel_megatron.config.training import TrainingConfig
 from keel_megatron.errors import UserError
-from keel_megatron.runtime.device import Launch, choose_device, set_threads
+from keel_megatron.runtime import cuda_environment
+from keel_megatron.runtime.device import (
+    Launch,
+    choose_device,
+    set_cuda_numerics,
+    set_threads,
+)
 from keel_megatron.runtime.rendezvous import CollectiveTimeoutError, agree, meet, shared_store
 from keel_megatron.runtime.seeds import seed_dropout
 
@@ -131,12 +137,14 @@ def start(
         UserError: the device is not available, or the ranks differ.
     """
     launch = launch or Launch.from_environment()
+    cuda_environment.prepare(parallel, training)
     device = choose_device(training.device, launch.local_rank)
     compat.install()
     if device.type == "cpu":
         cpu.install()
     else:
         torch.cuda.set_device(device)
+        set_cuda_numerics(deterministic=training.deterministic)
     threads = set_threads(training.threads, launch.local_world_size)
     _init_process_group(launch, device, parallel.timeout_seconds, identical or {})
     try:

@@ -136,6 +136,7 @@ ELSEWHERE = {
     "training.name": PLACE,
     "training.runs_dir": PLACE,
     "training.device": START,
+    "training.deterministic": "which CUDA kernels compute the same: tests/runtime",
     "training.threads": START,
     "training.exit_after": START,
     "training.hang_timeout": START,

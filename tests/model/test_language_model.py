@@ -19,3 +19,13 @@ def test_the_host_does_not_wait_after_a_message(virtual: int) -> None:
     found = transformer_config(config, layout, 0, torch.float32, torch.device("cuda"))
     assert not found.batch_p2p_sync
     assert found.batch_p2p_comm == (virtual == 1)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", True), ("cpu", False)])
+def test_a_deterministic_run_sums_the_embeddings_gradient_in_order(
+    device: str, expected: bool
+) -> None:
+    config = small_config(training__deterministic=True)
+    layout = partition(config, 1, device_named("h100")).layout
+    found = transformer_config(config, layout, 0, torch.float32, torch.device(device))
+    assert found.deterministic_mode == expected

@@ -13,7 +13,7 @@ from keel_megatron.runtime.device import Launch
 from tests.settings import small_config
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Ends what is tested where CUDA would begin."""
 
 
@@ -23,10 +23,10 @@ def test_cuda_has_no_groups_that_nothing_uses(monkeypatch: pytest.MonkeyPatch) -
 
     def initialize(**settings: Any) -> None:
         given.update(settings)
-        raise Stop
+        raise StopError
 
     monkeypatch.setattr(parallel_state, "initialize_model_parallel", initialize)
     device = torch.device("cuda", 0)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         distributed.model_parallel(small_config().parallel, Launch(0, 1, 0, 1), device, 1)
     assert given["create_gloo_process_groups"] is False
