@@ -73,6 +73,18 @@ PRIVATE_NAMES = (
         "the types of the rendezvous stores",
     ),
     PrivateName(
+        "torch",
+        "torch._fused_sdp_choice",
+        "model/attention_kernel.py",
+        "ask which kernel attention takes",
+    ),
+    PrivateName(
+        "torch",
+        "_set_sdp_priority_order",
+        "model/attention_kernel.py",
+        "set the order of attention's kernels once, not with a context manager in every block",
+    ),
+    PrivateName(
         "torch", "torch._dynamo.exc", "model/compiled.py", "recognise a failed compilation"
     ),
     PrivateName(

@@ -14,6 +14,7 @@ from keel_megatron.compat.modules import replace_output_layer
 from keel_megatron.config.run import RunConfig
 from keel_megatron.layout.chunks import Layout
 from keel_megatron.layout.stages import Partition, own_partition
+from keel_megatron.model.attention_kernel import prefer_attention
 from keel_megatron.model.backend import choose_backend
 from keel_megatron.model.head import OutputLayer
 from keel_megatron.model.initialization import initialize
@@ -187,6 +188,7 @@ def build_model(
     layout = partition.layout
     layout.check(config.model.blocks)
     backend = choose_backend(config, runtime.device.type)
+    prefer_attention(config, runtime.device)
     stage = partition.stages[runtime.pipeline_rank]
     interleaved = layout.virtual_pipeline > 1
     chunks: list[nn.Module] = []

@@ -125,6 +125,7 @@ ELSEWHERE = {
     "parallel.timeout_seconds": START,
     "parallel.preflight": START,
     "kernels.backend": "which code computes the same; needs CUDA: tests/model",
+    "kernels.attention": "which code computes the same; needs CUDA: tests/model",
     "kernels.fp8": "the type of products, of every step anew; needs CUDA: tests/model",
     "kernels.compile": "the same mathematics; takes long to compile: tests/integration",
     "kernels.cuda_graphs": "needs CUDA: tests/kernels",
