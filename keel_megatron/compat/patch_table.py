@@ -85,6 +85,12 @@ PRIVATE_NAMES = (
         "set the order of attention's kernels once, not with a context manager in every block",
     ),
     PrivateName(
+        "torch",
+        "_abort_process_group",
+        "runtime/distributed.py",
+        "leave after an error without waiting for NCCL messages that nobody answers",
+    ),
+    PrivateName(
         "torch", "torch._dynamo.exc", "model/compiled.py", "recognise a failed compilation"
     ),
     PrivateName(

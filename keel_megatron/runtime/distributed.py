@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from keel_megatron.runtime.rendezvous import CollectiveTimeoutError, agree, meet
 from keel_megatron.runtime.seeds import seed_dropout
 
 T = TypeVar("T")
+_ABORT_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,10 @@ def start(
         seed_dropout(training.seed, runtime.pipeline_rank, runtime.data_rank)
         with _named_timeouts(runtime, parallel.timeout_seconds):
             yield runtime
-    finally:
-        _take_down()
+    except BaseException as error:
+        _abandon(device, error)
+        raise
+    _take_down()
 
 
 def _init_process_group(
@@ -221,6 +225,27 @@ def _named_timeouts(runtime: Runtime, timeout_seconds: float) -> Iterator[None]:
                 f"{runtime.describe()} lost the connection to another rank: {error}"
             ) from error
         raise
+
+
+def _abandon(device: torch.device, error: BaseException) -> None:
+    """Take down after an error; on CUDA without waiting for messages under way.
+
+    Destroying an NCCL communicator waits for its messages, which the other ranks will not answer:
+    this rank would hang, and they would until their watchdog ends them. Aborting ends the messages.
+    A `UserError` is raised by all ranks together, behind a message that must still be delivered.
+    """
+    if device.type != "cuda" or isinstance(error, UserError):
+        return _take_down()
+    # It might hang too, and the error is yet to be reported.
+    aborting = threading.Thread(target=_abort, name="abort", daemon=True)
+    aborting.start()
+    aborting.join(_ABORT_SECONDS)
+    return None
+
+
+def _abort() -> None:
+    with suppress(Exception):  # the error that led here is the one to report
+        dist.distributed_c10d._abort_process_group()
 
 
 def _take_down() -> None:
