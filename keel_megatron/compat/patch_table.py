@@ -91,6 +91,12 @@ PRIVATE_NAMES = (
         "leave after an error without waiting for NCCL messages that nobody answers",
     ),
     PrivateName(
+        "torch",
+        "_dump_nccl_trace_json",
+        "cluster/flight_recorder.py",
+        "see which messages a hung rank has started and not finished",
+    ),
+    PrivateName(
         "torch", "torch._dynamo.exc", "model/compiled.py", "recognise a failed compilation"
     ),
     PrivateName(
