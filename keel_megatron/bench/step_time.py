@@ -44,8 +44,14 @@ class Samples:
     config: RunConfig
     steps: list[float] = field(default_factory=list)
     parts: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PARTS})
+    host: list[float] = field(default_factory=list)
+    """Host time of the passes, until their last kernel is launched; on a CPU, their time."""
+    passes: list[float] = field(default_factory=list)
+    """Device time of the passes: all parts of a step but the optimizer, data and logging."""
     losses: list[float] = field(default_factory=list)
     peak_memory_gb: float = 0.0
+    on_host: bool = True
+    """Whether the device is the CPU."""
     attention: str = ""
     """The attention kernel's name."""
     checkpoint_stall: float | None = None
@@ -145,6 +151,7 @@ class _Run:
         self.last = float("nan")
         self.runtime, self._tracker = runtime, tracker
         self._timers = PartTimers(runtime.device)
+        self.samples.on_host = runtime.device.type == "cpu"
         self.samples.attention = describe_attention(config, runtime.device)
         self._data: PreparedData | None = None
         count = config.training.global_batch_size
@@ -202,7 +209,10 @@ class _Run:
         self.samples.steps.append(end - begin)
         self.samples.losses.append(result.loss)
         found = self._timers.take()
-        found["optimizer"] = trained - read - found.pop("passes")
+        passes = found.pop("passes")
+        self.samples.host.append(self._timers.host_seconds)
+        self.samples.passes.append(passes)
+        found["optimizer"] = trained - read - passes
         found |= {"data": read - begin, "logging": end - trained}
         for part, values in self.samples.parts.items():
             values.append(found[part])
