@@ -57,7 +57,9 @@ def test_packages_with_misleading_names(
 
 def test_what_is_absent_is_no_warning() -> None:
     found = {component.name: component for component in doctor.installed()}
-    assert {"torch", "CUDA", "cuDNN", "NCCL", "devices", "megatron-core", "triton", "apex"} <= set(found)
+    assert {"torch", "CUDA", "cuDNN", "NCCL", "devices", "megatron-core", "triton", "apex"} <= set(
+        found
+    )
     assert found["torch"].text.startswith("2.")
     for name in ("apex", "transformer-engine"):
         if found[name].text.startswith("absent"):

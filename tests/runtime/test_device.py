@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from keel_megatron.config.errors import UserError
+from keel_megatron.errors import UserError
 from keel_megatron.runtime.device import choose_device, set_cuda_numerics
 
 
