@@ -31,6 +31,10 @@ def summary(ranks: list[Samples], roofline: Roofline) -> dict[str, Any]:
         "tflops_per_device": tflops,
         "mfu": tflops / roofline.tflops,
         "roofline_seconds": ideal,
+        "attention": first.attention,
+        "on_host": first.on_host,
+        "host_seconds": max(statistics.median(one.host) for one in ranks),
+        "passes_seconds": max(statistics.median(one.passes) for one in ranks),
         "peak_memory_gb": max(one.peak_memory_gb for one in ranks),
         "checkpoint_stall_seconds": first.checkpoint_stall,
         "parts": {
@@ -97,6 +101,15 @@ def report(found: list[dict[str, Any]], roofline: Roofline, where: str) -> list[
     row("model TFLOP/s per device", [f"{one['tflops_per_device']:.3g}" for one in found])
     row("MFU (of the largest product)", [f"{one['mfu']:.1%}" for one in found])
     row("roofline's step, ms", [f"{one['roofline_seconds'] * 1e3:.1f}" for one in found])
+    if found[0]["on_host"]:
+        row("host time", ["that of the passes: a CPU launches nothing"] * len(found))
+    else:
+        for title, key in (
+            ("passes, ms on the device", "passes_seconds"),
+            ("  until the host's last launch", "host_seconds"),
+        ):
+            row(title, [f"{one[key] * 1e3:.1f}" for one in found])
+    row("attention", [one["attention"] for one in found])
     row("peak memory, GB (worst rank)", [f"{one['peak_memory_gb']:.3f}" for one in found])
     if any(one["checkpoint_stall_seconds"] is not None for one in found):
         stalls = [one["checkpoint_stall_seconds"] for one in found]

@@ -24,6 +24,7 @@ from keel_megatron.data.prepare import PreparedData, prepare
 from keel_megatron.engines.build import build_engine
 from keel_megatron.errors import UserError
 from keel_megatron.mlflow_delivery.reporting import open_progress, open_tracker
+from keel_megatron.model.attention_kernel import describe_attention, prefer_attention
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.tracking.metrics import read_metrics
@@ -43,8 +44,16 @@ class Samples:
     config: RunConfig
     steps: list[float] = field(default_factory=list)
     parts: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PARTS})
+    host: list[float] = field(default_factory=list)
+    """Host time of the passes, until their last kernel is launched; on a CPU, their time."""
+    passes: list[float] = field(default_factory=list)
+    """Device time of the passes: all parts of a step but the optimizer, data and logging."""
     losses: list[float] = field(default_factory=list)
     peak_memory_gb: float = 0.0
+    on_host: bool = True
+    """Whether the device is the CPU."""
+    attention: str = ""
+    """The attention kernel's name."""
     checkpoint_stall: float | None = None
     """Time for which a save blocked training, seconds; None without checkpoints."""
 
@@ -142,6 +151,8 @@ class _Run:
         self.last = float("nan")
         self.runtime, self._tracker = runtime, tracker
         self._timers = PartTimers(runtime.device)
+        self.samples.on_host = runtime.device.type == "cpu"
+        self.samples.attention = describe_attention(config, runtime.device)
         self._data: PreparedData | None = None
         count = config.training.global_batch_size
         count //= config.training.micro_batch_size * runtime.data_size
@@ -179,6 +190,7 @@ class _Run:
         """Train one step, and record its times if counted."""
         config, position = self.samples.config, self._position
         rate = config.optimizer.learning_rate
+        prefer_attention(config, self.runtime.device)  # the other variants' may differ
         self.runtime.barrier()
         self._timers.take()
         begin = self._now()
@@ -197,7 +209,10 @@ class _Run:
         self.samples.steps.append(end - begin)
         self.samples.losses.append(result.loss)
         found = self._timers.take()
-        found["optimizer"] = trained - read - found.pop("passes")
+        passes = found.pop("passes")
+        self.samples.host.append(self._timers.host_seconds)
+        self.samples.passes.append(passes)
+        found["optimizer"] = trained - read - passes
         found |= {"data": read - begin, "logging": end - trained}
         for part, values in self.samples.parts.items():
             values.append(found[part])

@@ -24,6 +24,10 @@ class PartTimers:
         self._cuda = device.type == "cuda"
         self._open: dict[str, Any] = {}
         self._spans: list[tuple[str, Any, Any]] = []
+        self._host_open: dict[str, float] = {}
+        self._host = 0.0
+        self.host_seconds = 0.0
+        """Host time of the passes at the last `take`: until their last kernel was launched."""
 
     def __call__(self, name: str, log_level: int | None = None) -> _Timer:  # noqa: ARG002
         """The timer with that name."""
@@ -31,14 +35,19 @@ class PartTimers:
 
     def start(self, name: str) -> None:
         """Start a timer."""
+        self._host_open[name] = time.perf_counter()
         self._open[name] = self._mark()
 
     def stop(self, name: str) -> None:
         """Stop a timer."""
         self._spans.append((name, self._open.pop(name), self._mark()))
+        begun = self._host_open.pop(name)
+        if _part_of(name) == "passes":
+            self._host += time.perf_counter() - begun
 
     def take(self) -> dict[str, float]:
         """Times by part since the last call, seconds; `passes` is the total of the passes."""
+        self.host_seconds, self._host = self._host, 0.0
         if self._cuda:
             torch.cuda.synchronize()
         found: dict[str, float] = defaultdict(float)

@@ -42,6 +42,7 @@ CHANGEABLE = (
     "training.steps",
     "training.micro_batch_size",
     "training.device",
+    "training.deterministic",
     "training.threads",
     "training.exit_after",
     "training.hang_timeout",

@@ -80,6 +80,8 @@ def _show(run: RunConfig | None) -> None:
 
 
 def _kernels(run: RunConfig | None) -> list[Component]:
+    import torch
+
     from keel_megatron.cluster.doctor import Component, device_type
     from keel_megatron.errors import UserError
     from keel_megatron.model.backend import choose_backend, describe_adam, describe_backend
@@ -92,7 +94,12 @@ def _kernels(run: RunConfig | None) -> list[Component]:
         )
     except UserError as error:
         backend = Component("kernels.backend", f"{asked}: cannot be used", str(error))
-    return [backend, Component("Adam", describe_adam(run, device))]
+    found = [backend, Component("Adam", describe_adam(run, device))]
+    if run is not None:
+        from keel_megatron.model.attention_kernel import describe_attention
+
+        found.append(Component("attention", describe_attention(run, torch.device(device))))
+    return found
 
 
 def _preflight(run: RunConfig, launch: Launch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, median_high
 from typing import Any
 
@@ -23,6 +24,7 @@ _SMALLEST, _GROWTH = 1 << 16, 4
 _LARGEST = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Initial message size, bytes; it grows until a message takes `_LONG_ENOUGH`."""
 _LONG_ENOUGH = 0.03
+Message = Callable[[Callable[..., Any], torch.Tensor, int], None]
 _SLOW_RATE, _SLOW_LATENCY, _LEAST_LATENCY = 1 / 4, 10.0, 5e-3
 
 
@@ -74,6 +76,8 @@ def probe_links(
     group: dist.ProcessGroup,
     runtime: Runtime,
     note: Callable[[str], None],
+    *,
+    batched: bool = True,
 ) -> Iterator[Link]:
     """Measure this rank's connections in a group; collective over the group.
 
@@ -82,7 +86,15 @@ def probe_links(
         group: a gloo or NCCL group.
         runtime: this rank.
         note: called with each action before it starts, to report it if it hangs.
+        batched: send over the group's own connections. For a message outside of a batch, NCCL makes
+            a communicator of the two ranks, which stays with its buffers for the whole run:
+            right only where training sends so too.
     """
+    if batched and runtime.device.type == "cuda":
+        # NCCL connects a group at its first operation, in which all members must take part.
+        note(f"all members of its {kind} group")
+        dist.all_reduce(torch.zeros(1, device=runtime.device), group=group)
+    message = partial(_message, group=group, batched=batched)
     ranks = dist.get_process_group_ranks(group)
     mine = ranks.index(dist.get_rank())
     for pairs in ring_rounds(len(ranks)):
@@ -93,9 +105,9 @@ def probe_links(
             other = b if mine == first else a
             note(f"an answer from {runtime.named(other)} ({kind} group)")
             if mine == second:
-                _answer(other, group, runtime.device)
+                _answer(other, message, runtime.device)
                 continue
-            latency, rate = _ask(other, group, runtime.device)
+            latency, rate = _ask(other, message, runtime.device)
             yield Link(kind, (runtime.hosts[a], runtime.hosts[b]), (a, b), latency, rate)
 
 
@@ -123,15 +135,15 @@ def probe_reduction(kind: str, group: dist.ProcessGroup, device: torch.device) -
     return Reduction(kind, world, latency, 2 * (world - 1) / world * size / seconds)
 
 
-def _ask(other: int, group: dist.ProcessGroup, device: torch.device) -> tuple[float, float]:
+def _ask(other: int, pass_on: Message, device: torch.device) -> tuple[float, float]:
     """Latency and bandwidth to a rank that runs `_answer`."""
 
     def round_trip(size: int) -> float:
         message = torch.zeros(size, dtype=torch.uint8, device=device)
-        dist.send(torch.tensor([size], device=device), other, group=group)
+        pass_on(dist.isend, torch.tensor([size], device=device), other)
         started = time.perf_counter()
-        dist.send(message, other, group=group)
-        dist.recv(message, other, group=group)
+        pass_on(dist.isend, message, other)
+        pass_on(dist.irecv, message, other)
         _finish(device)
         return time.perf_counter() - started
 
@@ -143,17 +155,37 @@ def _ask(other: int, group: dist.ProcessGroup, device: torch.device) -> tuple[fl
         if seconds > 2 * _LONG_ENOUGH or size >= _LARGEST[device.type]:
             break
         size *= _GROWTH
-    dist.send(torch.tensor([0], device=device), other, group=group)
+    pass_on(dist.isend, torch.tensor([0], device=device), other)
     return median(trips) / 2, 2 * size / seconds
 
 
-def _answer(other: int, group: dist.ProcessGroup, device: torch.device) -> None:
+def _answer(other: int, pass_on: Message, device: torch.device) -> None:
     size = torch.zeros(1, dtype=torch.int64, device=device)
-    while dist.recv(size, other, group=group) is not None and int(size):
+    while True:
+        pass_on(dist.irecv, size, other)
+        if not int(size):
+            return
         message = torch.empty(int(size), dtype=torch.uint8, device=device)
-        dist.recv(message, other, group=group)
-        dist.send(message, other, group=group)
+        pass_on(dist.irecv, message, other)
+        pass_on(dist.isend, message, other)
         _finish(device)
+
+
+def _message(
+    operation: Callable[..., Any],
+    tensor: torch.Tensor,
+    other: int,
+    *,
+    group: dist.ProcessGroup,
+    batched: bool,
+) -> None:
+    """Send or receive."""
+    if batched:
+        works = dist.batch_isend_irecv([dist.P2POp(operation, tensor, other, group)])
+    else:
+        works = [operation(tensor, other, group=group)]
+    for work in works:
+        work.wait()
 
 
 def _finish(device: torch.device) -> None:

@@ -49,6 +49,7 @@ def installed() -> list[Component]:
     return [
         Component("torch", f"{torch.__version__}"),
         Component("CUDA", _cuda()),
+        Component("cuDNN", _cudnn()),
         Component("NCCL", _nccl()),
         Component("devices", describe_devices()),
         _package("megatron-core", "megatron.core"),
@@ -128,6 +129,13 @@ def _cuda() -> str:
     if not torch.cuda.is_available():
         return f"{torch.version.cuda}, but torch sees no device"
     return f"{torch.version.cuda}"
+
+
+def _cudnn() -> str:
+    number = torch.backends.cudnn.version() if torch.version.cuda else None  # type: ignore[no-untyped-call]
+    if number is None:
+        return "absent"
+    return f"{number // 10000}.{number % 10000 // 100}.{number % 100}"  # since cuDNN 9
 
 
 def _nccl() -> str:

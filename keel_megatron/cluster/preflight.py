@@ -230,6 +230,7 @@ def _probe(runtime: Runtime, deadline: _Deadline) -> tuple[list[Link], list[Redu
     """Measure all groups of the layout; returns the results on rank 0."""
     from megatron.core import parallel_state
 
+    interleaved = parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
     links: list[Link] = []
     reductions: list[Reduction] = []
     groups = (
@@ -240,7 +241,8 @@ def _probe(runtime: Runtime, deadline: _Deadline) -> tuple[list[Link], list[Redu
     for kind, group in groups:
         if dist.get_world_size(group) == 1:
             continue
-        links += probe_links(kind, group, runtime, deadline.note)
+        batched = kind != "pipeline" or not interleaved  # as Megatron-core's schedules send
+        links += probe_links(kind, group, runtime, deadline.note, batched=batched)
         if kind != "pipeline":  # which never reduces
             deadline.note(f"the {kind} group's all-reduce")
             reductions.append(probe_reduction(kind, group, runtime.device))

@@ -21,11 +21,13 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 
+from keel_megatron.cluster import flight_recorder
 from keel_megatron.cluster.connectivity import ANSWER_SECONDS, Doorbells, cut_off
 from keel_megatron.runtime import exit_codes
 from keel_megatron.runtime.distributed import Runtime
@@ -56,6 +58,12 @@ class RankReport:
     host: str = ""
     unanswered: list[str] = field(default_factory=list)
     """Hosts to which its host cannot connect, if this rank tests for its host."""
+    pending: str | None = None
+    """On CUDA: its unfinished message."""
+    collectives: dict[str, int] = field(default_factory=dict)
+    """On CUDA: the number of collectives that it has started, by group."""
+    whole: bool = True
+    """Whether nothing will be added to the report."""
 
 
 class Watchdog:
@@ -113,12 +121,16 @@ class Watchdog:
             OSError
         ):  # the disk may be full; the other ranks and the exit code matter more
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._write_report()
+            report = self._write_report()
+            if not report.whole:
+                self._add_messages(report)
         hosts = self._runtime.hosts
         deadline = time.monotonic() + grace
-        while (
-            len(reports := read_reports(self._folder)) < len(hosts) and time.monotonic() < deadline
-        ):
+        reports = read_reports(self._folder)
+        while time.monotonic() < deadline:
+            reports = read_reports(self._folder)
+            if sum(report.whole for report in reports) == len(hosts):
+                break
             time.sleep(grace / 20)
         if reports and reports[0].rank == self._runtime.rank:
             text = verdict(reports, hosts, self._timeout) + f"; stacks in {self._folder}"
@@ -127,7 +139,7 @@ class Watchdog:
                 write_whole(self._folder / "verdict.txt", text + "\n")
         os._exit(exit_codes.HUNG)
 
-    def _write_report(self) -> None:
+    def _write_report(self) -> RankReport:
         runtime = self._runtime
         frames = sys._current_frames()
         main = traceback.extract_stack(frames.get(self._main or 0))
@@ -141,13 +153,37 @@ class Watchdog:
             waits=any(name in frame.filename for frame in main[-4:] for name in _WAITING),
             host=runtime.host,
             unanswered=self._doorbells.unanswered(),
+            whole=runtime.device.type != "cuda",
         )
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        lines = [json.dumps(asdict(report)) + "\n"]
-        for number, frame in frames.items():
-            lines.append(f"\nthread {names.get(number, number)}, innermost call last:\n")
-            lines += traceback.format_stack(frame)
-        write_whole(self._folder / f"rank_{runtime.rank:05d}.txt", "".join(lines))
+        self._stacks = _stacks(frames)
+        self._write(report)
+        return report
+
+    def _add_messages(self, report: RankReport) -> None:
+        """Add the flight recorder's contents, which might hang: so not at first."""
+        with suppress(KeyError, TypeError, ValueError, RuntimeError):  # another version's format
+            text = flight_recorder.dump()
+            if text is not None:
+                write_whole(self._folder / f"nccl_{report.rank:05d}.json", text)
+                found = flight_recorder.read(text)
+                report = replace(
+                    report, waits=found.waits, pending=found.pending, collectives=found.counts
+                )
+        self._write(replace(report, whole=True))
+
+    def _write(self, report: RankReport) -> None:
+        head = json.dumps(asdict(report)) + "\n"
+        write_whole(self._folder / f"rank_{report.rank:05d}.txt", head + self._stacks)
+
+
+def _stacks(frames: Mapping[int, FrameType]) -> str:
+    """The stacks of all threads."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = []
+    for number, frame in frames.items():
+        lines.append(f"\nthread {names.get(number, number)}, innermost call last:\n")
+        lines += traceback.format_stack(frame)
+    return "".join(lines)
 
 
 def read_reports(folder: Path) -> list[RankReport]:
@@ -162,8 +198,8 @@ def verdict(reports: Sequence[RankReport], hosts: Sequence[str], timeout: float)
 
     A rank without a report is stopped, dead or disconnected. If all ranks report, it is, in this
     order: the host that others cannot connect to; the rank that does not wait while others wait;
-    the rank with the least progress; the rank at another position than most (on CUDA, all seem to
-    wait for their own device).
+    the rank that has started fewer collectives of a group than its other members; the rank with
+    the least progress; the rank at another position than most.
 
     Args:
         reports: the reports, by rank.
@@ -185,17 +221,29 @@ def verdict(reports: Sequence[RankReport], hosts: Sequence[str], timeout: float)
     least = [report for report in reports if report.marks == min(r.marks for r in reports)]
     places = Counter(report.main_thread for report in reports)
     odd = [r for r in reports if places[r.main_thread] < max(places.values())]
-    for found in (busy, least, odd):
+    for found in (busy, _behind(reports), least, odd):
         if found and len(found) < len(reports):
             named = "; ".join(
                 f"{r.place} did not arrive: {r.seconds:g} s after {r.last} it is at {r.main_thread}"
                 for r in found
             )
+            waiting = Counter(r.pending for r in reports if r not in found and r.pending)
+            if waiting:
+                named += f"; the others wait in {waiting.most_common(1)[0][0]}"
             return f"{head}: {named}"
     if world_size == 1:
         (alone,) = reports
         return f"{head}: {alone.seconds:g} s after {alone.last} it is at {alone.main_thread}"
     return f"{head}: every rank waits for another one"
+
+
+def _behind(reports: Sequence[RankReport]) -> list[RankReport]:
+    """The ranks that have started fewer collectives of a group than another member."""
+    most: dict[str, int] = {}
+    for report in reports:
+        for group, count in report.collectives.items():
+            most[group] = max(most.get(group, 0), count)
+    return [r for r in reports if any(n < most[group] for group, n in r.collectives.items())]
 
 
 def _location(stack: traceback.StackSummary) -> str:

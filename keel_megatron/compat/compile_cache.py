@@ -4,6 +4,10 @@ torch executes the contents of its cache: pickles, Python, libraries. So the cac
 run's folder, which is untrusted, nor in torch's default, a predictable name in the shared temporary
 folder, but in `KEEL_CACHE`/compiled (by default
 ~/.cache/keel-megatron/compiled). Its entries are named after their contents: all runs share it.
+
+On several nodes that folder is usually on a network file system, where hundreds of ranks would read
+and write small files at once. There each node compiles into a folder of its own disk, which starts
+as a copy of the cache; what is new in it is copied back when the run ends.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import os
 import shutil
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +51,8 @@ def use() -> Path:
     """
     chosen = os.environ.get(INDUCTOR)
     if chosen is None or Path(chosen).name.startswith("torchinductor_"):  # torch sets its own
-        os.environ[INDUCTOR] = chosen = str(private_folder())
+        cache = private_folder()
+        os.environ[INDUCTOR] = chosen = str(_on_this_node(cache) if _several_nodes() else cache)
     os.environ.setdefault(TRITON, str(Path(chosen) / "triton"))
     _no_shared_headers()
     return Path(chosen)
@@ -104,6 +110,43 @@ def _check(folder: Path, *, ours: bool) -> None:
             f"must be yours alone: remove it or `chmod 700` it if all in it is yours, or name "
             f"another folder in the environment variable {CACHE}"
         )
+
+
+def _several_nodes() -> bool:
+    of_node = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", 1))  # DeepSpeed's launcher's name
+    return _number("WORLD_SIZE", 1) > of_node
+
+
+def _number(name: str, default: int) -> int:
+    return int(os.environ.get(name) or default)
+
+
+def _on_this_node(cache: Path) -> Path:
+    """This node's copy of the cache; the node's first rank fills it, and copies back at the end."""
+    local = Path(tempfile.gettempdir()) / f"keel-compiled-{os.geteuid()}"
+    try:
+        local.mkdir(mode=0o700, exist_ok=True)
+        _check(local, ours=True)
+    except (OSError, UserError):  # somebody else has taken the name
+        local = _temporary()
+    if _number("LOCAL_RANK", 0) == 0:
+        _copy_new(cache, local)
+        atexit.register(_copy_new, local, cache)
+    return local
+
+
+def _copy_new(source: Path, target: Path) -> None:
+    """Copy the files that the target has not; each appears whole. A cache may be incomplete."""
+    with suppress(OSError):
+        for path in source.rglob("*"):
+            copy = target / path.relative_to(source)
+            if copy.exists() or path.is_symlink() or not path.is_file():
+                continue
+            copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            whole = copy.with_name(f".{copy.name}.{os.getpid()}")
+            shutil.copyfile(path, whole)
+            whole.chmod(path.stat().st_mode)
+            whole.replace(copy)
 
 
 def _temporary() -> Path:

@@ -73,6 +73,30 @@ PRIVATE_NAMES = (
         "the types of the rendezvous stores",
     ),
     PrivateName(
+        "torch",
+        "torch._fused_sdp_choice",
+        "model/attention_kernel.py",
+        "ask which kernel attention takes",
+    ),
+    PrivateName(
+        "torch",
+        "_set_sdp_priority_order",
+        "model/attention_kernel.py",
+        "set the order of attention's kernels once, not with a context manager in every block",
+    ),
+    PrivateName(
+        "torch",
+        "_abort_process_group",
+        "runtime/distributed.py",
+        "leave after an error without waiting for NCCL messages that nobody answers",
+    ),
+    PrivateName(
+        "torch",
+        "_dump_nccl_trace_json",
+        "cluster/flight_recorder.py",
+        "see which messages a hung rank has started and not finished",
+    ),
+    PrivateName(
         "torch", "torch._dynamo.exc", "model/compiled.py", "recognise a failed compilation"
     ),
     PrivateName(

@@ -212,6 +212,30 @@ def _hang_timeout(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
+def _attention(config: RunConfig) -> Iterator[tuple[str, str]]:
+    chosen = config.kernels.attention
+    if chosen != "auto" and config.kernels.backend == "transformer_engine":
+        yield (
+            "kernels.attention",
+            f"{chosen} does not reach Transformer Engine, which has its own attention; remove it, "
+            "or set kernels.backend to torch",
+        )
+    if chosen == "cudnn" and config.training.deterministic:
+        yield (
+            "kernels.attention",
+            "cudnn is not deterministic; set it to auto or flash, or training.deterministic to "
+            "false",
+        )
+
+
+def _deterministic(config: RunConfig) -> Iterator[tuple[str, str]]:
+    if config.training.deterministic and config.kernels.backend == "transformer_engine":
+        yield (
+            "training.deterministic",
+            "true does not reach Transformer Engine's kernels; set kernels.backend to torch",
+        )
+
+
 def _guard_window(config: RunConfig) -> Iterator[tuple[str, str]]:
     window, least = config.guard.window, config.guard.min_steps
     if least > window:
@@ -278,6 +302,8 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _decay_after_warmup,
     _lowest_rate,
     _hang_timeout,
+    _attention,
+    _deterministic,
     _guard_window,
     _keep_every,
     credentials,

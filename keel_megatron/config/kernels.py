@@ -33,6 +33,15 @@ class KernelsConfig(Section):
             "gradients. Needs backend: transformer_engine and training.precision: bf16."
         ),
     )
+    attention: Literal["auto", "cudnn", "flash"] = Field(
+        default="auto",
+        description=(
+            "Kernel that torch's attention tries first on CUDA. cudnn: cuDNN's. flash: "
+            "FlashAttention-2. auto: cudnn on Hopper and Blackwell where data.seq_length is a "
+            "multiple of 128, else torch's own order. keel doctor CONFIG names the kernel that "
+            "is used."
+        ),
+    )
     logits_mib: float = Field(
         default=2048.0,
         gt=0.0,

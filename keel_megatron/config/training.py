@@ -40,6 +40,15 @@ class TrainingConfig(Section):
         default="auto",
         description=("Device type. cuda: NCCL. cpu: gloo. auto: cuda where available, else cpu."),
     )
+    deterministic: bool = Field(
+        default=False,
+        description=(
+            "Use only CUDA kernels whose results are the same at every repetition: no cuDNN "
+            "attention, ordered sums in FlashAttention's backward pass, a fixed cuBLAS "
+            "workspace. Costs speed. Changes nothing on a CPU, where runs always repeat exactly. "
+            "Not supported with kernels.backend: transformer_engine."
+        ),
+    )
     threads: int = Field(
         default=0,
         ge=0,

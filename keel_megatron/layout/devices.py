@@ -60,17 +60,18 @@ its launch."""
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        Device("h200", 989.0, 141.0, 4.0, 4800.0, 450.0, 8.0, 50.0, 20.0, 8, *_GPU_HOPPER),
-        Device("h100", 989.0, 80.0, 4.0, 3350.0, 450.0, 8.0, 50.0, 20.0, 8, *_GPU_HOPPER),
-        Device("a100", 312.0, 80.0, 4.0, 2039.0, 300.0, 8.0, 25.0, 20.0, 8, *_GPU_AMPERE),
-        Device("b200", 2250.0, 180.0, 4.0, 8000.0, 900.0, 8.0, 50.0, 20.0, 8, *_GPU_HOPPER),
+        Device("h200", 989.0, 150.1, 4.0, 4800.0, 450.0, 8.0, 50.0, 20.0, 8, *_GPU_HOPPER),
+        Device("h100", 989.0, 85.0, 4.0, 3350.0, 450.0, 8.0, 50.0, 20.0, 8, *_GPU_HOPPER),
+        Device("a100", 312.0, 85.0, 4.0, 2039.0, 300.0, 8.0, 25.0, 20.0, 8, *_GPU_AMPERE),
+        Device("b200", 2250.0, 191.5, 4.0, 8000.0, 900.0, 8.0, 50.0, 20.0, 8, *_GPU_HOPPER),
         Device("cpu", 0.12, None, 0.0, 40.0, 1.0, 100.0, 1.0, 200.0, 64, *_CPU),
     )
 }
 """Devices by name.
 
-Peaks, memory, memory bandwidth and NVLink (half of the two-way figure) are from NVIDIA's data
-sheets of the H200 SXM, H100 SXM, A100 80GB SXM and B200 (HGX), without sparsity. Between nodes
+Peaks, memory bandwidth and NVLink (half of the two-way figure) are from NVIDIA's data sheets of
+the H200 SXM, H100 SXM, A100 80GB SXM and B200 (HGX), without sparsity. Memory is what torch shows
+of them (139.8, 79.2, 79.2 and 178.4 GiB), which is not the name's figure. Between nodes
 each GPU has one 400 Gb/s port (A100: 200 Gb/s). The fractions, latencies,
 reserved memory, gaps and launch times are rules of thumb for eager PyTorch, not measurements: none
 was measured on a GPU. `cpu` is a rough estimate of one core with gloo over loopback;
@@ -92,8 +93,15 @@ def device_named(name: str, **overrides: Any) -> Device:
     return replace(DEVICES[name], **overrides)
 
 
+_SAME_MEMORY = 0.01
+"""Difference between memory sizes of one model of GPU, from driver to driver, as a fraction."""
+
+
 def this_device(device: torch.device) -> Device:
     """Properties of this process's device; an unknown GPU gets the properties of an H100.
+
+    A memory size that differs from that of `DEVICES` by the driver only is taken from there: then
+    all ranks compute the layout that `keel plan` shows.
 
     Args:
         device: CUDA (with the memory that it has) or CPU.
@@ -105,4 +113,7 @@ def this_device(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     title = properties.name.lower()
     name = next((name for name in DEVICES if name != "cpu" and name in title), "h100")
-    return device_named(name, memory_gb=properties.total_memory / 1e9)
+    known, found = DEVICES[name], properties.total_memory / 1e9
+    assert known.memory_gb is not None
+    same = abs(found / known.memory_gb - 1) < _SAME_MEMORY
+    return known if same else replace(known, memory_gb=found)

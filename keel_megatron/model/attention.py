@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 from torch.nn import functional
 
+from keel_megatron.model.attention_kernel import expands_groups
 from keel_megatron.model.rotary import apply_rotary, split_rotary
 
 
@@ -50,6 +51,8 @@ class SdpaAttention(nn.Module):
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
     """softmax(Q K^T / sqrt(d), causal) V; shapes as in `SdpaAttention.forward`."""
     s, b, heads, d = query.shape
+    if key.size(2) != heads and expands_groups(query.device, query.dtype):
+        key, value = (x.repeat_interleave(heads // x.size(2), dim=2) for x in (key, value))
     out = functional.scaled_dot_product_attention(
         query.permute(1, 2, 0, 3),
         key.permute(1, 2, 0, 3),

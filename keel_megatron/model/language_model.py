@@ -14,6 +14,7 @@ from keel_megatron.compat.modules import replace_output_layer
 from keel_megatron.config.run import RunConfig
 from keel_megatron.layout.chunks import Layout
 from keel_megatron.layout.stages import Partition, own_partition
+from keel_megatron.model.attention_kernel import prefer_attention
 from keel_megatron.model.backend import choose_backend
 from keel_megatron.model.head import OutputLayer
 from keel_megatron.model.initialization import initialize
@@ -77,6 +78,8 @@ def transformer_config(
         deallocate_pipeline_outputs=device.type == "cuda" or layout.virtual_pipeline == 1,
         transformer_impl="local",
         gradient_accumulation_fusion=gradient_fusion,
+        # The embedding's gradient is summed in a fixed order.
+        deterministic_mode=config.training.deterministic and device.type == "cuda",
         # The first block differs from the rest: checkpoints keep one key a block.
         hetereogenous_dist_checkpoint=True,
         **_fp8(config),
@@ -96,7 +99,11 @@ def _pipelined(layout: Layout) -> dict[str, Any]:
     """Megatron-core's settings for pipeline stages."""
     if layout.pipeline == 1:
         return {}
-    settings: dict[str, Any] = {"pipeline_model_parallel_layout": layout.to_megatron()}
+    settings: dict[str, Any] = {
+        "pipeline_model_parallel_layout": layout.to_megatron(),
+        # By default the host waits for the device after every exchange, because of an old torch.
+        "batch_p2p_sync": False,
+    }
     if layout.virtual_pipeline > 1:
         settings["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
         # Two stages are each other's next and previous one: in one batch of messages the four
@@ -181,6 +188,7 @@ def build_model(
     layout = partition.layout
     layout.check(config.model.blocks)
     backend = choose_backend(config, runtime.device.type)
+    prefer_attention(config, runtime.device)
     stage = partition.stages[runtime.pipeline_rank]
     interleaved = layout.virtual_pipeline > 1
     chunks: list[nn.Module] = []

@@ -69,6 +69,9 @@ def _odd(what: str) -> UserError:
 def choose_device(preference: Literal["auto", "cuda", "cpu"], local_rank: int) -> torch.device:
     """The device of process `local_rank` of this node under `training.device`.
 
+    It has that number, or 0 where CUDA_VISIBLE_DEVICES shows each process a single device, as
+    SLURM's --gpus-per-task=1 does.
+
     Raises:
         UserError: CUDA is not available, or has fewer devices than processes.
     """
@@ -80,12 +83,29 @@ def choose_device(preference: Literal["auto", "cuda", "cpu"], local_rank: int) -
     if preference == "cpu" or not available:
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return torch.device("cuda", 0)
     if local_rank >= count:
         raise UserError(
             f"training.device: process {local_rank} of this node has no CUDA device of its own; "
             f"there are {count}: start at most {count} processes per node"
         )
     return torch.device("cuda", local_rank)
+
+
+def set_cuda_numerics(*, deterministic: bool) -> None:
+    """Set how torch's CUDA kernels compute, for this process.
+
+    Sums within a bf16 product stay in fp32: torch's default lets cuBLAS add the parts of a split
+    product, as of a weight gradient, in bf16.
+
+    Args:
+        deterministic: `training.deterministic`; operators without a repeatable kernel then raise.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.use_deterministic_algorithms(deterministic)
+    # Would fill every new tensor; everything here is written before it is read.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def set_threads(threads: int, local_world_size: int) -> int:

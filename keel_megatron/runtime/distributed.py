@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,11 +19,18 @@ from keel_megatron.compat import cpu
 from keel_megatron.config.parallel import ParallelConfig
 from keel_megatron.config.training import TrainingConfig
 from keel_megatron.errors import UserError
-from keel_megatron.runtime.device import Launch, choose_device, set_threads
+from keel_megatron.runtime import cuda_environment
+from keel_megatron.runtime.device import (
+    Launch,
+    choose_device,
+    set_cuda_numerics,
+    set_threads,
+)
 from keel_megatron.runtime.rendezvous import CollectiveTimeoutError, agree, meet, shared_store
 from keel_megatron.runtime.seeds import seed_dropout
 
 T = TypeVar("T")
+_ABORT_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -131,12 +139,14 @@ def start(
         UserError: the device is not available, or the ranks differ.
     """
     launch = launch or Launch.from_environment()
+    cuda_environment.prepare(parallel, training)
     device = choose_device(training.device, launch.local_rank)
     compat.install()
     if device.type == "cpu":
         cpu.install()
     else:
         torch.cuda.set_device(device)
+        set_cuda_numerics(deterministic=training.deterministic)
     threads = set_threads(training.threads, launch.local_world_size)
     _init_process_group(launch, device, parallel.timeout_seconds, identical or {})
     try:
@@ -144,8 +154,10 @@ def start(
         seed_dropout(training.seed, runtime.pipeline_rank, runtime.data_rank)
         with _named_timeouts(runtime, parallel.timeout_seconds):
             yield runtime
-    finally:
-        _take_down()
+    except BaseException as error:
+        _abandon(device, error)
+        raise
+    _take_down()
 
 
 def _init_process_group(
@@ -178,7 +190,7 @@ def model_parallel(
             parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
         ),
         distributed_timeout_minutes=parallel.timeout_seconds / 60,
-        create_gloo_process_groups=device.type == "cuda",
+        create_gloo_process_groups=False,
     )
     hosts = [socket.gethostname()] * launch.world_size
     dist.all_gather_object(hosts, hosts[launch.rank])
@@ -213,6 +225,27 @@ def _named_timeouts(runtime: Runtime, timeout_seconds: float) -> Iterator[None]:
                 f"{runtime.describe()} lost the connection to another rank: {error}"
             ) from error
         raise
+
+
+def _abandon(device: torch.device, error: BaseException) -> None:
+    """Take down after an error; on CUDA without waiting for messages under way.
+
+    Destroying an NCCL communicator waits for its messages, which the other ranks will not answer:
+    this rank would hang, and they would until their watchdog ends them. Aborting ends the messages.
+    A `UserError` is raised by all ranks together, behind a message that must still be delivered.
+    """
+    if device.type != "cuda" or isinstance(error, UserError):
+        return _take_down()
+    # It might hang too, and the error is yet to be reported.
+    aborting = threading.Thread(target=_abort, name="abort", daemon=True)
+    aborting.start()
+    aborting.join(_ABORT_SECONDS)
+    return None
+
+
+def _abort() -> None:
+    with suppress(Exception):  # the error that led here is the one to report
+        dist.distributed_c10d._abort_process_group()
 
 
 def _take_down() -> None:

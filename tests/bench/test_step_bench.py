@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import tempfile
 import time
@@ -15,7 +16,14 @@ import torch
 
 import yaml
 from keel_megatron.bench.step_bench import run_bench
-from keel_megatron.bench.step_time import PARTS, measure_roofline, time_steps
+from keel_megatron.bench.step_report import report, summary
+from keel_megatron.bench.step_time import (
+    PARTS,
+    Roofline,
+    Samples,
+    measure_roofline,
+    time_steps,
+)
 from keel_megatron.bench.timers import PartTimers
 from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.config import load_config
@@ -69,6 +77,9 @@ def test_two_rules_are_timed_in_turn(path: Path, tmp_path: Path) -> None:
             assert one["parts"][part]["mean"] > 0.0
         assert one["checkpoint_stall_seconds"] > 0.0
         assert 0.0 < one["mfu"] < 1.0
+        assert one["attention"] == "torch's flash kernel for CPUs"
+        assert one["host_seconds"] == pytest.approx(one["passes_seconds"], rel=0.2)
+    assert "that of the passes: a CPU launches nothing" in done.stdout
     assert "keel" in done.stdout
     assert json.loads(trace.read_text())["traceEvents"]
     assert not (tmp_path / "runs").exists()
@@ -162,6 +173,47 @@ def test_the_timers_take_megatrons_spans() -> None:
     assert found["passes"] == pytest.approx(sum(v for k, v in found.items() if k != "passes"))
     assert set(found) - {"passes"} <= set(PARTS)
     assert not any(timers.take().values())
+
+
+class Event:
+    """A CUDA event on a device that needs 40 ms more for everything."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.seconds = 0.0
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.seconds - self.seconds) + 40.0
+
+
+def test_host_time_is_apart_from_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: time.sleep(0.1))
+    timers = PartTimers(torch.device("cuda"))
+    timers("forward-backward").start()
+    timers("forward-compute").start()
+    time.sleep(0.02)
+    timers("forward-compute").stop()
+    timers("forward-backward").stop()
+    found = timers.take()
+    assert timers.host_seconds >= 0.02
+    assert found["passes"] == pytest.approx(timers.host_seconds + 0.04, abs=0.01)
+    timers.take()
+    assert timers.host_seconds == 0.0
+
+
+def test_the_report_shows_both_times_of_a_gpu(path: Path) -> None:
+    config = load_config(path, world_size=2)
+    parts = {part: [0.1, 0.1] for part in PARTS}
+    samples = Samples("keel", config, [1.0, 1.0], parts, losses=[7.0], on_host=False)
+    samples.host, samples.passes, samples.attention = [0.5, 0.5], [0.8, 0.8], "cuDNN's kernel"
+    roofline = Roofline(1.0, 1.0)
+    text = "\n".join(report([summary([samples], roofline)], roofline, "here"))
+    assert re.search(r"passes, ms on the device +800\.0", text)
+    assert re.search(r"until the host's last launch +500\.0", text)
+    assert re.search(r"attention +cuDNN's kernel", text)
 
 
 def test_the_roofline_is_that_of_a_product_and_a_copy() -> None:

@@ -59,7 +59,7 @@ def test_a_line_for_each_kind() -> None:
     ]  # fmt: skip
 
 
-def probe(sections: dict) -> tuple:
+def probe(sections: dict, batched: bool) -> tuple:
     import torch.distributed as dist
 
     from keel_megatron.runtime.distributed import start
@@ -68,12 +68,19 @@ def probe(sections: dict) -> tuple:
     with start(config.parallel, config.training) as runtime:
         world, notes = dist.group.WORLD, []
         assert world is not None
-        links = list(probe_links("world", world, runtime, notes.append))
+        batches = []
+        with pytest.MonkeyPatch.context() as patch:
+            send = dist.batch_isend_irecv
+            patch.setattr(dist, "batch_isend_irecv", lambda ops: batches.extend(ops) or send(ops))
+            links = list(probe_links("world", world, runtime, notes.append, batched=batched))
+        assert bool(batches) == batched
         return links, probe_reduction("world", world, runtime.device), notes
 
 
-def test_real_ranks_measure_each_link_once() -> None:
-    found = run_ranks(3, probe, settings())
+@pytest.mark.parametrize("batched", [True, False])
+def test_real_ranks_measure_each_link_once(batched: bool) -> None:
+    """In batches, so that NCCL makes no communicator for each pair of ranks."""
+    found = run_ranks(3, probe, settings(), batched)
     ranks = [link.ranks for links, _, _ in found for link in links]
     assert sorted(ranks) == [(0, 1), (1, 2), (2, 0)]
     for links, reduction, notes in found:

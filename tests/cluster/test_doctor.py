@@ -57,7 +57,9 @@ def test_packages_with_misleading_names(
 
 def test_what_is_absent_is_no_warning() -> None:
     found = {component.name: component for component in doctor.installed()}
-    assert {"torch", "CUDA", "NCCL", "devices", "megatron-core", "triton", "apex"} <= set(found)
+    assert {"torch", "CUDA", "cuDNN", "NCCL", "devices", "megatron-core", "triton", "apex"} <= set(
+        found
+    )
     assert found["torch"].text.startswith("2.")
     for name in ("apex", "transformer-engine"):
         if found[name].text.startswith("absent"):
@@ -79,6 +81,7 @@ def test_the_command_says_what_a_run_will_use(tmp_path: Path) -> None:
     config = str(write_config(tmp_path, Path(__file__), kernels__backend="torch"))
     done = keel(tmp_path, "doctor", config)
     assert "kernels.backend     torch: torch, gradient fusion off" in done.stdout
+    assert "attention           torch's flash kernel for CPUs" in done.stdout
     asked = keel(tmp_path, "doctor", config, "kernels.backend=apex")
     assert asked.returncode == 0, asked.stderr
     assert "kernels.backend     apex: cannot be used" in asked.stdout

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from keel_megatron.cluster import watchdog
 from keel_megatron.cluster.watchdog import RankReport, Watchdog, verdict
 from keel_megatron.runtime import exit_codes, local_launch
+from tests.cluster.test_flight_recorder import HUNG
 
 # Rank 1 hangs in the first start and not in the second. There the watchdog has more patience than a
 # busy machine needs, and before the hang a single step is due.
@@ -78,6 +80,17 @@ def report(rank: int, **values: Any) -> RankReport:
             [report(n, waits=False, main_thread="x" if n == 2 else "engine") for n in range(4)],
             ["a"] * 4,
             "rank 2 (stage 2) did not arrive: 60 s after step 7 it is at x",
+        ),
+        # On CUDA, by what NCCL has been given: it has not joined the others' 8th collective.
+        (
+            [
+                report(n, pending="all_reduce (DP)", collectives={"1": 8 - n % 2, f"own {n}": n})
+                for n in range(2)
+            ]
+            + [report(2, pending="all_reduce (DP)", collectives={"1": 8})],
+            ["a"] * 3,
+            "did not arrive: 60 s after step 7 it is at distributed_c10d.py:1 (barrier); "
+            "the others wait in all_reduce (DP)",
         ),
         ([report(0), report(1)], ["a"] * 2, "every rank waits for another one"),
         # Nodes: who gives no answer is on one, and so is who cannot be reached.
@@ -168,3 +181,32 @@ def test_a_folder_that_cannot_be_written_does_not_change_the_code(
     monkeypatch.setattr(watchdog.os, "_exit", codes.append)
     hung._end_group()
     assert codes == [exit_codes.HUNG]
+
+
+def test_on_cuda_nccls_messages_are_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = SimpleNamespace(
+        hosts=["a"], host="a", rank=0, device=torch.device("cuda"), describe=lambda: "rank 0"
+    )
+    hung = object.__new__(Watchdog)
+    hung._folder, hung._timeout, hung._runtime = tmp_path / "hangs", 0.1, runtime
+    hung._marks, hung._last, hung._time, hung._main = 3, "step 3", 0.0, None
+    hung._doorbells = SimpleNamespace(unanswered=list)
+    codes: list[int] = []
+    monkeypatch.setattr(watchdog, "ANSWER_SECONDS", 0.0)
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_a, **_k: None)
+    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    monkeypatch.setattr(watchdog.flight_recorder, "dump", lambda: HUNG)
+    hung._end_group()
+    (found,) = watchdog.read_reports(hung._folder)
+    assert found.pending == "all_reduce (DATA_PARALLEL_GROUP)"
+    assert found.waits
+    assert (hung._folder / "nccl_00000.json").read_text() == HUNG
+    # A format of another version costs the messages only.
+    monkeypatch.setattr(watchdog.flight_recorder, "dump", lambda: "{'")
+    hung._end_group()
+    (found,) = watchdog.read_reports(hung._folder)
+    assert found.whole
+    assert not found.waits
+    assert codes == [exit_codes.HUNG] * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,6 +87,52 @@ def test_a_home_that_cannot_be_written_costs_the_cache_only(
     found = compile_cache.use()
     assert found.is_dir()
     assert found.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.fixture
+def node(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """A node of several, with a disk of its own; what is to be done at its end."""
+    ends: list[tuple[Any, ...]] = []
+    (home / "disk").mkdir()
+    monkeypatch.setattr(compile_cache.tempfile, "tempdir", str(home / "disk"))
+    monkeypatch.setattr(compile_cache.atexit, "register", lambda *call, **_: ends.append(call))
+    for name, value in (("WORLD_SIZE", "16"), ("LOCAL_WORLD_SIZE", "8"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    return ends
+
+
+def test_a_node_of_several_compiles_on_its_own_disk(
+    home: Path, node: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = compile_cache.private_folder()
+    (cache / "fx").mkdir()
+    (cache / "fx" / "old").write_text("compiled before")
+    local = compile_cache.use()
+    assert local == home / "disk" / f"keel-compiled-{os.geteuid()}"
+    assert local.stat().st_mode & 0o777 == 0o700
+    assert (local / "fx" / "old").read_text() == "compiled before"
+    (local / "triton").mkdir()
+    (local / "triton" / "new").write_text("compiled now")
+    ((copy, *arguments),) = node
+    copy(*arguments)
+    assert (cache / "triton" / "new").read_text() == "compiled now"
+    assert len([path for path in cache.rglob("*") if path.is_file()]) == 2
+    # The other ranks of the node use the same folder and copy nothing.
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert compile_cache.use() == local
+    assert len(node) == 1
+
+
+def test_a_name_that_somebody_else_has_taken_is_not_used(
+    home: Path, node: list[tuple[Any, ...]]
+) -> None:
+    taken = home / "disk" / f"keel-compiled-{os.geteuid()}"
+    taken.symlink_to(home)
+    found = compile_cache.use()
+    assert found.parent == home / "disk"
+    assert found != taken
+    assert not list(home.glob("fx"))
 
 
 def test_more_graphs_are_allowed_and_never_fewer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,18 @@ def contradictions(world_size: int | None = None, **overrides: Any) -> list[str]
         ),
         ({"schedule__min_learning_rate": 4e-3}, "schedule.min_learning_rate"),
         ({"training__hang_timeout": 600.0}, "training.hang_timeout"),
+        (
+            {"kernels__attention": "flash", "kernels__backend": "transformer_engine"},
+            "kernels.attention",
+        ),
+        (
+            {"kernels__attention": "cudnn", "training__deterministic": True},
+            "kernels.attention",
+        ),
+        (
+            {"training__deterministic": True, "kernels__backend": "transformer_engine"},
+            "training.deterministic",
+        ),
         ({"guard__min_steps": 64, "guard__window": 32}, "guard.min_steps"),
         ({"tracking__uri": "https://me:secret@host:5000/x"}, "tracking.uri"),
         ({"tracking__uri": "https://token@host"}, "tracking.uri"),

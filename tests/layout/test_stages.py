@@ -92,7 +92,7 @@ def test_the_parity_run_with_auto_recompute_recomputes_some_blocks() -> None:
 
 def test_memory_limits() -> None:
     assert memory_limit(small_config(), DEVICES["cpu"]) is None
-    assert memory_limit(small_config(), H200) == (141 - 4) * GB
+    assert memory_limit(small_config(), H200) == pytest.approx((150.1 - 4) * GB)
     assert memory_limit(small_config(parallel__memory_gb=2.5), H200) == 2.5 * GB
 
 
@@ -173,3 +173,23 @@ def test_a_gpu_is_known_by_its_name_and_has_its_own_memory(monkeypatch: Any) -> 
         found = this_device(torch.device("cuda", 0))
         assert (found.name, found.memory_gb) == (name, 75.0)
     assert this_device(torch.device("cpu")) is DEVICES["cpu"]
+
+
+# What torch has reported of devices on different drivers, GiB.
+@pytest.mark.parametrize(
+    ("title", "name", "gib"),
+    [
+        ("NVIDIA H200", "h200", (139.72, 139.80, 139.81)),
+        ("NVIDIA H100 80GB HBM3", "h100", (79.10, 79.18, 79.25)),
+        ("NVIDIA A100-SXM4-80GB", "a100", (79.14, 79.15, 79.25)),
+        ("NVIDIA B200", "b200", (178.35, 178.36)),
+    ],
+)
+def test_a_run_and_a_plan_see_the_same_memory(
+    monkeypatch: Any, title: str, name: str, gib: tuple[float, ...]
+) -> None:
+    """On every node, whatever its driver keeps for itself."""
+    for size in gib:
+        properties = SimpleNamespace(name=title, total_memory=int(size * 2**30))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device, p=properties: p)
+        assert this_device(torch.device("cuda", 0)) == device_named(name)

@@ -40,7 +40,7 @@ class MegatronEngine:
         self.runtime = runtime
         self.chunks = chunks
         self.model = wrap_data_parallel(config, chunks)
-        self.optimizer = build_optimizer(config, self.model, runtime)
+        self.optimizer = build_optimizer(config, self.model)
         self.state = MegatronState(chunks, self.optimizer)
         self._schedule: Callable[..., list[Tensor]] = get_forward_backward_func()
         megatron_config: Any = chunks[0].config

@@ -12,7 +12,6 @@ from torch import nn
 
 from keel_megatron.compat import adamw, clipping, data_parallel
 from keel_megatron.config.run import RunConfig
-from keel_megatron.runtime.distributed import Runtime
 
 
 def wrap_data_parallel(config: RunConfig, chunks: list[nn.Module]) -> list[Any]:
@@ -30,7 +29,7 @@ def wrap_data_parallel(config: RunConfig, chunks: list[nn.Module]) -> list[Any]:
     return wrapped
 
 
-def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> Any:
+def build_optimizer(config: RunConfig, chunks: list[Any]) -> Any:
     """AdamW over the wrapped chunks; fp32 masters under bf16; no decay of norm weights.
 
     Its moments are allocated here, so memory runs out now or never, and a checkpoint finds where
@@ -52,7 +51,7 @@ def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> A
             use_distributed_optimizer=config.parallel.distributed_optimizer,
         ),
         chunks,
-        use_gloo_process_groups=runtime.device.type == "cuda",
+        use_gloo_process_groups=False,
     )
     for inner in optimizer.chained_optimizers:
         adamw.prepare(inner.optimizer)
