@@ -42,8 +42,8 @@ def attention_order(config: RunConfig, capability: tuple[int, int]) -> Order | N
 
 
 def prefer_attention(config: RunConfig, device: torch.device) -> None:
-    """Set the order for this process; does nothing on a CPU."""
-    if device.type != "cuda":
+    """Set the order for this process; does nothing on a CPU, or where CUDA is only traced."""
+    if device.type != "cuda" or torch.version.cuda is None:
         return
     attention_choice(config, device)  # torch sets its own order at the first choice
     own, order = _own_order(), attention_order(config, torch.cuda.get_device_capability(device))
