@@ -1,8 +1,8 @@
 """`kernels.attention`: which kernel torch's scaled_dot_product_attention runs, and its name.
 
 torch tries its kernels in an order and takes the first that can compute the call. Left alone, the
-order depends on the version of cuDNN that the process happens to load, and the two fastest kernels
-are up to 2 x apart.
+order depends on the version of cuDNN that the process happens to load. By published measurements
+cuDNN's kernel is about 1.3 x as fast as FlashAttention-2 on an H100 at head size 64, forward.
 """
 
 from __future__ import annotations
@@ -42,15 +42,13 @@ def attention_order(config: RunConfig, capability: tuple[int, int]) -> Order | N
 
 
 def prefer_attention(config: RunConfig, device: torch.device) -> None:
-    """Set the order for this process; does nothing on a CPU."""
-    if device.type != "cuda":
+    """Set the order for this process; does nothing on a CPU, or where CUDA is only traced."""
+    if device.type != "cuda" or torch.version.cuda is None:
         return
     attention_choice(config, device)  # torch sets its own order at the first choice
     own, order = _own_order(), attention_order(config, torch.cuda.get_device_capability(device))
-    chosen = (
-        own if order is None else [backend.value for backend in (*order, SDPBackend.OVERRIDEABLE)]
-    )
-    torch._C._set_sdp_priority_order(chosen)
+    first = [backend.value for backend in order or ()]
+    torch._C._set_sdp_priority_order(first + [n for n in own if n not in first])
 
 
 @cache

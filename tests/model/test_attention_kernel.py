@@ -60,6 +60,7 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         return torch._C._get_sdp_priority_order()[0]
 
     empty = torch.empty
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch, "_fused_sdp_choice", choice)
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **(k | {"device": "cpu"})))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: H100)
@@ -95,6 +96,13 @@ def test_a_cpu_is_left_alone() -> None:
     text = describe_attention(small_config(kernels__attention="cudnn"), torch.device("cpu"))
     assert text == "torch's flash kernel for CPUs"
     assert torch._C._get_sdp_priority_order() == before
+
+
+def test_cuda_that_is_traced_by_a_cpu_build_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a torch has no CUDA kernels to choose from, and asking it raises."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: H100)
+    prefer_attention(small_config(data__seq_length=128), CUDA)
 
 
 def test_repeated_keys_are_the_groups(monkeypatch: pytest.MonkeyPatch) -> None:
