@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from keel_megatron.checkpoint import manifest
 from keel_megatron.checkpoint.resume import newest_good
@@ -195,24 +193,16 @@ def no_validation_loss(patch: pytest.MonkeyPatch) -> None:
 
 
 def spoil(name: str, patch: pytest.MonkeyPatch) -> None:
-    """On the last rank a master, moment or weight is infinite when the second save begins."""
+    """On the last rank a master or moment is infinite when the second save begins."""
     real, begun = Saver.save, []
 
     def spoiled(self: Saver, trained: Any, position: Position, extras: dict[str, Any]) -> None:
         begun.append(position)
         if len(begun) == 2 and self._runtime.rank == self._runtime.launch.world_size - 1:
-            content = trained.to_save()
-
-            def spoilt() -> dict[str, Any]:
-                chosen = next(
-                    item
-                    for item in nested_values(content)
-                    if isinstance(item, ShardedTensor) and item.key.startswith(name)
-                )
-                chosen.data.detach().view(-1)[0] = torch.inf
-                return content
-
-            patch.setattr(trained, "to_save", spoilt)
+            content = trained.to_save(copy=True)
+            chosen = next(p for p in content.pieces if p.place.key.startswith(name))
+            chosen.values[0] = torch.inf
+            patch.setattr(trained, "to_save", lambda *, copy: content)
         real(self, trained, position, extras)
 
     patch.setattr(Saver, "save", spoiled)
