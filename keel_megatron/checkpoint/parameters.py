@@ -66,7 +66,7 @@ class Placed:
             reader.fill(
                 _named(place, state),
                 flat[position : position + place.numel],
-                _earlier_names(place.key) if state == MASTER else (),
+                _master_names(place.key) if state == MASTER else (),
             )
 
 
@@ -141,13 +141,14 @@ def _named(place: Place, state: str) -> Place:
     return replace(place, key=f"optimizer.state.{state}.{place.key}")
 
 
-def _earlier_names(key: str) -> tuple[str, ...]:
-    """What a master may be called: format 1 without the distributed optimizer had other names.
+def _master_names(key: str) -> tuple[str, ...]:
+    """What the master of a parameter may be called.
 
-    There it was `fp32_param` of a bf16 weight, and of an fp32 weight the weight itself.
+    In format 1 without the distributed optimizer it was `fp32_param` of a bf16 weight, and of an
+    fp32 weight the weight itself.
     """
-    name = key.removeprefix(f"optimizer.state.{MASTER}.")
-    return (key, f"optimizer.state.fp32_param.{name}", name)
+    prefix = "optimizer.state"
+    return (f"{prefix}.{MASTER}.{key}", f"{prefix}.fp32_param.{key}", key)
 
 
 def _metadata() -> dict[str, Any]:
