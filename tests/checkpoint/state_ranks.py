@@ -22,6 +22,7 @@ from keel_megatron.checkpoint.state import Position
 from keel_megatron.config.run import RunConfig
 from keel_megatron.runtime.distributed import Runtime, start
 from tests.checkpoint.ranks import Recorder, Sections
+from tests.training.ranks import made_up_batches
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 
@@ -187,3 +188,15 @@ def measure(sections: Sections) -> Saving:
         names = [name for name, _dtype, _bytes in alone.seen]
         to_read = [name for name, _dtype, _bytes in reading.seen]
         return Saving(sum(piece_bytes(engine)), numel, names, whole.seen, to_read)
+
+
+def order_of_a_step(sections: Sections) -> list[str]:
+    """What a step calls of waiting for a save's copies and of Megatron-core's update."""
+    with engine_of(sections) as (config, runtime, engine):
+        order: list[str] = []
+        update = engine.optimizer.step_with_ready_grads
+        engine.state.before_update = lambda: order.append("wait")
+        engine.optimizer.step_with_ready_grads = lambda: [order.append("update"), update()][1]
+        batches = made_up_batches(config, runtime, 0)
+        engine.train_step(batches, len(batches), 1e-3)
+        return order
