@@ -44,11 +44,14 @@ class MegatronState:
             for piece in one.pieces(name, states[name], start)
         ]
         common = {"optimizer": {"updates": self.shards.updates}}
+        expected = 0
+        if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+            expected = len(STATES) * sum(one.numel for one in self._placed if one.is_main)
         if not copy:
-            return ToSave(pieces, common)
+            return ToSave(pieces, common, expected)
         copies = self._staging.copy([piece.values for piece in pieces])
         copied = [Piece(p.place, values) for p, values in zip(pieces, copies, strict=True)]
-        return ToSave(copied, common, self._staging.ready)
+        return ToSave(copied, common, expected, self._staging.ready)
 
     def before_update(self) -> None:
         """Keep the update behind the copies of a save; called before masters or moments change."""

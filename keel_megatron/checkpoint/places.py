@@ -165,12 +165,17 @@ def runs(there: Place, here: Place) -> Iterator[Run]:
                 )
 
 
-def check_filled(places: Iterable[Place]) -> None:
+def check_filled(places: Iterable[Place], expected: int) -> None:
     """See that the pieces of every tensor hold each of its elements exactly once.
 
+    Args:
+        places: of all ranks.
+        expected: elements of all tensors, by which a tensor without a piece is missed.
+
     Raises:
-        NotFilledError: those of one do not.
+        NotFilledError: those of one do not, or there is no piece of one.
     """
+    places = list(places)
     tensors: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], list[Place]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for place in places:
@@ -184,6 +189,8 @@ def check_filled(places: Iterable[Place]) -> None:
         volume = sum(math.prod(block) for _offset, block in found)
         if volume != math.prod(shapes[key]) or not _fit(list(found), shapes[key]):
             raise NotFilledError(f"the pieces of {key} do not fill it")
+    if (held := sum(place.numel for place in places)) != expected:
+        raise NotFilledError(f"the pieces hold {held} of {expected} elements")
 
 
 def _check_block(pieces: list[Place]) -> None:

@@ -34,6 +34,8 @@ class _Report:
 
     record: FileRecord | None = None
     places: Sequence[tuple[Place, str]] = ()
+    expected: int = 0
+    """As of its snapshot."""
     error: str | None = None
     no_space: bool = False
     not_finite: str | None = None
@@ -63,7 +65,7 @@ class _Writer(threading.Thread):
         except Exception as error:  # the other ranks must be notified of any error
             self.report = _Report(error=f"{type(error).__name__}: {error} ({self._path.name})")
         else:
-            self.report = _Report(record, content.places)
+            self.report = _Report(record, content.places, content.expected)
 
 
 @dataclass
@@ -263,7 +265,8 @@ class Saver:
                     partial, step, pending.bytes, f"rank {rank}: {report.error}", report.no_space
                 )
         try:
-            check_filled(place for report in reports for place, _dtype in report.places)
+            places = (place for report in reports for place, _dtype in report.places)
+            check_filled(places, sum(report.expected for report in reports))
             self._complete(partial, content, reports)
             folder.publish(partial, damaged=step in self._damaged)
         except NotFilledError as error:

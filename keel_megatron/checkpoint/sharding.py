@@ -56,6 +56,8 @@ class ToSave:
     pieces: list[Piece]
     common: dict[str, Any]
     """What is not in tensors, the same on every rank (`json_codec.to_json` says of what)."""
+    expected: int
+    """Elements that the replicas of this rank write together; counted on the first, 0 elsewhere."""
     ready: Callable[[], None] = lambda: None
     """Returns when the pieces hold their values; from any thread."""
 

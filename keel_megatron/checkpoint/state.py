@@ -59,6 +59,8 @@ class Snapshot:
     parts: list[Part]
     places: list[tuple[Place, str]]
     """Where each part belongs, and its type."""
+    expected: int
+    """Elements in all of them; counted on one replica (`sharding.ToSave`)."""
     rank_state: str
     """JSON of this rank's generators."""
     run_state: dict[str, Any]
@@ -141,7 +143,8 @@ def snapshot(
         "extras": to_json(extras),
         "common": to_json(saved.common),
     }
-    return Snapshot(position, found, places, json.dumps(to_json(_rng_state(runtime))), run_state)
+    rank_state = json.dumps(to_json(_rng_state(runtime)))
+    return Snapshot(position, found, places, saved.expected, rank_state, run_state)
 
 
 def load(

@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from keel_megatron.checkpoint import manifest
+from keel_megatron.checkpoint.megatron_state import MegatronState
 from keel_megatron.checkpoint.resume import newest_good
 from keel_megatron.checkpoint.saver import Saver
+from keel_megatron.checkpoint.sharding import ToSave
 from keel_megatron.checkpoint.state import Position
 from keel_megatron.cluster.watchdog import Watchdog
 from keel_megatron.config import UserError
@@ -206,6 +208,20 @@ def spoil(name: str, patch: pytest.MonkeyPatch) -> None:
         real(self, trained, position, extras)
 
     patch.setattr(Saver, "save", spoiled)
+
+
+def lose_a_piece(patch: pytest.MonkeyPatch) -> None:
+    """On the last rank a piece is missing from the second save."""
+    real, begun = MegatronState.to_save, []
+
+    def losing(self: MegatronState, *, copy: bool) -> ToSave:
+        begun.append(self)
+        found = real(self, copy=copy)
+        if len(begun) == 2 and os.environ["RANK"] == "1":
+            return replace(found, pieces=found.pieces[1:])
+        return found
+
+    patch.setattr(MegatronState, "to_save", losing)
 
 
 def die_while_saving(patch: pytest.MonkeyPatch) -> None:

@@ -89,16 +89,25 @@ def fill(engine: Any, seed: int) -> None:
 def differences(engine: Any, seed: int) -> list[str]:
     """What of an engine is not, to the last bit, as `fill` would make it."""
     found = [] if engine.state.shards.updates == seed else ["updates"]
+    found += wrong_weights(engine, seed)
     wanted = {k: v for chunk in engine.chunks for k, v in expected(chunk, seed).items()}
-    for chunk in engine.chunks:
-        for key, parameter in chunk.named_parameters():
-            weights = wanted[id(parameter)]["param"].to(parameter.dtype).view(parameter.shape)
-            if not torch.equal(parameter, weights):
-                found.append(f"weight {key}")
     for key, parameter, own, states in owned(engine):
         whole = wanted[id(parameter)]
         found += [f"{n} {key}" for n in STATES if not torch.equal(states[n], whole[n][own])]
     return found
+
+
+def wrong_weights(engine: Any, seed: int) -> list[str]:
+    """Which weights are not, to the last bit, the casts of `fill`'s masters."""
+    wanted = {k: v for chunk in engine.chunks for k, v in expected(chunk, seed).items()}
+    return [
+        f"weight {key}"
+        for chunk in engine.chunks
+        for key, parameter in chunk.named_parameters()
+        if not torch.equal(
+            parameter, wanted[id(parameter)]["param"].to(parameter.dtype).view(parameter.shape)
+        )
+    ]
 
 
 def path_of(sections: Sections) -> Path:
@@ -133,7 +142,11 @@ def load_all(runs: list[Sections], saved: dict[str, int]) -> dict[tuple[str, str
         with engine_of(sections) as (config, runtime, engine):
             for path, seed in saved.items():
                 state.load(Path(path), config, runtime, engine.state)
-                found[path, sections["training"]["name"]] = differences(engine, seed)
+                wrong = differences(engine, seed)
+                fill(engine, 0)
+                state.load_weights(Path(path), runtime, engine.chunks)  # as for generation
+                wrong += [f"{name} alone" for name in wrong_weights(engine, seed)]
+                found[path, sections["training"]["name"]] = wrong
     return found
 
 

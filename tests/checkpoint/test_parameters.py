@@ -46,7 +46,7 @@ def test_a_state_without_a_count_is_damaged(common: dict[str, Any]) -> None:
 
 def write(folder: Path, pieces: list[Piece]) -> dict[str, Any]:
     """A rank's file, and the index of it."""
-    found = parts(ToSave(pieces, {}))
+    found = parts(ToSave(pieces, {}, 0))
     name = manifest.shards_name(0)
     (folder / name).write_bytes(b"".join(bytes(block) for block in blocks(found, {})))
     places = [(p.place, part.dtype) for p, part in zip(pieces, found, strict=True)]
@@ -115,7 +115,7 @@ def test_a_piece_that_its_file_does_not_hold_is_damage(tmp_path: Path) -> None:
 def test_what_is_written_is_waited_for_and_must_be_finite() -> None:
     order: list[str] = []
     pieces = placed(WHOLE).pieces("param", torch.tensor([1.0, torch.nan, 2.0, 3.0]))
-    (part,) = parts(ToSave(pieces, {}, ready=lambda: order.append("ready")))
+    (part,) = parts(ToSave(pieces, {}, 0, ready=lambda: order.append("ready")))
     with pytest.raises(NotFiniteError, match=r"optimizer\.state\.param\.norm\[0\]"):
         part.data()
     assert order == ["ready"]

@@ -101,7 +101,8 @@ def filled(draw: st.DrawFn) -> list[Place]:
 def test_a_filled_tensor_is_told_from_one_with_a_hole_or_an_overlap(
     pieces: list[Place], data: st.DataObject
 ) -> None:
-    check_filled(pieces)
+    total = math.prod(pieces[0].shape)
+    check_filled(pieces, total)
     chosen = data.draw(st.integers(0, len(pieces) - 1))
     others, one = pieces[:chosen] + pieces[chosen + 1 :], pieces[chosen]
     wrong = [[*others, one, one], [*others, replace(one, stop=one.stop + 1)]]
@@ -109,7 +110,7 @@ def test_a_filled_tensor_is_told_from_one_with_a_hole_or_an_overlap(
         wrong += [others, [*others, replace(one, start=one.start + 1)]]
     for found in wrong:
         with pytest.raises(NotFilledError, match="x"):
-            check_filled(found)
+            check_filled(found, sum(piece.numel for piece in found))
 
 
 def test_blocks_of_one_volume_that_overlap_are_found() -> None:
@@ -119,8 +120,15 @@ def test_blocks_of_one_volume_that_overlap_are_found() -> None:
     assert sum(piece.numel for piece in pieces) == 10
     for found in (pieces, pieces[:2], [pieces[0], replace(pieces[1], shape=(5, 2))]):
         with pytest.raises(NotFilledError):
-            check_filled(found)
-    check_filled([pieces[0], replace(pieces[1], offset=(2, 0))])
+            check_filled(found, sum(piece.numel for piece in found))
+    check_filled([pieces[0], replace(pieces[1], offset=(2, 0))], 8)
+
+
+def test_a_tensor_without_a_piece_is_missed() -> None:
+    whole = Place("x", (4,), (0,), (4,), 0, 4)
+    with pytest.raises(NotFilledError, match="the pieces hold 4 of 8 elements"):
+        check_filled([whole], 8)
+    check_filled([whole, replace(whole, key="y")], 8)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())

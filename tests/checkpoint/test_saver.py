@@ -16,6 +16,7 @@ from keel_megatron.checkpoint import folder, manifest
 from tests.checkpoint.ranks import (
     Ran,
     Sections,
+    lose_a_piece,
     quota_of_rank_1,
     run_and_die,
     run_in_turn,
@@ -69,6 +70,17 @@ def test_a_quota_on_one_rank_is_told_and_the_run_goes_on(quota: tuple[Path, Ran,
     assert [save.step for save in first.saves] == [1, 3]
     assert second.losses == first.losses
     assert entries(run) == ["step_00000003"]
+
+
+def test_pieces_that_do_not_fill_a_tensor_are_not_published(tmp_path: Path) -> None:
+    config = sections(tmp_path, "hole", checkpoint__on_error="continue")
+    ((first, second),) = run_in_turn(2, [config], {"hole": lose_a_piece})
+    assert first.error is None
+    (warning,) = [text for text in first.said if text.startswith("WARNING")]
+    assert "the checkpoint of step 2 was not kept: the pieces " in warning
+    assert "this is a bug of keel" in warning
+    assert second.losses == first.losses
+    assert entries(tmp_path / "hole") == ["step_00000003"]
 
 
 @pytest.fixture

@@ -59,7 +59,9 @@ class ZeroState:
                 whole = self._shards.collect(one.parameter, shape, name, owner)
                 if whole is not None and one.is_main:
                     pieces += one.pieces(name, whole.cpu())
-        return ToSave(pieces, {"optimizer": {"updates": self.steps}})
+        elements = sum(one.numel for one in self._parameters if one.is_main)
+        expected = len(STATES) * elements if self._rank == 0 else 0
+        return ToSave(pieces, {"optimizer": {"updates": self.steps}}, expected)
 
     def read(self, path: Path, index: dict[str, Any], common: dict[str, Any]) -> Any:
         """As `Trained.read`; this replica's shards are filled in place."""
