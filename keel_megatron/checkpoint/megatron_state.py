@@ -33,6 +33,7 @@ class MegatronState:
     def __init__(self, chunks: list[nn.Module], optimizer: Any) -> None:
         self._chunks = chunks
         self.shards = OptimizerShards(optimizer)
+        self._staging: Staging | None = None  # from the first asynchronous save on
 
     def to_save(self, *, copy: bool) -> ToSave:
         """As `Trained.to_save`, but not collective."""
@@ -49,13 +50,15 @@ class MegatronState:
             expected = len(STATES) * sum(one.numel for one in self._placed if one.is_main)
         if not copy:
             return ToSave(pieces, common, expected)
+        if self._staging is None:
+            self._staging = Staging(pieces[0].values.device if pieces else torch.device("cpu"))
         copies = self._staging.copy([piece.values for piece in pieces])
         copied = [Piece(p.place, values) for p, values in zip(pieces, copies, strict=True)]
         return ToSave(copied, common, expected, self._staging.ready)
 
     def before_update(self) -> None:
         """Keep the update behind the copies of a save; called before masters or moments change."""
-        if "_staging" in self.__dict__:
+        if self._staging is not None:
             self._staging.wait()
 
     def read(self, path: Path, index: dict[str, Any], common: dict[str, Any]) -> Any:
@@ -94,10 +97,6 @@ class MegatronState:
     @cached_property
     def _placed(self) -> list[Placed]:
         return [one for chunk in self._chunks for one in placed(chunk)]
-
-    @cached_property
-    def _staging(self) -> Staging:
-        return Staging(self._placed[0].parameter.device if self._placed else torch.device("cpu"))
 
 
 def load_masters(path: Path, index: dict[str, Any], chunks: list[nn.Module]) -> None:

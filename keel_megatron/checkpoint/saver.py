@@ -84,12 +84,13 @@ class _Pending:
 class Saver:
     """Writes a run's checkpoints; every method is collective over all ranks.
 
-    A save copies the state to the host's memory and returns; a thread of each rank writes its file,
-    syncs it and reads it again. At the first step after all are done, rank 0 writes the rest, the
-    manifest last, and renames the folder. Until then the checkpoint does not exist, and only then
-    are older ones removed. One with a weight, master or moment that is not finite is never
-    published: the run stops, whatever checkpoint.on_error is, since no later one could be better.
-    With checkpoint.async_save = false, `save` does all of it.
+    A save begins to copy the state to the host's memory and returns; a thread of each rank writes
+    its file, syncs it and reads it again. At the first step after all are done, rank 0 checks that
+    the pieces of all ranks fill every tensor, writes the rest, the manifest last, and renames the
+    folder. Until then the checkpoint does not exist, and only then are older ones removed. One with
+    a master or moment that is not finite is never published: the run stops, whatever
+    checkpoint.on_error is, since no later one could be better. With checkpoint.async_save = false,
+    `save` does all of it.
 
     Args:
         config: the run.
@@ -135,7 +136,7 @@ class Saver:
         """Begin the checkpoint of `position`, after finishing the one that is pending.
 
         Raises:
-            DivergedError: a weight, or what the optimizer keeps of it, is not finite.
+            DivergedError: a master weight or a moment is not finite.
             UserError: it cannot be written, and checkpoint.on_error is stop.
         """
         self.finish()
@@ -168,7 +169,7 @@ class Saver:
         """Publish the pending checkpoint if every rank has written its file.
 
         Raises:
-            DivergedError: a weight, or what the optimizer keeps of it, is not finite.
+            DivergedError: a master weight or a moment is not finite.
             UserError: it could not be written, and checkpoint.on_error is stop.
         """
         if self._pending is None:
@@ -183,7 +184,7 @@ class Saver:
         """Wait for the pending checkpoint, and publish it.
 
         Raises:
-            DivergedError: a weight, or what the optimizer keeps of it, is not finite.
+            DivergedError: a master weight or a moment is not finite.
             UserError: it could not be written, and checkpoint.on_error is stop.
         """
         if self._pending is not None:
