@@ -39,7 +39,10 @@ STATE = "state.json"
 INDEX = "index.json"
 TOKENIZER = "tokenizer.model"  # not in checkpoints of earlier versions
 BACKEND = "metadata.json"  # Megatron-core's own mark of a distributed checkpoint
-FORMAT = 1
+FORMAT = 2
+_READ_FORMATS = (1, 2)
+"""1 had whole blocks only, and the weights beside their masters; programs that read no more than 1
+refuse 2 by its number."""
 
 _SHARDS = re.compile(r"^rank_([0-9]{5,9})\.safetensors$")
 _STEP = re.compile(r"^step_([0-9]{8,15})$")
@@ -133,7 +136,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     try:
         if _sealed(content) != read_small(folder / MANIFEST, _LIMITS[MANIFEST]):
             raise DamagedError(f"{MANIFEST} is not as it was written")
-        known, step = content["format"] == FORMAT, content["step"]
+        known, step = content["format"] in _READ_FORMATS, content["step"]
         files = {
             str(name): FileRecord(int(entry["bytes"]), str(entry["crc32"]))
             for name, entry in content["files"].items()
@@ -143,7 +146,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     except OSError as error:
         raise DamagedError(f"{MANIFEST} cannot be read: {error.strerror}") from None
     if not known:
-        raise DamagedError(f"{MANIFEST} is of format {content['format']}, not {FORMAT}")
+        raise DamagedError(f"{MANIFEST} is of format {content['format']}, not {FORMAT} or less")
     _check_step(folder, MANIFEST, step)
     strangers = [name for name in (*files, *_names(folder)) if not _belongs(name)]
     if strangers:

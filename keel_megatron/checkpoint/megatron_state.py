@@ -1,15 +1,25 @@
-"""The Megatron engine's weights and optimizer, as Megatron-core shards them."""
+"""The Megatron engine's state: every rank's own slices of masters and moments, as they lie there.
+
+No rank gathers anything: with the distributed optimizer each replica writes the flat ranges that it
+owns, and without it an even share, so all write 12 bytes x the stage's parameters / replicas.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
-from torch import nn
+from torch import Tensor, nn
 
-from keel_megatron.checkpoint.optimizer_state import load_optimizer, sharded_optimizer_state
-from keel_megatron.checkpoint.sharding import load_state
+from keel_megatron.checkpoint.optimizer_shards import OptimizerShards
+from keel_megatron.checkpoint.parameters import MASTER, STATES, Placed, placed, updates
+from keel_megatron.checkpoint.places import even_ranges
+from keel_megatron.checkpoint.sharding import Piece, Reader, ToSave
+from keel_megatron.checkpoint.staging import Staging
 
 
 class MegatronState:
@@ -17,53 +27,87 @@ class MegatronState:
 
     Args:
         chunks: this rank's model chunks.
-        optimizer: Megatron-core's, over them; None = the weights alone.
+        optimizer: Megatron-core's, over them.
     """
-
-    copies = False
 
     def __init__(self, chunks: list[nn.Module], optimizer: Any) -> None:
         self._chunks = chunks
-        self._optimizer = optimizer
+        self.shards = OptimizerShards(optimizer)
+        self._staging: Staging | None = None  # from the first asynchronous save on
 
-    def to_save(self) -> dict[str, Any]:
-        """The tensors with their place in the global ones."""
-        return self._sharded(is_loading=False)
+    def to_save(self, *, copy: bool) -> ToSave:
+        """As `Trained.to_save`, but not collective."""
+        pieces = [
+            piece
+            for one, start, states in self._shares()
+            if one.is_main
+            for name in STATES
+            for piece in one.pieces(name, states[name], start)
+        ]
+        common = {"optimizer": {"updates": self.shards.updates}}
+        expected = 0
+        if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+            expected = len(STATES) * sum(one.numel for one in self._placed if one.is_main)
+        if not copy:
+            return ToSave(pieces, common, expected)
+        if self._staging is None:
+            self._staging = Staging(pieces[0].values.device if pieces else torch.device("cpu"))
+        copies = self._staging.copy([piece.values for piece in pieces])
+        copied = [Piece(p.place, values) for p, values in zip(pieces, copies, strict=True)]
+        return ToSave(copied, common, expected, self._staging.ready)
+
+    def before_update(self) -> None:
+        """Keep the update behind the copies of a save; called before masters or moments change."""
+        if self._staging is not None:
+            self._staging.wait()
 
     def read(self, path: Path, index: dict[str, Any], common: dict[str, Any]) -> Any:
-        """As `Trained.read`; tensors that exist are filled in place."""
-        return load_state(path, self._sharded(is_loading=True), index, common)
+        """As `Trained.read`; masters and moments are filled in place."""
+        self.before_update()
+        reader = Reader(path, index)
+        for one in self._placed:
+            owned = self.shards.owned(one.parameter)
+            if owned is None:
+                continue
+            for name, values in self.shards.states(one.parameter).items():
+                one.read(reader, name, values, owned.start)
+        return updates(common)
 
     def apply(self, loaded: Any) -> None:
         """As `Trained.apply`."""
-        for number, chunk in enumerate(self._chunks):
-            chunk.load_state_dict(loaded[_chunk_key(number)])
-        if self._optimizer is not None:
-            load_optimizer(self._optimizer, loaded["optimizer"])
+        self.shards.set_updates(loaded)
+        self.shards.spread_masters([one.parameter for one in self._placed])
 
-    def _sharded(self, *, is_loading: bool) -> dict[str, Any]:
-        metadata = content_metadata()
-        state: dict[str, Any] = {
-            _chunk_key(number): chunk.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
-            for number, chunk in enumerate(self._chunks)
-        }
-        if self._optimizer is not None:
-            models = state[_chunk_key(0)] if len(self._chunks) == 1 else dict(state)
-            state["optimizer"] = sharded_optimizer_state(
-                self._optimizer, models, metadata, is_loading
-            )
-        return state
+    def _shares(self) -> Iterator[tuple[Placed, int, dict[str, Tensor]]]:
+        """What this replica writes of each parameter: the elements from a start on."""
+        if not self.shards.is_distributed:
+            rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+            size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+            shares = even_ranges([one.numel for one in self._placed], rank, size)
+            for one, (start, stop) in zip(self._placed, shares, strict=True):
+                if start < stop:
+                    states = self.shards.states(one.parameter)
+                    yield one, start, {name: value[start:stop] for name, value in states.items()}
+            return
+        for one in self._placed:
+            owned = self.shards.owned(one.parameter)
+            if owned is not None:
+                yield one, owned.start, self.shards.states(one.parameter)
 
-
-def content_metadata() -> dict[str, Any]:
-    """How Megatron-core shards what a checkpoint holds."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+    @cached_property
+    def _placed(self) -> list[Placed]:
+        return [one for chunk in self._chunks for one in placed(chunk)]
 
 
-def _chunk_key(number: int) -> str:
-    return f"model{number}"
+def load_masters(path: Path, index: dict[str, Any], chunks: list[nn.Module]) -> None:
+    """Fill the weights of a model without optimizer from the masters, cast to their types.
+
+    Raises:
+        DamagedError: something is missing or not as it should be.
+    """
+    reader = Reader(path, index)
+    for chunk in chunks:
+        for one in placed(chunk):
+            master = torch.empty(one.numel, dtype=torch.float32)
+            one.read(reader, MASTER, master)
+            one.parameter.data.copy_(master.view(one.parameter.shape))

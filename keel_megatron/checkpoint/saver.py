@@ -6,15 +6,16 @@ import errno
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keel_megatron.checkpoint import folder, manifest
 from keel_megatron.checkpoint.manifest import FileRecord, shards_name
+from keel_megatron.checkpoint.places import NotFilledError, Place, check_filled
 from keel_megatron.checkpoint.shard_file import blocks
-from keel_megatron.checkpoint.sharding import NotFiniteError, Place, index
+from keel_megatron.checkpoint.sharding import NotFiniteError, index
 from keel_megatron.checkpoint.state import Position, Snapshot, Trained, snapshot
 from keel_megatron.config.load import dump_config
 from keel_megatron.config.run import RunConfig
@@ -32,7 +33,9 @@ class _Report:
     """What a rank reports of its file."""
 
     record: FileRecord | None = None
-    places: dict[str, Place] | None = None
+    places: Sequence[tuple[Place, str]] = ()
+    expected: int = 0
+    """As of its snapshot."""
     error: str | None = None
     no_space: bool = False
     not_finite: str | None = None
@@ -62,7 +65,7 @@ class _Writer(threading.Thread):
         except Exception as error:  # the other ranks must be notified of any error
             self.report = _Report(error=f"{type(error).__name__}: {error} ({self._path.name})")
         else:
-            self.report = _Report(record, content.places)
+            self.report = _Report(record, content.places, content.expected)
 
 
 @dataclass
@@ -81,12 +84,13 @@ class _Pending:
 class Saver:
     """Writes a run's checkpoints; every method is collective over all ranks.
 
-    A save copies the state to the host's memory and returns; a thread of each rank writes its file,
-    syncs it and reads it again. At the first step after all are done, rank 0 writes the rest, the
-    manifest last, and renames the folder. Until then the checkpoint does not exist, and only then
-    are older ones removed. One with a weight, master or moment that is not finite is never
-    published: the run stops, whatever checkpoint.on_error is, since no later one could be better.
-    With checkpoint.async_save = false, `save` does all of it.
+    A save begins to copy the state to the host's memory and returns; a thread of each rank writes
+    its file, syncs it and reads it again. At the first step after all are done, rank 0 checks that
+    the pieces of all ranks fill every tensor, writes the rest, the manifest last, and renames the
+    folder. Until then the checkpoint does not exist, and only then are older ones removed. One with
+    a master or moment that is not finite is never published: the run stops, whatever
+    checkpoint.on_error is, since no later one could be better. With checkpoint.async_save = false,
+    `save` does all of it.
 
     Args:
         config: the run.
@@ -120,7 +124,6 @@ class Saver:
         self._tokenizer = tokenizer
         self._anomaly_step = anomaly_step
         self._pending: _Pending | None = None
-        self._is_first = True
         self.failure: str | None = None
         """Why the newest save failed; None if it did not."""
 
@@ -133,7 +136,7 @@ class Saver:
         """Begin the checkpoint of `position`, after finishing the one that is pending.
 
         Raises:
-            DivergedError: a weight, or what the optimizer keeps of it, is not finite.
+            DivergedError: a master weight or a moment is not finite.
             UserError: it cannot be written, and checkpoint.on_error is stop.
         """
         self.finish()
@@ -146,9 +149,7 @@ class Saver:
             extras=extras,
             data=self._data,
             copy=self._config.checkpoint.async_save,
-            validate=self._is_first,
         )
-        self._is_first = False
         size = sum(self._runtime.gather(content.bytes))
         problem = self._runtime.from_main(lambda: self._prepare(position.step, size))
         if problem is not None:
@@ -168,7 +169,7 @@ class Saver:
         """Publish the pending checkpoint if every rank has written its file.
 
         Raises:
-            DivergedError: a weight, or what the optimizer keeps of it, is not finite.
+            DivergedError: a master weight or a moment is not finite.
             UserError: it could not be written, and checkpoint.on_error is stop.
         """
         if self._pending is None:
@@ -183,7 +184,7 @@ class Saver:
         """Wait for the pending checkpoint, and publish it.
 
         Raises:
-            DivergedError: a weight, or what the optimizer keeps of it, is not finite.
+            DivergedError: a master weight or a moment is not finite.
             UserError: it could not be written, and checkpoint.on_error is stop.
         """
         if self._pending is not None:
@@ -265,8 +266,13 @@ class Saver:
                     partial, step, pending.bytes, f"rank {rank}: {report.error}", report.no_space
                 )
         try:
+            places = (place for report in reports for place, _dtype in report.places)
+            check_filled(places, sum(report.expected for report in reports))
             self._complete(partial, content, reports)
             folder.publish(partial, damaged=step in self._damaged)
+        except NotFilledError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            return f"the checkpoint of step {step} was not kept: {error}; this is a bug of keel"
         except OSError as error:
             text = f"{error.strerror} ({error.filename})"
             return self._give_up(partial, step, pending.bytes, text, error.errno in _NO_SPACE)
@@ -277,8 +283,8 @@ class Saver:
     def _complete(self, partial: Path, content: Snapshot, reports: list[_Report]) -> None:
         """The files that rank 0 writes for all, the manifest last."""
         files = {shards_name(rank): report.record for rank, report in enumerate(reports)}
-        places = [(shards_name(rank), report.places or {}) for rank, report in enumerate(reports)]
-        mark = {"sharded_backend": "keel_safetensors", "sharded_backend_version": 1}
+        places = [(shards_name(rank), report.places) for rank, report in enumerate(reports)]
+        mark = {"sharded_backend": "keel_safetensors", "sharded_backend_version": manifest.FORMAT}
         text = dump_config(self._config).encode()
         written = {name: record for name, record in files.items() if record is not None}
         written[manifest.CONFIG] = manifest.write_checked(partial / manifest.CONFIG, [text])

@@ -1,16 +1,17 @@
 """The whole state of a run as a snapshot to write, and back.
 
-A checkpoint holds the weights, the optimizer (fp32 masters and moments), the generators of every
-rank, the position in the data, the state of other parts of the run, what the data was, the resolved
-configuration and the versions of the packages. The schedule has no state: its position is the step.
-Weights and optimizer state are stored under layout-independent names, so a run may resume at any
-layout.
+A checkpoint holds the optimizer (fp32 masters, of which the weights are casts, and moments), the
+generators of every rank, the position in the data, the state of other parts of the run, what the
+data was, the resolved configuration and the versions of the packages. The schedule has no state:
+its position is the step. Tensors have names and places that do not depend on the layout
+(`parameters`), so a run may resume at any.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,9 +30,10 @@ from keel_megatron.checkpoint.manifest import (
     read_json,
     shards_name,
 )
-from keel_megatron.checkpoint.megatron_state import MegatronState
+from keel_megatron.checkpoint.megatron_state import load_masters
+from keel_megatron.checkpoint.places import Place
 from keel_megatron.checkpoint.shard_file import Part
-from keel_megatron.checkpoint.sharding import Place, split_state
+from keel_megatron.checkpoint.sharding import ToSave, parts
 from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.distributed import Runtime
@@ -55,7 +57,10 @@ class Snapshot:
 
     position: Position
     parts: list[Part]
-    places: dict[str, Place]
+    places: list[tuple[Place, str]]
+    """Where each part belongs, and its type."""
+    expected: int
+    """Elements in all of them; counted on one replica (`sharding.ToSave`)."""
     rank_state: str
     """JSON of this rank's generators."""
     run_state: dict[str, Any]
@@ -84,11 +89,13 @@ class Trained(Protocol):
     another's checkpoint.
     """
 
-    copies: bool
-    """Whether `to_save` gives values of its own, which later steps do not change."""
+    def to_save(self, *, copy: bool) -> ToSave:
+        """What this rank writes; collective over all ranks.
 
-    def to_save(self) -> dict[str, Any]:
-        """Sharded tensors, and what is not sharded; collective over all ranks."""
+        Args:
+            copy: take the values now, in host memory, which the next call may use again; else
+                they must not change before they are written.
+        """
 
     def read(self, path: Path, index: dict[str, Any], common: dict[str, Any]) -> Any:
         """Read this rank's part of a checkpoint, and see that it is all there.
@@ -110,7 +117,6 @@ def snapshot(
     extras: dict[str, Any],
     data: dict[str, Any],
     copy: bool,
-    validate: bool,
 ) -> Snapshot:
     """The run's state at `position`; collective over all ranks.
 
@@ -123,10 +129,10 @@ def snapshot(
             tuples, dicts, tensors and arrays.
         data: what the run is trained on (`data.prepare.PreparedData.identity`).
         copy: take the values now; else they must not change before they are written.
-        validate: have Megatron-core check that the ranks' parts fill every tensor exactly.
     """
-    copy = copy and not trained.copies
-    parts, places, common = split_state(trained.to_save(), copy=copy, validate=validate)
+    saved = trained.to_save(copy=copy)
+    found = parts(saved)
+    places = [(piece.place, part.dtype) for piece, part in zip(saved.pieces, found, strict=True)]
     run_state = {
         "step": position.step,
         "consumed_samples": position.consumed_samples,
@@ -135,9 +141,10 @@ def snapshot(
         "packages": package_versions(),
         "data": data,
         "extras": to_json(extras),
-        "common": to_json(common),
+        "common": to_json(saved.common),
     }
-    return Snapshot(position, parts, places, json.dumps(to_json(_rng_state(runtime))), run_state)
+    rank_state = json.dumps(to_json(_rng_state(runtime)))
+    return Snapshot(position, found, places, saved.expected, rank_state, run_state)
 
 
 def load(
@@ -156,7 +163,8 @@ def load(
     """
     saved, problem = _read_run_state(path, config, runtime)
     _agree(path, runtime, problem)
-    trained.apply(_read(path, runtime, trained, saved["common"]))
+    loaded = _read(path, runtime, lambda index: trained.read(path, index, saved["common"]))
+    trained.apply(loaded)
     position = Position(saved["step"], saved["consumed_samples"])
     if saved["rng"] is not None:
         _restore_rng(saved["rng"])
@@ -168,13 +176,12 @@ def load(
 
 
 def load_weights(path: Path, runtime: Runtime, chunks: list[nn.Module]) -> None:
-    """Restore the weights alone, from a checkpoint of any layout.
+    """Restore the weights alone, from a checkpoint of any layout; collective over all ranks.
 
     Raises:
         UserError: as `load`.
     """
-    trained = MegatronState(chunks, None)
-    trained.apply(_read(path, runtime, trained, {}))
+    _read(path, runtime, lambda index: load_masters(path, index, chunks))
 
 
 def _read_run_state(
@@ -195,10 +202,10 @@ def _read_run_state(
         return {}, f"{STATE} is not the state of a run"
 
 
-def _read(path: Path, runtime: Runtime, trained: Trained, common: dict[str, Any]) -> Any:
+def _read(path: Path, runtime: Runtime, read: Callable[[dict[str, Any]], Any]) -> Any:
     loaded, problem = None, None
     try:
-        loaded = trained.read(path, read_json(path / INDEX), common)
+        loaded = read(read_json(path / INDEX))
     except DamagedError as error:
         problem = str(error)
     _agree(path, runtime, problem)

@@ -57,7 +57,7 @@ PRIVATE_NAMES = (
     PrivateName(
         "megatron-core",
         "_get_model_param_range_map",
-        "engines/megatron/engine.py",
+        "checkpoint/optimizer_shards.py",
         "find the elements of a parameter that this rank's optimizer owns",
     ),
     PrivateName(

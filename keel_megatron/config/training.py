@@ -117,8 +117,8 @@ class CheckpointConfig(Section):
     async_save: bool = Field(
         default=True,
         description=(
-            "Write checkpoint files in the background while training continues. Needs host "
-            "memory for a copy of the state."
+            "Write checkpoint files in the background while training continues. Keeps host "
+            "memory for a copy of what each rank writes: 12 bytes x its parameters / replicas."
         ),
     )
     on_error: Literal["stop", "continue"] = Field(

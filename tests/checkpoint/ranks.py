@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from keel_megatron.checkpoint import manifest
+from keel_megatron.checkpoint.megatron_state import MegatronState
 from keel_megatron.checkpoint.resume import newest_good
 from keel_megatron.checkpoint.saver import Saver
+from keel_megatron.checkpoint.sharding import ToSave
 from keel_megatron.checkpoint.state import Position
 from keel_megatron.cluster.watchdog import Watchdog
 from keel_megatron.config import UserError
@@ -195,27 +195,33 @@ def no_validation_loss(patch: pytest.MonkeyPatch) -> None:
 
 
 def spoil(name: str, patch: pytest.MonkeyPatch) -> None:
-    """On the last rank a master, moment or weight is infinite when the second save begins."""
+    """On the last rank a master or moment is infinite when the second save begins."""
     real, begun = Saver.save, []
 
     def spoiled(self: Saver, trained: Any, position: Position, extras: dict[str, Any]) -> None:
         begun.append(position)
         if len(begun) == 2 and self._runtime.rank == self._runtime.launch.world_size - 1:
-            content = trained.to_save()
-
-            def spoilt() -> dict[str, Any]:
-                chosen = next(
-                    item
-                    for item in nested_values(content)
-                    if isinstance(item, ShardedTensor) and item.key.startswith(name)
-                )
-                chosen.data.detach().view(-1)[0] = torch.inf
-                return content
-
-            patch.setattr(trained, "to_save", spoilt)
+            content = trained.to_save(copy=True)
+            chosen = next(p for p in content.pieces if p.place.key.startswith(name))
+            chosen.values[0] = torch.inf
+            patch.setattr(trained, "to_save", lambda *, copy: content)
         real(self, trained, position, extras)
 
     patch.setattr(Saver, "save", spoiled)
+
+
+def lose_a_piece(patch: pytest.MonkeyPatch) -> None:
+    """On the last rank a piece is missing from the second save."""
+    real, begun = MegatronState.to_save, []
+
+    def losing(self: MegatronState, *, copy: bool) -> ToSave:
+        begun.append(self)
+        found = real(self, copy=copy)
+        if len(begun) == 2 and os.environ["RANK"] == "1":
+            return replace(found, pieces=found.pieces[1:])
+        return found
+
+    patch.setattr(MegatronState, "to_save", losing)
 
 
 def die_while_saving(patch: pytest.MonkeyPatch) -> None:

@@ -145,10 +145,10 @@ def test_a_manifest_that_leaves_out_files(checkpoint: Path) -> None:
 
 
 def test_a_later_format_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "FORMAT", 2)
+    monkeypatch.setattr(manifest, "FORMAT", 3)
     manifest.write_manifest(checkpoint, 5, read_manifest_files(checkpoint))
     monkeypatch.undo()
-    with pytest.raises(DamagedError, match=r"is of format 2, not 1"):
+    with pytest.raises(DamagedError, match=r"is of format 3, not 2 or less"):
         check(checkpoint)
 
 

@@ -112,7 +112,7 @@ def test_the_checkpoint_from_before_stays_until_a_window_was_accepted(tmp_path: 
 def test_a_state_that_is_not_finite_is_not_published(tmp_path: Path) -> None:
     """On one of two ranks; `checkpoint.on_error: continue` is about disks."""
     tensors = {
-        "weight": "output_layer.weight",
+        "first": "optimizer.state.exp_avg.",
         "moment": "optimizer.state.exp_avg_sq.",
         "master": "optimizer.state.param.",
     }

@@ -15,12 +15,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from keel_megatron.checkpoint.parameters import MASTER, placed
 from keel_megatron.compat import deepspeed_engine
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
 from keel_megatron.engines.base import DepthObserver, StepResult, mean_loss, owns
-from keel_megatron.engines.deepspeed.checkpoint_state import ZeroState, placed_parameters
-from keel_megatron.engines.deepspeed.zero_shards import MASTER, ZeroShards
+from keel_megatron.engines.deepspeed.checkpoint_state import ZeroState
+from keel_megatron.engines.deepspeed.zero_shards import ZeroShards
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.distributed import Runtime
 
@@ -45,14 +46,14 @@ class DeepSpeedEngine:
         self.runtime = runtime
         self.chunks = chunks
         (model,) = chunks
-        parameters = placed_parameters(model)  # before ZeRO shards them
+        parameters = placed(model)  # before ZeRO shards them
         self._model: Any = _initialize(config, runtime, model)
         self._optimizer: Any = self._model.optimizer
         stage = config.deepspeed.zero_stage
         group = parallel_state.get_data_parallel_group()
         self._shards = ZeroShards(self._optimizer, stage, group, runtime.device)
         self._shards.allocate_moments()
-        self.state = ZeroState(config.optimizer, parameters, self._shards, group)
+        self.state = ZeroState(parameters, self._shards, group)
 
     def train_step(
         self,

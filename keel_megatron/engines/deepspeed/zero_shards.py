@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-MASTER = "param"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from keel_megatron.checkpoint.parameters import MASTER, MOMENTS
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,6 @@ class ZeroShards:
             whole[shard.start : end] = shard.values.view(torch.int32).to(self._device)
         dist.reduce(whole, group=self._group, group_dst=owner)
         return whole.view(torch.float32).view(shape) if self._rank == owner else None
-
-    def put(self, parameter: nn.Parameter, name: str, whole: Tensor) -> None:
-        """Keep this rank's shard of a whole master or moment."""
-        shard = self.state(parameter, name)
-        if shard is not None:
-            flat = whole.flatten()[shard.start : shard.start + shard.values.numel()]
-            shard.values.copy_(flat)
 
     @torch.no_grad()
     def spread_masters(self) -> None:

@@ -76,6 +76,7 @@ class MegatronEngine:
     def _update(self, grad_norm: float, learning_rate: float) -> None:
         """Clip and step: the second half of Megatron-core's `optimizer.step`, in its own calls."""
         set_learning_rate(self.optimizer, self.config, learning_rate)
+        self.state.before_update()
         if self.config.optimizer.clip_grad > 0.0:
             for inner in self.optimizer.chained_optimizers:
                 if parameters := inner.get_parameters():
@@ -117,11 +118,7 @@ class MegatronEngine:
         """Elements of the flat parameter whose reduced gradient this rank owns; None if none."""
         if not self.config.parallel.distributed_optimizer:
             return slice(None) if self.runtime.data_rank == 0 else None
-        for optimizer in self.optimizer.chained_optimizers:
-            if parameter in optimizer.model_param_gbuf_map:
-                owned = optimizer._get_model_param_range_map(parameter)["param"]
-                return slice(owned.start, owned.end)
-        return None
+        return self.state.shards.owned(parameter)
 
     def _run(self, micro_batches: Iterable[Batch], count: int, *, forward_only: bool) -> float:
         """Run the schedule; the mean loss over micro-batches and replicas, on every rank."""
