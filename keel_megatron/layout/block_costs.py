@@ -62,12 +62,23 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
     rotary = 0 if execution.compiled else 5 * c * (a + g) + 2 * c * g
     moved = _moved(shape, rows, kernel, execution)
     casts = _fp8_casts(shape, parameters) if execution.fp8 else (0, 0, 0, 0)
+    # A product adds its weight's gradient to the fp32 sum, which it reads and writes after its own
+    # work, in one wave of tiles; or it writes the gradient, and DDP adds it.
+    direct = shape.adds_gradients(kernel, execution)
+    gradients = 2 * STREAM_BYTES * parameters if direct else shape.gradient_bytes(parameters)
     kernels = kernel_counts.total(
-        kernel_counts.block(rows, compiled=execution.compiled, fused=kernel == "triton")
+        kernel_counts.block(
+            rows,
+            compiled=execution.compiled,
+            fused=kernel == "triton",
+            direct=direct,
+        )
     )
     # Halves of all-reduces: before and after each branch, and under SP the branch's input again.
     forward_messages = 4 if tp > 1 else 0
     backward_messages = forward_messages + (2 if shape.h != h else 0)
+    activations = t * kept + sum(_join_kept(shape, kernel, *one) for one in _joins(rows))
+    freed, light = _light(shape, kernel, rows)
     return Cost(
         forward=Work(
             flops=flops,
@@ -84,7 +95,7 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
             flops=2 * flops + 0.5 * scores,
             attention_flops=2.5 * scores,
             matmul_bytes=2 * operands,
-            other_bytes=t * moved[1] + shape.gradient_bytes(parameters) + casts[1],
+            other_bytes=t * moved[1] + gradients + casts[1],
             strided_bytes=t * rotary,
             communication_bytes=backward_messages * shape.collective_bytes(),
             collectives=backward_messages,
@@ -92,7 +103,10 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
         ),
         parameters=parameters,
         vector_parameters=sum(row_parameters(row, model) for row in rows[:2]),
-        activation_bytes=t * kept + sum(_join_kept(shape, kernel, *one) for one in _joins(rows)),
+        activation_bytes=activations,
+        light_bytes=activations - freed,
+        light=light,
+        boundary_bytes=t * c * shape.h if rows[0].inner == "norm" else 0,
         recompute_bytes=t * (STREAM_BYTES + c) * shape.h,
         working_bytes=t * (2 * STREAM_BYTES * h + 3 * c * f),
         execution=execution,
@@ -100,6 +114,25 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
 
 
 _joins = kernel_counts.joins
+
+
+def _light(shape: Shape, kernel: Kernel, rows: Rows) -> tuple[int, Work]:
+    """Bytes that light recomputation does not keep, and its work.
+
+    Of a block: SwiGLU's output, and the inner norms' in front of both branches.
+    """
+    t, c, h, f = shape.tokens, shape.c, shape.h, shape.ffn
+    inner = sum(row.inner == "norm" for row in rows[:2])
+    # Under ZeRO 3, autograd functions of its module hooks stand between a block and the next.
+    kept = int(shape.zero_3 and rows[0].inner == "norm")
+    norms = inner - kept
+    if kernel == "triton":  # one kernel each: gate and up to their product, x' to z
+        moved, kernels = 3 * c * f + norms * (STREAM_BYTES + c) * h, 1 + norms
+    else:
+        cast = STREAM_BYTES + c if c != STREAM_BYTES else 0
+        moved = 5 * c * f + norms * (4 * STREAM_BYTES + cast) * h
+        kernels = 2 + norms * (3 if cast else 2)
+    return t * c * (f + norms * h), Work(other_bytes=t * moved, kernels=kernels)
 
 
 def join_bytes(hidden_size: int, c: int) -> tuple[int, int]:

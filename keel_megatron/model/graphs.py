@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from keel_megatron.compat.modules import replace_forward
 from keel_megatron.errors import UserError
+from keel_megatron.model.linear import return_gradient
 
 Forward = Callable[..., Tensor]
 
@@ -51,6 +52,8 @@ def record_blocks(chunks: list[nn.Module], device: torch.device) -> None:
             "training.micro_batch_size"
         )
     for chunk in chunks:
+        for parameter in chunk.decoder.parameters():  # type: ignore[union-attr]
+            return_gradient(parameter)
         replace_forward(chunk.decoder, GraphedForward(chunk.decoder))
 
 

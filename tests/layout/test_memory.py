@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from keel_megatron.architecture.parameters import parameter_count
 from keel_megatron.layout.costs import model_costs
 from keel_megatron.layout.memory import MemoryModel, in_flight
+from keel_megatron.layout.recomputation import first
 from tests.settings import small_config
 
 
@@ -131,32 +132,60 @@ def test_activations_follow_what_is_in_flight() -> None:
     st.lists(st.integers(0, 4), min_size=3, max_size=3),
     st.floats(0.0, 1.1),
 )
-def test_recompute_auto_takes_the_fewest_blocks_that_do(
+def test_recompute_auto_takes_the_least_that_does(
     pipeline: int, virtual: int, stage: int, blocks: list[int], tightness: float
 ) -> None:
-    """Against every other choice of blocks to recompute."""
+    """Against every other choice of blocks: the fewest full ones, then few light ones."""
     blocks, stage = blocks[:virtual], min(stage, pipeline - 1)
     memory = model(
         parallel__pipeline=pipeline, parallel__virtual_pipeline=virtual, parallel__recompute="auto"
     )
     none, full = (memory.stage(stage, blocks, r).total for r in ([0] * virtual, blocks))
     limit = full + tightness * (none - full) - 1
-    choices: list[tuple[int, ...]] = [()]
+    choices: list[tuple[tuple[int, int], ...]] = [()]
     for count in blocks:
-        choices = [(*choice, k) for choice in choices for k in range(count + 1)]
-    fitting = [c for c in choices if memory.stage(stage, blocks, c).total <= limit]
-    found = memory.recomputed(stage, blocks, limit)
+        ways = [(k, l) for k in range(count + 1) for l in range(count - k + 1)]
+        choices = [(*choice, way) for choice in choices for way in ways]
+    each = [tuple(zip(*choice, strict=True)) for choice in choices]
+    fitting = [c for c in each if memory.stage(stage, blocks, *c).total <= limit]
+    found = memory.recomputation(stage, blocks, limit)
     if not fitting:
         assert found is None
     else:
+        assert found is not None
         assert found in fitting
-        assert sum(found or ()) == min(map(sum, fitting))
+        full, light = map(sum, found)
+        assert full == min(sum(c[0]) for c in fitting)
+        # Of the light ones the fewest of those that come next.
+        if light:
+            fewer = first(blocks, full, light - 1)
+            assert memory.stage(stage, blocks, *fewer).total > limit
+
+
+def test_light_recomputation_comes_before_full() -> None:
+    memory = model(parallel__recompute="auto")
+    none, light = (memory.stage(0, (8,), (0,), (n,)).total for n in (0, 8))
+    assert memory.recomputation(0, (8,), none - 1) == ((0,), (1,))
+    assert memory.recomputation(0, (8,), light) == ((0,), (8,))
+    found = memory.recomputation(0, (8,), light - 1)
+    assert found is not None
+    assert found.full == (2,)  # of the first one all activations are made again at a time
+    assert found.light[0] < 7
+    compiled = model(parallel__recompute="auto", kernels__compile=True)
+    limit = compiled.stage(0, (8,), (4,)).total
+    assert compiled.recomputation(0, (8,), limit) == ((4,), (0,))
+
+
+def test_recompute_light_is_all_blocks_and_nothing_else() -> None:
+    memory = model(parallel__recompute="light")
+    assert memory.recomputation(0, (8,), None) == ((0,), (8,))
+    assert memory.recomputation(0, (8,), 1.0) is None
 
 
 def test_recompute_full_and_none_are_not_changed() -> None:
-    assert model(parallel__recompute="full").recomputed(0, (8,), None) == (8,)
-    assert model(parallel__recompute="none").recomputed(0, (8,), None) == (0,)
-    assert model(parallel__recompute="none").recomputed(0, (8,), 1.0) is None
+    assert model(parallel__recompute="full").recomputation(0, (8,), None) == ((8,), (0,))
+    assert model(parallel__recompute="none").recomputation(0, (8,), None) == ((0,), (0,))
+    assert model(parallel__recompute="none").recomputation(0, (8,), 1.0) is None
 
 
 def test_collecting_a_checkpoint_takes_a_chunks_buffers() -> None:
