@@ -59,7 +59,8 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
     kept += c * (2 * a + 2 * g)  # context, q, k, v
     kept += c * 3 * f  # fc1's output, and fc2's input
     kept += _head_norms_bytes(shape, rows) + _dropout_bytes(shape, kernel)
-    rotary = 0 if execution.compiled else 5 * c * (a + g) + 2 * c * g
+    fused = _fused_rotary(rows, execution)
+    rotary = 0 if execution.compiled or fused else 5 * c * (a + g) + 2 * c * g
     moved = _moved(shape, rows, kernel, execution)
     casts = _fp8_casts(shape, parameters) if execution.fp8 else (0, 0, 0, 0)
     # A product adds its weight's gradient to the fp32 sum, which it reads and writes after its own
@@ -71,6 +72,7 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
             rows,
             compiled=execution.compiled,
             fused=kernel == "triton",
+            rotary=fused,
             direct=direct,
         )
     )
@@ -186,10 +188,19 @@ def _moved(shape: Shape, rows: Rows, kernel: Kernel, execution: Execution) -> tu
         # Rotary in one pass each; the gradients of norm weights read their operands again.
         forward += 2 * c * (a + g)
         backward += 2 * c * (a + 2 * g) + 2 * 3 * STREAM_BYTES * shape.h
+    elif _fused_rotary(rows, execution):  # every element read and written once
+        forward += 2 * c * (a + 2 * g)
+        backward += 2 * c * (a + 2 * g)
     if any(row.qkv_norm for row in rows[:2]):  # to fp32, normalised, back
         forward += (2 * c + 4 * STREAM_BYTES) * (a + 2 * g)
         backward += (2 * c + 6 * STREAM_BYTES) * (a + 2 * g)
     return forward + 3 * c * f, backward + 5 * c * f
+
+
+def _fused_rotary(rows: Rows, execution: Execution) -> bool:
+    """Whether split and rotation are one kernel each way."""
+    fits = kernel_counts.rotary_fits(rows)
+    return "rotary" in execution.triton and fits and not execution.compiled
 
 
 def _join_moved(shape: Shape, pair: tuple[SubLayer, SubLayer], fused: bool) -> tuple[float, float]:
