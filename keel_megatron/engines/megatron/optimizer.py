@@ -10,7 +10,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from torch import nn
 
-from keel_megatron.compat import adamw, clipping, data_parallel
+from keel_megatron.compat import adamw, clipping, data_parallel, masters
 from keel_megatron.config.run import RunConfig
 from keel_megatron.runtime.distributed import Runtime
 
@@ -56,6 +56,7 @@ def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> A
     )
     for inner in optimizer.chained_optimizers:
         adamw.prepare(inner.optimizer)
+        masters.copy_in_lists(inner)
     return optimizer
 
 
