@@ -65,6 +65,7 @@ class Loop:
         self._tracker = tracker
         self._mark = mark
         self._before_step = before_step
+        self._asked = False
         self.validation_loss = math.nan
 
     def run(self, stop: StopRequest) -> int:
@@ -88,10 +89,12 @@ class Loop:
         if self._guard.action == "rollback" and state.position.step == 0:
             self._state.save()  # for a rollback before the first checkpoint
         while state.position.step < steps:
-            if not self._step():
+            if not self._step(stop):
                 continue
             state.saver.poll()
-            stopping = self._runtime.max(stop.exit_code)
+            # Whether any rank is asked to stop came with the step's loss; only the code is agreed
+            # upon here, once in a run.
+            stopping = self._runtime.max(stop.exit_code) if self._asked else exit_codes.DONE
             last = state.position.step == steps
             if last:
                 stopping = exit_codes.DONE  # there is nothing left to stop
@@ -121,7 +124,7 @@ class Loop:
     def _due(self, every: int) -> bool:
         return every > 0 and self._state.position.step % every == 0
 
-    def _step(self) -> bool:
+    def _step(self, stop: StopRequest) -> bool:
         """One step; False if it ended in a rollback."""
         config, engine, position = self._config, self._engine, self._state.position
         if self._before_step is not None:
@@ -132,7 +135,8 @@ class Loop:
         batches = list(self._batches.train.micro_batches(position.consumed_samples, batch_size))
         inspection = Inspection(self._guard, engine, self._tracker, batches, step)
         depth = self._depth_collector(step)
-        result = engine.train_step(batches, len(batches), rate, inspection, depth)
+        result = engine.train_step(batches, len(batches), rate, inspection, depth, stop.__bool__)
+        self._asked = result.stop
         profile = None if depth is None else depth.profile(step)
         position = Position(step, position.consumed_samples + batch_size)
         self._state.position = position

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
@@ -54,6 +55,7 @@ class MegatronEngine:
         learning_rate: float,
         accept: Callable[[StepResult], bool] = lambda _result: True,
         depth: DepthObserver | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
         """As `Engine.train_step`."""
         for chunk in self.model:
@@ -66,7 +68,7 @@ class MegatronEngine:
         if depth is not None:
             depth.before_update()
         self.optimizer.prepare_grads()
-        result = StepResult(loss, float(self.optimizer.get_grad_norm()))
+        result = self._result(loss, count, stop())
         if accept(result) and result.finite:
             self._update(result.grad_norm, learning_rate)
         if depth is not None:
@@ -89,7 +91,9 @@ class MegatronEngine:
         """Mean cross entropy in nats per token over `count` micro-batches a replica."""
         for chunk in self.model:
             chunk.eval()
-        return self._run(micro_batches, count, forward_only=True)
+        total = self._run(micro_batches, count, forward_only=True)
+        dist.all_reduce(total)
+        return float(total) / (count * self.runtime.data_size)
 
     def own_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """As `Engine.own_gradient`.
@@ -123,8 +127,33 @@ class MegatronEngine:
                 return slice(owned.start, owned.end)
         return None
 
-    def _run(self, micro_batches: Iterable[Batch], count: int, *, forward_only: bool) -> float:
-        """Run the schedule; the mean loss over micro-batches and replicas, on every rank."""
+    @torch.no_grad()
+    def _result(self, loss: Tensor, count: int, stop: bool) -> StepResult:
+        """The step's result on every rank: one all-reduce, and the step's only host wait."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.runtime.device)
+        sums[0] = loss
+        # With the distributed optimizer every rank has gradients of its own; without, every
+        # replica has the same.
+        if self.config.parallel.distributed_optimizer or self.runtime.data_rank == 0:
+            sums[1] = self._squared_norm()
+        sums[2].fill_(stop)
+        dist.all_reduce(sums)
+        total, squared, asked = sums.tolist()
+        # In fp32, as Megatron-core adds up the ranks' squares.
+        grad_norm = float(np.float32(squared)) ** 0.5
+        return StepResult(total / (count * self.runtime.data_size), grad_norm, asked > 0)
+
+    def _squared_norm(self) -> Tensor:
+        """Square of the norm of the gradients that this rank's optimizers hold, fp32."""
+        gradients = [
+            gradient
+            for inner in self.optimizer.chained_optimizers
+            for gradient in inner.get_main_grads_for_grad_norm()
+        ]
+        return nn.utils.get_total_norm(gradients, foreach=True).float() ** 2
+
+    def _run(self, micro_batches: Iterable[Batch], count: int, *, forward_only: bool) -> Tensor:
+        """Run the schedule; the sum of the losses that this rank speaks for, fp64."""
         # Every chunk of this stage walks the same micro-batches at its own pace.
         batches = [batch.to(self.runtime.device) for batch in micro_batches]
         iterators = [iter(batches) for _ in self.model]
@@ -138,11 +167,9 @@ class MegatronEngine:
             forward_only=forward_only,
         )
         # Only the last stage has losses, and each of its tensor ranks has the same.
-        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         if losses and self.runtime.tensor_rank == 0:
-            total += torch.stack(losses).double().sum()
-        dist.all_reduce(total)
-        return float(total) / (count * self.runtime.data_size)
+            return torch.stack(losses).double().sum()
+        return torch.zeros((), dtype=torch.float64, device=self.runtime.device)
 
 
 def _forward_step(
