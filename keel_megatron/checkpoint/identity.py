@@ -43,6 +43,7 @@ CHANGEABLE = (
     "training.micro_batch_size",
     "training.device",
     "training.threads",
+    "training.gc_every",
     "training.exit_after",
     "training.hang_timeout",
     "training.validate_every",

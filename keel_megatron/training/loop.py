@@ -15,6 +15,7 @@ from keel_megatron.model.compiled import compile_report
 from keel_megatron.runtime import exit_codes
 from keel_megatron.tracking.records import ValidationRecord
 from keel_megatron.tracking.tracker import Tracker
+from keel_megatron.training.garbage import GarbageCollection
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.learning_rate import learning_rate
 from keel_megatron.training.recovery import Inspection, roll_back, what_is_left
@@ -66,6 +67,7 @@ class Loop:
         self._mark = mark
         self._before_step = before_step
         self._asked = False
+        self._garbage = GarbageCollection(self._config.training.gc_every)
         self.validation_loss = math.nan
 
     def run(self, stop: StopRequest) -> int:
@@ -79,7 +81,8 @@ class Loop:
             UserError: a checkpoint cannot be written, and checkpoint.on_error is stop.
         """
         try:
-            return self._run(stop)
+            with self._garbage.controlled():
+                return self._run(stop)
         except DivergedError as error:
             raise self._diverged(error) from None
 
@@ -146,6 +149,7 @@ class Loop:
             roll_back(engine, self._state, self._guard, self._tracker)
             self._mark(f"the rollback to step {self._state.position.step}")
             return False
+        self._garbage.after_step(step)
         seconds = time.perf_counter() - started
         if compiled := compile_report(engine.chunks, seconds):
             self._tracker.say(compiled)

@@ -137,6 +137,7 @@ ELSEWHERE = {
     "training.runs_dir": PLACE,
     "training.device": START,
     "training.threads": START,
+    "training.gc_every": "when Python collects garbage: tests/training/test_garbage.py",
     "training.exit_after": START,
     "training.hang_timeout": START,
     "training.validation_sequences": "of every start anew: tests/data/test_batches.py",
