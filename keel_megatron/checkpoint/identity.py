@@ -20,6 +20,8 @@ CHANGEABLE = (
     "parallel.pipeline",
     "parallel.virtual_pipeline",
     "parallel.sequence",
+    "parallel.overlap_grad_reduce",
+    "parallel.overlap_param_gather",
     "parallel.layout",
     "parallel.recompute",
     "parallel.memory_gb",

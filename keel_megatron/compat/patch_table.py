@@ -65,6 +65,12 @@ PRIVATE_NAMES = (
     ),
     PrivateName(
         "megatron-core",
+        "_make_backward_post_hook",
+        "engines/megatron/overlap.py",
+        "let DDP see gradients that are in `main_grad` already",
+    ),
+    PrivateName(
+        "megatron-core",
         "_postprocess",
         "model/language_model.py",
         "override the method of GPTModel that turns hidden states into losses",

@@ -24,6 +24,11 @@ from keel_megatron.engines.megatron.optimizer import (
     set_learning_rate,
     wrap_data_parallel,
 )
+from keel_megatron.engines.megatron.overlap import (
+    ParameterGather,
+    overlaps_grad_reduce,
+    overlaps_param_gather,
+)
 from keel_megatron.runtime.distributed import Runtime
 
 
@@ -40,13 +45,26 @@ class MegatronEngine:
         self.config = config
         self.runtime = runtime
         self.chunks = chunks
-        self.model = wrap_data_parallel(config, chunks)
+        self.model = wrap_data_parallel(config, chunks, runtime)
         self.optimizer = build_optimizer(config, self.model, runtime)
-        self.state = MegatronState(chunks, self.optimizer)
+        self._gather: ParameterGather | None = None
+        if overlaps_param_gather(config, runtime):
+            self._gather = ParameterGather(self.model, whole=config.kernels.cuda_graphs)
+        self._state = MegatronState(chunks, self.optimizer)
         self._schedule: Callable[..., list[Tensor]] = get_forward_backward_func()
         megatron_config: Any = chunks[0].config
         megatron_config.grad_scale_func = self.optimizer.scale_loss
         megatron_config.finalize_model_grads_func = finalize_model_grads
+        if overlaps_grad_reduce(config, runtime):
+            syncs = [chunk.no_sync for chunk in self.model]
+            megatron_config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+
+    @property
+    def state(self) -> MegatronState:
+        """As `Engine.state`; collective where updated weights are still being gathered."""
+        if self._gather is not None:
+            self._gather.finish()
+        return self._state
 
     def train_step(
         self,
@@ -85,6 +103,8 @@ class MegatronEngine:
                         parameters, self.config.optimizer.clip_grad, grad_norm
                     )
         self.optimizer.step_with_ready_grads()
+        if self._gather is not None:
+            self._gather.start()
 
     @torch.no_grad()
     def validate(self, micro_batches: Iterable[Batch], count: int) -> float:
