@@ -24,7 +24,7 @@ def overlaps_param_gather(config: RunConfig, runtime: Runtime) -> bool:
     return parallel.distributed_optimizer and _chosen(parallel.overlap_param_gather, runtime)
 
 
-def _chosen(setting: Literal["auto"] | bool, runtime: Runtime) -> bool:
+def _chosen(setting: Literal["auto", True, False], runtime: Runtime) -> bool:
     wanted = runtime.device.type == "cuda" if setting == "auto" else setting
     return wanted and runtime.data_size > 1
 
