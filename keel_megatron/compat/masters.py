@@ -10,7 +10,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
-from keel_megatron.compat.table import patch
+from keel_megatron.compat.patch_table import patch
 
 Lists = tuple[list[Tensor], list[Tensor]]
 """Weights and their masters."""
