@@ -82,6 +82,8 @@ def owns(parameter: nn.Parameter, runtime: Runtime) -> bool:
     return getattr(parameter, "tensor_model_parallel", False) or runtime.tensor_rank == 0
 
 
-def mean_loss(losses: Tensor, loss_mask: Tensor) -> Tensor:
-    """Mean of the token losses [b, s] under the mask."""
+def mean_loss(losses: Tensor, loss_mask: Tensor | None) -> Tensor:
+    """Mean of the token losses [b, s], under the mask if there is one."""
+    if loss_mask is None:
+        return losses.sum() / losses.numel()
     return (losses * loss_mask).sum() / loss_mask.sum()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 from keel_megatron.checkpoint.state import Position
 from keel_megatron.data.batches import Batches
+from keel_megatron.data.prefetch import Prefetcher
 from keel_megatron.depth.collector import DepthCollector
 from keel_megatron.engines.base import Engine
 from keel_megatron.errors import DivergedError, UserError
@@ -67,6 +69,7 @@ class Loop:
         self._mark = mark
         self._before_step = before_step
         self._asked = False
+        self._prefetcher = Prefetcher(batches.train.micro_batches, self._runtime.device)
         self._garbage = GarbageCollection(self._config.training.gc_every)
         self.validation_loss = math.nan
 
@@ -81,7 +84,7 @@ class Loop:
             UserError: a checkpoint cannot be written, and checkpoint.on_error is stop.
         """
         try:
-            with self._garbage.controlled():
+            with self._garbage.controlled(), closing(self._prefetcher):
                 return self._run(stop)
         except DivergedError as error:
             raise self._diverged(error) from None
@@ -135,7 +138,10 @@ class Loop:
         step, batch_size = position.step + 1, config.training.global_batch_size
         started = time.perf_counter()
         rate = learning_rate(step, config.training.steps, config.optimizer, config.schedule)
-        batches = list(self._batches.train.micro_batches(position.consumed_samples, batch_size))
+        batches = self._prefetcher.take(
+            position.consumed_samples, batch_size, last=step == config.training.steps
+        )
+        waited = time.perf_counter() - started
         inspection = Inspection(self._guard, engine, self._tracker, batches, step)
         depth = self._depth_collector(step)
         result = engine.train_step(batches, len(batches), rate, inspection, depth, stop.__bool__)
@@ -155,7 +161,7 @@ class Loop:
             self._tracker.say(compiled)
         skipped = self._guard.skipped
         self._tracker.step(
-            step_record(config, self._runtime, position, result, rate, seconds, skipped)
+            step_record(config, self._runtime, position, result, rate, seconds, skipped, waited)
         )
         if profile is not None:
             self._tracker.depth(profile)

@@ -201,7 +201,7 @@ def _forward_step(
     return output, partial(_mean_loss, batch.loss_mask)
 
 
-def _mean_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_loss(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor]:
     """The same, to differentiate and to report."""
     loss = mean_loss(losses, loss_mask)
     return loss, loss.detach().clone()
