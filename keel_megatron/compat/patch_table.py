@@ -61,6 +61,15 @@ PRIVATE_NAMES = (
         "find the elements of a parameter that this rank's optimizer owns",
     ),
     PrivateName(
+        "torch", "torch._foreach_copy_", "compat/masters.py", "copy lists of tensors in one call"
+    ),
+    PrivateName(
+        "megatron-core",
+        "_make_backward_post_hook",
+        "engines/megatron/overlap.py",
+        "let DDP see gradients that are in `main_grad` already",
+    ),
+    PrivateName(
         "megatron-core",
         "_postprocess",
         "model/language_model.py",

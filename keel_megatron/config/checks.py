@@ -274,6 +274,15 @@ def _fp8(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
+def _overlap_param_gather(config: RunConfig) -> Iterator[tuple[str, str]]:
+    parallel = config.parallel
+    if parallel.overlap_param_gather is True and not parallel.distributed_optimizer:
+        yield (
+            "parallel.overlap_param_gather",
+            "true needs parallel.distributed_optimizer: true; without it no weights are gathered",
+        )
+
+
 def _offload_parameters(config: RunConfig) -> Iterator[tuple[str, str]]:
     own = config.deepspeed
     if own.offload_parameters and (own.zero_stage < 3 or not own.offload_optimizer):
@@ -329,6 +338,17 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
         lambda run: not run.parallel.distributed_optimizer,
         "every ZeRO stage shards the optimizer state; set it to true",
     ),
+    _not_with_deepspeed(
+        "parallel.overlap_grad_reduce",
+        lambda run: run.parallel.overlap_grad_reduce is True,
+        "ZeRO reduces gradients in its own way; set it to auto",
+    ),
+    _not_with_deepspeed(
+        "parallel.overlap_param_gather",
+        lambda run: run.parallel.overlap_param_gather is True,
+        "ZeRO gathers weights in its own way; set it to auto",
+    ),
+    _overlap_param_gather,
     _offload_parameters,
     _fp8,
     *KERNEL_CHECKS,

@@ -29,6 +29,20 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = Field(
         default=True, description="Shard the optimizer state over the data-parallel group."
     )
+    overlap_grad_reduce: Literal["auto", True, False] = Field(
+        default="auto",
+        description=(
+            "Overlap the reduction of gradients over the data-parallel group with the backward "
+            "pass. auto: on CUDA."
+        ),
+    )
+    overlap_param_gather: Literal["auto", True, False] = Field(
+        default="auto",
+        description=(
+            "Overlap the gather of updated weights over the data-parallel group with the next "
+            "forward pass. Needs distributed_optimizer. auto: on CUDA."
+        ),
+    )
     layout: list[Annotated[int, Field(ge=0)]] | None = Field(
         default=None,
         description=(

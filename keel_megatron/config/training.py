@@ -65,6 +65,14 @@ class TrainingConfig(Section):
         gt=0,
         description=("Sequences per validation, or the whole validation set if it is smaller."),
     )
+    gc_every: int = Field(
+        default=100,
+        ge=0,
+        description=(
+            "Steps between Python garbage collections, on all ranks at the same step; automatic "
+            "collection is off while training. 0: leave automatic collection on."
+        ),
+    )
     exit_after: float | None = Field(
         default=None,
         gt=0.0,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +22,37 @@ _HEAD = struct.Struct("<9sQBQQ")
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of one replica; every tensor is [b, s]."""
+    """A micro-batch of one replica; every tensor is [b, s], or None if the stage has no use."""
 
-    tokens: Tensor
-    """int64."""
-    labels: Tensor
-    """int64: the next token."""
-    loss_mask: Tensor
-    """fp32: 1 where the label counts."""
-    position_ids: Tensor
-    """int64."""
+    tokens: Tensor | None = None
+    """int64. The stage with the embedding uses them."""
+    labels: Tensor | None = None
+    """int64: the next token. The stage with the head uses them."""
+    loss_mask: Tensor | None = None
+    """fp32: 1 where the label counts; None = everywhere."""
+    position_ids: Tensor | None = None
+    """int64; None = from 0 on. The rotary embedding does not use them."""
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device."""
-        if device.type == self.tokens.device.type:
-            return self
-        moved = (
-            tensor.to(device, non_blocking=True)
-            for tensor in (self.tokens, self.labels, self.loss_mask, self.position_ids)
+        """The batch on a device; a copy from pinned memory is not waited for."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The batch in pinned memory."""
+        return self._each(Tensor.pin_memory)
+
+    def only(self, *, tokens: bool, labels: bool) -> Batch:
+        """The batch without what a stage does not use."""
+        return replace(
+            self,
+            tokens=self.tokens if tokens else None,
+            labels=self.labels if labels else None,
+            loss_mask=self.loss_mask if labels else None,
         )
-        return Batch(*moved)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{n: None if t is None else change(t) for n, t in tensors.items()})
 
 
 class SequenceDataset:
@@ -167,6 +178,10 @@ class BatchSource:
     micro_batch_size: int
     data_parallel_rank: int
     data_parallel_size: int
+    tokens: bool = True
+    """Whether this stage uses the tokens."""
+    labels: bool = True
+    """Whether this stage uses the labels; with neither, nothing is read."""
 
     def micro_batches(self, consumed_samples: int, global_batch_size: int) -> Iterator[Batch]:
         """The micro-batches of the step that starts after `consumed_samples`.
@@ -178,7 +193,11 @@ class BatchSource:
         for start in range(0, global_batch_size, stride):
             first = consumed_samples + start + self.data_parallel_rank * self.micro_batch_size
             numbers = range(first, first + self.micro_batch_size)
-            yield collate([self.dataset[self.order[number]] for number in numbers])
+            if self.tokens or self.labels:
+                batch = collate([self.dataset[self.order[number]] for number in numbers])
+                yield batch.only(tokens=self.tokens, labels=self.labels)
+            else:
+                yield Batch()
 
 
 @dataclass(frozen=True)
@@ -236,12 +255,7 @@ def collate(sequences: list[Tensor]) -> Batch:
     """A micro-batch of sequences, each with its next token [s + 1]."""
     rows = torch.stack(sequences)
     tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-    return Batch(
-        tokens=tokens,
-        labels=labels,
-        loss_mask=torch.ones(tokens.shape),
-        position_ids=torch.arange(tokens.shape[1]).repeat(len(tokens), 1),
-    )
+    return Batch(tokens, labels)
 
 
 def random_batch(config: RunConfig, number: int = 0) -> Batch:
@@ -249,5 +263,4 @@ def random_batch(config: RunConfig, number: int = 0) -> Batch:
     shape = (config.training.micro_batch_size, config.data.seq_length)
     generator = torch.Generator().manual_seed(config.training.seed + number)
     rows = torch.randint(0, config.data.vocab_size, (2, *shape), generator=generator)
-    positions = torch.arange(shape[1]).expand(shape).contiguous()
-    return Batch(rows[0], rows[1], torch.ones(shape), positions)
+    return Batch(rows[0], rows[1])

@@ -24,6 +24,8 @@ class StepResult:
     """Mean cross entropy of the global batch, in nats per token."""
     grad_norm: float
     """Global gradient norm before clipping, whether anything is clipped or not."""
+    stop: bool = False
+    """Whether any rank's `stop` was true in this step."""
 
     @property
     def finite(self) -> bool:
@@ -58,12 +60,14 @@ class Engine(Profiled, Protocol):
         learning_rate: float,
         accept: Callable[[StepResult], bool] = ...,
         depth: DepthObserver | None = ...,
+        stop: Callable[[], bool] = ...,
     ) -> StepResult:
         """Forward, backward and update on this replica's `count` micro-batches.
 
         The update is made, and the optimizer's state changes, only if the result of the passes is
         finite and `accept` returns true for it, which must be the same on every rank. `depth`
-        observes the step, if it is given.
+        observes the step, if it is given. `stop` is asked once, and its answer travels with the
+        loss: a step's results are one all-reduce, and the host waits for the device once.
         """
 
     def validate(self, micro_batches: Iterable[Batch], count: int) -> float:
@@ -78,6 +82,8 @@ def owns(parameter: nn.Parameter, runtime: Runtime) -> bool:
     return getattr(parameter, "tensor_model_parallel", False) or runtime.tensor_rank == 0
 
 
-def mean_loss(losses: Tensor, loss_mask: Tensor) -> Tensor:
-    """Mean of the token losses [b, s] under the mask."""
+def mean_loss(losses: Tensor, loss_mask: Tensor | None) -> Tensor:
+    """Mean of the token losses [b, s], under the mask if there is one."""
+    if loss_mask is None:
+        return losses.sum() / losses.numel()
     return (losses * loss_mask).sum() / loss_mask.sum()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch, random_batch
+from keel_megatron.engines.base import mean_loss
 from keel_megatron.engines.build import build_engine
 from keel_megatron.engines.megatron.engine import MegatronEngine
 from keel_megatron.errors import UserError
@@ -130,7 +131,7 @@ def _pass(clock: _Clock, engine: MegatronEngine, batch: Batch) -> tuple[float, f
 
     def forward() -> Tensor:
         losses = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
-        return (losses * batch.loss_mask).sum() / batch.loss_mask.sum()
+        return mean_loss(losses, batch.loss_mask)
 
     ahead, loss = clock(forward)
     back, _nothing = clock(loss.backward)

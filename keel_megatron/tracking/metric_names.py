@@ -16,6 +16,7 @@ NAMES = {
     "skipped_steps": "workload/skipped_steps",
     "memory_gb": "workload/memory_gb",
     "seconds": "workload/step_seconds",
+    "data_seconds": "workload/data_seconds",
     "tflops_per_device": "workload/tflops_per_device",
     "tokens_per_second": "workload/tokens_per_second",
     "checkpoint_bytes": "workload/checkpoint_bytes",
@@ -36,6 +37,7 @@ DESCRIPTION = """\
 | `validation/loss` | cross entropy of the validation sequences, nats per token |
 | `workload/consumed_tokens`, `workload/consumed_samples` | tokens and sequences seen so far |
 | `workload/skipped_steps` | steps so far whose update was skipped |
+| `workload/data_seconds` | part of `workload/step_seconds` that waits for data |
 | `workload/...` | speed, memory (1e9 bytes) and checkpoints |
 | `depth.QUANTITY.min`, `.median`, `.max` | over the sub-layers |
 | `depth.QUANTITY.first_nonfinite` | the first sub-layer whose value is not finite |

@@ -35,6 +35,8 @@ class StepRecord:
     """Duration of the step in seconds."""
     skipped_steps: int = 0
     """Steps so far in the run whose update was skipped."""
+    data_seconds: float = 0.0
+    """Part of the step's duration for which it waited for its batches."""
 
     def to_json(self) -> dict[str, float]:
         """The record as one flat object, with the fields' names as keys."""

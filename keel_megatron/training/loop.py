@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 from keel_megatron.checkpoint.state import Position
 from keel_megatron.data.batches import Batches
+from keel_megatron.data.prefetch import Prefetcher
 from keel_megatron.depth.collector import DepthCollector
 from keel_megatron.engines.base import Engine
 from keel_megatron.errors import DivergedError, UserError
@@ -15,6 +17,7 @@ from keel_megatron.model.compiled import compile_report
 from keel_megatron.runtime import exit_codes
 from keel_megatron.tracking.records import ValidationRecord
 from keel_megatron.tracking.tracker import Tracker
+from keel_megatron.training.garbage import GarbageCollection
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.learning_rate import learning_rate
 from keel_megatron.training.recovery import Inspection, roll_back, what_is_left
@@ -65,6 +68,9 @@ class Loop:
         self._tracker = tracker
         self._mark = mark
         self._before_step = before_step
+        self._asked = False
+        self._prefetcher = Prefetcher(batches.train.micro_batches, self._runtime.device)
+        self._garbage = GarbageCollection(self._config.training.gc_every)
         self.validation_loss = math.nan
 
     def run(self, stop: StopRequest) -> int:
@@ -78,7 +84,8 @@ class Loop:
             UserError: a checkpoint cannot be written, and checkpoint.on_error is stop.
         """
         try:
-            return self._run(stop)
+            with self._garbage.controlled(), closing(self._prefetcher):
+                return self._run(stop)
         except DivergedError as error:
             raise self._diverged(error) from None
 
@@ -88,10 +95,12 @@ class Loop:
         if self._guard.action == "rollback" and state.position.step == 0:
             self._state.save()  # for a rollback before the first checkpoint
         while state.position.step < steps:
-            if not self._step():
+            if not self._step(stop):
                 continue
             state.saver.poll()
-            stopping = self._runtime.max(stop.exit_code)
+            # Whether any rank is asked to stop came with the step's loss; only the code is agreed
+            # upon here, once in a run.
+            stopping = self._runtime.max(stop.exit_code) if self._asked else exit_codes.DONE
             last = state.position.step == steps
             if last:
                 stopping = exit_codes.DONE  # there is nothing left to stop
@@ -121,7 +130,7 @@ class Loop:
     def _due(self, every: int) -> bool:
         return every > 0 and self._state.position.step % every == 0
 
-    def _step(self) -> bool:
+    def _step(self, stop: StopRequest) -> bool:
         """One step; False if it ended in a rollback."""
         config, engine, position = self._config, self._engine, self._state.position
         if self._before_step is not None:
@@ -129,10 +138,14 @@ class Loop:
         step, batch_size = position.step + 1, config.training.global_batch_size
         started = time.perf_counter()
         rate = learning_rate(step, config.training.steps, config.optimizer, config.schedule)
-        batches = list(self._batches.train.micro_batches(position.consumed_samples, batch_size))
+        batches = self._prefetcher.take(
+            position.consumed_samples, batch_size, last=step == config.training.steps
+        )
+        waited = time.perf_counter() - started
         inspection = Inspection(self._guard, engine, self._tracker, batches, step)
         depth = self._depth_collector(step)
-        result = engine.train_step(batches, len(batches), rate, inspection, depth)
+        result = engine.train_step(batches, len(batches), rate, inspection, depth, stop.__bool__)
+        self._asked = result.stop
         profile = None if depth is None else depth.profile(step)
         position = Position(step, position.consumed_samples + batch_size)
         self._state.position = position
@@ -142,12 +155,13 @@ class Loop:
             roll_back(engine, self._state, self._guard, self._tracker)
             self._mark(f"the rollback to step {self._state.position.step}")
             return False
+        self._garbage.after_step(step)
         seconds = time.perf_counter() - started
         if compiled := compile_report(engine.chunks, seconds):
             self._tracker.say(compiled)
         skipped = self._guard.skipped
         self._tracker.step(
-            step_record(config, self._runtime, position, result, rate, seconds, skipped)
+            step_record(config, self._runtime, position, result, rate, seconds, skipped, waited)
         )
         if profile is not None:
             self._tracker.depth(profile)

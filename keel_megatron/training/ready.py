@@ -75,18 +75,26 @@ def _decided(config: RunConfig, runtime: Runtime) -> Partition:
 
 
 def open_batches(config: RunConfig, runtime: Runtime, data: PreparedData) -> Batches:
-    """This replica's training batches and its fixed validation micro-batches."""
+    """This replica's training batches and its fixed validation micro-batches.
+
+    Only what this stage uses of them: tokens on the first, labels on the last.
+    """
     seed, training = config.training.seed, config.training
     train, validation = (
         SequenceDataset(prefix, config.data.seq_length, seed)
         for prefix in (data.train_prefix, data.validation_prefix)
     )
+    used = {
+        "tokens": runtime.pipeline_rank == 0,
+        "labels": runtime.pipeline_rank == runtime.pipeline_size - 1,
+    }
     source = BatchSource(
         train,
         SampleOrder(len(train), seed),
         training.micro_batch_size,
         runtime.data_rank,
         runtime.data_size,
+        **used,
     )
     fixed = validation_batches(
         validation,
@@ -96,7 +104,7 @@ def open_batches(config: RunConfig, runtime: Runtime, data: PreparedData) -> Bat
         runtime.data_size,
         multiple=config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,
     )
-    return Batches(source, list(fixed))
+    return Batches(source, [batch.only(**used) for batch in fixed])
 
 
 def _announce(config: RunConfig, runtime: Runtime, say: Say, data: PreparedData) -> None:

@@ -23,6 +23,7 @@ def step_record(
     rate: float,
     seconds: float,
     skipped: int = 0,
+    data_seconds: float = 0.0,
 ) -> StepRecord:
     """The record of a step.
 
@@ -34,6 +35,7 @@ def step_record(
         rate: its learning rate.
         seconds: its duration.
         skipped: number of skipped updates so far.
+        data_seconds: part of the duration for which it waited for its batches.
     """
     seq_length = config.data.seq_length
     tokens_per_second = config.training.global_batch_size * seq_length / seconds
@@ -50,6 +52,7 @@ def step_record(
         memory_gb=peak_memory_gb(runtime.device),
         seconds=seconds,
         skipped_steps=skipped,
+        data_seconds=data_seconds,
     )
 
 

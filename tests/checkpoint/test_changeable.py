@@ -114,6 +114,7 @@ ALIKE: dict[str, Any] = {
 LAYOUTS = "needs several processes: test_resume.py"
 START = "of a start, not of the training: nothing in a checkpoint knows it"
 REPORTS = "what is reported, and where: nothing in a checkpoint knows it"
+OVERLAP = "needs several replicas: tests/engines/megatron/test_overlap.py"
 PLACE = "a place: what lies there is fingerprinted (tests/data/test_prepare.py)"
 ELSEWHERE = {
     "parallel.tensor": LAYOUTS,
@@ -121,6 +122,8 @@ ELSEWHERE = {
     "parallel.virtual_pipeline": LAYOUTS,
     "parallel.sequence": LAYOUTS,
     "parallel.layout": LAYOUTS,
+    "parallel.overlap_grad_reduce": OVERLAP,
+    "parallel.overlap_param_gather": OVERLAP,
     "parallel.memory_gb": "decides with recompute: auto and layout: null: tests/partition",
     "parallel.timeout_seconds": START,
     "parallel.preflight": START,
@@ -139,6 +142,7 @@ ELSEWHERE = {
     "training.device": START,
     "training.deterministic": "which CUDA kernels compute the same: tests/runtime",
     "training.threads": START,
+    "training.gc_every": "when Python collects garbage: tests/training/test_garbage.py",
     "training.exit_after": START,
     "training.hang_timeout": START,
     "training.validation_sequences": "of every start anew: tests/data/test_batches.py",

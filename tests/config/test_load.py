@@ -70,6 +70,14 @@ def complaints(path: Path, *overrides: str, world_size: int | None = None) -> li
         ("model.num_query_groups=3", "3 must divide model.num_attention_heads = 4"),
         ("parallel.tensor=3", "model.num_attention_heads: 4 must be a multiple of parallel.tensor"),
         ("parallel.sequence=true", "parallel.sequence: true needs parallel.tensor > 1"),
+        (
+            "parallel.overlap_param_gather=true parallel.distributed_optimizer=false",
+            "parallel.overlap_param_gather: true needs parallel.distributed_optimizer: true",
+        ),
+        (
+            "parallel.overlap_grad_reduce=true training.engine=deepspeed",
+            "parallel.overlap_grad_reduce: is not supported with training.engine: deepspeed",
+        ),
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline: 2 needs parallel.pipeline > 1"),
         ("parallel.pipeline=11", "need at least 9 blocks; model.blocks = 8"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,10 +50,27 @@ def test_a_step_has_the_same_sequences_at_every_layout(
 
 def test_labels_are_the_tokens_that_follow(dataset: SequenceDataset) -> None:
     (batch,) = BatchSource(dataset, SampleOrder(len(dataset), 7), 4, 0, 1).micro_batches(0, 4)
-    assert batch.tokens.shape == batch.labels.shape == batch.loss_mask.shape == (4, S)
+    assert batch.tokens is not None
+    assert batch.labels is not None
+    assert batch.tokens.shape == batch.labels.shape == (4, S)
     assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
-    assert torch.equal(batch.position_ids, torch.arange(S).expand(4, S))
-    assert batch.loss_mask.sum() == 4 * S
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_stage_gets_what_it_uses(dataset: SequenceDataset, tokens: bool, labels: bool) -> None:
+    """What every label counts, and positions from 0 on, need no tensor at all."""
+    whole = BatchSource(dataset, SampleOrder(len(dataset), 7), 4, 0, 1)
+    part = replace(whole, tokens=tokens, labels=labels)
+    for batch, full in zip(part.micro_batches(8, 16), whole.micro_batches(8, 16), strict=True):
+        assert full.tokens is not None
+        assert full.labels is not None
+        for found, expected, used in (
+            (batch.tokens, full.tokens, tokens),
+            (batch.labels, full.labels, labels),
+        ):
+            assert found is None if not used else torch.equal(found, expected)  # type: ignore[arg-type]
+        assert batch.loss_mask is batch.position_ids is None
 
 
 def test_an_epoch_sees_every_sample_once_and_the_next_in_another_order() -> None:
@@ -146,9 +164,14 @@ def test_the_sequences_are_megatron_cores(
     theirs, ours = megatron(prefix, seq_length, seed), SequenceDataset(prefix, seq_length, seed)
     assert len(ours) == len(theirs) > 0
     batch = collate([ours[number] for number in range(len(ours))])
+    everywhere = {
+        "loss_mask": torch.ones(len(ours), seq_length),
+        "position_ids": torch.arange(seq_length).expand(len(ours), -1),
+    }
     for key in ("tokens", "labels", "loss_mask", "position_ids"):
         expected = torch.stack([sample[key] for sample in theirs])
         found = getattr(batch, key)
+        found = everywhere[key] if found is None else found
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected), key
 

@@ -36,7 +36,7 @@ def gradients(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         config = RunConfig.model_validate(settings(**case))
         with start(config.parallel, config.training) as runtime:
             chunks = build_model(config, runtime)
-            (model,), (chunk,) = wrap_data_parallel(config, chunks), chunks
+            (model,), (chunk,) = wrap_data_parallel(config, chunks, runtime), chunks
             batches = made_up_batches(config, runtime, 0)[:2]
             results: dict[str, Any] = {}
             for way in ("losses", "logits"):

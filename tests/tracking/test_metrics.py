@@ -65,6 +65,7 @@ def test_a_line_has_the_keys_that_readers_rely_on_as_soon_as_it_is_written(tmp_p
         "memory_gb",
         "seconds",
         "skipped_steps",
+        "data_seconds",
         "time",
     ]
     assert 1.7e12 < second.pop("time") < 1e14, "milliseconds since 1970"

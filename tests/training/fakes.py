@@ -58,10 +58,10 @@ class FakeEngine:
         self.validation_loss = 2.0
 
     def train_step(
-        self, batches: Any, count: int, rate: float, accept: Any, depth: Any
+        self, batches: Any, count: int, rate: float, accept: Any, depth: Any, stop: Any
     ) -> StepResult:
         assert depth is None
-        result = StepResult(self.losses.pop(0) if self.losses else 1.0, 0.5)
+        result = StepResult(self.losses.pop(0) if self.losses else 1.0, 0.5, stop())
         self.rates.append(rate)
         self.updates.append(accept(result) and result.finite)
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -102,3 +103,18 @@ def test_a_run_whose_last_save_failed_says_so() -> None:
     bench.saver.failure = "the disk is full"
     with pytest.raises(UserError, match="the run ends unsaved: the disk is full"):
         bench.loop.run(StopRequest())
+
+
+def test_however_it_ends_no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the last step, by a request to stop, and by an error of the thread that reads batches."""
+
+    def gone(consumed: int, size: int) -> list[Any]:
+        raise OSError(f"batch {consumed // size} cannot be read")
+
+    before = threading.active_count()
+    Bench(training__steps=3).loop.run(StopRequest())
+    Bench(training__steps=3).loop.run(StopRequest(deadline=0.0))
+    monkeypatch.setattr(FakeBatches, "micro_batches", staticmethod(gone))
+    with pytest.raises(OSError, match="batch 0 cannot be read"):
+        Bench(training__steps=3).loop.run(StopRequest())
+    assert threading.active_count() == before

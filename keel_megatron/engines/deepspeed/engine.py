@@ -62,6 +62,7 @@ class DeepSpeedEngine:
         learning_rate: float,
         accept: Callable[[StepResult], bool] = lambda _result: True,
         depth: DepthObserver | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
         """As `Engine.train_step`."""
         model = self._model
@@ -80,7 +81,8 @@ class DeepSpeedEngine:
                     model.step()  # counts the micro-batch
         if depth is not None:
             depth.before_update()
-        result = StepResult(self._mean(total, count), self._shards.gradient_norm())
+        mean, asked = self._mean(total, count, stop())
+        result = StepResult(mean, self._shards.gradient_norm(), asked)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         accepted = accept(result) and result.finite
@@ -97,7 +99,7 @@ class DeepSpeedEngine:
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for batch in micro_batches:
             total += self._loss(batch).double()
-        return self._mean(total, count)
+        return self._mean(total, count)[0]
 
     def own_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """As `Engine.own_gradient`."""
@@ -126,11 +128,15 @@ class DeepSpeedEngine:
         losses = self._model(batch.tokens, batch.position_ids, None, labels=batch.labels)
         return mean_loss(losses, batch.loss_mask)
 
-    def _mean(self, total: Tensor, count: int) -> float:
-        if self.runtime.tensor_rank != 0:
-            total = torch.zeros_like(total)  # each of the tensor ranks has the same
-        dist.all_reduce(total)
-        return float(total) / (count * self.runtime.data_size)
+    def _mean(self, total: Tensor, count: int, stop: bool = False) -> tuple[float, bool]:
+        """The mean loss, and whether any rank's `stop` is true."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
+        if self.runtime.tensor_rank == 0:  # each of the tensor ranks has the same
+            sums[0] = total
+        sums[1].fill_(stop)
+        dist.all_reduce(sums)
+        loss, asked = sums.tolist()
+        return loss / (count * self.runtime.data_size), asked > 0
 
 
 def require_deepspeed(device: torch.device) -> None:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
@@ -22,6 +23,11 @@ from keel_megatron.engines.megatron.optimizer import (
     build_optimizer,
     set_learning_rate,
     wrap_data_parallel,
+)
+from keel_megatron.engines.megatron.overlap import (
+    ParameterGather,
+    overlaps_grad_reduce,
+    overlaps_param_gather,
 )
 from keel_megatron.runtime.distributed import Runtime
 
@@ -39,13 +45,26 @@ class MegatronEngine:
         self.config = config
         self.runtime = runtime
         self.chunks = chunks
-        self.model = wrap_data_parallel(config, chunks)
-        self.optimizer = build_optimizer(config, self.model)
-        self.state = MegatronState(chunks, self.optimizer)
+        self.model = wrap_data_parallel(config, chunks, runtime)
+        self.optimizer = build_optimizer(config, self.model, runtime)
+        self._gather: ParameterGather | None = None
+        if overlaps_param_gather(config, runtime):
+            self._gather = ParameterGather(self.model, whole=config.kernels.cuda_graphs)
+        self._state = MegatronState(chunks, self.optimizer)
         self._schedule: Callable[..., list[Tensor]] = get_forward_backward_func()
         megatron_config: Any = chunks[0].config
         megatron_config.grad_scale_func = self.optimizer.scale_loss
         megatron_config.finalize_model_grads_func = finalize_model_grads
+        if overlaps_grad_reduce(config, runtime):
+            syncs = [chunk.no_sync for chunk in self.model]
+            megatron_config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+
+    @property
+    def state(self) -> MegatronState:
+        """As `Engine.state`; collective where updated weights are still being gathered."""
+        if self._gather is not None:
+            self._gather.finish()
+        return self._state
 
     def train_step(
         self,
@@ -54,6 +73,7 @@ class MegatronEngine:
         learning_rate: float,
         accept: Callable[[StepResult], bool] = lambda _result: True,
         depth: DepthObserver | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
         """As `Engine.train_step`."""
         for chunk in self.model:
@@ -66,7 +86,7 @@ class MegatronEngine:
         if depth is not None:
             depth.before_update()
         self.optimizer.prepare_grads()
-        result = StepResult(loss, float(self.optimizer.get_grad_norm()))
+        result = self._result(loss, count, stop())
         if accept(result) and result.finite:
             self._update(result.grad_norm, learning_rate)
         if depth is not None:
@@ -76,7 +96,7 @@ class MegatronEngine:
     def _update(self, grad_norm: float, learning_rate: float) -> None:
         """Clip and step: the second half of Megatron-core's `optimizer.step`, in its own calls."""
         set_learning_rate(self.optimizer, self.config, learning_rate)
-        self.state.before_update()
+        self._state.before_update()
         if self.config.optimizer.clip_grad > 0.0:
             for inner in self.optimizer.chained_optimizers:
                 if parameters := inner.get_parameters():
@@ -84,13 +104,17 @@ class MegatronEngine:
                         parameters, self.config.optimizer.clip_grad, grad_norm
                     )
         self.optimizer.step_with_ready_grads()
+        if self._gather is not None:
+            self._gather.start()
 
     @torch.no_grad()
     def validate(self, micro_batches: Iterable[Batch], count: int) -> float:
         """Mean cross entropy in nats per token over `count` micro-batches a replica."""
         for chunk in self.model:
             chunk.eval()
-        return self._run(micro_batches, count, forward_only=True)
+        total = self._run(micro_batches, count, forward_only=True)
+        dist.all_reduce(total)
+        return float(total) / (count * self.runtime.data_size)
 
     def own_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """As `Engine.own_gradient`.
@@ -118,10 +142,35 @@ class MegatronEngine:
         """Elements of the flat parameter whose reduced gradient this rank owns; None if none."""
         if not self.config.parallel.distributed_optimizer:
             return slice(None) if self.runtime.data_rank == 0 else None
-        return self.state.shards.owned(parameter)
+        return self._state.shards.owned(parameter)
 
-    def _run(self, micro_batches: Iterable[Batch], count: int, *, forward_only: bool) -> float:
-        """Run the schedule; the mean loss over micro-batches and replicas, on every rank."""
+    @torch.no_grad()
+    def _result(self, loss: Tensor, count: int, stop: bool) -> StepResult:
+        """The step's result on every rank: one all-reduce, and the step's only host wait."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.runtime.device)
+        sums[0] = loss
+        # With the distributed optimizer every rank has gradients of its own; without, every
+        # replica has the same.
+        if self.config.parallel.distributed_optimizer or self.runtime.data_rank == 0:
+            sums[1] = self._squared_norm()
+        sums[2].fill_(stop)
+        dist.all_reduce(sums)
+        total, squared, asked = sums.tolist()
+        # In fp32, as Megatron-core adds up the ranks' squares.
+        grad_norm = float(np.float32(squared)) ** 0.5
+        return StepResult(total / (count * self.runtime.data_size), grad_norm, asked > 0)
+
+    def _squared_norm(self) -> Tensor:
+        """Square of the norm of the gradients that this rank's optimizers hold, fp32."""
+        gradients = [
+            gradient
+            for inner in self.optimizer.chained_optimizers
+            for gradient in inner.get_main_grads_for_grad_norm()
+        ]
+        return nn.utils.get_total_norm(gradients, foreach=True).float() ** 2
+
+    def _run(self, micro_batches: Iterable[Batch], count: int, *, forward_only: bool) -> Tensor:
+        """Run the schedule; the sum of the losses that this rank speaks for, fp64."""
         # Every chunk of this stage walks the same micro-batches at its own pace.
         batches = [batch.to(self.runtime.device) for batch in micro_batches]
         iterators = [iter(batches) for _ in self.model]
@@ -135,11 +184,9 @@ class MegatronEngine:
             forward_only=forward_only,
         )
         # Only the last stage has losses, and each of its tensor ranks has the same.
-        total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         if losses and self.runtime.tensor_rank == 0:
-            total += torch.stack(losses).double().sum()
-        dist.all_reduce(total)
-        return float(total) / (count * self.runtime.data_size)
+            return torch.stack(losses).double().sum()
+        return torch.zeros((), dtype=torch.float64, device=self.runtime.device)
 
 
 def _forward_step(
@@ -151,7 +198,7 @@ def _forward_step(
     return output, partial(_mean_loss, batch.loss_mask)
 
 
-def _mean_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_loss(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor]:
     """The same, to differentiate and to report."""
     loss = mean_loss(losses, loss_mask)
     return loss, loss.detach().clone()
