@@ -8,6 +8,8 @@ from pydantic import Field
 
 from keel_megatron.config.section import Section
 
+TritonKernel = Literal["norm", "rotary", "cross_entropy"]
+
 _TILE = 128
 """Rows of a tile in a GPU's matrix product."""
 
@@ -45,7 +47,16 @@ class KernelsConfig(Section):
             "inefficient."
         ),
     )
-
+    triton: tuple[TritonKernel, ...] = Field(
+        default=("norm", "rotary", "cross_entropy"),
+        strict=False,
+        description=(
+            "Operations that run as Triton kernels on CUDA: norm (scaled add and norms), rotary "
+            "(split and rotation of query, key and value), cross_entropy (loss and gradient in "
+            "place of the logits, which stay bf16 under bf16). The others, and all of them on a "
+            "CPU or without Triton, run as PyTorch operators. []: no Triton kernels."
+        ),
+    )
     compile: bool = Field(
         default=False,
         description=(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from keel_megatron.kernels import fused, reference
+from keel_megatron.kernels.selection import triton_is_installed, use_triton
 
 MAX_TRITON_HIDDEN_SIZE = 16384
 
@@ -30,8 +30,9 @@ def scaled_add_norm(
     """X' = N_out(alpha x + f) and z = N_in(x'); `kernels.reference.scaled_add_norm` defines it.
 
     `auto`: one Triton kernel each for the forward and backward pass on CUDA (`triton_norm.py`);
-    otherwise, and on CUDA for fp64, h > 16384 or without Triton, as `torch`. `torch`: torch's
-    operators with an explicit backward pass (`fused.py`). `reference`: the definition, by autograd.
+    otherwise, and on CUDA for fp64, h > 16384 or where `selection.use_triton` refuses, as `torch`.
+    `torch`: torch's operators with an explicit backward pass (`fused.py`). `reference`: the
+    definition, by autograd.
 
     A token moves `bytes_per_token` bytes forward and backward: every input and every output is
     read or written once, the minimum of an operation given x and f that leaves x' and z.
@@ -55,7 +56,8 @@ def scaled_add_norm(
         )
     arguments = (x, f, alpha, outer_weight, inner_weight, eps, z_dtype)
     operation: Any
-    if backend == "triton" or (backend == "auto" and x.is_cuda and _triton_fits(x)):
+    fits = x.dtype == torch.float32 and x.size(-1) <= MAX_TRITON_HIDDEN_SIZE
+    if use_triton("norm", x, backend, fits=fits):
         # Imported late: importing Triton takes a second, and a CPU run does not need it.
         from keel_megatron.kernels import triton_norm
 
@@ -101,18 +103,3 @@ def bytes_per_token(
     forward = stream + f + stream + z
     backward = stream + f + stream + z + stream + f
     return forward * hidden_size, backward * hidden_size
-
-
-@cache
-def triton_is_installed() -> bool:
-    """Whether Triton can be imported."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _triton_fits(x: Tensor) -> bool:
-    fits = x.dtype == torch.float32 and x.size(-1) <= MAX_TRITON_HIDDEN_SIZE
-    return fits and triton_is_installed()

@@ -13,6 +13,12 @@ Under vocabulary parallelism a rank has v / TP rows of W, its own softmax q over
 log-sum-exp s; with S that of the whole vocabulary p = q exp(s - S). So only one number per row is
 reduced, in one message for all rows. megatron-core's `vocab_parallel_cross_entropy` gives the same
 losses.
+
+On CUDA the softmax is two Triton kernels (`triton_cross_entropy.py`): the logits stay in the
+product's type, and their gradient replaces them. All rows at once then keep 2 bytes a logit under
+bf16 in place of 4, and move 6 between the products in place of 36. torch's operators take the
+logits in fp32: on CUDA from the product itself (`out_dtype`), on a CPU rounded to bf16 first, as
+the Triton kernels do.
 """
 
 from __future__ import annotations
@@ -24,6 +30,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from keel_megatron.kernels.selection import Backend, use_triton
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ def linear_cross_entropy(
     rows: int,
     split: Split | None = None,
     accumulate: bool = False,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Cross entropy of softmax(x weight^T) in nats: [n], fp32 (fp64 for fp64), differentiable once.
 
@@ -56,9 +65,13 @@ def linear_cross_entropy(
         rows: maximum rows whose logits are in memory at once.
         split: the ranks that share the vocabulary; None: this process has all of it.
         accumulate: add the weight's gradient to `weight.main_grad` instead of returning it.
+        backend: of the softmax. `auto`: the Triton kernels on CUDA for fp32 and bf16, where
+            `selection.use_triton` permits; otherwise torch's operators.
     """
     operation: Any = _LinearCrossEntropy
-    result: Tensor = operation.apply(x, weight, labels, rows, split, accumulate)
+    fits = x.dtype in (torch.float32, torch.bfloat16)
+    in_place = use_triton("cross_entropy", x, backend, fits=fits)
+    result: Tensor = operation.apply(x, weight, labels, rows, split, accumulate, in_place)
     return result
 
 
@@ -74,33 +87,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows: int,
         split: Split | None,
         accumulate: bool,
+        in_place: bool,
     ) -> Tensor:
-        """See `linear_cross_entropy`."""
+        """See `linear_cross_entropy`; in_place: by the Triton kernels."""
         ctx.rows, ctx.split, ctx.accumulate = rows, split, accumulate
         places, foreign = _places(labels.unsqueeze(1), weight.size(0), split)
         whole = _gathered(x, split)
-        kept, picked, scores = None, [], []
+        kept, found = None, []
+        softmax = _triton_softmax if in_place else _softmax
         for piece in _pieces(whole, rows):
-            place = _rows(places, piece)
-            logits = _logits(_rows(whole, piece), weight)
-            logs = torch.log_softmax(logits, 1)
-            picked.append(logs.gather(1, place))
-            if split is not None:
-                scores.append(logits.gather(1, place))
+            values, *numbers = softmax(
+                _rows(whole, piece), weight, _rows(places, piece), scores=split is not None
+            )
+            found.append(numbers)
             if piece is None:
-                kept = logs
-            del logits, logs  # before the next piece has its own
-        result, scale = _joined(picked), None
+                kept = values
+            del values  # before the next piece has its own
+        result, log_sums, scores = (_joined(parts) for parts in zip(*found, strict=True))
+        scale = None
         if split is not None and foreign is not None:
-            result, scale = _over_ranks(result, _joined(scores), foreign, split.group)
-        ctx.save_for_backward(x, weight, places, foreign, scale, kept)
+            own = scores - result if log_sums is None else log_sums.clone()
+            result, scale = _over_ranks(own, scores, foreign, split.group)
+        ctx.save_for_backward(x, weight, places, foreign, scale, kept, log_sums)
         return result.neg().squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x and the weight from those of the losses [n]."""
-        x, weight, places, foreign, scale, kept = ctx.saved_tensors
+        x, weight, places, foreign, scale, kept, log_sums = ctx.saved_tensors
         whole = _gathered(x, ctx.split)
         d = d_losses.unsqueeze(1)
         at_label = d.neg()
@@ -111,12 +126,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sums = weight.main_grad if ctx.accumulate else None
         for piece in _pieces(whole, ctx.rows):
             part = _rows(whole, piece)
+            numbers = [_rows(one, piece) for one in (places, d, at_label)]
             # The saved tensors are modified in place: torch refuses a second backward pass.
-            p = kept.exp_() if kept is not None else torch.softmax(_logits(part, weight), 1)
-            p.mul_(_rows(d, piece))
-            p.scatter_add_(1, _rows(places, piece), _rows(at_label, piece))
-            dz = p.to(weight.dtype)
-            del p
+            if log_sums is None:
+                dz = _gradient(kept, part, weight, *numbers)
+            else:
+                dz = _triton_gradient(kept, part, weight, _rows(log_sums, piece), *numbers)
             if dx is not None:
                 torch.mm(dz, weight, out=_rows(dx, piece))
             if ctx.needs_input_grad[1]:
@@ -125,7 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.accumulate:
             weight.grad_added_to_main_grad, sums = True, None
         d_weight = None if sums is None else sums.to(weight.dtype)
-        return None if dx is None else _scattered(dx, ctx.split), d_weight, None, None, None, None
+        return None if dx is None else _scattered(dx, ctx.split), d_weight, *[None] * 5
 
 
 def _pieces(x: Tensor, rows: int) -> list[slice] | list[None]:
@@ -142,11 +157,87 @@ def _rows(x: Tensor, piece: slice | None) -> Tensor:
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
     """X W^T in the softmax's type."""
-    return x.mm(weight.t()).to(torch.promote_types(weight.dtype, torch.float32))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if x.is_cuda and weight.dtype != wide:
+        mm: Any = torch.mm
+        product: Tensor = mm(x, weight.t(), out_dtype=wide)
+        return product
+    return x.mm(weight.t()).to(wide)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _softmax(
+    x: Tensor, weight: Tensor, places: Tensor, *, scores: bool
+) -> tuple[Tensor, Tensor, None, Tensor | None]:
+    """Of a piece: log-softmax [n, v]; that at the places [n, 1]; None; there the logits, or None.
+
+    Args:
+        x: the rows.
+        weight: this rank's.
+        places: of the labels in it.
+        scores: whether the logits at the places are needed.
+    """
+    logits = _logits(x, weight)
+    logs = torch.log_softmax(logits, 1)
+    return logs, logs.gather(1, places), None, logits.gather(1, places) if scores else None
+
+
+def _triton_softmax(
+    x: Tensor,
+    weight: Tensor,
+    places: Tensor,
+    *,
+    scores: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Like `_softmax`, with the logits in place of the log-softmax, and the rows' log-sum-exp."""
+    # Imported late: importing Triton takes a second, and a CPU run does not need it.
+    from keel_megatron.kernels import triton_cross_entropy
+
+    logits = x.mm(weight.t())
+    log_sums, found = triton_cross_entropy.row_sums(logits, places)
+    return logits, found - log_sums, log_sums, found if scores else None
+
+
+def _gradient(
+    kept: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    places: Tensor,
+    d: Tensor,
+    at_label: Tensor,
+) -> Tensor:
+    """Gradient of a piece's logits, in the weight's type: p d, plus at_label at the places.
+
+    Args:
+        kept: the log-softmax, which is overwritten; None: computed again.
+        x: the rows.
+        weight: this rank's.
+        places: of the labels in it, [n, 1], as the following.
+        d: factor of the softmax.
+        at_label: what is added at the places.
+    """
+    p = kept.exp_() if kept is not None else torch.softmax(_logits(x, weight), 1)
+    return p.mul_(d).scatter_add_(1, places, at_label).to(weight.dtype)
+
+
+def _triton_gradient(
+    kept: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    log_sums: Tensor,
+    places: Tensor,
+    d: Tensor,
+    at_label: Tensor,
+) -> Tensor:
+    """Like `_gradient`; kept: the logits, which become the gradient."""
+    from keel_megatron.kernels import triton_cross_entropy
+
+    logits = x.mm(weight.t()) if kept is None else kept
+    return triton_cross_entropy.to_gradient(logits, places, log_sums, d, at_label)
+
+
+def _joined(parts: tuple[Any, ...]) -> Any:
+    """The pieces' numbers as one tensor; None where there are none."""
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
 
 def _places(labels: Tensor, own: int, split: Split | None) -> tuple[Tensor, Tensor | None]:
@@ -162,17 +253,16 @@ def _places(labels: Tensor, own: int, split: Split | None) -> tuple[Tensor, Tens
 
 
 def _over_ranks(
-    picked: Tensor, scores: Tensor, foreign: Tensor, group: dist.ProcessGroup
+    own: Tensor, scores: Tensor, foreign: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the labels, and this rank's share of each row's probability: [n, 1].
 
     Args:
-        picked: log-softmax within this rank's vocabulary at every row's place.
-        scores: the logits there.
+        own: log-sum-exp of this rank's logits; overwritten, as scores.
+        scores: this rank's logit at every row's place.
         foreign: rows whose label lies on another rank.
         group: the ranks.
     """
-    own = scores - picked  # log-sum-exp of this rank's logits
     largest = own.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     both = torch.stack([own.sub(largest).exp_(), scores.masked_fill_(foreign, 0.0)])

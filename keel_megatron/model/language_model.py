@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from keel_megatron.compat.modules import replace_output_layer
 from keel_megatron.config.run import RunConfig
+from keel_megatron.kernels import selection
 from keel_megatron.layout.chunks import Layout
 from keel_megatron.layout.stages import Partition, own_partition
 from keel_megatron.model.backend import choose_backend
@@ -181,6 +182,7 @@ def build_model(
     layout = partition.layout
     layout.check(config.model.blocks)
     backend = choose_backend(config, runtime.device.type)
+    selection.select(config.kernels.triton)
     stage = partition.stages[runtime.pipeline_rank]
     interleaved = layout.virtual_pipeline > 1
     chunks: list[nn.Module] = []

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from keel_megatron.kernels.selection import Backend, use_triton
+
 
 class RotaryTable(nn.Module):
     """cos and sin of every position, computed once and shared by all blocks.
@@ -51,18 +53,36 @@ class RotaryTable(nn.Module):
         return self.table[:, :seq_length]
 
 
-def split_rotary(mixed: Tensor, table: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_rotary(
+    mixed: Tensor, table: Tensor, groups: int, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of linear_qkv's output, query and key rotated.
+
+    `auto`: one Triton kernel each for the forward and backward pass on CUDA
+    (`kernels/triton_rotary.py`); otherwise, and on CUDA for fp64 or where `selection.use_triton`
+    refuses, as `torch`: torch's operators.
 
     Args:
         mixed: [s, b, groups x (queries of a group + 2) x d], Megatron-core's order.
         table: RotaryTable's, [2, s, 1, 1, d].
         groups: key/value heads on this rank.
+        backend: the implementation; see above.
 
     Returns:
         query [s, b, heads, d], key and value [s, b, groups, d].
+
+    Raises:
+        ValueError: `triton` does not support the input.
     """
-    operation: Any = _SplitRotary
+    operation: Any
+    fits = mixed.dtype in (torch.float32, torch.bfloat16)
+    if use_triton("rotary", mixed, backend, fits=fits):
+        # Imported late: importing Triton takes a second, and a CPU run does not need it.
+        from keel_megatron.kernels import triton_rotary
+
+        operation = triton_rotary.SplitRotary
+    else:
+        operation = _SplitRotary
     result: tuple[Tensor, Tensor, Tensor] = operation.apply(mixed, table, groups)
     return result
 
