@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from keel_megatron.kernels.cross_entropy import Split, linear_cross_entropy
+from keel_megatron.kernels.selection import Backend
 
 N, H, V = 36, 16, 54
 ROWS = (64, 36, 10, 7)
@@ -24,20 +25,29 @@ def drawn(dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor, Tenso
     return (scale * x).to(dtype), weight.to(dtype), labels, gradients.to(wide)
 
 
-def split_results() -> dict[tuple[bool, int], list[list[Tensor]]]:
-    """By (sequence, rows): losses, dx and dW of every rank, and dW where it is accumulated."""
+def split_results_in_triton() -> dict[tuple[bool, int], list[Tensor]]:
+    """`split_results` of the Triton kernels, in fp32."""
+    return split_results(torch.float32, "triton")
+
+
+def split_results(
+    dtype: torch.dtype = torch.float64, backend: Backend = "torch"
+) -> dict[tuple[bool, int], list[Tensor]]:
+    """By (sequence, rows): losses, dx and dW of this rank."""
     dist.init_process_group("gloo")
     group = dist.group.WORLD
     assert group is not None
     rank, size = group.rank(), group.size()
-    x, weight, labels, gradients = drawn(torch.float64, scale=30.0)
+    x, weight, labels, gradients = drawn(dtype, scale=30.0)
     found = {}
     for sequence in (False, True):
         for rows in ROWS:
             own_x = (x.chunk(size)[rank] if sequence else x).clone().requires_grad_()
             own = torch.nn.Parameter(weight.chunk(size)[rank].clone())
             split = Split(group, sequence)
-            losses = linear_cross_entropy(own_x, own, labels, rows=rows, split=split)
+            losses = linear_cross_entropy(
+                own_x, own, labels, rows=rows, split=split, backend=backend
+            )
             own_dx, own_dw = torch.autograd.grad(losses, (own_x, own), gradients)
             found[sequence, rows] = [losses.detach(), own_dx, own_dw]
     dist.destroy_process_group()
