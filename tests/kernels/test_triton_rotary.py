@@ -90,7 +90,7 @@ any_split = given(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @any_split
 def test_any_shape_agrees(**shape: object) -> None:
     agree(Split(**shape))  # type: ignore[arg-type]
