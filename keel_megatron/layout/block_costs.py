@@ -59,11 +59,14 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
     kept += c * (2 * a + 2 * g)  # context, q, k, v
     kept += c * 3 * f  # fc1's output, and fc2's input
     kept += _head_norms_bytes(shape, rows)
-    rotary = 0 if execution.compiled else 5 * c * (a + g) + 2 * c * g
+    fused = _fused_rotary(rows, execution)
+    rotary = 0 if execution.compiled or fused else 5 * c * (a + g) + 2 * c * g
     moved = _moved(shape, rows, kernel, execution)
     casts = _fp8_casts(shape, parameters) if execution.fp8 else (0, 0, 0, 0)
     kernels = kernel_counts.total(
-        kernel_counts.block(rows, compiled=execution.compiled, fused=kernel == "triton")
+        kernel_counts.block(
+            rows, compiled=execution.compiled, fused=kernel == "triton", rotary=fused
+        )
     )
     # Halves of all-reduces: before and after each branch, and under SP the branch's input again.
     forward_messages = 4 if tp > 1 else 0
@@ -143,10 +146,19 @@ def _moved(shape: Shape, rows: Rows, kernel: Kernel, execution: Execution) -> tu
         # Rotary in one pass each; the gradients of norm weights read their operands again.
         forward += 2 * c * (a + g)
         backward += 2 * c * (a + 2 * g) + 2 * 3 * STREAM_BYTES * shape.h
+    elif _fused_rotary(rows, execution):  # every element read and written once
+        forward += 2 * c * (a + 2 * g)
+        backward += 2 * c * (a + 2 * g)
     if any(row.qkv_norm for row in rows[:2]):  # to fp32, normalised, back
         forward += (2 * c + 4 * STREAM_BYTES) * (a + 2 * g)
         backward += (2 * c + 6 * STREAM_BYTES) * (a + 2 * g)
     return forward + 3 * c * f, backward + 5 * c * f
+
+
+def _fused_rotary(rows: Rows, execution: Execution) -> bool:
+    """Whether split and rotation are one kernel each way."""
+    fits = kernel_counts.rotary_fits(rows)
+    return "rotary" in execution.triton and fits and not execution.compiled
 
 
 def _join_moved(shape: Shape, pair: tuple[SubLayer, SubLayer], fused: bool) -> tuple[float, float]:

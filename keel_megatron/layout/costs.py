@@ -24,9 +24,9 @@ from keel_megatron.layout.work import (
     Work,
 )
 
-HEAD_KERNELS, EMBEDDING_KERNELS = 8, 4
+HEAD_KERNELS, FUSED_HEAD_KERNELS, EMBEDDING_KERNELS = 8, 5, 4
 """Approximate number of kernels of a forward pass; the head's backward pass has twice as many.
-`kernel_counts.py` counts those of a block."""
+Fused: softmax and loss are Triton kernels. `kernel_counts.py` counts those of a block."""
 
 
 def model_costs(config: RunConfig, kernel: Kernel = "triton") -> Costs:
@@ -34,11 +34,15 @@ def model_costs(config: RunConfig, kernel: Kernel = "triton") -> Costs:
 
     Args:
         config: the run; model, seq_length, micro_batch_size, TP, SP and precision matter.
-        kernel: implementation of the scaled add + norm.
+        kernel: whether the operations that `kernels.triton` names are Triton kernels.
     """
-    shape = Shape.of(config)
-    block = block_cost(shape, kernel, Execution.of(config))
-    return Costs(embedding=_embedding(shape), block=block, head=_head(shape, kernel))
+    shape, execution = Shape.of(config), Execution.of(config, kernel)
+    norms: Kernel = "triton" if "norm" in execution.triton else "torch"
+    return Costs(
+        embedding=_embedding(shape),
+        block=block_cost(shape, norms, execution),
+        head=_head(shape, kernel, in_place="cross_entropy" in execution.triton),
+    )
 
 
 def head_pieces(config: RunConfig) -> int:
@@ -70,8 +74,14 @@ def _embedding(shape: Shape) -> Cost:
     )
 
 
-def _head(shape: Shape, kernel: Kernel) -> Cost:
-    """Final norm, output layer and loss in pieces (`kernels/cross_entropy.py`)."""
+def _head(shape: Shape, kernel: Kernel, *, in_place: bool) -> Cost:
+    """Final norm, output layer and loss in pieces (`kernels/cross_entropy.py`).
+
+    Args:
+        shape: the device's share of a micro-batch.
+        kernel: of the device.
+        in_place: whether the gradient replaces the logits, in the compute type.
+    """
     t, c, h, v = shape.tokens, shape.c, shape.model.hidden_size, shape.vocabulary
     vectors = h if shape.model.final_norm else 0
     pieces = shape.pieces
@@ -79,8 +89,8 @@ def _head(shape: Shape, kernel: Kernel) -> Cost:
     flops = head_forward_flops(shape.model, v) * t
     operands = c * (t * (h + v) + pieces * v * h)
     norm = t * (STREAM_BYTES + c) * shape.h
-    # Softmax or exp, and the product with the losses' gradients; under bf16 to fp32 and back.
-    one, cast = 2 * STREAM_BYTES * t * v, (c + STREAM_BYTES) * t * v if c != STREAM_BYTES else 0
+    loss = _loss_bytes(shape, kernel, in_place)
+    kernels = (FUSED_HEAD_KERNELS if in_place else HEAD_KERNELS) * pieces
     kept = t * c * shape.h
     if vectors:
         kept += t * STREAM_BYTES * shape.h
@@ -93,31 +103,55 @@ def _head(shape: Shape, kernel: Kernel) -> Cost:
         forward=Work(
             flops=flops,
             matmul_bytes=operands,
-            other_bytes=norm + one + cast,
+            other_bytes=norm + loss[0],
             communication_bytes=message,
             collectives=3 * int(shape.tp > 1),  # two of a number or two a row
-            kernels=HEAD_KERNELS * pieces,
+            kernels=kernels,
         ),
         backward=Work(
             flops=(2 + again) * flops,
             # Every piece is added to the fp32 sum by the product itself.
             matmul_bytes=(2 + again) * operands + 2 * STREAM_BYTES * pieces * own,
-            other_bytes=2 * norm + 2 * one + (1 + again) * cast,
+            other_bytes=2 * norm + loss[1],
             communication_bytes=message,
             collectives=int(shape.tp > 1),
-            kernels=2 * HEAD_KERNELS * pieces,
+            kernels=2 * kernels,
         ),
         parameters=0 if tied_here else own,
         vector_parameters=vectors,
         activation_bytes=kept,
         recompute_bytes=kept,
-        working_bytes=_head_working(shape, kernel),
-        # Labels; under TP which are here, and this rank's share of a row; one piece's log-softmax.
-        logits_bytes=t * (8 + (5 if shape.tp > 1 else 0) + (0 if again else STREAM_BYTES * v)),
+        working_bytes=_head_working(shape, kernel, in_place=in_place),
+        logits_bytes=t * _head_kept(shape, in_place),
     )
 
 
-def _head_working(shape: Shape, kernel: Kernel) -> int:
+def _loss_bytes(shape: Shape, kernel: Kernel, in_place: bool) -> tuple[int, int]:
+    """Bytes moved by softmax, loss and the logits' gradient, forward and backward."""
+    c, logits = shape.c, shape.tokens * shape.vocabulary
+    if in_place:  # read; read and replaced
+        return c * logits, 2 * c * logits
+    # Softmax or exp, and the product with the losses' gradients.
+    one = 2 * STREAM_BYTES
+    # Under bf16 to fp32 and back; on CUDA the product itself writes fp32.
+    back = c + STREAM_BYTES if c != STREAM_BYTES else 0
+    wide = STREAM_BYTES - c if kernel == "triton" else back
+    again = int(shape.pieces > 1)
+    return (one + wide) * logits, (2 * one + back + again * wide) * logits
+
+
+def _head_kept(shape: Shape, in_place: bool) -> int:
+    """Bytes per token kept by the loss.
+
+    Labels; under TP which are here, and this rank's share of a row; of one piece the log-softmax,
+    or in place the logits, and then every row's log-sum-exp.
+    """
+    numbers = 8 + (5 if shape.tp > 1 else 0) + (STREAM_BYTES if in_place else 0)
+    each = shape.c if in_place else STREAM_BYTES
+    return numbers + (each * shape.vocabulary if shape.pieces == 1 else 0)
+
+
+def _head_working(shape: Shape, kernel: Kernel, *, in_place: bool) -> int:
     """Temporary memory in the head: logits besides their softmax, or gradients."""
     t, c, h, v = shape.tokens, shape.c, shape.model.hidden_size, shape.vocabulary
     piece, own, bf16 = shape.rows * v, v * h, shape.c != STREAM_BYTES
@@ -129,5 +163,8 @@ def _head_working(shape: Shape, kernel: Kernel) -> int:
     product = c * own if by_itself else 0
     d_logits = c * piece if bf16 or not whole else 0
     d_input = t * c * h
+    if in_place:
+        logits = 0 if whole else c * piece
+        return max(logits, d_input + held + logits + product)
     backward = d_input + held + max(0 if whole else logits, d_logits + product)
     return max(logits, backward)

@@ -38,23 +38,33 @@ def weights(rows: Rows) -> int:
     )
 
 
-def block(rows: Rows, *, compiled: bool = False, fused: bool = True) -> tuple[KernelCount, ...]:
+def block(
+    rows: Rows, *, compiled: bool = False, fused: bool = True, rotary: bool = True
+) -> tuple[KernelCount, ...]:
     """Kernels of a block, by part.
 
     Args:
         rows: the columns of its rule.
         compiled: count for `kernels.compile`.
         fused: whether scaled add and norms are one kernel or torch's operators.
+        rotary: whether split and rotation are one kernel or torch's operators.
     """
-    return tuple(_parts(rows, compiled, fused or compiled))
+    return tuple(_parts(rows, compiled, fused or compiled, rotary and rotary_fits(rows)))
 
 
-def _parts(rows: Rows, compiled: bool, fused: bool) -> Iterator[KernelCount]:
+def rotary_fits(rows: Rows) -> bool:
+    """Whether nothing stands between the split and the rotation, so that they can be one kernel."""
+    return not any(row.qkv_norm for row in rows[:2])
+
+
+def _parts(rows: Rows, compiled: bool, fused: bool, rotary: bool) -> Iterator[KernelCount]:
     yield KernelCount(
         "products", 4, 8, "qkv, proj, fc1, fc2; backward one each for input and weight"
     )
     if compiled:
         yield KernelCount("rotary", 2, 2, "query and key; backward one tensor, key's part apart")
+    elif rotary:
+        yield KernelCount("rotary", 1, 1, "split and rotation of query, key and value")
     else:
         yield KernelCount(
             "rotary", 7, 7, "query and key a product and two halves each; value copied"

@@ -9,7 +9,7 @@ from keel_megatron.config.model import ModelConfig
 from keel_megatron.config.run import RunConfig
 
 Kernel = Literal["triton", "torch"]
-"""Implementation of scaled add + RMSNorm: one kernel (CUDA) or torch's operators (CPU)."""
+"""Whether operations may be Triton kernels (CUDA), or are torch's operators (CPU)."""
 
 STREAM_BYTES = 4
 """The residual stream is fp32."""
@@ -46,12 +46,15 @@ class Execution:
     cudnn: bool = False
     """Transformer Engine's cuDNN attention in place of flash attention."""
     fp8: bool = False
+    triton: tuple[str, ...] = ()
+    """Operations that are Triton kernels."""
 
     @classmethod
-    def of(cls, config: RunConfig) -> Execution:
-        """The execution that a run's settings choose."""
+    def of(cls, config: RunConfig, kernel: Kernel = "triton") -> Execution:
+        """The execution that a run's settings choose; kernel: what its device permits."""
         kernels = config.kernels
         return cls(
+            triton=kernels.triton if kernel == "triton" else (),
             compiled=kernels.compile,
             graphed=kernels.cuda_graphs,
             cudnn=kernels.backend == "transformer_engine",

@@ -5,8 +5,6 @@ In Triton's interpreter where no GPU is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +15,7 @@ from torch.nn import functional
 from keel_megatron.kernels import triton_cross_entropy
 from keel_megatron.kernels.cross_entropy import linear_cross_entropy
 from tests.distributed import run_ranks
-from tests.kernels.cases import DEVICE, error, tolerance
+from tests.kernels.cases import DEVICE, Unlaunched, error, tolerance
 from tests.kernels.cross_entropy_ranks import ROWS, H, N, V, drawn, split_results_in_triton
 from tests.memory import Watch
 
@@ -148,13 +146,6 @@ def test_whole_rows_refuse_a_second_backward_pass() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-class Unlaunched:
-    """In the place of a kernel: writes nothing."""
-
-    def __getitem__(self, _grid: object) -> Callable[..., None]:
-        return lambda *_arguments, **_constants: None
 
 
 @pytest.mark.parametrize("rows", [64, 16])
