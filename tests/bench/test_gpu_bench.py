@@ -52,8 +52,6 @@ def test_the_pages_figures_are_the_plans() -> None:
     assert "Nothing here is measured on a GPU yet" in page
     for part, blocks in (("levers-64", 64), ("levers-32", 32)):
         for name, row in kept["parts"][part]["rows"].items():
-            if name == "joins in torch's operators":  # no setting asks for it
-                continue
             settings = [*gpu.LEVER_RUN, f"model.blocks={blocks}", *row["settings"]]
             plan = make_plan(load_config(gpu.PAPER[128], settings), 1, DEVICES["h200"]).as_object()
             for key in ("step_seconds", "step_seconds_range", "mfu"):
@@ -72,7 +70,8 @@ def test_expectations_are_consistent() -> None:
     assert sum(base["parts"].values()) == pytest.approx(base["step_seconds"])
     assert rows["base: Keel"]["predicted"]["ratio"] == 1.0
     assert rows["recompute"]["predicted"]["ratio"] > 1.2
-    assert rows["joins in torch's operators"]["predicted"]["ratio"] > 1.1
+    for slower in ("joins", "rotary", "loss"):
+        assert rows[f"{slower} in torch's operators"]["predicted"]["ratio"] > 1.04
     assert rows["CUDA graphs"]["predicted"]["ratio"] < 1.0
     assert 1.0 <= 1.0 / rows["Pre-LN"]["predicted"]["ratio"] < 1.02
     half = found["levers-32"]["rows"]["base: Keel"]["predicted"]["step_seconds"]

@@ -44,15 +44,15 @@ def counts(found: Partition) -> list[int]:
 
 
 def test_a_large_vocabulary_takes_blocks_off_the_last_stage() -> None:
-    """At hidden 1024 and vocabulary 128k the head costs about nine blocks."""
+    """At hidden 1024 and vocabulary 128k the head costs about six blocks."""
     found = paper(parallel__pipeline=32)
     head = found.times.head.total / found.times.block.total
-    assert 8 < head < 10
+    assert 5 < head < 7
     assert head - 1 < counts(found)[-2] - counts(found)[-1] < head + 1
     config = small_config(**PAPER, parallel__pipeline=32)
     even = partition(config, 8, H200, layout=from_counts([16] * 32, 32))
     assert even.slowest.number == 31
-    assert even.balance > 1.4 > 1.06 > found.balance
+    assert even.balance > 1.3 > 1.06 > found.balance
     assert found.slowest.seconds == min(even.slowest.seconds, found.slowest.seconds)
 
 
@@ -130,7 +130,7 @@ def test_the_text_table_joins_equal_stages() -> None:
     assert len(lines) < 10
     assert " ".join(lines[0].split()) == "stage blocks recomputed with parameters memory GB time"
     assert lines[1].split()[:4] == ["0", "8", "0", "embedding"]
-    assert lines[-1].split()[:4] == ["63", "0", "0", "head"]
+    assert lines[-1].split()[:4] == ["63", "3", "0", "head"]
     assert "64 chunk(s) hold 512 blocks" in summary(found)
     assert len(set(map(len, lines[1:]))) == 1
 

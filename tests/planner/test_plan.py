@@ -95,9 +95,9 @@ def test_the_recipes_tokens_are_the_papers() -> None:
 
 
 def test_the_head_of_a_large_vocabulary_costs_as_much_as_many_blocks() -> None:
-    """By arithmetic: 2 h V beside 2 h (48 x 64) + 6 h f + scores, about 8 blocks at 128,000."""
+    """By arithmetic: 2 h V beside 2 h (48 x 64) + 6 h f + scores, about 6 blocks at 128,000."""
     times = make_plan(deep(), 8, H200).partition.times
-    assert 7 < times.head.total / times.block.total < 12
+    assert 5 < times.head.total / times.block.total < 7
     small = make_plan(deep("data.vocab_size=32000"), 8, H200).partition.times
     assert small.head.total / small.block.total < 0.3 * times.head.total / times.block.total
     assert "the head as long as" in describe(make_plan(deep(), 8, H200))
@@ -221,12 +221,12 @@ def test_the_smallest_change_is_recomputation() -> None:
 
 
 def test_fewer_logits_at_once_come_before_recomputation() -> None:
-    """keel_64 on one stage, given 2 GB less than it takes."""
+    """keel_64 on one stage, given 0.5 GB less than it takes."""
     recipe = ROOT / "yaml" / "paper" / "keel_64.yaml"
     keep = "parallel.recompute=none"
     whole = make_plan(load_config(recipe, [keep]), 8, H200)
     needed = whole.partition.stages[0].memory.total / 1e9
-    short = load_config(recipe, [keep, f"parallel.memory_gb={needed - 2.0}"])
+    short = load_config(recipe, [keep, f"parallel.memory_gb={needed - 0.5}"])
     plan = make_plan(short, 8, H200)
     assert not plan.fits
     change = smallest_change(plan, more_gpus=False)
@@ -299,8 +299,14 @@ def test_a_plan_says_how_far_it_is_to_be_trusted() -> None:
 def test_a_plan_follows_the_kernels_settings() -> None:
     one = ("parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.recompute=none")
     plain = make_plan(deep(*one), 1, H200).step_seconds
-    for setting in ("kernels.compile=true", "kernels.cuda_graphs=true"):
-        assert make_plan(deep(*one, setting), 1, H200).step_seconds < plain
+    assert make_plan(deep(*one, "kernels.cuda_graphs=true"), 1, H200).step_seconds < plain
+    # Compiled, the sums of norm weights are a pass of their own: no gain over Triton's kernels.
+    steps = [
+        make_plan(deep(*one, "kernels.triton=[norm]", f"kernels.compile={way}"), 1, H200)
+        for way in ("true", "false")
+    ]
+    assert steps[0].step_seconds < steps[1].step_seconds
+    assert plain < steps[1].step_seconds
 
 
 def test_numbers_are_read_at_a_glance() -> None:

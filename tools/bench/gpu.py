@@ -77,12 +77,12 @@ def predicted_levers(part: str, device: Device) -> dict[str, Any]:
     """Every lever's expected step beside the base's."""
     blocks, levers = levers_of(part)
     plans = [
-        plan_of(lever_config(lever, blocks), device, operators=lever.operators) for lever in levers
+        plan_of(lever_config(lever, blocks), device) for lever in levers
     ]
     rows = {}
     for lever, plan in zip(levers, plans, strict=True):
         rows[lever.name] = {
-            "settings": [*lever.settings, *(["joins in torch's operators"] * lever.operators)],
+            "settings": list(lever.settings),
             "why": lever.why,
             "predicted": {
                 "step_seconds": plan.step_seconds,
@@ -162,7 +162,6 @@ def run_levers(part: str, result: dict[str, Any], ends: float) -> None:
                 PAPER[128],
                 [*settings, *lever.settings],
                 min(left, lever.seconds),
-                operators=lever.operators,
                 count_kernels=True,
             )
         base = found.get("step_seconds") if base is None else base

@@ -27,9 +27,9 @@ def assumptions(device: Device) -> str:
     )
 
 
-def plan_of(config: RunConfig, device: Device, *, operators: bool = False) -> Plan:
-    """The plan of a lever's run on one device; `operators`: joins in torch's operators."""
-    return make_plan(config, 1, device, kernel="torch" if operators else None)
+def plan_of(config: RunConfig, device: Device) -> Plan:
+    """The plan of a lever's run on one device."""
+    return make_plan(config, 1, device)
 
 
 def step_parts(plan: Plan) -> dict[str, float]:
@@ -56,8 +56,6 @@ class Lever:
     name: str
     settings: tuple[str, ...]
     why: str
-    operators: bool = False
-    """Whether joins are done in torch's operators, for which there is no setting."""
     needs: str = ""
     """A package without which it is left out."""
     seconds: int = 110
@@ -75,9 +73,18 @@ LEVERS: tuple[Lever, ...] = (
     ),
     Lever(
         "joins in torch's operators",
-        (),
+        ("kernels.triton=[rotary,cross_entropy]",),
         "every operator reads and writes the stream again",
-        operators=True,
+    ),
+    Lever(
+        "rotary in torch's operators",
+        ("kernels.triton=[norm,cross_entropy]",),
+        "seven strided kernels each way in place of one",
+    ),
+    Lever(
+        "loss in torch's operators",
+        ("kernels.triton=[norm,rotary]",),
+        "32 bytes a logit beside the products in place of 6, and fp32 logits in memory",
     ),
     Lever(
         "compile",

@@ -22,7 +22,6 @@ from keel_megatron import compat
 
 compat.install()  # before Megatron-core is imported
 
-from keel_megatron import kernels
 from keel_megatron.architecture.flops import training_flops_per_token
 from keel_megatron.bench.timers import PASSES, PartTimers
 from keel_megatron.config.load import load_config
@@ -103,8 +102,6 @@ def measure(order: dict[str, Any], runtime: Runtime, config: Any) -> dict[str, A
 
 def main() -> None:
     order = json.loads(sys.argv[1])
-    if order.get("operators"):
-        kernels._triton_fits = lambda _x: False
     try:
         config = load_config(Path(order["config"]), tuple(order["settings"]), world_size=1)
         with start(config.parallel, config.training) as runtime:
