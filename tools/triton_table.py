@@ -224,7 +224,8 @@ def compiled(launch: Launch, capability: int) -> Compiled:
     stores, loads = (
         re.search(rf"(\d+) bytes spill {way}", done.stderr) for way in ("stores", "loads")
     )
-    assert registers is not None and stores is not None and loads is not None, done.stderr
+    if registers is None or stores is None or loads is None:
+        raise RuntimeError(f"ptxas reported no registers: {done.stderr}")
     return Compiled(int(registers[1]), max(int(stores[1]), int(loads[1])))
 
 

@@ -8,7 +8,11 @@ from torch.nn import functional
 
 from keel_megatron.kernels import scaled_add_norm
 from keel_megatron.kernels.cross_entropy import linear_cross_entropy
+from keel_megatron.kernels.selection import Backend
 from tests.kernels.cases import EPS, Case, disagreement, error, inputs, run
+from tests.kernels.test_triton_cross_entropy import agree as agree_on_logits
+from tests.kernels.test_triton_rotary import Split
+from tests.kernels.test_triton_rotary import run as run_split
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,14 +53,30 @@ def test_fp64_goes_another_way() -> None:
     assert all(error(one, other) < 1e-13 for one, other in zip(found, exact, strict=True))
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(("head_dim", "shared"), [(64, 2), (80, 3), (128, 4)])
+def test_the_rotary_kernels_agree(head_dim: int, shared: int, swapped: bool) -> None:
+    case = Split(512, 2, 4, shared, head_dim, torch.bfloat16, swapped)
+    found = run_split(case, "triton")
+    assert not disagreement(found, run_split(case, "exact"))
+    assert all(torch.equal(a, b) for a, b in zip(found, run_split(case, "auto"), strict=True))
+
+
+@pytest.mark.parametrize("v", [1000, 50257, 131072])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_the_loss_kernels_agree(v: int, scale: float) -> None:
+    agree_on_logits(64, v, torch.bfloat16, scale)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("rows", [512, 128, 100])
-def test_the_heads_gradient_joins_the_fp32_sum(rows: int) -> None:
+def test_the_heads_gradient_joins_the_fp32_sum(rows: int, backend: Backend) -> None:
     """bf16 products straight into fp32, as no CPU does; small logits keep bf16's errors small."""
     x = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.nn.Parameter(0.01 * torch.randn(1000, 256, device="cuda").bfloat16())
     weight.main_grad = torch.zeros(1000, 256, device="cuda")
     labels = torch.randint(0, 1000, (512,), device="cuda")
-    losses = linear_cross_entropy(x, weight, labels, rows=rows, accumulate=True)
+    losses = linear_cross_entropy(x, weight, labels, rows=rows, accumulate=True, backend=backend)
     losses.sum().backward()
     leaves = [one.detach().double().requires_grad_() for one in (x, weight)]
     exact = functional.cross_entropy(leaves[0] @ leaves[1].t(), labels, reduction="none")

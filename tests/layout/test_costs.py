@@ -146,9 +146,10 @@ def test_one_rotary_kernel_reads_and_writes_each_element_once() -> None:
 
 
 def test_what_is_not_selected_is_as_on_a_cpu() -> None:
-    assert costs_of(**PAPER, kernels__triton=[]).block == model_costs(
-        small_config(**PAPER), "torch"
-    ).block
+    assert (
+        costs_of(**PAPER, kernels__triton=[]).block
+        == model_costs(small_config(**PAPER), "torch").block
+    )
 
 
 def test_a_roofline_is_bound_by_launches_memory_or_products() -> None:

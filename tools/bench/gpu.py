@@ -76,9 +76,7 @@ def levers_of(part: str) -> tuple[int, list[Lever]]:
 def predicted_levers(part: str, device: Device) -> dict[str, Any]:
     """Every lever's expected step beside the base's."""
     blocks, levers = levers_of(part)
-    plans = [
-        plan_of(lever_config(lever, blocks), device) for lever in levers
-    ]
+    plans = [plan_of(lever_config(lever, blocks), device) for lever in levers]
     rows = {}
     for lever, plan in zip(levers, plans, strict=True):
         rows[lever.name] = {

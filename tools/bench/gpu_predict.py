@@ -89,7 +89,7 @@ LEVERS: tuple[Lever, ...] = (
     Lever(
         "compile",
         ("kernels.compile=true",),
-        "rotary embedding fused; but norm weights' gradients are summed in a separate pass",
+        "norm weights' gradients are summed in a separate pass; rotary is fused without it",
         seconds=240,
     ),
     Lever(
