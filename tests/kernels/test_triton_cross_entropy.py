@@ -86,6 +86,7 @@ def test_places_of_any_strides() -> None:
     assert all(torch.equal(one, other) for one, other in zip(own, found, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("v", [100, BLOCK + 100])
 def test_minus_infinity_is_probability_zero_and_nan_stays_nan(v: int) -> None:
     """A first block of nothing but -inf; what diverged must show in the loss."""
