@@ -25,6 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from keel_megatron.kernels.weight_gradients import add_product, placeholder
+
 
 @dataclass(frozen=True)
 class Split:
@@ -122,9 +124,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 sums = _plus_product(sums, dz, part, once=piece is None)
             del dz
-        if ctx.accumulate:
-            weight.grad_added_to_main_grad, sums = True, None
         d_weight = None if sums is None else sums.to(weight.dtype)
+        if ctx.accumulate:
+            weight.grad_added_to_main_grad, d_weight = True, placeholder(weight)
         return None if dx is None else _scattered(dx, ctx.split), d_weight, None, None, None, None
 
 
@@ -207,9 +209,4 @@ def _plus_product(sums: Tensor | None, a: Tensor, b: Tensor, *, once: bool) -> T
     if sums is None:
         product = a.t().mm(b)
         return product if once else product.to(torch.promote_types(a.dtype, torch.float32))
-    if sums.dtype == a.dtype:
-        return sums.addmm_(a.t(), b)
-    if sums.is_cuda:
-        add: Any = torch.addmm
-        return add(sums, a.t(), b, out_dtype=sums.dtype, out=sums)
-    return sums.add_(a.t().mm(b))
+    return add_product(sums, a.t(), b)

@@ -23,7 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from keel_megatron.compat.modules import replace_forward
+<<<<<<< HEAD
 from keel_megatron.errors import UserError
+=======
+from keel_megatron.config.errors import UserError
+from keel_megatron.model.linear import return_gradient
+>>>>>>> 22f413e (Weight gradients are added to fp32 sums by their products on CUDA too; SwiGLU in Triton)
 
 Forward = Callable[..., Tensor]
 
@@ -51,6 +56,8 @@ def record_blocks(chunks: list[nn.Module], device: torch.device) -> None:
             "training.micro_batch_size"
         )
     for chunk in chunks:
+        for parameter in chunk.decoder.parameters():  # type: ignore[union-attr]
+            return_gradient(parameter)
         replace_forward(chunk.decoder, GraphedForward(chunk.decoder))
 
 

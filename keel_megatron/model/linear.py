@@ -16,6 +16,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from keel_megatron.kernels.weight_gradients import (
+    add_product,
+    adds_directly,
+    placeholder,
+    returns_placeholder,
+)
+
+_RETURNED = "keel_returns_gradient"
+
 
 class ColumnParallelLinear(layers.ColumnParallelLinear):
     """X W^T with W split by rows (output features) over the tensor group; no bias."""
@@ -48,39 +57,53 @@ def _is_plain(module: Any) -> bool:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """X W^T for x [..., k] and weight [n, k].
 
-    The weight's gradient is accumulated in `weight.main_grad` if Megatron-core's DDP has one of the
-    same type, as in its gradient-accumulation fusion. Otherwise, or with a hook on the weight, it
-    goes to `weight.grad`.
+    The weight's gradient is accumulated in `weight.main_grad` by its product if Megatron-core's DDP
+    has one that it can add to (kernels/weight_gradients.py): of the weight's type on any device,
+    or fp32 for bf16 on CUDA. Otherwise, or with a hook on the weight, it goes to `weight.grad`.
     """
     sums = gradient_sums(weight)
-    if sums is not None and sums.dtype == weight.dtype:
-        operation: Any = _AccumulatingLinear
-        result: Tensor = operation.apply(x, weight)
-        return result
-    return functional.linear(x, weight)
+    if sums is None or not adds_directly(sums, weight.dtype):
+        return functional.linear(x, weight)
+    operation: Any = _AccumulatingLinear
+    # As an argument, the weight would have an AccumulateGrad node, whose hooks of DDP take
+    # longer than they have to do: nothing, unless DDP waits for them.
+    edge = weight if returns_placeholder(weight) or not x.requires_grad else None
+    result: Tensor = operation.apply(x, edge, (weight,))
+    return result
 
 
 def gradient_sums(weight: Tensor) -> Tensor | None:
     """`weight.main_grad`, if the backward pass may accumulate in it; else None."""
     if weight._backward_hooks or not (torch.is_grad_enabled() and weight.requires_grad):
         return None
-    return getattr(weight, "main_grad", None) if weight.is_leaf else None
+    if getattr(weight, _RETURNED, False) or not weight.is_leaf:
+        return None
+    return getattr(weight, "main_grad", None)
+
+
+def return_gradient(weight: Tensor) -> None:
+    """Keep backward passes from accumulating in `weight.main_grad`, as a CUDA graph needs it.
+
+    The capture runs the backward pass, and would leave its own gradients in the sums.
+    """
+    setattr(weight, _RETURNED, True)
 
 
 class _AccumulatingLinear(torch.autograd.Function):
     """functional.linear whose weight gradient is added to `weight.main_grad` by the product."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, _edge: Tensor | None, holder: tuple[Tensor]) -> Tensor:
+        (weight,) = holder
         ctx.save_for_backward(x, weight)
         return functional.linear(x, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         rows = dy.reshape(-1, dy.size(-1))
-        weight.main_grad.addmm_(rows.t(), x.reshape(-1, x.size(-1)))
+        add_product(weight.main_grad, rows.t(), x.reshape(-1, x.size(-1)))
         weight.grad_added_to_main_grad = True
         dx = rows.mm(weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        return dx, None
+        return dx, placeholder(weight) if ctx.needs_input_grad[1] else None, None

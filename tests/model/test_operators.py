@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from keel_megatron.kernels.swiglu import swiglu
 from keel_megatron.model.linear import linear
-from keel_megatron.model.mlp import swiglu
 from keel_megatron.model.rotary import RotaryTable, apply_rotary, split_rotary
 
 S, B, GROUPS, SHARED, D = 5, 3, 2, 3, 8

@@ -30,7 +30,8 @@ from keel_megatron import compat
 compat.install()  # before Megatron-core is imported
 
 from keel_megatron.kernels import reference, scaled_add_norm
-from keel_megatron.model import compiled, mlp, rotary
+from keel_megatron.kernels.swiglu import swiglu
+from keel_megatron.model import compiled, rotary
 from keel_megatron.model.attention import causal_attention
 from keel_megatron.model.linear import linear
 from tools.bench.peers import SHAPES
@@ -90,7 +91,7 @@ def ways_of(groups: int) -> Ways:
     def compile_(function: Any) -> Any:
         return torch.compile(function, fullgraph=True, dynamic=False)
 
-    hand = (rotary.split_rotary, mlp.swiglu, scaled_add_norm)
+    hand = (rotary.split_rotary, swiglu, scaled_add_norm)
     made = (compile_(split), compile_(gate), compile_(reference.scaled_add_norm))
     compiler = compiled.Compiler()
 
