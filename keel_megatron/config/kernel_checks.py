@@ -21,6 +21,22 @@ def _not_with(switch: Switch, path: str, is_set: Callable[[RunConfig], bool], re
     return check
 
 
+def supports_light_recomputation(config: RunConfig) -> bool:
+    """Whether blocks keep what `parallel.recompute: light` frees."""
+    return not config.kernels.compile and config.kernels.backend != "transformer_engine"
+
+
+def _light_backend(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Transformer Engine's layers copy or cast what they keep."""
+    asked = config.parallel.recompute == "light"
+    if asked and config.kernels.backend == "transformer_engine":
+        yield (
+            "parallel.recompute",
+            "light is not supported with kernels.backend: transformer_engine, whose layers keep "
+            "their own copies; set it to none, full or auto",
+        )
+
+
 KERNEL_CHECKS: tuple[Check, ...] = (
     _not_with(
         "compile",
@@ -46,6 +62,12 @@ KERNEL_CHECKS: tuple[Check, ...] = (
         lambda run: run.training.engine == "deepspeed" and run.deepspeed.zero_stage == 3,
         "a compiled block needs its whole weights, and stage 3 gathers them per module; set it to "
         "1 or 2",
+    ),
+    _not_with(
+        "compile",
+        "parallel.recompute",
+        lambda run: run.parallel.recompute == "light",
+        "torch's compiler chooses what a compiled block keeps; set it to none, full or auto",
     ),
     _not_with(
         "cuda_graphs",
@@ -97,5 +119,6 @@ KERNEL_CHECKS: tuple[Check, ...] = (
         lambda run: run.model.dropout > 0.0,
         "a replay does not advance the run's random generators; set it to 0",
     ),
+    _light_backend,
 )
 """One check each, as in `checks.py`."""

@@ -26,6 +26,9 @@ from torch.autograd.function import once_differentiable
 class ScaledAddNorm(torch.autograd.Function):
     """kernels.reference.scaled_add_norm; the same arguments and results, differentiable once."""
 
+    recomputable = 1
+    """The output that `recompute` computes again: z."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -56,6 +59,12 @@ class ScaledAddNorm(torch.autograd.Function):
         return x_new, z
 
     @staticmethod
+    def recompute(ctx: Any, out: Tensor) -> None:
+        """Write z again, to the bit, into `out`."""
+        _u, x_new, _outer_weight, inner_weight, _outer_rstd, inner_rstd = ctx.saved_tensors
+        _normalised(x_new, inner_weight, inner_rstd, out)
+
+    @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx_new: Tensor, dz: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x, f and the norm weights from those of x' and z."""
@@ -72,6 +81,9 @@ class ScaledAddNorm(torch.autograd.Function):
 class RmsNorm(torch.autograd.Function):
     """kernels.reference.rms_norm, differentiable once; x and a statistic a row are kept."""
 
+    recomputable = 0
+    """The output that `recompute` computes again."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
         """See `kernels.reference.rms_norm`."""
@@ -80,11 +92,24 @@ class RmsNorm(torch.autograd.Function):
         return (x * rstd).mul_(weight).to(out_dtype)
 
     @staticmethod
+    def recompute(ctx: Any, out: Tensor) -> None:
+        """Write the result again, to the bit, into `out`."""
+        _normalised(*ctx.saved_tensors, out)
+
+    @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x and the norm weight."""
         x, weight, rstd = ctx.saved_tensors
         return *_norm_backward(dy.to(x.dtype), x, weight, rstd), None, None
+
+
+def _normalised(u: Tensor, weight: Tensor, rstd: Tensor, out: Tensor) -> None:
+    """Write u rstd g into `out`, by the operators of the forward passes above."""
+    if out.dtype == u.dtype == weight.dtype:
+        torch.mul(u, rstd, out=out).mul_(weight)
+    else:
+        out.copy_((u * rstd).mul_(weight))
 
 
 def _rstd(u: Tensor, eps: float) -> Tensor:

@@ -102,6 +102,28 @@ def _forward(
         tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _inner_again(
+    x_new_ptr,
+    inner_ptr,
+    rstd_ptr,  # [rows]: the inner norm's
+    z_ptr,
+    rows,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    column = tl.arange(0, BLOCK_H)[None, :]
+    in_column = column < H
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
+    in_row = row < rows
+    at = row * H + column
+    mask = in_row & in_column
+    rstd = _load(rstd_ptr, row, in_row, True)
+    z = _load(x_new_ptr, at, mask, True) * rstd * _load(inner_ptr, column, in_column, True)
+    tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit
 def _gradients(
     u,
@@ -195,6 +217,9 @@ def _backward(
 class ScaledAddNorm(torch.autograd.Function):
     """kernels.reference.scaled_add_norm; the same arguments and results, differentiable once."""
 
+    recomputable = 1
+    """The output that `recompute` computes again: z."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -237,15 +262,30 @@ class ScaledAddNorm(torch.autograd.Function):
                 eps,
                 **_constants(h, tile, outer_weight, inner_weight),
             )
-        ctx.save_for_backward(x, f, outer_weight, inner_weight, rstd)
+        # x' is the next operation's x, and so held anyway; without z there may be none.
+        ctx.save_for_backward(
+            x, f, outer_weight, inner_weight, rstd, None if z is None else x_new
+        )
         ctx.alpha, ctx.eps = alpha, eps
         return x_new, z
+
+    @staticmethod
+    def recompute(ctx: Any, out: Tensor) -> None:
+        """Write z again, to the bit, into `out`: products of fp32 numbers that were kept."""
+        _x, _f, _outer_weight, inner_weight, rstd, x_new = ctx.saved_tensors
+        h = x_new.size(-1)
+        rows, tile = x_new.numel() // h, forward_tile(h)
+        if rows:
+            constants = _constants(h, tile, None, None)
+            del constants["OUTER"], constants["INNER"]
+            grid = (triton.cdiv(rows, tile.rows),)
+            _inner_again[grid](x_new, inner_weight, rstd[1], out, rows, **constants)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx_new: Tensor, dz: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x, f and the norm weights from those of x' and z; autograd gives both."""
-        x, f, outer_weight, inner_weight, rstd = ctx.saved_tensors
+        x, f, outer_weight, inner_weight, rstd, _x_new = ctx.saved_tensors
         h = x.size(-1)
         rows = x.numel() // h
         dx, df = torch.empty_like(x), torch.empty_like(f)

@@ -20,9 +20,10 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from keel_megatron.layout.recomputation import Recomputation, nothing
 from keel_megatron.layout.times import UnitTimes
 
-Recompute = Callable[[int, Sequence[int]], tuple[int, ...] | None]
+Recompute = Callable[[int, Sequence[int]], Recomputation | None]
 """(stage, blocks per chunk) -> recomputed blocks per chunk, or None if the stage does not fit."""
 
 
@@ -32,7 +33,7 @@ class StageShare:
 
     blocks: tuple[int, ...]
     """Blocks per chunk, in order."""
-    recomputed: tuple[int, ...]
+    again: Recomputation
     """Recomputed blocks per chunk."""
     seconds: float
     """Forward and backward time of one micro-batch."""
@@ -84,8 +85,8 @@ def assign_blocks(
     return [stage.share for stage in stages if stage.share]
 
 
-def _nothing(_stage: int, blocks: Sequence[int]) -> tuple[int, ...]:
-    return (0,) * len(blocks)
+def _nothing(_stage: int, blocks: Sequence[int]) -> Recomputation:
+    return nothing(blocks)
 
 
 class _Stage:
@@ -137,9 +138,9 @@ class _Stage:
         return tuple(count + (chunk == chosen) for chunk, count in enumerate(self.counts))
 
     def _share(self, counts: tuple[int, ...]) -> StageShare | None:
-        recomputed = self.recompute(self.number, counts)
-        if recomputed is None:
+        again = self.recompute(self.number, counts)
+        if again is None:
             return None
-        block = self.times.block
-        seconds = sum(self.fixed) + sum(counts) * block.total + sum(recomputed) * block.forward
-        return StageShare(counts, recomputed, seconds)
+        seconds = sum(self.fixed) + sum(counts) * self.times.block.total
+        seconds += self.times.recomputing(sum(again.full), sum(again.light))
+        return StageShare(counts, again, seconds)

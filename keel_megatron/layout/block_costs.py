@@ -68,6 +68,8 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
     # Halves of all-reduces: before and after each branch, and under SP the branch's input again.
     forward_messages = 4 if tp > 1 else 0
     backward_messages = forward_messages + (2 if shape.h != h else 0)
+    activations = t * kept + sum(_join_kept(shape, kernel, *one) for one in _joins(rows))
+    freed, light = _light(shape, kernel, rows)
     return Cost(
         forward=Work(
             flops=flops,
@@ -92,7 +94,10 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
         ),
         parameters=parameters,
         vector_parameters=sum(row_parameters(row, model) for row in rows[:2]),
-        activation_bytes=t * kept + sum(_join_kept(shape, kernel, *one) for one in _joins(rows)),
+        activation_bytes=activations,
+        light_bytes=activations - freed,
+        light=light,
+        boundary_bytes=t * c * shape.h if rows[0].inner == "norm" else 0,
         recompute_bytes=t * (STREAM_BYTES + c) * shape.h,
         working_bytes=t * (2 * STREAM_BYTES * h + 3 * c * f),
         execution=execution,
@@ -100,6 +105,25 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
 
 
 _joins = kernel_counts.joins
+
+
+def _light(shape: Shape, kernel: Kernel, rows: Rows) -> tuple[int, Work]:
+    """Bytes that light recomputation does not keep, and its work.
+
+    Of a block: SwiGLU's output, and the inner norms' in front of both branches.
+    """
+    t, c, h, f = shape.tokens, shape.c, shape.h, shape.ffn
+    inner = sum(row.inner == "norm" for row in rows[:2])
+    # Under ZeRO 3, autograd functions of its module hooks stand between a block and the next.
+    kept = int(shape.zero_3 and rows[0].inner == "norm")
+    norms = inner - kept
+    if kernel == "triton":  # one kernel each: gate and up to their product, x' to z
+        moved, kernels = 3 * c * f + norms * (STREAM_BYTES + c) * h, 1 + norms
+    else:
+        cast = STREAM_BYTES + c if c != STREAM_BYTES else 0
+        moved = 5 * c * f + norms * (4 * STREAM_BYTES + cast) * h
+        kernels = 2 + norms * (3 if cast else 2)
+    return t * c * (f + norms * h), Work(other_bytes=t * moved, kernels=kernels)
 
 
 def join_bytes(hidden_size: int, c: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from keel_megatron.config.run import RunConfig
+from keel_megatron.layout.recomputation import Recomputation, least
 from keel_megatron.layout.work import STREAM_BYTES, Cost, Costs
 from keel_megatron.layout.zero_memory import Sizes, ZeroMemory, zero_memory
 
@@ -130,13 +131,20 @@ class MemoryModel:
         of_replica = training.global_batch_size // self.data_parallel
         return max(1, of_replica // training.micro_batch_size)
 
-    def stage(self, stage: int, blocks: Sequence[int], recomputed: Sequence[int]) -> StageMemory:
+    def stage(
+        self,
+        stage: int,
+        blocks: Sequence[int],
+        recomputed: Sequence[int],
+        light: Sequence[int] | None = None,
+    ) -> StageMemory:
         """Memory of a stage.
 
         Args:
             stage: stage number, from 0; the first has the embedding, the last the head.
             blocks: blocks per chunk.
-            recomputed: recomputed blocks per chunk.
+            recomputed: fully recomputed blocks per chunk.
+            light: lightly recomputed blocks per chunk; None: none.
         """
         parallel, costs = self.config.parallel, self.costs
         pieces = [(costs.block, sum(blocks))]
@@ -150,21 +158,17 @@ class MemoryModel:
             parameters=states.parameters,
             gradients=states.gradients,
             optimizer=states.optimizer,
-            activations=self._activations(stage, blocks, recomputed),
+            activations=self._activations(stage, blocks, recomputed, light or (0,) * len(blocks)),
             logits=costs.head.logits_bytes + costs.head.working_bytes if head else 0,
             communication=self._communication() + states.buffers + self._recorded(sum(blocks)),
             host=states.host,
             working=self._working(blocks, recomputed, embedding=stage == 0),
         )
 
-    def recomputed(
+    def recomputation(
         self, stage: int, blocks: Sequence[int], limit: float | None
-    ) -> tuple[int, ...] | None:
-        """Number of blocks per chunk to recompute: all, none, or the fewest that fit in the limit.
-
-        Earlier chunks hold at least as many micro-batches in flight as later ones, so recomputing
-        their blocks frees the most memory. The first chunks come first, which needs the fewest
-        recomputed blocks.
+    ) -> Recomputation | None:
+        """The least recomputation of a stage that fits in the limit (recomputation.py).
 
         Args:
             stage: stage number, from 0.
@@ -174,31 +178,11 @@ class MemoryModel:
         Returns:
             The counts, or None if the stage does not fit.
         """
-        mode = self.config.parallel.recompute
-        total = sum(blocks)
-
-        def first(count: int) -> tuple[int, ...]:
-            taken = []
-            for chunk in blocks:
-                taken.append(min(chunk, count))
-                count -= taken[-1]
-            return tuple(taken)
-
-        def fits(count: int) -> bool:
-            return limit is None or self.stage(stage, blocks, first(count)).total <= limit
-
-        if mode != "auto":
-            count = total if mode == "full" else 0
-            return first(count) if fits(count) else None
-        if fits(0):
-            return first(0)
-        if not fits(total):
-            return None
-        low, high = 0, total  # low does not fit, high does
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(middle) else (middle, high)
-        return first(high)
+        return least(
+            self.config,
+            blocks,
+            lambda chosen: limit is None or self.stage(stage, blocks, *chosen).total <= limit,
+        )
 
     def _states(self, weights: int, norm_weights: int) -> ZeroMemory:
         """Bytes of parameters, gradients and optimizer state.
@@ -221,11 +205,12 @@ class MemoryModel:
             size * weights + 4 * norm_weights, 4 * (weights + norm_weights), optimizer, 0, 0
         )
 
-    def _activations(self, stage: int, blocks: Sequence[int], recomputed: Sequence[int]) -> int:
+    def _activations(
+        self, stage: int, blocks: Sequence[int], recomputed: Sequence[int], light: Sequence[int]
+    ) -> int:
         parallel, costs = self.config.parallel, self.costs
         kept = [
-            (count - again) * costs.block.activation_bytes + again * costs.block.recompute_bytes
-            for count, again in zip(blocks, recomputed, strict=True)
+            costs.block.kept_bytes(*one) for one in zip(blocks, recomputed, light, strict=True)
         ]
         if stage == 0:
             kept[0] += costs.embedding.activation_bytes

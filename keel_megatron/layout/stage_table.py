@@ -35,6 +35,7 @@ def stage_rows(partition: Partition) -> list[dict[str, Any]]:
                 {"first_block": chunk.first_block, "blocks": chunk.blocks} for chunk in stage.chunks
             ],
             "recomputed": sum(stage.recomputed),
+            "recomputed_lightly": sum(stage.light),
             "embedding": stage.embedding,
             "head": stage.head,
             "parameters": stage.parameters,
@@ -97,11 +98,16 @@ def _cells(partition: Partition, stage: Stage) -> tuple[str, str, str, str, str]
     pieces = ["embedding"] * stage.embedding + ["head"] * stage.head
     return (
         "+".join(chunks) if len(chunks) <= _CHUNKS_SHOWN else f"{stage.blocks} in {len(chunks)}",
-        str(sum(stage.recomputed)),
+        _recomputed(stage),
         " ".join(pieces) or "-",
         f"{stage.parameters:,}",
         f"{100 * partition.time_share(stage):.0f} %",
     )
+
+
+def _recomputed(stage: Stage) -> str:
+    full, light = sum(stage.recomputed), sum(stage.light)
+    return " + ".join([str(full)] * (full > 0) + [f"{light} light"] * (light > 0)) or "0"
 
 
 def summary(partition: Partition) -> str:

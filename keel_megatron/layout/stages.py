@@ -13,6 +13,7 @@ from keel_megatron.layout.chunks import Chunk, Layout, from_counts
 from keel_megatron.layout.costs import model_costs
 from keel_megatron.layout.devices import Device, this_device
 from keel_megatron.layout.memory import GB, MemoryModel, StageMemory
+from keel_megatron.layout.recomputation import Recomputation, most
 from keel_megatron.layout.times import UnitTimes, predicted_times
 from keel_megatron.layout.work import Costs, Kernel
 
@@ -27,7 +28,9 @@ class Stage:
     number: int
     chunks: tuple[Chunk, ...]
     recomputed: tuple[int, ...]
-    """Number of recomputed blocks per chunk, the first ones of the chunk."""
+    """Number of fully recomputed blocks per chunk, the first ones of the chunk."""
+    light: tuple[int, ...]
+    """Number of lightly recomputed blocks per chunk, the next ones."""
     parameters: int
     """Parameters on one device of the stage."""
     memory: StageMemory
@@ -143,7 +146,7 @@ def partition(
         order = range(parallel.virtual_pipeline)
         counts = [share.blocks[chunk] for chunk in order for share in shares]
         layout = from_counts(counts, parallel.pipeline)
-        recomputed = [share.recomputed for share in shares]
+        recomputed = [share.again for share in shares]
     else:
         recomputed = [
             _recomputed(memory, stage, _counts(layout, stage), limit)
@@ -163,7 +166,7 @@ def _chosen(
     parallel = config.parallel
     sizes = (config.model.blocks, parallel.pipeline, parallel.virtual_pipeline)
     shares = assign_blocks(
-        *sizes, times, lambda stage, blocks: memory.recomputed(stage, blocks, limit)
+        *sizes, times, lambda stage, blocks: memory.recomputation(stage, blocks, limit)
     )
     if shares is None:
         shares = assign_blocks(
@@ -179,12 +182,9 @@ def _counts(layout: Layout, stage: int) -> tuple[int, ...]:
 
 def _recomputed(
     memory: MemoryModel, stage: int, blocks: Any, limit: float | None
-) -> tuple[int, ...]:
+) -> Recomputation:
     """Recomputed blocks of a stage; all of them if even that does not fit."""
-    found = memory.recomputed(stage, blocks, limit)
-    if found is not None:
-        return found
-    return (0,) * len(blocks) if memory.config.parallel.recompute == "none" else tuple(blocks)
+    return memory.recomputation(stage, blocks, limit) or most(memory.config, blocks)
 
 
 def _stage(
@@ -193,7 +193,7 @@ def _stage(
     times: UnitTimes,
     layout: Layout,
     number: int,
-    recomputed: tuple[int, ...],
+    again: Recomputation,
 ) -> Stage:
     chunks = layout.stage(number)
     blocks = [chunk.blocks for chunk in chunks]
@@ -213,12 +213,13 @@ def _stage(
     return Stage(
         number=number,
         chunks=chunks,
-        recomputed=recomputed,
+        recomputed=again.full,
+        light=again.light,
         parameters=parameters,
-        memory=memory.stage(number, blocks, recomputed),
+        memory=memory.stage(number, blocks, *again),
         forward_seconds=sum(time.forward * n for _, time, n in pieces),
         backward_seconds=sum(time.backward * n for _, time, n in pieces)
-        + sum(recomputed) * times.block.forward,
+        + times.recomputing(sum(again.full), sum(again.light)),
     )
 
 

@@ -78,11 +78,19 @@ class UnitTimes:
     block: Times
     """Without recomputation, which adds a forward pass to the backward pass."""
     head: Times
+    light: float = 0.0
+    """What light recomputation adds to a block's backward pass."""
+
+    def recomputing(self, full: int, light: int) -> float:
+        """What so many recomputed blocks add to a backward pass."""
+        return full * self.block.forward + light * self.light
 
 
 def predicted_times(costs: Costs, device: Device) -> UnitTimes:
     """Predicted times on a device. Tensor-parallel groups are assumed to be within a node."""
-    return UnitTimes(*(_times(cost, device) for cost in (costs.embedding, costs.block, costs.head)))
+    light = sum(time_parts(costs.block.light, device, costs.block.execution).values())
+    pieces = (costs.embedding, costs.block, costs.head)
+    return UnitTimes(*(_times(cost, device) for cost in pieces), light=light)
 
 
 def _times(cost: Cost, device: Device) -> Times:

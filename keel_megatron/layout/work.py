@@ -77,8 +77,23 @@ class Cost:
     """Temporary bytes besides that, in the larger of both passes."""
     logits_bytes: int = 0
     """Bytes of logits that the loss keeps for the backward pass."""
+    light_bytes: int = 0
+    """`activation_bytes` under light recomputation (model/recompute.py)."""
+    light: Work = Work()
+    """What light recomputation adds to the backward pass."""
+    boundary_bytes: int = 0
+    """What the first light block of a chunk keeps besides: an input that it cannot recompute."""
     execution: Execution = Execution()
     """How its kernels are executed."""
+
+    def kept_bytes(self, blocks: int, full: int, light: int) -> int:
+        """Bytes of activations of a chunk's blocks, some of them recomputed fully or lightly."""
+        return (
+            (blocks - full - light) * self.activation_bytes
+            + full * self.recompute_bytes
+            + light * self.light_bytes
+            + (self.boundary_bytes if light else 0)
+        )
 
 
 @dataclass(frozen=True)
@@ -116,6 +131,8 @@ class Shape:
     """Tokens whose logits are in memory at once."""
     returned: bool
     """Whether weight gradients are returned by the backward pass, as in the DeepSpeed engine."""
+    zero_3: bool
+    """Whether DeepSpeed shards the weights."""
 
     @classmethod
     def of(cls, config: RunConfig) -> Shape:
@@ -139,6 +156,7 @@ class Shape:
             pipeline=config.parallel.pipeline,
             rows=min(tokens, config.kernels.rows_at_once(vocabulary)),
             returned=config.training.engine == "deepspeed",
+            zero_3=config.training.engine == "deepspeed" and config.deepspeed.zero_stage == 3,
         )
 
     @property

@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 from torch.nn import functional
 
+from keel_megatron.model.recompute import free_until_backward
 from keel_megatron.model.rotary import apply_rotary, split_rotary
 
 
@@ -67,7 +68,12 @@ class SelfAttention(MegatronSelfAttention):
     The modules (linear_qkv, core_attention, linear_proj) and their sharding are Megatron-core's;
     inference engines, packed sequences and offloading are not supported. With q_layernorm and
     k_layernorm in its submodules, value is normalised too (HybridNorm).
+
+    Attributes:
+        light: free linear_qkv's input until the backward pass (model/recompute.py).
     """
+
+    light = False
 
     def __init__(self, config: Any, submodules: Any, layer_number: int, **kwargs: Any) -> None:
         # Built here: megatron-core 0.18 refuses them where its qk_layernorm is off, and with it on
@@ -105,6 +111,8 @@ class SelfAttention(MegatronSelfAttention):
         """
         groups = self.num_query_groups_per_partition
         mixed, _bias = self.linear_qkv(hidden_states)
+        if self.light:
+            free_until_backward(hidden_states, mixed)
         if self.v_layernorm is None:
             query, key, value = split_rotary(mixed, rotary_pos_emb, groups)
         else:

@@ -23,12 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from keel_megatron.compat.modules import replace_forward
-<<<<<<< HEAD
 from keel_megatron.errors import UserError
-=======
-from keel_megatron.config.errors import UserError
 from keel_megatron.model.linear import return_gradient
->>>>>>> 22f413e (Weight gradients are added to fp32 sums by their products on CUDA too; SwiGLU in Triton)
 
 Forward = Callable[..., Tensor]
 

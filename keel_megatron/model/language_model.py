@@ -203,6 +203,9 @@ def build_model(
         )
         chunk.to(runtime.device)
         link(chunk.decoder.layers)
+        full, light = stage.recomputed[number], stage.light[number]
+        for layer in chunk.decoder.layers[full : full + light]:
+            layer.self_attention.light = layer.mlp.light = True
         _check_blocks(chunk, part.first_block, part.blocks)
         initialize(
             chunk, config.model, config.training.seed, runtime.tensor_rank, runtime.tensor_size

@@ -16,7 +16,10 @@ from keel_megatron.data.batches import Batch, random_batch
 from keel_megatron.engines.build import build_engine
 from keel_megatron.engines.megatron.engine import MegatronEngine
 from keel_megatron.errors import UserError
-from keel_megatron.layout.times import Times, UnitTimes
+from keel_megatron.layout.costs import model_costs
+from keel_megatron.layout.devices import this_device
+from keel_megatron.layout.times import Times, UnitTimes, predicted_times
+from keel_megatron.layout.work import Kernel
 from keel_megatron.model.language_model import build_model
 from keel_megatron.planner.plan import Measured
 from keel_megatron.runtime.device import Launch
@@ -68,11 +71,16 @@ def measure_pieces(config: RunConfig, samples: int = 12) -> Measured:
     block = [(b - a) / (_MANY - _FEW) for a, b in zip(few, many, strict=True)]
     rest = [a - _FEW * one for a, one in zip(few, block, strict=True)]
     forward, backward = embedding
+    # Not measured: as large beside the forward pass as predicted.
+    kernel: Kernel = "torch" if runtime.device.type == "cpu" else "triton"
+    predicted = predicted_times(model_costs(alone, kernel), this_device(runtime.device))
+    light = block[0] * predicted.light / predicted.block.forward
     return Measured(
         UnitTimes(
             embedding=Times(forward, backward),
             block=Times(block[0], block[1]),
             head=Times(rest[0] - forward, rest[1] - backward),
+            light=light,
         ),
         update_block=block[2],
         update_embedding=rest[2] / 2,  # the update treats embedding and head the same

@@ -197,13 +197,14 @@ def _pass_times(parts: Partition, links: tuple[float, ...]) -> PipelineTimes:
     forward, backward = [], []
     pipeline, times = parts.layout.pipeline, parts.times
     for number, chunk in enumerate(parts.layout.chunks):
-        again = parts.stages[number % pipeline].recomputed[number // pipeline]
+        stage, own = parts.stages[number % pipeline], number // pipeline
         pieces = [(times.block, chunk.blocks)]
         pieces += [(times.embedding, 1)] if chunk.embedding else []
         pieces += [(times.head, 1)] if chunk.head else []
         forward.append(sum(time.forward * count for time, count in pieces))
         backward.append(
-            sum(time.backward * count for time, count in pieces) + again * times.block.forward
+            sum(time.backward * count for time, count in pieces)
+            + times.recomputing(stage.recomputed[own], stage.light[own])
         )
     return PipelineTimes(pipeline, tuple(forward), tuple(backward), links)
 
@@ -222,9 +223,8 @@ def _update(parts: Partition, measured: Measured | None) -> float | None:
 def _trace(plan: Plan, stage: Stage) -> MemoryTrace:
     costs, memory = plan.partition.costs, stage.memory
     chunks = []
-    for chunk, again in zip(stage.chunks, stage.recomputed, strict=True):
-        kept = (chunk.blocks - again) * costs.block.activation_bytes
-        kept += again * costs.block.recompute_bytes
+    for chunk, *again in zip(stage.chunks, stage.recomputed, stage.light, strict=True):
+        kept = costs.block.kept_bytes(chunk.blocks, *again)
         kept += costs.embedding.activation_bytes if chunk.embedding else 0
         kept += costs.head.activation_bytes + costs.head.logits_bytes if chunk.head else 0
         chunks.append(float(kept))

@@ -76,11 +76,16 @@ class Candidate:
 
     @property
     def recompute(self) -> str:
-        """Recomputation: none, full, or the number of blocks."""
+        """Recomputation: none, light or full for all blocks, or the numbers of blocks."""
         stages = self.plan.partition.stages
-        again, blocks = sum(sum(s.recomputed) for s in stages), sum(s.blocks for s in stages)
-        words = f"{again} block{'' if again == 1 else 's'}"
-        return {0: "none", blocks: "full"}.get(again, words)
+        blocks = sum(stage.blocks for stage in stages)
+        full = sum(sum(stage.recomputed) for stage in stages)
+        light = sum(sum(stage.light) for stage in stages)
+        for count, word in ((full, "full"), (light, "light")):
+            if count == blocks:
+                return word
+        counts = [f"{full} full"] * (full > 0) + [f"{light} light"] * (light > 0)
+        return ", ".join(counts) or "none"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -254,12 +259,12 @@ class _Bound:
         times, unit = self.times, self.times.block
         total = blocks * unit.total + times.embedding.total + times.head.total
         slowest = max(total / pipeline, times.head.total, times.embedding.total)
-        again = self._recomputed(0, blocks // pipeline)
-        last = self._recomputed(pipeline - 1, self._beside_the_head(slowest))
+        again = self._recomputing(0, blocks // pipeline)
+        last = self._recomputing(pipeline - 1, self._beside_the_head(slowest))
         if again is None or last is None:
             return None
         # Micro-batches in flight, and so recomputed blocks, decrease linearly with the stage.
-        extra = 0.5 * (again + last) * unit.forward
+        extra = 0.5 * (again + last)
         slowest, total = slowest + extra, total + pipeline * extra
         micro_batches = self.memory.micro_batches
         links = link_seconds(self.config, self.device, self.replicas)
@@ -274,12 +279,13 @@ class _Bound:
         left = slowest - self.times.head.total
         return max(0, min(int(left / self.times.block.total), self.config.model.blocks))
 
-    def _recomputed(self, stage: int, blocks: int) -> int | None:
+    def _recomputing(self, stage: int, blocks: int) -> float | None:
+        """Seconds of a stage's recomputation; None: it does not fit."""
         virtual = self.parallel.virtual_pipeline
         base, more = divmod(blocks, virtual)
         counts = [base + (chunk < more) for chunk in range(virtual)]
-        found = self.memory.recomputed(stage, counts, self.limit)
-        return None if found is None else sum(found)
+        found = self.memory.recomputation(stage, counts, self.limit)
+        return None if found is None else self.times.recomputing(sum(found.full), sum(found.light))
 
     def _closing(self, blocks: int) -> float:
         costs, pipeline = self.layout.costs, self.parallel.pipeline

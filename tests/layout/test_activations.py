@@ -28,6 +28,8 @@ CASES: list[dict[str, Any]] = [
         (1, {"model__num_query_groups": 2}),
         (2, {"model__residual": "keel"}),
         (2, {"parallel__recompute": "full"}),
+        (2, {"parallel__recompute": "light"}),
+        (2, {"parallel__recompute": "light", "model__residual": "keel", "kernel": "triton"}),
         (1, {"model__residual": "keel", "model__final_norm": False}),
         (2, {"kernels__logits_mib": 0.05}),  # of 128 tokens' logits 25 at once
         (2, {"model__residual": "keel", "kernel": "triton"}),
@@ -39,11 +41,13 @@ RULE_CASES: list[dict[str, Any]] = [
     for rule in RULES
     for precision, way in (("fp32", {}), ("bf16", {}), ("bf16", {"kernel": "triton"}))
 ]
+RULE_CASES += [{**case, "parallel__recompute": "light"} for case in RULE_CASES]
 TENSOR_CASES: list[dict[str, Any]] = [
     {"training__precision": precision, "parallel__sequence": sequence, "parallel__tensor": 2}
     for precision in ("fp32", "bf16")
     for sequence in (False, True)
 ]
+TENSOR_CASES += [{**case, "parallel__recompute": "light"} for case in TENSOR_CASES]
 # Of 128 tokens' logits all at once, or 25.
 HEAD_CASES: list[dict[str, Any]] = [
     {
@@ -70,21 +74,19 @@ def kept_bytes(sections: dict[str, Any], runtime: Any) -> int:
     chunk.train()
     batch = made_up_batches(config, runtime, 0)[0]
     inputs = (batch.tokens, batch.position_ids, batch.labels, chunk.rotary_pos_emb.table)
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*chunk.parameters(), *inputs)}
-    kept: dict[int, int] = {}
-    held = []  # so that no address is used twice
+    known = {tensor.untyped_storage()._cdata for tensor in (*chunk.parameters(), *inputs)}
+    held = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        held.append(tensor)
+        held.append(tensor.untyped_storage())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         losses = chunk(batch.tokens, batch.position_ids, None, labels=batch.labels)
     assert losses.requires_grad
-    return sum(kept.values())
+    # Now, and not when they were saved: some were freed since.
+    kept = {storage._cdata: storage.nbytes() for storage in held}
+    return sum(size for storage, size in kept.items() if storage not in known)
 
 
 def measure(cases: list[dict[str, Any]], first: int = 2) -> list[list[int]]:
@@ -123,8 +125,11 @@ def test_a_block_keeps_what_is_predicted(measured: Any) -> None:
         overrides = {**SHAPE, **case}
         kernel = overrides.pop("kernel", "torch")
         cost = model_costs(small_config(**overrides), kernel).block
-        full = overrides.get("parallel__recompute") == "full"
-        expected = cost.recompute_bytes if full else cost.activation_bytes
+        expected = {
+            "none": cost.activation_bytes,
+            "light": cost.light_bytes,
+            "full": cost.recompute_bytes,
+        }[overrides.get("parallel__recompute", "none")]
         assert (three - two, four - three) == (expected, expected), case
 
 
@@ -132,7 +137,9 @@ def test_a_block_of_every_rule_keeps_what_is_predicted() -> None:
     for case, found in zip(RULE_CASES, run_ranks(1, measure, RULE_CASES, 5)[0], strict=True):
         overrides = {**SHAPE, **case, "model__blocks": 7}
         kernel = overrides.pop("kernel", "torch")
-        expected = model_costs(small_config(**overrides), kernel).block.activation_bytes
+        cost = model_costs(small_config(**overrides), kernel).block
+        light = "parallel__recompute" in overrides
+        expected = cost.light_bytes if light else cost.activation_bytes
         assert (found[1] - found[0], found[2] - found[1]) == (expected, expected), case
 
 

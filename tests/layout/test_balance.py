@@ -13,6 +13,7 @@ from keel_megatron.layout.balance import Recompute, StageShare, assign_blocks
 from keel_megatron.layout.costs import model_costs
 from keel_megatron.layout.devices import DEVICES
 from keel_megatron.layout.memory import MemoryModel
+from keel_megatron.layout.recomputation import Recomputation
 from keel_megatron.layout.times import Times, UnitTimes, predicted_times
 from tests.calls import calls_of
 from tests.settings import small_config
@@ -38,7 +39,7 @@ def seconds(
     if again is None:
         return None
     total = sum(blocks) * (times.block.forward + times.block.backward)
-    total += sum(again) * times.block.forward
+    total += sum(again.full) * times.block.forward
     total += times.embedding.total if stage == 0 else 0.0
     return total + (times.head.total if stage == stages - 1 else 0.0)
 
@@ -55,6 +56,11 @@ def best(blocks: int, stages: int, times: UnitTimes, recompute: Recompute) -> li
     return found
 
 
+def once(full: tuple[int, ...]) -> Recomputation:
+    """So many blocks per chunk fully, none lightly."""
+    return Recomputation(full, (0,) * len(full))
+
+
 QUARTERS = st.integers(0, 40).map(lambda n: n / 4)
 
 
@@ -69,9 +75,9 @@ def test_no_cut_is_better(
     drawn = st.lists(st.integers(1, 9), min_size=stages, max_size=stages)
     most, free = data.draw(drawn), data.draw(drawn)
 
-    def recompute(stage: int, counts: Sequence[int]) -> tuple[int, ...] | None:
+    def recompute(stage: int, counts: Sequence[int]) -> Recomputation | None:
         total = sum(counts)
-        return None if total > most[stage] else (max(0, total - free[stage]),)
+        return None if total > most[stage] else once((max(0, total - free[stage]),))
 
     found = assign_blocks(blocks, stages, 1, times, recompute)
     expected = best(blocks, stages, times, recompute)
@@ -123,9 +129,9 @@ def test_a_large_head_gets_a_stage_of_its_own_and_so_may_the_embedding() -> None
 def test_among_equally_fast_cuts_the_most_even_one_is_taken() -> None:
     """The fifth block makes stage 0 or stage 2 take 3.25; stage 0 would be the slower otherwise."""
 
-    def recompute(stage: int, counts: Sequence[int]) -> tuple[int, ...] | None:
+    def recompute(stage: int, counts: Sequence[int]) -> Recomputation | None:
         total, most = sum(counts), (1, 1, 3, 1)[stage]
-        return None if total > most else (int(total == 3),)
+        return None if total > most else once((int(total == 3),))
 
     found = assign_blocks(5, 4, 1, unit_times(2.25, 1.0, 0.0), recompute)
     assert found is not None
@@ -133,8 +139,8 @@ def test_among_equally_fast_cuts_the_most_even_one_is_taken() -> None:
 
 
 def test_what_does_not_fit_is_said() -> None:
-    def two_a_stage(_stage: int, counts: Sequence[int]) -> tuple[int, ...] | None:
-        return (0,) if sum(counts) <= 2 else None
+    def two_a_stage(_stage: int, counts: Sequence[int]) -> Recomputation | None:
+        return once((0,)) if sum(counts) <= 2 else None
 
     assert assign_blocks(6, 3, 1, unit_times(0.0, 1.0, 0.0), two_a_stage) is not None
     assert assign_blocks(7, 3, 1, unit_times(0.0, 1.0, 0.0), two_a_stage) is None
@@ -159,10 +165,10 @@ def test_4096_blocks_on_512_stages_take_few_calls(virtual: int) -> None:
     times = predicted_times(costs, DEVICES["h200"])
     shares, calls = calls_of(
         lambda: assign_blocks(
-            4096, 512, virtual, times, lambda r, n: memory.recomputed(r, n, limit)
+            4096, 512, virtual, times, lambda r, n: memory.recomputation(r, n, limit)
         )
     )
     assert shares is not None
     assert sum(sum(share.blocks) for share in shares) == 4096
-    assert sum(shares[0].recomputed) > sum(shares[-1].recomputed)
+    assert sum(map(sum, shares[0].again)) > sum(map(sum, shares[-1].again))
     assert calls < 3_000_000

@@ -131,29 +131,51 @@ def test_activations_follow_what_is_in_flight() -> None:
     st.lists(st.integers(0, 4), min_size=3, max_size=3),
     st.floats(0.0, 1.1),
 )
-def test_recompute_auto_takes_the_fewest_blocks_that_do(
+def test_recompute_auto_takes_the_least_that_does(
     pipeline: int, virtual: int, stage: int, blocks: list[int], tightness: float
 ) -> None:
-    """Against every other choice of blocks to recompute."""
+    """Against every other choice of blocks to recompute: fewest full ones, then fewest light ones."""
     blocks, stage = blocks[:virtual], min(stage, pipeline - 1)
     memory = model(
         parallel__pipeline=pipeline, parallel__virtual_pipeline=virtual, parallel__recompute="auto"
     )
     none, full = (memory.stage(stage, blocks, r).total for r in ([0] * virtual, blocks))
     limit = full + tightness * (none - full) - 1
-    choices: list[tuple[int, ...]] = [()]
+    choices: list[tuple[tuple[int, int], ...]] = [()]
     for count in blocks:
-        choices = [(*choice, k) for choice in choices for k in range(count + 1)]
-    fitting = [c for c in choices if memory.stage(stage, blocks, c).total <= limit]
-    found = memory.recomputed(stage, blocks, limit)
+        ways = [(k, l) for k in range(count + 1) for l in range(count - k + 1)]
+        choices = [(*choice, way) for choice in choices for way in ways]
+    each = [tuple(zip(*choice, strict=True)) for choice in choices]
+    fitting = [c for c in each if memory.stage(stage, blocks, *c).total <= limit]
+    found = memory.recomputation(stage, blocks, limit)
     if not fitting:
         assert found is None
     else:
+        assert found is not None
         assert found in fitting
-        assert sum(found or ()) == min(map(sum, fitting))
+        assert tuple(map(sum, found)) == min(tuple(map(sum, c)) for c in fitting)
+
+
+def test_light_recomputation_comes_before_full() -> None:
+    memory = model(parallel__recompute="auto")
+    none, light = (memory.stage(0, (8,), (0,), (n,)).total for n in (0, 8))
+    assert memory.recomputation(0, (8,), none - 1) == ((0,), (2,))  # the first keeps its input
+    assert memory.recomputation(0, (8,), light) == ((0,), (8,))
+    found = memory.recomputation(0, (8,), light - 1)
+    assert found is not None
+    assert found.full == (1,)
+    assert found.light[0] < 7
+    compiled = model(parallel__recompute="auto", kernels__compile=True)
+    assert compiled.recomputation(0, (8,), none - 1) == ((1,), (0,))
+
+
+def test_recompute_light_is_all_blocks_and_nothing_else() -> None:
+    memory = model(parallel__recompute="light")
+    assert memory.recomputation(0, (8,), None) == ((0,), (8,))
+    assert memory.recomputation(0, (8,), 1.0) is None
 
 
 def test_recompute_full_and_none_are_not_changed() -> None:
-    assert model(parallel__recompute="full").recomputed(0, (8,), None) == (8,)
-    assert model(parallel__recompute="none").recomputed(0, (8,), None) == (0,)
-    assert model(parallel__recompute="none").recomputed(0, (8,), 1.0) is None
+    assert model(parallel__recompute="full").recomputation(0, (8,), None) == ((8,), (0,))
+    assert model(parallel__recompute="none").recomputation(0, (8,), None) == ((0,), (0,))
+    assert model(parallel__recompute="none").recomputation(0, (8,), 1.0) is None
