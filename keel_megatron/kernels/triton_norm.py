@@ -263,9 +263,7 @@ class ScaledAddNorm(torch.autograd.Function):
                 **_constants(h, tile, outer_weight, inner_weight),
             )
         # x' is the next operation's x, and so held anyway; without z there may be none.
-        ctx.save_for_backward(
-            x, f, outer_weight, inner_weight, rstd, None if z is None else x_new
-        )
+        ctx.save_for_backward(x, f, outer_weight, inner_weight, rstd, None if z is None else x_new)
         ctx.alpha, ctx.eps = alpha, eps
         return x_new, z
 

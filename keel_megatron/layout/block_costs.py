@@ -62,8 +62,17 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
     rotary = 0 if execution.compiled else 5 * c * (a + g) + 2 * c * g
     moved = _moved(shape, rows, kernel, execution)
     casts = _fp8_casts(shape, parameters) if execution.fp8 else (0, 0, 0, 0)
+    # A product adds its weight's gradient to the fp32 sum, or writes it and DDP adds it.
+    direct = shape.adds_gradients(kernel, execution)
+    gradients = 2 * STREAM_BYTES * parameters if direct else 0
+    returned = 0 if direct else shape.gradient_bytes(parameters)
     kernels = kernel_counts.total(
-        kernel_counts.block(rows, compiled=execution.compiled, fused=kernel == "triton")
+        kernel_counts.block(
+            rows,
+            compiled=execution.compiled,
+            fused=kernel == "triton",
+            direct=direct,
+        )
     )
     # Halves of all-reduces: before and after each branch, and under SP the branch's input again.
     forward_messages = 4 if tp > 1 else 0
@@ -85,8 +94,8 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
             # Flash attention recomputes the scores: 5 products against 2 in the forward pass.
             flops=2 * flops + 0.5 * scores,
             attention_flops=2.5 * scores,
-            matmul_bytes=2 * operands,
-            other_bytes=t * moved[1] + shape.gradient_bytes(parameters) + casts[1],
+            matmul_bytes=2 * operands + gradients,
+            other_bytes=t * moved[1] + returned + casts[1],
             strided_bytes=t * rotary,
             communication_bytes=backward_messages * shape.collective_bytes(),
             collectives=backward_messages,

@@ -38,18 +38,22 @@ def weights(rows: Rows) -> int:
     )
 
 
-def block(rows: Rows, *, compiled: bool = False, fused: bool = True) -> tuple[KernelCount, ...]:
+def block(
+    rows: Rows, *, compiled: bool = False, fused: bool = True, direct: bool | None = None
+) -> tuple[KernelCount, ...]:
     """Kernels of a block, by part.
 
     Args:
         rows: the columns of its rule.
         compiled: count for `kernels.compile`.
         fused: whether scaled add and norms are one kernel or torch's operators.
+        direct: whether products add to the sums of the weights' gradients; None: unless compiled.
     """
-    return tuple(_parts(rows, compiled, fused or compiled))
+    direct = not compiled if direct is None else direct
+    return tuple(_parts(rows, compiled, fused or compiled, direct))
 
 
-def _parts(rows: Rows, compiled: bool, fused: bool) -> Iterator[KernelCount]:
+def _parts(rows: Rows, compiled: bool, fused: bool, direct: bool) -> Iterator[KernelCount]:
     yield KernelCount(
         "products", 4, 8, "qkv, proj, fc1, fc2; backward one each for input and weight"
     )
@@ -70,7 +74,7 @@ def _parts(rows: Rows, compiled: bool, fused: bool) -> Iterator[KernelCount]:
         "flash; backward row sums, its kernel, a cast, key and value "
         "summed over their group, an emptied buffer",
     )
-    yield KernelCount("SwiGLU", 1, 1, "fused" if compiled else "Megatron-core's compiled kernel")
+    yield KernelCount("SwiGLU", 1, 1, "fused")
     each = [_join(*one, compiled, fused) for one in joins(rows)]
     forward, backward = (sum(way) for way in zip(*each, strict=True))
     yield KernelCount(
@@ -86,8 +90,9 @@ def _parts(rows: Rows, compiled: bool, fused: bool) -> Iterator[KernelCount]:
     yield KernelCount(
         "gradient sums",
         0,
-        4 + weights(rows),
-        f"DDP adds each of four matrices' and {weights(rows)} norm weights' to the fp32 sum",
+        weights(rows) + (0 if direct else 4),
+        f"DDP adds {'' if direct else 'four matrices and '}{weights(rows)} norm weights' to the "
+        "fp32 sum",
     )
 
 

@@ -209,9 +209,7 @@ class MemoryModel:
         self, stage: int, blocks: Sequence[int], recomputed: Sequence[int], light: Sequence[int]
     ) -> int:
         parallel, costs = self.config.parallel, self.costs
-        kept = [
-            costs.block.kept_bytes(*one) for one in zip(blocks, recomputed, light, strict=True)
-        ]
+        kept = [costs.block.kept_bytes(*one) for one in zip(blocks, recomputed, light, strict=True)]
         if stage == 0:
             kept[0] += costs.embedding.activation_bytes
         head = costs.head.activation_bytes if stage == parallel.pipeline - 1 else 0

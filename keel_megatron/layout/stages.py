@@ -180,9 +180,7 @@ def _counts(layout: Layout, stage: int) -> tuple[int, ...]:
     return tuple(chunk.blocks for chunk in layout.stage(stage))
 
 
-def _recomputed(
-    memory: MemoryModel, stage: int, blocks: Any, limit: float | None
-) -> Recomputation:
+def _recomputed(memory: MemoryModel, stage: int, blocks: Any, limit: float | None) -> Recomputation:
     """Recomputed blocks of a stage; all of them if even that does not fit."""
     return memory.recomputation(stage, blocks, limit) or most(memory.config, blocks)
 

@@ -172,6 +172,12 @@ class Shape:
         """Bytes of one norm's 1 / rms per token."""
         return 4 * self.tokens * self.h // self.model.hidden_size
 
+    def adds_gradients(self, kernel: Kernel, execution: Execution) -> bool:
+        """Whether a block's products add the weights' gradients to DDP's sums (model/linear.py)."""
+        captured = execution.compiled or execution.graphed or execution.fp8
+        on_device = kernel == "triton" or self.c == STREAM_BYTES
+        return self.tp == 1 and not self.returned and not captured and on_device
+
     def gradient_bytes(self, parameters: int) -> int:
         """Bytes to write a gradient in the compute type and add it to the fp32 gradient."""
         return parameters * (2 * self.c + 8)

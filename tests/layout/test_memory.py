@@ -159,7 +159,7 @@ def test_recompute_auto_takes_the_least_that_does(
 def test_light_recomputation_comes_before_full() -> None:
     memory = model(parallel__recompute="auto")
     none, light = (memory.stage(0, (8,), (0,), (n,)).total for n in (0, 8))
-    assert memory.recomputation(0, (8,), none - 1) == ((0,), (2,))  # the first keeps its input
+    assert memory.recomputation(0, (8,), none - 1) == ((0,), (1,))
     assert memory.recomputation(0, (8,), light) == ((0,), (8,))
     found = memory.recomputation(0, (8,), light - 1)
     assert found is not None
