@@ -3,7 +3,7 @@
 On import Megatron-core hands some fifty small functions to `torch.compile`, most of them through
 `megatron.core.jit.jit_fuser` and since 0.17 one in `transformer.moe.router` by itself. That imports
 Dynamo and Inductor: a thousand modules, 1.2 s of a core in every process. Hardly any function is
-ever called: none on a CPU, SwiGLU's on CUDA. Here each is compiled at its first call instead.
+ever called. Here each is compiled at its first call instead.
 """
 
 from __future__ import annotations

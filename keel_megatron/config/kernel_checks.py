@@ -105,7 +105,8 @@ KERNEL_CHECKS: tuple[Check, ...] = (
         "cuda_graphs",
         "parallel.recompute",
         lambda run: run.parallel.recompute == "full",
-        "captured blocks cannot be recomputed; set it to none, or to auto where memory suffices",
+        "captured blocks cannot be recomputed as a whole; set it to none or light, or to auto "
+        "where memory suffices",
     ),
     _not_with(
         "cuda_graphs",

@@ -41,8 +41,8 @@ class ParallelConfig(Section):
         default="none",
         description=(
             "Activation recomputation. none: keep all activations. light: recompute SwiGLU's "
-            "output and the inner norms' outputs in the backward pass (about a quarter less "
-            "memory for about 3 % of the time; exact). full: keep each block's input and "
+            "output and the inner norms' outputs in the backward pass (a quarter less "
+            "activation memory for about 5 % of the time; the same bits). full: keep each block's input and "
             "recompute the block in the backward pass. auto: as little as fits in memory, per "
             "stage: light for as few blocks as possible, then full."
         ),

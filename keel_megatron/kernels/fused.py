@@ -94,7 +94,8 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     def recompute(ctx: Any, out: Tensor) -> None:
         """Write the result again, to the bit, into `out`."""
-        _normalised(*ctx.saved_tensors, out)
+        x, weight, rstd = ctx.saved_tensors
+        _normalised(x, weight, rstd, out)
 
     @staticmethod
     @once_differentiable

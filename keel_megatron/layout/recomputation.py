@@ -50,8 +50,8 @@ def least(
 
     Under `auto`: light for the fewest blocks; where light for all of them is not enough, full for
     the fewest, and then light for the fewest of the others. A light block frees more memory per
-    second that it takes than a full one. Earlier chunks hold at least as many micro-batches in flight as
-    later ones, so their blocks free the most memory and come first.
+    second that it takes than a full one. Earlier chunks hold at least as many micro-batches in
+    flight as later ones, so their blocks free the most memory and come first.
 
     Args:
         config: the run.

@@ -90,7 +90,8 @@ def predicted_times(costs: Costs, device: Device) -> UnitTimes:
     """Predicted times on a device. Tensor-parallel groups are assumed to be within a node."""
     light = sum(time_parts(costs.block.light, device, costs.block.execution).values())
     pieces = (costs.embedding, costs.block, costs.head)
-    return UnitTimes(*(_times(cost, device) for cost in pieces), light=light)
+    embedding, block, head = (_times(cost, device) for cost in pieces)
+    return UnitTimes(embedding, block, head, light)
 
 
 def _times(cost: Cost, device: Device) -> Times:

@@ -36,7 +36,8 @@ def free_until_backward(x: Tensor, product: Tensor) -> None:
     operation = getattr(node, "_forward_cls", None)
     if getattr(operation, "recomputable", None) != x.output_nr or not product.requires_grad:
         return
-    product.register_hook(_Refill(x.data, node, operation))
+    watched: Any = product
+    watched.register_hook(_Refill(x.data, node, operation))
     _resize(x.data, 0)
 
 

@@ -134,7 +134,7 @@ def test_activations_follow_what_is_in_flight() -> None:
 def test_recompute_auto_takes_the_least_that_does(
     pipeline: int, virtual: int, stage: int, blocks: list[int], tightness: float
 ) -> None:
-    """Against every other choice of blocks to recompute: fewest full ones, then fewest light ones."""
+    """Against every other choice of blocks: the fewest full ones, then the fewest light ones."""
     blocks, stage = blocks[:virtual], min(stage, pipeline - 1)
     memory = model(
         parallel__pipeline=pipeline, parallel__virtual_pipeline=virtual, parallel__recompute="auto"

@@ -239,9 +239,15 @@ def stand_in(function: Callable[..., Any], arguments: tuple[torch.Tensor, ...]) 
     return Graphed.apply
 
 
-def test_recorded_blocks_train_like_plain_ones() -> None:
+@pytest.mark.parametrize("recompute", ["none", "light"])
+def test_recorded_blocks_train_like_plain_ones(recompute: str) -> None:
     """All but CUDA itself: every gradient leaves by the arguments, observed steps run plainly."""
-    sections = settings(training__precision="bf16", training__device="auto", model__blocks=3)
+    sections = settings(
+        training__precision="bf16",
+        training__device="auto",
+        model__blocks=3,
+        parallel__recompute=recompute,
+    )
     (found,) = run_ranks(1, graphed_and_plain, sections)
     assert found["graphed"] == found["plain"]
     assert found["recorded"] == 2  # at step 2, and again after the observed step 4
