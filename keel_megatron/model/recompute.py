@@ -54,4 +54,5 @@ class _Refill:
         data, node, operation = self._held
         self._held = None  # the product's node is the only holder from here on
         _resize(data, self._bytes)
-        operation.recompute(node, data)
+        with torch.no_grad():
+            operation.recompute(node, data)
