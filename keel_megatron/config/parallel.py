@@ -42,9 +42,9 @@ class ParallelConfig(Section):
         description=(
             "Activation recomputation. none: keep all activations. light: recompute SwiGLU's "
             "output and the inner norms' outputs in the backward pass (a quarter less "
-            "activation memory for about 5 % of the time; the same bits). full: keep each block's input and "
-            "recompute the block in the backward pass. auto: as little as fits in memory, per "
-            "stage: light for as few blocks as possible, then full."
+            "activation memory for about 5 % of the time; the same bits). full: keep each "
+            "block's input and recompute the block in the backward pass. auto: as little as "
+            "fits in memory, per stage: light for as few blocks as possible, then full."
         ),
     )
     memory_gb: float | None = Field(

@@ -63,14 +63,11 @@ def return_placeholder(weight: Tensor) -> None:
     """Make backward passes that add to `weight.main_grad` return a placeholder gradient.
 
     Megatron-core's DDP with overlap_grad_reduce starts a bucket's reduction from the weights'
-    AccumulateGrad hooks, and asserts there that `weight.grad` is set.
+    AccumulateGrad hooks, and asserts there that `weight.grad` is set. Without a gradient a hook
+    runs in the thread that called the backward pass, and with one on CUDA in the device's thread:
+    ranks could start their reductions in different orders.
     """
     setattr(weight, _PLACEHOLDER, True)
-
-
-def returns_placeholder(weight: Tensor) -> bool:
-    """Whether `return_placeholder` was called for this weight."""
-    return getattr(weight, _PLACEHOLDER, False)
 
 
 def placeholder(weight: Tensor) -> Tensor | None:
@@ -79,7 +76,7 @@ def placeholder(weight: Tensor) -> Tensor | None:
     Uninitialised memory, which DDP drops unread; zeros for a weight whose `zero_out_wgrad` is set
     (tied embeddings), because DDP adds what autograd summed over all its uses.
     """
-    if not returns_placeholder(weight):
+    if not getattr(weight, _PLACEHOLDER, False):
         return None
     if getattr(weight, "zero_out_wgrad", False):
         return torch.zeros_like(weight)

@@ -62,10 +62,10 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
     rotary = 0 if execution.compiled else 5 * c * (a + g) + 2 * c * g
     moved = _moved(shape, rows, kernel, execution)
     casts = _fp8_casts(shape, parameters) if execution.fp8 else (0, 0, 0, 0)
-    # A product adds its weight's gradient to the fp32 sum, or writes it and DDP adds it.
+    # A product adds its weight's gradient to the fp32 sum, which it reads and writes after its own
+    # work, in one wave of tiles; or it writes the gradient, and DDP adds it.
     direct = shape.adds_gradients(kernel, execution)
-    gradients = 2 * STREAM_BYTES * parameters if direct else 0
-    returned = 0 if direct else shape.gradient_bytes(parameters)
+    gradients = 2 * STREAM_BYTES * parameters if direct else shape.gradient_bytes(parameters)
     kernels = kernel_counts.total(
         kernel_counts.block(
             rows,
@@ -94,8 +94,8 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
             # Flash attention recomputes the scores: 5 products against 2 in the forward pass.
             flops=2 * flops + 0.5 * scores,
             attention_flops=2.5 * scores,
-            matmul_bytes=2 * operands + gradients,
-            other_bytes=t * moved[1] + returned + casts[1],
+            matmul_bytes=2 * operands,
+            other_bytes=t * moved[1] + gradients + casts[1],
             strided_bytes=t * rotary,
             communication_bytes=backward_messages * shape.collective_bytes(),
             collectives=backward_messages,

@@ -16,12 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from keel_megatron.kernels.weight_gradients import (
-    add_product,
-    adds_directly,
-    placeholder,
-    returns_placeholder,
-)
+from keel_megatron.kernels.weight_gradients import add_product, adds_directly, placeholder
 
 _RETURNED = "keel_returns_gradient"
 
@@ -65,10 +60,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if sums is None or not adds_directly(sums, weight.dtype):
         return functional.linear(x, weight)
     operation: Any = _AccumulatingLinear
-    # As an argument, the weight would have an AccumulateGrad node, whose hooks of DDP take
-    # longer than they have to do: nothing, unless DDP waits for them.
-    edge = weight if returns_placeholder(weight) or not x.requires_grad else None
-    result: Tensor = operation.apply(x, edge, (weight,))
+    result: Tensor = operation.apply(x, weight)
     return result
 
 
@@ -93,17 +85,16 @@ class _AccumulatingLinear(torch.autograd.Function):
     """functional.linear whose weight gradient is added to `weight.main_grad` by the product."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _edge: Tensor | None, holder: tuple[Tensor]) -> Tensor:
-        (weight,) = holder
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return functional.linear(x, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows = dy.reshape(-1, dy.size(-1))
         add_product(weight.main_grad, rows.t(), x.reshape(-1, x.size(-1)))
         weight.grad_added_to_main_grad = True
         dx = rows.mm(weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        return dx, placeholder(weight) if ctx.needs_input_grad[1] else None, None
+        return dx, placeholder(weight)

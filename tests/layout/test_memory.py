@@ -172,7 +172,8 @@ def test_light_recomputation_comes_before_full() -> None:
     assert found.full == (2,)  # of the first one all activations are made again at a time
     assert found.light[0] < 7
     compiled = model(parallel__recompute="auto", kernels__compile=True)
-    assert compiled.recomputation(0, (8,), none - 1) == ((1,), (0,))
+    limit = compiled.stage(0, (8,), (4,)).total
+    assert compiled.recomputation(0, (8,), limit) == ((4,), (0,))
 
 
 def test_recompute_light_is_all_blocks_and_nothing_else() -> None:
