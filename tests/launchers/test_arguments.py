@@ -134,7 +134,10 @@ def test_slurm_and_torchrun(tmp_path: Path) -> None:
     assert re.fullmatch("[0-9a-f]{32}", name)
     assert started[0][1]["TORCHELASTIC_RUN_ID"] == name
     assert all(name not in parent and "torch.distributed.run" in parent for *_, parent in started)
-    assert name not in done.stdout + done.stderr
+    # Where one node ends before the other, torch warns once the rendezvous is over, with its name.
+    over = "has failed to shutdown the rendezvous"
+    said = [one for one in (done.stdout + done.stderr).splitlines() if over not in one]
+    assert name not in "\n".join(said)
     assert not list(tmp_path.rglob("mark"))
 
 
