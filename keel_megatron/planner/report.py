@@ -103,13 +103,6 @@ def _memory(plan: Plan) -> list[str]:
             f"Memory: DOES NOT FIT; {need} of {limit / GB:.4g}; {over} of "
             f"{count(len(parts.stages), 'stage')} need more."
         )
-    fullest = max(parts.stages, key=lambda stage: stage.memory.saving)
-    if fullest.memory.saving > worst.memory.total or not parts.fits_saving:
-        fits = "" if parts.fits_saving else "DOES NOT FIT; "
-        lines.append(
-            f"Saving: {fits}collecting a checkpoint, stage {fullest.number} needs "
-            f"{fullest.memory.saving / GB:.1f} GB."
-        )
     return lines
 
 
