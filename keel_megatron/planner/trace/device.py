@@ -196,6 +196,8 @@ def _read(name: str, plain: Callable[..., Any] | None, wait: Wait) -> Callable[.
         if getattr(self, UNEQUAL, False):
             return False
         value: Any = 1.0 if self.dtype.is_floating_point else 1
+        if name == "tolist":
+            return torch.full(self.shape, value, device="cpu").numpy().tolist()
         return convert(value) if convert else value
 
     return read

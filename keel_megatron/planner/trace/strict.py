@@ -45,8 +45,8 @@ def problems(config: RunConfig, trace: RankTrace) -> list[str]:
     if not 0.0 <= trace.deviation <= allowed:
         part = next(part for part in trace.parts.values() if part.peak == trace.step_peak)
         found.append(
-            f"the plan's step is {trace.deviation:+.2%} of the trace's {part.peak:,} bytes, and may "
-            f"be from +0 % to +{allowed:.0%} (at {part.peak_operator} called by {part.peak_where})"
+            f"the plan's step is {trace.deviation:+.2%} of the trace's {part.peak:,} bytes, and "
+            f"may be from +0 % to +{allowed:.0%} (at {part.peak_operator} called by {part.peak_where})"
         )
     return found + _save_problems(trace)
 
