@@ -175,7 +175,16 @@ def _adapt_tensor(tensor: Any, wait: Wait) -> None:
             return plain_type(self, dtype, *args, **kwargs)
         return ("torch.cuda." if self.is_cuda else "torch.") + _TYPE_NAMES[self.dtype]
 
+    plain_pointer = torch.Tensor.data_ptr
+
+    def data_ptr(self: torch.Tensor) -> int:
+        """What tells two tensors apart that have no address."""
+        if not self.is_cuda:
+            return plain_pointer(self)
+        return self.untyped_storage()._cdata + self.storage_offset() * self.element_size()
+
     tensor.type = type_name
+    tensor.data_ptr = data_ptr
     tensor.cuda = lambda self, *_args, **_kwargs: self.to(CUDA)
     for name in _READS:
         plain = None if tensor is not torch.Tensor else getattr(torch.Tensor, name)

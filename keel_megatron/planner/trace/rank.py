@@ -148,7 +148,7 @@ def _build(request: Request, runtime: Any, parts: Partition, tracker: Tracker) -
         tracker, "gradients", config.finalize_model_grads_func
     )
     engine.optimizer.prepare_grads = _in_phase(tracker, "update", engine.optimizer.prepare_grads)
-    engine.optimizer.get_grad_norm = _in_phase(tracker, "update", engine.optimizer.get_grad_norm)
+    engine._result = _in_phase(tracker, "update", engine._result)
     engine._update = _in_phase(tracker, "update", engine._update)
     return engine
 

@@ -6,8 +6,9 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.planner.trace.result import RankTrace
 
 WAITS = {
-    "float in _run (engine.py)": "the step's loss",
-    "item in get_grad_norm_fp32 (clip_grads.py)": "the gradient norm",
+    "tolist in _result (engine.py)": "the step's loss, gradient norm and votes",
+    "float in validate (engine.py)": "a validation's loss",
+    "int in updates (optimizer_shards.py)": "a save's count of updates",
     "torch.cuda.synchronize in _communicate (p2p_communication.py)": "Megatron-core's batched "
     "messages of a pipeline without interleaving (batch_p2p_sync)",
     "copy to the host in profile (collector.py)": "the depth profile's sums",
@@ -46,7 +47,8 @@ def problems(config: RunConfig, trace: RankTrace) -> list[str]:
         part = next(part for part in trace.parts.values() if part.peak == trace.step_peak)
         found.append(
             f"the plan's step is {trace.deviation:+.2%} of the trace's {part.peak:,} bytes, and "
-            f"may be from +0 % to +{allowed:.0%} (at {part.peak_operator} called by {part.peak_where})"
+            f"may be from +0 % to +{allowed:.0%} "
+            f"(at {part.peak_operator} called by {part.peak_where})"
         )
     return found + _save_problems(trace)
 
