@@ -109,6 +109,8 @@ def page(results: dict[str, Any]) -> str:
         *rows(results),
         "",
     ]
+    if len(results) < len(RECIPES) * len(GPUS):
+        lines += ["Recipes that are not listed have not been traced yet; the tool adds them.", ""]
     return "\n".join(lines)
 
 
