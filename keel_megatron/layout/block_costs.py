@@ -60,7 +60,6 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
     kept += c * 3 * f  # fc1's output, and fc2's input
     kept += _head_norms_bytes(shape, rows) + _dropout_bytes(shape, kernel)
     fused = _fused_rotary(rows, execution)
-    rotary = 0 if execution.compiled or fused else 5 * c * (a + g) + 2 * c * g
     moved = _moved(shape, rows, kernel, execution)
     casts = _fp8_casts(shape, parameters) if execution.fp8 else (0, 0, 0, 0)
     # A product adds its weight's gradient to the fp32 sum, which it reads and writes after its own
@@ -87,7 +86,7 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
             attention_flops=scores,
             matmul_bytes=operands,
             other_bytes=t * moved[0] + casts[0],
-            strided_bytes=t * rotary,  # a product, two halves added to it; value copied
+            strided_bytes=t * _strided(shape, rows, execution),
             communication_bytes=forward_messages * shape.collective_bytes(),
             collectives=forward_messages,
             kernels=kernels[0] + casts[2],
@@ -98,7 +97,7 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
             attention_flops=2.5 * scores,
             matmul_bytes=2 * operands,
             other_bytes=t * moved[1] + gradients + casts[1],
-            strided_bytes=t * rotary,
+            strided_bytes=t * _strided(shape, rows, execution),
             communication_bytes=backward_messages * shape.collective_bytes(),
             collectives=backward_messages,
             kernels=kernels[1] + casts[3],
@@ -195,6 +194,16 @@ def _moved(shape: Shape, rows: Rows, kernel: Kernel, execution: Execution) -> tu
         forward += (2 * c + 4 * STREAM_BYTES) * (a + 2 * g)
         backward += (2 * c + 6 * STREAM_BYTES) * (a + 2 * g)
     return forward + 3 * c * f, backward + 5 * c * f
+
+
+def _strided(shape: Shape, rows: Rows, execution: Execution) -> int:
+    """Bytes per token of the rotary embedding in torch's operators, in each pass.
+
+    A product, and two halves added to it; value is copied.
+    """
+    if execution.compiled or _fused_rotary(rows, execution):
+        return 0
+    return shape.c * (5 * (shape.attention + shape.groups) + 2 * shape.groups)
 
 
 def _fused_rotary(rows: Rows, execution: Execution) -> bool:

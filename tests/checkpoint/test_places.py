@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from keel_megatron.checkpoint.places import (
@@ -20,6 +20,8 @@ from keel_megatron.checkpoint.places import (
     runs,
 )
 
+# The machine may be busy.
+SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 
 
@@ -49,6 +51,7 @@ def two_places(draw: st.DrawFn) -> tuple[Place, Place]:
     return draw(places(shape)), draw(places(shape))
 
 
+@SETTINGS
 @given(SHAPES.flatmap(places))
 def test_boxes_tile_a_range(place: Place) -> None:
     found = []
@@ -63,6 +66,7 @@ def test_boxes_tile_a_range(place: Place) -> None:
     assert len(tiles) <= 2 * len(place.block) - 1
 
 
+@SETTINGS
 @given(two_places())
 def test_runs_copy_what_two_pieces_share(pair: tuple[Place, Place]) -> None:
     there, here = pair
@@ -97,6 +101,7 @@ def filled(draw: st.DrawFn) -> list[Place]:
     return draw(st.permutations(found))
 
 
+@SETTINGS
 @given(filled(), st.data())
 def test_a_filled_tensor_is_told_from_one_with_a_hole_or_an_overlap(
     pieces: list[Place], data: st.DataObject
@@ -131,6 +136,7 @@ def test_a_tensor_without_a_piece_is_missed() -> None:
     check_filled([whole, replace(whole, key="y")], 8)
 
 
+@SETTINGS
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())
 def test_a_range_of_consecutive_blocks_is_cut(sizes: list[int], data: st.DataObject) -> None:
     """Each block as a tensor of its own, whose elements are numbered on."""
@@ -147,6 +153,7 @@ def test_a_range_of_consecutive_blocks_is_cut(sizes: list[int], data: st.DataObj
     assert found == numbers[start:stop]
 
 
+@SETTINGS
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 5))
 def test_ranks_share_tensors_evenly(sizes: list[int], count: int) -> None:
     shares = [even_ranges(sizes, rank, count) for rank in range(count)]

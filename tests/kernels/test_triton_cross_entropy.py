@@ -16,7 +16,7 @@ from keel_megatron.kernels import triton_cross_entropy
 from keel_megatron.kernels.cross_entropy import linear_cross_entropy
 from tests.distributed import run_ranks
 from tests.kernels.cases import DEVICE, Unlaunched, error, tolerance
-from tests.kernels.cross_entropy_ranks import ROWS, H, N, V, drawn, split_results_in_triton
+from tests.kernels.cross_entropy_ranks import H, N, V, drawn, split_results_in_triton
 from tests.memory import Watch
 
 BLOCK = triton_cross_entropy.BLOCK
@@ -86,6 +86,7 @@ def test_places_of_any_strides() -> None:
     assert all(torch.equal(one, other) for one, other in zip(own, found, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("v", [100, BLOCK + 100])
 def test_minus_infinity_is_probability_zero_and_nan_stays_nan(v: int) -> None:
     """A first block of nothing but -inf; what diverged must show in the loss."""
@@ -181,7 +182,7 @@ def test_a_vocabulary_over_two_ranks_is_one_vocabulary() -> None:
     losses = functional.cross_entropy(leaves[0] @ leaves[1].t(), labels, reduction="none")
     exact = [losses.detach(), *torch.autograd.grad(losses, leaves, gradients.double())]
     ranks = run_ranks(2, split_results_in_triton)
-    assert len(ranks[0]) == 2 * len(ROWS)
+    assert len(ranks[0]) == 4
     for case, (found, dx, _dw) in ranks[0].items():
         others = ranks[1][case]
         assert torch.equal(found, others[0]), case

@@ -13,7 +13,7 @@ from tests.settings import settings
 N, V, H = 2 * 64, 2048, 64
 """Tokens of a micro-batch, the vocabulary and the hidden size."""
 # Of those tokens' logits 25 at once.
-PIECES = {"kernels__logits_mib": 0.2}
+PIECES: dict[str, Any] = {"kernels__logits_mib": 0.2, "kernels__triton": ["norm"]}
 SHAPE = {"model__blocks": 2, "data__seq_length": 64, "data__vocab_size": V}
 CASES: list[dict[str, Any]] = [
     {**SHAPE, "model__tie_embeddings": tied, **more}
@@ -26,6 +26,7 @@ def gradients(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For every case summed gradients of two micro-batches, ours and torch's from the logits."""
     from keel_megatron.config.run import RunConfig
     from keel_megatron.engines.megatron.optimizer import wrap_data_parallel
+    from keel_megatron.kernels import selection
     from keel_megatron.model.language_model import build_model
     from keel_megatron.runtime.distributed import start
     from tests.memory import Watch
@@ -38,7 +39,7 @@ def gradients(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             chunks = build_model(config, runtime)
             (model,), (chunk,) = wrap_data_parallel(config, chunks, runtime), chunks
             batches = made_up_batches(config, runtime, 0)[:2]
-            results: dict[str, Any] = {}
+            results: dict[str, Any] = {"selected": selection._selected}
             for way in ("losses", "logits"):
                 model.zero_grad_buffer()
                 results[way] = []
@@ -65,6 +66,8 @@ def test_losses_train_like_those_of_the_logits() -> None:
         for one, other in zip(found["losses"], found["logits"], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=str(case))
         assert found["logits largest"] == 4 * N * V
+        if "kernels__triton" in case:
+            assert found["selected"] == {"norm"}
         # In pieces the largest tensor of all is the gradient of the embedding.
         largest = 4 * H * V if "kernels__logits_mib" in case else 4 * N * V
         assert found["losses largest"] == largest, case
