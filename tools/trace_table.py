@@ -53,7 +53,7 @@ def traced(recipe: str, gpus: int, depth: bool) -> dict[str, Any]:
 
 def rows(results: dict[str, Any]) -> list[str]:
     header = ("sub-layers", "GPUs", "layout", "stage", "plan", "step", "plan is")
-    header += ("reserved", "expandable", "plan's save", "save", "plan is", "TFLOP", "launches")
+    header += ("reserved", "expandable", "save", "TFLOP", "launches")
     lines = ["| " + " | ".join((*header, "waits", "fullest at")) + " |"]
     lines.append("|-:|-:|---|" + "-:|" * (len(header) - 2) + "---|")
     for recipe in RECIPES:
@@ -71,8 +71,7 @@ def _cells(recipe: str, gpus: int, one: dict[str, Any]) -> list[str]:
     steps = {name: part for name, part in parts.items() if name != "save"}
     fullest = max(steps, key=lambda name: steps[name]["peak_bytes"])
     before_save = list(steps.values())[-1]
-
-    step, save = steps[fullest]["peak_bytes"], parts["save"]["peak_bytes"]
+    step = steps[fullest]["peak_bytes"]
 
     def gb(size: float) -> str:
         return f"{size / 1e9:.2f}"
@@ -87,9 +86,7 @@ def _cells(recipe: str, gpus: int, one: dict[str, Any]) -> list[str]:
         f"{memory.total / step - 1:+.2%}",
         gb(before_save["reserved_bytes"]),
         gb(before_save["reserved_expandable_bytes"]),
-        gb(memory.saving),
-        gb(save),
-        f"{memory.saving / save - 1:+.2%}",
+        gb(parts["save"]["peak_bytes"]),
         f"{one['step_flops'] / 1e12:,.0f}",
         f"{one['step_launches']:,.0f}",
         str(sum(one["host_waits"]["step"].values())),
@@ -112,6 +109,8 @@ def page(results: dict[str, Any]) -> str:
         *rows(results),
         "",
     ]
+    if len(results) < len(RECIPES) * len(GPUS):
+        lines += ["Recipes that are not listed have not been traced yet; the tool adds them.", ""]
     return "\n".join(lines)
 
 

@@ -138,9 +138,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 sums = _plus_product(sums, dz, part, once=piece is None)
             del dz
-        d_weight = None if sums is None else sums.to(weight.dtype)
         if ctx.accumulate:
             weight.grad_added_to_main_grad, d_weight = True, placeholder(weight)
+        else:
+            d_weight = None if sums is None else sums.to(weight.dtype)
         return None if dx is None else _scattered(dx, ctx.split), d_weight, *[None] * 5
 
 
