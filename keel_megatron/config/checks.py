@@ -276,7 +276,7 @@ def _fp8(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _overlap_param_gather(config: RunConfig) -> Iterator[tuple[str, str]]:
     parallel = config.parallel
-    if parallel.overlap_param_gather is True and not parallel.distributed_optimizer:
+    if parallel.overlap_param_gather and not parallel.distributed_optimizer:
         yield (
             "parallel.overlap_param_gather",
             "true needs parallel.distributed_optimizer: true; without it no weights are gathered",
@@ -340,13 +340,13 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     ),
     _not_with_deepspeed(
         "parallel.overlap_grad_reduce",
-        lambda run: run.parallel.overlap_grad_reduce is True,
-        "ZeRO reduces gradients in its own way; set it to auto",
+        lambda run: run.parallel.overlap_grad_reduce,
+        "ZeRO reduces gradients in its own way; set it to false",
     ),
     _not_with_deepspeed(
         "parallel.overlap_param_gather",
-        lambda run: run.parallel.overlap_param_gather is True,
-        "ZeRO gathers weights in its own way; set it to auto",
+        lambda run: run.parallel.overlap_param_gather,
+        "ZeRO gathers weights in its own way; set it to false",
     ),
     _overlap_param_gather,
     _offload_parameters,

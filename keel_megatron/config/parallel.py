@@ -29,18 +29,18 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = Field(
         default=True, description="Shard the optimizer state over the data-parallel group."
     )
-    overlap_grad_reduce: Literal["auto", True, False] = Field(
-        default="auto",
+    overlap_grad_reduce: bool = Field(
+        default=False,
         description=(
             "Overlap the reduction of gradients over the data-parallel group with the backward "
-            "pass. auto: on CUDA."
+            "pass. Not yet run on a GPU."
         ),
     )
-    overlap_param_gather: Literal["auto", True, False] = Field(
-        default="auto",
+    overlap_param_gather: bool = Field(
+        default=False,
         description=(
             "Overlap the gather of updated weights over the data-parallel group with the next "
-            "forward pass. Needs distributed_optimizer. auto: on CUDA."
+            "forward pass. Needs distributed_optimizer. Not yet run on a GPU."
         ),
     )
     layout: list[Annotated[int, Field(ge=0)]] | None = Field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
@@ -14,19 +14,13 @@ from keel_megatron.runtime.distributed import Runtime
 
 
 def overlaps_grad_reduce(config: RunConfig, runtime: Runtime) -> bool:
-    """Whether gradients are reduced during the backward pass."""
-    return _chosen(config.parallel.overlap_grad_reduce, runtime)
+    """Whether gradients are reduced during the backward pass; one replica has nothing to reduce."""
+    return config.parallel.overlap_grad_reduce and runtime.data_size > 1
 
 
 def overlaps_param_gather(config: RunConfig, runtime: Runtime) -> bool:
     """Whether updated weights are gathered during the forward pass."""
-    parallel = config.parallel
-    return parallel.distributed_optimizer and _chosen(parallel.overlap_param_gather, runtime)
-
-
-def _chosen(setting: Literal["auto", True, False], runtime: Runtime) -> bool:
-    wanted = runtime.device.type == "cuda" if setting == "auto" else setting
-    return wanted and runtime.data_size > 1
+    return config.parallel.overlap_param_gather and runtime.data_size > 1
 
 
 class OverlappedDataParallel(DistributedDataParallel):

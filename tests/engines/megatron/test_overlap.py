@@ -7,10 +7,14 @@ without waiting reads old ones.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from keel_megatron.config.run import RunConfig
+from keel_megatron.engines.megatron.overlap import overlaps_grad_reduce, overlaps_param_gather
 from tests.distributed import run_ranks
 from tests.engines.megatron.ranks import (
     order_of_reductions,
@@ -34,6 +38,17 @@ FOUR: list[dict[str, Any]] = [
     {**BF16, "parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "model__blocks": 4},
     {**BF16, "parallel__tensor": 2, "parallel__sequence": True},
 ]
+
+
+def test_it_is_off_by_default_and_with_one_replica() -> None:
+    """On CUDA too: in which order its hooks start reductions there has not been seen."""
+    on_cuda: Any = SimpleNamespace(device=torch.device("cuda"), data_size=2)
+    one: Any = SimpleNamespace(device=torch.device("cuda"), data_size=1)
+    wanted = RunConfig.model_validate(overlapping(settings(), True))
+    for overlaps in (overlaps_grad_reduce, overlaps_param_gather):
+        assert not overlaps(RunConfig.model_validate(settings()), on_cuda)
+        assert overlaps(wanted, on_cuda)
+        assert not overlaps(wanted, one)
 
 
 @pytest.mark.parametrize(("size", "cases"), [(2, TWO), (4, FOUR)])
