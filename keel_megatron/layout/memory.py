@@ -23,8 +23,6 @@ from keel_megatron.layout.work import STREAM_BYTES, Cost, Costs
 from keel_megatron.layout.zero_memory import Sizes, ZeroMemory, zero_memory
 
 GB = 1e9
-_TENSORS = 10
-"""Parameters of a block, or of embedding and head, at most."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,10 @@ class StageMemory:
     """Temporary memory in a block's backward pass, with the recomputed activations."""
     host: int = 0
     """Host memory that ZeRO offloads to, for this device; not part of the total."""
-    collecting: int = 0
-    """Temporary memory while a checkpoint is collected; not part of the total, which is a step's.
-    """
 
     @property
     def total(self) -> int:
-        """Sum of all kinds."""
+        """Sum of all kinds: at the fullest moment of a step. A save allocates nothing."""
         return (
             self.parameters
             + self.gradients
@@ -63,16 +58,6 @@ class StageMemory:
             + self.communication
             + self.working
         )
-
-    @property
-    def saving(self) -> int:
-        """At the fullest moment of a save."""
-        return self.parameters + self.gradients + self.optimizer + self.collecting
-
-    @property
-    def peak(self) -> int:
-        """At the fullest moment of a run: in a step or in a save."""
-        return max(self.total, self.saving)
 
 
 @cache
@@ -178,7 +163,6 @@ class MemoryModel:
             communication=self._communication() + states.buffers + self._recorded(sum(blocks)),
             host=states.host,
             working=self._working(blocks, recomputed, embedding=stage == 0),
-            collecting=self._collecting(stage, blocks),
         )
 
     def recomputation(
@@ -245,46 +229,6 @@ class MemoryModel:
         # Receive and send buffers, forward and backward; interleaving has two of each.
         messages = 0 if parallel.pipeline == 1 else 4 * min(parallel.virtual_pipeline, 2)
         return messages * stream + (collected if parallel.sequence else 0)
-
-    def _collecting(self, stage: int, blocks: Sequence[int]) -> int:
-        """Bytes in use while a checkpoint is collected, besides weights, gradients and optimizer.
-
-        Each chunk holds its rotary table and the message that it received last, and one is sent;
-        the optimizer has step counters, and sizes are rounded to 512 bytes.
-        """
-        config, parallel = self.config, self.config.parallel
-        size = 2 if config.training.precision == "bf16" else 4
-        tables = len(blocks) * 2 * config.data.seq_length * config.model.head_dim * size
-        tokens = config.data.seq_length * config.training.micro_batch_size
-        width = config.model.hidden_size // (parallel.tensor if parallel.sequence else 1)
-        messages = len(blocks) + 1 if parallel.pipeline > 1 else 0
-        small = 1024 * _TENSORS * (sum(blocks) + 1)
-        held = tables + messages * STREAM_BYTES * tokens * width + small
-        return held + self._gathered(stage, blocks)
-
-    def _gathered(self, stage: int, blocks: Sequence[int]) -> int:
-        """Bytes that Megatron-core's distributed optimizer needs to save its state.
-
-        Master weights and both moments are gathered in turn from all replicas, one fp32 buffer of a
-        chunk at a time: this replica's shard, all shards, and NCCL's copy of all shards.
-        """
-        config, parallel, costs = self.config, self.config.parallel, self.costs
-        if config.training.engine == "deepspeed" or not parallel.distributed_optimizer:
-            return 0
-        mixed = config.training.precision == "bf16"  # norm weights have a buffer of their own
-        block = costs.block.parameters + (0 if mixed else costs.block.vector_parameters)
-        buffers = [count * block for count in blocks]
-        # What two stages share has a bucket of its own.
-        shared = config.model.tie_embeddings and parallel.pipeline > 1
-        for piece, chunk, here in (
-            (costs.embedding, 0, stage == 0),
-            (costs.head, -1, stage == parallel.pipeline - 1),
-        ):
-            if here and shared:
-                buffers.append(piece.parameters)
-            elif here:
-                buffers[chunk] += piece.parameters
-        return 8 * max(buffers) + 4 * max(buffers) // self.data_parallel
 
     def _recorded(self, blocks: int) -> int:
         """Bytes of the blocks' gradients, in their weights' types, that CUDA graphs write into."""

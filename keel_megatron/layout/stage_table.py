@@ -40,12 +40,7 @@ def stage_rows(partition: Partition) -> list[dict[str, Any]]:
             "head": stage.head,
             "parameters": stage.parameters,
             "memory_gb": stage.memory.total / GB,
-            "memory_gb_by_kind": {
-                kind: size / GB
-                for kind, size in asdict(stage.memory).items()
-                if kind != "collecting"
-            },
-            "saving_gb": stage.memory.saving / GB,
+            "memory_gb_by_kind": {kind: size / GB for kind, size in asdict(stage.memory).items()},
             "time_share": partition.time_share(stage),
             "forward_seconds": stage.forward_seconds,
             "backward_seconds": stage.backward_seconds,

@@ -86,12 +86,6 @@ class Partition:
         """Whether a step fits in the memory limit on every stage."""
         return self.limit_bytes is None or self.worst_memory.memory.total <= self.limit_bytes
 
-    @property
-    def fits_saving(self) -> bool:
-        """Whether every stage is within the limit while a checkpoint is collected."""
-        limit = self.limit_bytes
-        return limit is None or all(stage.memory.saving <= limit for stage in self.stages)
-
     def time_share(self, stage: Stage) -> float:
         """A stage's time relative to the slowest stage."""
         return stage.seconds / self.slowest.seconds

@@ -128,8 +128,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether a step and a save fit in memory on every stage."""
-        return self.partition.fits and self.partition.fits_saving
+        """Whether a step fits in memory on every stage."""
+        return self.partition.fits
 
     def memory_traces(self) -> list[MemoryTrace]:
         """Memory of each stage, split into the constant part and activations per micro-batch."""

@@ -82,35 +82,26 @@ def _prediction(plan: Plan) -> list[str]:
         f"Run: {count(plan.config.training.steps, 'step')}, {si(tokens)} tokens: "
         f"{duration(plan.config.training.steps * plan.step_seconds)}.",
     ]
-    lines += _memory(plan)
+    lines.append(_memory(plan))
     if plan.config.training.engine == "deepspeed":
         lines.append(_zero(plan))
     return lines
 
 
-def _memory(plan: Plan) -> list[str]:
-    """Whether a step fits, and whether a save does."""
-    parts, worst, lines = plan.partition, plan.partition.worst_memory, []
+def _memory(plan: Plan) -> str:
+    """Whether a step fits."""
+    parts, worst = plan.partition, plan.partition.worst_memory
     need = f"stage {worst.number} needs {worst.memory.total / GB:.1f} GB"
     if parts.limit_bytes is None:
-        lines.append(f"Memory: {need}; no limit.")
-    elif parts.fits:
-        lines.append(f"Memory: fits; {need} of {parts.limit_bytes / GB:.4g}.")
-    else:
-        limit = parts.limit_bytes
-        over = sum(stage.memory.total > limit for stage in parts.stages)
-        lines.append(
-            f"Memory: DOES NOT FIT; {need} of {limit / GB:.4g}; {over} of "
-            f"{count(len(parts.stages), 'stage')} need more."
-        )
-    fullest = max(parts.stages, key=lambda stage: stage.memory.saving)
-    if fullest.memory.saving > worst.memory.total or not parts.fits_saving:
-        fits = "" if parts.fits_saving else "DOES NOT FIT; "
-        lines.append(
-            f"Saving: {fits}collecting a checkpoint, stage {fullest.number} needs "
-            f"{fullest.memory.saving / GB:.1f} GB."
-        )
-    return lines
+        return f"Memory: {need}; no limit."
+    limit = parts.limit_bytes
+    if parts.fits:
+        return f"Memory: fits; {need} of {limit / GB:.4g}."
+    over = sum(stage.memory.total > limit for stage in parts.stages)
+    return (
+        f"Memory: DOES NOT FIT; {need} of {limit / GB:.4g}; {over} of "
+        f"{count(len(parts.stages), 'stage')} need more."
+    )
 
 
 def _zero(plan: Plan) -> str:

@@ -188,23 +188,6 @@ def test_recompute_full_and_none_are_not_changed() -> None:
     assert model(parallel__recompute="none").recomputation(0, (8,), 1.0) is None
 
 
-def test_collecting_a_checkpoint_takes_a_chunks_buffers() -> None:
-    """Two whole fp32 buffers of the largest chunk and this replica's shard of one."""
-    tied: dict[str, Any] = {"training__precision": "bf16", "parallel__pipeline": 2}
-    for replicas in (1, 4):
-        memory = model(replicas, **tied)
-        stage = memory.stage(0, (3, 2), (0, 0))
-        states = stage.parameters + stage.gradients + stage.optimizer
-        buffer = 3 * memory.costs.block.parameters + memory.costs.embedding.parameters
-        gathered = 8 * buffer + 4 * buffer // replicas
-        assert 0 < stage.saving - states - gathered < 200_000
-        assert stage.peak == max(stage.total, stage.saving)
-    whole = model(1, parallel__distributed_optimizer=False).stage(0, (8,), (0,))
-    assert whole.collecting < 200_000
-    shared = model(1, model__tie_embeddings=True, **tied).stage(0, (3,), (0,))
-    assert shared.collecting < model(1, **tied).stage(0, (3,), (0,)).collecting
-
-
 def test_dropout_keeps_a_byte_an_element_on_cuda() -> None:
     dry, dropped = (
         model_costs(small_config(model__dropout=rate), "triton").block.activation_bytes

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +115,10 @@ def _answer_for_cuda(gpu: Gpu, wait: Wait) -> None:
         "get_device_capability": lambda *_args: gpu.capability,
         "get_device_name": lambda *_args: gpu.name,
         "synchronize": lambda *_args: wait("torch.cuda.synchronize"),
+        "Stream": _Queue,
+        "Event": _Queue,
+        "current_stream": _Queue,
+        "stream": lambda _stream: nullcontext(),
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
@@ -121,6 +126,12 @@ def _answer_for_cuda(gpu: Gpu, wait: Wait) -> None:
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
     """In the place of what a device would do."""
+
+
+class _Queue:
+    """In the place of a stream or an event: all is done as soon as it is asked for."""
+
+    __init__ = wait_stream = wait_event = record = _nothing
 
 
 def _hide_device_from_autograd() -> None:
@@ -185,6 +196,8 @@ def _read(name: str, plain: Callable[..., Any] | None, wait: Wait) -> Callable[.
         if getattr(self, UNEQUAL, False):
             return False
         value: Any = 1.0 if self.dtype.is_floating_point else 1
+        if name == "tolist":
+            return torch.full(self.shape, value, device="cpu").numpy().tolist()
         return convert(value) if convert else value
 
     return read

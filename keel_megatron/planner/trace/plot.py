@@ -43,7 +43,6 @@ def plot_trace(trace: Trace, out: Path, *, title: str, limit: float | None = Non
 def _draw(axis: Any, rank: Any, limit: float | None) -> None:
     places, sizes = zip(*rank.curve, strict=True)
     highest = max(rank.peak, rank.planned, rank.reserved) / GB
-    planned = f"plan {rank.planned / GB:.2f} and {rank.planned_save / GB:.2f} in a save"
     axis.fill_between(places, [size / GB for size in sizes], color=_LINE, alpha=0.25, linewidth=0)
     axis.plot(places, [size / GB for size in sizes], color=_LINE, linewidth=0.8, label="allocated")
     axis.axhline(rank.planned / GB, color=_PLAN, linewidth=1.2, label="keel plan")
@@ -66,7 +65,7 @@ def _draw(axis: Any, rank: Any, limit: float | None) -> None:
     operator = rank.parts[rank.worst].peak_operator
     axis.set_title(
         f"stage {rank.stage}: {rank.peak / GB:.2f} GB in its {rank.worst}, at {operator}; "
-        f"{planned}, reserved {rank.reserved / GB:.2f}, "
+        f"plan {rank.planned / GB:.2f}, reserved {rank.reserved / GB:.2f}, "
         f"with expandable segments {rank.reserved_expandable / GB:.2f}",
         loc="left", fontsize=9, color=_TEXT,
     )  # fmt: skip

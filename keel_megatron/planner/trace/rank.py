@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.layout.devices import Device
-from keel_megatron.layout.memory import StageMemory
 from keel_megatron.layout.stages import Partition, partition
 from keel_megatron.planner.trace import device as devices
 from keel_megatron.planner.trace import stand_ins
@@ -84,8 +83,8 @@ def trace_rank(request: Request) -> RankTrace:
         _train(request, engine, tracker)
         if request.save:
             _save(engine, tracker)
-    memory = parts.stages[request.stage].memory
-    return _result(request, tracker, memory, time.perf_counter() - started)
+    planned = parts.stages[request.stage].memory.total
+    return _result(request, tracker, planned, time.perf_counter() - started)
 
 
 def _install(request: Request) -> Tracker:
@@ -193,15 +192,13 @@ def _train(request: Request, engine: Any, tracker: Tracker) -> None:
 
 
 def _save(engine: Any, tracker: Tracker) -> None:
-    """What `checkpoint.state.snapshot` collects before training goes on."""
-    from keel_megatron.checkpoint.sharding import split_state
-
+    """What `checkpoint.state.snapshot` takes before training goes on: copies in host memory."""
     tracker.enter("save")
     tracker.host_factories = True
-    split_state(engine.state.to_save(), copy=True, validate=False)
+    engine.state.to_save(copy=True)
 
 
-def _result(request: Request, tracker: Tracker, memory: StageMemory, seconds: float) -> RankTrace:
+def _result(request: Request, tracker: Tracker, planned: int, seconds: float) -> RankTrace:
     reserved = _reserved(tracker)
     phases = {
         part: [found for name, found in tracker.phases.items() if part_of(name) == part]
@@ -215,8 +212,7 @@ def _result(request: Request, tracker: Tracker, memory: StageMemory, seconds: fl
         all_micro_batches=request.all_micro_batches,
         parts={name: merged(found, reserved[name]) for name, found in phases.items() if found},
         passes=merged([tracker.phases["step"]], reserved["step"]),
-        planned=memory.total,
-        planned_save=memory.saving,
+        planned=planned,
         curve=curve,
         marks=marks,
         seconds=seconds,

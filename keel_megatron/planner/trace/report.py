@@ -11,9 +11,8 @@ from keel_megatron.planner.trace.result import RankTrace
 from keel_megatron.planner.trace.run import LIMITS, Trace
 from keel_megatron.runtime.tables import table_lines
 
-_PARTS = ("step", "depth profile", "validation")
-_SAVE = ("plan's save", "save", "plan is")
-_MEMORY = ("stage", "plan", *_PARTS, "plan is", *_SAVE, "reserved", "expandable", "fullest in")
+_PARTS = ("step", "depth profile", "validation", "save")
+_MEMORY = ("stage", "plan", *_PARTS, "plan is", "reserved", "expandable", "fullest in")
 _WORK = ("stage", "TFLOP", "launches", "waits", "messages (number, bytes)", "waits in")
 
 
@@ -50,18 +49,10 @@ def _memory(trace: Trace, rank: RankTrace) -> list[str]:
         f"{rank.planned / GB:.3f}",
         *parts,
         f"{rank.deviation:+.1%}",
-        *_save(rank),
         f"{rank.reserved / GB:.3f}",
         f"{rank.reserved_expandable / GB:.3f}",
         f"{rank.worst}: {rank.parts[rank.worst].peak_operator}",
     ]
-
-
-def _save(rank: RankTrace) -> tuple[str, str, str]:
-    if rank.save_deviation is None:
-        return "-", "-", "-"
-    peak = rank.parts["save"].peak
-    return f"{rank.planned_save / GB:.3f}", f"{peak / GB:.3f}", f"{rank.save_deviation:+.1%}"
 
 
 def _work(trace: Trace, rank: RankTrace) -> list[str]:

@@ -61,8 +61,6 @@ class RankTrace:
     """Of the step only the micro-batches' passes, without gradients' reduction and the update."""
     planned: int
     """Bytes that the plan says of a step."""
-    planned_save: int
-    """Bytes that it says of a save."""
     curve: list[tuple[float, int]]
     """(share of the trace's allocations that are done, bytes allocated)."""
     marks: list[tuple[float, str]]
@@ -101,12 +99,6 @@ class RankTrace:
         return self.planned / self.step_peak - 1.0
 
     @property
-    def save_deviation(self) -> float | None:
-        """The same of a save."""
-        save = self.parts.get("save")
-        return None if save is None else self.planned_save / save.peak - 1.0
-
-    @property
     def flops(self) -> float:
         """Of a step of the run with all of its micro-batches."""
         return self._whole(self.parts["step"].flops, self.passes.flops)
@@ -134,7 +126,6 @@ class RankTrace:
             "stage": self.stage,
             "micro_batches": self.micro_batches,
             "planned_step_bytes": self.planned,
-            "planned_save_bytes": self.planned_save,
             "peak_bytes": self.peak,
             "peak_part": self.worst,
             "peak_operator": self.parts[self.worst].peak_operator,
@@ -142,7 +133,6 @@ class RankTrace:
             "reserved_bytes": self.reserved,
             "reserved_expandable_bytes": self.reserved_expandable,
             "plan_above_step": self.deviation,
-            "plan_above_save": self.save_deviation,
             "step_flops": self.flops,
             "step_launches": self.launches,
             "step_messages": [

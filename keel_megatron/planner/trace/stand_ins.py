@@ -199,6 +199,16 @@ def dropout(launched: Launched) -> Callable[..., Tensor]:
     return call
 
 
+def triton_launch(launched: Launched) -> Callable[..., Any]:
+    """`kernel[grid]` of Triton's kernels: the functions around them make all tensors themselves."""
+
+    def launch(kernel: Any, _grid: Any) -> Callable[..., None]:
+        name = kernel.fn.__module__.rpartition(".")[2] + kernel.fn.__name__
+        return lambda *_args, **_kwargs: launched(name)
+
+    return launch
+
+
 def install(launched: Launched, processors: int, which: str) -> None:
     """Put all stand-ins in their places, in this process."""
     from megatron.core.fusions import fused_bias_swiglu
@@ -224,5 +234,9 @@ def install(launched: Launched, processors: int, which: str) -> None:
     places += [(random, "_set_cuda_rng_state", lambda *_args, **_kwargs: None)]
     forward, backward = swiglu(launched)
     places += [(fused_bias_swiglu, "swiglu", forward), (fused_bias_swiglu, "swiglu_back", backward)]
+    if kernels.triton_is_installed():
+        from triton.runtime.jit import KernelInterface
+
+        places += [(KernelInterface, "__getitem__", triton_launch(launched))]
     for place, name, value in places:
         setattr(place, name, value)

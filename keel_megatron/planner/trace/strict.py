@@ -13,7 +13,7 @@ WAITS = {
     "copy to the host in profile (collector.py)": "the depth profile's sums",
     "copy to the host in _host_copy (collector.py)": "the depth profile's copy of the weights",
 }
-"""The functions in which the host may wait for the device, and for what; a save may anywhere."""
+"""The functions in which the host may wait for the device, and for what."""
 
 _TIGHT, _LOOSE = 0.02, 0.05
 
@@ -37,19 +37,32 @@ def problems(config: RunConfig, trace: RankTrace) -> list[str]:
     found += [
         f"{name}: the host waits for the device: {wait} ({count} x)"
         for name, part in trace.parts.items()
-        if name not in ("build", "save")
+        if name != "build"
         for wait, count in part.waits.items()
         if wait not in WAITS
     ]
     allowed = allowed_above(config)
-    for what, peak, deviation in (
-        ("step", trace.step_peak, trace.deviation),
-        ("save", trace.parts["save"].peak if "save" in trace.parts else 0, trace.save_deviation),
-    ):
-        if deviation is not None and not 0.0 <= deviation <= allowed:
-            part = next(part for part in trace.parts.values() if peak == part.peak)
-            found.append(
-                f"the plan's {what} is {deviation:+.2%} of the trace's {peak:,} bytes, and may be "
-                f"from +0 % to +{allowed:.0%} (at {part.peak_operator} called by {part.peak_where})"
-            )
+    if not 0.0 <= trace.deviation <= allowed:
+        part = next(part for part in trace.parts.values() if part.peak == trace.step_peak)
+        found.append(
+            f"the plan's step is {trace.deviation:+.2%} of the trace's {part.peak:,} bytes, and "
+            f"may be from +0 % to +{allowed:.0%} (at {part.peak_operator} called by {part.peak_where})"
+        )
+    return found + _save_problems(trace)
+
+
+def _save_problems(trace: RankTrace) -> list[str]:
+    """A save copies what a rank holds to the host: it neither gathers nor needs more memory."""
+    if "save" not in trace.parts:
+        return []
+    save, step = trace.parts["save"], trace.parts["step"]
+    found = [
+        f"save: {number} x {what} in the group {group}, {size:,} bytes"
+        for what, group, number, size in save.messages
+    ]
+    if save.peak > step.peak:
+        found.append(
+            f"save: {save.peak:,} bytes, the step {step.peak:,} (at {save.peak_operator} called by "
+            f"{save.peak_where})"
+        )
     return found

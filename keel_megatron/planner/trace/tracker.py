@@ -142,9 +142,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         target = kwargs.get("device")
         if on_device and name == "aten._to_copy" and target is not None and target.type == "cpu":
             return self._to_host(args[0], kwargs)
-        if not self.strict and name == "aten.copy_" and not args[0].is_cuda and on_device:
-            self.wait("copy to the host")
-            return args[0]
+        if on_device and name == "aten.copy_" and not args[0].is_cuda:
+            if not (args[2:] and args[2]):  # non_blocking: to pinned memory
+                self.wait("copy to the host")
+            if not self.strict:
+                return args[0]
+        if kwargs.get("pin_memory"):  # there is no driver that could
+            kwargs = kwargs | {"pin_memory": False}
         host = False
         if target is not None and target.type in ("cuda", "meta"):
             # C++ asks for what it takes a tensor's device to be.

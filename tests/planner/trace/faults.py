@@ -77,3 +77,23 @@ def a_plan_without_head_norms() -> None:
     from keel_megatron.layout import block_costs
 
     block_costs._head_norms_bytes = lambda *_arguments: 0  # type: ignore[assignment]
+
+
+def a_save_that_gathers() -> None:
+    """The largest master of all replicas is gathered before it is written."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from keel_megatron.checkpoint.megatron_state import MegatronState
+
+    plain = MegatronState.to_save
+
+    def to_save(self: Any, *, copy: bool) -> Any:
+        saved = plain(self, copy=False)
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        mine = max((piece.values for piece in saved.pieces), key=torch.Tensor.numel)
+        whole = [torch.empty_like(mine) for _ in range(group.size())]
+        dist.all_gather(whole, mine, group=group)
+        return plain(self, copy=copy)
+
+    MegatronState.to_save = to_save  # type: ignore[method-assign]

@@ -75,14 +75,12 @@ def test_what_the_passes_do_is_scaled_to_all_micro_batches() -> None:
         parts={"step": part(11.0, 60, 2)},
         passes=passes,
         planned=104,
-        planned_save=50,
         curve=[],
         marks=[],
     )
     assert trace.flops == 11.0 + 2 * 10.0
     assert trace.launches == 60 + 2 * 50
     assert trace.deviation == pytest.approx(0.04)
-    assert trace.save_deviation is None
     found = {(what, group): (number, size) for what, group, number, size in trace.messages()}
     assert found["send", "pipeline"] == (6, 48)
     assert "pipeline 6 x 8B" in messages(trace)

@@ -68,6 +68,10 @@ FAULTS: dict[str, tuple[Case, str]] = {
         Case(1, 0, fault="a_wait_in_the_loss"),
         "the host waits for the device: float in mean_loss (faults.py) (2 x)",
     ),
+    "a save that gathers": (
+        Case(2, 0, fault="a_save_that_gathers"),
+        "save: 1 x allgather_ in the group data",
+    ),
     "a plan that is too low": (
         Case(1, 0, {**HYBRID, "model__blocks": 16}, fault="a_plan_without_head_norms"),
         "the plan's step is -",
@@ -117,11 +121,20 @@ def test_a_depth_profile_takes_no_more_memory_than_its_step(quick: dict[str, Any
     assert trace.parts["depth profile"].peak < 1.02 * trace.parts["step"].peak
 
 
+def test_a_save_takes_memory_on_the_host_alone(quick: dict[str, Any]) -> None:
+    """12 bytes a parameter of a replica's share, copied without a wait for each tensor."""
+    _problems, trace = quick["keel, PP 2, stage 0"]
+    save = trace.parts["save"]
+    assert save.messages == []
+    assert save.peak <= trace.parts["validation"].peak
+    assert sum(save.waits.values()) <= 1
+
+
 def test_a_trace_is_reported_and_drawn(quick: dict[str, Any], tmp_path: Path) -> None:
     ranks = tuple(quick[name][1] for name in ("keel, one", "dropout"))
     trace = Trace(ranks, like=(0,))
     text = describe_trace(trace)
-    for part in (LIMITS, "Fullest: stage 0 in its save, at c10d.allgather_", "plan's save"):
+    for part in (LIMITS, f"Fullest: stage 0 in its {ranks[0].worst}, at aten.", "validation  save"):
         assert part in text
     found = json.loads(json.dumps(trace.as_object()))["ranks"][0]
     assert found["peak_bytes"] == ranks[0].peak
