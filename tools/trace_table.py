@@ -21,6 +21,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from keel_megatron import compat
+
+compat.install()  # before Megatron-core is imported
+
 from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.layout.devices import device_named
