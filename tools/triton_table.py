@@ -35,8 +35,15 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from keel_megatron.kernels import scaled_add_norm, triton_cross_entropy, triton_norm, triton_rotary
+from keel_megatron.kernels import (
+    scaled_add_norm,
+    triton_cross_entropy,
+    triton_norm,
+    triton_rotary,
+    triton_swiglu,
+)
 from keel_megatron.kernels.cross_entropy import linear_cross_entropy
+from keel_megatron.kernels.swiglu import swiglu
 from keel_megatron.model.rotary import split_rotary
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "triton.md"
@@ -99,6 +106,8 @@ def norm(h: int, outer: bool = True, inner: bool = True) -> Callable[[], Any]:
             x, meta(4096, 1, h), 128.0, *weights, 1e-5, torch.bfloat16, backend="triton"
         )
         given = [one for one in out if one is not None]
+        if inner:  # of light recomputation
+            triton_norm.ScaledAddNorm.recompute(out[0].grad_fn, torch.empty_like(out[1]))
         torch.autograd.backward(given, [torch.empty_like(one) for one in given])
 
     return run
@@ -110,6 +119,14 @@ def rotary(head_dim: int, groups: int, shared: int, dtype: torch.dtype) -> Calla
         table = meta(2, 4096, 1, 1, head_dim, dtype=dtype)
         out = split_rotary(mixed, table, groups, "triton")
         torch.autograd.backward(out, [torch.empty_like(one) for one in out])
+
+    return run
+
+
+def feed_forward(f: int, dtype: torch.dtype) -> Callable[[], Any]:
+    def run() -> None:
+        out = swiglu(meta(4096, 1, 2 * f, dtype=dtype).requires_grad_(), "triton")
+        out.backward(torch.empty_like(out))
 
     return run
 
@@ -126,7 +143,7 @@ def loss(v: int, dtype: torch.dtype) -> Callable[[], Any]:
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
-NORM, ROTARY, LOSS = "scaled add + norms", "rotary", "cross entropy"
+NORM, ROTARY, SWIGLU, LOSS = "scaled add + norms", "rotary", "SwiGLU", "cross entropy"
 CASES = (
     Case(NORM, "h 64", norm(64), 3),
     Case(NORM, "h 1024", norm(1024), 3, quick=True),
@@ -142,13 +159,17 @@ CASES = (
     Case(ROTARY, "head size 80, bf16", rotary(80, 3, 3, BF16), 8),
     Case(ROTARY, "head size 128, bf16", rotary(128, 8, 4, BF16), 8),
     Case(ROTARY, "head size 256, bf16", rotary(256, 1, 8, BF16), 8),
+    Case(SWIGLU, "f 3072, bf16", feed_forward(3072, BF16), 8, quick=True),
+    Case(SWIGLU, "f 3072, fp32", feed_forward(3072, FP32), 8),
+    Case(SWIGLU, "f 2752, bf16", feed_forward(2752, BF16), 8),
     Case(LOSS, "vocabulary 2^17, bf16", loss(2**17, BF16), 4, quick=True),
     Case(LOSS, "vocabulary 2^17, fp32", loss(2**17, FP32), 4),
     Case(LOSS, "vocabulary 50257, bf16", loss(50257, BF16), 4),
 )
 KERNELS = (
-    (triton_norm, ("_forward", "_backward")),
+    (triton_norm, ("_forward", "_inner_again", "_backward")),
     (triton_rotary, ("_forward", "_backward")),
+    (triton_swiglu, ("_forward", "_backward")),
     (triton_cross_entropy, ("_row_sums", "_gradient")),
 )
 """All kernels by module; each is launched by some case."""

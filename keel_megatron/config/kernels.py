@@ -8,7 +8,7 @@ from pydantic import Field
 
 from keel_megatron.config.section import Section
 
-TritonKernel = Literal["norm", "rotary", "cross_entropy"]
+TritonKernel = Literal["norm", "rotary", "swiglu", "cross_entropy"]
 
 _TILE = 128
 """Rows of a tile in a GPU's matrix product."""
@@ -57,13 +57,13 @@ class KernelsConfig(Section):
         ),
     )
     triton: tuple[TritonKernel, ...] = Field(
-        default=("norm", "rotary", "cross_entropy"),
+        default=("norm", "rotary", "swiglu", "cross_entropy"),
         strict=False,
         description=(
             "Operations that run as Triton kernels on CUDA: norm (scaled add and norms), rotary "
-            "(split and rotation of query, key and value), cross_entropy (loss and gradient in "
-            "place of the logits, which stay bf16 under bf16). The others, and all of them on a "
-            "CPU or without Triton, run as PyTorch operators. []: no Triton kernels."
+            "(split and rotation of query, key and value), swiglu, cross_entropy (loss and "
+            "gradient in place of the logits, which stay bf16 under bf16). The others, and all of "
+            "them on a CPU or without Triton, run as PyTorch operators. []: no Triton kernels."
         ),
     )
     compile: bool = Field(

@@ -9,15 +9,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from keel_megatron.kernels import Backend, triton_is_installed
+from keel_megatron.kernels import Backend
+from keel_megatron.kernels.selection import use_triton
 
 
 def swiglu(gate_up: Tensor, backend: Backend = "auto") -> Tensor:
     """silu(gate) * up, [..., f], of [gate, up], [..., 2 f].
 
     `auto`: a Triton kernel each for the forward and the backward pass on CUDA
-    (`triton_swiglu.py`); otherwise, and on CUDA for fp64 or without Triton, as `torch`. `torch`:
-    torch's operators with an explicit backward pass. `reference`: the definition, by autograd.
+    (`triton_swiglu.py`); otherwise, and on CUDA for fp64 or where `selection.use_triton` refuses,
+    as `torch`. `torch`: torch's operators with an explicit backward pass. `reference`: the
+    definition, by autograd.
 
     Args:
         gate_up: the output of the FFN's first product.
@@ -28,9 +30,7 @@ def swiglu(gate_up: Tensor, backend: Backend = "auto") -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate) * up
     fits = gate_up.dtype != torch.float64
-    if backend == "triton" or (
-        backend == "auto" and gate_up.is_cuda and fits and triton_is_installed()
-    ):
+    if use_triton("swiglu", gate_up, backend, fits=fits):
         # Imported late: importing Triton takes a second, and a CPU run does not need it.
         from keel_megatron.kernels import triton_swiglu
 

@@ -49,59 +49,14 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
         execution: how the block's kernels are executed.
     """
     t, c, h, model = shape.tokens, shape.c, shape.model.hidden_size, shape.model
-    a, g, f, tp = shape.attention, shape.groups, shape.ffn, shape.tp
     rows = typical_rows(model)
-    parameters = h * (2 * a + 2 * g) + 3 * h * f
-    scores = attention_score_flops(model, shape.seq_length) * t / tp
-    flops = block_forward_flops(model, shape.seq_length) * t / tp
-    operands = t * c * (4 * h + 2 * a + 2 * g + 3 * f) + c * parameters
-    kept = 4 * shape.heads  # attention's statistics
-    kept += c * (2 * a + 2 * g)  # context, q, k, v
-    kept += c * 3 * f  # fc1's output, and fc2's input
-    kept += _head_norms_bytes(shape, rows) + _dropout_bytes(shape, kernel)
-    fused = _fused_rotary(rows, execution)
-    moved = _moved(shape, rows, kernel, execution)
-    casts = _fp8_casts(shape, parameters) if execution.fp8 else (0, 0, 0, 0)
-    # A product adds its weight's gradient to the fp32 sum, which it reads and writes after its own
-    # work, in one wave of tiles; or it writes the gradient, and DDP adds it.
-    direct = shape.adds_gradients(kernel, execution)
-    gradients = 2 * STREAM_BYTES * parameters if direct else shape.gradient_bytes(parameters)
-    kernels = kernel_counts.total(
-        kernel_counts.block(
-            rows,
-            compiled=execution.compiled,
-            fused=kernel == "triton",
-            rotary=fused,
-            direct=direct,
-        )
-    )
-    # Halves of all-reduces: before and after each branch, and under SP the branch's input again.
-    forward_messages = 4 if tp > 1 else 0
-    backward_messages = forward_messages + (2 if shape.h != h else 0)
-    activations = t * kept + sum(_join_kept(shape, kernel, *one) for one in _joins(rows))
-    freed, light = _light(shape, kernel, rows)
+    parameters = h * (2 * shape.attention + 2 * shape.groups) + 3 * h * shape.ffn
+    forward, backward = _passes(shape, kernel, execution, rows, parameters)
+    activations = _kept(shape, kernel, rows)
+    freed, light = _light(shape, kernel, execution, rows)
     return Cost(
-        forward=Work(
-            flops=flops,
-            attention_flops=scores,
-            matmul_bytes=operands,
-            other_bytes=t * moved[0] + casts[0],
-            strided_bytes=t * _strided(shape, rows, execution),
-            communication_bytes=forward_messages * shape.collective_bytes(),
-            collectives=forward_messages,
-            kernels=kernels[0] + casts[2],
-        ),
-        backward=Work(
-            # Flash attention recomputes the scores: 5 products against 2 in the forward pass.
-            flops=2 * flops + 0.5 * scores,
-            attention_flops=2.5 * scores,
-            matmul_bytes=2 * operands,
-            other_bytes=t * moved[1] + gradients + casts[1],
-            strided_bytes=t * _strided(shape, rows, execution),
-            communication_bytes=backward_messages * shape.collective_bytes(),
-            collectives=backward_messages,
-            kernels=kernels[1] + casts[3],
-        ),
+        forward=forward,
+        backward=backward,
         parameters=parameters,
         vector_parameters=sum(row_parameters(row, model) for row in rows[:2]),
         activation_bytes=activations,
@@ -109,15 +64,84 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
         light=light,
         boundary_bytes=t * c * shape.h if rows[0].inner == "norm" else 0,
         recompute_bytes=t * (STREAM_BYTES + c) * shape.h,
-        working_bytes=t * (2 * STREAM_BYTES * h + 3 * c * f),
+        working_bytes=t * (2 * STREAM_BYTES * h + 3 * c * shape.ffn),
         execution=execution,
     )
+
+
+def _passes(
+    shape: Shape, kernel: Kernel, execution: Execution, rows: Rows, parameters: int
+) -> tuple[Work, Work]:
+    """Work of the forward and of the backward pass."""
+    t, c, h, model = shape.tokens, shape.c, shape.model.hidden_size, shape.model
+    a, g, f, tp = shape.attention, shape.groups, shape.ffn, shape.tp
+    scores = attention_score_flops(model, shape.seq_length) * t / tp
+    flops = block_forward_flops(model, shape.seq_length) * t / tp
+    operands = t * c * (4 * h + 2 * a + 2 * g + 3 * f) + c * parameters
+    moved = _moved(shape, rows, kernel, execution)
+    strided = t * _strided(shape, rows, execution)
+    casts = _fp8_casts(shape, parameters) if execution.fp8 else (0, 0, 0, 0)
+    # A product adds its weight's gradient to the fp32 sum, which it reads and writes after its own
+    # work, in one wave of tiles; or it writes the gradient, and DDP adds it.
+    direct = shape.adds_gradients(kernel, execution)
+    gradients = 2 * STREAM_BYTES * parameters if direct else shape.gradient_bytes(parameters)
+    kernels = _kernels(rows, kernel, execution, direct)
+    # Halves of all-reduces: before and after each branch, and under SP the branch's input again.
+    messages = 4 if tp > 1 else 0
+    again = 2 if shape.h != h else 0
+    forward = Work(
+        flops=flops,
+        attention_flops=scores,
+        matmul_bytes=operands,
+        other_bytes=t * moved[0] + casts[0],
+        strided_bytes=strided,
+        communication_bytes=messages * shape.collective_bytes(),
+        collectives=messages,
+        kernels=kernels[0] + casts[2],
+    )
+    backward = Work(
+        # Flash attention recomputes the scores: 5 products against 2 in the forward pass.
+        flops=2 * flops + 0.5 * scores,
+        attention_flops=2.5 * scores,
+        matmul_bytes=2 * operands,
+        other_bytes=t * moved[1] + gradients + casts[1],
+        strided_bytes=strided,
+        communication_bytes=(messages + again) * shape.collective_bytes(),
+        collectives=messages + again,
+        kernels=kernels[1] + casts[3],
+    )
+    return forward, backward
+
+
+def _kernels(rows: Rows, kernel: Kernel, execution: Execution, direct: bool) -> tuple[int, int]:
+    """Number of kernels, forward and backward, without fp8's casts."""
+    return kernel_counts.total(
+        kernel_counts.block(
+            rows,
+            compiled=execution.compiled,
+            fused=kernel == "triton",
+            rotary=_fused_rotary(rows, execution),
+            swiglu=_fused_swiglu(execution),
+            direct=direct,
+        )
+    )
+
+
+def _kept(shape: Shape, kernel: Kernel, rows: Rows) -> int:
+    """Bytes of activations that a block keeps for its backward pass."""
+    c = shape.c
+    kept = 4 * shape.heads  # attention's statistics
+    kept += c * (2 * shape.attention + 2 * shape.groups)  # context, q, k, v
+    kept += c * 3 * shape.ffn  # fc1's output, and fc2's input
+    kept += _head_norms_bytes(shape, rows) + _dropout_bytes(shape, kernel)
+    joins = sum(_join_kept(shape, kernel, *one) for one in _joins(rows))
+    return shape.tokens * kept + joins
 
 
 _joins = kernel_counts.joins
 
 
-def _light(shape: Shape, kernel: Kernel, rows: Rows) -> tuple[int, Work]:
+def _light(shape: Shape, kernel: Kernel, execution: Execution, rows: Rows) -> tuple[int, Work]:
     """Bytes that light recomputation does not keep, and its work.
 
     Of a block: SwiGLU's output, and the inner norms' in front of both branches.
@@ -127,13 +151,14 @@ def _light(shape: Shape, kernel: Kernel, rows: Rows) -> tuple[int, Work]:
     # Under ZeRO 3, autograd functions of its module hooks stand between a block and the next.
     kept = int(shape.zero_3 and rows[0].inner == "norm")
     norms = inner - kept
-    if kernel == "triton":  # one kernel each: gate and up to their product, x' to z
-        moved, kernels = 3 * c * f + norms * (STREAM_BYTES + c) * h, 1 + norms
+    swiglu = _swiglu_moved(shape, execution)[0]
+    if kernel == "triton":  # one kernel, x' to z
+        moved, kernels = norms * (STREAM_BYTES + c) * h, norms
     else:
         cast = STREAM_BYTES + c if c != STREAM_BYTES else 0
-        moved = 5 * c * f + norms * (4 * STREAM_BYTES + cast) * h
-        kernels = 2 + norms * (3 if cast else 2)
-    return t * c * (f + norms * h), Work(other_bytes=t * moved, kernels=kernels)
+        moved, kernels = norms * (4 * STREAM_BYTES + cast) * h, norms * (3 if cast else 2)
+    kernels += 1 if _fused_swiglu(execution) else 2
+    return t * c * (f + norms * h), Work(other_bytes=t * (swiglu + moved), kernels=kernels)
 
 
 def join_bytes(hidden_size: int, c: int) -> tuple[int, int]:
@@ -179,7 +204,7 @@ def _moved(shape: Shape, rows: Rows, kernel: Kernel, execution: Execution) -> tu
 
     The bytes of attention's operands are part of the rate of its kernel.
     """
-    c, a, g, f = shape.c, shape.attention, shape.groups, shape.ffn
+    c, a, g = shape.c, shape.attention, shape.groups
     fused = kernel == "triton" or execution.compiled
     joins = [_join_moved(shape, one, fused) for one in _joins(rows)]
     forward, backward = (sum(way) for way in zip(*joins, strict=True))
@@ -193,7 +218,19 @@ def _moved(shape: Shape, rows: Rows, kernel: Kernel, execution: Execution) -> tu
     if any(row.qkv_norm for row in rows[:2]):  # to fp32, normalised, back
         forward += (2 * c + 4 * STREAM_BYTES) * (a + 2 * g)
         backward += (2 * c + 6 * STREAM_BYTES) * (a + 2 * g)
-    return forward + 3 * c * f, backward + 5 * c * f
+    swiglu = _swiglu_moved(shape, execution)
+    return forward + swiglu[0], backward + swiglu[1]
+
+
+def _swiglu_moved(shape: Shape, execution: Execution) -> tuple[int, int]:
+    """Bytes per token of SwiGLU: one kernel each way, or torch's operators (kernels/swiglu.py)."""
+    one = shape.c * shape.ffn
+    return (3 * one, 5 * one) if _fused_swiglu(execution) else (5 * one, 11 * one)
+
+
+def _fused_swiglu(execution: Execution) -> bool:
+    """Whether SwiGLU is one kernel each way."""
+    return "swiglu" in execution.triton or execution.compiled
 
 
 def _strided(shape: Shape, rows: Rows, execution: Execution) -> int:

@@ -44,6 +44,7 @@ def block(
     compiled: bool = False,
     fused: bool = True,
     rotary: bool = True,
+    swiglu: bool = True,
     direct: bool | None = None,
 ) -> tuple[KernelCount, ...]:
     """Kernels of a block, by part.
@@ -53,11 +54,13 @@ def block(
         compiled: count for `kernels.compile`.
         fused: whether scaled add and norms are one kernel or torch's operators.
         rotary: whether split and rotation are one kernel or torch's operators.
+        swiglu: whether SwiGLU is one kernel or torch's operators.
         direct: whether products add to the sums of the weights' gradients; None: unless compiled.
     """
     direct = not compiled if direct is None else direct
     rotary = rotary and rotary_fits(rows)
-    return tuple(_parts(rows, compiled, fused or compiled, rotary, direct))
+    swiglu = swiglu or compiled
+    return tuple(_parts(rows, compiled, fused or compiled, rotary, swiglu, direct))
 
 
 def rotary_fits(rows: Rows) -> bool:
@@ -66,7 +69,7 @@ def rotary_fits(rows: Rows) -> bool:
 
 
 def _parts(
-    rows: Rows, compiled: bool, fused: bool, rotary: bool, direct: bool
+    rows: Rows, compiled: bool, fused: bool, rotary: bool, swiglu: bool, direct: bool
 ) -> Iterator[KernelCount]:
     yield KernelCount(
         "products", 4, 8, "qkv, proj, fc1, fc2; backward one each for input and weight"
@@ -90,7 +93,10 @@ def _parts(
         "flash; backward row sums, its kernel, a cast, key and value "
         "summed over their group, an emptied buffer",
     )
-    yield KernelCount("SwiGLU", 1, 1, "fused")
+    if swiglu:
+        yield KernelCount("SwiGLU", 1, 1, "fused")
+    else:
+        yield KernelCount("SwiGLU", 2, 4, "silu and products; backward silu's gradient too")
     each = [_join(*one, compiled, fused) for one in joins(rows)]
     forward, backward = (sum(way) for way in zip(*each, strict=True))
     yield KernelCount(

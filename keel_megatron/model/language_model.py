@@ -213,15 +213,20 @@ def build_model(
         )
         chunk.to(runtime.device)
         link(chunk.decoder.layers)
-        full, light = stage.recomputed[number], stage.light[number]
-        for layer in chunk.decoder.layers[full : full + light]:
-            layer.self_attention.light = layer.mlp.light = True
+        _recompute_lightly(chunk, stage.recomputed[number], stage.light[number])
         _check_blocks(chunk, part.first_block, part.blocks)
         initialize(
             chunk, config.model, config.training.seed, runtime.tensor_rank, runtime.tensor_size
         )
         chunks.append(chunk)
     return chunks
+
+
+def _recompute_lightly(chunk: nn.Module, full: int, light: int) -> None:
+    """Recompute lightly those blocks that follow the fully recomputed ones."""
+    layers: Any = chunk.decoder.layers  # type: ignore[union-attr]
+    for layer in layers[full : full + light]:
+        layer.self_attention.light = layer.mlp.light = True
 
 
 def _check_blocks(chunk: nn.Module, first_block: int, blocks: int) -> None:

@@ -99,7 +99,7 @@ def test_a_block_of_the_paper_takes_what_the_field_knows() -> None:
 
 def test_a_head_in_pieces_multiplies_once_more_and_keeps_no_logits() -> None:
     """Of 4096 tokens of a vocabulary of 2^17 four times 1024, of 512 MiB each in fp32."""
-    plain = {**PAPER, "kernels__triton": ["norm", "rotary"]}
+    plain = {**PAPER, "kernels__triton": ["norm", "rotary", "swiglu"]}
     pieces, whole = costs_of(**plain, kernels__logits_mib=512.0).head, costs_of(**plain).head
     assert pieces.forward.flops == whole.forward.flops
     assert pieces.backward.flops == 3 * pieces.forward.flops == 1.5 * whole.backward.flops
@@ -124,14 +124,32 @@ def test_a_gradient_in_the_logits_place_moves_six_bytes_a_logit_and_keeps_two() 
     assert whole.working_bytes == 4096 * 1024 * 2  # the gradient of the layer's input
     assert pieces.working_bytes == 2 * logits / 4 + 4096 * 1024 * 2
     # In torch's operators the product writes fp32 logits: 2 more, softmax 8; going back 16 and 6.
-    plain = costs_of(**PAPER, kernels__triton=["norm", "rotary"]).head
+    plain = costs_of(**PAPER, kernels__triton=["norm", "rotary", "swiglu"]).head
     assert plain.forward.other_bytes - norm == (2 + 8) * logits
     assert plain.backward.other_bytes - 2 * norm == (16 + 6) * logits
 
 
+def test_swiglu_in_torchs_operators_is_six_kernels_with_twice_the_access() -> None:
+    """Also where light recomputation makes its output again."""
+    fused = costs_of(**PAPER).block
+    plain = costs_of(**PAPER, kernels__triton=["norm", "rotary", "cross_entropy"]).block
+    one = 4096 * 3072 * 2
+    for name, moved, kernels in (("forward", 2, 1), ("backward", 6, 3), ("light", 2, 1)):
+        torchs, tritons = getattr(plain, name), getattr(fused, name)
+        assert torchs.other_bytes - tritons.other_bytes == moved * one, name
+        assert torchs.kernels - tritons.kernels == kernels, name
+    # The compiled block has a kernel of its own.
+    compiled = {**PAPER, "kernels__compile": True}
+    assert (
+        costs_of(**compiled, kernels__triton=["norm"]).block.forward
+        == costs_of(**compiled, kernels__triton=["norm", "swiglu"]).block.forward
+    )
+
+
 def test_one_rotary_kernel_reads_and_writes_each_element_once() -> None:
     """A part of 33 MB each way, where seven kernels each way move 71 MB at strides."""
-    fused, plain = costs_of(**PAPER), costs_of(**PAPER, kernels__triton=["norm", "cross_entropy"])
+    fused = costs_of(**PAPER)
+    plain = costs_of(**PAPER, kernels__triton=["norm", "swiglu", "cross_entropy"])
     moved = 4096 * (1024 + 2 * 512) * 2 * 2
     for one, other in (
         (fused.block.forward, plain.block.forward),

@@ -73,17 +73,22 @@ LEVERS: tuple[Lever, ...] = (
     ),
     Lever(
         "joins in torch's operators",
-        ("kernels.triton=[rotary,cross_entropy]",),
+        ("kernels.triton=[rotary,swiglu,cross_entropy]",),
         "every operator reads and writes the stream again",
     ),
     Lever(
         "rotary in torch's operators",
-        ("kernels.triton=[norm,cross_entropy]",),
+        ("kernels.triton=[norm,swiglu,cross_entropy]",),
         "seven strided kernels each way in place of one",
     ),
     Lever(
+        "SwiGLU in torch's operators",
+        ("kernels.triton=[norm,rotary,cross_entropy]",),
+        "two kernels forward and four backward in place of one, and twice the memory access",
+    ),
+    Lever(
         "loss in torch's operators",
-        ("kernels.triton=[norm,rotary]",),
+        ("kernels.triton=[norm,rotary,swiglu]",),
         "32 bytes a logit beside the products in place of 6, and fp32 logits in memory",
     ),
     Lever(
