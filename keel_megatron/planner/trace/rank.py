@@ -100,7 +100,7 @@ def _install(request: Request) -> Tracker:
 
     devices.install(gpu, tracker.wait, tracker.device_of, strict=request.strict)
     which = "cudnn" if capability >= (9, 0) else "flash"
-    stand_ins.install(tracker.launch, processors, which)
+    stand_ins.install(tracker.launch, which)
     torch.autograd.set_multithreading_enabled(False)  # the tracker belongs to this thread
     return tracker
 

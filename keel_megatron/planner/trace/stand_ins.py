@@ -18,80 +18,6 @@ Launched = Callable[[str], None]
 """Is told of a kernel's name."""
 
 
-def scaled_add_norm_function(launched: Launched, processors: int) -> Any:
-    """The autograd function in the place of `kernels.triton_norm.ScaledAddNorm`.
-
-    Args:
-        launched: told of every kernel.
-        processors: streaming multiprocessors of the device.
-    """
-
-    class ScaledAddNorm(torch.autograd.Function):
-        @staticmethod
-        def forward(
-            ctx: Any,
-            x: Tensor,
-            f: Tensor,
-            alpha: float,  # noqa: ARG004
-            outer_gain: Tensor | None,
-            inner_gain: Tensor | None,
-            eps: float,  # noqa: ARG004
-            z_dtype: torch.dtype,
-        ) -> tuple[Tensor, Tensor | None]:
-            x, f = x.contiguous(), f.contiguous()
-            rows = x.numel() // x.size(-1)
-            x_new = torch.empty_like(x)
-            z = torch.empty_like(x, dtype=z_dtype) if inner_gain is not None else None
-            rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device)
-            launched("triton forward")
-            ctx.save_for_backward(x, f, outer_gain, inner_gain, rstd)
-            return x_new, z
-
-        @staticmethod
-        def backward(ctx: Any, dx_new: Tensor, dz: Tensor | None) -> tuple[Tensor | None, ...]:
-            x, f, outer_gain, inner_gain, _rstd = ctx.saved_tensors
-            h = x.size(-1)
-            dx, df = torch.empty_like(x), torch.empty_like(f)
-            programs = resident_programs(h, x.numel() // h, processors)
-            partial = torch.empty(2, programs, h, dtype=torch.float32, device=x.device)
-            operands = (dx_new.contiguous(), None if dz is None else dz.contiguous())
-            launched("triton backward")
-            del operands
-            d_outer, d_inner = partial.sum(1).unbind(0)
-            return (
-                dx,
-                df,
-                None,
-                None if outer_gain is None else d_outer.to(outer_gain.dtype),
-                None if inner_gain is None else d_inner.to(inner_gain.dtype),
-                None,
-                None,
-            )
-
-    return ScaledAddNorm
-
-
-def resident_programs(h: int, rows: int, processors: int) -> int:
-    """Programs of the backward kernel (`triton_norm.backward_tile`, without Triton)."""
-    block = 1 << (h - 1).bit_length()
-    tile_rows = min(32, 2048 // block) if block <= 1024 else 1
-    each = 3 if block <= 1024 else 4096 // block if block <= 4096 else 1
-    return max(1, min(each * processors, -(-rows // tile_rows)))
-
-
-def scaled_add_norm(function: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernels.scaled_add_norm` with the stand-in where CUDA would have the Triton kernel."""
-    from keel_megatron.kernels import MAX_TRITON_HIDDEN_SIZE
-
-    def call(x: Tensor, *arguments: Any, backend: str = "auto") -> Any:
-        fits = x.dtype == torch.float32 and x.size(-1) <= MAX_TRITON_HIDDEN_SIZE
-        if backend == "auto" and x.is_cuda and fits:
-            return function.apply(x, *arguments)
-        return plain(x, *arguments, backend="torch" if backend == "auto" else backend)
-
-    return call
-
-
 def rms_norm_function(launched: Launched) -> Any:
     """The autograd function in the place of torch's own RMSNorm kernel on CUDA.
 
@@ -125,20 +51,6 @@ def rms_norm(function: Any) -> Callable[..., Tensor]:
         return torch.rms_norm(x, (x.size(-1),), gain, eps).to(out_dtype)
 
     return call
-
-
-def swiglu(launched: Launched) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Megatron-core's two compiled functions of SwiGLU, forward and backward."""
-
-    def forward(y: Tensor) -> Tensor:
-        launched("swiglu")
-        return y.new_empty(*y.shape[:-1], y.shape[-1] // 2)
-
-    def backward(_g: Tensor, y: Tensor) -> Tensor:
-        launched("swiglu backward")
-        return torch.empty_like(y)
-
-    return forward, backward
 
 
 def attention(which: str) -> types.SimpleNamespace:
@@ -209,18 +121,22 @@ def triton_launch(launched: Launched) -> Callable[..., Any]:
     return launch
 
 
-def install(launched: Launched, processors: int, which: str) -> None:
-    """Put all stand-ins in their places, in this process."""
-    from megatron.core.fusions import fused_bias_swiglu
+def install(launched: Launched, which: str) -> None:
+    """Put all stand-ins in their places, in this process.
+
+    Args:
+        launched: told of every kernel.
+        which: attention's kernel; see `attention`.
+    """
     from megatron.core.tensor_parallel import random
+    from triton.runtime.jit import KernelInterface
 
-    from keel_megatron import kernels
     from keel_megatron.model import attention as attention_module
-    from keel_megatron.model import language_model, layer, norm
+    from keel_megatron.model import language_model, norm
 
-    function = scaled_add_norm_function(launched, processors)
+    state = torch.cuda.get_rng_state()
     places: list[tuple[Any, str, Any]] = [
-        (layer, "scaled_add_norm", scaled_add_norm(function, kernels.scaled_add_norm)),
+        (KernelInterface, "__getitem__", triton_launch(launched)),
         (torch.nn.functional, "dropout", dropout(launched)),
         (norm, "rms_norm", rms_norm(rms_norm_function(launched))),
         (attention_module, "functional", attention(which)),
@@ -228,15 +144,8 @@ def install(launched: Launched, processors: int, which: str) -> None:
         (language_model, "initialize", lambda *_args: None),
         # Everything is made on the device already.
         (language_model.LanguageModel, "to", lambda self, *_args, **_kwargs: self),
+        (random, "_get_cuda_rng_state", lambda *_args, **_kwargs: state),
+        (random, "_set_cuda_rng_state", lambda *_args, **_kwargs: None),
     ]
-    state = torch.cuda.get_rng_state()
-    places += [(random, "_get_cuda_rng_state", lambda *_args, **_kwargs: state)]
-    places += [(random, "_set_cuda_rng_state", lambda *_args, **_kwargs: None)]
-    forward, backward = swiglu(launched)
-    places += [(fused_bias_swiglu, "swiglu", forward), (fused_bias_swiglu, "swiglu_back", backward)]
-    if kernels.triton_is_installed():
-        from triton.runtime.jit import KernelInterface
-
-        places += [(KernelInterface, "__getitem__", triton_launch(launched))]
     for place, name, value in places:
         setattr(place, name, value)

@@ -90,7 +90,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.host_factories = False
         """Whether what is made on the host, from `REAL_BYTES` on, has no data either."""
         self._running = False
-        self._live: dict[int, tuple[str, int]] = {}
+        self._live: dict[int, tuple[str, int, int]] = {}
+        """Storages: phase that made it, bytes, key of its events."""
         self._by: Counter[str] = Counter()
         self._keys = 0
         self._operator = ""
@@ -158,6 +159,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             host = self._is_host_call(given, args, kwargs)
             if host and target is not None:
                 kwargs = kwargs | {"device": META}
+        if name == "inductor.resize_storage_bytes_" and on_device:
+            return self._resize(*args)
         if self.strict and on_device:
             self._check(name, given)
         self._running = True
@@ -201,22 +204,32 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if key in self._live:
             return
-        size, number = rounded(storage.nbytes()), self._key()
-        self._live[key] = (self.name, size)
-        self._by[self.name] += size
-        self.now += size
+        self._live[key] = (self.name, 0, 0)
+        self._set_size(key, rounded(storage.nbytes()))
+        weakref.finalize(storage, self._gone, key).atexit = False
+
+    def _set_size(self, key: int, size: int) -> None:
+        """Free what a storage has, and allocate its new size."""
+        phase, had, number = self._live[key]
+        if had:
+            self.events.append((-had, number))
+        number = self._key()
+        self._live[key] = (phase, size, number)
+        self._by[phase] += size - had
+        self.now += size - had
         if size:
             self.events.append((size, number))
-        weakref.finalize(storage, self._gone, key, number).atexit = False
         if self.now > self.phase.peak:
             self._note()
 
-    def _gone(self, key: int, number: int) -> None:
-        phase, size = self._live.pop(key)
-        self._by[phase] -= size
-        self.now -= size
-        if size:
-            self.events.append((-size, number))
+    def _resize(self, tensor: Tensor, size: int) -> None:
+        """A storage is freed, or allocated again, under a tensor that stays."""
+        self._see(tensor)
+        self._set_size(tensor.untyped_storage()._cdata, rounded(size))
+
+    def _gone(self, key: int) -> None:
+        self._set_size(key, 0)
+        del self._live[key]
 
     def _note(self, extra: int = 0) -> None:
         """Keep this moment as the phase's fullest, if it is."""
