@@ -95,13 +95,15 @@ def trace_plan(plan: Plan, micro_batches: int | None = None) -> Trace:
         micro_batches: of the traced step; None = 2 x pipeline stages.
 
     Raises:
-        UserError: the run asks for what is not traced, or torch is not there.
+        UserError: the run asks for what is not traced, or a package is missing.
     """
     check_traceable(plan.config, plan.device.name)
     try:
+        import triton  # noqa: F401 - the launches of its kernels are counted
+
         from keel_megatron.planner.trace.rank import Request, trace_rank
     except ImportError as error:
-        raise UserError(f"--trace needs torch and megatron-core here: {error}") from error
+        raise UserError(f"--trace needs torch, megatron-core and triton here: {error}") from error
     like = distinct_stages(plan)
     requests = [
         Request(plan.config, plan.gpus, plan.device, stage, micro_batches=micro_batches)

@@ -1,7 +1,8 @@
 """Stand-ins of the kernels that need data or a GPU.
 
 Each makes the tensors that its kernel makes and keeps those that it keeps, of the same shapes and
-types, and computes nothing. Attention needs none: on CUDA torch calls an operator whose shapes it
+types, and computes nothing. Triton's kernels are not launched; the functions around them run as
+they are. Attention needs none: on CUDA torch calls an operator whose shapes it
 knows itself, which is called here by name.
 """
 

@@ -41,6 +41,7 @@ OPTIONS: dict[str, Case] = {
     "head in pieces": Case(1, 0, {"kernels__logits_mib": 40.0}),
     "optimizer replicated": Case(2, 0, {"parallel__distributed_optimizer": False}),
     "few activations": Case(1, 0, {"data__seq_length": 512, "parallel__recompute": "full"}),
+    "light": Case(1, 0, {"parallel__recompute": "light"}),
     "two sequences": Case(1, 0, {"training__micro_batch_size": 2}),
 }
 QUICK: dict[str, Case] = {
