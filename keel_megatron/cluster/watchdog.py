@@ -137,6 +137,9 @@ class Watchdog:
             with suppress(OSError):
                 print(text, file=sys.stderr, flush=True)
                 write_whole(self._folder / "verdict.txt", text + "\n")
+        # The first rank that ends has the launcher end the others, so the verdict comes before.
+        while not (self._folder / "verdict.txt").exists() and time.monotonic() < deadline:
+            time.sleep(grace / 20)
         os._exit(exit_codes.HUNG)
 
     def _write_report(self) -> RankReport:

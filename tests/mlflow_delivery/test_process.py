@@ -112,10 +112,10 @@ def test_a_dead_server_blocks_nothing_and_what_waits_is_said(tmp_path: Path) -> 
         reports.log.write(record(step))
     reports.log.event("artifact", path="note.txt")
     folder = run.training.folder
-    assert str(Waiting.of(folder)) == "10,000 point(s) and 1 file(s)"
+    assert str(Waiting.of(folder)) == "11,000 point(s) and 1 file(s)"
     reports.finish()
     assert told(said)[-1] == (
-        "MLflow (http://127.0.0.1:9) did not receive everything: 10,000 point(s), 1 file(s) and "
+        "MLflow (http://127.0.0.1:9) did not receive everything: 11,000 point(s), 1 file(s) and "
         f"the status FINISHED wait in {folder}; "
         f"`keel track sync {folder} --to http://127.0.0.1:9` delivers them"
     )
