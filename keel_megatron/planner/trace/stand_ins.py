@@ -113,11 +113,21 @@ def dropout(launched: Launched) -> Callable[..., Tensor]:
 
 
 def triton_launch(launched: Launched) -> Callable[..., Any]:
-    """`kernel[grid]` of Triton's kernels: the functions around them make all tensors themselves."""
+    """`kernel[grid]` of Triton's kernels: the functions around them make all tensors themselves.
+
+    A launch raises a ValueError, as Triton does, if a kernel of the device is given host memory.
+    """
 
     def launch(kernel: Any, _grid: Any) -> Callable[..., None]:
         name = kernel.fn.__module__.rpartition(".")[2] + kernel.fn.__name__
-        return lambda *_args, **_kwargs: launched(name)
+
+        def run(*args: Any, **_options: Any) -> None:
+            given = [one for one in args if isinstance(one, Tensor)]
+            if any(one.is_cuda for one in given) and not all(one.is_cuda for one in given):
+                raise ValueError(f"{name} has operands on two devices, cuda:0 and cpu")
+            launched(name)
+
+        return run
 
     return launch
 

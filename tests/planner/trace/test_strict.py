@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def test_a_trace_finds_what_is_known_of_a_step(quick: dict[str, Any]) -> None:
     assert groups["send", "pipeline"] == groups["recv_", "pipeline"] == 4
     # Weights and gains, each a bucket of its own.
     assert groups["reduce_scatter_tensor_coalesced_", "data"] == 2
-    assert trace.flops == pytest.approx(4 * step.flops) > 0
+    assert step.flops > 0
+    assert trace.flops == pytest.approx(4 * step.flops)
 
 
 def test_a_depth_profile_takes_no_more_memory_than_its_step(quick: dict[str, Any]) -> None:
@@ -135,8 +137,9 @@ def test_a_trace_is_reported_and_drawn(quick: dict[str, Any], tmp_path: Path) ->
     ranks = tuple(quick[name][1] for name in ("keel, one", "dropout"))
     trace = Trace(ranks, like=(0,))
     text = describe_trace(trace)
-    for part in (LIMITS, f"Fullest: stage 0 in its {ranks[0].worst}, at aten.", "validation  save"):
+    for part in (LIMITS, f"Fullest: stage 0 in its {ranks[0].worst}, at aten."):
         assert part in text
+    assert re.search("validation +save", text)
     found = json.loads(json.dumps(trace.as_object()))["ranks"][0]
     assert found["peak_bytes"] == ranks[0].peak
     assert found["reserved_bytes"] >= found["reserved_expandable_bytes"] > ranks[0].step_peak
