@@ -47,7 +47,7 @@ $(VENV)/validators/.installed: constraints.txt | $(VENV)/.installed
 train: setup ## Train the demo: 128 Keel sub-layers on real text, two pipeline stages.
 	$(BIN)/keel train yaml/demo.yaml --processes $(PROCESSES)
 
-test: setup validators ## Run the tests (the quick ones: about 10 minutes on 2 cores).
+test: setup validators ## Run the tests (the quick ones: about 12 minutes on 2 cores).
 	$(PYTEST) -m 'not slow and not gpu'
 
 test-all: setup validators ## Run every test that needs no GPU.
