@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.optimizer import clip_grads
 from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
@@ -23,6 +25,19 @@ def install() -> None:
         clip_grads.l2_norm_impl = _norm
     if clip_grads.multi_tensor_scale_impl is local_multi_tensor_scale:
         clip_grads.multi_tensor_scale_impl = _scale
+
+
+@patch(
+    changes="nothing; calls the method of a MegatronOptimizer by the name that its version has",
+    why="0.19 calls it `get_grads_for_grad_norm`, earlier versions `get_main_grads_for_grad_norm`",
+    needed_by="megatron-core 0.19.2",
+    test="tests/compat/test_clipping.py::test_gradients_are_read_by_any_version",
+)
+def gradients_for_norm(optimizer: Any) -> list[Tensor]:
+    """Gradients of this rank's parameters that count for the global norm, each once."""
+    newer = getattr(optimizer, "get_grads_for_grad_norm", None)
+    found = optimizer.get_main_grads_for_grad_norm() if newer is None else newer()
+    return list(found)
 
 
 def _norm(

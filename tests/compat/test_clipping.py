@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from megatron.core.optimizer import clip_grads
@@ -44,3 +46,10 @@ def test_megatron_core_clips_with_lists(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(clip_grads, "l2_norm_impl", "Apex's")
     clipping.install()
     assert clip_grads.l2_norm_impl == "Apex's"
+
+
+def test_gradients_are_read_by_any_version() -> None:
+    gradient = torch.ones(3)
+    earlier = SimpleNamespace(get_main_grads_for_grad_norm=lambda: [gradient])
+    newer = SimpleNamespace(get_grads_for_grad_norm=lambda: [gradient])
+    assert clipping.gradients_for_norm(earlier) == clipping.gradients_for_norm(newer) == [gradient]

@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from keel_megatron.checkpoint.megatron_state import MegatronState
+from keel_megatron.compat import clipping
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
 from keel_megatron.engines.base import DepthObserver, StepResult, mean_loss, owns
@@ -165,7 +166,7 @@ class MegatronEngine:
         gradients = [
             gradient
             for inner in self.optimizer.chained_optimizers
-            for gradient in inner.get_main_grads_for_grad_norm()
+            for gradient in clipping.gradients_for_norm(inner)
         ]
         return nn.utils.get_total_norm(gradients, foreach=True).float() ** 2
 
