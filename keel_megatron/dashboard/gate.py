@@ -246,6 +246,7 @@ class Gate:
             return await receive()
 
         async def send_safely(message: MutableMapping[str, Any]) -> None:
+            """Send with the security headers, without headers that allow other origins."""
             if message["type"] == "http.response.start":
                 ours = {name for name, _value in _SAFE}
                 message["headers"] = _SAFE + [

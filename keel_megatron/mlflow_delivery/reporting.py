@@ -90,6 +90,7 @@ def _ending(
     process = WorkerProcess(folder, start["name"], tracking_uri(config), to, say)
 
     def end() -> None:
+        """Wait for the worker, report what it could not be told, and draw in its place."""
         process.finish()
         if log.unwritten:
             say(

@@ -198,6 +198,7 @@ def _read(name: str, plain: Callable[..., Any] | None, wait: Wait) -> Callable[.
     )
 
     def read(self: torch.Tensor, *args: Any) -> Any:
+        """Count a wait and return ones for a CUDA tensor; the value for a tensor of the host."""
         if self.is_cuda:
             wait(name.strip("_"))
         elif plain is not None:

@@ -119,6 +119,7 @@ def triton_launch(launched: Launched) -> Callable[..., Any]:
     """
 
     def launch(kernel: Any, _grid: Any) -> Callable[..., None]:
+        """What `kernel[grid]` returns."""
         name = kernel.fn.__module__.rpartition(".")[2] + kernel.fn.__name__
 
         def run(*args: Any, **_options: Any) -> None:

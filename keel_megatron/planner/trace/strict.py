@@ -9,8 +9,6 @@ WAITS = {
     "tolist in _result (engine.py)": "the step's loss, gradient norm and votes",
     "float in validate (engine.py)": "a validation's loss",
     "int in updates (optimizer_shards.py)": "a save's count of updates",
-    "torch.cuda.synchronize in _communicate (p2p_communication.py)": "Megatron-core's batched "
-    "messages of a pipeline without interleaving (batch_p2p_sync)",
     "copy to the host in profile (collector.py)": "the depth profile's sums",
     "copy to the host in _host_copy (collector.py)": "the depth profile's copy of the weights",
 }
