@@ -3,10 +3,62 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from keel_megatron.config.section import Section, TextPath
+
+Format = Literal["auto", "text", "jsonl", "parquet", "huggingface", "megatron"]
+
+
+def _one_or_many(value: object) -> object:
+    """Accept a single path in place of a list."""
+    if isinstance(value, (str, Path)):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+class SourceConfig(Section):
+    """One source of training data, an entry of `data.sources`."""
+
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
+        description="Name in metrics and reports. null: the last part of the path.",
+    )
+    path: tuple[TextPath, ...] = Field(
+        default=(),
+        description="Files, folders or globs (one or a list); may be left out with data.dataset.",
+    )
+    weight: float | None = Field(
+        default=None,
+        gt=0.0,
+        description=(
+            "Share of the samples, relative to the other sources' weights. null for every source: "
+            "by number of tokens."
+        ),
+    )
+    format: Format = Field(
+        default="auto",
+        description=(
+            "text, jsonl, parquet, huggingface (a data set folder on disk) or megatron (prefix of "
+            "a .bin and .idx pair, used in place). auto: by suffix and content. Text and jsonl may "
+            "be compressed (.gz, .zst)."
+        ),
+    )
+    text_key: str = Field(
+        default="text", min_length=1, description="Key or column of the text in a record."
+    )
+    validation: tuple[TextPath, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description=(
+            "Files of this source's own validation set. null: data.validation_fraction is held out."
+        ),
+    )
+
+    _paths = field_validator("path", "validation", mode="before")(_one_or_many)
 
 
 class DataConfig(Section):
@@ -16,17 +68,54 @@ class DataConfig(Section):
         default=None,
         min_length=1,
         description=(
-            "Training data: paths of text files or folders (one path or a list). null: the "
-            "demo corpus, the sources of Python's standard library."
+            "Training data, short form of data.sources with one source: files, folders or globs "
+            "(one or a list). null: the demo corpus, the sources of Python's standard library."
         ),
     )
+    sources: tuple[SourceConfig, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="Training data: a list of sources, each with a path and a weight.",
+    )
+    dataset: TextPath | None = Field(
+        default=None,
+        description=(
+            "Dataset folder to open, made by `keel data build`. null: the one in data.cache_dir "
+            "that was built from data.text or data.sources."
+        ),
+    )
+    build: Literal["auto", "never"] = Field(
+        default="auto",
+        description=(
+            "Build a missing dataset before training: auto on one machine; never. Runs on several "
+            "machines need a dataset built before."
+        ),
+    )
+    on_bad_record: Literal["stop", "skip"] = Field(
+        default="stop", description="What to do at a damaged record when building a dataset."
+    )
     seq_length: int = Field(gt=0, description="Sequence length, in tokens.")
+    document_masks: bool = Field(
+        default=False,
+        description="Keep attention within a document where a sequence holds several.",
+    )
+    eod_mask_loss: bool | None = Field(
+        default=None,
+        description=(
+            "Leave the first token of a document that follows another in a sequence out of the "
+            "loss. null: as data.document_masks."
+        ),
+    )
     vocab_size: int = Field(
-        ge=320, description="Size of the SentencePiece vocabulary, including 256 byte tokens."
+        ge=320,
+        description="Size of the vocabulary; a SentencePiece one includes 256 byte tokens.",
     )
     tokenizer: TextPath | None = Field(
         default=None,
-        description="Path of a SentencePiece model. null: train one on the training data.",
+        description=(
+            "Path of a SentencePiece model, or of a Hugging Face tokenizer.json (file or folder). "
+            "null: train a SentencePiece model on the training data."
+        ),
     )
     allow_lossy_tokenizer: bool = Field(
         default=False,
@@ -39,19 +128,37 @@ class DataConfig(Section):
         gt=0.0,
         lt=0.5,
         description=(
-            "Fraction of the documents kept for validation, at least one document. For a "
-            "single file: fraction of its text."
+            "Fraction of each source's documents kept for validation, at least one document. For a "
+            "single plain text file: fraction of its text."
         ),
     )
     cache_dir: TextPath = Field(
         default=Path("data"),
-        description=("Folder of prepared data: tokenizers and indexed tokens, keyed by content."),
+        description="Folder of built datasets and index files, keyed by content.",
     )
 
-    @field_validator("text", mode="before")
+    _paths = field_validator("text", mode="before")(_one_or_many)
+
+    @field_validator("sources", mode="before")
     @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        """Accept a single path in place of a list."""
-        if isinstance(value, (str, Path)):
-            return (value,)
+    def _listed(cls, value: object) -> object:
+        """Accept a list."""
         return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        """Check that the data's origin is given once, and that sources are complete."""
+        given = [n for n in ("text", "sources", "dataset") if getattr(self, n) is not None]
+        if "text" in given and len(given) > 1:
+            raise ValueError(f"give one of data.{' and data.'.join(given)}")
+        sources = self.sources or ()
+        if self.dataset is None and any(not source.path for source in sources):
+            raise ValueError("every entry of data.sources needs a path")
+        if len({source.weight is None for source in sources}) > 1:
+            raise ValueError("give every entry of data.sources a weight, or none")
+        return self
+
+    @property
+    def masks_eod_loss(self) -> bool:
+        """`eod_mask_loss`, resolved."""
+        return self.document_masks if self.eod_mask_loss is None else self.eod_mask_loss

@@ -32,6 +32,9 @@ class Batch:
     """fp32: 1 where the label counts; None = everywhere."""
     position_ids: Tensor | None = None
     """int64; None = from 0 on. The rotary embedding does not use them."""
+    documents: Tensor | None = None
+    """int32: number of the token's document within its sequence, from 0 on. None = attention is
+    not restricted to documents. Every stage uses them."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; a copy from pinned memory is not waited for."""

@@ -194,7 +194,7 @@ def test_a_word_that_yaml_takes_for_true_is_no_key(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings()).replace("data:", "data:\n  true: 3"))
     (found,) = complaints(path)
-    assert found.startswith("data.true: is unknown; known are text, seq_length")
+    assert found.startswith("data.true: is unknown; known are text, sources, dataset")
 
 
 def test_a_merged_key_is_not_a_double_one(tmp_path: Path) -> None:

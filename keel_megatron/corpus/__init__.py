@@ -1,0 +1,1 @@
+"""Builds a dataset folder from sources: files, formats, tokenizers, tasks, executors."""
