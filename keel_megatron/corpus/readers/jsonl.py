@@ -4,77 +4,41 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import cast
 
 from keel_megatron.corpus.documents import Document, Unit
-from keel_megatron.corpus.readers.rejected import BadRecord
+from keel_megatron.corpus.readers.records import LARGEST_RECORD, TOO_LONG, text_of
+from keel_megatron.corpus.readers.rejected import BadRecord, Place
 from keel_megatron.corpus.readers.streams import DamagedError, blocks
 
-LARGEST_RECORD = 1 << 28
-"""Maximum bytes of a record; a longer one counts as damaged."""
 _BOM = b"\xef\xbb\xbf"
-_KEYS_SHOWN = 8
 
 
 def read_jsonl(unit: Unit, on_bad: Callable[[BadRecord], None]) -> Iterator[Document]:
     """The records of the lines that begin in the unit's range; empty lines are none."""
     file = unit.file
-    number = size = 0
+    number = 0
+
+    def reject(offset: int, reason: str, size: int, *, blank: bool = False) -> None:
+        at, place = (number, "line") if file.compression else (offset, "byte")
+        on_bad(BadRecord(file, cast(Place, place), at, reason, size, blank))
+
     try:
         for offset, line, size in _lines_in(unit):
             number += 1
-            place = ("line", number) if file.compression else ("byte", offset)
+            if line is not None and not line.strip():
+                continue
             try:
-                text = None if line is not None and not line.strip() else _text_of(line, file.text_key)
+                text = _text_of(line, file.text_key)
             except ValueError as error:
-                on_bad(BadRecord(file, *place, str(error), size))
+                reject(offset, str(error), size)
                 continue
-            if text is None:
-                continue
-            if not text.strip():
-                on_bad(BadRecord(file, *place, "is blank", size, blank=True))
-                continue
-            yield Document(f"{file.name}@{offset}", (text,))
+            if text.strip():
+                yield Document(f"{file.name}@{offset}", (text,))
+            else:
+                reject(offset, "is blank", size, blank=True)
     except DamagedError as error:
         on_bad(BadRecord(file, "line", number + 1, str(error)))
-
-
-def text_of(record: Any, key: str) -> str:
-    """The text of a parsed record.
-
-    Raises:
-        ValueError: there is none; the message says why.
-    """
-    if not isinstance(record, dict):
-        raise ValueError("is not a JSON object")
-    if key not in record:
-        keys = ", ".join(repr(name) for name in list(record)[:_KEYS_SHOWN]) or "none"
-        raise ValueError(f"has no key {key!r} (its keys: {keys}); text_key names the key")
-    return checked_text(record[key], key)
-
-
-def checked_text(text: Any, key: str) -> str:
-    """A record's text if it is one.
-
-    Raises:
-        ValueError: it is not; the message says why.
-    """
-    if not isinstance(text, str):
-        raise ValueError(f"{key!r} is {_type_name(text)}, not text")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            code = ord(text[error.start])
-            raise ValueError(f"{key!r} has half a surrogate pair (U+{code:04X})") from None
-    return text
-
-
-def _type_name(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
 
 
 def _text_of(line: bytes | None, key: str) -> str:
@@ -84,7 +48,7 @@ def _text_of(line: bytes | None, key: str) -> str:
         ValueError: it has none, or is too long (None); the message says why.
     """
     if line is None:
-        raise ValueError(f"is a record of more than {LARGEST_RECORD >> 20} MiB")
+        raise ValueError(TOO_LONG)
     try:
         decoded = line.decode()
     except UnicodeDecodeError as error:
