@@ -12,7 +12,7 @@ from keel_megatron.data.tokenizer_json import NoEquivalentError, normal_pieces
 
 PIECE_CHARACTERS = 1 << 17
 """A document is encoded in pieces of at most about this many characters."""
-_PROVEN_ON = 64
+_TRIED = 256
 
 
 class Cuts(Protocol):
@@ -45,31 +45,28 @@ class PairCuts:
 
 
 class WordCuts:
-    """Cuts before the space of a word, for tokenizers that split a text into words first.
+    """Cuts before the space of a word, for tokenizers that split a text into words first."""
 
-    Args:
-        tokenizer: the tokenizer.
-        sample: texts on which the cuts are tried.
-    """
+    is_proven = True
 
-    def __init__(self, tokenizer: HuggingFaceTokenizer, sample: Iterable[str]) -> None:
+    def is_safe(self, before: str, after: str) -> bool:
+        """Whether a word ends here and a space follows."""
+        return before.isascii() and before.isalnum() and after == " "
+
+    def work(self, tokenizer: HuggingFaceTokenizer, sample: Iterable[str]) -> bool:
+        """Whether cuts leave the tokens of a sample's texts unchanged, at least of one text."""
         tried = 0
-        self.is_proven = True
         for text in sample:
             text = text[:4096]
             at = last_safe(self, text, len(text) // 2, 0)
             if at is None:
                 continue
+            if tokenizer.encode(text[:at]) + tokenizer.encode(text[at:]) != tokenizer.encode(text):
+                return False
             tried += 1
-            parts = tokenizer.encode(text[:at]) + tokenizer.encode(text[at:])
-            self.is_proven &= parts == tokenizer.encode(text)
-            if tried >= _PROVEN_ON:
+            if tried >= _TRIED:
                 break
-        self.is_proven &= tried > 0
-
-    def is_safe(self, before: str, after: str) -> bool:
-        """Whether a word ends here and a space follows."""
-        return before.isascii() and before.isalnum() and after == " "
+        return tried > 0
 
 
 class NoCuts:
@@ -82,11 +79,24 @@ class NoCuts:
         return False
 
 
-def cuts_of(tokenizer: Tokenizer | HuggingFaceTokenizer, sample: Iterable[str]) -> Cuts:
-    """The cuts for a tokenizer; for a foreign one they are tried on a sample."""
+def cuts_of(
+    tokenizer: Tokenizer | HuggingFaceTokenizer,
+    sample: Iterable[str] = (),
+    *,
+    proven: bool | None = None,
+) -> Cuts:
+    """The cuts for a tokenizer.
+
+    Args:
+        tokenizer: the tokenizer.
+        sample: texts on which the cuts for a foreign tokenizer are tried.
+        proven: the result of an earlier call, `is_proven`; then nothing is tried.
+    """
+    if proven is False:
+        return NoCuts()
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        found = WordCuts(tokenizer, sample)
-        return found if found.is_proven else NoCuts()
+        words = WordCuts()
+        return words if proven or words.work(tokenizer, sample) else NoCuts()
     try:
         return PairCuts(normal_pieces(read_small(tokenizer.path, LARGE)))
     except NoEquivalentError:

@@ -36,7 +36,7 @@ class TokenWriter:
     Attributes:
         lengths: tokens of each finished document.
         counts: int64 [vocab_size]: how often each token occurs; complete after `close`.
-        tokens: number of all tokens.
+        tokens_added: number of all tokens.
         sha256: of the file's content; complete after `close`.
 
     Raises:
@@ -46,7 +46,7 @@ class TokenWriter:
     def __init__(self, path: Path, vocab_size: int) -> None:
         self.lengths = array("i")
         self.counts: NDArray[np.int64] = np.zeros(vocab_size, dtype=np.int64)
-        self.tokens = 0
+        self.tokens_added = 0
         self.sha256 = hashlib.sha256()
         self._type = token_type(vocab_size)
         self._file = path.open("wb")
@@ -79,6 +79,7 @@ class TokenWriter:
         self._waiting.append(tokens)
         self._length += len(tokens)
         self._size += len(tokens)
+        self.tokens_added += len(tokens)
         if self._size >= _BUFFER:
             self._write()
 
@@ -88,7 +89,6 @@ class TokenWriter:
         tokens = np.concatenate(self._waiting)
         self._waiting, self._size = [], 0
         self.counts += np.bincount(tokens.astype(np.int64), minlength=len(self.counts))
-        self.tokens += len(tokens)
         content = tokens.astype(self._type).data
         self.sha256.update(content)
         self._file.write(content)
