@@ -13,7 +13,7 @@ from torch import nn
 
 from keel_megatron.checkpoint import folder, state
 from keel_megatron.checkpoint.identity import saved_config
-from keel_megatron.checkpoint.manifest import CONFIG, MANIFEST, TOKENIZER
+from keel_megatron.checkpoint.manifest import CONFIG, MANIFEST, TOKENIZERS
 from keel_megatron.checkpoint.resume import ResumePoint, checked, newest_good
 from keel_megatron.config.load import load_config
 from keel_megatron.config.parallel import ParallelConfig
@@ -23,6 +23,9 @@ from keel_megatron.data.tokenizer import Tokenizer
 from keel_megatron.errors import UserError
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime
+
+_EARLIER = "tokenizer.model"
+"""The tokenizer of an earlier version's prepared data."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,14 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _tokenizer(given: Path, checkpoint: Path, found: ResumePoint, config: RunConfig) -> Path:
     """The tokenizer of the checkpoint, or of the prepared data for checkpoints without one."""
-    if (checkpoint / TOKENIZER).is_file():
-        return checkpoint / TOKENIZER
+    for name in TOKENIZERS:
+        if (checkpoint / name).is_file():
+            return checkpoint / name
     data = found.state.get("data", {})
-    digest = data.get("files", {}).get(TOKENIZER, {}).get("sha256")
+    digest = data.get("files", {}).get(_EARLIER, {}).get("sha256")
     prepared = config.data.cache_dir / str(data.get("fingerprint"))[:16]
     run = checkpoint.parent.parent if given == checkpoint else given
-    for place in (run / TOKENIZER, prepared / TOKENIZER):
+    for place in (run / _EARLIER, prepared / _EARLIER):
         if place.is_file() and hashlib.sha256(read_small(place, LARGE)).hexdigest() == digest:
             return place
     raise UserError(

@@ -15,6 +15,7 @@ from keel_megatron.inference.generate import generate_from_run
 from tests.integration.commands import keel, write_config
 
 STEPS = [1, 2]
+TOKENIZER = "tokenizer.model"
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +58,19 @@ def text_of(path: Path, prompt: str = "def f") -> str:
 
 def without_tokenizers(run: Path) -> None:
     """As an earlier version wrote it."""
-    (run / manifest.TOKENIZER).unlink()
+    (run / TOKENIZER).unlink()
     for step in STEPS:
         path = folder.step_folder(run, step)
         files = manifest.read_manifest(path)
-        del files[manifest.TOKENIZER]
-        (path / manifest.TOKENIZER).unlink()
+        del files[TOKENIZER]
+        (path / TOKENIZER).unlink()
         manifest.write_manifest(path, step, files)
 
 
 def test_neither_text_nor_prepared_data_is_needed(run: Path) -> None:
     assert text_of(run).startswith("def f")
     assert list(Path.cwd().iterdir()) == []
-    assert (run / manifest.TOKENIZER).read_bytes() == (
+    assert (run / TOKENIZER).read_bytes() == (
         folder.step_folder(run, 2) / manifest.TOKENIZER
     ).read_bytes()
 
