@@ -27,6 +27,7 @@ from keel_megatron.runtime.files import write_whole
 
 PLAN: Final = "plan.json"
 JOBS: Final = "jobs"
+SAID: Final = "build.log"
 SMALLEST_JOB: Final = 16 << 20
 """Bytes of source files of one job, at least; more for large sources."""
 MOST_JOBS: Final = 1024

@@ -57,8 +57,6 @@ class JobResult(Section):
     """Of a part that does not end its document, 0."""
     tokens: int = 0
     characters: int = 0
-    held_out_documents: int = 0
-    held_out_tokens: int = 0
     lowest: Extreme | None = None
     """Smallest hash of all documents."""
     highest: Extreme | None = None
@@ -165,7 +163,6 @@ class _Writing:
         self._tally = Tally(plan.on_bad_record)
         self._characters = 0
         self._held: list[int] = []
-        self._held_tokens = 0
         self._lowest: Extreme | None = None
         self._highest: Extreme | None = None
 
@@ -187,16 +184,15 @@ class _Writing:
         return self._result(writer)
 
     def _save(self, name: str, values: NDArray[Any]) -> None:
-        content = io.BytesIO()
-        np.save(content, values, allow_pickle=False)
-        write_whole(path_of(self._folder, self._job, f"{name}.npy"), content.getvalue())
+        save_array(path_of(self._folder, self._job, f"{name}.npy"), values)
 
     def _write(self, writer: TokenWriter, eod: int, reporter: _Reporter) -> None:
         end = np.array([eod], dtype=np.int64)
         for unit in read_units(self._folder, self._job):
             before = self._characters
             for document in self._documents(unit):
-                first = writer.tokens_added
+                first, position = writer.tokens_added, key_hash(document.key)
+                writer.begin_document(counted=not self._is_held(position))
                 for piece in self._pieces.of(document.chunks):
                     self._characters += len(piece)
                     writer.add(self._encode(piece))
@@ -204,7 +200,7 @@ class _Writing:
                 if self._job.ends:
                     writer.add(end)
                 writer.end_document()
-                self._classify(document.key, writer, writer.tokens_added - first)
+                self._record(position, len(writer.lengths) - 1, writer.tokens_added - first)
                 reporter.add(0, 1, writer.tokens_added)
             if unit.file.kind in ("text", "jsonl") and not unit.file.compression:
                 reporter.add(unit.stop - unit.start - (self._characters - before), 0, None)
@@ -216,18 +212,23 @@ class _Writing:
         else:
             yield from readers.read(unit, self._tally)
 
-    def _classify(self, key: str, writer: TokenWriter, tokens: int) -> None:
-        """Decide the document's side of the split."""
+    def _is_held(self, position: int) -> bool:
+        """Whether the document with this hash is held out, or not in the training set at all."""
+        if self._job.kind == "part":
+            return self._job.held_out or self._job.validation
+        return self._job.validation or position < self._limit
+
+    def _record(self, position: int, document: int, tokens: int) -> None:
+        """Note the document's side of the split."""
         if self._job.kind == "part" or self._job.validation:
             return
-        found = Extreme(hash=key_hash(key), document=len(writer.lengths) - 1, tokens=tokens)
-        if self._lowest is None or found.hash < self._lowest.hash:
+        found = Extreme(hash=position, document=document, tokens=tokens)
+        if self._lowest is None or position < self._lowest.hash:
             self._lowest = found
-        if found.hash >= self._limit:
+        if position >= self._limit:
             return
-        self._held.append(found.document)
-        self._held_tokens += tokens
-        if self._highest is None or found.hash > self._highest.hash:
+        self._held.append(document)
+        if self._highest is None or position > self._highest.hash:
             self._highest = found
 
     def _result(self, writer: TokenWriter) -> JobResult:
@@ -236,8 +237,6 @@ class _Writing:
             documents=len(writer.lengths) if self._job.ends else 0,
             tokens=writer.tokens_added,
             characters=self._characters,
-            held_out_documents=len(self._held),
-            held_out_tokens=self._held_tokens,
             lowest=self._lowest,
             highest=self._highest,
             sha256=writer.sha256.hexdigest(),
@@ -303,6 +302,13 @@ def text_of(unit: Unit) -> Iterator[str]:
         ) from None
     if passed != unit.stop:
         raise UserError(f"{unit.file.location} changed while it was read; restart when it is whole")
+
+
+def save_array(path: Path, values: NDArray[Any]) -> None:
+    """Write an array to a .npy file atomically."""
+    content = io.BytesIO()
+    np.save(content, values, allow_pickle=False)
+    write_whole(path, content.getvalue())
 
 
 def peak_memory() -> int:

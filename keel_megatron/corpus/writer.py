@@ -35,7 +35,8 @@ class TokenWriter:
 
     Attributes:
         lengths: tokens of each finished document.
-        counts: int64 [vocab_size]: how often each token occurs; complete after `close`.
+        counts: int64 [vocab_size]: how often each token occurs among those that are counted;
+            complete after `close`.
         tokens_added: number of all tokens.
         sha256: of the file's content; complete after `close`.
 
@@ -53,6 +54,13 @@ class TokenWriter:
         self._waiting: list[NDArray[Any]] = []
         self._size = 0
         self._length = 0
+        self._is_counted = True
+
+    def begin_document(self, *, counted: bool) -> None:
+        """Begin a document, and say whether its tokens are counted."""
+        if counted != self._is_counted:
+            self._write()
+            self._is_counted = counted
 
     def add(self, tokens: NDArray[Any]) -> None:
         """Add tokens to the current document."""
@@ -88,7 +96,8 @@ class TokenWriter:
             return
         tokens = np.concatenate(self._waiting)
         self._waiting, self._size = [], 0
-        self.counts += np.bincount(tokens.astype(np.int64), minlength=len(self.counts))
+        if self._is_counted:
+            self.counts += np.bincount(tokens.astype(np.int64), minlength=len(self.counts))
         content = tokens.astype(self._type).data
         self.sha256.update(content)
         self._file.write(content)
