@@ -28,6 +28,7 @@ Say = Callable[[str], None]
 Execute = Callable[[Path, Plan, BuildProgress], None]
 """Does the unfinished jobs of a folder."""
 
+
 @dataclass(frozen=True)
 class Identified:
     """What is to be built."""

@@ -131,6 +131,9 @@ def _memo(data: DataConfig, listing: Listing) -> Any:
 def _sha256(file: SourceFile) -> str:
     with opened(file) as stream:
         try:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = hashlib.sha256()
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+            return digest.hexdigest()
         except OSError as error:
             raise unreadable(file, error) from error

@@ -27,8 +27,8 @@ NASTY: Final = (
     f"{SPACE_MARK}a{SPACE_MARK} {SPACE_MARK}{SPACE_MARK}b {SPACE_MARK}",
     " " * 3000 + "x" + " " * 7 + "\n" * 40 + "\t" * 33 + " \t \r\n \u00a0\u2003\u3000y",
     "a" * 5000 + "=" * 300 + "0123456789" * 50 + "-_" * 80,
-    "e\u0301 \u00e9 \u200d\ufeff\u202e\u2066 \ufb01\uff21 \U0001f469\u200d\U0001f469\u200d\U0001f467",
-    "\u4f60\u597d\uff0c\u4e16\u754c \u3053\u3093 \ud55c\uad6d \u0627\u0644\u0639 \u05d0 \u0e44\u0e17",
+    "e\u0301 \u00e9 \u200d\ufeff\u202e\u2066 \ufb01\uff21 \U0001f469\u200d\U0001f467",
+    "\u4f60\u597d\uff0c\u4e16 \u3053\u3093 \ud55c\uad6d \u0627\u0644\u0639 \u05d0 \u0e44\u0e17",
     "\x01\x7f\x85\u2028\u2029\ue000\U0010ffff\U000e0001",
     "",
     " ",
@@ -109,7 +109,6 @@ def encoder(tokenizer: Tokenizer | HuggingFaceTokenizer, name: str) -> Encode:
     return _around_marks(make(content), tokenizer)
 
 
-
 def open_encoder(path: Path, name: str) -> tuple[Tokenizer | HuggingFaceTokenizer, Encode]:
     """A tokenizer file, and the encoder that was chosen for it."""
     tokenizer = open_tokenizer(path)
@@ -158,9 +157,7 @@ def _tokenizers(content: str) -> Encode:
     except ImportError as error:
         raise UnusableError("the package is missing (pip install 'keel-megatron[data]')") from error
     found = tokenizers.Tokenizer.from_str(content)
-    return lambda text: np.asarray(
-        found.encode(text, add_special_tokens=False).ids, dtype=np.int64
-    )
+    return lambda text: np.asarray(found.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
 
 def _plain(content: str) -> str:

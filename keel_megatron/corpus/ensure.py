@@ -12,7 +12,7 @@ from typing import Any, Final
 from keel_megatron.config.data import DataConfig
 from keel_megatron.config.reading import LARGE, parse_json, read_small
 from keel_megatron.config.run import RunConfig
-from keel_megatron.corpus.build import Identified, build, identify, local
+from keel_megatron.corpus.build import Execute, Identified, build, identify, local, partial_of
 from keel_megatron.data.manifest import MANIFEST, SOURCES
 from keel_megatron.errors import UserError
 
@@ -67,6 +67,37 @@ def ensure_dataset(
         else:
             build(data, found, folder, say, local())
     return folder
+
+
+def build_dataset(data: DataConfig, say: Say, out: Path | None, execute: Execute) -> Path:
+    """Build the dataset of the settings, unless it is there; for `keel data build`.
+
+    Args:
+        data: the run's data settings.
+        say: called with messages and progress.
+        out: the dataset folder; None: data.dataset, else the one in data.cache_dir.
+        execute: does the jobs.
+
+    Returns:
+        The folder, which an executor may leave to be finished later.
+
+    Raises:
+        UserError: as in `ensure_dataset`, or `out` is another folder.
+    """
+    say = _tolerant(say)
+    found = identify(data, say)
+    folder = out or data.dataset or folder_of(data, found.fingerprint)
+    with locked(folder, say):
+        if is_complete(folder, found.fingerprint):
+            say(f"{folder} is complete")
+            return folder
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder} exists and is not the dataset of these sources; remove it, or give "
+                "another --out"
+            )
+        built = build(data, found, folder, say, execute)
+    return folder if built is not None else partial_of(folder)
 
 
 def folder_of(data: DataConfig, fingerprint: str) -> Path:
@@ -125,9 +156,9 @@ def refuse_other(expected: dict[str, Any], found: Identified, data: DataConfig) 
         return
     raise UserError(
         "data: not the data that the run was trained on: "
-        f"{_difference(expected, found, data)}. A run resumes only with the same data (its path may "
-        "change): restore it, or train on the new data under another training.name, which starts "
-        "with new weights"
+        f"{_difference(expected, found, data)}. A run resumes only with the same data (its path "
+        "may change): restore it, or train on the new data under another training.name, which "
+        "starts with new weights"
     )
 
 
@@ -160,7 +191,9 @@ def _files(contents: dict[str, dict[str, list[Any]]]) -> dict[str, list[Any]]:
     """Size and hash of all files, by name; with several sources by source and name."""
     if len(contents) == 1:
         return next(iter(contents.values()))
-    return {f"{source}/{name}": r for source, files in contents.items() for name, r in files.items()}
+    return {
+        f"{source}/{name}": r for source, files in contents.items() for name, r in files.items()
+    }
 
 
 def _tolerant(say: Say) -> Say:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -218,10 +219,11 @@ def _counts_of(folder: Path, plan: Plan, shard: _Built, document: int) -> NDArra
 def _write(folder: Path, plan: Plan, shard: _Built, names: set[str]) -> Shard:
     """Write a shard's files, and describe it."""
     first = shard.jobs[0]
-    files: dict[str, FileRecord] = {}
+    files: dict[Literal["bin", "idx", "npy"], FileRecord] = {}
     if shard.is_ready:
         name = _free_name(_prefix_name(folder, first), names)
-        files = {end: FileRecord(**r) for end, r in shard.results[0].files.items()}
+        ready = shard.results[0].files
+        files = {"bin": FileRecord(**ready["bin"]), "idx": FileRecord(**ready["idx"])}
     else:
         name = _free_name(first.shard, names)
         prefix = folder / SHARDS / name

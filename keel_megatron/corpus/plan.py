@@ -126,13 +126,11 @@ class Planner:
             OSError: the folder cannot be written.
         """
         self._folder.mkdir(exist_ok=True)
-        shards = 0
-        for group in self._groups(source, job_size(source)):
+        for shards, group in enumerate(self._groups(source, job_size(source))):
             shard = f"{source.name}-{shards:05}"
             for part, planned in enumerate(self._jobs(group, shard, number, source, limit)):
                 name = shard if planned.job.kind != "part" else f"{shard}.{part:05}"
                 self._write(planned.job.model_copy(update={"name": name}), planned.units)
-            shards += 1
 
     def _write(self, job: Job, units: list[Unit]) -> None:
         self.jobs.append(job)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from keel_megatron.config.data import DataConfig
 from keel_megatron.corpus.cuts import cuts_of
@@ -70,7 +70,7 @@ def make_plan(
     plan = Plan(
         fingerprint=fingerprint,
         tokenizer=TokenizerRecord(
-            file=HUGGING_FACE if isinstance(tokenizer, HuggingFaceTokenizer) else MODEL,
+            file=_name_of(tokenizer),
             sha256=hashlib.sha256(tokenizer.file_content()).hexdigest(),
             given=data.tokenizer is not None,
             vocab_size=tokenizer.vocab_size,
@@ -134,9 +134,13 @@ def _tokenizer(
             f"data.vocab_size: {data.vocab_size} must be {given.vocab_size}, the size of "
             f"data.tokenizer = {data.tokenizer}"
         )
-    name = HUGGING_FACE if isinstance(given, HuggingFaceTokenizer) else MODEL
+    name = _name_of(given)
     write_whole(partial / name, given.file_content())
     return open_tokenizer(partial / name)
+
+
+def _name_of(tokenizer: AnyTokenizer) -> Literal["tokenizer.model", "tokenizer.json"]:
+    return HUGGING_FACE if isinstance(tokenizer, HuggingFaceTokenizer) else MODEL
 
 
 def _lost(data: DataConfig, tokenizer: AnyTokenizer, texts: Sequence[str], say: Say) -> float:

@@ -115,11 +115,13 @@ class _Worker:
 
     def _do(self, job: Job) -> bool:
         """Have the process do a job; returns whether it succeeded."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
         with suppress(OSError):  # it has died, which the end of its output shows
-            self._process.stdin.write(f"{job.name}\n")
-            self._process.stdin.flush()
-        for line in self._process.stdout:
+            stdin.write(f"{job.name}\n")
+            stdin.flush()
+        for line in stdout:
             message = json.loads(line)
             if "error" in message:
                 self.error = message["error"]

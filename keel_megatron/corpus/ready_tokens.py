@@ -83,9 +83,7 @@ def _hashes(documents: int) -> np.ndarray:
 
 
 def _extreme(hashes: np.ndarray, lengths: np.ndarray, document: int) -> Extreme:
-    return Extreme(
-        hash=int(hashes[document]), document=document, tokens=int(lengths[document])
-    )
+    return Extreme(hash=int(hashes[document]), document=document, tokens=int(lengths[document]))
 
 
 def _record(path: Path) -> dict[str, object]:

@@ -33,7 +33,9 @@ class Sampled:
     """Of a single plain text: byte offset of its validation part."""
 
 
-def training_text(sources: Iterable[Sampled], budget: int, seed: int = 0) -> Iterator[Iterable[str]]:
+def training_text(
+    sources: Iterable[Sampled], budget: int, seed: int = 0
+) -> Iterator[Iterable[str]]:
     """Documents of the training set as chunks: all, if they fit, else a sample of all sources.
 
     A sample takes from each source in proportion to its bytes. Damaged and blank records are left

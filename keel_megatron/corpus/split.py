@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -44,8 +43,6 @@ def limit_of(source: Source, fraction: float) -> int:
 def is_single_text(source: Source) -> bool:
     """Whether the source is one uncompressed plain text, of which the end is held out."""
     return len(source.files) == 1 and source.kind == "text" and not source.files[0].compression
-
-
 
 
 def split_offset(file: SourceFile, fraction: float) -> int:
@@ -95,12 +92,12 @@ def _characters(block: bytes) -> int:
 
 
 def _starts(block: bytes) -> np.ndarray:
-    """bool [bytes]: where a character begins."""
+    """Bool [bytes]: where a character begins."""
     starts: np.ndarray = (np.frombuffer(block, dtype=np.uint8) & 0xC0) != 0x80
     return starts
 
 
-def _blocks(file: SourceFile, start: int, stop: int):
+def _blocks(file: SourceFile, start: int, stop: int) -> Iterator[bytes]:
     """Blocks of a range of bytes; a byte order mark counts as no character, so it is left blank."""
     with opened(file) as stream:
         try:

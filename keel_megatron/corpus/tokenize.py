@@ -112,9 +112,7 @@ class Tokenizing:
         self._folder = folder
         self._plan = plan
         try:
-            self._tokenizer, self._encode = open_encoder(
-                folder / plan.tokenizer.file, plan.encoder
-            )
+            self._tokenizer, self._encode = open_encoder(folder / plan.tokenizer.file, plan.encoder)
         except UnusableError as error:
             raise UserError(
                 f"{plan.encoder}, with which this dataset is built, does not work here: {error}"
@@ -151,9 +149,7 @@ class Tokenizing:
 class _Writing:
     """One job while it runs."""
 
-    def __init__(
-        self, folder: Path, plan: Plan, job: Job, encode: Encode, pieces: Pieces
-    ) -> None:
+    def __init__(self, folder: Path, plan: Plan, job: Job, encode: Encode, pieces: Pieces) -> None:
         self._folder = folder
         self._job = job
         self._limit = plan.sources[job.source].limit if not job.validation else 0

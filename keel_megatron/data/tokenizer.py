@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Final
 
 import sentencepiece
 
@@ -17,7 +18,7 @@ from keel_megatron.data.huggingface import FILE, HuggingFaceTokenizer
 from keel_megatron.data.round_trip import RoundTrip
 from keel_megatron.errors import UserError
 
-MODEL = "tokenizer.model"
+MODEL: Final = "tokenizer.model"
 
 SAMPLE_CHARACTERS = 50_000_000
 """Training uses about this many characters at most: with more, the merges of a BPE of usual size do
