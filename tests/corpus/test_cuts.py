@@ -30,9 +30,7 @@ def encoded(tokenizer: Tokenizer, pieces: list[str]) -> list[int]:
 
 @settings(deadline=None)
 @given(st.text(alphabet=" \ncatherinsou\u2581e\u00e9\U0001f600.1", max_size=300), st.integers(1, 9))
-def test_sentencepiece_tokens_stay_the_same(
-    tokenizer: Tokenizer, text: str, limit: int
-) -> None:
+def test_sentencepiece_tokens_stay_the_same(tokenizer: Tokenizer, text: str, limit: int) -> None:
     pieces = Pieces(cuts_of(tokenizer), limit)
     found = list(pieces.of([text[:50], text[50:]]))
     assert "".join(found) == text

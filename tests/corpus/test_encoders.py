@@ -68,9 +68,7 @@ def test_a_different_encoder_is_not_used(model: Path, monkeypatch: pytest.Monkey
     assert said == ["gigatoken is not used: its tokens differ, first in 'some birds'"]
 
 
-def test_missing_packages_leave_sentencepiece(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_packages_leave_sentencepiece(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("gigatoken", "tokenizers"):
         monkeypatch.setitem(sys.modules, name, None)
     said: list[str] = []

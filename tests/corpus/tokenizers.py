@@ -52,7 +52,7 @@ def _bytes_bpe() -> str:
 
 
 def bytes_bpe() -> dict[str, Any]:
-    """The content of a byte-level BPE tokenizer.json of 400 tokens, as GPT-2's."""
+    """The content of a byte-level BPE tokenizer.json of 326 tokens, as GPT-2's."""
     parsed: dict[str, Any] = json.loads(_bytes_bpe())
     return parsed
 

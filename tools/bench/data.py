@@ -27,6 +27,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent.parent
