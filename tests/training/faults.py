@@ -21,8 +21,8 @@ from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.tracking.metrics import read_metrics
 from keel_megatron.training import diagnose, run
-from keel_megatron.training.learning_rate import learning_rate
 from keel_megatron.training.dataset import ready_dataset
+from keel_megatron.training.learning_rate import learning_rate
 from keel_megatron.training.ready import open_batches
 from tests.training.ranks import made_up_batches
 
