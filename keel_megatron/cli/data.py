@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import typer
 
+from keel_megatron.cli import data_folders
 from keel_megatron.cli.arguments import ConfigPath, Overrides
 
-app = typer.Typer(help="Prepare data.", no_args_is_help=True)
+app = typer.Typer(help="Build and inspect datasets.", no_args_is_help=True)
+app.command("show")(data_folders.show)
+app.command("verify")(data_folders.verify)
+app.command("sample")(data_folders.sample)
 
 
 @app.command("build")

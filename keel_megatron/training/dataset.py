@@ -50,7 +50,7 @@ def ready_dataset(config: RunConfig, say: Say, *, on_one_machine: bool) -> Path:
     """
     say = _tolerant(say)
     expected = trained_on(config.training.folder)
-    folder = _folder(config, say, expected, on_one_machine=on_one_machine)
+    folder = find_dataset(config, say, expected, may_build=on_one_machine)
     dataset = open_dataset(folder, config.data)
     if expected is not None:
         refuse_other(expected, dataset)
@@ -137,10 +137,21 @@ def opened(config: RunConfig, folder: Path, expected: dict[str, Any] | None) -> 
     return dataset
 
 
-def _folder(
-    config: RunConfig, say: Say, expected: dict[str, Any] | None, *, on_one_machine: bool
+def find_dataset(
+    config: RunConfig, say: Say, expected: dict[str, Any] | None, *, may_build: bool
 ) -> Path:
-    """The dataset folder, built if it is missing."""
+    """A run's dataset folder, built if it is missing.
+
+    Args:
+        config: the run.
+        say: called with messages.
+        expected: the identity in the run's newest checkpoint; None: there is none.
+        may_build: whether to build a missing one.
+
+    Raises:
+        UserError: it is missing and may not be built, cannot be built, or its sources are not
+            those of the checkpoint.
+    """
     data = config.data
     if data.dataset is not None:
         return data.dataset
@@ -156,6 +167,7 @@ def _folder(
         return folder
     from keel_megatron.data.prepare import prepare
 
+    del may_build
     return prepare(config, say, expected).folder
 
 
