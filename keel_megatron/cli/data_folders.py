@@ -72,7 +72,7 @@ def sample(
     from keel_megatron.data.index_files import open_sequences
     from keel_megatron.data.report import sample_lines
     from keel_megatron.data.samples import Samples
-    from keel_megatron.data.tokenizer import Tokenizer
+    from keel_megatron.data.tokenizer import open_tokenizer
     from keel_megatron.training.dataset import ready_dataset
 
     settings = load_config(config, tuple(overrides or ()))
@@ -86,7 +86,8 @@ def sample(
     order = Samples(sources, list(dataset.quotas.values()), seed)
     size = settings.training.global_batch_size
     numbers = range((step - 1) * size, (step - 1) * size + min(samples, size))
-    for line in sample_lines(dataset, order, numbers, Tokenizer(dataset.tokenizer_path).decode):
+    decode = open_tokenizer(dataset.tokenizer_path).decode
+    for line in sample_lines(dataset, order, numbers, decode):
         print(line)
 
 

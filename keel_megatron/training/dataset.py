@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from keel_megatron.checkpoint.folder import latest, step_folder, step_of, steps
 from keel_megatron.checkpoint.manifest import STATE, DamagedError, read_json
 from keel_megatron.config.run import RunConfig
+from keel_megatron.corpus.ensure import ensure_dataset
 from keel_megatron.data.dataset import Dataset, check_lengths, open_dataset
 from keel_megatron.data.earlier import is_earlier
 from keel_megatron.data.file_checks import check_files
@@ -153,9 +154,7 @@ def find_dataset(
             those of the checkpoint.
     """
     data = config.data
-    if data.dataset is not None:
-        return data.dataset
-    if expected is not None and is_earlier(expected):
+    if data.dataset is None and expected is not None and is_earlier(expected):
         folder = data.cache_dir / str(expected["fingerprint"])[:16]
         if not (folder / "data.json").is_file():
             raise UserError(
@@ -165,10 +164,7 @@ def find_dataset(
             )
         say(f"using {folder}, on which an earlier version began this run")
         return folder
-    from keel_megatron.data.prepare import prepare
-
-    del may_build
-    return prepare(config, say, expected).folder
+    return ensure_dataset(config, say, expected, may_build=may_build)
 
 
 def _tolerant(say: Say) -> Say:
