@@ -107,5 +107,5 @@ def _tokenizer(given: Path, checkpoint: Path, found: ResumePoint, config: RunCon
     raise UserError(
         f"{checkpoint} has no tokenizer, because an earlier version wrote it, and {prepared} "
         "(data.cache_dir) does not exist; run the command in the folder in which training was "
-        f"started, or prepare the data there again: keel data build {checkpoint / CONFIG}"
+        "started, or restore that folder"
     )

@@ -26,7 +26,9 @@ from keel_megatron.errors import UserError
 from keel_megatron.training.startup import check
 
 if TYPE_CHECKING:
-    from keel_megatron.runtime.device import Launch  # imports torch
+    from keel_megatron.data.batches import Batches  # these import torch
+    from keel_megatron.runtime.device import Launch
+    from keel_megatron.tracking.tracker import Tracker
 
 DATASET = "KEEL_DATASET"
 """Variable with the dataset folder that the launching process has made ready for its ranks."""
@@ -165,6 +167,13 @@ def find_dataset(
         say(f"using {folder}, on which an earlier version began this run")
         return folder
     return ensure_dataset(config, say, expected, may_build=may_build)
+
+
+def tell_shares(batches: Batches, tracker: Tracker, consumed: int) -> None:
+    """Report the realised shares of a blend."""
+    samples = batches.train.samples
+    if len(samples.sources) > 1 and consumed:
+        tracker.say(f"samples so far: {samples.describe(consumed)}")
 
 
 def _tolerant(say: Say) -> Say:

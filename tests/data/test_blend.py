@@ -44,6 +44,8 @@ def test_a_sample_is_found_without_those_before_it(
         expected[sample] = (source, counts[source])
         counts[source] += 1
     there, back = Blend(quota, seed), Blend(quota, seed)
+    assert sum(there.counts(len(expected))) == len(expected)
+    assert there.counts(len(expected)) == [counts[source] for source in range(len(quota))]
     assert [there[sample] for sample in samples] == [expected[sample] for sample in samples]
     assert [back[s] for s in samples[::-1]] == [expected[s] for s in samples[::-1]]
 
