@@ -171,8 +171,13 @@ def _say_results(partial: Path, plan: Plan, manifest: Manifest, say: Say) -> Non
         bad = source.bad_records
         if bad is not None:
             say(f"warning: {source.name}: {bad.count:,} damaged records were skipped ({bad.first})")
-    results = [result_of(partial, job) for job in plan.jobs]
-    unsafe = plan.unsafe_cuts + sum(result.unsafe_cuts for result in results if result)
+    results = [result for job in plan.jobs if (result := result_of(partial, job)) is not None]
+    largest = max(result.peak_memory for result in results)
+    say(
+        f"{len(plan.jobs):,} jobs, {sum(result.seconds for result in results):,.0f} s of work, "
+        f"memory of the largest process: {largest / 1e6:,.0f} MB"
+    )
+    unsafe = plan.unsafe_cuts + sum(result.unsafe_cuts for result in results)
     if unsafe:
         say(
             f"warning: long texts were cut at {unsafe:,} places where a few tokens may differ from "

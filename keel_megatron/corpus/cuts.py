@@ -12,7 +12,7 @@ from keel_megatron.data.tokenizer_json import NoEquivalentError, normal_pieces
 
 PIECE_CHARACTERS = 1 << 17
 """A document is encoded in pieces of at most about this many characters."""
-_TRIED = 256
+_TRIED, _TRIED_CHARACTERS = 256, 2048
 
 
 class Cuts(Protocol):
@@ -55,11 +55,13 @@ class WordCuts:
         """Whether cuts leave the tokens of a sample's texts unchanged, at least of one text."""
         tried = 0
         for text in sample:
-            text = text[:4096]
-            at = last_safe(self, text, len(text) // 2, 0)
-            if at is None:
+            text = text[:_TRIED_CHARACTERS]
+            places = [at for at in range(1, len(text)) if self.is_safe(text[at - 1], text[at])]
+            if not places:
                 continue
-            if tokenizer.encode(text[:at]) + tokenizer.encode(text[at:]) != tokenizer.encode(text):
+            ends = zip([0, *places], [*places, len(text)], strict=True)
+            tokens = [token for a, b in ends for token in tokenizer.encode(text[a:b])]
+            if tokens != tokenizer.encode(text):
                 return False
             tried += 1
             if tried >= _TRIED:

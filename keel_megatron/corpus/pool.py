@@ -83,6 +83,7 @@ class _Worker:
         self.thread = threading.Thread(target=self._run, name="tokenizing", daemon=True)
         self._waiting = waiting
         self._report = report
+        self._is_ended = False
         self._process = subprocess.Popen(
             [*python(), "-m", "keel_megatron.corpus.worker", str(folder)],
             stdin=subprocess.PIPE,
@@ -94,6 +95,7 @@ class _Worker:
 
     def end(self) -> None:
         """End the process, if it has not."""
+        self._is_ended = True
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
@@ -130,6 +132,8 @@ class _Worker:
                 return True
             self._report(Done(**message))
         code = self._process.wait()
+        if self._is_ended:
+            return False
         self.error = (
             f"a worker process ended while it did {job.name} (exit code {code}); if the machine "
             "was short of memory, use fewer --workers; start again to resume"
