@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from keel_megatron.cli import data_folders
 from keel_megatron.cli.arguments import ConfigPath, Overrides
 
 if TYPE_CHECKING:
     from keel_megatron.corpus.build import Execute
 
 app = typer.Typer(help="Build datasets and show them.", no_args_is_help=True)
+app.command("show")(data_folders.show)
+app.command("verify")(data_folders.verify)
+app.command("sample")(data_folders.sample)
 
 
 class Executor(StrEnum):

@@ -79,6 +79,17 @@ class Blend:
         source = int(self._sources[place])
         return source, block * int(self._quotas[source]) + int(self._before[place])
 
+    def counts(self, samples: int) -> list[int]:
+        """Number of samples of each source among the first `samples`."""
+        if len(self._quotas) == 1:
+            return [samples]
+        block, rest = divmod(samples, BLOCK)
+        if block != self._block:
+            self._permute(block)
+        begun = np.bincount(self._sources[:rest], minlength=len(self._quotas))
+        counts: list[int] = (block * self._quotas + begun).tolist()
+        return counts
+
     def _permute(self, block: int) -> None:
         """Compute the order of a block."""
         generator = np.random.Generator(np.random.PCG64([self._seed, _TAG, block]))

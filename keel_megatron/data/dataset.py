@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from keel_megatron.config.data import DataConfig
+from keel_megatron.config.data import DataConfig, SourceConfig
 from keel_megatron.config.reading import LARGE, parse_json, read_small
 from keel_megatron.data.blend import quotas
 from keel_megatron.data.earlier import earlier_dataset
@@ -31,6 +31,7 @@ from keel_megatron.data.shards import with_suffix
 from keel_megatron.errors import UserError
 
 Part = Literal["train", "validation"]
+REMEDY = "restore it, or remove the dataset's folder and build it again: keel data build CONFIG"
 
 
 @dataclass(frozen=True)
@@ -107,34 +108,29 @@ class Dataset:
         return sum(source.record.documents(part) for source in self.sources)
 
 
-def open_dataset(folder: Path, data: DataConfig) -> Dataset:
+def open_dataset(folder: Path, data: DataConfig | None, *, check: bool = True) -> Dataset:
     """Open a dataset folder.
 
     Reads data.json and looks at the sizes of files, but not at their content.
 
     Args:
         folder: the dataset folder.
-        data: the run's data settings: weights, and paths of tokens used in place.
+        data: the run's data settings: weights, and paths of tokens used in place; None: those of
+            the build.
+        check: whether to look at the files.
 
     Raises:
         UserError: the folder is none, is incomplete or damaged, or does not fit the settings.
     """
     manifest, earlier = read_manifest(folder)
-    configured = {name_of(entry): entry for entry in data.sources or ()}
-    names = [source.name for source in manifest.sources]
-    if data.dataset is not None and set(configured) - set(names):
-        raise UserError(
-            f"data.sources: {', '.join(sorted(set(configured) - set(names)))} is not in the "
-            f"dataset {folder}, which has {', '.join(names)}"
-        )
-    sources = tuple(
-        Source(
-            record, tuple(_placed(folder, record, shard, data, earlier) for shard in record.shards)
-        )
-        for record in manifest.sources
-    )
-    dataset = Dataset(folder, manifest, sources, _quotas(manifest, configured), earlier)
-    _check_files(dataset)
+    if data is None:
+        size = manifest.tokenizer.vocab_size
+        data = DataConfig.model_construct(vocab_size=size, seq_length=1, dataset=folder)
+    entries = _entries(manifest, folder, data)
+    sources = tuple(_source(folder, record, data, entries, earlier) for record in manifest.sources)
+    dataset = Dataset(folder, manifest, sources, _quotas(manifest, entries), earlier)
+    if check:
+        _check_files(dataset)
     if manifest.tokenizer.vocab_size != data.vocab_size:
         raise UserError(
             f"data.vocab_size: {data.vocab_size} must be {manifest.tokenizer.vocab_size}, the "
@@ -187,11 +183,6 @@ def dataset_files(dataset: Dataset) -> dict[Path, FileRecord]:
     }
 
 
-def name_of(entry: Any) -> str:
-    """Name of an entry of data.sources."""
-    return str(entry.name or (entry.path[0].name if entry.path else ""))
-
-
 def check_lengths(dataset: Dataset, seq_length: int) -> None:
     """Check that every source has seq_length + 1 tokens in each part, enough for one sequence.
 
@@ -222,47 +213,70 @@ def _manifest(text: bytes, path: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"data.dataset: {path} is damaged ({where}: {first['msg']}); restore it, or build the "
-            "dataset again: keel data build CONFIG"
+            f"data.dataset: {path} is damaged ({where}: {first['msg']}); {REMEDY}"
         ) from error
     names = [source.name for source in manifest.sources]
     shards = [
         shard.name for source in manifest.sources for shard in source.shards if not shard.external
     ]
     if len(set(names)) < len(names) or len(set(shards)) < len(shards):
-        raise UserError(f"data.dataset: {path} is damaged (a name twice); restore it")
+        raise UserError(f"data.dataset: {path} is damaged (a name twice); {REMEDY}")
     return manifest
 
 
-def _placed(
+def _entries(manifest: Manifest, folder: Path, data: DataConfig) -> dict[str, SourceConfig]:
+    """The entries of data.sources by name of source; those without a name count by position."""
+    names = [source.name for source in manifest.sources]
+    found = {}
+    for number, entry in enumerate(data.sources or ()):
+        name = entry.name
+        if name is None and len(data.sources or ()) == len(names):
+            name = names[number]
+        if name not in names:
+            raise UserError(
+                f"data.sources.{number}: the dataset {folder} has no source "
+                f"{name or 'without name'}; name one of {', '.join(names)}"
+            )
+        found[name] = entry
+    missing = [name for name in names if found and name not in found]
+    if missing:
+        raise UserError(
+            f"data.sources: the dataset {folder} also has {', '.join(missing)}; give every source "
+            "an entry, or leave out data.sources for the weights with which it was built"
+        )
+    return found
+
+
+def _source(
     folder: Path,
-    source: SourceRecord,
-    shard: Shard,
+    record: SourceRecord,
     data: DataConfig,
+    entries: dict[str, SourceConfig],
     earlier: object,
-) -> PlacedShard:
-    """A shard, where it lies."""
-    if not {"bin", "idx"} <= shard.files.keys():
-        raise UserError(f"data.dataset: {folder / MANIFEST} is damaged: {shard.name} has no files")
+) -> Source:
+    """A source, and where its shards lie."""
     home = folder / SHARDS if earlier is None else folder
-    if shard.external:
-        return PlacedShard(shard, find_prefix(data, source.name, shard, folder), home)
-    return PlacedShard(shard, home / shard.name, home)
+    entry = entries.get(record.name)
+    paths = (*entry.path, *(entry.validation or ())) if entry else data.text or ()
+    shards = []
+    for shard in record.shards:
+        if not {"bin", "idx"} <= shard.files.keys():
+            raise UserError(
+                f"data.dataset: {folder / MANIFEST} is damaged: {shard.name} has no files"
+            )
+        prefix = home / shard.name
+        if shard.external:
+            prefix = find_prefix(paths, record.name, shard, folder)
+        shards.append(PlacedShard(shard, prefix, home))
+    return Source(record, tuple(shards))
 
 
-def _quotas(manifest: Manifest, configured: dict[str, Any]) -> dict[str, int]:
+def _quotas(manifest: Manifest, entries: dict[str, SourceConfig]) -> dict[str, int]:
     """Samples per 1,000 of each source: by configured weight, else by that of the build."""
     weights = {
-        source.name: configured[source.name].weight if configured else source.weight
+        source.name: entries[source.name].weight if entries else source.weight
         for source in manifest.sources
-        if not configured or source.name in configured
     }
-    if len(weights) < len(manifest.sources):
-        missing = [s.name for s in manifest.sources if s.name not in weights]
-        raise UserError(
-            f"data.sources: the dataset also has {', '.join(missing)}; give every source an entry "
-            "with a weight, or none"
-        )
     if any(weight is None for weight in weights.values()):
         weights = {source.name: float(source.tokens("train")) for source in manifest.sources}
     return quotas({name: float(weight or 0.0) for name, weight in weights.items()})
@@ -275,7 +289,7 @@ def _check_files(dataset: Dataset) -> None:
         if place.is_symlink():
             raise UserError(f"data.dataset: {place} is a link, which is not followed")
     if not dataset.tokenizer_path.is_file():
-        raise UserError(f"data.dataset: {dataset.tokenizer_path} is missing; restore it")
+        raise UserError(f"data.dataset: {dataset.tokenizer_path} is missing; {REMEDY}")
     for source in dataset.sources:
         for shard in source.shards:
             for path, file in shard.files.items():
@@ -287,10 +301,10 @@ def _check_files(dataset: Dataset) -> None:
 
 def _check_size(path: Path, size: int) -> None:
     if not path.is_file():
-        raise UserError(f"data.dataset: {path} is missing; restore it, or build the dataset again")
+        raise UserError(f"data.dataset: {path} is missing; {REMEDY}")
     found = path.stat().st_size
     if found != size:
         raise UserError(
             f"data.dataset: {path} has {found:,} bytes, and had {size:,} when it was built; "
-            "restore it, or build the dataset again"
+            f"{REMEDY}"
         )

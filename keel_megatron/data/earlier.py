@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from keel_megatron.config.reading import LARGE, read_small
 from keel_megatron.data.manifest import (
     MANIFEST,
     FileRecord,
@@ -17,6 +16,7 @@ from keel_megatron.data.manifest import (
     SourceRecord,
     TokenizerRecord,
 )
+from keel_megatron.data.tokenizer import Tokenizer
 from keel_megatron.errors import UserError
 
 _TOKENIZER = "tokenizer.model"
@@ -56,15 +56,9 @@ def earlier_dataset(content: dict[str, Any], folder: Path) -> tuple[Manifest, di
 
 
 def _manifest(content: dict[str, Any], files: dict[str, FileRecord], folder: Path) -> Manifest:
-    import sentencepiece
-
     if (folder / _TOKENIZER).is_symlink():
         raise ValueError(f"{_TOKENIZER} is a link")
-    model = sentencepiece.SentencePieceProcessor()
-    try:
-        model.LoadFromSerializedProto(read_small(folder / _TOKENIZER, LARGE))
-    except RuntimeError as error:
-        raise ValueError(f"{_TOKENIZER} is no SentencePiece model") from error
+    model = Tokenizer(folder / _TOKENIZER)
     source = SourceRecord(
         name="text",
         weight=None,
@@ -82,8 +76,8 @@ def _manifest(content: dict[str, Any], files: dict[str, FileRecord], folder: Pat
             file="tokenizer.model",
             sha256=files[_TOKENIZER].sha256,
             given=content["tokenizer"] is not None,
-            vocab_size=int(model.get_piece_size()),
-            eod=int(model.eos_id()),
+            vocab_size=model.vocab_size,
+            eod=model.eod,
             encoder="sentencepiece",
             lost=0.0,
         ),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from keel_megatron.config.reading import LARGE, open_regular, parse_json, read_small
-from keel_megatron.data.dataset import Dataset, dataset_files
+from keel_megatron.data.dataset import REMEDY, Dataset, dataset_files
 from keel_megatron.data.manifest import FileRecord
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.cores import available_cores
@@ -79,8 +79,7 @@ def _check(files: dict[Path, FileRecord], dataset: Dataset, say: Callable[[str],
             if digest != files[path].sha256:
                 raise UserError(
                     f"data.dataset: {path} was changed since the dataset was built (its SHA-256 is "
-                    f"{digest[:12]}, and was {files[path].sha256[:12]}); restore it, or build the "
-                    "dataset again"
+                    f"{digest[:12]}, and was {files[path].sha256[:12]}); {REMEDY}"
                 )
 
 

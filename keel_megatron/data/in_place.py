@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from keel_megatron.config.data import DataConfig
 from keel_megatron.data.manifest import Shard
 from keel_megatron.data.shards import with_suffix
 from keel_megatron.errors import UserError
 
 
-def find_prefix(data: DataConfig, source: str, shard: Shard, folder: Path) -> Path:
+def find_prefix(paths: Sequence[Path], source: str, shard: Shard, folder: Path) -> Path:
     """The prefix of an external shard, among the paths that the configuration gives its source.
 
     Args:
-        data: the run's data settings.
+        paths: files, prefixes, folders or globs.
         source: name of the shard's source.
         shard: the shard; files of other sizes are not it.
         folder: the dataset folder, for messages.
@@ -24,21 +23,9 @@ def find_prefix(data: DataConfig, source: str, shard: Shard, folder: Path) -> Pa
     Raises:
         UserError: it is not there.
     """
-    paths = [
-        path
-        for entry in data.sources or ()
-        if entry.name == source
-        or (entry.name is None and any(p.name == source for p in entry.path))
-        for path in (*entry.path, *(entry.validation or ()))
-    ]
-    if data.sources is None:
-        paths = list(data.text or ())
-    elif not paths and len(data.sources) == 1:
-        paths = [*data.sources[0].path, *(data.sources[0].validation or ())]
     found = [prefix for path in paths for prefix in _prefixes(path) if _fits(prefix, shard)]
-    named = [prefix for prefix in found if prefix.name == shard.name]
-    if named or found:
-        return (named or found)[0]
+    if found:
+        return max(found, key=lambda prefix: (prefix.name == shard.name, _same_time(prefix, shard)))
     where = f"not in {', '.join(map(str, paths))}" if paths else "and no path is given"
     raise UserError(
         f"data.sources: the dataset {folder} uses {shard.name}.bin and .idx of source {source} in "
@@ -51,7 +38,7 @@ def _prefixes(path: Path) -> Iterator[Path]:
     if path.is_dir():
         for index in sorted(path.rglob("*.idx")):
             yield index.with_suffix("")
-    elif path.suffix in (".bin", ".idx"):
+    elif path.suffix in (".bin", ".idx") and path.is_file():
         yield path.with_suffix("")
     elif with_suffix(path, "idx").is_file():
         yield path
@@ -71,3 +58,8 @@ def _fits(prefix: Path, shard: Shard) -> bool:
         )
     except OSError:
         return False
+
+
+def _same_time(prefix: Path, shard: Shard) -> bool:
+    """Whether a prefix's tokens have the modification time of the shard's."""
+    return with_suffix(prefix, "bin").stat().st_mtime_ns == shard.files["bin"].mtime_ns

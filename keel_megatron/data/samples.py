@@ -71,6 +71,18 @@ class Samples:
         order = self._orders[source]
         return Place(source, order[count], count // order.samples)
 
+    def counts(self, samples: int) -> dict[str, int]:
+        """Number of samples of each source among the first `samples`."""
+        names = [source.name for source in self.sources]
+        return dict(zip(names, self._blend.counts(samples), strict=True))
+
+    def describe(self, samples: int) -> str:
+        """Realised shares of the first `samples`, and epochs of each source, as text."""
+        return "; ".join(
+            f"{name} {count / max(1, samples):.2%}, {count / order.samples:.2f} epochs"
+            for (name, count), order in zip(self.counts(samples).items(), self._orders, strict=True)
+        )
+
     def read(self, sample: int, *, tokens: bool = True) -> Sequence:
         """A sample; without `tokens`, only where its documents end."""
         place = self.locate(sample)

@@ -19,7 +19,8 @@ from keel_megatron.config.load import load_config
 from keel_megatron.config.parallel import ParallelConfig
 from keel_megatron.config.reading import LARGE, read_small
 from keel_megatron.config.run import RunConfig
-from keel_megatron.data.tokenizer import Tokenizer
+from keel_megatron.data.huggingface import HuggingFaceTokenizer
+from keel_megatron.data.tokenizer import Tokenizer, open_tokenizer
 from keel_megatron.errors import UserError
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime
@@ -34,7 +35,7 @@ class Source:
 
     config: RunConfig
     model: nn.Module
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | HuggingFaceTokenizer
     remarks: tuple[str, ...]
     """Skipped checkpoints, with reasons."""
 
@@ -75,7 +76,7 @@ def load(path: Path, config: RunConfig, runtime: Runtime) -> Source:
             found = checked(path, runtime) if _is_checkpoint(path) else newest_good(path, runtime)
             if found.path is None:
                 raise UserError(f"{path} has no complete checkpoint; train the run first")
-            tokenizer = Tokenizer(_tokenizer(path, found.path, found, config))
+            tokenizer = open_tokenizer(_tokenizer(path, found.path, found, config))
             if model is None:
                 (model,) = build_model(config, runtime)
             state.load_weights(found.path, runtime, [model])
@@ -106,5 +107,5 @@ def _tokenizer(given: Path, checkpoint: Path, found: ResumePoint, config: RunCon
     raise UserError(
         f"{checkpoint} has no tokenizer, because an earlier version wrote it, and {prepared} "
         "(data.cache_dir) does not exist; run the command in the folder in which training was "
-        f"started, or prepare the data there again: keel data build {checkpoint / CONFIG}"
+        "started, or restore that folder"
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from keel_megatron.checkpoint.folder import latest, step_folder, step_of, steps
 from keel_megatron.checkpoint.manifest import STATE, DamagedError, read_json
 from keel_megatron.config.run import RunConfig
+from keel_megatron.corpus.ensure import ensure_dataset
 from keel_megatron.data.dataset import Dataset, check_lengths, open_dataset
 from keel_megatron.data.earlier import is_earlier
 from keel_megatron.data.file_checks import check_files
@@ -25,7 +26,9 @@ from keel_megatron.errors import UserError
 from keel_megatron.training.startup import check
 
 if TYPE_CHECKING:
-    from keel_megatron.runtime.device import Launch  # imports torch
+    from keel_megatron.data.batches import Batches  # these import torch
+    from keel_megatron.runtime.device import Launch
+    from keel_megatron.tracking.tracker import Tracker
 
 DATASET = "KEEL_DATASET"
 """Variable with the dataset folder that the launching process has made ready for its ranks."""
@@ -50,7 +53,7 @@ def ready_dataset(config: RunConfig, say: Say, *, on_one_machine: bool) -> Path:
     """
     say = _tolerant(say)
     expected = trained_on(config.training.folder)
-    folder = _folder(config, say, expected, on_one_machine=on_one_machine)
+    folder = find_dataset(config, say, expected, may_build=on_one_machine)
     dataset = open_dataset(folder, config.data)
     if expected is not None:
         refuse_other(expected, dataset)
@@ -137,14 +140,23 @@ def opened(config: RunConfig, folder: Path, expected: dict[str, Any] | None) -> 
     return dataset
 
 
-def _folder(
-    config: RunConfig, say: Say, expected: dict[str, Any] | None, *, on_one_machine: bool
+def find_dataset(
+    config: RunConfig, say: Say, expected: dict[str, Any] | None, *, may_build: bool
 ) -> Path:
-    """The dataset folder, built if it is missing."""
+    """A run's dataset folder, built if it is missing.
+
+    Args:
+        config: the run.
+        say: called with messages.
+        expected: the identity in the run's newest checkpoint; None: there is none.
+        may_build: whether to build a missing one.
+
+    Raises:
+        UserError: it is missing and may not be built, cannot be built, or its sources are not
+            those of the checkpoint.
+    """
     data = config.data
-    if data.dataset is not None:
-        return data.dataset
-    if expected is not None and is_earlier(expected):
+    if data.dataset is None and expected is not None and is_earlier(expected):
         folder = data.cache_dir / str(expected["fingerprint"])[:16]
         if not (folder / "data.json").is_file():
             raise UserError(
@@ -154,9 +166,14 @@ def _folder(
             )
         say(f"using {folder}, on which an earlier version began this run")
         return folder
-    from keel_megatron.data.prepare import prepare
+    return ensure_dataset(config, say, expected, may_build=may_build)
 
-    return prepare(config, say, expected).folder
+
+def tell_shares(batches: Batches, tracker: Tracker, consumed: int) -> None:
+    """Report the realised shares of a blend."""
+    samples = batches.train.samples
+    if len(samples.sources) > 1 and consumed:
+        tracker.say(f"samples so far: {samples.describe(consumed)}")
 
 
 def _tolerant(say: Say) -> Say:

@@ -22,7 +22,7 @@ from keel_megatron.runtime.versions import package_versions
 from keel_megatron.tracking.progress import Progress
 from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training.conclude import conclude
-from keel_megatron.training.dataset import dataset_of_rank
+from keel_megatron.training.dataset import dataset_of_rank, tell_shares
 from keel_megatron.training.describe import describe_run, version_changes
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.lineage import Lineage
@@ -179,7 +179,9 @@ def _train(
         if runtime.any(stop.signal is not None):  # since the run was accepted
             tracker.say(f"stopped before step {state.position.step + 1}: nothing new to save")
             return runtime.max(stop.exit_code)
+        tell_shares(ready.batches, tracker, state.position.consumed_samples)
         code = loop.run(stop)
+        tell_shares(ready.batches, tracker, state.position.consumed_samples)
     if runtime.is_main:
         step, entropy = state.position.step, ready.data.manifest.unigram_entropy
         conclude(config, tracker, step, loop.validation_loss, entropy)
