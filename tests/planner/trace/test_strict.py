@@ -44,6 +44,11 @@ OPTIONS: dict[str, Case] = {
     "few activations": Case(1, 0, {"data__seq_length": 512, "parallel__recompute": "full"}),
     "light": Case(1, 0, {"parallel__recompute": "light"}),
     "two sequences": Case(1, 0, {"training__micro_batch_size": 2}),
+    "overlapped": Case(
+        4,
+        0,
+        {**PP2, "parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True},
+    ),
 }
 QUICK: dict[str, Case] = {
     # Every rule at the hardest layout, the stages in turn.
