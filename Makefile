@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest --durations=25 --numprocesses $(TEST_WORKERS) 
 	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock validators train test test-all test-security test-next test-gpu check format bench-kernel bench-gpu bench-peers chaos check-images clean
+.PHONY: help setup lock validators train test test-all test-security test-trace test-next test-gpu check format bench-kernel bench-gpu bench-peers chaos check-images clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -55,6 +55,9 @@ test-all: setup validators ## Run every test that needs no GPU.
 
 test-security: setup validators ## Run the attacks that must fail (SECURITY.md).
 	$(PYTEST) -m 'security and not gpu'
+
+test-trace: setup ## Trace every residual rule at every layout and stage (about 9 minutes on 2 cores).
+	$(BIN)/python -m pytest -m slow tests/planner/trace
 
 test-next: setup ## Run parity, layouts, checkpoints and the demo on newer megatron-core.
 	$(BIN)/python tools/test_next.py $(VERSIONS)
