@@ -88,7 +88,7 @@ FAULTS: dict[str, tuple[Case, str]] = {
     ),
     "a plan that is too high": (
         Case(1, 0, fault="a_plan_that_counts_activations_twice"),
-        "the plan's step is +9.79% of the trace's",
+        "the plan's step is +9.",
     ),
 }
 
