@@ -2,12 +2,18 @@
 
 python tools/bench/gpu.py --predict        # write the predictions, without a GPU
 python tools/bench/gpu.py                  # run all parts, each below ten minutes on an H200
-python tools/bench/gpu.py --part deep      # one part: levers-64, levers-32, deep, kernel
+python tools/bench/gpu.py --part deep      # one part: checks, levers-64, levers-32, deep, kernel
 
-Needs a python3 with CUDA torch, megatron-core, pydantic and PyYAML; nothing is installed. Every
+The checks come first (gpu_checks.py): what the device's kernels refuse, which of them torch
+chooses, a short run with a save and a resume. A check that fails does not end the measurement.
+
+Needs a python3 with this project's dependencies and CUDA torch; nothing is installed. Every
 variant runs in a separate process (gpu_worker.py) on the same idle GPU with random tokens, the base
 first. A failed variant is reported with its reason, and the others continue. docs/benchmarks/gpu.md
 and gpu.json are written after every variant; unmeasured variants keep their prediction.
+
+Exit codes: 0 = measured, or predictions written; 2 = torch sees no CUDA device, or something that
+is needed is not installed: one line says so.
 """
 
 from __future__ import annotations
@@ -25,12 +31,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from gpu_predict import LEVERS, Lever, assumptions, plan_of, step_parts
-from gpu_table import page
+try:
+    from gpu_predict import LEVERS, Lever, assumptions, plan_of, step_parts
+    from gpu_table import page
 
-from keel_megatron import compat
+    from keel_megatron import compat
 
-compat.install()  # before Megatron-core is imported
+    compat.install()  # before Megatron-core is imported
+except ModuleNotFoundError as error:
+    print(f"{sys.executable} has no {error.name}: nothing is measured")
+    sys.exit(2)
 
 from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
@@ -58,7 +68,8 @@ WARMUP, STEPS = 3, 8
 PART_SECONDS = 580
 SHALLOW = ("base: Keel", "Pre-LN", "compile", "CUDA graphs", "compile and CUDA graphs")
 """Levers that 32 blocks are measured with, too."""
-PARTS = ("levers-64", "levers-32", "deep", "kernel")
+PARTS = ("checks", "levers-64", "levers-32", "deep", "kernel")
+UNABLE = 2
 
 
 def lever_config(lever: Lever, blocks: int) -> RunConfig:
@@ -113,8 +124,10 @@ def predicted_deep(device: Device) -> dict[str, Any]:
 
 def predictions(device: Device) -> dict[str, Any]:
     """All that is expected, of every part."""
-    found: dict[str, Any] = {part: predicted_levers(part, device) for part in PARTS[:2]}
-    return found | {"deep": predicted_deep(device), "kernel": {"aim": 0.85}}
+    found: dict[str, Any] = {
+        part: predicted_levers(part, device) for part in ("levers-64", "levers-32")
+    }
+    return found | {"checks": {}, "deep": predicted_deep(device), "kernel": {"aim": 0.85}}
 
 
 def work(config: Path, settings: list[str], seconds: float, **order: Any) -> dict[str, Any]:
@@ -142,6 +155,25 @@ def available(name: str) -> bool:
         return not name or importlib.util.find_spec(name) is not None
     except ImportError:
         return False
+
+
+def run_checks(result: dict[str, Any], ends: float) -> None:
+    """The checks, which print their own lines."""
+    print("checks", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "checks.json"
+        command = [sys.executable, str(Path(__file__).with_name("gpu_checks.py"))]
+        try:
+            subprocess.run(
+                [*command, "--out", str(out)],
+                check=False,
+                timeout=ends - time.monotonic(),
+                cwd=ROOT,
+            )
+            found: dict[str, Any] = {"checks": json.loads(out.read_text())}
+        except (subprocess.SubprocessError, OSError, ValueError) as error:
+            found = {"failed": str(error).splitlines()[0][:300]}
+    keep(result, result["parts"]["checks"], found, "checks")
 
 
 def run_levers(part: str, result: dict[str, Any], ends: float) -> None:
@@ -200,10 +232,9 @@ def keep(result: dict[str, Any], row: dict[str, Any], found: dict[str, Any], nam
     """Write what was found at once: a later variant may end badly."""
     row["measured"] = found
     row["measured_on"] = datetime.date.today().isoformat()
+    keys = ("step_seconds", "host_seconds", "ratio", "peak_memory_gb", "reserved_memory_gb")
     shown = found.get("failed") or ", ".join(
-        f"{key} {found[key]:.4g}"
-        for key in ("step_seconds", "ratio", "peak_memory_gb")
-        if key in found
+        f"{key} {found[key]:.4g}" for key in keys if key in found
     )
     print(f"{name}: {shown}", flush=True)
     write(result)
@@ -238,6 +269,12 @@ def main() -> int:
     parser.add_argument("--part", choices=PARTS, action="append", help="measure these parts alone")
     parser.add_argument("--gpu", default="h200", help="what is predicted for (default h200)")
     chosen = parser.parse_args()
+    if not chosen.predict:
+        import torch
+
+        if not torch.cuda.is_available():
+            print("torch sees no CUDA device: nothing is measured (--predict writes predictions)")
+            return UNABLE
     device = device_named(chosen.gpu)
     result: dict[str, Any] = {"gpu": chosen.gpu, "assumptions": assumptions(device)}
     result["parts"] = with_earlier(predictions(device))
@@ -245,14 +282,11 @@ def main() -> int:
         write(result)
         print(f"wrote {RESULTS / 'gpu.md'} and gpu.json: expectations")
         return 0
-    import torch
-
-    if not torch.cuda.is_available():
-        print("torch sees no CUDA device: nothing is measured (--predict writes what is expected)")
-        return 2
     for part in chosen.part or PARTS:
         ends = time.monotonic() + PART_SECONDS
-        if part == "deep":
+        if part == "checks":
+            run_checks(result, ends)
+        elif part == "deep":
             run_deep(result, ends)
         elif part == "kernel":
             run_kernel(result, ends)

@@ -36,10 +36,11 @@ def page(result: dict[str, Any]) -> str:
     parts = result["parts"]
     state = (
         "\n**Nothing here is measured on a GPU yet.**"
-        if not any(map(_measured, parts.values()))
+        if not any(_measured(part) for name, part in parts.items() if name != "checks")
         else ""
     )
     lines = [HEAD.format(gpu=result["gpu"], assumptions=result["assumptions"], state=state)]
+    lines += _checks(parts.get("checks", {}))
     for part in ("levers-64", "levers-32"):
         lines += _levers(part, parts[part])
     lines += [*_where(parts["levers-64"]), *_kernels(parts), *_deep(parts["deep"])]
@@ -50,6 +51,26 @@ def page(result: dict[str, Any]) -> str:
 def _measured(part: dict[str, Any]) -> bool:
     rows = [part, *part.get("rows", {}).values()]
     return any("failed" not in row["measured"] for row in rows if "measured" in row)
+
+
+def _checks(part: dict[str, Any]) -> list[str]:
+    """What `tools/bench/gpu_checks.py` found, once it has run."""
+    found = part.get("measured")
+    if found is None:
+        return []
+    lines = [
+        "## Checks",
+        "",
+        f"`python3 tools/bench/gpu.py --part checks`, {part['measured_on']}",
+        "",
+    ]
+    if "failed" in found:
+        return [*lines, f"They failed: {found['failed']}.", ""]
+    lines += ["| | passed | |", "|---|---|---|"]
+    for name, one in found["checks"].items():
+        text = one["text"].replace("|", "/")
+        lines.append(f"| {name} | {'yes' if one['passed'] else '**no**'} | {text} |")
+    return [*lines, ""]
 
 
 def _levers(name: str, part: dict[str, Any]) -> list[str]:
@@ -75,10 +96,16 @@ def _found(row: dict[str, Any]) -> list[str]:
         return [found["failed"].replace("|", "/"), "", "", ""]
     return [
         f"{found['ratio']:.3f}" if "ratio" in found else "",
-        f"{found['step_seconds'] * 1e3:.1f}",
+        _step(found),
         f"{found['tflops']:.0f}",
         f"{found['peak_memory_gb']:.1f}" if "peak_memory_gb" in found else "",
     ]
+
+
+def _step(found: dict[str, Any]) -> str:
+    """Milliseconds of a step, and those in which the host launched its passes."""
+    host = f" (host {found['host_seconds'] * 1e3:.1f})" if "host_seconds" in found else ""
+    return f"{found['step_seconds'] * 1e3:.1f}{host}"
 
 
 def _on(part: dict[str, Any]) -> str:
