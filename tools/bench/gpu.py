@@ -2,18 +2,19 @@
 
 python tools/bench/gpu.py --predict        # write the predictions, without a GPU
 python tools/bench/gpu.py                  # run all parts, each below ten minutes on an H200
-python tools/bench/gpu.py --part deep      # one part: checks, levers-64, levers-32, deep, kernel
+python tools/bench/gpu.py --part deep      # one part: levers-64, levers-32, deep, kernel
 
-The checks come first (gpu_checks.py): what the device's kernels refuse, which of them torch
-chooses, a short run with a save and a resume. A check that fails does not end the measurement.
+The checks come first (gpu_checks.py; --part checks runs them alone): what the device's kernels
+refuse, which of them torch chooses, a short run with a save and a resume. A check that fails does
+not end the measurement.
 
 Needs a python3 with this project's dependencies and CUDA torch; nothing is installed. Every
 variant runs in a separate process (gpu_worker.py) on the same idle GPU with random tokens, the base
 first. A failed variant is reported with its reason, and the others continue. docs/benchmarks/gpu.md
 and gpu.json are written after every variant; unmeasured variants keep their prediction.
 
-Exit codes: 0 = measured, or predictions written; 2 = torch sees no CUDA device, or something that
-is needed is not installed: one line says so.
+Exit codes: 0 = measured, or predictions written; 2 = torch sees no CUDA device, or a package is
+missing: one line says so.
 """
 
 from __future__ import annotations
@@ -29,18 +30,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+UNABLE = 2
+for package in ("pydantic", "yaml", "torch", "megatron"):
+    if importlib.util.find_spec(package) is None:
+        print(f"{sys.executable} has no {package}: nothing is measured")
+        sys.exit(UNABLE)
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-try:
-    from gpu_predict import LEVERS, Lever, assumptions, plan_of, step_parts
-    from gpu_table import page
+from gpu_predict import LEVERS, Lever, assumptions, plan_of, step_parts
+from gpu_table import page
 
-    from keel_megatron import compat
+from keel_megatron import compat
 
-    compat.install()  # before Megatron-core is imported
-except ModuleNotFoundError as error:
-    print(f"{sys.executable} has no {error.name}: nothing is measured")
-    sys.exit(2)
+compat.install()  # before Megatron-core is imported
 
 from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
@@ -68,8 +71,7 @@ WARMUP, STEPS = 3, 8
 PART_SECONDS = 580
 SHALLOW = ("base: Keel", "Pre-LN", "compile", "CUDA graphs", "compile and CUDA graphs")
 """Levers that 32 blocks are measured with, too."""
-PARTS = ("checks", "levers-64", "levers-32", "deep", "kernel")
-UNABLE = 2
+PARTS = ("levers-64", "levers-32", "deep", "kernel")
 
 
 def lever_config(lever: Lever, blocks: int) -> RunConfig:
@@ -124,10 +126,8 @@ def predicted_deep(device: Device) -> dict[str, Any]:
 
 def predictions(device: Device) -> dict[str, Any]:
     """All that is expected, of every part."""
-    found: dict[str, Any] = {
-        part: predicted_levers(part, device) for part in ("levers-64", "levers-32")
-    }
-    return found | {"checks": {}, "deep": predicted_deep(device), "kernel": {"aim": 0.85}}
+    found: dict[str, Any] = {part: predicted_levers(part, device) for part in PARTS[:2]}
+    return found | {"deep": predicted_deep(device), "kernel": {"aim": 0.85}}
 
 
 def work(config: Path, settings: list[str], seconds: float, **order: Any) -> dict[str, Any]:
@@ -155,25 +155,6 @@ def available(name: str) -> bool:
         return not name or importlib.util.find_spec(name) is not None
     except ImportError:
         return False
-
-
-def run_checks(result: dict[str, Any], ends: float) -> None:
-    """The checks, which print their own lines."""
-    print("checks", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "checks.json"
-        command = [sys.executable, str(Path(__file__).with_name("gpu_checks.py"))]
-        try:
-            subprocess.run(
-                [*command, "--out", str(out)],
-                check=False,
-                timeout=ends - time.monotonic(),
-                cwd=ROOT,
-            )
-            found: dict[str, Any] = {"checks": json.loads(out.read_text())}
-        except (subprocess.SubprocessError, OSError, ValueError) as error:
-            found = {"failed": str(error).splitlines()[0][:300]}
-    keep(result, result["parts"]["checks"], found, "checks")
 
 
 def run_levers(part: str, result: dict[str, Any], ends: float) -> None:
@@ -211,6 +192,21 @@ def run_deep(result: dict[str, Any], ends: float) -> None:
             wanted = [*DEEP_RUN, "training.device=cuda", *settings]
             found = work(PAPER[1024], wanted, left, warmup=1, steps=3)
         keep(result, rows[name], found, f"deep, {name}")
+
+
+def run_checks(result: dict[str, Any], ends: float) -> None:
+    """The checks, which print their own lines."""
+    print("checks", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "checks.json"
+        command = [sys.executable, str(Path(__file__).with_name("gpu_checks.py"))]
+        command += ["--out", str(out)]
+        try:
+            subprocess.run(command, check=False, timeout=ends - time.monotonic(), cwd=ROOT)
+            found: dict[str, Any] = {"checks": json.loads(out.read_text())}
+        except (subprocess.SubprocessError, OSError, ValueError) as error:
+            found = {"failed": str(error).splitlines()[0][:300]}
+    keep(result, result["checks"], found, "checks")
 
 
 def run_kernel(result: dict[str, Any], ends: float) -> None:
@@ -263,26 +259,35 @@ def with_earlier(parts: dict[str, Any]) -> dict[str, Any]:
     return parts
 
 
+def with_earlier_checks() -> dict[str, Any]:
+    """What an earlier run of the checks has found."""
+    path = RESULTS / "gpu.json"
+    found: dict[str, Any] = json.loads(path.read_text()).get("checks", {}) if path.exists() else {}
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--predict", action="store_true", help="write the expectations alone")
-    parser.add_argument("--part", choices=PARTS, action="append", help="measure these parts alone")
+    parser.add_argument(
+        "--part", choices=("checks", *PARTS), action="append", help="measure these parts alone"
+    )
     parser.add_argument("--gpu", default="h200", help="what is predicted for (default h200)")
     chosen = parser.parse_args()
-    if not chosen.predict:
-        import torch
-
-        if not torch.cuda.is_available():
-            print("torch sees no CUDA device: nothing is measured (--predict writes predictions)")
-            return UNABLE
     device = device_named(chosen.gpu)
     result: dict[str, Any] = {"gpu": chosen.gpu, "assumptions": assumptions(device)}
     result["parts"] = with_earlier(predictions(device))
+    result["checks"] = with_earlier_checks()
     if chosen.predict:
         write(result)
         print(f"wrote {RESULTS / 'gpu.md'} and gpu.json: expectations")
         return 0
-    for part in chosen.part or PARTS:
+    import torch
+
+    if not torch.cuda.is_available():
+        print("torch sees no CUDA device: nothing is measured (--predict writes what is expected)")
+        return UNABLE
+    for part in chosen.part or ("checks", *PARTS):
         ends = time.monotonic() + PART_SECONDS
         if part == "checks":
             run_checks(result, ends)

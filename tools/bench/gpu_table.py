@@ -36,41 +36,21 @@ def page(result: dict[str, Any]) -> str:
     parts = result["parts"]
     state = (
         "\n**Nothing here is measured on a GPU yet.**"
-        if not any(_measured(part) for name, part in parts.items() if name != "checks")
+        if not any(map(_measured, parts.values()))
         else ""
     )
     lines = [HEAD.format(gpu=result["gpu"], assumptions=result["assumptions"], state=state)]
-    lines += _checks(parts.get("checks", {}))
     for part in ("levers-64", "levers-32"):
         lines += _levers(part, parts[part])
     lines += [*_where(parts["levers-64"]), *_kernels(parts), *_deep(parts["deep"])]
     lines += _kernel(parts["kernel"])
+    lines += _checks(result.get("checks", {}))
     return "\n".join(lines) + "\n"
 
 
 def _measured(part: dict[str, Any]) -> bool:
     rows = [part, *part.get("rows", {}).values()]
     return any("failed" not in row["measured"] for row in rows if "measured" in row)
-
-
-def _checks(part: dict[str, Any]) -> list[str]:
-    """What `tools/bench/gpu_checks.py` found, once it has run."""
-    found = part.get("measured")
-    if found is None:
-        return []
-    lines = [
-        "## Checks",
-        "",
-        f"`python3 tools/bench/gpu.py --part checks`, {part['measured_on']}",
-        "",
-    ]
-    if "failed" in found:
-        return [*lines, f"They failed: {found['failed']}.", ""]
-    lines += ["| | passed | |", "|---|---|---|"]
-    for name, one in found["checks"].items():
-        text = one["text"].replace("|", "/")
-        lines.append(f"| {name} | {'yes' if one['passed'] else '**no**'} | {text} |")
-    return [*lines, ""]
 
 
 def _levers(name: str, part: dict[str, Any]) -> list[str]:
@@ -205,4 +185,20 @@ def _kernel(part: dict[str, Any]) -> list[str]:
             for w in ("forward", "backward")
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _checks(part: dict[str, Any]) -> list[str]:
+    """What `tools/bench/gpu_checks.py` found, once it has run."""
+    found = part.get("measured")
+    if found is None:
+        return []
+    lines = ["", "## Checks of the device", ""]
+    lines += [f"`python3 tools/bench/gpu.py --part checks`, {part['measured_on']}", ""]
+    if "failed" in found:
+        return [*lines, f"They failed: {found['failed']}."]
+    lines += ["| | passed | |", "|---|---|---|"]
+    for name, one in found["checks"].items():
+        text = one["text"].replace("|", "/")
+        lines.append(f"| {name} | {'yes' if one['passed'] else '**no**'} | {text} |")
     return lines
