@@ -11,7 +11,7 @@ import torch
 
 from keel_megatron.checkpoint import staging
 from keel_megatron.checkpoint.staging import Staging
-from tests.checkpoint.state_ranks import order_of_a_step, staged_devices
+from tests.checkpoint.state_ranks import order_of_a_step
 from tests.distributed import run_ranks
 from tests.settings import settings
 
@@ -88,11 +88,6 @@ def test_on_cuda_a_stream_copies_and_the_update_waits_for_it(
     place.wait()
     place.ready()
     assert calls == [*order, "current waits for event", "host waits"]
-
-
-def test_a_save_that_training_waits_for_is_staged_too_where_it_is_on_a_device() -> None:
-    (found,) = run_ranks(1, staged_devices, settings(model__blocks=1))
-    assert found == ([], ["meta"])
 
 
 def test_the_engine_waits_before_it_updates() -> None:
