@@ -81,7 +81,7 @@ class DeepSpeedEngine:
                     model.step()  # counts the micro-batch
         if depth is not None:
             depth.before_update()
-        result = self._result(total, count, stop())
+        result = StepResult(*self._mean(total, count, self._shards.gradient_norm(), stop()))
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         accepted = accept(result) and result.finite
@@ -98,7 +98,7 @@ class DeepSpeedEngine:
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for batch in micro_batches:
             total += self._loss(batch).double()
-        return float(self._sums(total)[0]) / (count * self.runtime.data_size)
+        return self._mean(total, count)[0]
 
     def own_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """As `Engine.own_gradient`."""
@@ -127,20 +127,19 @@ class DeepSpeedEngine:
         losses = self._model(batch.tokens, batch.position_ids, None, labels=batch.labels)
         return mean_loss(losses, batch.loss_mask)
 
-    def _result(self, total: Tensor, count: int, stop: bool) -> StepResult:
-        """The step's result on every rank, which the host waits for once."""
-        norm = self._shards.gradient_norm().to(self.runtime.device, torch.float64)
-        loss, asked, grad_norm = torch.cat([self._sums(total, stop), norm.view(1)]).tolist()
-        return StepResult(loss / (count * self.runtime.data_size), grad_norm, asked > 0)
-
-    def _sums(self, total: Tensor, stop: bool = False) -> Tensor:
-        """Sums over all ranks of the losses and of `stop`: [2], fp64."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
+    def _mean(
+        self, total: Tensor, count: int, norm: Tensor | None = None, stop: bool = False
+    ) -> tuple[float, float, bool]:
+        """The mean loss, the norm and whether any rank's `stop` is true; read in one host wait."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.runtime.device)
         if self.runtime.tensor_rank == 0:  # each of the tensor ranks has the same
             sums[0] = total
         sums[1].fill_(stop)
         dist.all_reduce(sums)
-        return sums
+        if norm is not None:  # the same on every rank
+            sums[2] = norm
+        loss, asked, grad_norm = sums.tolist()
+        return loss / (count * self.runtime.data_size), grad_norm, asked > 0
 
 
 def require_deepspeed(device: torch.device) -> None:
