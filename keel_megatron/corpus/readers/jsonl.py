@@ -1,0 +1,143 @@
+"""JSON lines: each line is an object, whose text is under one key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from keel_megatron.corpus.documents import Document, Unit
+from keel_megatron.corpus.readers.rejected import BadRecord
+from keel_megatron.corpus.readers.streams import DamagedError, blocks
+
+LARGEST_RECORD = 1 << 28
+"""Maximum bytes of a record; a longer one counts as damaged."""
+_BOM = b"\xef\xbb\xbf"
+_KEYS_SHOWN = 8
+
+
+def read_jsonl(unit: Unit, on_bad: Callable[[BadRecord], None]) -> Iterator[Document]:
+    """The records of the lines that begin in the unit's range; empty lines are none."""
+    file = unit.file
+    number = size = 0
+    try:
+        for offset, line, size in _lines_in(unit):
+            number += 1
+            place = ("line", number) if file.compression else ("byte", offset)
+            try:
+                text = None if line is not None and not line.strip() else _text_of(line, file.text_key)
+            except ValueError as error:
+                on_bad(BadRecord(file, *place, str(error), size))
+                continue
+            if text is None:
+                continue
+            if not text.strip():
+                on_bad(BadRecord(file, *place, "is blank", size, blank=True))
+                continue
+            yield Document(f"{file.name}@{offset}", (text,))
+    except DamagedError as error:
+        on_bad(BadRecord(file, "line", number + 1, str(error)))
+
+
+def text_of(record: Any, key: str) -> str:
+    """The text of a parsed record.
+
+    Raises:
+        ValueError: there is none; the message says why.
+    """
+    if not isinstance(record, dict):
+        raise ValueError("is not a JSON object")
+    if key not in record:
+        keys = ", ".join(repr(name) for name in list(record)[:_KEYS_SHOWN]) or "none"
+        raise ValueError(f"has no key {key!r} (its keys: {keys}); text_key names the key")
+    return checked_text(record[key], key)
+
+
+def checked_text(text: Any, key: str) -> str:
+    """A record's text if it is one.
+
+    Raises:
+        ValueError: it is not; the message says why.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{key!r} is {_type_name(text)}, not text")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            raise ValueError(f"{key!r} has half a surrogate pair (U+{code:04X})") from None
+    return text
+
+
+def _type_name(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _text_of(line: bytes | None, key: str) -> str:
+    """The text of a line.
+
+    Raises:
+        ValueError: it has none, or is too long (None); the message says why.
+    """
+    if line is None:
+        raise ValueError(f"is a record of more than {LARGEST_RECORD >> 20} MiB")
+    try:
+        decoded = line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 (byte {error.start} of the line)") from None
+    try:
+        record = json.loads(decoded)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"is not valid JSON ({error})") from None
+    return text_of(record, key)
+
+
+def _lines_in(unit: Unit) -> Iterator[tuple[int, bytes | None, int]]:
+    """(offset, line without its end, size) of the lines that begin in a unit's range.
+
+    A line of more than LARGEST_RECORD bytes is None.
+    """
+    if unit.file.compression:
+        lines = _split(blocks(unit.file), 0)
+        stop = None
+    else:
+        # The line that holds the byte before the range began there, or earlier.
+        begin = max(unit.start - 1, 0)
+        lines, stop = _split(blocks(unit.file, begin), begin), unit.stop
+        if unit.start > 0:
+            next(lines, None)
+    for offset, line, size in lines:
+        if stop is not None and offset >= stop:
+            return
+        yield offset, line.removeprefix(_BOM) if line and offset == 0 else line, size
+
+
+def _split(chunks: Iterable[bytes], offset: int) -> Iterator[tuple[int, bytes | None, int]]:
+    """(offset, line without its end, size) of all lines of a stream; lines end with LF."""
+    pieces: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        begin = 0
+        while (end := chunk.find(b"\n", begin)) >= 0:
+            size += end - begin
+            if size <= LARGEST_RECORD:
+                pieces.append(chunk[begin:end])
+                yield offset, b"".join(pieces), size
+            else:
+                yield offset, None, size
+            begin = end + 1
+            offset += size + 1
+            pieces, size = [], 0
+        size += len(chunk) - begin
+        if size <= LARGEST_RECORD:
+            pieces.append(chunk[begin:])
+        else:
+            pieces = []
+    if size:
+        yield offset, b"".join(pieces) if size <= LARGEST_RECORD else None, size
