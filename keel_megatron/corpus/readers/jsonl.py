@@ -4,37 +4,49 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Final, cast
 
 from keel_megatron.corpus.documents import Document, Unit
-from keel_megatron.corpus.readers.rejected import BadRecord
+from keel_megatron.corpus.readers.rejected import BadRecord, Place
 from keel_megatron.corpus.readers.streams import DamagedError, blocks
 
 LARGEST_RECORD = 1 << 28
 """Maximum bytes of a record; a longer one counts as damaged."""
 _BOM = b"\xef\xbb\xbf"
 _KEYS_SHOWN = 8
+_TYPES: Final = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def read_jsonl(unit: Unit, on_bad: Callable[[BadRecord], None]) -> Iterator[Document]:
     """The records of the lines that begin in the unit's range; empty lines are none."""
     file = unit.file
-    number = size = 0
+    number = 0
+
+    def reject(offset: int, reason: str, size: int, *, blank: bool = False) -> None:
+        at, place = (number, "line") if file.compression else (offset, "byte")
+        on_bad(BadRecord(file, cast(Place, place), at, reason, size, blank))
+
     try:
         for offset, line, size in _lines_in(unit):
             number += 1
-            place = ("line", number) if file.compression else ("byte", offset)
+            if line is not None and not line.strip():
+                continue
             try:
-                text = None if line is not None and not line.strip() else _text_of(line, file.text_key)
+                text = _text_of(line, file.text_key)
             except ValueError as error:
-                on_bad(BadRecord(file, *place, str(error), size))
+                reject(offset, str(error), size)
                 continue
-            if text is None:
-                continue
-            if not text.strip():
-                on_bad(BadRecord(file, *place, "is blank", size, blank=True))
-                continue
-            yield Document(f"{file.name}@{offset}", (text,))
+            if text.strip():
+                yield Document(f"{file.name}@{offset}", (text,))
+            else:
+                reject(offset, "is blank", size, blank=True)
     except DamagedError as error:
         on_bad(BadRecord(file, "line", number + 1, str(error)))
 
@@ -73,7 +85,13 @@ def checked_text(text: Any, key: str) -> str:
 def _type_name(value: Any) -> str:
     if value is None:
         return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    names = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), type(value).__name__)
 
 

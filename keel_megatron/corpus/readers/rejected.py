@@ -8,6 +8,7 @@ from typing import Literal
 from keel_megatron.corpus.documents import SourceFile
 from keel_megatron.errors import UserError
 
+Place = Literal["byte", "line", "row", "row group", "batch", "file"]
 _BLOCK = 1 << 20
 
 
@@ -16,7 +17,7 @@ class BadRecord:
     """A damaged or blank record."""
 
     file: SourceFile
-    place: Literal["byte", "line", "row", "row group", "batch", "file"]
+    place: Place
     """What `number` counts. byte: offset in the uncompressed file, shown as a line by `where`."""
     number: int
     reason: str

@@ -25,7 +25,9 @@ def read_text(unit: Unit, on_bad: Callable[[BadRecord], None]) -> Iterator[Docum
         if start >= stop:
             return
     try:
-        is_blank = not any([chunk.strip() for chunk in _decoded(unit, start, stop)])
+        is_blank = True
+        for chunk in _decoded(unit, start, stop):  # all of it: each chunk is checked
+            is_blank &= not chunk.strip()
     except DamagedError as error:
         on_bad(BadRecord(unit.file, "file", 0, str(error), unit.file.size))
         return
