@@ -142,10 +142,8 @@ def _wanted(data: DataConfig) -> list[tuple[str, str, SourceConfig]]:
         raise UserError(f"data.sources: two entries have the name {twice[0]!r}")
     found = []
     for number, source in enumerate(data.sources):
-        name = source.name
-        if name is None:
-            name = _free(_name_of(source.path[0]), taken, "-")
-            taken.append(name)
+        name = source.name or _free(_name_of(source.path[0]), taken, "-")
+        taken.append(name)
         found.append((f"data.sources.{number}", name, source))
     return found
 

@@ -102,10 +102,11 @@ def _decompressed(head: bytes) -> tuple[Compression, bytes]:
             return "gzip", zlib.decompressobj(31).decompress(head, HEAD)
         except zlib.error:
             return "gzip", b""  # the reader reports it
-    if head.startswith(b"\x28\xb5\x2f\xfd"):
+    if head.startswith(b"\x28\xb5\x2f\xfd") or head[1:4] == b"\x2a\x4d\x18":
         zstandard = optional("zstandard", "A .zst file")
         try:
-            with zstandard.ZstdDecompressor().stream_reader(head) as stream:
+            reader = zstandard.ZstdDecompressor().stream_reader(head, read_across_frames=True)
+            with reader as stream:
                 return "zstd", cast(bytes, stream.read(HEAD))
         except zstandard.ZstdError:
             return "zstd", b""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from keel_megatron.corpus.documents import Document, SourceFile, Unit
+from keel_megatron.corpus.readers.columns import parts, read_columns
 from keel_megatron.corpus.readers.jsonl import read_jsonl
 from keel_megatron.corpus.readers.rejected import BadRecord, Tally
 from keel_megatron.corpus.readers.text import read_text
@@ -13,17 +14,21 @@ __all__ = ["BadRecord", "Tally", "read", "units"]
 
 
 def units(file: SourceFile, size: int) -> list[Unit]:
-    """Divide a file into units of about `size` bytes, in order; compressed files are one unit.
+    """Divide a file into units of about `size` bytes, in order.
+
+    Compressed files are one unit; megatron files, which are not read, none.
 
     Raises:
         UserError: the file cannot be read.
     """
+    if file.kind == "megatron":
+        return []
     if file.kind in ("text", "jsonl"):
-        if file.compression or file.size <= size:
-            return [Unit(file, 0, file.size)]
-        starts = range(0, file.size, size)
-        return [Unit(file, start, min(start + size, file.size)) for start in starts]
-    raise NotImplementedError(file.kind)
+        end, step = file.size, max(file.size if file.compression else size, 1)
+    else:
+        end = parts(file)
+        step = max(end * size // max(file.size, 1), 1)
+    return [Unit(file, start, min(start + step, end)) for start in range(0, end, step)]
 
 
 def read(unit: Unit, on_bad: Callable[[BadRecord], None]) -> Iterator[Document]:
@@ -43,4 +48,4 @@ def read(unit: Unit, on_bad: Callable[[BadRecord], None]) -> Iterator[Document]:
         return read_text(unit, on_bad)
     if unit.file.kind == "jsonl":
         return read_jsonl(unit, on_bad)
-    raise NotImplementedError(unit.file.kind)
+    return read_columns(unit, on_bad)

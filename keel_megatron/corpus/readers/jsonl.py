@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final, cast
+from typing import cast
 
 from keel_megatron.corpus.documents import Document, Unit
+from keel_megatron.corpus.readers.records import LARGEST_RECORD, TOO_LONG, text_of
 from keel_megatron.corpus.readers.rejected import BadRecord, Place
 from keel_megatron.corpus.readers.streams import DamagedError, blocks
 
-LARGEST_RECORD = 1 << 28
-"""Maximum bytes of a record; a longer one counts as damaged."""
 _BOM = b"\xef\xbb\xbf"
-_KEYS_SHOWN = 8
-_TYPES: Final = {
-    type(None): "null",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
 
 
 def read_jsonl(unit: Unit, on_bad: Callable[[BadRecord], None]) -> Iterator[Document]:
@@ -51,50 +41,6 @@ def read_jsonl(unit: Unit, on_bad: Callable[[BadRecord], None]) -> Iterator[Docu
         on_bad(BadRecord(file, "line", number + 1, str(error)))
 
 
-def text_of(record: Any, key: str) -> str:
-    """The text of a parsed record.
-
-    Raises:
-        ValueError: there is none; the message says why.
-    """
-    if not isinstance(record, dict):
-        raise ValueError("is not a JSON object")
-    if key not in record:
-        keys = ", ".join(repr(name) for name in list(record)[:_KEYS_SHOWN]) or "none"
-        raise ValueError(f"has no key {key!r} (its keys: {keys}); text_key names the key")
-    return checked_text(record[key], key)
-
-
-def checked_text(text: Any, key: str) -> str:
-    """A record's text if it is one.
-
-    Raises:
-        ValueError: it is not; the message says why.
-    """
-    if not isinstance(text, str):
-        raise ValueError(f"{key!r} is {_type_name(text)}, not text")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            code = ord(text[error.start])
-            raise ValueError(f"{key!r} has half a surrogate pair (U+{code:04X})") from None
-    return text
-
-
-def _type_name(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), type(value).__name__)
-
-
 def _text_of(line: bytes | None, key: str) -> str:
     """The text of a line.
 
@@ -102,7 +48,7 @@ def _text_of(line: bytes | None, key: str) -> str:
         ValueError: it has none, or is too long (None); the message says why.
     """
     if line is None:
-        raise ValueError(f"is a record of more than {LARGEST_RECORD >> 20} MiB")
+        raise ValueError(TOO_LONG)
     try:
         decoded = line.decode()
     except UnicodeDecodeError as error:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from keel_megatron.config.reading import open_regular
 from keel_megatron.corpus.documents import SourceFile
+from keel_megatron.corpus.packages import optional
 from keel_megatron.errors import UserError
 
 CHUNK = 1 << 20
 """Bytes that are read, decompressed and decoded at a time."""
+
+
+_ZSTD_INPUT = 1024
+"""Compressed bytes at a time; they give at most 32 MiB, as a block of 128 KiB takes 4 bytes."""
 
 
 class DamagedError(Exception):
@@ -102,9 +107,26 @@ def unzstd(stream: BinaryIO) -> Iterator[bytes]:
 
     Raises:
         DamagedError: it is truncated or damaged.
+        UserError: the package zstandard is missing.
     """
-    raise NotImplementedError
-
-
-def _zstd() -> Any:
-    raise NotImplementedError
+    zstandard = optional("zstandard", "Reading a .zst file")
+    decompressor = zstandard.ZstdDecompressor()
+    frame, held, size = decompressor.decompressobj(), [], 0
+    is_new, compressed = True, b""
+    while compressed or (compressed := stream.read(_ZSTD_INPUT)):
+        try:
+            block = frame.decompress(compressed)
+        except zstandard.ZstdError as error:
+            raise DamagedError(f"the zstd file is damaged ({error})") from None
+        is_new, compressed = frame.eof, frame.unused_data
+        if is_new:
+            frame = decompressor.decompressobj()
+        held.append(block)
+        size += len(block)
+        if size >= CHUNK:
+            yield b"".join(held)
+            held, size = [], 0
+    if held:
+        yield b"".join(held)
+    if not is_new:
+        raise DamagedError("the zstd file is truncated")
