@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def saved_dataset(
     for name in names:
         entries = _saved_split(setting, given, f"{folder}/{name}")
         if name in used:
-            found += [replace(entry, validation=name == _VALIDATION) for entry in entries]
+            found += [entry._replace(validation=name == _VALIDATION) for entry in entries]
         else:
             for entry in entries:
                 skips.add("of a split that is not used", entry.location, entry.size)
@@ -127,5 +126,5 @@ def mark_pairs(entries: list[Entry]) -> list[Entry]:
     marked = []
     for entry in entries:
         is_pair = entry.location.endswith(ends) and prefix_of(entry.location) is not None
-        marked.append(replace(entry, kind="megatron") if is_pair else entry)
+        marked.append(entry._replace(kind="megatron") if is_pair else entry)
     return marked

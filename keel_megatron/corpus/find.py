@@ -171,7 +171,7 @@ def _entries(setting: str, wanted: SourceConfig, skips: Skips, say: Say) -> list
     """The files of a source, each once, with unique names; its own validation files at the end."""
     main = [e for path in wanted.path for e in _entries_of(setting, path, wanted, skips, say)]
     validation = [
-        replace(entry, validation=True)
+        entry._replace(validation=True)
         for path in wanted.validation or ()
         for entry in _entries_of(f"{setting}.validation", path, wanted, skips, say)
     ]
@@ -218,7 +218,7 @@ def _named_apart(entries: list[Entry]) -> list[Entry]:
     for entry in entries:
         name = _free(entry.name, taken, "~")
         taken.add(name)
-        apart.append(entry if name == entry.name else replace(entry, name=name))
+        apart.append(entry if name == entry.name else entry._replace(name=name))
     return apart
 
 

@@ -179,7 +179,10 @@ def _check_text(content: bytes, *, is_all: bool) -> None:
     if b"\0" in content:
         raise RefusedError(NOT_TEXT, "is not text: it contains NUL bytes")
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(content, is_all)
+        if is_all:
+            content.decode()
+        else:
+            codecs.getincrementaldecoder("utf-8")().decode(content)
     except UnicodeDecodeError as error:
         raise RefusedError(
             NOT_TEXT, f"is not UTF-8 text (byte {error.start}); convert it to UTF-8"

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from keel_megatron.corpus.documents import Kind
 from keel_megatron.corpus.skips import BROKEN, HIDDEN, SPECIAL, UNREADABLE, Skips, printable
@@ -20,8 +20,7 @@ from keel_megatron.errors import UserError
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):  # created several times faster than a frozen dataclass
     """A file that was found."""
 
     location: str
@@ -175,6 +174,7 @@ class Walk:
     def _files_of(self, folder: str, folders: list[str], links: list[str]) -> list[Entry]:
         """The files of a folder; its folders are added to the lists."""
         real = os.path.realpath(folder)
+        is_real = real == folder
         given, found = self._given, list[Entry]()
         base = len(given.root) + 1 if given.root not in ("", "/") else len(given.root)
         with os.scandir(folder) as listing:
@@ -190,17 +190,12 @@ class Walk:
                     (links if is_link else folders).append(location)
                 elif entry.is_file():
                     state = entry.stat()
-                    identity = os.path.realpath(location) if is_link else f"{real}/{entry.name}"
-                    found.append(
-                        Entry(
-                            location,
-                            printable(location[base:]),
-                            state.st_size,
-                            state.st_mtime_ns,
-                            identity,
-                            "folder",
-                        )
-                    )
+                    size, mtime, name = state.st_size, state.st_mtime_ns, location[base:]
+                    if is_link:
+                        identity = os.path.realpath(location)
+                    else:
+                        identity = location if is_real else f"{real}/{entry.name}"
+                    found.append(Entry(location, printable(name), size, mtime, identity, "folder"))
                 else:
                     self._skips.add(BROKEN if is_link else SPECIAL, location)
             except OSError:

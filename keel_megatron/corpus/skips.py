@@ -107,4 +107,6 @@ def suffix_of(location: str) -> str:
 
 def printable(location: str) -> str:
     """A path as UTF-8 text; bytes of its name that are not are escaped."""
+    if location.isascii():
+        return location
     return location.encode("utf-8", "backslashreplace").decode()

@@ -18,24 +18,24 @@ def read_text(unit: Unit, on_bad: Callable[[BadRecord], None]) -> Iterator[Docum
 
     The text is checked before it is handed out: a document is given out whole or not at all.
     """
-    if unit.file.compression:
-        start, stop = 0, None
-    else:
+    start, stop, size = 0, None, unit.file.size
+    if not unit.file.compression:
         start, stop = line_start(unit, unit.start), line_start(unit, unit.stop)
-        if start >= stop:
+        size = stop - start
+        if size <= 0:
             return
     try:
         is_blank = True
         for chunk in _decoded(unit, start, stop):  # all of it: each chunk is checked
             is_blank &= not chunk.strip()
     except DamagedError as error:
-        on_bad(BadRecord(unit.file, "file", 0, str(error), unit.file.size))
+        on_bad(BadRecord(unit.file, "file", 0, str(error), size))
         return
     except _NotTextError as error:
-        on_bad(BadRecord(unit.file, "byte", error.offset, error.reason, unit.file.size))
+        on_bad(BadRecord(unit.file, "byte", error.offset, error.reason, size))
         return
-    if is_blank and start == 0:
-        on_bad(BadRecord(unit.file, "file", 0, "is blank", unit.file.size, blank=True))
+    if is_blank and size == unit.file.size:
+        on_bad(BadRecord(unit.file, "file", 0, "is blank", size, blank=True))
         return
     yield Document(unit.file.name, _decoded(unit, start, stop))
 
