@@ -121,10 +121,10 @@ def check_paths(data: DataConfig) -> None:
     if data.dataset is not None or (data.text is None and data.sources is None):
         return
     for setting, _, wanted in _wanted(data):
-        for paths in filter(None, (wanted.path, wanted.validation)):
-            has_files = [_has_files(setting, path) for path in paths]  # each path is checked
-            if not any(has_files):
-                raise _no_text(setting, ", ".join(map(str, paths)))
+        for name, paths in ((setting, wanted.path), (f"{setting}.validation", wanted.validation)):
+            has_files = [_has_files(name, path) for path in paths or ()]  # each path is checked
+            if paths and not any(has_files):
+                raise _no_text(name, ", ".join(map(str, paths)))
 
 
 def _wanted(data: DataConfig) -> list[tuple[str, str, SourceConfig]]:
@@ -198,17 +198,16 @@ def _entries_of(
             elif not is_folder(setting, location):
                 yield file_entry(given, location)
             elif wanted.format in ("auto", "huggingface") and is_saved_dataset(location):
-                yield from saved_dataset(setting, given, skips, say)
+                yield from saved_dataset(setting, _rooted(given), skips, say)
             else:
-                yield from mark_pairs(_walk(given, skips, say).entries())
+                yield from mark_pairs(Walk(_rooted(given), skips, say).entries())
         except OSError as error:
             raise cannot_read(setting, location, error) from error
 
 
-def _walk(given: Given, skips: Skips, say: Say) -> Walk:
-    """The files below a folder, with names relative to it, or to the glob's fixed part."""
-    root = given.location if given.origin == "named" else given.root
-    return Walk(replace(given, root=root), skips, say)
+def _rooted(given: Given) -> Given:
+    """A folder, with names relative to it, or to the fixed part of the glob that matched it."""
+    return replace(given, root=given.location) if given.origin == "named" else given
 
 
 def _named_apart(entries: list[Entry]) -> list[Entry]:
@@ -230,7 +229,7 @@ def _has_files(setting: str, path: Path) -> bool:
             if prefix_of(location):
                 return True
             if is_folder(setting, location):
-                if any(_walk(given, Skips(), lambda _text: None).batches()):
+                if any(Walk(_rooted(given), Skips(), lambda _text: None).batches()):
                     return True
             else:
                 with open(location, "rb") as stream:

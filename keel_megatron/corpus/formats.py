@@ -18,6 +18,7 @@ HEAD = 1 << 16
 JSON_LINES = (".jsonl", ".ndjson", ".jl")
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow",)
+COMPRESSED = (".gz", ".gzip", ".zst", ".zstd")
 MARKUP = (".json", ".csv", ".tsv", ".html", ".htm", ".xml")
 """Text formats whose syntax a model would learn."""
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
@@ -67,8 +68,8 @@ def classify(
     head = _head_of(location)
     compression, content = _decompressed(head)
     suffix = suffix_of(location)
-    if compression:
-        suffix = suffix.removesuffix("." + suffix.rpartition(".")[2])
+    for end in COMPRESSED:  # the content says whether it is compressed
+        suffix = suffix.removesuffix(end)
     kind = _binary_kind(content, suffix, compression)
     if kind is None:
         kind = _text_kind(content, suffix, wanted, text_key, named=named)

@@ -14,6 +14,7 @@ BLANK = "blank"
 
 _ENTRIES = 20
 _LOUD = 0.1
+_COMPRESSED = ("gz", "gzip", "zst", "zstd", "bz2", "xz")
 
 
 class Skips:
@@ -101,7 +102,7 @@ def suffix_of(location: str) -> str:
     stem, dot, last = name.rpartition(".")
     if not dot or not last.isalnum() or len(last) > 10:
         return ""
-    inner = suffix_of(stem) if last in ("gz", "zst", "bz2", "xz") else ""
+    inner = suffix_of(stem) if last in _COMPRESSED else ""
     return f"{inner}.{last}"
 
 
