@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +114,13 @@ def indexed(prefix: Path) -> Path:
     Path(f"{prefix}.bin").write_bytes(b"\0\1")
     Path(f"{prefix}.idx").write_bytes(b"MMIDIDX\0\0" + b"\0" * 16)
     return prefix
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Most bytes of Python objects that a call makes and holds at once."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

@@ -8,7 +8,7 @@ from typing import Literal
 from keel_megatron.corpus.documents import SourceFile
 from keel_megatron.errors import UserError
 
-Place = Literal["byte", "line", "row", "row group", "batch", "file"]
+Place = Literal["byte", "line", "row", "file"]
 _BLOCK = 1 << 20
 
 
@@ -18,7 +18,7 @@ class BadRecord:
 
     file: SourceFile
     place: Place
-    """What `number` counts. byte: offset in the uncompressed file, shown as a line by `where`."""
+    """What `number` counts: lines from 1; rows and bytes from 0, bytes in the uncompressed file."""
     number: int
     reason: str
     """What is wrong, such as `has no key 'text'`."""
@@ -28,14 +28,15 @@ class BadRecord:
     """Blank: not an error, skipped always."""
 
     def where(self) -> str:
-        """`FILE, line N`; reads the file up to the record to count lines."""
+        """`FILE, line N`. Lines of JSON lines are counted here, as a range does not know them."""
         if self.place == "file":
             return self.file.location
         if self.place != "byte":
             return f"{self.file.location}, {self.place} {self.number:,}"
-        if self.file.kind != "jsonl":
+        if self.file.compression:
             return f"{self.file.location}, byte {self.number:,}"
-        return f"{self.file.location}, line {_line_of(self.file.location, self.number):,}"
+        line = f"{self.file.location}, line {_line_of(self.file.location, self.number):,}"
+        return line if self.file.kind == "jsonl" else f"{line}, byte {self.number:,}"
 
 
 class Tally:
