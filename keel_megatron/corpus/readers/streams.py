@@ -66,9 +66,9 @@ def blocks(file: SourceFile, start: int = 0, stop: int | None = None) -> Iterato
     with opened(file) as stream:
         try:
             if file.compression == "gzip":
-                yield from gunzipped(stream)
+                yield from _gathered(_gunzip(stream))
             elif file.compression == "zstd":
-                yield from unzstd(stream)
+                yield from _gathered(_unzstd(stream))
             else:
                 stream.seek(start)
                 yield from _plain(stream, None if stop is None else stop - start)
@@ -83,26 +83,40 @@ def _plain(stream: BinaryIO, size: int | None) -> Iterator[bytes]:
             size -= len(block)
 
 
-def gunzipped(stream: BinaryIO) -> Iterator[bytes]:
+def _gathered(small: Iterator[bytes]) -> Iterator[bytes]:
+    """Blocks of about CHUNK bytes; of a damaged file all that is before the damage."""
+    held: list[bytes] = []
+    size = 0
+    try:
+        for block in small:
+            held.append(block)
+            size += len(block)
+            if size >= CHUNK:
+                yield b"".join(held)
+                held, size = [], 0
+    except DamagedError:
+        yield b"".join(held)
+        raise
+    yield b"".join(held)
+
+
+def _gunzip(stream: BinaryIO) -> Iterator[bytes]:
     """The content of a gzip file of any number of members.
 
     Raises:
         DamagedError: it is truncated or damaged.
     """
     with gzip.GzipFile(fileobj=stream) as file:
-        while True:
-            try:
-                block = file.read(CHUNK)
-            except EOFError:
-                raise DamagedError("the gzip file is truncated") from None
-            except (gzip.BadGzipFile, zlib.error) as error:
-                raise DamagedError(f"the gzip file is damaged ({error})") from None
-            if not block:
-                return
-            yield block
+        try:
+            while block := file.read1(CHUNK):
+                yield block
+        except EOFError:
+            raise DamagedError("the gzip file is truncated") from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise DamagedError(f"the gzip file is damaged ({error})") from None
 
 
-def unzstd(stream: BinaryIO) -> Iterator[bytes]:
+def _unzstd(stream: BinaryIO) -> Iterator[bytes]:
     """The content of a zstd file of any number of frames.
 
     Raises:
@@ -111,22 +125,14 @@ def unzstd(stream: BinaryIO) -> Iterator[bytes]:
     """
     zstandard = optional("zstandard", "Reading a .zst file")
     decompressor = zstandard.ZstdDecompressor()
-    frame, held, size = decompressor.decompressobj(), [], 0
-    is_new, compressed = True, b""
+    frame, is_between, compressed = decompressor.decompressobj(), True, b""
     while compressed or (compressed := stream.read(_ZSTD_INPUT)):
         try:
-            block = frame.decompress(compressed)
+            yield frame.decompress(compressed)
         except zstandard.ZstdError as error:
             raise DamagedError(f"the zstd file is damaged ({error})") from None
-        is_new, compressed = frame.eof, frame.unused_data
-        if is_new:
+        is_between, compressed = frame.eof, frame.unused_data
+        if is_between:
             frame = decompressor.decompressobj()
-        held.append(block)
-        size += len(block)
-        if size >= CHUNK:
-            yield b"".join(held)
-            held, size = [], 0
-    if held:
-        yield b"".join(held)
-    if not is_new:
+    if not is_between:
         raise DamagedError("the zstd file is truncated")
