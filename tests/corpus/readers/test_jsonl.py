@@ -119,8 +119,9 @@ def test_a_damaged_stream_gives_what_is_before(
         reasons.append(record.reason)
 
     assert 5_000 < len(list(read(Unit(file, 0, file.size), on_bad))) < 45_000
-    # Until its check sum is wrong, damaged gzip is text of another kind.
-    assert f"the {compression} file is {damage}" in reasons[-1]
+    # Damaged gzip data may be decompressed to something else, which ends or has a wrong check sum.
+    assert f"the {compression} file is " in reasons[-1]
+    assert damage == "damaged" or reasons[-1].endswith("truncated")
     with pytest.raises(UserError, match=rf"^{path}, line [\d,]+: "):
         texts(file)
 
