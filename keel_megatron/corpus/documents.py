@@ -76,8 +76,9 @@ class Source:
 class Unit:
     """A part of a file that one worker reads: all of it, or a range.
 
-    text, jsonl: the lines that begin in the bytes [start, stop). parquet, huggingface: the row
-    groups or record batches [start, stop). Compressed files: all.
+    jsonl: the lines that begin in the bytes [start, stop). text: the bytes [start, stop) of the
+    only document. parquet, huggingface: the row groups or record batches [start, stop). Compressed
+    files: all.
     """
 
     file: SourceFile
@@ -87,10 +88,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Document:
-    """One document: a record, or a plain text file (or the part of it in one unit)."""
+    """One document: a record, or a plain text file."""
 
     key: str
     """Determines its side of the split: file name; with `@` and byte offset or row for records."""
     chunks: Iterable[str]
     """Its text in order, in chunks of any length; of a large text never all at once. To be read
-    once, before the next document."""
+    once."""

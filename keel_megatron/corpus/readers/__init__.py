@@ -16,15 +16,17 @@ __all__ = ["BadRecord", "Tally", "read", "units"]
 def units(file: SourceFile, size: int) -> list[Unit]:
     """Divide a file into units of about `size` bytes, in order.
 
-    Compressed files are one unit; megatron files, which are not read, none.
+    Plain text and compressed files are one unit; megatron files, which are not read, none.
 
     Raises:
         UserError: the file cannot be read.
     """
     if file.kind == "megatron":
         return []
-    if file.kind in ("text", "jsonl"):
-        end, step = file.size, max(file.size if file.compression else size, 1)
+    if file.kind == "text" or file.compression:
+        return [Unit(file, 0, file.size)]
+    if file.kind == "jsonl":
+        end, step = file.size, size
     else:
         end = parts(file)
         step = max(end * size // max(file.size, 1), 1)
@@ -34,8 +36,7 @@ def units(file: SourceFile, size: int) -> list[Unit]:
 def read(unit: Unit, on_bad: Callable[[BadRecord], None]) -> Iterator[Document]:
     """The documents of a unit, in order.
 
-    The documents of a file do not depend on how it is divided into units, except that a plain text
-    file, which is one document, comes as one part per unit.
+    The documents of a file do not depend on how it is divided into units.
 
     Args:
         unit: what to read.

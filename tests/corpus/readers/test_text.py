@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from keel_megatron.corpus.readers import Tally, read, units
 from keel_megatron.errors import UserError
@@ -19,20 +17,7 @@ def test_a_file_is_one_document_as_it_is(tmp_path: Path, compression: str) -> No
     text = "\ufeffé one\r\ntwo\ufeff\r\rthree \U0001f600" * 100_000
     path.write_bytes(COMPRESS[compression](text.encode()))
     file = file_at(path, kind="text", compression=compression)
-    assert texts(file, 1 << 30) == {"a.txt": text.removeprefix("\ufeff")}
-
-
-@settings(max_examples=40, deadline=None)
-@given(text=st.text(st.sampled_from("ab é\n\r\U0001f600"), min_size=1), size=st.integers(1, 50))
-def test_parts_make_the_whole(
-    tmp_path_factory: pytest.TempPathFactory, text: str, size: int
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "parts.txt"
-    path.write_bytes(text.encode())
-    file = file_at(path, kind="text")
-    parts = ["".join(d.chunks) for u in units(file, size) for d in read(u, Tally("stop"))]
-    assert "".join(parts) == (text if text.strip() or len(parts) > 1 else "")
-    assert all(part.endswith("\n") for part in parts[:-1])
+    assert texts(file) == {"a.txt": text.removeprefix("\ufeff")}
 
 
 @pytest.mark.parametrize("character", ["é", "\U0001f600"])
@@ -45,7 +30,7 @@ def test_characters_across_blocks_of_reading(tmp_path: Path, character: str) -> 
         path.write_bytes(b"a" * ((1 << 20) - 1) + wrong)
         message = rf"^{path}, line 1, byte 1,048,575: is not UTF-8 text"
         with pytest.raises(UserError, match=message):
-            texts(file_at(path, kind="text"), 1 << 30)
+            texts(file_at(path, kind="text"))
 
 
 @pytest.mark.parametrize("compression", ["", "gzip", "zstd"])
@@ -53,7 +38,7 @@ def test_characters_across_blocks_of_reading(tmp_path: Path, character: str) -> 
 def test_a_damaged_text_is_left_out_whole(tmp_path: Path, compression: str, wrong: bytes) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(COMPRESS[compression](b"line\n" * 500_000 + wrong + b"line\n"))
-    found, tally = skipping(file_at(path, kind="text", compression=compression), 1 << 30)
+    found, tally = skipping(file_at(path, kind="text", compression=compression))
     assert (found, tally.bad) == ([], 1)
     assert tally.first_bad is not None
     assert tally.first_bad.where().endswith("byte 2,500,000")
@@ -94,7 +79,7 @@ def test_memory_does_not_grow_with_a_line(tmp_path: Path, compression: str) -> N
     file = file_at(path, kind="text", compression=compression)
 
     def lengths() -> int:
-        ((unit,),) = (units(file, 1 << 30),)
+        (unit,) = units(file, 1)
         return sum(len(chunk) for d in read(unit, Tally("stop")) for chunk in d.chunks)
 
     assert peak_bytes(lengths) < 48 << 20
