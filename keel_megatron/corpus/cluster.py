@@ -134,8 +134,8 @@ def ray(*, tasks: int, workers: int) -> Execute:
         if left:
             raise UserError(
                 f"--executor ray: {len(left)} of {len(plan.jobs)} jobs are not complete, such as "
-                f"{left[0].name}; see the logs in {partial / JOBS / 'datatrove'}, and build again to "
-                "resume"
+                f"{left[0].name}; see the logs in {partial / JOBS / 'datatrove'}, and build "
+                "again to resume"
             )
 
     return execute
