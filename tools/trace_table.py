@@ -71,7 +71,7 @@ def rows(results: dict[str, Any]) -> list[str]:
 def _cells(recipe: str, gpus: int, one: dict[str, Any]) -> list[str]:
     parts = one["parts"]
     plan = make_plan(configured(recipe, gpus), gpus, device_named("h200"))
-    memory = plan.partition.stages[one["stage"]].memory  # as it is now
+    memory = plan.partition.stages[one["stage"]].memory  # by the plan of today
     steps = {name: part for name, part in parts.items() if name != "save"}
     fullest = max(steps, key=lambda name: steps[name]["peak_bytes"])
     before_save = list(steps.values())[-1]
@@ -83,7 +83,7 @@ def _cells(recipe: str, gpus: int, one: dict[str, Any]) -> list[str]:
     return [
         recipe.removeprefix("keel_"),
         f"{gpus:,}",
-        one["layout"].partition(",")[0],
+        one["layout"].partition(",")[0] + ("" if plan.fits else " (does not fit)"),
         str(one["stage"]),
         gb(memory.total),
         gb(step),

@@ -33,10 +33,13 @@ class MegatronState:
     def __init__(self, chunks: list[nn.Module], optimizer: Any) -> None:
         self._chunks = chunks
         self.shards = OptimizerShards(optimizer)
-        self._staging: Staging | None = None  # from the first asynchronous save on
+        self._staging: Staging | None = None  # from the first save that copies on
 
     def to_save(self, *, copy: bool) -> ToSave:
-        """As `Trained.to_save`, but not collective."""
+        """As `Trained.to_save`, but not collective. From a GPU it always copies.
+
+        The thread that writes would else copy tensor by tensor, through pageable memory.
+        """
         pieces = [
             piece
             for one, start, states in self._shares()
@@ -48,10 +51,11 @@ class MegatronState:
         expected = 0
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
             expected = len(STATES) * sum(one.numel for one in self._placed if one.is_main)
-        if not copy:
+        device = pieces[0].values.device if pieces else torch.device("cpu")
+        if not copy and device.type == "cpu":
             return ToSave(pieces, common, expected)
         if self._staging is None:
-            self._staging = Staging(pieces[0].values.device if pieces else torch.device("cpu"))
+            self._staging = Staging(device)
         copies = self._staging.copy([piece.values for piece in pieces])
         copied = [Piece(p.place, values) for p, values in zip(pieces, copies, strict=True)]
         return ToSave(copied, common, expected, self._staging.ready)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SLAB_BYTES = 1 << 28
-"""Of a slab. torch rounds pinned memory up to a power of two: one buffer could waste its half."""
+_LEAST_SLAB = 1 << 20
 _ALIGNMENT = 64
 
 
@@ -27,7 +26,9 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
-        self._slabs: list[Tensor] = []
+        self._sizes: list[int] = []
+        self._places: list[Tensor] = []
+        """Bytes for a tensor of each size."""
         cuda: Any = torch.cuda  # its streams and events have no types
         self._stream: Any = cuda.Stream(device) if self._is_cuda else None
         self._done: Any = None
@@ -60,20 +61,49 @@ class Staging:
             self._done.synchronize()
 
     def _space(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Places for tensors, in slabs that are allocated when there are too few."""
-        found, slab, begin = [], 0, 0
-        for tensor in tensors:
-            size = tensor.numel() * tensor.element_size()
-            while slab < len(self._slabs) and begin + size > self._slabs[slab].numel():
-                slab, begin = slab + 1, 0
-            if slab == len(self._slabs):
-                self._slabs.append(self._slab(size))
-            space = self._slabs[slab][begin : begin + size]
-            found.append(space.view(tensor.dtype).view(tensor.shape))
-            begin += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return found
+        """Places for tensors; the same for the same sizes."""
+        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+        if sizes != self._sizes:
+            self._sizes, self._places = sizes, []  # what there was is freed first
+            self._places = self._allocated(sizes)
+        return [
+            place.view(tensor.dtype).view(tensor.shape)
+            for place, tensor in zip(self._places, tensors, strict=True)
+        ]
 
-    def _slab(self, size: int) -> Tensor:
-        """Memory for a tensor of `size` bytes, and for others after it on CUDA."""
-        least = _SLAB_BYTES if self._is_cuda else 0
-        return torch.empty(max(size, least), dtype=torch.uint8, pin_memory=self._is_cuda)
+    def _allocated(self, sizes: Sequence[int]) -> list[Tensor]:
+        """Memory for tensors of these bytes: on CUDA packed into slabs, elsewhere one by one."""
+        if not self._is_cuda:
+            return [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        slabs, places = packed(sizes)
+        made = [torch.empty(slab, dtype=torch.uint8, pin_memory=True) for slab in slabs]
+        return [
+            made[slab][start : start + size]
+            for (slab, start), size in zip(places, sizes, strict=True)
+        ]
+
+
+def packed(sizes: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Slabs that hold tensors of these bytes, and each tensor's slab and offset.
+
+    torch rounds pinned memory up to a power of two, so slabs are powers of two: each the largest
+    that what is left fills, with the largest tensors that fit into it. Beyond the tensors they
+    take less than 1 MiB, or than half of a slab that a single tensor needs.
+    """
+    aligned = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+    left = sorted(range(len(sizes)), key=lambda number: -aligned[number])
+    slabs: list[int] = []
+    places = [(0, 0)] * len(sizes)
+    while left:
+        rest, largest = sum(aligned[number] for number in left), aligned[left[0]]
+        fills, holds = 1 << (max(rest, 1).bit_length() - 1), 1 << max(largest - 1, 0).bit_length()
+        slab, begin, others = max(fills, holds, _LEAST_SLAB), 0, []
+        for number in left:
+            if begin + aligned[number] <= slab:
+                places[number] = len(slabs), begin
+                begin += aligned[number]
+            else:
+                others.append(number)
+        slabs.append(slab)
+        left = others
+    return slabs, places

@@ -126,7 +126,8 @@ class CheckpointConfig(Section):
         default=True,
         description=(
             "Write checkpoint files in the background while training continues. Keeps host "
-            "memory for a copy of what each rank writes: 12 bytes x its parameters / replicas."
+            "memory for a copy of what each rank writes: 12 bytes x its parameters / replicas; "
+            "a GPU run also with false."
         ),
     )
     on_error: Literal["stop", "continue"] = Field(

@@ -14,7 +14,7 @@ from typing import Final
 
 from keel_megatron.corpus.build import Execute
 from keel_megatron.corpus.finish import unfinished
-from keel_megatron.corpus.plan import Job, Plan, read_plan
+from keel_megatron.corpus.plan import JOBS, Job, Plan, read_plan
 from keel_megatron.corpus.pool import run_jobs
 from keel_megatron.corpus.progress import BuildProgress
 from keel_megatron.errors import UserError
@@ -54,7 +54,7 @@ def run_task(folder: Path, task: int, tasks: int, workers: int, say: Callable[[s
         raise UserError(f"--task: {task} must be from 0 to {tasks - 1}")
     left = {job.name for job in unfinished(folder, plan)}
     jobs = [job for job in jobs_of_task(plan, task, tasks) if job.name in left]
-    progress = BuildProgress(say, folder / f"task-{task:05}.log")
+    progress = BuildProgress(say, folder / JOBS / f"task-{task:05}.log")
     progress.begin(sum(job.bytes for job in jobs))
     try:
         run_jobs(folder, plan, jobs, workers, progress.add)
@@ -90,7 +90,7 @@ def slurm(
         array = _sbatch(
             f"--array=0-{count - 1}",
             "--job-name=keel-data",
-            f"--output={partial.absolute()}/slurm-%A_%a.log",
+            f"--output={partial.absolute() / JOBS}/slurm-%A_%a.log",
             *common,
             f'--wrap={task} --workers {workers} --task "$SLURM_ARRAY_TASK_ID"',
         )
@@ -103,7 +103,7 @@ def slurm(
         )
         progress.say(
             f"submitted {count} tasks as job {array}, and job {finish}, which finishes the build; "
-            f"their logs are in {partial} and {partial.parent}"
+            f"their logs are in {partial / JOBS} and {partial.parent}"
         )
 
     return execute
@@ -122,20 +122,20 @@ def ray(*, tasks: int, workers: int) -> Execute:
                 f"--executor ray: {error}; install pip install 'keel-megatron[data-cluster]'"
             ) from error
         count = task_count(plan, tasks)
-        progress.say(f"running {count} tasks on Ray; their logs are in {partial}")
+        progress.say(f"running {count} tasks on Ray; their logs are in {partial / JOBS}")
         RayPipelineExecutor(
             pipeline=[BuildStep(str(partial.absolute()))],
             tasks=count,
             workers=workers or -1,
-            logging_dir=str(partial.absolute() / "datatrove"),
+            logging_dir=str(partial.absolute() / JOBS / "datatrove"),
             skip_completed=False,
         ).run()
         left = unfinished(partial, plan)
         if left:
             raise UserError(
                 f"--executor ray: {len(left)} of {len(plan.jobs)} jobs are not complete, such as "
-                f"{left[0].name}; see the logs in {partial / 'datatrove'}, and build again to "
-                "resume"
+                f"{left[0].name}; see the logs in {partial / JOBS / 'datatrove'}, and build "
+                "again to resume"
             )
 
     return execute

@@ -15,7 +15,7 @@ from keel_megatron.errors import UserError
 
 _DICT = "dataset_dict.json"
 _STATE = "state.json"
-_TRAIN, _VALIDATION = "train", "validation"
+TRAIN, VALIDATION = "train", "validation"
 
 
 def is_saved_dataset(folder: str) -> bool:
@@ -24,32 +24,40 @@ def is_saved_dataset(folder: str) -> bool:
 
 
 def saved_dataset(
-    setting: str, given: Given, skips: Skips, say: Callable[[str], None]
+    setting: str, given: Given, splits: tuple[str, ...], skips: Skips, say: Callable[[str], None]
 ) -> list[Entry]:
-    """The .arrow files of a dataset, or of the splits train and validation of a dataset dictionary.
+    """The .arrow files of a dataset, or of some splits of a dataset dictionary.
+
+    Args:
+        setting: name of the setting.
+        given: the folder.
+        splits: splits that are used where they exist; the first must.
+        skips: counts the files of other splits.
+        say: called with the names of the splits.
 
     Raises:
-        UserError: its description is damaged, it has no training split, or a file is missing.
+        UserError: its description is damaged, the first split is missing, or a file is.
     """
     folder = given.location
     if not os.path.isfile(f"{folder}/{_DICT}"):
         return _saved_split(setting, given, folder)
-    splits = _list_in(setting, f"{folder}/{_DICT}", "splits")
-    names = [_plain(setting, f"{folder}/{_DICT}", name) for name in splits]
-    if _TRAIN not in names:
+    listed = _list_in(setting, f"{folder}/{_DICT}", "splits")
+    names = [_plain(setting, f"{folder}/{_DICT}", name) for name in listed]
+    if splits[0] not in names:
         raise UserError(
-            f"{setting}: {folder} has no split `train` (its splits: {', '.join(names) or 'none'}); "
-            f"give the folder of a split, such as {folder}/SPLIT"
+            f"{setting}: {folder} has no split `{splits[0]}` (its splits: "
+            f"{', '.join(names) or 'none'}); give the folder of a split, such as {folder}/SPLIT"
         )
-    found, used = [], [name for name in (_TRAIN, _VALIDATION) if name in names]
+    found: list[Entry] = []
     for name in names:
         entries = _saved_split(setting, given, f"{folder}/{name}")
-        if name in used:
-            found += [entry._replace(validation=name == _VALIDATION) for entry in entries]
+        if name in splits:
+            found += [entry._replace(validation=name == VALIDATION) for entry in entries]
         else:
             for entry in entries:
                 skips.add("of a split that is not used", entry.location, entry.size)
-    say(f"{setting}: {folder}: using {' and '.join(used)} of the splits {', '.join(names)}")
+    used = " and ".join(name for name in splits if name in names)
+    say(f"{setting}: {folder}: using {used} of the splits {', '.join(names)}")
     return found
 
 

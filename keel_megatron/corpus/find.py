@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from keel_megatron.config.data import DataConfig, SourceConfig
+from keel_megatron.config.data import DataConfig, Format, SourceConfig
 from keel_megatron.corpus.dataset_folders import (
+    TRAIN,
+    VALIDATION,
     is_saved_dataset,
     mark_pairs,
     pair,
@@ -169,14 +171,20 @@ def _free(name: str, taken: Iterable[str], mark: str) -> str:
 
 def _entries(setting: str, wanted: SourceConfig, skips: Skips, say: Say) -> list[Entry]:
     """The files of a source, each once, with unique names; its own validation files at the end."""
-    main = [e for path in wanted.path for e in _entries_of(setting, path, wanted, skips, say)]
+    own = wanted.validation or ()
+    splits = (TRAIN,) if own else (TRAIN, VALIDATION)
+    main = [
+        entry
+        for path in wanted.path
+        for entry in _entries_of(setting, path, wanted.format, splits, skips, say)
+    ]
     validation = [
         entry._replace(validation=True)
-        for path in wanted.validation or ()
-        for entry in _entries_of(f"{setting}.validation", path, wanted, skips, say)
+        for path in own
+        for entry in _entries_of(
+            f"{setting}.validation", path, wanted.format, (VALIDATION,), skips, say
+        )
     ]
-    if validation:
-        main = [entry for entry in main if not entry.validation]
     # A text must not be trained on and validated with.
     taken = {entry.identity for entry in validation}
     once = {e.identity: e for e in reversed(main) if e.identity not in taken}
@@ -186,19 +194,24 @@ def _entries(setting: str, wanted: SourceConfig, skips: Skips, say: Say) -> list
 
 
 def _entries_of(
-    setting: str, path: Path, wanted: SourceConfig, skips: Skips, say: Say
+    setting: str, path: Path, wanted: Format, splits: tuple[str, ...], skips: Skips, say: Say
 ) -> Iterator[Entry]:
-    """The files of one path."""
+    """The files of one path; of a dataset dictionary those of some splits."""
     for given in expand(setting, path):
         location = given.location
         try:
-            prefix = prefix_of(location) if wanted.format in ("auto", "megatron") else None
-            if prefix and not (wanted.format == "auto" and os.path.isdir(location)):
+            prefix = prefix_of(location) if wanted in ("auto", "megatron") else None
+            if prefix and not (wanted == "auto" and os.path.isdir(location)):
                 yield from pair(given, prefix)
+            elif wanted == "megatron" and not os.path.isdir(location):
+                raise UserError(
+                    f"{setting}: {printable(location)} is no prefix of a .bin and .idx pair of "
+                    "Megatron-core"
+                )
             elif not is_folder(setting, location):
                 yield file_entry(given, location)
-            elif wanted.format in ("auto", "huggingface") and is_saved_dataset(location):
-                yield from saved_dataset(setting, _rooted(given), skips, say)
+            elif wanted in ("auto", "huggingface") and is_saved_dataset(location):
+                yield from saved_dataset(setting, _rooted(given), splits, skips, say)
             else:
                 yield from mark_pairs(Walk(_rooted(given), skips, say).entries())
         except OSError as error:

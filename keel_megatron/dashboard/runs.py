@@ -3,7 +3,7 @@
 A run records how it ended: in `exit_code`, by an error at the end of log.txt, or by a verdict in
 `hangs/`. A killed run records nothing. So:
 
-- `running`: a process on this machine has its metrics.jsonl open; or, since it may run on another
+- `running`: a process on this machine writes its metrics.jsonl; or, since it may run on another
   machine, it wrote a file within the duration of some steps.
 - `silent`: neither, but the watchdog's timeout has not passed.
 - `lost`: it wrote nothing for longer than the watchdog's timeout: it was killed.
@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -386,14 +387,13 @@ def _tail(path: Path, limit: int = _TAIL_BYTES) -> list[str]:
 
 
 def _held_metrics() -> set[Path]:
-    """All metrics.jsonl that a process of this user has open on this machine."""
-    found = set()
-    for process in psutil.process_iter(["name"]):
-        if "python" not in (process.info["name"] or "") and "keel" not in process.info["name"]:
-            continue
-        try:
-            opened = process.open_files()
-        except (psutil.Error, OSError):
-            continue
-        found |= {Path(f.path) for f in opened if f.path.endswith("metrics.jsonl")}
-    return found
+    """All metrics.jsonl that a process of this user on this machine has open for writing.
+
+    A process of any name; one that only reads it, such as tail or the MLflow worker, is no run.
+    """
+    opened: list[Any] = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            opened += process.open_files()
+    metrics = [file for file in opened if file.path.endswith("metrics.jsonl")]
+    return {Path(file.path) for file in metrics if getattr(file, "mode", "a") != "r"}  # on Linux

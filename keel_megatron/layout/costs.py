@@ -11,6 +11,8 @@ with autograd's saved tensors.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from keel_megatron.architecture.flops import head_forward_flops
 from keel_megatron.config.run import RunConfig
 from keel_megatron.layout.block_costs import block_cost
@@ -28,6 +30,9 @@ HEAD_KERNELS, FUSED_HEAD_KERNELS, EMBEDDING_KERNELS = 8, 5, 4
 """Approximate number of kernels of a forward pass; the head's backward pass has twice as many.
 Fused: softmax and loss are Triton kernels. `kernel_counts.py` counts those of a block."""
 
+SEED_BYTES = 2 * 512
+"""Kept by attention on CUDA: its dropout's seed and offset, each an allocation of its own."""
+
 
 def model_costs(config: RunConfig, kernel: Kernel = "triton") -> Costs:
     """Costs of the embedding, a block and the head on one device of a run.
@@ -38,9 +43,16 @@ def model_costs(config: RunConfig, kernel: Kernel = "triton") -> Costs:
     """
     shape, execution = Shape.of(config), Execution.of(config, kernel)
     norms: Kernel = "triton" if "norm" in execution.triton else "torch"
+    block = block_cost(shape, norms, execution)
+    if kernel == "triton":
+        block = replace(
+            block,
+            activation_bytes=block.activation_bytes + SEED_BYTES,
+            light_bytes=block.light_bytes + SEED_BYTES,
+        )
     return Costs(
-        embedding=_embedding(shape),
-        block=block_cost(shape, norms, execution),
+        embedding=_embedding(shape, kernel),
+        block=block,
         head=_head(shape, kernel, in_place="cross_entropy" in execution.triton),
     )
 
@@ -50,12 +62,15 @@ def head_pieces(config: RunConfig) -> int:
     return Shape.of(config).pieces
 
 
-def _embedding(shape: Shape) -> Cost:
-    """Lookup in the embedding table and a cast to fp32; the gradient is dense."""
+def _embedding(shape: Shape, kernel: Kernel) -> Cost:
+    """Lookup in the embedding table, a cast to fp32, and dropout; the gradient is dense."""
     t, c, h = shape.tokens, shape.c, shape.model.hidden_size
     parameters = shape.vocabulary * h
     reduce = shape.collective_bytes() * STREAM_BYTES / c
     moved = t * (3 * c * h + STREAM_BYTES * h)
+    kept = t * (1 + 8) if shape.tp > 1 else 0
+    if shape.model.dropout:  # its mask; a CPU keeps the noise in the stream's type
+        kept += t * shape.h * (1 if kernel == "triton" else STREAM_BYTES)
     return Cost(
         forward=Work(
             other_bytes=moved,
@@ -68,9 +83,9 @@ def _embedding(shape: Shape) -> Cost:
         ),
         parameters=parameters,
         vector_parameters=0,
-        activation_bytes=t * (1 + 8) if shape.tp > 1 else 0,
-        recompute_bytes=t * (1 + 8) if shape.tp > 1 else 0,
-        working_bytes=parameters * c,
+        activation_bytes=kept,
+        recompute_bytes=kept,
+        working_bytes=parameters * c + t * c * h,
     )
 
 
@@ -152,7 +167,11 @@ def _head_kept(shape: Shape, in_place: bool) -> int:
 
 
 def _head_working(shape: Shape, kernel: Kernel, *, in_place: bool) -> int:
-    """Temporary memory in the head: logits besides their softmax, or gradients."""
+    """Temporary memory in the head: logits besides their softmax, or gradients.
+
+    And four fp32 numbers a token: the losses, as the head computes and as it returns them, their
+    gradient, and what it adds at the labels.
+    """
     t, c, h, v = shape.tokens, shape.c, shape.model.hidden_size, shape.vocabulary
     piece, own, bf16 = shape.rows * v, v * h, shape.c != STREAM_BYTES
     whole = shape.rows == t
@@ -162,9 +181,9 @@ def _head_working(shape: Shape, kernel: Kernel, *, in_place: bool) -> int:
     by_itself = (shape.returned and (whole or bf16)) or (bf16 and kernel == "torch")
     product = c * own if by_itself else 0
     d_logits = c * piece if bf16 or not whole else 0
-    d_input = t * c * h
+    d_input, numbers = t * c * h, 4 * 4 * t
     if in_place:
         logits = 0 if whole else c * piece
-        return max(logits, d_input + held + logits + product)
+        return numbers + max(logits, d_input + held + logits + product)
     backward = d_input + held + max(0 if whole else logits, d_logits + product)
-    return max(logits, backward)
+    return numbers + max(logits, backward)

@@ -23,6 +23,10 @@ from keel_megatron.layout.work import STREAM_BYTES, Cost, Costs
 from keel_megatron.layout.zero_memory import Sizes, ZeroMemory, zero_memory
 
 GB = 1e9
+_LEAST = 512
+"""Bytes of the smallest allocation on a GPU: a tensor of one number takes them."""
+_FEW = 32
+"""Tensors of one number in a step besides those that are counted: sums, factors, flags."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,17 @@ class StageMemory:
     activations: int
     """Activations of the micro-batches in flight, after recomputation; without the logits."""
     logits: int
-    """Logits: what the loss keeps, and temporary copies."""
+    """Logits: what the loss keeps, and temporary memory in the head. 0 if a block's or the
+    embedding's backward pass, after which they are free, needs more."""
+    inputs: int
+    """A step's micro-batches, which are all copied to the device at its start, the rotary table of
+    every chunk, and tensors of one number."""
     communication: int
     """Buffers of messages between stages, activations gathered from the tensor group under SP, and
     the gradient buffers of CUDA graphs."""
     working: int
-    """Temporary memory in a block's backward pass, with the recomputed activations."""
+    """Temporary memory in the backward pass of a block, with the recomputed activations, or of the
+    embedding. 0 if the head needs more."""
     host: int = 0
     """Host memory that ZeRO offloads to, for this device; not part of the total."""
 
@@ -55,6 +64,7 @@ class StageMemory:
             + self.optimizer
             + self.activations
             + self.logits
+            + self.inputs
             + self.communication
             + self.working
         )
@@ -154,15 +164,18 @@ class MemoryModel:
         weights = sum(cost.parameters * count for cost, count in pieces)
         norm_weights = sum(cost.vector_parameters * count for cost, count in pieces)
         states = self._states(weights, norm_weights)
+        light = light or (0,) * len(blocks)
+        activations, logits, working = self._fullest(stage, blocks, recomputed, light)
         return StageMemory(
             parameters=states.parameters,
             gradients=states.gradients,
             optimizer=states.optimizer,
-            activations=self._activations(stage, blocks, recomputed, light or (0,) * len(blocks)),
-            logits=costs.head.logits_bytes + costs.head.working_bytes if head else 0,
+            activations=activations,
+            logits=logits,
+            inputs=self._inputs(stage, len(blocks)) + self._numbers(blocks, head=head),
             communication=self._communication() + states.buffers + self._recorded(sum(blocks)),
             host=states.host,
-            working=self._working(blocks, recomputed, embedding=stage == 0),
+            working=working,
         )
 
     def recomputation(
@@ -205,20 +218,51 @@ class MemoryModel:
             size * weights + 4 * norm_weights, 4 * (weights + norm_weights), optimizer, 0, 0
         )
 
-    def _activations(
+    def _fullest(
         self, stage: int, blocks: Sequence[int], recomputed: Sequence[int], light: Sequence[int]
-    ) -> int:
+    ) -> tuple[int, int, int]:
+        """Activations, logits and working memory at the fullest moment of a stage.
+
+        It is in the backward pass of the head, of a block or of the embedding: each frees its
+        activations before the next one begins.
+        """
         parallel, costs = self.config.parallel, self.costs
         kept = [costs.block.kept_bytes(*one) for one in zip(blocks, recomputed, light, strict=True)]
         if stage == 0:
             kept[0] += costs.embedding.activation_bytes
-        head = costs.head.activation_bytes if stage == parallel.pipeline - 1 else 0
         moments = in_flight(parallel.pipeline, len(blocks), stage, self.micro_batches)
-        # The head's backward pass directly follows its forward pass: at most one is in flight.
-        return head + max(
+        held = max(
             sum(count * size for count, size in zip(moment, kept, strict=True))
             for moment in moments
         )
+        working = self._working(blocks, recomputed)
+        if stage == 0:  # the first chunk's blocks have freed what they kept of this micro-batch
+            working = max(working, costs.embedding.working_bytes - kept[0])
+        # The head's backward pass directly follows its forward pass: at most one is in flight.
+        logits = costs.head.logits_bytes + costs.head.working_bytes
+        if stage == parallel.pipeline - 1 and costs.head.activation_bytes + logits >= working:
+            return held + costs.head.activation_bytes, logits, 0
+        return held, 0, working
+
+    def _inputs(self, stage: int, chunks: int) -> int:
+        """Bytes of a step's tokens (first stage) and labels (last stage), and rotary tables."""
+        config = self.config
+        uses = int(stage == 0) + int(stage == config.parallel.pipeline - 1)
+        # DeepSpeed's engine copies one micro-batch at a time.
+        copied = 1 if config.training.engine == "deepspeed" else self.micro_batches
+        tokens = copied * config.training.micro_batch_size * config.data.seq_length
+        size = 2 if config.training.precision == "bf16" else 4
+        table = 2 * size * config.data.seq_length * config.model.head_dim
+        return 8 * uses * tokens + chunks * table
+
+    def _numbers(self, blocks: Sequence[int], *, head: bool) -> int:
+        """Bytes of tensors of one number: each weight's count of updates, and the losses."""
+        block, hidden = self.costs.block, self.config.model.hidden_size
+        # A block's four matrices and its norms; the embedding, the head and its norm.
+        weights = sum(blocks) * (4 + -(-block.vector_parameters // hidden)) + 3
+        if self.config.parallel.distributed_optimizer:
+            weights = -(-weights // self.data_parallel)
+        return _LEAST * (weights + (self.micro_batches if head else 0) + _FEW)
 
     def _communication(self) -> int:
         config, parallel = self.config, self.config.parallel
@@ -237,8 +281,7 @@ class MemoryModel:
         block, size = self.costs.block, 2 if self.config.training.precision == "bf16" else 4
         return blocks * (size * block.parameters + 4 * block.vector_parameters)
 
-    def _working(self, blocks: Sequence[int], recomputed: Sequence[int], *, embedding: bool) -> int:
+    def _working(self, blocks: Sequence[int], recomputed: Sequence[int]) -> int:
         block: Cost = self.costs.block
         again = block.activation_bytes - block.recompute_bytes if any(recomputed) else 0
-        inside = block.working_bytes + again if any(blocks) else 0
-        return max(inside, self.costs.embedding.working_bytes if embedding else 0)
+        return block.working_bytes + again if any(blocks) else 0

@@ -89,7 +89,8 @@ def stage_table(partition: Partition, *, memory_by_kind: bool = False) -> list[s
 def _kinds(memory: StageMemory) -> list[float]:
     """Bytes by kind, in the order of `KINDS`."""
     state = [memory.parameters, memory.gradients, memory.optimizer]
-    return [*state, memory.activations, memory.logits, memory.communication + memory.working]
+    buffers = memory.inputs + memory.communication + memory.working
+    return [*state, memory.activations, memory.logits, buffers]
 
 
 def _cells(partition: Partition, stage: Stage) -> tuple[str, str, str, str, str]:

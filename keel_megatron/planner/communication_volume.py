@@ -16,6 +16,10 @@ _COPY_BYTES = 4 + 2
 """Additional bytes in bf16: the master weight copied to the weight."""
 
 
+_LEAST_BUCKET, _BUCKET_OF_REPLICA = 40e6, 1e6
+"""Parameters of a bucket that overlaps: Megatron-core's choice, by the number of replicas."""
+
+
 def message_bytes(config: RunConfig) -> int:
     """Bytes of one micro-batch's residual stream [s, b, h] in fp32; a device's share under SP."""
     tokens = config.data.seq_length * config.training.micro_batch_size
@@ -49,27 +53,50 @@ def link_seconds(config: RunConfig, device: Device, data_parallel: int) -> tuple
 
 
 def gradient_seconds(
-    config: RunConfig, device: Device, data_parallel: int, parameters: int
+    config: RunConfig,
+    device: Device,
+    data_parallel: int,
+    parameters: int,
+    *,
+    backward: float = 0.0,
+    forward: float = 0.0,
 ) -> float:
-    """Time to reduce gradients over the replicas and, if sharded, gather the new parameters.
+    """Time for which a step waits for the replicas' gradients and, if sharded, new parameters.
 
     Ring: each device sends (d - 1) / d of the data, twice for an all-reduce; latency counts log2(d)
     hops. The group's members within a node share the node's bandwidth.
+
+    Args:
+        config: the run.
+        device: the device type.
+        data_parallel: number of replicas d.
+        parameters: on one device.
+        backward: a stage's backward pass of a micro-batch, seconds, with which the reduction
+            overlaps under `parallel.overlap_grad_reduce`.
+        forward: its forward pass, with which the gather overlaps under
+            `parallel.overlap_param_gather`.
     """
     if data_parallel == 1:
         return 0.0
     parallel = config.parallel
     weight = 2 if config.training.precision == "bf16" else 4
-    sent = 4 + weight if parallel.distributed_optimizer else 2 * 4
-    sent_bytes = parameters * sent * (data_parallel - 1) / data_parallel
-    hops = 2 * math.ceil(math.log2(data_parallel))
+    reduced, gathered = (4, weight) if parallel.distributed_optimizer else (2 * 4, 0)
     if parallel.tensor * data_parallel <= device.devices_per_node:
         bandwidth, latency = device.intra_node_gb, device.intra_node_latency_us
     else:
         members = max(1, device.devices_per_node // parallel.tensor)
         bandwidth = min(device.intra_node_gb, members * device.inter_node_gb)
         latency = device.inter_node_latency_us
-    return sent_bytes / (bandwidth * 1e9) + hops * latency * 1e-6
+    one_byte = parameters * (data_parallel - 1) / data_parallel / (bandwidth * 1e9)
+    # The bucket that is ready last, or needed first, overlaps with nothing.
+    alone = min(1.0, max(_LEAST_BUCKET, _BUCKET_OF_REPLICA * data_parallel) / parameters)
+    reduce, gather = reduced * one_byte, gathered * one_byte
+    if parallel.overlap_grad_reduce:
+        reduce = max(reduce - backward, alone * reduce)
+    if parallel.overlap_param_gather:
+        gather = max(gather - forward, alone * gather)
+    hops = 2 * math.ceil(math.log2(data_parallel))
+    return reduce + gather + hops * latency * 1e-6
 
 
 def update_seconds(config: RunConfig, device: Device, data_parallel: int, parameters: int) -> float:
@@ -87,7 +114,7 @@ def closing_seconds(
     partition: Partition,
     update: float | None = None,
 ) -> float:
-    """Time from the last backward pass to the next step; it does not overlap with computation.
+    """Time between the last backward pass and the next step that no computation covers.
 
     Args:
         config: the run.
@@ -97,7 +124,16 @@ def closing_seconds(
         update: measured time of the update on one replica, seconds, or None.
     """
     parameters = max(stage.parameters for stage in partition.stages)
-    seconds = gradient_seconds(config, device, data_parallel, parameters)
+    # The first stage is the last to finish and the first to begin.
+    first = partition.stages[0]
+    seconds = gradient_seconds(
+        config,
+        device,
+        data_parallel,
+        parameters,
+        backward=first.backward_seconds / len(first.chunks),
+        forward=first.forward_seconds / len(first.chunks),
+    )
     if config.model.tie_embeddings and config.parallel.pipeline > 1:
         shared = config.data.vocab_size * config.model.hidden_size // config.parallel.tensor
         seconds += 4 * shared / (device.inter_node_gb * 1e9)

@@ -226,7 +226,8 @@ def _trace(plan: Plan, stage: Stage) -> MemoryTrace:
     for chunk, *again in zip(stage.chunks, stage.recomputed, stage.light, strict=True):
         kept = costs.block.kept_bytes(chunk.blocks, *again)
         kept += costs.embedding.activation_bytes if chunk.embedding else 0
-        kept += costs.head.activation_bytes + costs.head.logits_bytes if chunk.head else 0
+        if chunk.head and memory.logits:
+            kept += costs.head.activation_bytes + costs.head.logits_bytes
         chunks.append(float(kept))
-    logits = costs.head.logits_bytes if stage.head else 0
+    logits = costs.head.logits_bytes if memory.logits else 0
     return MemoryTrace(float(memory.total - memory.activations - logits), tuple(chunks))

@@ -295,7 +295,14 @@ class _Bound:
             costs.embedding.parameters,
         )
         arguments = (self.config, self.device, self.replicas, parameters)
-        return gradient_seconds(*arguments) + update_seconds(*arguments)
+        chunks = pipeline * self.parallel.virtual_pipeline
+        unit = self.times.block
+        reduced = gradient_seconds(
+            *arguments,
+            backward=blocks * unit.backward / chunks,
+            forward=blocks * unit.forward / chunks,
+        )
+        return reduced + update_seconds(*arguments)
 
 
 def _pipeline_seconds(times: PipelineTimes, micro_batches: int) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from keel_megatron.checkpoint import folder, state
+from keel_megatron.checkpoint import folder, megatron_state, state
 from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.checkpoint.state import Position
 from keel_megatron.config.run import RunConfig
@@ -201,6 +202,32 @@ def measure(sections: Sections) -> Saving:
         names = [name for name, _dtype, _bytes in alone.seen]
         to_read = [name for name, _dtype, _bytes in reading.seen]
         return Saving(sum(piece_bytes(engine)), numel, names, whole.seen, to_read)
+
+
+def staged_devices(sections: Sections) -> tuple[list[str], list[str]]:
+    """Types of the devices that a waiting save stages: as it is, and with its state elsewhere."""
+    devices: list[str] = []
+
+    class Recorded:
+        ready = None
+
+        def __init__(self, device: torch.device) -> None:
+            devices.append(device.type)
+
+        def copy(self, tensors: list[Tensor]) -> list[Tensor]:
+            return tensors
+
+    with engine_of(sections) as (_config, _runtime, engine), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(megatron_state, "Staging", Recorded)
+        engine.state.to_save(copy=False)
+        here, shares = list(devices), list(engine.state._shares())
+        elsewhere = [
+            (one, start, {name: values.to("meta") for name, values in states.items()})
+            for one, start, states in shares
+        ]
+        patch.setattr(engine.state, "_shares", lambda: iter(elsewhere))
+        engine.state.to_save(copy=False)
+        return here, devices
 
 
 def order_of_a_step(sections: Sections) -> list[str]:

@@ -20,6 +20,7 @@ from tests.checkpoint.state_ranks import (
     measure,
     path_of,
     save_all,
+    staged_devices,
 )
 from tests.distributed import run_ranks
 from tests.settings import settings
@@ -118,6 +119,12 @@ def test_a_save_gathers_nothing(savings: dict[str, list[Saving]]) -> None:
             assert rank.whole_save or len(ranks) == 1  # they are seen
             for _name, dtype, size in rank.whole_save:
                 assert dtype != "torch.float32" or size <= 8
+
+
+def test_a_save_that_training_waits_for_is_staged_too_where_it_is_on_a_device() -> None:
+    """Not on the host, where it is written from the optimizer's own memory."""
+    (found,) = run_ranks(1, staged_devices, settings(model__blocks=1))
+    assert found == ([], ["meta"])
 
 
 def test_each_replica_writes_its_share(savings: dict[str, list[Saving]]) -> None:

@@ -40,9 +40,19 @@ def test_splits_train_and_validation_are_taken(tmp_path: Path) -> None:
     message = f"data.text: {folder}: using train and validation of the splits test, train, valid"
     assert said[0].startswith(message)
     assert [(s.reason, s.count) for s in source.skipped] == [("of a split that is not used", 1)]
+
+
+def test_validation_of_another_dataset(tmp_path: Path) -> None:
+    folder = dictionary(tmp_path / "d", ["train", "validation"])
     other = saved_dataset(tmp_path / "other", ["x"], parts=1)
-    source = found(folder, validation=str(other))
+    said: list[str] = []
+    source = found(folder, validation=str(other), said=said)
     assert [file.location.split("/")[-2] for file in source.files] == ["train", "other"]
+    assert said[0] == f"data.sources.0: {folder}: using train of the splits train, validation"
+    second = dictionary(tmp_path / "second", ["train", "validation"])
+    source = found(other, validation=str(second))
+    places = [(file.location.split("/")[-2], file.part) for file in source.files]
+    assert places == [("other", "both"), ("validation", "validation")]
 
 
 def test_a_dictionary_without_a_training_split(tmp_path: Path) -> None:
@@ -99,7 +109,7 @@ def test_a_pair_by_any_of_its_names(tmp_path: Path, given: str) -> None:
 def test_a_pair_that_is_none(tmp_path: Path) -> None:
     prefix = indexed(tmp_path / "a")
     Path(f"{prefix}.idx").write_bytes(b"IIDXMM")
-    with pytest.raises(UserError, match=r"data.sources.0: .*/a does not exist"):
+    with pytest.raises(UserError, match=r"data.sources.0: .*/a is no prefix of a .bin and"):
         found(prefix, format="megatron")
     with pytest.raises(UserError, match=r"data.text: .*/a.bin is not text"):
         found(Path(f"{prefix}.bin"))

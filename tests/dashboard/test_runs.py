@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,22 @@ def test_a_process_of_this_machine_that_writes_the_metrics_is_alive(tmp_path: Pa
         status = only(run)
     assert status.state == "running"
     assert status.problems == ["no step for 16m 40s"]
+
+
+@pytest.mark.parametrize(("mode", "state"), [("a", "running"), ("r", "lost")])
+def test_the_writer_may_have_any_name_and_a_reader_is_not_the_run(
+    tmp_path: Path, mode: str, state: str
+) -> None:
+    run = make_run(tmp_path, "slow", silent=1000.0)
+    with (
+        (run / "metrics.jsonl").open(mode) as file,
+        subprocess.Popen(["sleep", "60"], stdin=file) as other,
+    ):
+        file.close()
+        try:
+            assert only(run).state == state
+        finally:
+            other.kill()
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,11 @@ def agree(rows: int, v: int, dtype: torch.dtype, scale: float) -> None:
     found = triton_cross_entropy.to_gradient(logits, labels, log_sums, d, -d)
     assert found.data_ptr() == logits.data_ptr()
     assert found.dtype == dtype
-    if expected.any():
-        # The softmax's error is that of log-sum-exp, whose own is relative.
-        assert error(found, expected) < tolerance(found) + 2e-7 * float(log_sums.abs().max())
+    # The softmax's error is that of log-sum-exp, whose own is relative; beside a softmax near 1 the
+    # gradient may be much smaller than that.
+    rounding = (2.0**-22 + 2e-7 * float(log_sums.abs().max())) * float(d.max())
+    apart = float((found.double() - expected).abs().max())
+    assert apart <= tolerance(found) * float(expected.abs().max()) + rounding
     assert not found[::5].any()
 
 

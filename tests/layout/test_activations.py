@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from keel_megatron.architecture.residual import RULES
-from keel_megatron.layout.costs import model_costs
+from keel_megatron.layout.costs import SEED_BYTES, model_costs
 from keel_megatron.layout.work import Cost
 from tests.distributed import run_ranks
 from tests.settings import settings, small_config
@@ -130,22 +130,26 @@ def test_a_block_keeps_what_is_predicted(measured: Any) -> None:
     for case, (two, three, four) in measured:
         overrides = {**SHAPE, **case}
         kernel = overrides.pop("kernel", "torch")
-        cost = model_costs(small_config(**overrides), kernel).block
-        expected = {
-            "none": cost.activation_bytes,
-            "light": cost.light_bytes,
-            "full": cost.recompute_bytes,
-        }[overrides.get("parallel__recompute", "none")]
+        expected = block_bytes(overrides, kernel)
         assert (three - two, four - three) == (expected, expected), case
+
+
+def block_bytes(overrides: dict[str, Any], kernel: Any) -> int:
+    """What the plan says a block keeps, without the seeds that attention keeps on CUDA alone."""
+    cost = model_costs(small_config(**overrides), kernel).block
+    seeds = SEED_BYTES if kernel == "triton" else 0
+    return {
+        "none": cost.activation_bytes - seeds,
+        "light": cost.light_bytes - seeds,
+        "full": cost.recompute_bytes,
+    }[overrides.get("parallel__recompute", "none")]
 
 
 def test_a_block_of_every_rule_keeps_what_is_predicted() -> None:
     for case, found in zip(RULE_CASES, run_ranks(1, measure, RULE_CASES, 5)[0], strict=True):
         overrides = {**SHAPE, **case, "model__blocks": 7}
         kernel = overrides.pop("kernel", "torch")
-        cost = model_costs(small_config(**overrides), kernel).block
-        light = "parallel__recompute" in overrides
-        expected = cost.light_bytes if light else cost.activation_bytes
+        expected = block_bytes(overrides, kernel)
         assert (found[1] - found[0], found[2] - found[1]) == (expected, expected), case
 
 
@@ -219,4 +223,5 @@ def test_the_head_holds_what_is_predicted(tensor: int) -> None:
         tokens = config.data.seq_length * config.training.micro_batch_size
         reduced = (4 + 8) * tokens if tensor > 1 else 0
         assert 0 <= kept - cost.logits_bytes <= reduced, case
-        assert 0 <= peak - (cost.logits_bytes + cost.working_bytes) < 64 * tokens, case
+        over = peak - (cost.logits_bytes + cost.working_bytes)
+        assert -16 * tokens <= over < 48 * tokens, case

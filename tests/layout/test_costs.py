@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from keel_megatron.architecture.flops import training_flops_per_token
 from keel_megatron.architecture.parameters import parameter_count
 from keel_megatron.layout import kernel_counts
 from keel_megatron.layout.block_costs import typical_rows
-from keel_megatron.layout.costs import model_costs
+from keel_megatron.layout.costs import SEED_BYTES, model_costs
 from keel_megatron.layout.devices import DEVICES, device_named
 from keel_megatron.layout.times import Times, UnitTimes, predicted_times
 from keel_megatron.layout.work import Cost, Costs
@@ -106,9 +107,9 @@ def test_a_head_in_pieces_multiplies_once_more_and_keeps_no_logits() -> None:
     logits = 4 * 4096 * 2**17
     assert whole.logits_bytes == logits + 8 * 4096
     assert pieces.logits_bytes == 8 * 4096
-    # Logits and their softmax, of a quarter; and the gradient of the layer's input.
-    assert pieces.working_bytes == 2 * logits / 4 + 4096 * 1024 * 2
-    assert whole.working_bytes == logits
+    # Logits and their softmax, of a quarter; the gradient of the layer's input; losses and theirs.
+    assert pieces.working_bytes == 2 * logits / 4 + 4096 * (1024 * 2 + 16)
+    assert whole.working_bytes == logits + 4096 * 16
 
 
 def test_a_gradient_in_the_logits_place_moves_six_bytes_a_logit_and_keeps_two() -> None:
@@ -121,8 +122,9 @@ def test_a_gradient_in_the_logits_place_moves_six_bytes_a_logit_and_keeps_two() 
         assert head.backward.other_bytes - 2 * norm == 4 * logits
     assert whole.logits_bytes == 2 * logits + (8 + 4) * 4096
     assert pieces.logits_bytes == (8 + 4) * 4096
-    assert whole.working_bytes == 4096 * 1024 * 2  # the gradient of the layer's input
-    assert pieces.working_bytes == 2 * logits / 4 + 4096 * 1024 * 2
+    # The gradient of the layer's input; losses and theirs.
+    assert whole.working_bytes == 4096 * (1024 * 2 + 16)
+    assert pieces.working_bytes == 2 * logits / 4 + 4096 * (1024 * 2 + 16)
     # In torch's operators the product writes fp32 logits: 2 more, softmax 8; going back 16 and 6.
     plain = costs_of(**PAPER, kernels__triton=["norm", "rotary", "swiglu"]).head
     assert plain.forward.other_bytes - norm == (2 + 8) * logits
@@ -164,10 +166,14 @@ def test_one_rotary_kernel_reads_and_writes_each_element_once() -> None:
 
 
 def test_what_is_not_selected_is_as_on_a_cpu() -> None:
-    assert (
-        costs_of(**PAPER, kernels__triton=[]).block
-        == model_costs(small_config(**PAPER), "torch").block
+    """But for the seeds that attention keeps on CUDA."""
+    block, on_cpu = (
+        costs_of(**PAPER, kernels__triton=[]).block,
+        model_costs(small_config(**PAPER), "torch").block,
     )
+    assert block.activation_bytes == on_cpu.activation_bytes + SEED_BYTES
+    kept = {"activation_bytes": on_cpu.activation_bytes, "light_bytes": on_cpu.light_bytes}
+    assert replace(block, **kept) == on_cpu
 
 
 def test_a_roofline_is_bound_by_launches_memory_or_products() -> None:

@@ -162,6 +162,36 @@ def test_recompute_auto_takes_the_least_that_does(
             assert memory.stage(stage, blocks, *fewer).total > limit
 
 
+def test_the_head_a_block_or_the_embedding_needs_the_most() -> None:
+    """One after the other in the backward pass: their memory is not added."""
+    memory = model(parallel__recompute="full")
+    block, embedding, head = memory.costs.block, memory.costs.embedding, memory.costs.head
+    found = memory.stage(0, (8,), (0,))
+    assert found.logits == head.logits_bytes + head.working_bytes > block.working_bytes
+    assert found.working == 0
+    assert found.activations == 8 * block.activation_bytes + head.activation_bytes
+    # A large block; what it has recomputed is freed before the embedding's gradient is there.
+    wide = model(parallel__recompute="full", model__ffn_hidden_size=4096)
+    found, block = wide.stage(0, (8,), (8,)), wide.costs.block
+    assert found.logits == 0
+    again = block.activation_bytes - block.recompute_bytes
+    assert found.working == block.working_bytes + again
+    large = model(data__vocab_size=2**20, parallel__pipeline=2)
+    found, embedding = large.stage(0, (4,), (0,)), large.costs.embedding
+    assert found.working == embedding.working_bytes - 4 * large.costs.block.activation_bytes
+    assert large.stage(1, (4,), (0,)).logits > 0
+
+
+def test_all_batches_of_a_step_are_on_the_device() -> None:
+    """Tokens on the first stage, labels on the last; 8 bytes each."""
+    many, few = (
+        model(parallel__pipeline=2, training__global_batch_size=size).stage(0, (4,), (0,)).inputs
+        for size in (64, 32)
+    )
+    tokens = 32 * 32
+    assert many - few == 8 * tokens
+
+
 def test_light_recomputation_comes_before_full() -> None:
     memory = model(parallel__recompute="auto")
     none, light = (memory.stage(0, (8,), (0,), (n,)).total for n in (0, 8))
@@ -169,7 +199,7 @@ def test_light_recomputation_comes_before_full() -> None:
     assert memory.recomputation(0, (8,), light) == ((0,), (8,))
     found = memory.recomputation(0, (8,), light - 1)
     assert found is not None
-    assert found.full == (2,)  # of the first one all activations are made again at a time
+    assert found.full == (1,)
     assert found.light[0] < 7
     compiled = model(parallel__recompute="auto", kernels__compile=True)
     limit = compiled.stage(0, (8,), (4,)).total

@@ -176,6 +176,21 @@ def test_gradients_of_one_replica_go_nowhere() -> None:
     assert outside == pytest.approx(1e9 * 6 * 15 / 16 / 400e9, rel=0.05)
 
 
+def test_overlapped_gradients_take_what_the_passes_do_not_cover() -> None:
+    """A bucket of 40 M parameters of 1 G is ready last and needed first."""
+    config = deep("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
+    out, back = 4e9 * 15 / 16 / 400e9, 2e9 * 15 / 16 / 400e9
+    hops = gradient_seconds(deep(), H200, 16, 10**9) - out - back
+
+    def found(backward: float, forward: float) -> float:
+        both = {"backward": backward, "forward": forward}
+        return gradient_seconds(config, H200, 16, 10**9, **both) - hops
+
+    assert found(0.0, 0.0) == pytest.approx(out + back)
+    assert found(out / 2, back / 4) == pytest.approx(out / 2 + 3 * back / 4)
+    assert found(1.0, 1.0) == pytest.approx(0.04 * (out + back))
+
+
 def test_memory_over_time_peaks_at_what_the_table_says() -> None:
     """Two ways to the same number: closed counts of micro-batches, and the simulated step."""
     for overrides in (

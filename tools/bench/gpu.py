@@ -4,10 +4,17 @@ python tools/bench/gpu.py --predict        # write the predictions, without a GP
 python tools/bench/gpu.py                  # run all parts, each below ten minutes on an H200
 python tools/bench/gpu.py --part deep      # one part: levers-64, levers-32, deep, kernel
 
-Needs a python3 with CUDA torch, megatron-core, pydantic and PyYAML; nothing is installed. Every
+The checks come first (gpu_checks.py; --part checks runs them alone): what the device's kernels
+refuse, which of them torch chooses, a short run with a save and a resume. A check that fails does
+not end the measurement.
+
+Needs a python3 with this project's dependencies and CUDA torch; nothing is installed. Every
 variant runs in a separate process (gpu_worker.py) on the same idle GPU with random tokens, the base
 first. A failed variant is reported with its reason, and the others continue. docs/benchmarks/gpu.md
 and gpu.json are written after every variant; unmeasured variants keep their prediction.
+
+Exit codes: 0 = measured, or predictions written; 2 = torch sees no CUDA device, or a package is
+missing: one line says so.
 """
 
 from __future__ import annotations
@@ -22,6 +29,12 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+UNABLE = 2
+for package in ("pydantic", "yaml", "torch", "megatron"):
+    if importlib.util.find_spec(package) is None:
+        print(f"{sys.executable} has no {package}: nothing is measured")
+        sys.exit(UNABLE)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
@@ -181,6 +194,21 @@ def run_deep(result: dict[str, Any], ends: float) -> None:
         keep(result, rows[name], found, f"deep, {name}")
 
 
+def run_checks(result: dict[str, Any], ends: float) -> None:
+    """The checks, which print their own lines."""
+    print("checks", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "checks.json"
+        command = [sys.executable, str(Path(__file__).with_name("gpu_checks.py"))]
+        command += ["--out", str(out)]
+        try:
+            subprocess.run(command, check=False, timeout=ends - time.monotonic(), cwd=ROOT)
+            found: dict[str, Any] = {"checks": json.loads(out.read_text())}
+        except (subprocess.SubprocessError, OSError, ValueError) as error:
+            found = {"failed": str(error).splitlines()[0][:300]}
+    keep(result, result["checks"], found, "checks")
+
+
 def run_kernel(result: dict[str, Any], ends: float) -> None:
     """The fused kernel beside the device's own copy."""
     with tempfile.TemporaryDirectory() as folder:
@@ -200,10 +228,9 @@ def keep(result: dict[str, Any], row: dict[str, Any], found: dict[str, Any], nam
     """Write what was found at once: a later variant may end badly."""
     row["measured"] = found
     row["measured_on"] = datetime.date.today().isoformat()
+    keys = ("step_seconds", "host_seconds", "ratio", "peak_memory_gb", "reserved_memory_gb")
     shown = found.get("failed") or ", ".join(
-        f"{key} {found[key]:.4g}"
-        for key in ("step_seconds", "ratio", "peak_memory_gb")
-        if key in found
+        f"{key} {found[key]:.4g}" for key in keys if key in found
     )
     print(f"{name}: {shown}", flush=True)
     write(result)
@@ -232,15 +259,25 @@ def with_earlier(parts: dict[str, Any]) -> dict[str, Any]:
     return parts
 
 
+def with_earlier_checks() -> dict[str, Any]:
+    """What an earlier run of the checks has found."""
+    path = RESULTS / "gpu.json"
+    found: dict[str, Any] = json.loads(path.read_text()).get("checks", {}) if path.exists() else {}
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--predict", action="store_true", help="write the expectations alone")
-    parser.add_argument("--part", choices=PARTS, action="append", help="measure these parts alone")
+    parser.add_argument(
+        "--part", choices=("checks", *PARTS), action="append", help="measure these parts alone"
+    )
     parser.add_argument("--gpu", default="h200", help="what is predicted for (default h200)")
     chosen = parser.parse_args()
     device = device_named(chosen.gpu)
     result: dict[str, Any] = {"gpu": chosen.gpu, "assumptions": assumptions(device)}
     result["parts"] = with_earlier(predictions(device))
+    result["checks"] = with_earlier_checks()
     if chosen.predict:
         write(result)
         print(f"wrote {RESULTS / 'gpu.md'} and gpu.json: expectations")
@@ -249,10 +286,12 @@ def main() -> int:
 
     if not torch.cuda.is_available():
         print("torch sees no CUDA device: nothing is measured (--predict writes what is expected)")
-        return 2
-    for part in chosen.part or PARTS:
+        return UNABLE
+    for part in chosen.part or ("checks", *PARTS):
         ends = time.monotonic() + PART_SECONDS
-        if part == "deep":
+        if part == "checks":
+            run_checks(result, ends)
+        elif part == "deep":
             run_deep(result, ends)
         elif part == "kernel":
             run_kernel(result, ends)

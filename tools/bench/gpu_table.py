@@ -44,6 +44,7 @@ def page(result: dict[str, Any]) -> str:
         lines += _levers(part, parts[part])
     lines += [*_where(parts["levers-64"]), *_kernels(parts), *_deep(parts["deep"])]
     lines += _kernel(parts["kernel"])
+    lines += _checks(result.get("checks", {}))
     return "\n".join(lines) + "\n"
 
 
@@ -75,10 +76,16 @@ def _found(row: dict[str, Any]) -> list[str]:
         return [found["failed"].replace("|", "/"), "", "", ""]
     return [
         f"{found['ratio']:.3f}" if "ratio" in found else "",
-        f"{found['step_seconds'] * 1e3:.1f}",
+        _step(found),
         f"{found['tflops']:.0f}",
         f"{found['peak_memory_gb']:.1f}" if "peak_memory_gb" in found else "",
     ]
+
+
+def _step(found: dict[str, Any]) -> str:
+    """Milliseconds of a step, and those in which the host launched its passes."""
+    host = f" (host {found['host_seconds'] * 1e3:.1f})" if "host_seconds" in found else ""
+    return f"{found['step_seconds'] * 1e3:.1f}{host}"
 
 
 def _on(part: dict[str, Any]) -> str:
@@ -178,4 +185,20 @@ def _kernel(part: dict[str, Any]) -> list[str]:
             for w in ("forward", "backward")
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _checks(part: dict[str, Any]) -> list[str]:
+    """What `tools/bench/gpu_checks.py` found, once it has run."""
+    found = part.get("measured")
+    if found is None:
+        return []
+    lines = ["", "## Checks of the device", ""]
+    lines += [f"`python3 tools/bench/gpu.py --part checks`, {part['measured_on']}", ""]
+    if "failed" in found:
+        return [*lines, f"They failed: {found['failed']}."]
+    lines += ["| | passed | |", "|---|---|---|"]
+    for name, one in found["checks"].items():
+        text = one["text"].replace("|", "/")
+        lines.append(f"| {name} | {'yes' if one['passed'] else '**no**'} | {text} |")
     return lines

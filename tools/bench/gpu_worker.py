@@ -55,7 +55,7 @@ def measure(order: dict[str, Any], runtime: Runtime, config: Any) -> dict[str, A
         chunk.config.timers = timers  # type: ignore[union-attr]
     count = config.training.global_batch_size // config.training.micro_batch_size
     batches = [random_batch(config, number) for number in range(count)]
-    seconds, parts, losses = [], [], []
+    seconds, parts, host, losses = [], [], [], []
 
     def step() -> None:
         losses.append(engine.train_step(batches, count, config.optimizer.learning_rate).loss)
@@ -73,6 +73,7 @@ def measure(order: dict[str, Any], runtime: Runtime, config: Any) -> dict[str, A
             seconds.append(spent)
             found = timers.take()
             parts.append(found | {"optimizer": spent - found["passes"]})
+            host.append(timers.host_seconds)
     tokens = config.training.global_batch_size * config.data.seq_length
     flops = tokens * training_flops_per_token(
         config.model, config.data.seq_length, config.data.vocab_size
@@ -84,6 +85,8 @@ def measure(order: dict[str, Any], runtime: Runtime, config: Any) -> dict[str, A
         "step_seconds": middle,
         "quartiles": [low, high],
         "first_step_seconds": first,
+        "host_seconds": statistics.median(host),
+        "passes_seconds": statistics.median(one["passes"] for one in parts),
         "tokens_per_second": tokens / middle,
         "tflops": flops / middle / 1e12,
         "parts": {
@@ -95,6 +98,7 @@ def measure(order: dict[str, Any], runtime: Runtime, config: Any) -> dict[str, A
     }
     if cuda:
         result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        result["reserved_memory_gb"] = torch.cuda.max_memory_reserved() / 1e9
         if order.get("count_kernels"):
             result["kernels"] = count_kernels(step)
     return result

@@ -81,8 +81,7 @@ class DeepSpeedEngine:
                     model.step()  # counts the micro-batch
         if depth is not None:
             depth.before_update()
-        mean, asked = self._mean(total, count, stop())
-        result = StepResult(mean, self._shards.gradient_norm(), asked)
+        result = StepResult(*self._mean(total, count, self._shards.gradient_norm(), stop()))
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         accepted = accept(result) and result.finite
@@ -128,15 +127,19 @@ class DeepSpeedEngine:
         losses = self._model(batch.tokens, batch.position_ids, None, labels=batch.labels)
         return mean_loss(losses, batch.loss_mask)
 
-    def _mean(self, total: Tensor, count: int, stop: bool = False) -> tuple[float, bool]:
-        """The mean loss, and whether any rank's `stop` is true."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
+    def _mean(
+        self, total: Tensor, count: int, norm: Tensor | None = None, stop: bool = False
+    ) -> tuple[float, float, bool]:
+        """The mean loss, the norm and whether any rank's `stop` is true; read in one host wait."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.runtime.device)
         if self.runtime.tensor_rank == 0:  # each of the tensor ranks has the same
             sums[0] = total
         sums[1].fill_(stop)
         dist.all_reduce(sums)
-        loss, asked = sums.tolist()
-        return loss / (count * self.runtime.data_size), asked > 0
+        if norm is not None:  # the same on every rank
+            sums[2] = norm
+        loss, asked, grad_norm = sums.tolist()
+        return loss / (count * self.runtime.data_size), grad_norm, asked > 0
 
 
 def require_deepspeed(device: torch.device) -> None:

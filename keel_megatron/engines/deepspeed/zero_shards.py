@@ -138,8 +138,10 @@ class ZeroShards:
                 state["step"] = count
 
     @torch.no_grad()
-    def gradient_norm(self) -> float:
+    def gradient_norm(self) -> Tensor:
         """The global norm of the averaged gradients before clipping; infinite if one is not finite.
+
+        A scalar, which nothing has waited for.
 
         As ZeRO itself takes it in its step; collective over all ranks.
         """
@@ -149,4 +151,4 @@ class ZeroShards:
             from deepspeed.runtime.utils import combine_grad_norm_groups
 
             norm = combine_grad_norm_groups(self._optimizer._get_norm_groups())
-        return float(norm)
+        return torch.as_tensor(norm)

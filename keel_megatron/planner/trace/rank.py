@@ -164,20 +164,27 @@ def _in_phase(tracker: Tracker, name: str, function: Any) -> Any:
     return call
 
 
-def _batches(request: Request, count: int) -> list[Any]:
+def _batches(request: Request) -> list[Any]:
+    """All micro-batches of a step of the run, with what the stage uses of them."""
     from keel_megatron.data.batches import Batch
 
-    shape = (request.config.training.micro_batch_size, request.config.data.seq_length)
+    config, stage = request.config, request.stage
+    shape = (config.training.micro_batch_size, config.data.seq_length)
     tokens = torch.zeros(shape, dtype=torch.long, device="cpu")
-    return [Batch(tokens, tokens, torch.ones(shape, device="cpu"), tokens) for _ in range(count)]
+    used = Batch(tokens, tokens).only(
+        tokens=stage == 0, labels=stage == config.parallel.pipeline - 1
+    )
+    return [used] * request.all_micro_batches
 
 
 def _train(request: Request, engine: Any, tracker: Tracker) -> None:
     """A step, a step with a depth profile, a validation."""
+    from keel_megatron.data.batches import Batch
     from keel_megatron.depth.collector import DepthCollector
 
     rate, count = request.config.optimizer.learning_rate, request.count
-    batches = _batches(request, count)
+    batches = _batches(request)
+    Batch.to = _in_phase(tracker, "batches", Batch.to)  # type: ignore[method-assign]
     tracker.enter("step")
     engine.train_step(batches, count, rate)
     if request.depth:

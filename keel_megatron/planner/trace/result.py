@@ -159,7 +159,8 @@ class RankTrace:
 def part_of(name: str) -> str:
     """The part of the run that a phase belongs to."""
     first = name.partition(":")[0]
-    return {"states": "build", "gradients": "step", "update": "step"}.get(first, first)
+    inside = {"states": "build", "batches": "step", "gradients": "step", "update": "step"}
+    return inside.get(first, first)
 
 
 def merged(phases: Sequence[Any], reserved: tuple[int, int]) -> Part:

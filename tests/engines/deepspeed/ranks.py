@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.depth.profile import DepthProfile
@@ -124,3 +126,36 @@ def forgetful(sections: dict[str, dict[str, Any]], steps: int) -> list[tuple[flo
             result = engine.train_step(batches, len(batches), config.optimizer.learning_rate)
             found.append((result.loss, result.grad_norm))
         return found
+
+
+def own_reads(runs: list[dict[str, dict[str, Any]]]) -> list[list[str]]:
+    """What this project's code reads of tensors in a second step, run by run."""
+    from keel_megatron.engines.build import build_engine
+    from keel_megatron.model.language_model import build_model
+
+    seen: list[str] = []
+
+    def noted(name: str) -> Any:
+        real = getattr(torch.Tensor, name)
+
+        def read(tensor: torch.Tensor) -> Any:
+            if "keel_megatron" in sys._getframe(1).f_code.co_filename:
+                seen.append(name)
+            return real(tensor)
+
+        return read
+
+    found = []
+    for sections in runs:
+        config = RunConfig.model_validate(sections)
+        with start(config.parallel, config.training) as runtime:
+            engine = build_engine(config, runtime, build_model(config, runtime))
+            batches = made_up_batches(config, runtime, 0)
+            engine.train_step(batches, len(batches), 1e-3)
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("tolist", "item", "__float__", "__int__", "__bool__"):
+                    patch.setattr(torch.Tensor, name, noted(name))
+                engine.train_step(batches, len(batches), 1e-3)
+        found.append(list(seen))
+        seen.clear()
+    return found

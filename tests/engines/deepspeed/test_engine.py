@@ -19,6 +19,7 @@ from tests.engines.deepspeed.ranks import (
     Watched,
     forgetful,
     needs_deepspeed,
+    own_reads,
     watched_runs,
     zero,
 )
@@ -106,6 +107,13 @@ def test_lost_gradients_would_be_caught(alone: dict[str, Watched]) -> None:
     apart = deviation(lost, kept)
     assert apart.loss > 1e-4
     assert apart.grad_norm > 0.1
+
+
+def test_the_engine_waits_for_a_step_once() -> None:
+    """Loss, gradient norm and votes are read together; ZeRO's own step reads more."""
+    runs = [settings(**SMALL, **ENGINES[name]) for name in ENGINES]
+    (found,) = run_ranks(1, own_reads, runs)
+    assert found == [["tolist"]] * len(runs)
 
 
 def test_a_refused_step_leaves_no_trace(alone: dict[str, Watched]) -> None:

@@ -79,6 +79,14 @@ def a_plan_without_head_norms() -> None:
     block_costs._head_norms_bytes = lambda *_arguments: 0  # type: ignore[assignment]
 
 
+def a_plan_that_counts_activations_twice() -> None:
+    """The plan takes every block's activations for twice what they are."""
+    from keel_megatron.layout.work import Cost
+
+    plain = Cost.kept_bytes
+    Cost.kept_bytes = lambda *arguments: 2 * plain(*arguments)  # type: ignore[method-assign]
+
+
 def a_save_that_gathers() -> None:
     """The largest master of all replicas is gathered before it is written."""
     import torch.distributed as dist

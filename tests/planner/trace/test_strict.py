@@ -12,9 +12,12 @@ import pytest
 from keel_megatron.architecture.residual import RULES
 from keel_megatron.planner.trace.plot import plot_trace
 from keel_megatron.planner.trace.report import describe_trace
+from keel_megatron.planner.trace.result import RankTrace, merged
 from keel_megatron.planner.trace.run import LIMITS, Trace
-from keel_megatron.planner.trace.strict import WAITS
+from keel_megatron.planner.trace.strict import WAITS, problems
+from keel_megatron.planner.trace.tracker import Phase
 from tests.planner.trace.strict import Case, trace_all
+from tests.settings import small_config
 
 HARDEST: dict[str, Any] = {
     "parallel__tensor": 2,
@@ -44,6 +47,11 @@ OPTIONS: dict[str, Case] = {
     "few activations": Case(1, 0, {"data__seq_length": 512, "parallel__recompute": "full"}),
     "light": Case(1, 0, {"parallel__recompute": "light"}),
     "two sequences": Case(1, 0, {"training__micro_batch_size": 2}),
+    "overlapped": Case(
+        4,
+        0,
+        {**PP2, "parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True},
+    ),
 }
 QUICK: dict[str, Case] = {
     # Every rule at the hardest layout, the stages in turn.
@@ -78,6 +86,10 @@ FAULTS: dict[str, tuple[Case, str]] = {
         Case(1, 0, {**HYBRID, "model__blocks": 16}, fault="a_plan_without_head_norms"),
         "the plan's step is -",
     ),
+    "a plan that is too high": (
+        Case(1, 0, fault="a_plan_that_counts_activations_twice"),
+        "the plan's step is +9.",
+    ),
 }
 
 
@@ -90,20 +102,53 @@ def quick() -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", QUICK)
 def test_a_rank_is_as_it_should_be(case: str, quick: dict[str, Any]) -> None:
-    problems, _trace = quick[case]
-    assert not problems, "\n".join(problems)
+    found, _trace = quick[case]
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_caught(fault: str, quick: dict[str, Any]) -> None:
-    problems, _trace = quick[fault]
-    assert FAULTS[fault][1] in "\n".join(problems)
+    found, _trace = quick[fault]
+    assert FAULTS[fault][1] in "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "deviation", "caught"),
+    [
+        (32, -0.001, True),
+        (32, 0.0, False),
+        (32, 0.019, False),
+        (32, 0.03, True),
+        (8, -0.001, True),
+        (8, 0.03, False),
+        (8, 0.051, True),
+    ],
+)
+def test_a_plan_may_be_a_little_above_a_trace_and_never_below(
+    blocks: int, deviation: float, caught: bool
+) -> None:
+    """2 % from 32 blocks of hidden size 1024 on, 5 % below."""
+    peak = 10**9
+    part = merged([Phase(peak=peak)], (peak, peak))
+    trace = RankTrace(
+        stage=0,
+        tensor_rank=0,
+        micro_batches=2,
+        all_micro_batches=2,
+        parts={"step": part},
+        passes=part,
+        planned=round((1.0 + deviation) * peak),
+        curve=[],
+        marks=[],
+    )
+    config = small_config(model__hidden_size=1024, model__blocks=blocks)
+    assert bool(problems(config, trace)) == caught
 
 
 def test_the_joins_in_operators_run_on_cuda(quick: dict[str, Any]) -> None:
     """Only the plan is wrong there: it counts on the fused kernel."""
-    problems, _trace = quick["joins in operators"]
-    assert all("the plan's" in problem for problem in problems), problems
+    found, _trace = quick["joins in operators"]
+    assert all("the plan's" in problem for problem in found), found
 
 
 def test_a_trace_finds_what_is_known_of_a_step(quick: dict[str, Any]) -> None:
@@ -157,5 +202,5 @@ def test_every_rule_at_every_layout_and_stage() -> None:
         for stage in range(stages)
     }
     found = trace_all(cases)
-    wrong = {name: problems for name, (problems, _trace) in found.items() if problems}
+    wrong = {name: wrongs for name, (wrongs, _trace) in found.items() if wrongs}
     assert not wrong, wrong
