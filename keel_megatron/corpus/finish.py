@@ -37,7 +37,7 @@ from keel_megatron.data.manifest import (
     Skipped,
     SourceRecord,
 )
-from keel_megatron.data.shards import TokenShard
+from keel_megatron.data.shards import TokenShard, map_array
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.files import write_whole
 from keel_megatron.runtime.versions import package_versions
@@ -88,7 +88,9 @@ def finish(
     names: set[str] = set()
     for number, source in enumerate(sources):
         built = [shard for shard in _shards_of(folder, plan, number) if len(shard.lengths)]
-        counts += sum(np.load(path_of(folder, job, "counts.npy")) for b in built for job in b.jobs)
+        counts += sum(
+            map_array(path_of(folder, job, "counts.npy")) for b in built for job in b.jobs
+        )
         counts += _hold_out(folder, plan, source, built)
         shards = tuple(_write(folder, plan, shard, names) for shard in built)
         records.append(_source_record(source, contents, shards, built))
@@ -126,11 +128,11 @@ def _shards_of(folder: Path, plan: Plan, source: int) -> Iterator[_Built]:
     for _, group in groupby(own, key=lambda job: job.shard):
         jobs = list(group)
         results = [_complete(folder, job) for job in jobs]
-        lengths = [np.load(path_of(folder, job, "lengths.npy")) for job in jobs]
+        lengths = [map_array(path_of(folder, job, "lengths.npy")) for job in jobs]
         if jobs[0].kind == "part":
             yield _Built(jobs, results, *_joined(jobs, lengths))
         else:
-            yield _Built(jobs, results, lengths[0], np.load(path_of(folder, jobs[0], "held.npy")))
+            yield _Built(jobs, results, lengths[0], map_array(path_of(folder, jobs[0], "held.npy")))
 
 
 def _complete(folder: Path, job: Job) -> JobResult:

@@ -303,7 +303,7 @@ def text_of(unit: Unit) -> Iterator[str]:
 def save_array(path: Path, values: NDArray[Any]) -> None:
     """Write an array to a .npy file atomically."""
     content = io.BytesIO()
-    np.save(content, values, allow_pickle=False)
+    np.lib.format.write_array(content, values)
     write_whole(path, content.getvalue())
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from keel_megatron.config.reading import open_regular, parse_json, read_small
 from keel_megatron.data.dataset import Dataset, Part, Source
 from keel_megatron.data.sequences import Documents, Index, SequenceDataset, build_index
+from keel_megatron.data.shards import map_array
 
 Say = Callable[[str], None]
 
@@ -162,7 +163,7 @@ def _write(folder: Path, index: Index) -> None:
 
 def _read(folder: Path, *, check: bool) -> Index | None:
     """An index's arrays, mapped into memory; None if they are missing or damaged."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError):
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         if folder.is_symlink():
             return None
         record = parse_json(read_small(folder / _RECORD))
@@ -186,11 +187,9 @@ def _mapped(folder: Path, name: str, record: dict[str, Any], *, check: bool) -> 
     known = record["files"][path.name]
     if path.is_symlink():
         raise ValueError("a link")
-    open_regular(path).close()
     if path.stat().st_size != known["bytes"] or (check and _checksum(path) != known["crc32"]):
         raise ValueError("changed")
-    # Refuses arrays of objects, which would be pickles.
-    array = np.lib.format.open_memmap(path, mode="r", max_header_size=10_000)
+    array = map_array(path)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError("no list of integers")
     return array

@@ -84,6 +84,21 @@ def with_suffix(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(f"{prefix.name}.{suffix}")
 
 
+def map_array(path: Path) -> NDArray[Any]:
+    """The array of a .npy file, mapped into memory.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no array, or one of objects, which would be pickles.
+    """
+    open_regular(path).close()
+    try:
+        found: NDArray[Any] = np.lib.format.open_memmap(path, mode="r", max_header_size=10_000)
+    except (SyntaxError, MemoryError, EOFError) as error:
+        raise ValueError(str(error)) from error
+    return found
+
+
 def read_held_out(path: Path, documents: int) -> NDArray[np.int64]:
     """The held-out documents of a shard, int64, ascending.
 
@@ -95,9 +110,7 @@ def read_held_out(path: Path, documents: int) -> NDArray[np.int64]:
         UserError: the file is no such list.
     """
     try:
-        open_regular(path).close()
-        # Refuses arrays of objects, which would be pickles.
-        found = np.lib.format.open_memmap(path, mode="r", max_header_size=10_000)
+        found = map_array(path)
         if found.dtype != np.int64 or found.ndim != 1:
             raise ValueError("no list of integers")
         numbers = np.array(found)
@@ -105,7 +118,7 @@ def read_held_out(path: Path, documents: int) -> NDArray[np.int64]:
             numbers[0] < 0 or numbers[-1] >= documents or (np.diff(numbers) <= 0).any()
         ):
             raise ValueError(f"no ascending numbers below {documents}")
-    except (OSError, ValueError, SyntaxError, MemoryError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"data.dataset: {path} does not list held-out documents ({error})"
         ) from error
