@@ -246,4 +246,4 @@ def test_many_files_take_little_memory_each(tmp_path: Path) -> None:
     for number in range(2000):
         (tmp_path / f"document_{number:07d}.txt").write_text("tiny")
     sources_of(data(text=str(tmp_path)))  # what is imported and cached is not counted
-    assert peak_bytes(lambda: sources_of(data(text=str(tmp_path)))) < 2000 * 1200
+    assert peak_bytes(lambda: sources_of(data(text=str(tmp_path)))) < 2000 * 800
