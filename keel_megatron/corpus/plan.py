@@ -30,6 +30,8 @@ JOBS: Final = "jobs"
 SAID: Final = "build.log"
 SMALLEST_JOB: Final = 16 << 20
 """Bytes of source files of one job, at least; more for large sources."""
+COST_OF_FILE: Final = 1 << 14
+"""Bytes that take as long as opening a file."""
 MOST_JOBS: Final = 1024
 """Jobs of one source, about."""
 _WINDOW: Final = 1 << 20
@@ -54,6 +56,8 @@ class Job(Section):
     """Whether it belongs to the source's own validation set."""
     bytes: int
     """Of source files, about."""
+    cost: int
+    """The same, with COST_OF_FILE for each file."""
 
 
 class PlannedSource(Section):
@@ -88,6 +92,11 @@ class _Group:
     units: list[Unit] = field(default_factory=list)
     bytes: int = 0
 
+    @property
+    def cost(self) -> int:
+        """Bytes, with COST_OF_FILE for each unit."""
+        return self.bytes + COST_OF_FILE * len(self.units)
+
 
 @dataclass(frozen=True)
 class _Planned:
@@ -99,7 +108,7 @@ class _Planned:
 
 def job_size(source: Source) -> int:
     """Bytes of source files of one job."""
-    return max(SMALLEST_JOB, source.size // MOST_JOBS)
+    return max(SMALLEST_JOB, (source.size + COST_OF_FILE * len(source.files)) // MOST_JOBS)
 
 
 class Planner:
@@ -149,6 +158,7 @@ class Planner:
             kind="tokens" if file.kind == "megatron" else "documents",
             validation=file.part == "validation",
             bytes=group.bytes,
+            cost=group.cost,
         )
         size = job_size(source)
         if not (is_single_text(source) or _is_large_text(file, size)):
@@ -161,9 +171,10 @@ class Planner:
             ranges = [(0, at, False), (at, file.size, True)]
         for start, stop, held in ranges:
             for unit in self._parts(file, start, stop, size):
+                length = unit.stop - unit.start
                 update = {"kind": "part", "ends": unit.stop == stop, "held_out": held}
                 yield _Planned(
-                    job.model_copy(update={**update, "bytes": unit.stop - unit.start}), [unit]
+                    job.model_copy(update={**update, "bytes": length, "cost": length}), [unit]
                 )
 
     def _parts(self, file: SourceFile, start: int, stop: int, size: int) -> Iterator[Unit]:
@@ -192,7 +203,7 @@ class Planner:
         group = _Group()
         for unit, share in _units(source, size):
             alone = unit.file.kind == "megatron" or _is_large_text(unit.file, size)
-            full = alone or group.bytes + share > size
+            full = alone or group.cost + COST_OF_FILE + share > size
             if group.units and (full or group.units[0].file.part != unit.file.part):
                 yield group
                 group = _Group()

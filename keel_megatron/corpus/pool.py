@@ -39,13 +39,13 @@ def run_jobs(
     """
     if not jobs:
         return
-    if sum(job.bytes for job in jobs) <= SMALL:
+    if sum(job.cost for job in jobs) <= SMALL:
         tokenizing = Tokenizing(folder, plan)
         for job in jobs:
             tokenizing.run(job, report)
         return
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    for job in sorted(jobs, key=lambda job: -job.bytes):  # a large one last would be waited for
+    for job in sorted(jobs, key=lambda job: -job.cost):  # a large one last would be waited for
         waiting.put(job)
     pool = [_Worker(folder, waiting, report) for _ in range(min(workers, len(jobs)))]
     try:

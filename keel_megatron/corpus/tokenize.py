@@ -290,6 +290,8 @@ def text_of(unit: Unit) -> Iterator[str]:
     passed = unit.start
     try:
         for block in blocks(unit.file, unit.start, unit.stop):
+            if b"\0" in block:
+                raise UserError(f"{unit.file.location} is not text: it contains a NUL byte")
             text = decoder.decode(block)
             passed += len(block)
             yield text.removeprefix("\ufeff") if is_first else text

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from keel_megatron.corpus import plan, pool
+from keel_megatron.corpus.build import build, identify
+from keel_megatron.corpus.progress import BuildProgress
 from keel_megatron.data.tokenizer import open_tokenizer
 from keel_megatron.errors import UserError
 from tests.corpus.datasets import built, digests, documents, texts_of, write_texts
-from tests.corpus.files import data
+from tests.corpus.files import data, ignore
 from tests.corpus.tokenizers import bytes_bpe, prose, write_json, write_sentencepiece
 
 
@@ -21,6 +23,7 @@ from tests.corpus.tokenizers import bytes_bpe, prose, write_json, write_sentence
 def small_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many jobs, done by worker processes, from little text."""
     monkeypatch.setattr(plan, "SMALLEST_JOB", 4000)
+    monkeypatch.setattr(plan, "COST_OF_FILE", 0)
     monkeypatch.setattr(pool, "SMALL", 0)
 
 
@@ -113,6 +116,26 @@ def test_control_pieces_in_the_text_stay_text(tmp_path: Path) -> None:
         texts = texts_of(out)  # also checks that `eod` ends documents only
         assert len(texts["train"]) == 2
         assert texts["train"][0].endswith("</s><|endoftext|>\n<unk><eod>")
+
+
+def test_many_small_files_are_several_jobs(tmp_path: Path) -> None:
+    jobs: list[plan.Job] = []
+
+    def note(_partial: Path, planned: plan.Plan, _progress: BuildProgress) -> None:
+        jobs.extend(planned.jobs)
+
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(1500):
+        (folder / f"{number}.txt").write_text("text")
+    config = data(
+        text=str(folder),
+        tokenizer=str(write_sentencepiece(tmp_path)),
+        vocab_size=400,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    build(config, identify(config, ignore), tmp_path / "d", ignore, note)
+    assert [job.bytes for job in jobs] == [4 * 1023, 4 * 477]
 
 
 def test_own_validation_files(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
     monkeypatch.setattr(plan, "SMALLEST_JOB", 3000)
+    monkeypatch.setattr(plan, "COST_OF_FILE", 0)
     return data(
         text=str(write_texts(tmp_path / "text", 20)),
         tokenizer=str(write_sentencepiece(tmp_path)),

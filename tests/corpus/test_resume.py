@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
     """Of a text that makes several jobs."""
     monkeypatch.setattr(plan, "SMALLEST_JOB", 2000)
+    monkeypatch.setattr(plan, "COST_OF_FILE", 0)
     return data(
         text=str(write_texts(tmp_path / "text")),
         tokenizer=str(write_sentencepiece(tmp_path)),
@@ -101,7 +102,7 @@ from pathlib import Path
 from keel_megatron.config.data import DataConfig
 from keel_megatron.corpus import plan, pool, tokenize
 from keel_megatron.corpus.build import build, identify, local
-plan.SMALLEST_JOB, pool.SMALL = 2000, 0
+plan.SMALLEST_JOB, plan.COST_OF_FILE, pool.SMALL = 2000, 0, 0
 pool.python = lambda: [sys.executable, "-c", sys.argv[3]]
 config = DataConfig.model_validate(json.loads(sys.argv[1]))
 build(config, identify(config, print), Path(sys.argv[2]), print, local(2))

@@ -19,10 +19,11 @@ def read_text(unit: Unit, on_bad: Callable[[BadRecord], None]) -> Iterator[Docum
     The text is checked before it is handed out: a document is given out whole or not at all.
     """
     file = unit.file
-    is_blank = True
+    is_blank, count, chunk = True, 0, ""
     try:
         for chunk in _decoded(file):  # all of it: each chunk is checked
             is_blank &= not chunk.strip()
+            count += 1
     except DamagedError as error:
         on_bad(BadRecord(file, "file", 0, str(error), file.size))
     except _NotTextError as error:
@@ -31,7 +32,8 @@ def read_text(unit: Unit, on_bad: Callable[[BadRecord], None]) -> Iterator[Docum
         if is_blank:
             on_bad(BadRecord(file, "file", 0, "is blank", file.size, blank=True))
         else:
-            yield Document(file.name, _decoded(file))
+            # Most files are one chunk, which need not be read again.
+            yield Document(file.name, (chunk,) if count == 1 else _decoded(file))
 
 
 class _NotTextError(Exception):
