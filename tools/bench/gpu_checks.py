@@ -42,6 +42,7 @@ from keel_megatron.kernels.weight_gradients import add_product, adds_directly
 from keel_megatron.layout.devices import this_device
 from keel_megatron.model.attention_kernel import attention_choice, attention_order, prefer_attention
 from keel_megatron.model.language_model import build_model
+from keel_megatron.runtime import cuda_environment
 from keel_megatron.runtime.distributed import start
 from keel_megatron.tracking.metrics import read_metrics
 from keel_megatron.training.run import run_training
@@ -269,6 +270,9 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="also write the results there, as JSON")
     chosen = parser.parse_args()
+    # CUDA reads its environment once, so what any of the checks needs is set before it starts.
+    strictest = small_run(chosen.device, "training.deterministic=true")
+    cuda_environment.prepare(strictest.parallel, strictest.training)
     if chosen.device == "cuda" and not torch.cuda.is_available():
         print("torch sees no CUDA device: nothing is checked (--device cpu tries the checks)")
         return 2
