@@ -30,6 +30,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 from gpu_worker import measure
 
+from keel_megatron import compat
+
+compat.install()  # before Megatron-core is imported
+
 from keel_megatron.checkpoint import folder
 from keel_megatron.checkpoint.staging import Staging
 from keel_megatron.cluster import flight_recorder
