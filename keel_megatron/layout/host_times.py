@@ -35,8 +35,10 @@ class Calibration:
     """Per block of each residual rule."""
     compiled: PassTimes
     """Per compiled block (`kernels.compile`) of the default rule."""
-    micro_batch: PassTimes
-    """Per micro-batch, besides the blocks: embedding, head, loss and the model's modules."""
+    chunk: PassTimes
+    """Per chunk, besides its blocks."""
+    ends: PassTimes
+    """Embedding, head and loss together."""
 
     def block(self, rule: str, *, compiled: bool) -> PassTimes:
         """Per block of a rule; a compiled one scales like that of the default rule."""
@@ -66,7 +68,8 @@ def calibration() -> Calibration:
         found["date"],
         {rule: _times(one) for rule, one in found["blocks"].items()},
         _times(found["compiled_block"]),
-        _times(found["micro_batch"]),
+        _times(found["chunk"]),
+        _times(found["ends"]),
     )
 
 

@@ -77,8 +77,10 @@ class HostTimes:
 
     block: Times
     """Per block, without recomputation."""
-    rest: Times
+    chunk: Times
     """Per chunk, besides its blocks."""
+    end: Times
+    """Of the embedding, or of the head: half of both."""
     light: float
     """What light recomputation adds to a block's backward pass."""
 
@@ -142,21 +144,22 @@ class UnitTimes:
 
     def of(self, load: Load) -> StageTimes:
         """Times of a stage or a chunk."""
-        pieces = [(self.block, load.blocks)]
-        pieces += [(self.embedding, 1)] if load.embedding else []
-        pieces += [(self.head, 1)] if load.head else []
+        n, first, last = load.blocks, int(load.embedding), int(load.head)
+        emb, block, head = self.embedding, self.block, self.head
         device = Times(
-            sum(time.forward * count for time, count in pieces),
-            sum(time.backward * count for time, count in pieces)
+            n * block.forward + first * emb.forward + last * head.forward,
+            n * block.backward
+            + first * emb.backward
+            + last * head.backward
             + self.recomputing(load.full, load.light),
         )
         if self.host is None:
             return StageTimes(device, Times(0.0, 0.0))
-        block, rest = self.host.block, self.host.rest
-        again = load.full * block.forward + load.light * self.host.light
+        own, chunk, end = self.host.block, self.host.chunk, self.host.end
+        again = load.full * own.forward + load.light * self.host.light
         host = Times(
-            load.blocks * block.forward + load.chunks * rest.forward,
-            load.blocks * block.backward + load.chunks * rest.backward + again,
+            n * own.forward + load.chunks * chunk.forward + (first + last) * end.forward,
+            n * own.backward + load.chunks * chunk.backward + (first + last) * end.backward + again,
         )
         return StageTimes(device, host)
 
@@ -194,12 +197,13 @@ def host_times(costs: Costs, device: Device) -> HostTimes:
             scale * python.backward + launch * block.backward.kernels,
         )
         light = launch * block.light.kernels
-    ends = (costs.embedding, costs.head)
-    rest = Times(
-        scale * found.micro_batch.forward + launch * sum(one.forward.kernels for one in ends),
-        scale * found.micro_batch.backward + launch * sum(one.backward.kernels for one in ends),
+    pieces = (costs.embedding, costs.head)
+    end = Times(
+        0.5 * scale * found.ends.forward + 0.5 * launch * sum(p.forward.kernels for p in pieces),
+        0.5 * scale * found.ends.backward + 0.5 * launch * sum(p.backward.kernels for p in pieces),
     )
-    return HostTimes(own, rest, light)
+    chunk = Times(scale * found.chunk.forward, scale * found.chunk.backward)
+    return HostTimes(own, chunk, end, light)
 
 
 def time_parts(work: Work, device: Device, execution: Execution) -> dict[str, float]:

@@ -74,15 +74,14 @@ def _pieces(plan: Plan) -> str:
 def _prediction(plan: Plan) -> list[str]:
     tokens = plan.tokens_per_step * plan.config.training.steps
     low, high = plan.spread.low, plan.spread.high
-    measured = plan.device.measured_tflops
     lines = [
         *_device_and_host(plan),
         f"Step: {seconds(plan.step_seconds)}: passes {seconds(plan.timeline.seconds)} with a "
         f"bubble of {plan.bubble:.1%}, gradients and update {seconds(plan.closing_seconds)}.",
         f"Between {' and '.join(map(seconds, plan.step_range))}: {plan.basis}.",
         f"Speed: {si(plan.tokens_per_second)} tokens/s, {plan.mfu:.1%} MFU of "
-        f"{plan.device.tflops:g} TFLOP/s ({plan.mfu / high:.0%} to {plan.mfu / low:.0%}), "
-        f"{plan.product_share:.1%} of the {measured:g} that the largest products reach.",
+        f"{plan.device.tflops:g} TFLOP/s ({plan.mfu / high:.0%} to {plan.mfu / low:.0%})"
+        f"{_products(plan)}.",
         f"Run: {count(plan.config.training.steps, 'step')}, {si(tokens)} tokens: "
         f"{duration(plan.config.training.steps * plan.step_seconds)}.",
     ]
@@ -90,6 +89,14 @@ def _prediction(plan: Plan) -> list[str]:
     if plan.config.training.engine == "deepspeed":
         lines.append(_zero(plan))
     return lines
+
+
+def _products(plan: Plan) -> str:
+    """The share of the device's measured product rate, where there is a published one."""
+    if plan.device.name == "cpu":
+        return ""
+    measured = plan.device.measured_tflops
+    return f", {plan.product_share:.1%} of the {measured:g} that the largest products reach"
 
 
 def _device_and_host(plan: Plan) -> list[str]:

@@ -4,9 +4,10 @@ python tools/bench/host.py            # writes keel_megatron/layout/host_times.j
 python tools/bench/host.py --show     # prints it
 
 The model runs as on CUDA, with Triton's kernels left out, on tensors so small that arithmetic does
-not matter. A block's time is the difference between a model of 10 blocks and one of 2. Processor
-time of the thread is measured, which other load on the machine does not add to; the lower quartile
-counts. Each model runs in a separate process.
+not matter. A block's time is the difference between a model of 10 blocks and one of 2; that of a chunk
+is the small model's as a middle stage, without its blocks; the ends are the embedding, the head and
+the loss. Processor time of the thread is measured, which other load on the machine does not add to;
+the lowest decile counts. Each rule runs in a separate process.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from keel_megatron.runtime.versions import package_versions
 from tools.bench.peers import cpu_name
 
 FEW, MANY = 2, 10
-SAMPLES = 40
+SAMPLES = 100
 SECTIONS: dict[str, dict[str, Any]] = {
     "model": {"hidden_size": 64, "ffn_hidden_size": 64, "num_attention_heads": 1},
     "data": {"seq_length": 16, "vocab_size": 320},
@@ -98,8 +99,26 @@ def passes(engine: Any, batch: Any) -> tuple[float, float]:
     return middle - begin, time.thread_time() - middle
 
 
+def middle_passes(engine: Any, batch: Any) -> tuple[float, float]:
+    """The same of the model's blocks as a middle stage has them."""
+    model: Any = engine.model[0].module
+    ends = [(model, "pre_process"), (model, "post_process"), (model.decoder, "pre_process")]
+    stream = torch.zeros(*batch.tokens.T.shape, model.config.hidden_size, requires_grad=True)
+    for module, name in ends:
+        setattr(module, name, False)
+    model.decoder.input_tensor = stream
+    begin = time.thread_time()
+    out = model(batch.tokens, batch.position_ids, None)
+    middle = time.thread_time()
+    out.backward(torch.zeros_like(out))
+    end = time.thread_time()
+    for module, name in ends:
+        setattr(module, name, True)
+    return middle - begin, end - middle
+
+
 def measure(rule: str, *, compiled: bool, samples: int = SAMPLES) -> dict[str, Any]:
-    """Microseconds per block, and of what is not in blocks, of both passes. Once a process."""
+    """Microseconds of both passes per block, per chunk and of the ends. Once a process."""
     config = run_of(rule, FEW, compiled=compiled)
     with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
         runs = [run_of(rule, blocks, compiled=compiled) for blocks in (FEW, MANY)]
@@ -109,17 +128,22 @@ def measure(rule: str, *, compiled: bool, samples: int = SAMPLES) -> dict[str, A
             take_for_cuda()
         for engine in engines * 3:
             passes(engine, batch)
+            middle_passes(engine, batch)
         gc.collect()
         gc.freeze()
         gc.disable()
-        rows = [[passes(engine, batch) for engine in engines] for _ in range(samples)]
-    few, many = (
-        [statistics.quantiles([row[i][way] for row in rows], n=4)[0] * 1e6 for way in (0, 1)]
-        for i in (0, 1)
+        rows = [
+            [*(passes(engine, batch) for engine in engines), middle_passes(engines[0], batch)]
+            for _ in range(samples)
+        ]
+    few, many, middle = (
+        [statistics.quantiles([row[i][way] for row in rows], n=10)[0] * 1e6 for way in (0, 1)]
+        for i in range(3)
     )
     block = [(b - a) / (MANY - FEW) for a, b in zip(few, many, strict=True)]
-    rest = [a - FEW * one for a, one in zip(few, block, strict=True)]
-    return {"block": named(block), "rest": named(rest)}
+    chunk = [max(0.0, a - FEW * one) for a, one in zip(middle, block, strict=True)]
+    ends = [max(0.0, a - b) for a, b in zip(few, middle, strict=True)]
+    return {"block": named(block), "chunk": named(chunk), "ends": named(ends)}
 
 
 def named(pair: list[float]) -> dict[str, float]:
@@ -149,7 +173,8 @@ def calibrate() -> dict[str, Any]:
         | {"python": platform.python_version()},
         "blocks": {rule: one["block"] for rule, one in found.items()},
         "compiled_block": in_process("keel", compiled=True)["block"],
-        "micro_batch": found["keel"]["rest"],
+        "chunk": found["keel"]["chunk"],
+        "ends": found["keel"]["ends"],
     }
 
 
