@@ -4,10 +4,10 @@ python tools/bench/host.py            # writes keel_megatron/layout/host_times.j
 python tools/bench/host.py --show     # prints it
 
 The model runs as on CUDA, with Triton's kernels left out, on tensors so small that arithmetic does
-not matter. A block's time is the difference between a model of 10 blocks and one of 2; that of a chunk
-is the small model's as a middle stage, without its blocks; the ends are the embedding, the head and
-the loss. Processor time of the thread is measured, which other load on the machine does not add to;
-the lowest decile counts. Each rule runs in a separate process.
+not matter. A block's time is the difference between a model of 10 blocks and one of 2. A chunk's is
+that of the small model as a middle stage, without its blocks; the ends are the embedding, the head
+and the loss. Processor time of the thread is measured, which other load on the machine hardly adds
+to; the lowest decile counts. Each rule runs in a separate process.
 """
 
 from __future__ import annotations
@@ -183,11 +183,13 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print the stored figures")
     parser.add_argument("--rule", choices=tuple(RULES), help="measure one rule, print it as JSON")
     parser.add_argument("--compiled", action="store_true", help="with kernels.compile")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"passes (default {SAMPLES})")
     chosen = parser.parse_args()
     if chosen.show:
         print(FIGURES.read_text(), end="")
     elif chosen.rule:
-        print("\n" + json.dumps(measure(chosen.rule, compiled=chosen.compiled)), flush=True)
+        found = measure(chosen.rule, compiled=chosen.compiled, samples=chosen.samples)
+        print("\n" + json.dumps(found), flush=True)
     else:
         FIGURES.write_text(json.dumps(calibrate(), indent=1) + "\n")
         print(f"wrote {FIGURES}")
