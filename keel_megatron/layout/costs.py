@@ -117,6 +117,8 @@ def _head(shape: Shape, kernel: Kernel, *, in_place: bool) -> Cost:
     return Cost(
         forward=Work(
             flops=flops,
+            products=pieces,
+            results=t * v,
             matmul_bytes=operands,
             other_bytes=norm + loss[0],
             communication_bytes=message,
@@ -125,6 +127,8 @@ def _head(shape: Shape, kernel: Kernel, *, in_place: bool) -> Cost:
         ),
         backward=Work(
             flops=(2 + again) * flops,
+            products=(2 + again) * pieces,
+            results=again * t * v + t * h + pieces * own,
             # Every piece is added to the fp32 sum by the product itself.
             matmul_bytes=(2 + again) * operands + 2 * STREAM_BYTES * pieces * own,
             other_bytes=2 * norm + loss[1],

@@ -46,6 +46,7 @@ OPTIONS: dict[str, Case] = {
     "optimizer replicated": Case(2, 0, {"parallel__distributed_optimizer": False}),
     "few activations": Case(1, 0, {"data__seq_length": 512, "parallel__recompute": "full"}),
     "light": Case(1, 0, {"parallel__recompute": "light"}),
+    "full, then light": Case(1, 0, {"parallel__recompute": "auto", "parallel__memory_gb": 3.3}),
     "two sequences": Case(1, 0, {"training__micro_batch_size": 2}),
     "overlapped": Case(
         4,
