@@ -45,16 +45,26 @@ def model_costs(config: RunConfig, kernel: Kernel = "triton") -> Costs:
     norms: Kernel = "triton" if "norm" in execution.triton else "torch"
     block = block_cost(shape, norms, execution)
     if kernel == "triton":
+        kept = _attention_kept(shape)
         block = replace(
             block,
-            activation_bytes=block.activation_bytes + SEED_BYTES,
-            light_bytes=block.light_bytes + SEED_BYTES,
+            activation_bytes=block.activation_bytes + kept,
+            light_bytes=block.light_bytes + kept,
         )
     return Costs(
         embedding=_embedding(shape, kernel),
         block=block,
         head=_head(shape, kernel, in_place="cross_entropy" in execution.triton),
     )
+
+
+def _attention_kept(shape: Shape) -> int:
+    """Bytes that a block's attention keeps on CUDA alone.
+
+    In fp32, key and value are repeated for every head (model/attention_kernel.py).
+    """
+    repeated = shape.attention - shape.groups if shape.c == STREAM_BYTES else 0
+    return SEED_BYTES + 2 * shape.tokens * STREAM_BYTES * repeated
 
 
 def head_pieces(config: RunConfig) -> int:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from keel_megatron.architecture.residual import RULES
-from keel_megatron.layout.costs import SEED_BYTES, model_costs
-from keel_megatron.layout.work import Cost
+from keel_megatron.layout.costs import _attention_kept, model_costs
+from keel_megatron.layout.work import Cost, Shape
 from tests.distributed import run_ranks
 from tests.settings import settings, small_config
 
@@ -135,12 +135,13 @@ def test_a_block_keeps_what_is_predicted(measured: Any) -> None:
 
 
 def block_bytes(overrides: dict[str, Any], kernel: Any) -> int:
-    """What the plan says a block keeps, without the seeds that attention keeps on CUDA alone."""
-    cost = model_costs(small_config(**overrides), kernel).block
-    seeds = SEED_BYTES if kernel == "triton" else 0
+    """What the plan says a block keeps, without what attention keeps on CUDA alone."""
+    config = small_config(**overrides)
+    cost = model_costs(config, kernel).block
+    more = _attention_kept(Shape.of(config)) if kernel == "triton" else 0
     return {
-        "none": cost.activation_bytes - seeds,
-        "light": cost.light_bytes - seeds,
+        "none": cost.activation_bytes - more,
+        "light": cost.light_bytes - more,
         "full": cost.recompute_bytes,
     }[overrides.get("parallel__recompute", "none")]
 

@@ -165,6 +165,17 @@ def test_one_rotary_kernel_reads_and_writes_each_element_once() -> None:
     assert hybrid.block.forward.strided_bytes == plain.block.forward.strided_bytes
 
 
+@pytest.mark.parametrize(("groups", "repeated"), [(8, 1024 - 512), (16, 0)])
+def test_in_fp32_cuda_keeps_key_and_value_of_every_head(groups: int, repeated: int) -> None:
+    config = small_config(
+        **PAPER
+        | {"training__precision": "fp32", "model__num_query_groups": groups, "kernels__triton": []}
+    )
+    on_cuda, on_cpu = (model_costs(config, kernel).block for kernel in ("triton", "torch"))
+    more = on_cuda.activation_bytes - on_cpu.activation_bytes
+    assert more == SEED_BYTES + 2 * 4096 * 4 * repeated
+
+
 def test_what_is_not_selected_is_as_on_a_cpu() -> None:
     """But for the seeds that attention keeps on CUDA."""
     block, on_cpu = (

@@ -41,7 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
 HYBRID: dict[str, Any] = {"model__residual": "hybrid_norm"}
 OPTIONS: dict[str, Case] = {
     "dropout": Case(1, 0, {"model__dropout": 0.1}),
-    "fp32": Case(2, 1, {**PP2, "training__precision": "fp32", "model__num_query_groups": 16}),
+    "fp32": Case(2, 1, {**PP2, "training__precision": "fp32"}),
     "head in pieces": Case(1, 0, {"kernels__logits_mib": 40.0}),
     "optimizer replicated": Case(2, 0, {"parallel__distributed_optimizer": False}),
     "few activations": Case(1, 0, {"data__seq_length": 512, "parallel__recompute": "full"}),
