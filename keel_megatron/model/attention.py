@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keel_megatron.model.attention_kernel import expands_groups
-from keel_megatron.model.documents import Documents
+from keel_megatron.model.documents import Documents, Packed
 from keel_megatron.model.recompute import free_until_backward
 from keel_megatron.model.rotary import apply_rotary, split_rotary
 
@@ -55,14 +55,16 @@ class SdpaAttention(nn.Module):
         tracker = tensor_parallel.get_cuda_rng_tracker()
         fork = tracker.fork() if dropout and not self.sequence_parallel else nullcontext()
         with fork:
-            if documents is not None and documents.are_packed(query):
-                return packed_attention(query, key, value, documents, dropout)
-            bias = None if documents is None else documents.bias(query.dtype)
-            return causal_attention(query, key, value, dropout, bias)
+            within = None if documents is None else documents.within(query, query.size(-1))
+            return causal_attention(query, key, value, dropout, within)
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, bias: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float = 0.0,
+    within: Tensor | Packed | None = None,
 ) -> Tensor:
     """softmax(Q K^T / sqrt(d), causal) V; shapes as in `SdpaAttention.forward`.
 
@@ -71,8 +73,10 @@ def causal_attention(
         key: [s, b, groups, d].
         value: [s, b, groups, d].
         dropout: probability.
-        bias: added to the scores, [b, 1, s, s], in their type; must exclude later keys itself.
+        within: of `Documents.within`; None: each sequence is one document.
     """
+    if isinstance(within, Packed):
+        return _packed_attention(query, key, value, dropout, within)
     s, b, heads, d = query.shape
     if key.size(2) != heads and expands_groups(query.device, query.dtype):
         key, value = (x.repeat_interleave(heads // x.size(2), dim=2) for x in (key, value))
@@ -80,29 +84,29 @@ def causal_attention(
         query.permute(1, 2, 0, 3),
         key.permute(1, 2, 0, 3),
         value.permute(1, 2, 0, 3),
-        attn_mask=bias,
+        attn_mask=within,
         dropout_p=dropout,
-        is_causal=bias is None,
+        is_causal=within is None,
         enable_gqa=key.size(2) != heads,
     )
     return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
 
 
-def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, documents: Documents, dropout: float
+def _packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, within: Packed
 ) -> Tensor:
-    """The same within documents, in FlashAttention's kernel for sequences of many lengths.
+    """`causal_attention` in FlashAttention's kernel for sequences of many lengths.
 
     torch's `varlen_attn` calls this operator too, but has no dropout, and torch 2.9 lacks it. The
     kernel wants every document's tokens one after another, so with several sequences in a
-    micro-batch its operands and its result are copies.
+    micro-batch its operands and its result are copied.
     """
     s, b, heads, d = query.shape
-    packed = [x.transpose(0, 1).reshape(b * s, -1, d) for x in (query, key, value)]
-    borders, longest = documents.borders, documents.longest
+    operands = [x.transpose(0, 1).reshape(b * s, -1, d) for x in (query, key, value)]
+    borders, longest = within
     aten: Any = torch.ops.aten
     out: Tensor = aten._flash_attention_forward(
-        *packed, borders, borders, longest, longest, dropout, True, False
+        *operands, borders, borders, longest, longest, dropout, True, False
     )[0]
     return out.view(b, s, heads * d).transpose(0, 1).contiguous()
 

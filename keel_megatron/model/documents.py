@@ -8,9 +8,19 @@ not reset at a document's start.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Packed(NamedTuple):
+    """What the kernel for documents one after another is given."""
+
+    borders: Tensor
+    """Cumulative lengths, int32 [documents + 1]."""
+    longest: int
+    """Length that no document exceeds."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,7 @@ class Documents:
     Args:
         numbers: number of the token's document within its sequence, int32 [b, s].
         borders: cumulative lengths of all documents, sequence after sequence, int32
-            [documents + 1]; None: only `bias` is used.
+            [documents + 1]; None: attention runs with a mask in memory.
         longest: length of the longest document, where there are borders.
     """
 
@@ -31,19 +41,26 @@ class Documents:
     longest: int = 0
     _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def bias(self, dtype: torch.dtype) -> Tensor:
-        """0 where a query may attend to a key, else -inf: [b, 1, s, s], made once."""
-        if dtype not in self._biases:
-            together = same_document(self.numbers, self.numbers).tril_()
-            bias = torch.zeros(together.shape, dtype=dtype, device=together.device)
-            self._biases[dtype] = bias.masked_fill_(together.logical_not_(), -torch.inf)
-        return self._biases[dtype]
+    def within(self, x: Tensor, head_dim: int) -> Tensor | Packed:
+        """What keeps attention within the documents: a bias of the scores, or their borders.
 
-    def are_packed(self, query: Tensor) -> bool:
-        """Whether attention of a query [s, b, heads, d] runs over `borders`, in one kernel."""
-        fits = query.size(-1) % 8 == 0 and query.size(-1) <= 256
-        on_cuda = query.is_cuda and query.dtype == torch.bfloat16
-        return self.borders is not None and on_cuda and fits
+        FlashAttention's kernel on CUDA takes borders, bf16, and heads of at most 256 elements. A
+        bias is 0 where a query may attend to a key and -inf elsewhere, [b, 1, s, s]; it is made
+        once. On a CPU it costs less than a call for every document at the lengths that a CPU
+        trains (docs/data.md).
+
+        Args:
+            x: a tensor of attention's type and device.
+            head_dim: d.
+        """
+        on_cuda = x.is_cuda and x.dtype == torch.bfloat16
+        if self.borders is not None and on_cuda and head_dim % 8 == 0 and head_dim <= 256:
+            return Packed(self.borders, self.longest)
+        if x.dtype not in self._biases:
+            together = same_document(self.numbers, self.numbers).tril_()
+            bias = torch.zeros(together.shape, dtype=x.dtype, device=together.device)
+            self._biases[x.dtype] = bias.masked_fill_(together.logical_not_(), -torch.inf)
+        return self._biases[x.dtype]
 
 
 def same_document(queries: Tensor, keys: Tensor) -> Tensor:
