@@ -74,7 +74,9 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {n: change(t) for n, t in values.items() if isinstance(t, Tensor)}
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in values.items() if isinstance(value, Tensor)
+        }
         return replace(self, **changed)
 
 

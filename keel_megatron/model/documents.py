@@ -44,23 +44,27 @@ class Documents:
     def within(self, x: Tensor, head_dim: int) -> Tensor | Packed:
         """What keeps attention within the documents: a bias of the scores, or their borders.
 
-        FlashAttention's kernel on CUDA takes borders, bf16, and heads of at most 256 elements. A
-        bias is 0 where a query may attend to a key and -inf elsewhere, [b, 1, s, s]; it is made
-        once. On a CPU it costs less than a call for every document at the lengths that a CPU
-        trains (docs/data.md).
+        A bias is 0 where a query may attend to a key and -inf elsewhere, [b, 1, s, s]; it is made
+        once a micro-batch. On a CPU it is as fast as a call for every document at the lengths of
+        sequences that a CPU trains (docs/data.md), and compiled blocks can use it.
 
         Args:
             x: a tensor of attention's type and device.
             head_dim: d.
         """
-        on_cuda = x.is_cuda and x.dtype == torch.bfloat16
-        if self.borders is not None and on_cuda and head_dim % 8 == 0 and head_dim <= 256:
+        if self.borders is not None and takes_borders(x.device, x.dtype, head_dim):
             return Packed(self.borders, self.longest)
         if x.dtype not in self._biases:
             together = same_document(self.numbers, self.numbers).tril_()
             bias = torch.zeros(together.shape, dtype=x.dtype, device=together.device)
             self._biases[x.dtype] = bias.masked_fill_(together.logical_not_(), -torch.inf)
         return self._biases[x.dtype]
+
+
+def takes_borders(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether there is a kernel for documents one after another: FlashAttention's on CUDA."""
+    fits = head_dim % 8 == 0 and head_dim <= 256
+    return device.type == "cuda" and dtype == torch.bfloat16 and fits
 
 
 def same_document(queries: Tensor, keys: Tensor) -> Tensor:

@@ -147,9 +147,7 @@ class LanguageModel(GPTModel):
             head = replace_output_layer(self, OutputLayer)
             head.rows = run.kernels.rows_at_once(head.output_size_per_partition)
 
-    def forward(
-        self, *arguments: Any, documents: Documents | None = None, **rest: Any
-    ) -> Tensor:
+    def forward(self, *arguments: Any, documents: Documents | None = None, **rest: Any) -> Tensor:
         """As GPTModel.forward, with attention kept within the documents, if they are given."""
         if documents is not None:
             rest["extra_block_kwargs"] = {"attention_bias": documents}

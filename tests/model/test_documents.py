@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from keel_megatron.config.checks import problems
 from keel_megatron.engines.base import forward
 from keel_megatron.model import compiled
 from keel_megatron.model.attention import SdpaAttention, causal_attention
@@ -151,6 +152,14 @@ def test_cudas_kernel_is_given_the_documents_one_after_another() -> None:
     blocks, micro_batches = 3, 2
     assert calls == micro_batches * blocks * 4  # twice with full recomputation
     assert graphs == 3  # the first block, the next one and the last
+
+
+@pytest.mark.parametrize("document_masks", [False, True])
+def test_transformer_engine_is_refused(document_masks: bool) -> None:
+    config = small_config(
+        data__document_masks=document_masks, kernels__backend="transformer_engine"
+    )
+    assert list(dict(problems(config))) == ["data.document_masks"] * document_masks
 
 
 def made_up_heads(s: int, b: int) -> list[Tensor]:

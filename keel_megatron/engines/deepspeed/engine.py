@@ -19,7 +19,14 @@ from keel_megatron.checkpoint.parameters import MASTER, placed
 from keel_megatron.compat import deepspeed_engine
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
-from keel_megatron.engines.base import DepthObserver, StepResult, forward, mean_counted, mean_loss, owns
+from keel_megatron.engines.base import (
+    DepthObserver,
+    StepResult,
+    forward,
+    mean_counted,
+    mean_loss,
+    owns,
+)
 from keel_megatron.engines.deepspeed.checkpoint_state import ZeroState
 from keel_megatron.engines.deepspeed.zero_shards import ZeroShards
 from keel_megatron.errors import UserError

@@ -20,7 +20,14 @@ from keel_megatron.checkpoint.megatron_state import MegatronState
 from keel_megatron.compat import clipping
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
-from keel_megatron.engines.base import DepthObserver, StepResult, forward, mean_counted, mean_loss, owns
+from keel_megatron.engines.base import (
+    DepthObserver,
+    StepResult,
+    forward,
+    mean_counted,
+    mean_loss,
+    owns,
+)
 from keel_megatron.engines.megatron.optimizer import (
     build_optimizer,
     set_learning_rate,
