@@ -227,7 +227,10 @@ class MemoryModel:
         activations before the next one begins.
         """
         parallel, costs = self.config.parallel, self.costs
-        kept = [costs.block.kept_bytes(*one) for one in zip(blocks, recomputed, light, strict=True)]
+        kept = [
+            costs.block.kept_bytes(*one) + (costs.block.shared_bytes if one[0] else 0)
+            for one in zip(blocks, recomputed, light, strict=True)
+        ]
         if stage == 0:
             kept[0] += costs.embedding.activation_bytes
         moments = in_flight(parallel.pipeline, len(blocks), stage, self.micro_batches)
