@@ -54,9 +54,14 @@ def test_a_chunk_has_one_mask_a_micro_batch_in_flight() -> None:
     config = small_config(data__document_masks=True, parallel__pipeline=2)
     costs = model_costs(config, "torch")
     memory = MemoryModel(config, costs, 1)
-    plain = MemoryModel(config, model_costs(small_config(parallel__pipeline=2), "torch"), 1)
+    inputs = [memory.stage(stage, [4], [0]).inputs for stage in (0, 1)]
+    without = small_config(parallel__pipeline=2)
+    plain = MemoryModel(without, model_costs(without, "torch"), 1)
     for stage, (blocks, masks) in enumerate([(4, 2), (4, 1)]):
         found = memory.stage(stage, [blocks], [0]).activations
         expected = plain.stage(stage, [blocks], [0]).activations + masks * costs.block.shared_bytes
         assert found == expected
     assert memory.stage(1, [0], [0]).activations == plain.stage(1, [0], [0]).activations
+    # The numbers of documents on both stages, and the mask of the labels.
+    before = [plain.stage(stage, [4], [0]).inputs for stage in (0, 1)]
+    assert [a - b for a, b in zip(inputs, before, strict=True)] == [4 * 16 * S, 8 * 16 * S]
