@@ -16,6 +16,7 @@ from dataclasses import replace
 from keel_megatron.architecture.flops import head_forward_flops
 from keel_megatron.config.run import RunConfig
 from keel_megatron.layout.block_costs import block_cost
+from keel_megatron.layout.document_costs import with_documents
 from keel_megatron.layout.work import (
     STREAM_BYTES,
     Cost,
@@ -53,7 +54,7 @@ def model_costs(config: RunConfig, kernel: Kernel = "triton") -> Costs:
         )
     return Costs(
         embedding=_embedding(shape, kernel),
-        block=block,
+        block=with_documents(block, config, kernel),
         head=_head(shape, kernel, in_place="cross_entropy" in execution.triton),
     )
 

@@ -104,6 +104,8 @@ class Cost:
     """What light recomputation adds to the backward pass."""
     boundary_bytes: int = 0
     """What the first light block of a chunk keeps besides: an input that it cannot recompute."""
+    shared_bytes: int = 0
+    """Bytes that all blocks of a chunk share for a micro-batch: the mask of its documents."""
     execution: Execution = Execution()
     """How its kernels are executed."""
 

@@ -33,6 +33,7 @@ CASES: list[dict[str, Any]] = [
         (1, {"model__residual": "keel", "model__final_norm": False}),
         (2, {"kernels__logits_mib": 0.05}),  # of 128 tokens' logits 25 at once
         (2, {"model__residual": "keel", "kernel": "triton"}),
+        (2, {"data__document_masks": True}),  # the mask is no block's own
     )
 ]
 # Every rule; of 5 to 7 blocks as many are post-norm under Mix-LN.
@@ -72,6 +73,7 @@ HEAD_CASES += [
 def kept_bytes(sections: dict[str, Any], runtime: Any) -> int:
     """Bytes of the storages that a forward pass saves, without parameters, table and input."""
     from keel_megatron.config.run import RunConfig
+    from keel_megatron.engines.base import forward
     from keel_megatron.model.language_model import build_model
     from tests.training.ranks import made_up_batches
 
@@ -88,7 +90,7 @@ def kept_bytes(sections: dict[str, Any], runtime: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = chunk(batch.tokens, batch.position_ids, None, labels=batch.labels)
+        losses = forward(chunk, batch)
     assert losses.requires_grad
     # Now, and not when they were saved: some were freed since.
     kept = {storage._cdata: storage.nbytes() for storage in held}

@@ -53,6 +53,7 @@ OPTIONS: dict[str, Case] = {
         0,
         {**PP2, "parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True},
     ),
+    "documents": Case(4, 1, {**PP2, "data__document_masks": True, "training__micro_batch_size": 2}),
 }
 QUICK: dict[str, Case] = {
     # Every rule at the hardest layout, the stages in turn.
