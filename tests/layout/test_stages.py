@@ -132,8 +132,9 @@ def test_the_text_table_joins_equal_stages() -> None:
     lines = stage_table(found)
     assert len(lines) < 10
     assert " ".join(lines[0].split()) == "stage blocks recomputed with parameters memory GB time"
-    assert lines[1].split()[:4] == ["0", "8", "0", "embedding"]
-    assert lines[-1].split()[:4] == ["63", "5", "0", "head"]
+    first, last = (str(found.stages[stage].blocks) for stage in (0, -1))
+    assert lines[1].split()[:4] == ["0", first, "0", "embedding"]
+    assert lines[-1].split()[:4] == ["63", last, "0", "head"]
     assert "64 chunk(s) hold 512 blocks" in summary(found)
     assert len(set(map(len, lines[1:]))) == 1
 
