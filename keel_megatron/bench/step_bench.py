@@ -19,6 +19,7 @@ from keel_megatron.model.language_model import COMPUTE_DTYPES
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.runtime.versions import package_versions
+from keel_megatron.training.dataset import ready_dataset
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,21 @@ def run_bench(
     world_size = Launch.from_environment().world_size
     configs = _variants(path, overrides, compare, world_size)
     first = next(iter(configs.values()))
+    datasets = None
+    if not random_tokens:  # before the processes meet: it may take long
+        launch = Launch.from_environment()
+        local = launch.world_size == launch.local_world_size
+        datasets = {
+            name: ready_dataset(config, lambda _text: None, on_one_machine=local)
+            for name, config in configs.items()
+        }
     with start(first.parallel, first.training) as runtime:
         samples = time_steps(
             configs,
             runtime,
             warmup=warmup,
             steps=steps,
-            random_tokens=random_tokens,
+            datasets=datasets,
             say=lambda text: print(text, flush=True),
             profile=profile,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.checkpoint.state import Position
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch, random_batch
-from keel_megatron.data.prepare import PreparedData, prepare
+from keel_megatron.data.dataset import Dataset, open_dataset
 from keel_megatron.engines.build import build_engine
 from keel_megatron.errors import UserError
 from keel_megatron.layout.stages import own_partition
@@ -98,7 +98,7 @@ def time_steps(
     *,
     warmup: int,
     steps: int,
-    random_tokens: bool,
+    datasets: Mapping[str, Path] | None,
     say: Callable[[str], None],
     profile: Path | None = None,
 ) -> list[Samples]:
@@ -112,7 +112,7 @@ def time_steps(
         runtime: this rank.
         warmup: untimed steps per configuration.
         steps: timed steps per configuration.
-        random_tokens: use random tokens instead of the training data.
+        datasets: dataset folder of each configuration; None: random tokens.
         say: called with progress messages on rank 0.
         profile: file to which rank 0 writes a torch trace of a further step of the first
             configuration.
@@ -123,7 +123,11 @@ def time_steps(
     with ExitStack() as stack:
         folder = runtime.from_main(lambda: _temporary(configs, runtime, stack))
         runs = [
-            stack.enter_context(_Run.opened(name, config, runtime, folder, random_tokens))
+            stack.enter_context(
+                _Run.opened(
+                    name, config, runtime, folder, None if datasets is None else datasets[name]
+                )
+            )
             for name, config in configs.items()
         ]
         for number in range(warmup + steps):
@@ -166,7 +170,7 @@ class _Run:
         config: RunConfig,
         runtime: Runtime,
         tracker: Tracker,
-        random_tokens: bool,
+        dataset: Path | None,
     ) -> None:
         self.samples = Samples(name, config)
         self.last = float("nan")
@@ -174,15 +178,15 @@ class _Run:
         self._timers = PartTimers(runtime.device)
         self.samples.on_host = runtime.device.type == "cpu"
         self.samples.attention = describe_attention(config, runtime.device)
-        self._data: PreparedData | None = None
+        self._data: Dataset | None = None
         count = config.training.global_batch_size
         count //= config.training.micro_batch_size * runtime.data_size
         self.samples.predicted = PredictedPasses.of(config, runtime, count)
-        if random_tokens:
+        if dataset is None:
             drawn = [random_batch(config, seed) for seed in range(count)]
             self._batches: Callable[[int], list[Batch]] = lambda _consumed: drawn
         else:
-            self._data = runtime.from_main(lambda: prepare(config, lambda _text: None, None))
+            self._data = runtime.from_main(lambda: open_dataset(dataset, config.data))
             source = open_batches(config, runtime, self._data).train
             size = config.training.global_batch_size
             self._batches = lambda consumed: list(source.micro_batches(consumed, size))
@@ -195,7 +199,7 @@ class _Run:
     @classmethod
     @contextmanager
     def opened(
-        cls, name: str, config: RunConfig, runtime: Runtime, folder: Path, random_tokens: bool
+        cls, name: str, config: RunConfig, runtime: Runtime, folder: Path, dataset: Path | None
     ) -> Iterator[_Run]:
         """Open the run for the duration of the block."""
         training = config.training.model_copy(update={"runs_dir": folder / f"run-{name}"})
@@ -206,7 +210,7 @@ class _Run:
             Path(os.devnull).open("w") as nowhere,
             open_tracker(config, runtime.rank, None, open_progress(config, nowhere)) as tracker,
         ):
-            yield cls(name, config, runtime, tracker, random_tokens)
+            yield cls(name, config, runtime, tracker, dataset)
 
     def step(self, *, counted: bool) -> None:
         """Train one step, and record its times if counted."""

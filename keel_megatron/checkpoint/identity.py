@@ -36,7 +36,10 @@ CHANGEABLE = (
     "guard.",
     "tracking.",
     "data.cache_dir",
-    "data.text",  # its path; its contents are fingerprinted
+    "data.dataset",  # its path; its contents are fingerprinted
+    "data.sources",  # likewise, and the weights
+    "data.text",  # likewise
+    "data.build",
     "data.tokenizer",  # likewise
     "data.allow_lossy_tokenizer",
     "training.name",
@@ -53,7 +56,7 @@ CHANGEABLE = (
     "training.validation_sequences",
 )
 
-_PLACES = ("data.text", "data.tokenizer")
+_PLACES = ("data.dataset", "data.sources", "data.text", "data.tokenizer")
 
 
 def claim(config: RunConfig) -> None:

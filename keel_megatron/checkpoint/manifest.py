@@ -37,7 +37,8 @@ MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 STATE = "state.json"
 INDEX = "index.json"
-TOKENIZER = "tokenizer.model"  # not in checkpoints of earlier versions
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+"""One of them; earlier versions' checkpoints have none."""
 BACKEND = "metadata.json"  # Megatron-core's own mark of a distributed checkpoint
 FORMAT = 2
 _READ_FORMATS = (1, 2)
@@ -188,7 +189,7 @@ def check_file(folder: Path, name: str, record: FileRecord) -> None:
     elif name == STATE:
         content = read_json(path)
         _check_step(folder, STATE, content.get("step") if isinstance(content, dict) else None)
-    elif name != TOKENIZER:
+    elif name not in TOKENIZERS:
         read_json(path)
 
 
@@ -266,7 +267,7 @@ def _check_yaml(path: Path) -> None:
 
 
 def _belongs(name: str) -> bool:
-    known = (MANIFEST, CONFIG, STATE, INDEX, BACKEND, TOKENIZER)
+    known = (MANIFEST, CONFIG, STATE, INDEX, BACKEND, *TOKENIZERS)
     return name in known or rank_of(name) is not None
 
 

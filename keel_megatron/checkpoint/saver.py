@@ -96,10 +96,10 @@ class Saver:
         config: the run.
         runtime: this rank's place.
         tracker: receives a record of each save.
-        data: what the run is trained on (`data.prepare.PreparedData.identity`).
+        data: what the run is trained on (`data.dataset.Dataset.identity`).
         damaged: steps of damaged checkpoints, which retention neither counts nor removes.
         progress: called while a save is pending, for the watchdog.
-        tokenizer: the SentencePiece model that each checkpoint keeps, on rank 0; empty = none.
+        tokenizer: the file that each checkpoint keeps a copy of, on rank 0.
         anomaly_step: the step at which training went wrong lately, or None; see `folder.prune`.
     """
 
@@ -112,7 +112,7 @@ class Saver:
         data: dict[str, Any],
         damaged: Collection[int] = (),
         progress: Callable[[str], None] = lambda _what: None,
-        tokenizer: bytes = b"",
+        tokenizer: Path | None = None,
         anomaly_step: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._config = config
@@ -121,7 +121,7 @@ class Saver:
         self._data = data
         self._damaged = set(damaged)
         self._progress = progress
-        self._tokenizer = tokenizer
+        self._tokenizer = None if tokenizer is None else (tokenizer.name, tokenizer.read_bytes())
         self._anomaly_step = anomaly_step
         self._pending: _Pending | None = None
         self.failure: str | None = None
@@ -289,8 +289,8 @@ class Saver:
         written = {name: record for name, record in files.items() if record is not None}
         written[manifest.CONFIG] = manifest.write_checked(partial / manifest.CONFIG, [text])
         if self._tokenizer:
-            path = partial / manifest.TOKENIZER
-            written[path.name] = manifest.write_checked(path, [self._tokenizer])
+            name, tokenizer = self._tokenizer
+            written[name] = manifest.write_checked(partial / name, [tokenizer])
         for name, value in (
             (manifest.STATE, content.run_state),
             (manifest.INDEX, index(places)),

@@ -127,7 +127,7 @@ def snapshot(
         position: steps done and samples seen.
         extras: state of other parts by name, the same on every rank: numbers, text, None, lists,
             tuples, dicts, tensors and arrays.
-        data: what the run is trained on (`data.prepare.PreparedData.identity`).
+        data: what the run is trained on (`data.dataset.Dataset.identity`).
         copy: take the values now; else they must not change before they are written.
     """
     saved = trained.to_save(copy=copy)

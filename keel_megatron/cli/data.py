@@ -2,19 +2,98 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
+from keel_megatron.cli import data_folders
 from keel_megatron.cli.arguments import ConfigPath, Overrides
 
-app = typer.Typer(help="Prepare data.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from keel_megatron.corpus.build import Execute
+
+app = typer.Typer(help="Build datasets and show them.", no_args_is_help=True)
+app.command("show")(data_folders.show)
+app.command("verify")(data_folders.verify)
+app.command("sample")(data_folders.sample)
+
+
+class Executor(StrEnum):
+    """Where the jobs of a build run."""
+
+    LOCAL = "local"
+    SLURM = "slurm"
+    RAY = "ray"
+
+
+Workers = Annotated[
+    int, typer.Option(min=0, help="Processes (of each task). 0: one per available core; slurm: 1.")
+]
 
 
 @app.command("build")
-def build(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Tokenize the training data into Megatron's indexed format, or show where it is."""
-    from keel_megatron.config.load import load_config
-    from keel_megatron.data.prepare import prepare
+def build(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Dataset folder. Default: in data.cache_dir, named by content."),
+    ] = None,
+    executor: Annotated[
+        Executor,
+        typer.Option(
+            help="local: this machine. slurm: an array of jobs. ray: a Ray cluster (datatrove)."
+        ),
+    ] = Executor.LOCAL,
+    workers: Workers = 0,
+    tasks: Annotated[int, typer.Option(min=0, help="Tasks of a cluster. 0: up to 64.")] = 0,
+    sbatch: Annotated[
+        str, typer.Option(help="Further options of sbatch, such as '--partition=cpu'.")
+    ] = "",
+) -> None:
+    """Tokenize the training data into a dataset folder, or show where it is.
 
-    data = prepare(load_config(config, overrides or ()), print)
-    print(f"training    {data.train_prefix}.bin  {data.train_tokens:,} tokens")
-    print(f"validation  {data.validation_prefix}.bin  {data.validation_tokens:,} tokens")
+    An interrupted build resumes.
+    """
+    from keel_megatron.config.load import load_config
+    from keel_megatron.corpus.ensure import build_dataset
+
+    data = load_config(config, overrides or ()).data
+    again = ["data", "build", str(config), *(overrides or ())]
+    print(build_dataset(data, print, out, _execute(executor, workers, tasks, sbatch, again)))
+
+
+@app.command("task")
+def task(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The .partial folder of a build.")
+    ],
+    task: Annotated[int, typer.Option(help="Number of the task, from 0.")],
+    tasks: Annotated[int, typer.Option(min=1, help="Number of all tasks.")],
+    workers: Workers = 0,
+) -> None:
+    """Do one task of a build; `keel data build --executor slurm` submits these."""
+    from keel_megatron.corpus.cluster import run_task
+    from keel_megatron.runtime.cores import available_cores
+
+    run_task(folder, task, tasks, workers or available_cores(), print)
+
+
+def _execute(
+    executor: Executor, workers: int, tasks: int, sbatch: str, again: list[str]
+) -> Execute:
+    """What does the jobs."""
+    import shlex
+
+    from keel_megatron.corpus import cluster
+    from keel_megatron.corpus.build import local
+
+    if executor is Executor.SLURM:
+        return cluster.slurm(
+            tasks=tasks, workers=workers or 1, again=again, options=shlex.split(sbatch)
+        )
+    if executor is Executor.RAY:
+        return cluster.ray(tasks=tasks, workers=workers)
+    return local(workers)

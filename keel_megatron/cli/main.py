@@ -22,7 +22,6 @@ from keel_megatron.cli import (
     plan,
     runs,
     study,
-    tokenizer,
     track,
     train,
 )
@@ -64,7 +63,6 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(study.app, name="study")
-app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(track.app, name="track")
 
 

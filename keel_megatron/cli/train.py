@@ -63,8 +63,16 @@ def _start(path: Path, settings: tuple[str, ...], processes: int, max_restarts: 
         )
         if processes == 1 and not max_restarts:
             return _train_here(path, settings, owned)
+        with stop_requests(starting=True):
+            from keel_megatron.training.dataset import DATASET, ready_dataset
+
+            dataset = ready_dataset(config, _say, on_one_machine=True)
         command = ["-m", "keel_megatron", "train", str(path), *settings]
-        return launch(processes, command, max_restarts, owned)
+        return launch(processes, command, max_restarts, owned, {DATASET: str(dataset)})
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _train_here(

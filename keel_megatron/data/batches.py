@@ -1,12 +1,9 @@
-"""Micro-batches, in an order that depends only on the seed and the samples consumed."""
+"""Micro-batches of a run's samples, and the same ones for every validation."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keel_megatron.config.run import RunConfig
+from keel_megatron.data.samples import Samples
+from keel_megatron.data.sequences import Sequence, SequenceDataset
 from keel_megatron.errors import UserError
-
-_HEAD = struct.Struct("<9sQBQQ")
-"""Header of an index: magic bytes, version, token type, number of sequences and documents."""
 
 
 @dataclass(frozen=True)
@@ -80,133 +76,39 @@ class Batch:
         return replace(self, **changed)
 
 
-class SequenceDataset:
-    """One epoch of `prefix`.bin: the tokens of the shuffled documents, split into sequences.
+@dataclass(frozen=True)
+class Uses:
+    """What a stage uses of a batch."""
 
-    The order is that of Megatron-core's GPTDataset. It is computed at every start, in about a
-    second per 10 million documents, so it needs no index files. Memory: 12 bytes per document and 4
-    per sequence.
+    tokens: bool = True
+    labels: bool = True
+    documents: bool = False
+    """Attention stays within a document (data.document_masks)."""
+    loss_mask: bool = False
+    """The first token of a document that follows another does not count (data.eod_mask_loss)."""
 
-    Args:
-        prefix: path of the indexed tokens, without .bin and .idx.
-        seq_length: tokens per sequence.
-        seed: the run's seed.
+    def collate(self, read: Callable[[bool], list[Sequence]]) -> Batch:
+        """A micro-batch.
 
-    Raises:
-        UserError: the index does not match the tokens.
-    """
-
-    def __init__(self, prefix: Path, seq_length: int, seed: int) -> None:
-        self.seq_length = seq_length
-        self._indexed = _open(prefix)
-        lengths = self._indexed.sequence_lengths
-        random = np.random.RandomState(seed % 2**32)
-        self._documents = np.arange(len(lengths), dtype=np.int32)
-        random.shuffle(self._documents)
-        # End of each shuffled document in the stream of all tokens.
-        self._ends = np.cumsum(lengths[self._documents], dtype=np.int64)
-        count = max(0, int(self._ends[-1]) - 1) // seq_length
-        self._order = np.arange(count, dtype=np.uint32 if count < 2**32 - 2 else np.int64)
-        random.shuffle(self._order)
-
-    def __len__(self) -> int:
-        """Number of sequences; a remainder at the end of the stream is dropped."""
-        return len(self._order)
-
-    def __getitem__(self, number: int) -> Tensor:
-        """A sequence and its next token, int64 [seq_length + 1]."""
-        start = int(self._order[number]) * self.seq_length
-        stop = start + self.seq_length + 1
-        parts = []
-        place = int(np.searchsorted(self._ends, start, side="right"))
-        while start < stop:
-            end = int(self._ends[place])
-            document = int(self._documents[place])
-            offset = start - (end - int(self._indexed.sequence_lengths[document]))
-            length = min(stop, end) - start
-            parts.append(self._indexed.get(document, offset=offset, length=length))
-            start, place = start + length, place + 1
-        return torch.from_numpy(np.concatenate(parts, dtype=np.int64))
-
-
-def _open(prefix: Path) -> Any:
-    """Open Megatron-core's IndexedDataset, which memory-maps both files and unpickles nothing.
-
-    Raises:
-        UserError: as in SequenceDataset.
-    """
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    index = prefix.with_name(prefix.name + ".idx")
-    tokens = prefix.with_name(prefix.name + ".bin")
-    try:
-        _check_index(index, tokens)
-        return IndexedDataset(str(prefix))
-    except (OSError, ValueError, struct.error) as error:
-        raise UserError(
-            f"data.cache_dir: {index} is not an index of {tokens.name} ({error}); delete that "
-            "folder to prepare it again"
-        ) from error
-
-
-def _check_index(index: Path, tokens: Path) -> None:
-    """Check the format of an index, and that all tokens that it refers to exist."""
-    from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
-
-    with index.open("rb") as stream:
-        magic, version, code, count, documents = _HEAD.unpack(stream.read(_HEAD.size))
-    if (magic, version) != (_INDEX_HEADER, 1) or count == 0:
-        raise ValueError("unknown header")
-    if index.stat().st_size != _HEAD.size + 12 * count + 8 * documents:
-        raise ValueError("wrong size")
-    width, size = DType.size(DType.dtype_from_code(code)), tokens.stat().st_size
-    lengths = np.fromfile(index, "<i4", count, offset=_HEAD.size).astype(np.int64)
-    starts = np.fromfile(index, "<i8", count, offset=_HEAD.size + 4 * count)
-    # The starts are checked separately too: their sums with the lengths may overflow.
-    if lengths.min() < 1 or starts.min() < 0 or starts.max() > size:
-        raise ValueError("it refers to no tokens")
-    if (starts + width * lengths).max() > size or width * lengths.sum() > size:
-        raise ValueError("it refers to more tokens than exist")
-
-
-class SampleOrder:
-    """Order of samples in a run: a new permutation every epoch.
-
-    It does not depend on the number of steps, the batch size or the layout.
-
-    Args:
-        samples: number of samples in the dataset.
-        seed: the run's seed.
-    """
-
-    def __init__(self, samples: int, seed: int) -> None:
-        self.samples = samples
-        self.seed = seed
-        self._epoch = -1
-        self._permutation: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-
-    def __getitem__(self, consumed: int) -> int:
-        epoch, position = divmod(consumed, self.samples)
-        if epoch != self._epoch:
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self._permutation = generator.permutation(self.samples)
-            self._epoch = epoch
-        return int(self._permutation[position])
+        Args:
+            read: returns the sequences; it is told whether their tokens are needed.
+        """
+        wanted = self.tokens or self.labels
+        if not wanted and not self.documents:
+            return Batch()
+        batch = collate(read(wanted), documents=self.documents, loss_mask=self.loss_mask)
+        return batch.only(tokens=self.tokens, labels=self.labels)
 
 
 @dataclass(frozen=True)
 class BatchSource:
     """Micro-batches of this replica, step by step."""
 
-    dataset: SequenceDataset
-    order: SampleOrder
+    samples: Samples
     micro_batch_size: int
     data_parallel_rank: int
     data_parallel_size: int
-    tokens: bool = True
-    """Whether this stage uses the tokens."""
-    labels: bool = True
-    """Whether this stage uses the labels; with neither, nothing is read."""
+    uses: Uses = Uses()
 
     def micro_batches(self, consumed_samples: int, global_batch_size: int) -> Iterator[Batch]:
         """The micro-batches of the step that starts after `consumed_samples`.
@@ -218,11 +120,23 @@ class BatchSource:
         for start in range(0, global_batch_size, stride):
             first = consumed_samples + start + self.data_parallel_rank * self.micro_batch_size
             numbers = range(first, first + self.micro_batch_size)
-            if self.tokens or self.labels:
-                batch = collate([self.dataset[self.order[number]] for number in numbers])
-                yield batch.only(tokens=self.tokens, labels=self.labels)
-            else:
-                yield Batch()
+
+            def read(tokens: bool, numbers: range = numbers) -> list[Sequence]:
+                return [self.samples.read(number, tokens=tokens) for number in numbers]
+
+            yield self.uses.collate(read)
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """One source's validation batches of a replica."""
+
+    name: str
+    """Of the source."""
+    weight: int
+    """The source's quota in the blend."""
+    batches: list[Batch]
+    """The same micro-batches in every validation."""
 
 
 @dataclass(frozen=True)
@@ -230,8 +144,8 @@ class Batches:
     """Training and validation batches of a replica."""
 
     train: BatchSource
-    validation: list[Batch]
-    """The same micro-batches in every validation."""
+    validation: list[ValidationSet]
+    """One for each source."""
 
 
 def validation_batches(
@@ -241,6 +155,7 @@ def validation_batches(
     data_parallel_rank: int,
     data_parallel_size: int,
     multiple: int = 1,
+    uses: Uses = Uses(),
 ) -> Iterator[Batch]:
     """This replica's share of the first `sequences` samples, fewer if the set is smaller.
 
@@ -255,6 +170,7 @@ def validation_batches(
         data_parallel_size: number of replicas.
         multiple: the number of micro-batches per replica is a multiple of this; an interleaved
             schedule needs its number of stages.
+        uses: what the stage uses.
 
     Raises:
         UserError: there are too few sequences for one micro-batch per replica.
@@ -267,20 +183,49 @@ def validation_batches(
         )
         if len(dataset) < stride * multiple:
             raise UserError(
-                f"data.validation_fraction: the validation set has {len(dataset)} sequence(s), and "
-                f"{needed}; use a larger fraction, more data, or smaller micro-batches"
+                f"data.validation_fraction: the validation set of {dataset.name} has "
+                f"{len(dataset)} sequence(s), and {needed}; use a larger fraction, more data, or "
+                "smaller micro-batches"
             )
         raise UserError(f"training.validation_sequences: {sequences} is too small: {needed}")
     for start in range(0, count, stride):
         first = start + data_parallel_rank * micro_batch_size
-        yield collate([dataset[number] for number in range(first, first + micro_batch_size)])
+        numbers = range(first, first + micro_batch_size)
+
+        def read(tokens: bool, numbers: range = numbers) -> list[Sequence]:
+            return [dataset.read(number, tokens=tokens) for number in numbers]
+
+        yield uses.collate(read)
 
 
-def collate(sequences: list[Tensor]) -> Batch:
-    """A micro-batch of sequences, each with its next token [s + 1]."""
-    rows = torch.stack(sequences)
-    tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-    return Batch(tokens, labels)
+def collate(
+    sequences: list[Sequence], *, documents: bool = False, loss_mask: bool = False
+) -> Batch:
+    """A micro-batch of sequences, each with its next token.
+
+    Args:
+        sequences: with tokens or, for a stage without use of them, without.
+        documents: number the documents of each sequence.
+        loss_mask: leave out labels that are the first token of the sequence's next document.
+    """
+    tokens = labels = mask = None
+    read = [sequence.tokens for sequence in sequences if sequence.tokens is not None]
+    if read:
+        rows = torch.from_numpy(np.stack(read))
+        tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    if not documents and not loss_mask:
+        return Batch(tokens, labels)
+    numbers = torch.from_numpy(np.stack([_documents(sequence) for sequence in sequences]))
+    if loss_mask:
+        mask = (numbers[:, 1:] == numbers[:, :-1]).float()
+    return Batch(
+        tokens, labels, mask, documents=numbers[:, :-1].contiguous() if documents else None
+    )
+
+
+def _documents(sequence: Sequence) -> NDArray[np.int32]:
+    """int32 [s + 1]: number of each token's document."""
+    return np.repeat(np.arange(len(sequence.lengths), dtype=np.int32), sequence.lengths)
 
 
 def random_batch(config: RunConfig, number: int = 0) -> Batch:
@@ -288,4 +233,8 @@ def random_batch(config: RunConfig, number: int = 0) -> Batch:
     shape = (config.training.micro_batch_size, config.data.seq_length)
     generator = torch.Generator().manual_seed(config.training.seed + number)
     rows = torch.randint(0, config.data.vocab_size, (2, *shape), generator=generator)
-    return Batch(rows[0], rows[1])
+    documents = None
+    if config.data.document_masks:  # two documents
+        halves = torch.arange(config.data.seq_length, dtype=torch.int32) >= shape[1] // 2
+        documents = halves.int().expand(shape).contiguous()
+    return Batch(rows[0], rows[1], documents=documents)

@@ -68,6 +68,8 @@ class Skipped(Section):
     """Files or records that were not taken, for one reason."""
 
     reason: str
+    suffix: str = ""
+    """Of the files, such as `.csv`; empty: none, or records."""
     count: int
     bytes: int
     first: str

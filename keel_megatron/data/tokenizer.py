@@ -1,29 +1,40 @@
-"""SentencePiece BPE with byte fallback: encoding is lossless for any text."""
+"""Tokenizers: a SentencePiece model, trained here or given, or a Hugging Face tokenizer.json.
+
+One trained here is BPE with byte fallback: encoding is lossless for any text.
+"""
 
 from __future__ import annotations
 
 import io
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Final
 
 import sentencepiece
 
 from keel_megatron.config.reading import LARGE, read_small
+from keel_megatron.data.huggingface import FILE, HuggingFaceTokenizer
+from keel_megatron.data.round_trip import RoundTrip
 from keel_megatron.errors import UserError
 
-# Training uses at most this many characters from the start of the corpus: with more, the merges of
-# a BPE of usual size do not change noticeably.
+MODEL: Final = "tokenizer.model"
+
 SAMPLE_CHARACTERS = 50_000_000
+"""Training uses about this many characters at most: with more, the merges of a BPE of usual size do
+not change noticeably."""
 _PIECE_CHARACTERS = 4000
 _EOD_ID = 0
 # SentencePiece uses this character for spaces, so the character itself must be encoded as bytes.
-_SPACE_MARK = "\u2581"
+SPACE_MARK = "\u2581"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+def train_tokenizer(documents: Iterable[str | Iterable[str]], vocab_size: int) -> bytes:
     """Train a SentencePiece model and return its file's content.
+
+    Args:
+        documents: each a text, or its chunks in order.
+        vocab_size: number of pieces.
 
     Raises:
         UserError: there is no text, or the vocabulary is too large or too small for it.
@@ -31,7 +42,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_pieces(texts),
+            sentence_iterator=_pieces(documents),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -58,18 +69,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def _pieces(texts: Iterable[str]) -> Iterator[str]:
+def _pieces(documents: Iterable[str | Iterable[str]]) -> Iterator[str]:
     """Split texts into pieces of bounded length, after line ends where possible."""
     left = SAMPLE_CHARACTERS
-    for text in texts:
-        start = 0
-        while start < len(text) and left > 0:
-            end = min(len(text), start + _PIECE_CHARACTERS)
-            if end < len(text):
+    for document in documents:
+        text = ""
+        for chunk in (document,) if isinstance(document, str) else document:
+            text += chunk
+            start = 0
+            while len(text) - start > _PIECE_CHARACTERS and left > 0:
+                end = start + _PIECE_CHARACTERS
                 end = text.rfind("\n", start, end) + 1 or end
-            left -= end - start
-            yield text[start:end]
-            start = end
+                left -= end - start
+                yield text[start:end]
+                start = end
+            text = text[start:]
+            if left <= 0:
+                return
+        if text:
+            left -= len(text)
+            yield text
 
 
 def _reason(error: RuntimeError, vocab_size: int) -> str:
@@ -87,8 +106,27 @@ def _reason(error: RuntimeError, vocab_size: int) -> str:
     return f"{setting} does not work for this data: {text}"
 
 
-class Tokenizer:
+def open_tokenizer(path: Path) -> Tokenizer | HuggingFaceTokenizer:
+    """Open a SentencePiece model, a tokenizer.json, or a folder with one of them.
+
+    Raises:
+        UserError: it is missing, is neither, or has no end-of-document token.
+    """
+    if path.is_dir():
+        names = [name for name in (FILE, MODEL) if (path / name).is_file()]
+        if not names:
+            raise UserError(f"data.tokenizer: there is no {FILE} or {MODEL} in {path}")
+        path = path / names[0]
+    return HuggingFaceTokenizer(path) if path.suffix == ".json" else Tokenizer(path)
+
+
+class Tokenizer(RoundTrip):
     """A trained SentencePiece model.
+
+    Attributes:
+        path: the file.
+        vocab_size: number of pieces.
+        eod: the token that ends each document: the model's end-of-sentence token.
 
     Raises:
         UserError: the file is missing or not a SentencePiece model.
@@ -110,14 +148,14 @@ class Tokenizer:
                 f"data.tokenizer: {path} has no end-of-sentence token, which ends each document; "
                 "train it with eos_id set"
             )
-        self._unknown = int(self._model.unk_id())
+        self.unknown = int(self._model.unk_id())
         self._space_mark = [
-            int(self._model.piece_to_id(f"<0x{byte:02X}>")) for byte in _SPACE_MARK.encode()
+            int(self._model.piece_to_id(f"<0x{byte:02X}>")) for byte in SPACE_MARK.encode()
         ]
 
     def encode(self, text: str) -> list[int]:
         """Encode a text."""
-        parts = self._model.encode(text.split(_SPACE_MARK))
+        parts = self._model.encode(text.split(SPACE_MARK))
         tokens: list[int] = parts[0]
         for part in parts[1:]:
             tokens += self._space_mark + part
@@ -127,19 +165,6 @@ class Tokenizer:
         """Decode tokens; the end of a document is empty."""
         return str(self._model.decode([token for token in tokens if token != self.eod]))
 
-    def lost(self, text: str) -> int:
-        """Number of characters that encoding and decoding lose."""
-        known = [token for token in self.encode(text) if token != self._unknown]
-        return (Counter(text) - Counter(self.decode(known))).total()
-
-    def losses(self) -> list[str]:
-        """Reasons why encoding may be lossy, found by testing."""
-        return [reason for probe, reason in _PROBES if self.lost(probe)]
-
-
-_PROBES = (
-    ("a\nb\tc", "it drops line ends or tabs"),
-    ("a  b   c", "it merges white space (remove_extra_whitespaces)"),
-    ("\uff21\ufb01", "it normalises characters (normalization_rule_name)"),
-    ("\U0001f9ff\u0d9e", "it has no byte fallback: unknown characters become <unk>"),
-)
+    def file_content(self) -> bytes:
+        """Content of the file."""
+        return read_small(self.path, LARGE)

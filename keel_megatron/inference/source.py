@@ -13,16 +13,20 @@ from torch import nn
 
 from keel_megatron.checkpoint import folder, state
 from keel_megatron.checkpoint.identity import saved_config
-from keel_megatron.checkpoint.manifest import CONFIG, MANIFEST, TOKENIZER
+from keel_megatron.checkpoint.manifest import CONFIG, MANIFEST, TOKENIZERS
 from keel_megatron.checkpoint.resume import ResumePoint, checked, newest_good
 from keel_megatron.config.load import load_config
 from keel_megatron.config.parallel import ParallelConfig
 from keel_megatron.config.reading import LARGE, read_small
 from keel_megatron.config.run import RunConfig
-from keel_megatron.data.tokenizer import Tokenizer
+from keel_megatron.data.huggingface import HuggingFaceTokenizer
+from keel_megatron.data.tokenizer import Tokenizer, open_tokenizer
 from keel_megatron.errors import UserError
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime
+
+_EARLIER = "tokenizer.model"
+"""The tokenizer of an earlier version's prepared data."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Source:
 
     config: RunConfig
     model: nn.Module
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | HuggingFaceTokenizer
     remarks: tuple[str, ...]
     """Skipped checkpoints, with reasons."""
 
@@ -72,7 +76,7 @@ def load(path: Path, config: RunConfig, runtime: Runtime) -> Source:
             found = checked(path, runtime) if _is_checkpoint(path) else newest_good(path, runtime)
             if found.path is None:
                 raise UserError(f"{path} has no complete checkpoint; train the run first")
-            tokenizer = Tokenizer(_tokenizer(path, found.path, found, config))
+            tokenizer = open_tokenizer(_tokenizer(path, found.path, found, config))
             if model is None:
                 (model,) = build_model(config, runtime)
             state.load_weights(found.path, runtime, [model])
@@ -90,17 +94,18 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _tokenizer(given: Path, checkpoint: Path, found: ResumePoint, config: RunConfig) -> Path:
     """The tokenizer of the checkpoint, or of the prepared data for checkpoints without one."""
-    if (checkpoint / TOKENIZER).is_file():
-        return checkpoint / TOKENIZER
+    for name in TOKENIZERS:
+        if (checkpoint / name).is_file():
+            return checkpoint / name
     data = found.state.get("data", {})
-    digest = data.get("files", {}).get(TOKENIZER, {}).get("sha256")
+    digest = data.get("files", {}).get(_EARLIER, {}).get("sha256")
     prepared = config.data.cache_dir / str(data.get("fingerprint"))[:16]
     run = checkpoint.parent.parent if given == checkpoint else given
-    for place in (run / TOKENIZER, prepared / TOKENIZER):
+    for place in (run / _EARLIER, prepared / _EARLIER):
         if place.is_file() and hashlib.sha256(read_small(place, LARGE)).hexdigest() == digest:
             return place
     raise UserError(
         f"{checkpoint} has no tokenizer, because an earlier version wrote it, and {prepared} "
         "(data.cache_dir) does not exist; run the command in the folder in which training was "
-        f"started, or prepare the data there again: keel data build {checkpoint / CONFIG}"
+        "started, or restore that folder"
     )

@@ -319,7 +319,11 @@ def _points(record: Any) -> dict[str, float]:
             return DepthProfile.from_json(record).summary()
         return {}
     if "validation_loss" in record:  # the step's own record has the rest
-        record = {"validation_loss": record["validation_loss"]}
+        record = {
+            name: value
+            for name, value in record.items()
+            if name == "validation_loss" or str(name).startswith("validation/")
+        }
     found = {}
     for name, value in record.items():
         if name not in ("step", "time") and type(value) in (int, float):

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
@@ -47,6 +47,7 @@ def launch(
     command: list[str],
     max_restarts: int = 0,
     owned: Ownership | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> int:
     """Run `python COMMAND` as a group of processes of this machine.
 
@@ -58,6 +59,7 @@ def launch(
         command: the arguments of each.
         max_restarts: how often a group is started again.
         owned: the hold on the run's folder, which rank 0 of every group shares.
+        variables: further environment variables of every process.
 
     Returns:
         The exit code: 0, or that of the first process that failed (128 + n for signal n).
@@ -67,7 +69,7 @@ def launch(
         for restart in range(max_restarts + 1):
             if forward.asked is not None:
                 return exit_codes.to_shell(-forward.asked)
-            forward.group = _Group(processes, command, run_id, restart, owned)
+            forward.group = _Group(processes, command, run_id, restart, owned, variables or {})
             if forward.asked is not None:  # while they were being started
                 forward.group.signal(forward.asked)
             rank, code = forward.group.wait()
@@ -94,6 +96,7 @@ class _Group:
         run_id: str,
         restart: int,
         owned: Ownership | None,
+        variables: Mapping[str, str],
     ) -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=max(128, processes)) as listener:
             # Opened here, so that the port is free for sure, and not to be reached from outside.
@@ -105,6 +108,7 @@ class _Group:
                 subprocess.Popen(
                     [*python(), *command],
                     env=environment()
+                    | dict(variables)
                     | self._environment(rank, processes, run_id, restart)
                     | ({} if rank else {name: str(number) for name, number in for_main.items()}),
                     pass_fds=() if rank else tuple(for_main.values()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 
 from keel_megatron import __version__
@@ -19,10 +20,10 @@ _PACKAGES = (
 )
 
 
-def package_versions() -> dict[str, str]:
+def package_versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
     """Versions by distribution name, this package's and Python's first; of what is installed."""
     found = {"keel-megatron": __version__, "python": platform.python_version()}
-    installed = {name: version(name) for name in _PACKAGES}
+    installed = {name: version(name) for name in packages}
     return found | {name: text for name, text in installed.items() if text is not None}
 
 

@@ -35,6 +35,7 @@ DESCRIPTION = """\
 | `train/grad_norm` | L2 norm of the gradient before clipping |
 | `train/learning_rate` | learning rate of the step |
 | `validation/loss` | cross entropy of the validation sequences, nats per token |
+| `validation/SOURCE/loss` | the same for each source of a blend |
 | `workload/consumed_tokens`, `workload/consumed_samples` | tokens and sequences seen so far |
 | `workload/skipped_steps` | steps so far whose update was skipped |
 | `workload/data_seconds` | part of `workload/step_seconds` that waits for data |

@@ -123,7 +123,11 @@ class Progress:
     def validation(self, record: ValidationRecord) -> None:
         """Show a validation."""
         self._validation_loss = record.validation_loss
-        self.say(f"step {record.step}: validation loss {record.validation_loss:.4f}")
+        each = ", ".join(f"{name} {loss:.4f}" for name, loss in record.sources.items())
+        self.say(
+            f"step {record.step}: validation loss {record.validation_loss:.4f}"
+            f"{f' ({each})' if each else ''}"
+        )
 
     def stop(self) -> None:
         """End the live display; later messages are text lines."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -50,15 +51,20 @@ class ValidationRecord:
     step: int
     """Last step before the validation."""
     validation_loss: float
-    """Mean cross entropy of the validation sequences, nats per token."""
+    """Mean cross entropy of the validation sequences, nats per token; of several sources, the mean
+    weighted by their shares of the training samples."""
     consumed_samples: int
     """Training sequences seen so far in the run."""
     consumed_tokens: int
     """Training tokens seen so far in the run."""
+    sources: Mapping[str, float] = field(default_factory=dict)
+    """The same mean for each source by name, where there are several."""
 
     def to_json(self) -> dict[str, float]:
-        """The record as one flat object, with the fields' names as keys."""
-        return asdict(self)
+        """The record as one flat object; keys are the fields' names, and validation/NAME/loss."""
+        record = asdict(self)
+        del record["sources"]
+        return record | {f"validation/{name}/loss": loss for name, loss in self.sources.items()}
 
 
 @dataclass(frozen=True)

@@ -175,8 +175,12 @@ class Loop:
         return DepthCollector(self._engine)
 
     def _validate(self) -> None:
-        validation = self._batches.validation
-        self.validation_loss = self._engine.validate(validation, len(validation))
+        sets = self._batches.validation
+        losses = [self._engine.validate(one.batches, len(one.batches)) for one in sets]
+        total = sum(one.weight for one in sets)
+        self.validation_loss = sum(
+            one.weight / total * loss for one, loss in zip(sets, losses, strict=True)
+        )
         position = self._state.position
         self._mark(f"the validation after step {position.step}")
         self._tracker.step(
@@ -185,6 +189,9 @@ class Loop:
                 validation_loss=self.validation_loss,
                 consumed_samples=position.consumed_samples,
                 consumed_tokens=position.consumed_samples * self._config.data.seq_length,
+                sources={one.name: loss for one, loss in zip(sets, losses, strict=True)}
+                if len(sets) > 1
+                else {},
             )
         )
         if position.step == self._config.training.steps and not math.isfinite(self.validation_loss):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from keel_megatron.architecture.parameters import parameter_count
 from keel_megatron.checkpoint.resume import ResumePoint
@@ -11,11 +12,15 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import (
     Batches,
     BatchSource,
-    SampleOrder,
-    SequenceDataset,
+    Uses,
+    ValidationSet,
     validation_batches,
 )
-from keel_megatron.data.prepare import PreparedData, prepare
+from keel_megatron.data.blend import BLOCK, shares
+from keel_megatron.data.dataset import Dataset, Part, Source
+from keel_megatron.data.index_files import open_sequences
+from keel_megatron.data.samples import Samples
+from keel_megatron.data.sequences import SequenceDataset
 from keel_megatron.engines.base import Engine
 from keel_megatron.engines.build import build_engine
 from keel_megatron.layout.stage_table import stage_table, summary
@@ -23,6 +28,7 @@ from keel_megatron.layout.stages import Partition, own_partition, require_fit
 from keel_megatron.mlflow_delivery.reporting import check_records
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.training.dataset import opened, ready_dataset
 
 Say = Callable[[str], None]
 
@@ -36,28 +42,35 @@ class Ready:
     resume: ResumePoint
     """The checkpoint to resume from."""
     partition: Partition
-    data: PreparedData
+    data: Dataset
     batches: Batches
     engine: Engine
 
 
-def get_ready(config: RunConfig, runtime: Runtime, resume: ResumePoint, say: Say) -> Ready:
-    """Balance the stages, prepare the data, build the model; the run's folder is not changed.
+def get_ready(
+    config: RunConfig, runtime: Runtime, resume: ResumePoint, folder: Path | None, say: Say
+) -> Ready:
+    """Balance the stages, open the data, build the model; the run's folder is not changed.
 
     Args:
         config: the run.
         runtime: this rank's runtime.
         resume: the checkpoint to resume from.
+        folder: the dataset folder that is ready; None: the run seemed complete before.
         say: called with messages; shown on rank 0.
 
     Raises:
-        UserError: the model does not fit, the text does not match the configuration or the
+        UserError: the model does not fit, the dataset does not match the configuration or the
             checkpoint, the records cannot be continued, or a library is missing.
     """
     partition = runtime.from_main(lambda: _decided(config, runtime))
     runtime.from_main(lambda: check_records(config.training.folder))
-    data = runtime.from_main(lambda: prepare(config, say, resume.state.get("data")))
-    batches = open_batches(config, runtime, data)
+    launch, expected = runtime.launch, resume.state.get("data")
+    if folder is None:
+        local = launch.world_size == launch.local_world_size
+        folder = runtime.from_main(lambda: ready_dataset(config, say, on_one_machine=local))
+    data = runtime.from_main(lambda: opened(config, folder, expected))
+    batches = open_batches(config, runtime, data, say)
     _announce(config, runtime, say, data)
     for line in [*stage_table(partition), summary(partition)]:
         say(line)
@@ -74,40 +87,58 @@ def _decided(config: RunConfig, runtime: Runtime) -> Partition:
     return partition
 
 
-def open_batches(config: RunConfig, runtime: Runtime, data: PreparedData) -> Batches:
+def open_batches(
+    config: RunConfig, runtime: Runtime, data: Dataset, say: Say = lambda _text: None
+) -> Batches:
     """This replica's training batches and its fixed validation micro-batches.
 
     Only what this stage uses of them: tokens on the first, labels on the last.
     """
-    seed, training = config.training.seed, config.training
-    train, validation = (
-        SequenceDataset(prefix, config.data.seq_length, seed)
-        for prefix in (data.train_prefix, data.validation_prefix)
+    training, settings = config.training, config.data
+
+    def sequences(source: Source, part: Part) -> SequenceDataset:
+        return open_sequences(
+            data, source, part, settings.seq_length, training.seed, settings.cache_dir, say
+        )
+
+    uses = Uses(
+        tokens=runtime.pipeline_rank == 0,
+        labels=runtime.pipeline_rank == runtime.pipeline_size - 1,
+        documents=settings.document_masks,
+        loss_mask=settings.masks_eod_loss,
     )
-    used = {
-        "tokens": runtime.pipeline_rank == 0,
-        "labels": runtime.pipeline_rank == runtime.pipeline_size - 1,
-    }
+    train = [sequences(source, "train") for source in data.sources]
     source = BatchSource(
-        train,
-        SampleOrder(len(train), seed),
+        Samples(train, list(data.quotas.values()), training.seed),
         training.micro_batch_size,
         runtime.data_rank,
         runtime.data_size,
-        **used,
+        uses,
     )
-    fixed = validation_batches(
-        validation,
-        training.validation_sequences,
-        training.micro_batch_size,
-        runtime.data_rank,
-        runtime.data_size,
-        multiple=config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,
-    )
-    return Batches(source, [batch.only(**used) for batch in fixed])
+    validation = [
+        ValidationSet(
+            one.name,
+            data.quotas[one.name],
+            list(
+                validation_batches(
+                    sequences(one, "validation"),
+                    training.validation_sequences,
+                    training.micro_batch_size,
+                    runtime.data_rank,
+                    runtime.data_size,
+                    multiple=config.parallel.pipeline
+                    if config.parallel.virtual_pipeline > 1
+                    else 1,
+                    uses=uses,
+                )
+            ),
+        )
+        for one in data.sources
+    ]
+    return Batches(source, validation)
 
 
-def _announce(config: RunConfig, runtime: Runtime, say: Say, data: PreparedData) -> None:
+def _announce(config: RunConfig, runtime: Runtime, say: Say, data: Dataset) -> None:
     """Report model, devices and data."""
     model, parallel = config.model, config.parallel
     parameters = parameter_count(model, config.data.vocab_size)
@@ -122,6 +153,8 @@ def _announce(config: RunConfig, runtime: Runtime, say: Say, data: PreparedData)
         f"{runtime.data_size}"
     )
     say(
-        f"{data.train_tokens:,} training tokens in {data.train_documents:,} documents; "
-        f"unigram entropy {data.unigram_entropy:.3f} nats per token"
+        f"{data.tokens('train'):,} training tokens in {data.documents('train'):,} documents; "
+        f"unigram entropy {data.manifest.unigram_entropy:.3f} nats per token"
     )
+    if len(data.sources) > 1:
+        say(f"shares of the samples: {shares(data.quotas, BLOCK)}")

@@ -22,6 +22,7 @@ from keel_megatron.runtime.versions import package_versions
 from keel_megatron.tracking.progress import Progress
 from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training.conclude import conclude
+from keel_megatron.training.dataset import dataset_of_rank, tell_shares
 from keel_megatron.training.describe import describe_run, version_changes
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.lineage import Lineage
@@ -83,6 +84,8 @@ def run_training(
         if stop is None:
             stop = stack.enter_context(stop_requests(starting=True))
         stop.deadline = deadline(config.training.exit_after)
+        said: list[str] = []
+        dataset = dataset_of_rank(config, launch, said)
         runtime, remarks = stack.enter_context(process_group(config, launch, stop))
         if owned is None:
             stack.enter_context(owned_folder(config.training.folder, runtime, stop))
@@ -95,9 +98,12 @@ def run_training(
             if progress is not None:
                 progress.say(text)
 
+        if progress is not None:
+            for line in said:
+                progress.note(line)
         for remark in [*remarks, *resume.remarks]:
             say(remark)
-        ready = get_ready(config, runtime, resume, say)
+        ready = get_ready(config, runtime, resume, dataset, say)
         code = _accepted(ready, progress, stop, before_step)
         folder, uri = config.training.folder, config.tracking.uri
         return Outcome(folder, code, runtime.is_main, trained=True, uri=uri)
@@ -173,15 +179,17 @@ def _train(
         if runtime.any(stop.signal is not None):  # since the run was accepted
             tracker.say(f"stopped before step {state.position.step + 1}: nothing new to save")
             return runtime.max(stop.exit_code)
+        tell_shares(ready.batches, tracker, state.position.consumed_samples)
         code = loop.run(stop)
+        tell_shares(ready.batches, tracker, state.position.consumed_samples)
     if runtime.is_main:
-        step, entropy = state.position.step, ready.data.unigram_entropy
+        step, entropy = state.position.step, ready.data.manifest.unigram_entropy
         conclude(config, tracker, step, loop.validation_loss, entropy)
     return code
 
 
 def _saver(ready: Ready, tracker: Tracker, guard: Guard, watchdog: Watchdog) -> Saver:
-    tokenizer = ready.data.tokenizer_path.read_bytes() if ready.runtime.is_main else b""
+    tokenizer = ready.data.tokenizer_path if ready.runtime.is_main else None
     return Saver(
         ready.config,
         ready.runtime,

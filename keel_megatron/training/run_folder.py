@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from keel_megatron.checkpoint.identity import check_folder, check_identity, claim
-from keel_megatron.checkpoint.manifest import CONFIG
+from keel_megatron.checkpoint.manifest import CONFIG, TOKENIZERS
 from keel_megatron.checkpoint.resume import ResumePoint, newest_good
+from keel_megatron.config.reading import LARGE, read_small
 from keel_megatron.config.run import RunConfig
-from keel_megatron.data.prepare import PreparedData, keep_tokenizer
+from keel_megatron.data.dataset import Dataset
 from keel_megatron.errors import UserError
 from keel_megatron.runtime import exit_codes, ownership
 from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.runtime.files import write_whole
 from keel_megatron.runtime.ownership import Ownership
 from keel_megatron.training.lineage import Lineage, accept
 from keel_megatron.training.stop import StopRequest
@@ -55,7 +57,7 @@ def find_resume_point(config: RunConfig, runtime: Runtime) -> ResumePoint:
     return resume
 
 
-def claim_folder(config: RunConfig, resume: ResumePoint, data: PreparedData) -> Lineage:
+def claim_folder(config: RunConfig, resume: ResumePoint, data: Dataset) -> Lineage:
     """Make the folder this run's, with its tokenizer; rank 0 only.
 
     Files whose content is already correct are not rewritten, and need no disk space.
@@ -71,9 +73,21 @@ def claim_folder(config: RunConfig, resume: ResumePoint, data: PreparedData) -> 
         exit_codes.clear(folder)
         lineage = accept(config, resume)
         claim(config)
-        keep_tokenizer(data, folder)
+        _keep_tokenizer(data.tokenizer_path, folder)
     except OSError as error:
         raise UserError(
             f"training.runs_dir: cannot write {error.filename or folder}: {error.strerror}"
         ) from error
     return lineage
+
+
+def _keep_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """Copy the tokenizer into a run's folder, so that inference needs no dataset.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    for name in TOKENIZERS:
+        if name != tokenizer.name:
+            (folder / name).unlink(missing_ok=True)
+    write_whole(folder / tokenizer.name, read_small(tokenizer, LARGE))

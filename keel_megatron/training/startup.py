@@ -12,7 +12,7 @@ from pathlib import Path
 from keel_megatron.checkpoint import folder, manifest
 from keel_megatron.checkpoint.identity import check_folder, check_identity
 from keel_megatron.config.run import RunConfig
-from keel_megatron.data.corpus import check_paths
+from keel_megatron.corpus.find import check_paths
 from keel_megatron.errors import UserError
 
 READ_BYTES = 1_000_000_000
@@ -30,11 +30,14 @@ def check(config: RunConfig) -> None:
     newest = folder.latest(config.training.folder)
     if newest is not None and (newest / manifest.CONFIG).is_file():
         check_identity(newest / manifest.CONFIG, config)
-    check_paths(config.data.text)
+    check_paths(config.data)
     tokenizer = config.data.tokenizer
-    if tokenizer is not None and not (tokenizer.is_file() and os.access(tokenizer, os.R_OK)):
+    if tokenizer is not None and not os.access(tokenizer, os.R_OK):
         found = "cannot be read" if tokenizer.exists() else "does not exist"
-        raise UserError(f"data.tokenizer: {tokenizer} {found}; name a SentencePiece model")
+        raise UserError(
+            f"data.tokenizer: {tokenizer} {found}; name a SentencePiece model, or a Hugging Face "
+            "tokenizer.json"
+        )
 
 
 def complete(config: RunConfig) -> Path | None:

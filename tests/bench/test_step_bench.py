@@ -94,7 +94,7 @@ def timed(path: Path) -> list[tuple[float, float]]:
     config = load_config(path, world_size=2)
     with start(config.parallel, config.training) as runtime:
         (found,) = time_steps(
-            {"run": config}, runtime, warmup=1, steps=2, random_tokens=True, say=lambda _text: None
+            {"run": config}, runtime, warmup=1, steps=2, datasets=None, say=lambda _text: None
         )
     return [
         (step, sum(values))

@@ -24,7 +24,7 @@ from keel_megatron.checkpoint.state import Position
 from keel_megatron.cluster.watchdog import Watchdog
 from keel_megatron.config import UserError
 from keel_megatron.config.run import RunConfig
-from keel_megatron.data.batches import Batch, Batches
+from keel_megatron.data.batches import Batch, Batches, ValidationSet
 from keel_megatron.engines.megatron.engine import MegatronEngine
 from keel_megatron.errors import DivergedError
 from keel_megatron.runtime.distributed import Runtime, start
@@ -270,7 +270,9 @@ def run(sections: Sections) -> Ran:
         )
         state = RunState(engine, saver, {"counter": part, "guard": guard})
         made_up: Any = MadeUp(config, runtime)
-        batches = Batches(made_up, made_up_batches(config, runtime, 99))
+        batches = Batches(
+            made_up, [ValidationSet("text", 1000, made_up_batches(config, runtime, 99))]
+        )
         with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:
             loop = Loop(
                 engine=engine,

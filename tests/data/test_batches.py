@@ -2,39 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from keel_megatron.config import UserError
+from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import (
     BatchSource,
-    SampleOrder,
-    SequenceDataset,
+    Uses,
     collate,
+    random_batch,
     validation_batches,
 )
-from keel_megatron.data.prepare import PreparedData
+from keel_megatron.data.blend import BLOCK
+from keel_megatron.data.dataset import Dataset, open_dataset
+from keel_megatron.data.index_files import open_sequences
+from keel_megatron.data.samples import Samples
+from keel_megatron.data.sequences import Sequence, SequenceDataset
+from tests.datasets import VOCABULARY, made_up, write_dataset
+from tests.settings import small_config
 
 S = 32
 
 
 @pytest.fixture(scope="module")
-def dataset(prepared: PreparedData) -> SequenceDataset:
-    return SequenceDataset(prepared.train_prefix, S, 1)
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    cache = tmp_path_factory.mktemp("cache")
+    return small_config(data__cache_dir=str(cache), data__vocab_size=VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def opened(config: RunConfig) -> Dataset:
+    sources = {"text": [made_up(80, 0), made_up(60, 1)]}
+    return open_dataset(write_dataset(config.data.cache_dir / "set", sources), config.data)
+
+
+@pytest.fixture(scope="module")
+def dataset(opened: Dataset, config: RunConfig) -> SequenceDataset:
+    return open_sequences(opened, opened.sources[0], "train", S, 1, config.data.cache_dir)
+
+
+def samples_of(dataset: SequenceDataset) -> Samples:
+    return Samples([dataset], [BLOCK], 7)
 
 
 def global_batch(
     dataset: SequenceDataset, consumed: int, micro: int, replicas: int
 ) -> torch.Tensor:
     """The step's sequences in the order of their numbers, put together from all replicas."""
-    order = SampleOrder(len(dataset), seed=7)
     parts = [
-        list(BatchSource(dataset, order, micro, rank, replicas).micro_batches(consumed, 16))
+        list(BatchSource(samples_of(dataset), micro, rank, replicas).micro_batches(consumed, 16))
         for rank in range(replicas)
     ]
     return torch.cat([batch.tokens for step in zip(*parts, strict=True) for batch in step])
@@ -49,7 +70,7 @@ def test_a_step_has_the_same_sequences_at_every_layout(
 
 
 def test_labels_are_the_tokens_that_follow(dataset: SequenceDataset) -> None:
-    (batch,) = BatchSource(dataset, SampleOrder(len(dataset), 7), 4, 0, 1).micro_batches(0, 4)
+    (batch,) = BatchSource(samples_of(dataset), 4, 0, 1).micro_batches(0, 4)
     assert batch.tokens is not None
     assert batch.labels is not None
     assert batch.tokens.shape == batch.labels.shape == (4, S)
@@ -58,30 +79,83 @@ def test_labels_are_the_tokens_that_follow(dataset: SequenceDataset) -> None:
 
 @pytest.mark.parametrize("tokens", [True, False])
 @pytest.mark.parametrize("labels", [True, False])
-def test_a_stage_gets_what_it_uses(dataset: SequenceDataset, tokens: bool, labels: bool) -> None:
+@pytest.mark.parametrize("documents", [True, False])
+def test_a_stage_gets_what_it_uses(
+    dataset: SequenceDataset, tokens: bool, labels: bool, documents: bool
+) -> None:
     """What every label counts, and positions from 0 on, need no tensor at all."""
-    whole = BatchSource(dataset, SampleOrder(len(dataset), 7), 4, 0, 1)
-    part = replace(whole, tokens=tokens, labels=labels)
-    for batch, full in zip(part.micro_batches(8, 16), whole.micro_batches(8, 16), strict=True):
-        assert full.tokens is not None
-        assert full.labels is not None
-        for found, expected, used in (
-            (batch.tokens, full.tokens, tokens),
-            (batch.labels, full.labels, labels),
+    everything = Uses(documents=True, loss_mask=True)
+    uses = Uses(tokens, labels, documents, loss_mask=True)
+    parts = BatchSource(samples_of(dataset), 4, 0, 1, uses).micro_batches(8, 16)
+    wholes = BatchSource(samples_of(dataset), 4, 0, 1, everything).micro_batches(8, 16)
+    for batch, full in zip(parts, wholes, strict=True):
+        for name, used in (
+            ("tokens", tokens),
+            ("labels", labels),
+            ("loss_mask", labels),
+            ("documents", documents),
         ):
-            assert found is None if not used else torch.equal(found, expected)  # type: ignore[arg-type]
-        assert batch.loss_mask is batch.position_ids is None
+            found, expected = getattr(batch, name), getattr(full, name)
+            assert found is None if not used else torch.equal(found, expected), name
+        assert batch.position_ids is None
 
 
-def test_an_epoch_sees_every_sample_once_and_the_next_in_another_order() -> None:
-    order = SampleOrder(50, seed=3)
-    epochs = [[order[50 * epoch + k] for k in range(50)] for epoch in range(3)]
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    # Going back, and another object, give the same.
-    assert [order[k] for k in range(50)] == epochs[0]
-    assert [SampleOrder(50, seed=3)[100 + k] for k in range(50)] == epochs[2]
-    assert [SampleOrder(50, seed=4)[k] for k in range(50)] != epochs[0]
+def test_documents_and_the_loss_mask_follow_the_borders() -> None:
+    rows = [Sequence(np.arange(7), (3, 1, 3)), Sequence(np.arange(7), (7,))]
+    batch = collate(rows, documents=True, loss_mask=True)
+    assert batch.documents is not None
+    assert batch.loss_mask is not None
+    assert batch.documents.dtype == torch.int32
+    assert batch.documents.tolist() == [[0, 0, 0, 1, 2, 2], [0] * 6]
+    # The labels are tokens 1 to 6; tokens 3 and 4 begin a document.
+    assert batch.loss_mask.tolist() == [[1, 1, 0, 0, 1, 1], [1] * 6]
+    plain = collate(rows)
+    assert plain.documents is plain.loss_mask is None
+
+
+def test_borders_are_those_of_the_documents(dataset: SequenceDataset) -> None:
+    """Every document of the set ends with token 0, and no other token is 0."""
+    for number in range(len(dataset)):
+        sequence = dataset.read(number)
+        assert sequence.tokens is not None
+        ends = np.cumsum(sequence.lengths)[:-1] - 1
+        assert np.flatnonzero(sequence.tokens[:-1] == 0).tolist() == ends.tolist()
+        assert dataset.read(number, tokens=False).lengths == sequence.lengths
+
+
+def test_random_batches_have_documents_where_attention_is_masked() -> None:
+    assert random_batch(small_config()).documents is None
+    masked = small_config(data__document_masks=True)
+    documents = random_batch(masked).documents
+    assert documents is not None
+    assert documents.shape == (2, S)
+    assert documents.unique().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("seq_length", "seed", "digest"),
+    [
+        (7, 3, "cf02e281268ac493300268669c980a6e4bc6e2dafd2ba88f08d609ce182217de"),
+        (32, 1, "dece80b07b3086ddb7f0ad6d6fdc19e5ed3de710f4f2447b61c62ee5bd2c0886"),
+    ],
+)
+def test_one_source_has_the_batches_of_earlier_versions(
+    tmp_path: Path, seq_length: int, seed: int, digest: str
+) -> None:
+    """SHA-256 of two epochs, by version 0.5's SequenceDataset and SampleOrder."""
+    random = np.random.RandomState(0)
+    documents = [random.randint(0, 512, size=random.randint(1, 10)) for _ in range(300)]
+    sources = {"text": [documents[:120], documents[120:]]}
+    config = small_config(data__vocab_size=512)
+    folder = write_dataset(tmp_path, sources, held_out=0, vocab_size=512)
+    opened = open_dataset(folder, config.data)
+    dataset = open_sequences(opened, opened.sources[0], "train", seq_length, seed, tmp_path)
+    source = BatchSource(Samples([dataset], [BLOCK], seed), 2, 0, 1)
+    total = hashlib.sha256()
+    for batch in source.micro_batches(0, 2 * len(dataset) + 20):
+        total.update(batch.tokens.numpy().tobytes())  # type: ignore[union-attr]
+        total.update(batch.labels.numpy().tobytes())  # type: ignore[union-attr]
+    assert total.hexdigest() == digest
 
 
 def test_the_end_of_an_epoch_may_lie_within_a_step(dataset: SequenceDataset) -> None:
@@ -113,71 +187,3 @@ def test_too_few_validation_sequences(dataset: SequenceDataset) -> None:
     few = 2 * len(dataset)
     with pytest.raises(UserError, match=rf"data.validation_fraction: .* {len(dataset)} sequence"):
         list(validation_batches(dataset, 64, few, 0, 1))
-
-
-def megatron(prefix: Path, seq_length: int, seed: int) -> list[dict[str, torch.Tensor]]:
-    """Every sample of Megatron-core's own GPTDataset, one epoch, its indices kept nowhere."""
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.utils import Split
-
-    tokenizer = SimpleNamespace(eod=0, pad=-1, vocab_size=512, unique_identifiers={})
-    config = GPTDatasetConfig(
-        random_seed=seed % 2**32,
-        sequence_length=seq_length,
-        blend=([str(prefix)], None),
-        split="1,0,0",
-        path_to_cache=None,
-        tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    indexed = GPTDataset.build_low_level_dataset(str(prefix), config)
-    documents = np.arange(GPTDataset.numel_low_level_dataset(indexed), dtype=np.int32)
-    theirs = GPTDataset(indexed, str(prefix), documents, None, Split.train, config)
-    return [theirs[number] for number in range(len(theirs))]
-
-
-def short_documents(folder: Path) -> Path:
-    """Documents of 1 to 9 tokens, so that sequences span many and end with some."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(str(folder / "short.bin"), dtype=np.uint16)
-    random = np.random.RandomState(0)
-    for _ in range(300):
-        tokens = random.randint(0, 512, size=random.randint(1, 10))
-        builder.add_document(tokens.astype(np.uint16), [len(tokens)])
-    builder.finalize(str(folder / "short.idx"))
-    return folder / "short"
-
-
-@pytest.mark.parametrize(("seq_length", "seed"), [(S, 1), (S, 2**32 + 5), (7, 3), (1, 4)])
-@pytest.mark.parametrize("kind", ["few long documents", "many short ones"])
-def test_the_sequences_are_megatron_cores(
-    prepared: PreparedData, tmp_path: Path, kind: str, seq_length: int, seed: int
-) -> None:
-    long = kind == "few long documents"
-    prefix = prepared.train_prefix if long else short_documents(tmp_path)
-    if long and seq_length < S:
-        prefix = prepared.validation_prefix
-    theirs, ours = megatron(prefix, seq_length, seed), SequenceDataset(prefix, seq_length, seed)
-    assert len(ours) == len(theirs) > 0
-    batch = collate([ours[number] for number in range(len(ours))])
-    everywhere = {
-        "loss_mask": torch.ones(len(ours), seq_length),
-        "position_ids": torch.arange(seq_length).expand(len(ours), -1),
-    }
-    for key in ("tokens", "labels", "loss_mask", "position_ids"):
-        expected = torch.stack([sample[key] for sample in theirs])
-        found = getattr(batch, key)
-        found = everywhere[key] if found is None else found
-        assert found.dtype == expected.dtype
-        assert torch.equal(found, expected), key
-
-
-def test_nothing_is_written_beside_the_tokens(prepared: PreparedData) -> None:
-    """What a start would load could be half-written, or a pickle."""
-    before = sorted(prepared.folder.rglob("*"))
-    assert len(SequenceDataset(prepared.train_prefix, S, 1)) > 0
-    assert sorted(prepared.folder.rglob("*")) == before

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keel_megatron.config import UserError
-from keel_megatron.data.prepare import PreparedData
 from keel_megatron.data.tokenizer import Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer(prepared: PreparedData) -> Tokenizer:
-    return Tokenizer(prepared.tokenizer_path)
+def tokenizer(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(train_tokenizer((file.read_text() for file in text.iterdir()), 512))
+    return Tokenizer(path)
 
 
 @settings(deadline=None)

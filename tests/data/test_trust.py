@@ -1,4 +1,4 @@
-"""A cache of prepared data that others may write: it is read with care, and runs no code."""
+"""A cache of datasets that others may write: it is read with care, and runs no code."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import pytest
 import keel_megatron
 from keel_megatron.config import UserError
 from keel_megatron.config.run import RunConfig
-from keel_megatron.data.batches import SequenceDataset
-from keel_megatron.data.prepare import PreparedData, prepare
-from tests.data.reuse import is_reused
+from keel_megatron.data.dataset import Dataset, open_dataset
+from keel_megatron.data.index_files import open_sequences
+from keel_megatron.training.dataset import ready_dataset
+from tests.datasets import record
 from tests.settings import small_config
 
 pytestmark = pytest.mark.security
@@ -35,50 +37,61 @@ class Mark:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.fixture(scope="module")
+def built(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with a dataset of the text, and its index files."""
+    cache = tmp_path_factory.mktemp("cache")
+    ready(small_config(data__text=str(text), data__cache_dir=str(cache)))
+    return cache
+
+
 @pytest.fixture
-def cached(prepared: PreparedData, text: Path, tmp_path: Path) -> RunConfig:
-    """The prepared data in a cache of this test's own."""
-    shutil.copytree(prepared.folder.parent, tmp_path / "cache")
+def cached(built: Path, text: Path, tmp_path: Path) -> RunConfig:
+    """A copy in a cache of this test's own."""
+    shutil.copytree(built, tmp_path / "cache")
     return small_config(data__text=str(text), data__cache_dir=str(tmp_path / "cache"))
 
 
 def folder_of(config: RunConfig) -> Path:
-    (folder,) = (path for path in config.data.cache_dir.iterdir() if path.is_dir())
-    return folder
+    (manifest,) = config.data.cache_dir.glob("*/data.json")
+    return manifest.parent
 
 
-def ignore(_text: str) -> None:
-    pass
+def ready(config: RunConfig, said: list[str] | None = None) -> Path:
+    lines: list[str] = [] if said is None else said
+    return ready_dataset(config, lines.append, on_one_machine=True)
 
 
-def used(config: RunConfig) -> PreparedData:
+def used(config: RunConfig) -> Dataset:
     """Data as a run uses it."""
-    data = prepare(config, ignore)
-    for prefix in (data.train_prefix, data.validation_prefix):
-        assert len(SequenceDataset(prefix, 32, 1)[0]) == 33
+    data = open_dataset(ready(config), config.data)
+    for part in ("train", "validation"):
+        cache = config.data.cache_dir
+        sequences = open_sequences(data, data.sources[0], part, 32, 1, cache)  # type: ignore[arg-type]
+        assert len(sequences.read(0).tokens) == 33  # type: ignore[arg-type]
     return data
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(
-            f"indices/0123456789abcdef-GPTDataset-train-{kind}_index.npy"
-            for kind in ("document", "sample", "shuffle")
-        ),
-        "train.idx",
-        "train.bin",
-        "data.json",
-        "sources.json",
-        "tokenizer.model",
-    ],
-)
-def test_a_pickle_in_the_cache_leaves_no_mark(cached: RunConfig, tmp_path: Path, name: str) -> None:
-    planted = folder_of(cached) / name
-    planted.parent.mkdir(exist_ok=True)
-    planted.write_bytes(pickle.dumps(Mark(tmp_path / "mark")))
+def planted(config: RunConfig) -> list[Path]:
+    """Every file that a run reads of its data."""
+    found = [path for path in config.data.cache_dir.rglob("*") if path.is_file()]
+    assert {path.suffix for path in found} >= {".json", ".bin", ".idx", ".npy", ".model"}
+    return found
+
+
+def test_a_pickle_in_the_cache_leaves_no_mark(cached: RunConfig, tmp_path: Path) -> None:
+    for path in planted(cached):
+        whole = path.read_bytes()
+        state = path.stat()
+        path.write_bytes(pickle.dumps(Mark(tmp_path / "mark")))
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        with suppress(UserError):
+            used(cached)
+        assert not (tmp_path / "mark").exists(), path
+        path.unlink(missing_ok=True)
+        path.write_bytes(whole)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     used(cached)
-    assert not (tmp_path / "mark").exists()
 
 
 def test_nothing_of_the_package_reads_a_pickle() -> None:
@@ -100,79 +113,87 @@ def test_nothing_of_the_package_reads_a_pickle() -> None:
     assert found == []
 
 
-def no_files(content: dict[str, Any]) -> None:
-    content["files"] = {}
+def change(config: RunConfig, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = folder_of(config) / "data.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
 
 
-def one_file_less(content: dict[str, Any]) -> None:
-    del content["files"]["train.bin"]
-
-
-def a_file_elsewhere(content: dict[str, Any]) -> None:
-    content["files"]["../../thesis.txt"] = content["files"]["train.bin"]
-
-
-def another_text(content: dict[str, Any]) -> None:
-    content["corpus"] = "0" * 64
-
-
-def words_for_numbers(content: dict[str, Any]) -> None:
-    content["train_tokens"] = "many"
+def shard(content: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = content["sources"][0]["shards"][0]
+    return found
 
 
 @pytest.mark.parametrize(
-    "change", [no_files, one_file_less, a_file_elsewhere, another_text, words_for_numbers]
+    ("edit", "said"),
+    [
+        (lambda content: content.pop("sources"), "sources: Field required"),
+        (lambda content: content.update(sources=[]), "sources: Tuple should have at least 1 item"),
+        (lambda content: shard(content).update(name="../../thesis"), "name: String should match"),
+        (lambda content: shard(content)["files"].pop("idx"), "has no files"),
+        (lambda content: shard(content).update(tokens="many"), "tokens: Input should be a valid"),
+        (lambda content: shard(content).update(files={"txt": {}}), "Input should be 'bin', 'idx'"),
+        (lambda content: content["tokenizer"].update(file="/etc/passwd"), "tokenizer.file: Input"),
+        (lambda content: content["sources"].append(content["sources"][0]), "a name twice"),
+        (lambda content: content.update(format=4), "has format 4; this version reads 3"),
+        (lambda content: content.update(unigram_entropy=float("nan")), "unigram_entropy: "),
+        (lambda content: shard(content).update(external=True), "uses .* in place, not in"),
+    ],
 )
-def test_data_is_reused_only_with_exactly_its_files(
-    cached: RunConfig, change: Callable[[dict[str, Any]], None]
+def test_what_data_json_says_is_checked(
+    cached: RunConfig, edit: Callable[[dict[str, Any]], object], said: str
 ) -> None:
+    change(cached, edit)
     folder = folder_of(cached)
-    whole = (folder / "train.bin").read_bytes()
-    (folder / "train.bin").write_bytes(b"\0" * len(whole))
-    content = json.loads((folder / "data.json").read_text())
-    change(content)
-    (folder / "data.json").write_text(json.dumps(content))
-    said: list[str] = []
-    assert not is_reused(cached, said=said)
-    assert "data.json was changed" in said[0]
-    assert (folder / "train.bin").read_bytes() == whole
+    direct = cached.data.model_copy(update={"dataset": folder})
+    with pytest.raises(UserError, match=rf"^data\.(dataset|sources): .*{said}"):
+        open_dataset(folder, direct)
 
 
-@pytest.mark.parametrize("name", ["train.bin", "data.json", ""])
+@pytest.mark.parametrize(
+    "content", [b"", b"null", b"[]", b"[" * 100_000, b'{"format": 3}', b"\xff"]
+)
+def test_a_data_json_that_is_none(cached: RunConfig, content: bytes) -> None:
+    folder = folder_of(cached)
+    (folder / "data.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"^data\.dataset: .*data\.json"):
+        open_dataset(folder, cached.data)
+
+
+@pytest.mark.parametrize(
+    "name", ["shards", "data.json", "tokenizer.model", "*.bin", "*.idx", "*.npy"]
+)
 def test_files_behind_links_are_not_used(cached: RunConfig, tmp_path: Path, name: str) -> None:
     folder = folder_of(cached)
-    linked = folder / name if name else folder
+    linked = next(folder.rglob(name))
     elsewhere = tmp_path / "elsewhere"
     linked.rename(elsewhere)
     linked.symlink_to(elsewhere)
-    assert not is_reused(cached)
-    used(cached)
-    assert elsewhere.exists()
-    assert not linked.is_symlink()
+    with pytest.raises(UserError, match=r"is a link, which is not followed"):
+        open_dataset(folder, cached.data)
 
 
-def test_a_lock_that_is_a_link_is_not_followed(cached: RunConfig, tmp_path: Path) -> None:
-    folder, thesis = folder_of(cached), tmp_path / "thesis.txt"
-    thesis.write_text("years of work")
-    lock = cached.data.cache_dir / f".{folder.name}.lock"
-    lock.unlink(missing_ok=True)
-    lock.symlink_to(thesis)
-    assert is_reused(cached)
-    (folder / "data.json").unlink()
-    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write .*\.lock: Too many levels"):
-        prepare(cached, ignore)
-    assert thesis.read_text() == "years of work"
+@pytest.mark.parametrize("name", ["data.json", "tokenizer.model", "*.bin", "*.idx", "*.npy"])
+def test_a_fifo_is_not_waited_for(cached: RunConfig, name: str) -> None:
+    path = next(folder_of(cached).rglob(name))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError):
+        open_dataset(folder_of(cached), cached.data)
 
 
 @pytest.mark.parametrize("at", [10, 18, 26, 34], ids=["version", "lines", "documents", "lengths"])
 def test_an_index_that_does_not_fit_is_one_message(cached: RunConfig, at: int) -> None:
     """Even where data.json vouches for it."""
-    index = folder_of(cached) / "train.idx"
+    index = next(folder_of(cached).rglob("*.idx"))
     content = bytearray(index.read_bytes())
     content[at : at + 8] = b"\xff\xff\xff\x7f" * 2
     index.write_bytes(content)
-    with pytest.raises(UserError, match=r"train\.idx is not an index of"):
-        SequenceDataset(index.with_suffix(""), 32, 1)
+    change(cached, lambda content: shard(content)["files"].update(idx=record(index)))
+    shutil.rmtree(cached.data.cache_dir / "index")
+    with pytest.raises(UserError, match=r"\.idx is not an index of"):
+        ready(cached)
 
 
 def as_another(do: Callable[[], object]) -> str:
@@ -198,18 +219,17 @@ def as_another(do: Callable[[], object]) -> str:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 def test_another_user_may_use_what_he_cannot_write(cached: RunConfig, text: Path) -> None:
-    """Complete data needs no lock; missing data is one message."""
+    """A complete dataset and its index files need no lock; a missing one is one message."""
     with tempfile.TemporaryDirectory() as place:
         shutil.copytree(text, f"{place}/text")
         shutil.copytree(cached.data.cache_dir, f"{place}/cache")
         for path in (Path(place), *Path(place).rglob("*")):
             path.chmod(0o755)
         config = small_config(data__text=f"{place}/text", data__cache_dir=f"{place}/cache")
-        assert (
-            as_another(lambda: is_reused(config) and used(config).folder.name)
-            == folder_of(config).name
-        )
+        assert as_another(lambda: used(config).folder.name) == folder_of(config).name
+        shutil.rmtree(config.data.cache_dir / "index")
+        assert as_another(lambda: used(config).folder.name) == folder_of(config).name
         (folder_of(config) / "data.json").unlink()
-        said = as_another(lambda: prepare(config, ignore))
+        said = as_another(lambda: ready(config))
         assert said.startswith("UserError: data.cache_dir: cannot write")
         assert "Permission denied" in said

@@ -12,9 +12,10 @@ from keel_megatron.checkpoint import folder, manifest
 from keel_megatron.config import UserError
 from keel_megatron.inference import generate, sample, source
 from keel_megatron.inference.generate import generate_from_run
+from tests.earlier import as_earlier, without_tokenizers
 from tests.integration.commands import keel, write_config
 
-STEPS = [1, 2]
+TOKENIZER = "tokenizer.model"
 
 
 @pytest.fixture(scope="module")
@@ -55,23 +56,10 @@ def text_of(path: Path, prompt: str = "def f") -> str:
     return generate_from_run(path, prompt, max_new_tokens=3, temperature=0)
 
 
-def without_tokenizers(run: Path) -> None:
-    """As an earlier version wrote it."""
-    (run / manifest.TOKENIZER).unlink()
-    for step in STEPS:
-        path = folder.step_folder(run, step)
-        files = manifest.read_manifest(path)
-        del files[manifest.TOKENIZER]
-        (path / manifest.TOKENIZER).unlink()
-        manifest.write_manifest(path, step, files)
-
-
 def test_neither_text_nor_prepared_data_is_needed(run: Path) -> None:
     assert text_of(run).startswith("def f")
     assert list(Path.cwd().iterdir()) == []
-    assert (run / manifest.TOKENIZER).read_bytes() == (
-        folder.step_folder(run, 2) / manifest.TOKENIZER
-    ).read_bytes()
+    assert (run / TOKENIZER).read_bytes() == (folder.step_folder(run, 2) / TOKENIZER).read_bytes()
 
 
 def test_any_checkpoint_can_be_named_wherever_it_lies(run: Path, tmp_path: Path) -> None:
@@ -99,11 +87,14 @@ def test_an_earlier_versions_checkpoint_takes_the_prepared_tokenizer(
     run: Path, trained: Path
 ) -> None:
     expected = text_of(run)
+    (dataset,) = (trained.parent / "prepared").glob("*/data.json")
+    as_earlier(run, dataset.parent, run.parent / "prepared")
+    assert text_of(run) == expected
     without_tokenizers(run)
-    with pytest.raises(UserError, match=r"step_00000002 has no tokenizer.* keel data build"):
+    with pytest.raises(UserError, match=r"step_00000002 has no tokenizer.* restore that folder"):
         text_of(run)
     assert list(Path.cwd().iterdir()) == []
-    (Path.cwd() / "data").symlink_to(trained.parent / "prepared")
+    (Path.cwd() / "data").symlink_to(run.parent / "prepared")
     assert text_of(run) == expected
 
 

@@ -169,9 +169,7 @@ def test_other_text_is_refused_and_nothing_is_lost(finished: Path, tmp_path: Pat
         finished, "train", "run.yaml", "training.steps=8", f"data.text={other}", "--processes", "2"
     )
     assert wrong.returncode == 2
-    assert "data.text: not the data that the run was trained on: argparse.py changed (" in (
-        wrong.stderr
-    )
+    assert "not the data that the run was trained on: argparse.py changed (" in (wrong.stderr)
     assert wrong.stderr.count("error: ") == 1
     assert contents(finished) == before
 
@@ -205,15 +203,15 @@ def test_another_configuration_is_refused_and_nothing_is_lost(finished: Path) ->
 @pytest.mark.parametrize(
     ("make", "settings", "expected"),
     [
-        (b"\xff\xfe", [], "missing.txt is not UTF-8 text"),
+        (b"\xff\xfe", [], "missing.txt is UTF-16 text"),
         (b"too short", [], "data.vocab_size: 512 is too large for this amount of data"),
-        (b"some text", ["parallel.memory_gb=0.000001"], "parallel.memory_gb"),
+        (None, ["parallel.memory_gb=0.000001"], "parallel.memory_gb"),
     ],
 )
 def test_what_the_ranks_refuse_leaves_no_run(
-    tmp_path: Path, text: Path, make: bytes, settings: list[str], expected: str
+    tmp_path: Path, text: Path, make: bytes | None, settings: list[str], expected: str
 ) -> None:
-    (tmp_path / "missing.txt").write_bytes(make)
+    (tmp_path / "missing.txt").write_bytes(text.read_bytes() if make is None else make)
     config = write_config(tmp_path, text, tracking__mlflow=True)
     wrong = keel(tmp_path, "train", str(config), "data.text=missing.txt", *settings)
     assert wrong.returncode == 2

@@ -12,7 +12,7 @@ from torch import nn
 import yaml
 from keel_megatron.checkpoint.state import Position
 from keel_megatron.config.run import RunConfig
-from keel_megatron.data.prepare import prepare
+from keel_megatron.data.dataset import open_dataset
 from keel_megatron.engines.base import Engine, StepResult
 from keel_megatron.engines.build import build_engine
 from keel_megatron.engines.megatron.engine import MegatronEngine
@@ -21,6 +21,7 @@ from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.tracking.metrics import read_metrics
 from keel_megatron.training import diagnose, run
+from keel_megatron.training.dataset import ready_dataset
 from keel_megatron.training.learning_rate import learning_rate
 from keel_megatron.training.ready import open_batches
 from tests.training.ranks import made_up_batches
@@ -161,9 +162,9 @@ def roll_back(path: Path) -> tuple[Any, Any, str]:
         if "loss" in line
     ]
     config = RunConfig.model_validate(yaml.safe_load(path.read_text()))
+    folder = ready_dataset(config, print, on_one_machine=True)
     with start(config.parallel, config.training) as runtime:
-        data = runtime.from_main(lambda: prepare(config, print))
-        source = open_batches(config, runtime, data).train
+        source = open_batches(config, runtime, open_dataset(folder, config.data)).train
         engine = build_engine(config, runtime, build_model(config, runtime))
         expected = []
         size, steps = config.training.global_batch_size, config.training.steps

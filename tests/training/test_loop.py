@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from keel_megatron.data.batches import Batches
+from keel_megatron.data.batches import Batches, ValidationSet
 from keel_megatron.errors import DivergedError, UserError
 from keel_megatron.runtime import exit_codes
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
@@ -35,7 +35,7 @@ class Bench:
         self.before: list[int] = []
         self.loop = Loop(
             engine=self.engine,  # type: ignore[arg-type]
-            batches=Batches(self.source, [1, 2]),  # type: ignore[arg-type]
+            batches=Batches(self.source, [ValidationSet("text", 1000, [1, 2])]),  # type: ignore[arg-type]
             state=self.state,
             guard=self.guard,
             tracker=self.tracker,  # type: ignore[arg-type]

@@ -1,0 +1,108 @@
+"""`keel data show`, `keel data verify` and `keel data sample`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from keel_megatron.cli.arguments import ConfigPath, Overrides
+from keel_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from keel_megatron.config.run import RunConfig
+
+DAMAGED = 1
+
+Place = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DATASET", help="Dataset folder, or YAML file of a run's configuration."
+    ),
+]
+
+
+def show(
+    place: Place,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print data.json's content.")] = False,
+) -> None:
+    """Show a dataset's sources, counts, shares and tokenizer, and what was skipped."""
+    from keel_megatron.data.dataset import read_manifest
+    from keel_megatron.data.report import describe
+
+    folder, _config = _find(place, overrides)
+    manifest, _earlier = read_manifest(folder)
+    if as_json:
+        print(json.dumps(manifest.model_dump(mode="json"), indent=2))
+    else:
+        print("\n".join(describe(manifest, folder)))
+
+
+def verify(place: Place, overrides: Overrides = None) -> None:
+    """Read every file of a dataset and compare it with data.json; exit with 1 if one is damaged.
+
+    Checks hashes, indexes, counts, held-out documents, and that all tokens are in the vocabulary.
+    Tokens used in place are found by the configuration's data.sources.
+    """
+    from keel_megatron.data.dataset import open_dataset
+    from keel_megatron.data.verify import verify as problems_of
+
+    folder, config = _find(place, overrides)
+    dataset = open_dataset(folder, None if config is None else config.data, check=False)
+    problems = problems_of(dataset, lambda line: print(line, flush=True))
+    for problem in problems:
+        print(f"damaged: {problem}")
+    if problems:
+        raise typer.Exit(DAMAGED)
+    print(f"{folder} is as it was built: {dataset.tokens('train'):,} training tokens")
+
+
+def sample(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(min=1, help="Show samples of this step's batch.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Maximum number of samples.")] = 4,
+) -> None:
+    """Show samples of a run's batches, decoded, with the borders of documents marked."""
+    from keel_megatron.config.load import load_config
+    from keel_megatron.data.dataset import open_dataset
+    from keel_megatron.data.index_files import open_sequences
+    from keel_megatron.data.report import sample_lines
+    from keel_megatron.data.samples import Samples
+    from keel_megatron.data.tokenizer import open_tokenizer
+    from keel_megatron.training.dataset import ready_dataset
+
+    settings = load_config(config, tuple(overrides or ()))
+    folder = ready_dataset(settings, lambda _text: None, on_one_machine=True)
+    dataset = open_dataset(folder, settings.data)
+    length, seed = settings.data.seq_length, settings.training.seed
+    sources = [
+        open_sequences(dataset, source, "train", length, seed, settings.data.cache_dir)
+        for source in dataset.sources
+    ]
+    order = Samples(sources, list(dataset.quotas.values()), seed)
+    size = settings.training.global_batch_size
+    numbers = range((step - 1) * size, (step - 1) * size + min(samples, size))
+    decode = open_tokenizer(dataset.tokenizer_path).decode
+    for line in sample_lines(dataset, order, numbers, decode):
+        print(line)
+
+
+def _find(place: Path, overrides: list[str] | None) -> tuple[Path, RunConfig | None]:
+    """The dataset folder of an argument, and its configuration if it is one.
+
+    Raises:
+        UserError: the configuration's dataset is not built.
+    """
+    from keel_megatron.config.load import load_config
+    from keel_megatron.training.dataset import find_dataset
+
+    if place.is_dir():
+        if overrides:
+            raise UserError(f"{overrides[0]}: settings need a configuration, not a dataset folder")
+        return place, None
+    config = load_config(place, tuple(overrides or ()))
+    return find_dataset(config, lambda _text: None, None, may_build=False), config

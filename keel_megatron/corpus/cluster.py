@@ -1,0 +1,160 @@
+"""Does a build's jobs on many nodes: SLURM arrays of our own command, or Ray through datatrove.
+
+The folder must be on a file system that all nodes share. A task does a contiguous part of the jobs;
+jobs that are complete are left out, so a task can be repeated.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from keel_megatron.corpus.build import Execute
+from keel_megatron.corpus.finish import unfinished
+from keel_megatron.corpus.plan import JOBS, Job, Plan, read_plan
+from keel_megatron.corpus.pool import run_jobs
+from keel_megatron.corpus.progress import BuildProgress
+from keel_megatron.errors import UserError
+from keel_megatron.runtime.interpreter import python
+
+MOST_TASKS: Final = 64
+"""Default number of tasks, unless there are fewer jobs."""
+
+
+def jobs_of_task(plan: Plan, task: int, tasks: int) -> tuple[Job, ...]:
+    """The jobs of task `task` of `tasks`."""
+    count = len(plan.jobs)
+    return plan.jobs[task * count // tasks : (task + 1) * count // tasks]
+
+
+def run_task(folder: Path, task: int, tasks: int, workers: int, say: Callable[[str], None]) -> None:
+    """Do a task's jobs that are not complete, on this machine.
+
+    Args:
+        folder: the folder that is being built (FOLDER.partial).
+        task: number of the task.
+        tasks: number of all tasks.
+        workers: number of processes.
+        say: called with progress.
+
+    Raises:
+        UserError: the folder has no plan, or a job failed.
+    """
+    try:
+        plan = read_plan(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} is not the .partial folder of a build in progress; start it with keel data "
+            "build CONFIG"
+        ) from error
+    if not 0 <= task < tasks:
+        raise UserError(f"--task: {task} must be from 0 to {tasks - 1}")
+    left = {job.name for job in unfinished(folder, plan)}
+    jobs = [job for job in jobs_of_task(plan, task, tasks) if job.name in left]
+    progress = BuildProgress(say, folder / JOBS / f"task-{task:05}.log")
+    progress.begin(sum(job.bytes for job in jobs))
+    try:
+        run_jobs(folder, plan, jobs, workers, progress.add)
+        progress.say(f"task {task} of {tasks}: {progress.line()}")
+    finally:
+        progress.close()
+
+
+def task_count(plan: Plan, wanted: int) -> int:
+    """Number of tasks: as wanted, but not more than jobs."""
+    return max(1, min(wanted or MOST_TASKS, len(plan.jobs)))
+
+
+def slurm(
+    *, tasks: int, workers: int, again: Sequence[str], options: Sequence[str] = ()
+) -> Execute:
+    """Submits the jobs as an array, and a job that finishes the build after it.
+
+    No description of the work is handed over but our command line and the plan in the folder.
+
+    Args:
+        tasks: number of array tasks; 0: up to MOST_TASKS.
+        workers: processes, and cores, of a task.
+        again: arguments of `keel` that repeat this build on one machine: it does what is left.
+        options: further options of sbatch, for both.
+    """
+
+    def execute(partial: Path, plan: Plan, progress: BuildProgress) -> None:
+        count = task_count(plan, tasks)
+        keel = [*python(), "-m", "keel_megatron"]
+        task = shlex.join([*keel, "data", "task", str(partial.absolute()), "--tasks", str(count)])
+        common = [f"--cpus-per-task={workers}", "--ntasks=1", *options]
+        array = _sbatch(
+            f"--array=0-{count - 1}",
+            "--job-name=keel-data",
+            f"--output={partial.absolute() / JOBS}/slurm-%A_%a.log",
+            *common,
+            f'--wrap={task} --workers {workers} --task "$SLURM_ARRAY_TASK_ID"',
+        )
+        finish = _sbatch(
+            f"--dependency=afterany:{array}",
+            "--job-name=keel-data-finish",
+            f"--output={partial.absolute().parent}/slurm-%j.log",
+            *common,
+            f"--wrap={shlex.join([*keel, *again, '--workers', str(workers)])}",
+        )
+        progress.say(
+            f"submitted {count} tasks as job {array}, and job {finish}, which finishes the build; "
+            f"their logs are in {partial / JOBS} and {partial.parent}"
+        )
+
+    return execute
+
+
+def ray(*, tasks: int, workers: int) -> Execute:
+    """Does the jobs on a Ray cluster, through datatrove's executor; waits for them."""
+
+    def execute(partial: Path, plan: Plan, progress: BuildProgress) -> None:
+        try:
+            from datatrove.executor.ray import RayPipelineExecutor
+
+            from keel_megatron.corpus.datatrove_step import BuildStep
+        except ImportError as error:
+            raise UserError(
+                f"--executor ray: {error}; install pip install 'keel-megatron[data-cluster]'"
+            ) from error
+        count = task_count(plan, tasks)
+        progress.say(f"running {count} tasks on Ray; their logs are in {partial / JOBS}")
+        RayPipelineExecutor(
+            pipeline=[BuildStep(str(partial.absolute()))],
+            tasks=count,
+            workers=workers or -1,
+            logging_dir=str(partial.absolute() / JOBS / "datatrove"),
+            skip_completed=False,
+        ).run()
+        left = unfinished(partial, plan)
+        if left:
+            raise UserError(
+                f"--executor ray: {len(left)} of {len(plan.jobs)} jobs are not complete, such as "
+                f"{left[0].name}; see the logs in {partial / JOBS / 'datatrove'}, and build "
+                "again to resume"
+            )
+
+    return execute
+
+
+def _sbatch(*arguments: str) -> str:
+    """Submit a job; returns its number.
+
+    Raises:
+        UserError: there is no sbatch here, or it refuses.
+    """
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable", *arguments], check=True, capture_output=True, text=True
+        )
+    except FileNotFoundError as error:
+        raise UserError(
+            "--executor slurm: there is no sbatch in PATH; run this on a node that submits jobs"
+        ) from error
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"--executor slurm: sbatch failed: {error.stderr.strip()}") from error
+    return done.stdout.strip().split(";")[0]

@@ -1,0 +1,206 @@
+"""The dataset folder of a run: found, or built in the process that asks first."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from keel_megatron.config.data import DataConfig
+from keel_megatron.config.reading import LARGE, parse_json, read_small
+from keel_megatron.config.run import RunConfig
+from keel_megatron.corpus.build import Execute, Identified, build, identify, local, partial_of
+from keel_megatron.data.manifest import MANIFEST, SOURCES
+from keel_megatron.errors import UserError
+
+Say = Callable[[str], None]
+
+_LOCK: Final = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_SHOWN: Final = 5
+
+
+def ensure_dataset(
+    config: RunConfig, say: Say, expected: dict[str, Any] | None = None, *, may_build: bool
+) -> Path:
+    """The run's dataset folder; built if it is missing. Imports no torch.
+
+    Of several processes of a machine, the first builds and the others wait.
+
+    Args:
+        config: the run; its `data` section matters.
+        say: called with messages and progress.
+        expected: the identity in the run's newest checkpoint; other data is refused before it is
+            built.
+        may_build: whether this process may build; not on several machines.
+
+    Raises:
+        UserError: the data, tokenizer or cache does not fit the settings or the expected identity,
+            or the dataset is missing and may not be built.
+    """
+    data, say = config.data, _tolerant(say)
+    if data.dataset is not None:
+        if not (data.dataset / MANIFEST).is_file():
+            raise UserError(
+                f"data.dataset: {data.dataset} is not a dataset folder; build it with keel data "
+                f"build CONFIG --out {data.dataset}"
+            )
+        return data.dataset
+    found = identify(data, say)
+    if expected:
+        refuse_other(expected, found, data)
+    folder = folder_of(data, found.fingerprint)
+    if is_complete(folder, found.fingerprint):
+        say(f"using the dataset in {folder}")
+        return folder
+    if not may_build or data.build == "never":
+        why = "data.build is never" if data.build == "never" else "the run is on several machines"
+        raise UserError(
+            f"data: there is no dataset of these sources in {data.cache_dir}, and {why}; build it "
+            "first: keel data build CONFIG"
+        )
+    with locked(folder, say):
+        if is_complete(folder, found.fingerprint):
+            say(f"using the dataset in {folder}")
+        else:
+            build(data, found, folder, say, local())
+    return folder
+
+
+def build_dataset(data: DataConfig, say: Say, out: Path | None, execute: Execute) -> Path:
+    """Build the dataset of the settings, unless it is there; for `keel data build`.
+
+    Args:
+        data: the run's data settings.
+        say: called with messages and progress.
+        out: the dataset folder; None: data.dataset, else the one in data.cache_dir.
+        execute: does the jobs.
+
+    Returns:
+        The folder, which an executor may leave to be finished later.
+
+    Raises:
+        UserError: as in `ensure_dataset`, or `out` is another folder.
+    """
+    say = _tolerant(say)
+    found = identify(data, say)
+    folder = out or data.dataset or folder_of(data, found.fingerprint)
+    with locked(folder, say):
+        if is_complete(folder, found.fingerprint):
+            say(f"{folder} is complete")
+            return folder
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder} exists and is not the dataset of these sources; remove it, or give "
+                "another --out"
+            )
+        built = build(data, found, folder, say, execute)
+    return folder if built is not None else partial_of(folder)
+
+
+def folder_of(data: DataConfig, fingerprint: str) -> Path:
+    """The folder in data.cache_dir of the dataset with this fingerprint."""
+    return data.cache_dir / fingerprint[:16]
+
+
+def is_complete(folder: Path, fingerprint: str) -> bool:
+    """Whether a folder is the dataset with this fingerprint."""
+    manifest = folder / MANIFEST
+    if folder.is_symlink() or manifest.is_symlink():
+        return False
+    try:
+        content = parse_json(read_small(manifest, LARGE))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("fingerprint") == fingerprint
+
+
+@contextmanager
+def locked(folder: Path, say: Say) -> Iterator[None]:
+    """Hold the lock of a dataset folder; later processes wait, and say that they do.
+
+    Raises:
+        UserError: the folder beside which it is, or a file in it, cannot be written.
+    """
+    parent = folder.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        # Other users may write the cache: the name may be a link to another file, or a FIFO.
+        with os.fdopen(os.open(parent / f".{folder.name}.lock", _LOCK, 0o666), "wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for another process that builds {folder}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: cannot write {error.filename or parent}: {error.strerror}"
+        ) from error
+
+
+def refuse_other(expected: dict[str, Any], found: Identified, data: DataConfig) -> None:
+    """Refuse sources or a tokenizer other than those of the run's previous training.
+
+    Args:
+        expected: the identity in the checkpoint.
+        found: the current sources.
+        data: the run's data settings.
+
+    Raises:
+        UserError: they differ.
+    """
+    if expected.get("fingerprint") == found.fingerprint:
+        return
+    raise UserError(
+        "data: not the data that the run was trained on: "
+        f"{_difference(expected, found, data)}. A run resumes only with the same data (its path "
+        "may change): restore it, or train on the new data under another training.name, which "
+        "starts with new weights"
+    )
+
+
+def _difference(expected: dict[str, Any], found: Identified, data: DataConfig) -> str:
+    """What differs, by the list of the files of then."""
+    then = str(expected.get("fingerprint"))
+    short = f"fingerprint {then[:12]} then, {found.fingerprint[:12]} now"
+    try:
+        before = _files(parse_json(read_small(folder_of(data, then) / SOURCES, LARGE)))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return short
+    if found.contents is None:
+        return short
+    now = _files(found.contents)
+    lines = [f"{name} is missing" for name in before.keys() - now.keys()]
+    lines += [f"{name} is new" for name in now.keys() - before.keys()]
+    lines += [
+        f"{name} changed ({before[name][0]} bytes then, {now[name][0]} now)"
+        for name in before.keys() & now.keys()
+        if before[name] != now[name]
+    ]
+    if not lines:
+        return f"other settings or another data.tokenizer ({short})"
+    lines.sort()
+    more = f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return ", ".join(lines[:_SHOWN]) + more
+
+
+def _files(contents: dict[str, dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """Size and hash of all files, by name; with several sources by source and name."""
+    if len(contents) == 1:
+        return next(iter(contents.values()))
+    return {
+        f"{source}/{name}": r for source, files in contents.items() for name, r in files.items()
+    }
+
+
+def _tolerant(say: Say) -> Say:
+    """A `say` that ignores a closed output."""
+
+    def tolerant(text: str) -> None:
+        with suppress(OSError):
+            say(text)
+
+    return tolerant

@@ -1,0 +1,96 @@
+"""`keel data show` and `keel data sample`: what a dataset holds, and what the model sees of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from keel_megatron.data.dataset import Dataset
+from keel_megatron.data.manifest import Manifest, Skipped
+from keel_megatron.data.samples import Samples
+from keel_megatron.runtime.tables import table_lines
+
+
+def describe(manifest: Manifest, folder: Path) -> list[str]:
+    """A dataset's sources, counts and tokenizer, as lines."""
+    total = sum(source.tokens("train") for source in manifest.sources)
+    weights = [source.weight for source in manifest.sources]
+    shares = [weight or 0.0 for weight in weights]
+    if None in weights:
+        shares = [float(source.tokens("train")) for source in manifest.sources]
+    rows = [
+        (
+            source.name,
+            source.format,
+            f"{source.files:,}",
+            f"{source.bytes / 1e6:,.1f}",
+            f"{source.documents('train'):,}",
+            f"{source.tokens('train'):,}",
+            f"{source.documents('validation'):,}",
+            f"{source.tokens('validation'):,}",
+            f"{share / sum(shares):.1%}",
+        )
+        for source, share in zip(manifest.sources, shares, strict=True)
+    ]
+    tokenizer = manifest.tokenizer
+    origin = "given" if tokenizer.given else "trained on these sources"
+    columns = ("source", "format", "files", "MB", "documents", "tokens")
+    lines = [
+        f"{folder}: fingerprint {manifest.fingerprint[:16]}",
+        "",
+        *table_lines(
+            (*columns, "held-out documents", "held-out tokens", "share"), rows, left={0, 1}
+        ),
+        "",
+        f"{total:,} training tokens; unigram entropy {manifest.unigram_entropy:.3f} nats per token",
+        f"tokenizer: {tokenizer.file}, {origin}, "
+        f"{tokenizer.vocab_size:,} tokens, end of a document {tokenizer.eod}; encoded by "
+        f"{tokenizer.encoder}; loses {tokenizer.lost:.2%} of the characters of a sample",
+    ]
+    for source in manifest.sources:
+        lines += [f"{source.name}: skipped {_skipped(one)}" for one in source.skipped]
+        if source.bad_records is not None:
+            lines.append(f"{source.name}: damaged records: {_skipped(source.bad_records)}")
+        in_place = sum(shard.external for shard in source.shards)
+        if in_place:
+            lines.append(f"{source.name}: {in_place} pair(s) of .bin and .idx used in place")
+    return lines
+
+
+def sample_lines(
+    dataset: Dataset,
+    samples: Samples,
+    numbers: range,
+    decode: Callable[[list[int]], str],
+) -> Iterator[str]:
+    """Samples as the model sees them, decoded document by document.
+
+    Args:
+        dataset: their dataset.
+        samples: the run's samples.
+        numbers: which of them.
+        decode: the tokenizer's; it may leave out the end of a document, which is marked here.
+    """
+    for number in numbers:
+        place, sequence = samples.locate(number), samples.read(number)
+        assert sequence.tokens is not None
+        source = samples.sources[place.source]
+        yield (
+            f"--- sample {number}: source {source.name}, sequence {place.sequence} of "
+            f"{len(source)}, epoch {place.epoch + 1}; {source.seq_length} tokens"
+        )
+        tokens = sequence.tokens[:-1].tolist()  # the last one is only a label
+        end = dataset.manifest.tokenizer.eod
+        at = 0
+        for length in sequence.lengths:
+            piece = tokens[at : at + length]
+            if at and piece:
+                yield "<<< next document >>>"
+            at += length
+            yield decode([token for token in piece if token != end])
+            if piece and piece[-1] == end:
+                yield "<<< end of document >>>"
+
+
+def _skipped(record: Skipped) -> str:
+    return f"{record.count:,} ({record.bytes:,} bytes): {record.reason}, such as {record.first}"

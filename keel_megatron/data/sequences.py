@@ -1,0 +1,164 @@
+"""The sequences of one part of a source, in the order of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keel_megatron.data.dataset import Part, PlacedShard, Source
+from keel_megatron.data.shards import TokenShard, read_held_out
+from keel_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Index:
+    """Order of documents and sequences, as arrays in memory or in mapped files."""
+
+    documents: NDArray[Any]
+    """int32 or int64 [documents]: the shuffled documents, by their number in the source."""
+    ends: NDArray[np.int64]
+    """int64 [documents]: end of each shuffled document in the stream of all tokens."""
+    order: NDArray[Any]
+    """uint32 or int64 [sequences]: the shuffled sequences, by their number in the stream."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence and the token that follows it."""
+
+    tokens: NDArray[np.int64] | None
+    """int64 [seq_length + 1], or None if they were not asked for."""
+    lengths: tuple[int, ...]
+    """Tokens of each document in it, in order; their sum is seq_length + 1."""
+
+
+class Documents:
+    """The documents of one part of a source, over all of its shards.
+
+    Attributes:
+        numbers: int64 [documents]: their numbers in the source, which counts through all shards
+            with this part; ascending.
+        shards: these shards.
+
+    Raises:
+        UserError: a shard is damaged.
+    """
+
+    def __init__(self, source: Source, part: Part) -> None:
+        placed = source.of(part)
+        self.shards = [TokenShard(shard.prefix) for shard in placed]
+        sizes = [len(shard) for shard in self.shards]
+        self.offsets = np.cumsum([0, *sizes])
+        chosen = [
+            offset + _chosen(shard, size, part)
+            for shard, size, offset in zip(placed, sizes, self.offsets[:-1], strict=True)
+        ]
+        self.numbers = np.concatenate(chosen) if chosen else np.empty(0, np.int64)
+
+    def lengths(self) -> NDArray[np.int32]:
+        """int32 [documents]: tokens of each."""
+        if not self.shards:
+            return np.empty(0, np.int32)
+        everything = np.concatenate([shard.lengths for shard in self.shards])
+        lengths: NDArray[np.int32] = everything[self.numbers]
+        return lengths
+
+    def read(self, number: int, offset: int, length: int) -> NDArray[Any]:
+        """`length` tokens of a document of the source from `offset` on."""
+        shard = int(np.searchsorted(self.offsets, number, side="right")) - 1
+        return self.shards[shard].read(number - int(self.offsets[shard]), offset, length)
+
+
+def _chosen(shard: PlacedShard, documents: int, part: Part) -> NDArray[np.int64]:
+    """The documents of a shard that belong to a part."""
+    everything = np.arange(documents, dtype=np.int64)
+    if shard.record.part != "both":
+        return everything
+    held_out = np.empty(0, np.int64)
+    if "npy" in shard.record.files:
+        held_out = read_held_out(shard.path("npy"), documents)
+    return held_out if part == "validation" else np.delete(everything, held_out)
+
+
+def build_index(documents: Documents, seq_length: int, seed: int) -> Index:
+    """The order of one part of a source, that of Megatron-core's GPTDataset.
+
+    Takes about a second per 10 million documents.
+
+    Args:
+        documents: the part.
+        seq_length: tokens per sequence.
+        seed: the run's seed.
+    """
+    lengths, count = documents.lengths(), len(documents.numbers)
+    random = np.random.RandomState(seed % 2**32)
+    shuffled = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
+    random.shuffle(shuffled)
+    ends = np.cumsum(lengths[shuffled], dtype=np.int64)
+    tokens = int(ends[-1]) if count else 0
+    sequences = max(0, tokens - 1) // seq_length
+    order = np.arange(sequences, dtype=np.uint32 if sequences < 2**32 - 2 else np.int64)
+    random.shuffle(order)
+    small = int(documents.offsets[-1]) < 2**31
+    numbers = documents.numbers[shuffled].astype(np.int32 if small else np.int64)
+    return Index(numbers, ends, order)
+
+
+class SequenceDataset:
+    """One epoch of a part of a source: the tokens of its shuffled documents, in sequences.
+
+    Args:
+        documents: the part.
+        index: its order.
+        seq_length: tokens per sequence.
+        vocab_size: larger tokens are refused.
+        name: of the source, for messages.
+    """
+
+    def __init__(
+        self, documents: Documents, index: Index, seq_length: int, vocab_size: int, name: str
+    ) -> None:
+        self.seq_length = seq_length
+        self.name = name
+        self._documents = documents
+        self._index = index
+        self._vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        """Number of sequences; a remainder at the end of the stream is dropped."""
+        return len(self._index.order)
+
+    def read(self, number: int, *, tokens: bool = True) -> Sequence:
+        """A sequence and its next token; without `tokens`, only where its documents end.
+
+        Raises:
+            UserError: a token is outside of the vocabulary.
+        """
+        pieces = list(self._pieces(number))
+        lengths = tuple(length for _document, _offset, length in pieces)
+        if not tokens:
+            return Sequence(None, lengths)
+        read = np.concatenate([self._documents.read(*piece) for piece in pieces], dtype=np.int64)
+        if read.view(np.uint64).max() >= self._vocab_size:
+            raise UserError(
+                f"data.dataset: source {self.name} has a token {read.max()}, outside of the "
+                f"vocabulary of {self._vocab_size}; check it with keel data verify"
+            )
+        return Sequence(read, lengths)
+
+    def _pieces(self, number: int) -> Iterator[tuple[int, int, int]]:
+        """(document, offset, tokens) of each piece of a sequence and its next token."""
+        index = self._index
+        start = int(index.order[number]) * self.seq_length
+        stop = start + self.seq_length + 1
+        place = int(np.searchsorted(index.ends, start, side="right"))
+        begin = int(index.ends[place - 1]) if place else 0
+        while start < stop:
+            end = int(index.ends[place])
+            length = min(stop, end) - start
+            yield int(index.documents[place]), start - begin, length
+            start, begin, place = start + length, end, place + 1

@@ -1,0 +1,163 @@
+"""Builds on SLURM, with a stand-in that runs the submitted commands here; and on Ray."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import yaml
+from keel_megatron.config.data import DataConfig
+from keel_megatron.corpus import cluster, plan
+from keel_megatron.corpus.build import build, identify, partial_of
+from keel_megatron.corpus.cluster import jobs_of_task, run_task
+from keel_megatron.corpus.finish import unfinished
+from keel_megatron.corpus.plan import Plan, read_plan
+from keel_megatron.corpus.progress import BuildProgress
+from keel_megatron.errors import UserError
+from tests.corpus.datasets import built, documents, write_texts
+from tests.corpus.files import data, ignore
+from tests.corpus.tokenizers import write_sentencepiece
+from tests.settings import settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Keeps each submitted job's arguments; prints its number, as --parsable does.
+SBATCH = """#!/usr/bin/env bash
+number=$((100 + $(ls "$SUBMITTED" | wc -l)))
+printf '%s\\0' "$@" >"$SUBMITTED/$number"
+echo "$number;cluster"
+"""
+
+
+@pytest.fixture
+def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the jobs that the stand-in was given."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "submitted").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text(SBATCH)
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SUBMITTED", str(tmp_path / "submitted"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path / "submitted"
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
+    monkeypatch.setattr(plan, "SMALLEST_JOB", 3000)
+    return data(
+        text=str(write_texts(tmp_path / "text", 20)),
+        tokenizer=str(write_sentencepiece(tmp_path)),
+        vocab_size=400,
+        cache_dir=str(tmp_path / "cache"),
+    )
+
+
+def arguments(job: Path) -> dict[str, str]:
+    """The options of a submitted job."""
+    words = [word for word in job.read_text().split("\0") if word]
+    return dict(word.removeprefix("--").partition("=")[::2] for word in words)
+
+
+def run_job(job: Path, task: int | None = None) -> None:
+    """What SLURM does with a job."""
+    numbers = {} if task is None else {"SLURM_ARRAY_TASK_ID": str(task)}
+    command = arguments(job)["wrap"]
+    subprocess.run(["sh", "-c", command], check=True, env={**os.environ, **numbers}, cwd=ROOT)
+
+
+def test_the_build_of_an_array_of_jobs(tmp_path: Path, submitted: Path, config: DataConfig) -> None:
+    folder = tmp_path / "d"
+    content = settings() | {"data": config.model_dump(mode="json", exclude_none=True)}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    execute = cluster.slurm(
+        tasks=2,
+        workers=3,
+        again=["data", "build", str(tmp_path / "run.yaml"), "--out", str(folder)],
+        options=["--partition=cpu"],
+    )
+    said: list[str] = []
+    assert build(config, identify(config, ignore), folder, said.append, execute) is None
+    partial = partial_of(folder)
+    assert said[-1].startswith("submitted 2 tasks as job 100, and job 101, which finishes")
+    array, finish = arguments(submitted / "100"), arguments(submitted / "101")
+    assert (array["array"], array["cpus-per-task"], array["partition"]) == ("0-1", "3", "cpu")
+    assert array["wrap"].startswith(f"{sys.executable} -P -m keel_megatron data task {partial}")
+    assert finish["dependency"] == "afterany:100"
+    for task in range(2):
+        run_job(submitted / "100", task)
+    assert unfinished(partial, read_plan(partial)) == []
+    run_job(submitted / "101")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"build.log", "data.json", "shards", "sources.json", "tokenizer.model"}
+    built(config, tmp_path / "here")
+    assert documents(folder) == documents(tmp_path / "here")
+
+
+def test_without_slurm(tmp_path: Path, config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    execute = cluster.slurm(tasks=2, workers=1, again=[])
+    with pytest.raises(UserError, match=r"there is no sbatch in PATH"):
+        build(config, identify(config, ignore), tmp_path / "d", ignore, execute)
+
+
+def test_sbatch_refuses(tmp_path: Path, config: DataConfig, submitted: Path) -> None:
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'Invalid partition' >&2\nexit 1\n")
+    execute = cluster.slurm(tasks=2, workers=1, again=[])
+    with pytest.raises(UserError, match=r"sbatch failed: Invalid partition"):
+        build(config, identify(config, ignore), tmp_path / "d", ignore, execute)
+
+
+def test_every_job_is_in_one_task(tmp_path: Path, config: DataConfig) -> None:
+    def check(partial: Path, plan: Plan, progress: BuildProgress) -> None:
+        for tasks in (1, 2, 3, 7, 100):
+            parts = [jobs_of_task(plan, task, tasks) for task in range(tasks)]
+            assert [job for part in parts for job in part] == list(plan.jobs)
+
+    build(config, identify(config, ignore), tmp_path / "d", ignore, check)
+
+
+def test_mistaken_tasks(tmp_path: Path, config: DataConfig) -> None:
+    with pytest.raises(UserError, match=r"is not the .partial folder of a build in progress"):
+        run_task(tmp_path, 0, 1, 1, ignore)
+    build(config, identify(config, ignore), tmp_path / "d", ignore, lambda *_: None)
+    with pytest.raises(UserError, match=r"--task: 2 must be from 0 to 1"):
+        run_task(tmp_path / "d.partial", 2, 2, 1, ignore)
+
+
+def test_ray_without_datatrove(
+    tmp_path: Path, config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datatrove", None)
+    with pytest.raises(UserError, match=r"pip install 'keel-megatron\[data-cluster\]'"):
+        build(
+            config,
+            identify(config, ignore),
+            tmp_path / "d",
+            ignore,
+            cluster.ray(tasks=2, workers=1),
+        )
+
+
+def test_datatrove_runs_the_tasks(tmp_path: Path, config: DataConfig) -> None:
+    pytest.importorskip("datatrove")
+    from datatrove.executor.local import LocalPipelineExecutor
+
+    from keel_megatron.corpus.datatrove_step import BuildStep
+
+    def execute(partial: Path, plan: Plan, progress: BuildProgress) -> None:
+        LocalPipelineExecutor(
+            pipeline=[BuildStep(str(partial))],
+            tasks=3,
+            workers=1,
+            logging_dir=str(tmp_path / "logs"),
+        ).run()
+
+    folder = tmp_path / "d"
+    assert build(config, identify(config, ignore), folder, ignore, execute) is not None
+    built(config, tmp_path / "here")
+    assert documents(folder) == documents(tmp_path / "here")

@@ -1,0 +1,64 @@
+"""The progress of a build."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from keel_megatron.corpus.progress import BuildProgress
+from keel_megatron.corpus.tokenize import Done
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_lines_at_intervals_and_in_the_log(tmp_path: Path) -> None:
+    clock, said = Clock(), list[str]()
+    progress = BuildProgress(said.append, tmp_path / "log", io.StringIO(), clock)
+    progress.begin(100_000_000)
+    for _ in range(10):
+        clock.now += 2.0
+        progress.add(Done(bytes=1_000_000, documents=10, tokens=400_000))
+    progress.close()
+    assert said == [
+        "  3%  30 documents, 1,200,000 tokens, 0.5 MB/s, 200,000 tokens/s, 3m 14s left",
+        "  6%  60 documents, 2,400,000 tokens, 0.5 MB/s, 200,000 tokens/s, 3m 08s left",
+        "  9%  90 documents, 3,600,000 tokens, 0.5 MB/s, 200,000 tokens/s, 3m 02s left",
+    ]
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line.split(" ", 1)[1] for line in lines] == said
+
+
+def test_one_live_line_on_a_terminal(tmp_path: Path) -> None:
+    clock, said, terminal = Clock(), list[str](), Terminal()
+    progress = BuildProgress(said.append, tmp_path / "log", terminal, clock)
+    progress.begin(10)
+    for _ in range(10):
+        clock.now += 1.0
+        progress.add(Done(bytes=1))
+    assert terminal.getvalue().count("\r") == 10
+    assert "\n" not in terminal.getvalue()
+    progress.say("a message")
+    assert terminal.getvalue().endswith("\r\x1b[K")
+    assert said == ["a message"]
+    assert len((tmp_path / "log").read_text().splitlines()) == 2
+    progress.close()
+
+
+def test_more_bytes_than_expected(tmp_path: Path) -> None:
+    progress = BuildProgress(print, tmp_path / "log", io.StringIO())
+    assert progress.line().startswith("100%")
+    progress.begin(10)
+    assert "? left" in progress.line()
+    progress.add(Done(bytes=20))
+    assert progress.line().startswith("100%")
