@@ -45,8 +45,7 @@ class Documents:
         """What keeps attention within the documents: a bias of the scores, or their borders.
 
         A bias is 0 where a query may attend to a key and -inf elsewhere, [b, 1, s, s]; it is made
-        once a micro-batch. On a CPU it is as fast as a call for every document at the lengths of
-        sequences that a CPU trains (docs/data.md), and compiled blocks can use it.
+        once a micro-batch. docs/data.md compares it with a call for every document on a CPU.
 
         Args:
             x: a tensor of attention's type and device.

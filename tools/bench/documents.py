@@ -4,8 +4,8 @@ python tools/bench/documents.py                # the tables of docs/data.md
 python tools/bench/documents.py --rounds 15
 
 Attention, forward and backward: without masks; with the mask in memory that the program uses; with
-a call of causal attention for every document, the alternative. Rounds alternate between them, and
-the fastest counts: other load on the machine only adds time.
+a call of causal attention for every document, the alternative. CPU time of one thread in
+alternating rounds, of which the fastest counts: other load on the machine only adds to it.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ DEMO = Path(__file__).resolve().parents[2] / "yaml" / "demo.yaml"
 
 
 def fastest(ways: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Milliseconds of each, in alternating rounds."""
+    """Milliseconds of CPU time of each, in alternating rounds."""
     best = [float("inf")] * len(ways)
     for _ in range(rounds):
         for number, way in enumerate(ways):
-            begin = time.perf_counter()
+            begin = time.process_time()
             way()
-            best[number] = min(best[number], time.perf_counter() - begin)
+            best[number] = min(best[number], time.process_time() - begin)
     return [1e3 * seconds for seconds in best]
 
 
