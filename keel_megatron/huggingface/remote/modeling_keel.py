@@ -60,8 +60,10 @@ class KeelVector(nn.Module):
         return x * self.weight.float()
 
 
-def rotary_table(config: KeelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [batch, tokens, head_dim]; the angles in fp64, exact at any position."""
+def rotary_table(
+    config: KeelConfig, positions: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cos and sin [batch, tokens, head_dim]; the angles in fp64, exact at any position."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device)
     frequencies = config.rope_parameters["rope_theta"] ** -(exponents / config.head_dim)
     angles = positions[..., None].double() * frequencies
