@@ -18,6 +18,7 @@ from keel_megatron.cli import (
     data,
     depth,
     doctor,
+    export,
     generate,
     plan,
     runs,
@@ -59,6 +60,7 @@ app.command("runs")(runs.runs)
 app.command("dashboard")(dashboard.dashboard)
 app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
+app.command("export")(export.export)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,7 @@ def _parts(
     for fused in parameters:
         kind = torch.float32 if len(fused.shape) == 1 else dtype
         for name, shape in fused.parts.items():
-            # The arguments are bound now: the loop's variables change.
-            yield Part(name, _TYPES[kind], shape, lambda f=fused, n=name, k=kind: data(f, n, k))
+            yield Part(name, _TYPES[kind], shape, partial(data, fused, name, kind))
 
 
 def _files(parts: Iterable[Part], max_bytes: int) -> Iterator[list[Part]]:

@@ -112,14 +112,14 @@ def _qkv(model: ModelConfig, ours: str, theirs: str) -> Fused:
     rows = (shared * d, d, d)
 
     def split(fused: Tensor) -> tuple[Tensor, ...]:
-        parts = fused.view(groups, sum(rows), h).split(rows, dim=1)
+        parts = torch.split(fused.view(groups, sum(rows), h), rows, dim=1)
         return tuple(part.reshape(-1, h) for part in parts)
 
     def join(parts: tuple[Tensor, ...]) -> Tensor:
         by_group = [part.view(groups, -1, h) for part in parts]
         return torch.cat(by_group, dim=1).reshape(-1, h)
 
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         f"{theirs}.{p}_proj.weight": (groups * n, h) for p, n in zip("qkv", rows, strict=True)
     }
     return Fused(ours, (groups * sum(rows), h), shapes, split, join)

@@ -1,0 +1,100 @@
+"""`keel export`: a run's checkpoint as a Hugging Face folder, with a check of its logits."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from keel_megatron.checkpoint import folder
+from keel_megatron.checkpoint.resume import ResumePoint, checked, newest_good
+from keel_megatron.config.run import RunConfig
+from keel_megatron.data.tokenizer import open_tokenizer
+from keel_megatron.errors import UserError
+from keel_megatron.huggingface.export import DType, Origin, check_target, write_folder
+from keel_megatron.huggingface.tokenizer import DIFFICULT, prove_equal, tokenizer_files
+from keel_megatron.inference import parity
+from keel_megatron.inference.source import config_of, is_checkpoint, tokenizer_path
+from keel_megatron.runtime.device import Launch
+from keel_megatron.runtime.distributed import Runtime, start
+
+Say = Callable[[str], None]
+
+
+def export_run(
+    run: Path, out: Path, *, step: int | None, dtype: DType, check: bool, say: Say
+) -> bool:
+    """Export a run's newest valid checkpoint, or another one.
+
+    Args:
+        run: folder of a run, or of a checkpoint.
+        out: the folder to write; it must not exist, or be empty.
+        step: the checkpoint's step; None: the newest.
+        dtype: of the weights.
+        check: compare the exported model's logits with the run's own.
+        say: called with messages.
+
+    Returns:
+        Whether the logits agree; True without the check.
+
+    Raises:
+        UserError: there is no such checkpoint, the folder cannot be written, the tokenizers
+            differ, or transformers is missing.
+    """
+    check_target(out)
+    config = _of_precision(config_of(run), dtype)
+    if check:
+        parity.require_transformers()
+        say(parity.require_memory(config))
+    with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
+        found = _find(run, step, runtime)
+        assert found.path is not None
+        for remark in found.remarks:
+            say(remark)
+        tokenizer = open_tokenizer(tokenizer_path(run, found.path, found, config))
+        text = _sample()
+        files = tokenizer_files(tokenizer, config.data.seq_length)
+        for remark in files.remarks:
+            say(remark)
+        prove_equal(tokenizer, files, [*DIFFICULT, text])
+        home = found.path.parent.parent if is_checkpoint(run) else run
+        origin = Origin(config, found.path, found.state, home / "metrics.jsonl")
+        write_folder(out, origin, files, tokenizer.eod, dtype, say)
+        say(f"exported step {found.state['step']} to {out}")
+        if not check:
+            return True
+        rows = parity.checked_tokens(config, tokenizer.encode(text))
+        own = parity.own_logits(found.path, config, runtime, rows)
+        exported = parity.exported_logits(out, runtime.device, rows)
+        result = parity.compare(own, exported, parity.bound(config, dtype))
+        say(result.line())
+        return result.holds
+
+
+def _of_precision(config: RunConfig, dtype: DType) -> RunConfig:
+    """The run, computing in the type of the exported weights."""
+    training = config.training.model_copy(update={"precision": dtype})
+    return config.model_copy(update={"training": training})
+
+
+def _find(run: Path, step: int | None, runtime: Runtime) -> ResumePoint:
+    """The checkpoint to export, read and checked."""
+    if is_checkpoint(run):
+        if step is not None:
+            raise UserError(f"--step: {run} is a checkpoint; name the run's folder, or no step")
+        return checked(run, runtime)
+    if step is not None:
+        path = folder.step_folder(run, step)
+        if not path.is_dir():
+            there = ", ".join(map(str, folder.steps(run))) or "none"
+            raise UserError(f"--step: there is no {path}; there are: {there}")
+        return checked(path, runtime)
+    found = newest_good(run, runtime)
+    if found.path is None:
+        raise UserError(f"{run} has no complete checkpoint; train the run first")
+    return found
+
+
+def _sample() -> str:
+    """Text to compare on: a module of Python's standard library, as in the demo corpus."""
+    return Path(argparse.__file__).read_text(encoding="utf-8")
