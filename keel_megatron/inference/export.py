@@ -11,7 +11,8 @@ from keel_megatron.checkpoint.resume import ResumePoint, checked, newest_good
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.tokenizer import open_tokenizer
 from keel_megatron.errors import UserError
-from keel_megatron.huggingface.export import DType, Origin, check_target, write_folder
+from keel_megatron.huggingface.export import DType, Origin, write_folder
+from keel_megatron.huggingface.new_folder import check_new
 from keel_megatron.huggingface.tokenizer import DIFFICULT, prove_equal, tokenizer_files
 from keel_megatron.inference import parity
 from keel_megatron.inference.source import config_of, is_checkpoint, tokenizer_path
@@ -41,7 +42,7 @@ def export_run(
         UserError: there is no such checkpoint, the folder cannot be written, the tokenizers
             differ, or transformers is missing.
     """
-    check_target(out)
+    check_new(out)
     config = _of_precision(config_of(run), dtype)
     if check:
         parity.require_transformers()

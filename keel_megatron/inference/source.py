@@ -93,9 +93,7 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def tokenizer_path(
-    given: Path, checkpoint: Path, found: ResumePoint, config: RunConfig
-) -> Path:
+def tokenizer_path(given: Path, checkpoint: Path, found: ResumePoint, config: RunConfig) -> Path:
     """The tokenizer of the checkpoint, or of the prepared data for checkpoints without one."""
     for name in TOKENIZERS:
         if (checkpoint / name).is_file():
