@@ -20,6 +20,7 @@ from keel_megatron.cli import (
     doctor,
     export,
     generate,
+    import_,
     plan,
     runs,
     study,
@@ -61,6 +62,7 @@ app.command("dashboard")(dashboard.dashboard)
 app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
+app.command("import")(import_.import_)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")

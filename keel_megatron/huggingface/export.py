@@ -14,7 +14,6 @@ import torch
 from keel_megatron.architecture.parameters import parameter_count
 from keel_megatron.checkpoint.weights import Weights
 from keel_megatron.config.run import RunConfig
-from keel_megatron.errors import UserError
 from keel_megatron.huggingface.card import card
 from keel_megatron.huggingface.configuration import CONFIG, REMOTE, to_json
 from keel_megatron.huggingface.folder import write_weights

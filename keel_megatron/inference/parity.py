@@ -24,7 +24,6 @@ from keel_megatron.architecture.parameters import parameter_count
 from keel_megatron.checkpoint import state
 from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import UserError
-from keel_megatron.huggingface.naming import is_llama
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime
 
