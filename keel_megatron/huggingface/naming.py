@@ -109,7 +109,7 @@ def _qkv(model: ModelConfig, ours: str, theirs: str) -> Fused:
     """linear_qkv: [groups, queries of a group + key + value, d] rows of h columns."""
     h, d, groups = model.hidden_size, model.head_dim, model.query_groups
     shared = model.num_attention_heads // groups
-    rows = (shared * d, d, d)
+    rows = [shared * d, d, d]
 
     def split(fused: Tensor) -> tuple[Tensor, ...]:
         parts = torch.split(fused.view(groups, sum(rows), h), rows, dim=1)

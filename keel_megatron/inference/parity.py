@@ -154,7 +154,7 @@ def compare(own: Tensor, exported: Tensor, limit: float) -> Parity:
     """Compare logits [tokens, vocabulary]; not finite ones differ by infinity."""
     worst = 0.0
     same = 0
-    for mine, other in zip(own.split(256), exported.split(256), strict=True):
+    for mine, other in zip(torch.split(own, 256), torch.split(exported, 256), strict=True):
         relative = (other - mine).norm(dim=-1) / mine.norm(dim=-1).clamp_min(1e-30)
         worst = max(worst, float(relative.nan_to_num(float("inf"), float("inf")).max()))
         same += int((mine.argmax(-1) == other.argmax(-1)).sum())

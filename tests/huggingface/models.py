@@ -1,15 +1,22 @@
-"""The run's model and its exported twin in one process, without files."""
+"""Small models: the run's, its exported twin, and run folders of random weights."""
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from keel_megatron.checkpoint.weights import Weight, write_weights
+from keel_megatron.config.load import dump_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.huggingface.configuration import to_json
 from keel_megatron.huggingface.naming import is_llama, parameters
+from keel_megatron.runtime.device import Launch
+from keel_megatron.runtime.distributed import start
+from tests.settings import small_config
 
 
 def disturb(chunk: nn.Module) -> None:
@@ -52,3 +59,28 @@ def exported_model(weights: dict[str, Tensor], config: RunConfig) -> Any:
     assert missing == (["lm_head.weight"] if config.model.tie_embeddings else [])
     model.tie_weights()
     return model.eval()
+
+
+def write_run(folder: Path, tokenizer: bytes, **overrides: Any) -> RunConfig:
+    """A run of random weights at step 0, as `keel import` would write it."""
+    from keel_megatron.model.language_model import build_model
+
+    config = small_config(
+        **{
+            "training__name": folder.name,
+            "training__runs_dir": str(folder.parent),
+            "model__blocks": 3,
+            "model__num_query_groups": 2,
+            **overrides,
+        }
+    )
+    with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
+        (chunk,) = build_model(config, runtime, compute_dtype=torch.float32)
+        disturb(chunk)
+        weights = [
+            Weight(name, tuple(value.shape), partial(torch.clone, value.detach()))
+            for name, value in chunk.named_parameters()
+        ]
+        write_weights(folder, config, weights, ("tokenizer.model", tokenizer), {})
+    (folder / "config.yaml").write_text(dump_config(config))
+    return config

@@ -44,6 +44,7 @@ class KeelRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """N(x), fp32."""
         x = x.float()
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return x * self.weight.float()
@@ -57,6 +58,7 @@ class KeelVector(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x, each channel scaled; fp32."""
         return x * self.weight.float()
 
 
@@ -169,6 +171,7 @@ class KeelMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """The branch [..., h] of its input, in the type of the weights."""
         z = hidden_states.to(self.gate_proj.weight.dtype)
         return self.down_proj(functional.silu(self.gate_proj(z)) * self.up_proj(z))
 
@@ -344,10 +347,16 @@ class KeelForCausalLM(KeelPreTrainedModel, GenerationMixin):
         """Logits [batch, tokens, vocabulary], and the mean loss in nats if labels are given.
 
         Args:
+            input_ids: this and what is not explained here: see `KeelModel.forward`.
+            attention_mask: see there.
+            position_ids: see there.
+            cache: see there.
+            past_key_values: see there.
+            inputs_embeds: see there.
             labels: [batch, tokens], shifted here; -100 does not count.
+            use_cache: see there.
             logits_to_keep: only the last so many tokens, or these positions; 0: all.
-            input_ids, attention_mask, position_ids, cache, past_key_values, inputs_embeds,
-                use_cache, kwargs: see `KeelModel.forward`.
+            kwargs: see there.
         """
         outputs = self.model(
             input_ids=input_ids,
