@@ -54,13 +54,14 @@ def parity(sections: dict[str, dict[str, Any]]) -> Parity:
                 if parameter.dim() > 1 or is_llama(config.model):
                     parameter.data = parameter.data.bfloat16()
         other = model(tokens, use_cache=False).logits[0].float()
-        return compare(mine, other, bound(config, config.training.precision))
+        return compare(mine, other, bound(config, s))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--context", type=int, nargs="+", default=[128, 1024])
+    parser.add_argument("--init-std", type=float, default=0.02)
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     options = parser.parse_args()
     compat.install()
@@ -81,6 +82,7 @@ def main() -> None:
                             model__residual=rule,
                             model__blocks=blocks,
                             model__num_query_groups=2,
+                            model__init_std=options.init_std,
                             data__seq_length=context,
                             training__precision=precision,
                         )

@@ -23,7 +23,7 @@ from keel_megatron.huggingface.tokenizer import Files
 from keel_megatron.tracking.metrics import iterate_metrics
 
 DType = Literal["fp32", "bf16"]
-_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _NAMES: Final = {"fp32": "float32", "bf16": "bfloat16"}
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -65,14 +65,14 @@ def write_folder(
     config = origin.config
     rows = list(parameters(config.model, config.data.vocab_size))
     count = parameter_count(config.model, config.data.vocab_size)
-    size = count * _DTYPES[dtype].itemsize
+    size = count * DTYPES[dtype].itemsize
     with new_folder(out) as partial:
         require_space(partial, out, size)
         say(f"writing {count:,} parameters ({size / 1e9:.3g} GB) to {out}")
         for name, content in (_small_files(origin, eod, dtype) | tokenizer.content).items():
             (partial / name).write_bytes(content)
         read = Weights(origin.checkpoint).read
-        write_weights(partial, rows, read, _DTYPES[dtype], progress=_reporter(size, say))
+        write_weights(partial, rows, read, DTYPES[dtype], progress=_reporter(size, say))
 
 
 def _small_files(origin: Origin, eod: int, dtype: DType) -> dict[str, bytes]:

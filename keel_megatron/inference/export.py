@@ -6,12 +6,15 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from keel_megatron.checkpoint import folder
 from keel_megatron.checkpoint.resume import ResumePoint, checked, newest_good
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.tokenizer import open_tokenizer
 from keel_megatron.errors import UserError
-from keel_megatron.huggingface.export import DType, Origin, write_folder
+from keel_megatron.huggingface.export import DTYPES, DType, Origin, write_folder
 from keel_megatron.huggingface.new_folder import check_new
 from keel_megatron.huggingface.tokenizer import DIFFICULT, prove_equal, tokenizer_files
 from keel_megatron.inference import parity
@@ -43,7 +46,7 @@ def export_run(
             differ, or transformers is missing.
     """
     check_new(out)
-    config = _of_precision(config_of(run), dtype)
+    config = config_of(run)
     if check:
         parity.require_transformers()
         say(parity.require_memory(config))
@@ -65,17 +68,29 @@ def export_run(
         if not check:
             return True
         rows = parity.checked_tokens(config, tokenizer.encode(text))
-        own = parity.own_logits(found.path, config, runtime, rows)
-        exported = parity.exported_logits(out, runtime.device, rows)
-        result = parity.compare(own, exported, parity.bound(config, dtype))
-        say(result.line())
-        return result.holds
+        own = parity.own_logits(found.path, config, runtime, rows, DTYPES[dtype])
+        return _compare(out, config, own, rows, runtime, dtype, say)
 
 
-def _of_precision(config: RunConfig, dtype: DType) -> RunConfig:
-    """The run, computing in the type of the exported weights."""
-    training = config.training.model_copy(update={"precision": dtype})
-    return config.model_copy(update={"training": training})
+def _compare(
+    out: Path,
+    config: RunConfig,
+    own: Tensor,
+    rows: Tensor,
+    runtime: Runtime,
+    dtype: DType,
+    say: Say,
+) -> bool:
+    """Compare with the exported model, in fp32; in bf16 for information."""
+    limit = parity.bound(config, rows.shape[1])
+    exported = parity.exported_logits(out, runtime.device, rows, torch.float32)
+    result = parity.compare(own, exported, limit)
+    say(f"parity: {result.line()}")
+    if result.holds and dtype == "bf16":
+        exported = parity.exported_logits(out, runtime.device, rows, torch.bfloat16)
+        rounded = parity.compare(own, exported, float("inf"))
+        say(f"computed in bf16, they differ by at most {rounded.difference:.2g} relative")
+    return result.holds
 
 
 def _find(run: Path, step: int | None, runtime: Runtime) -> ResumePoint:

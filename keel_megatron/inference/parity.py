@@ -1,7 +1,8 @@
 """Compares an exported model's logits, computed by transformers, with the run's own.
 
-The models are in memory one after the other. Both compute in the type of the exported weights: the
-run's own are the checkpoint's fp32 masters, cast.
+The models are in memory one after the other. Both have the exported weights' values and compute in
+fp32 whatever their type is, so that rounding does not hide an error. Computing in bf16 is measured
+beside it (tools/export_table.py).
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from keel_megatron.architecture.parameters import parameter_count
 from keel_megatron.checkpoint import state
 from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import UserError
+from keel_megatron.huggingface.naming import is_llama
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime
 
 _LOGITS_BYTES = 1 << 28
 """Of the run's own logits, which are kept while the exported model computes its."""
-_ITEM_BYTES = {"fp32": 4, "bf16": 2}
 _MISSING = (
     "transformers is needed to check the exported model: pip install 'keel-megatron[huggingface]'; "
     "or export with --no-check"
@@ -56,7 +57,7 @@ class Parity:
         """The figures."""
         verdict = "within" if self.holds else "NOT within"
         return (
-            f"parity: the logits of {self.tokens:,} tokens differ by at most {self.difference:.2g} "
+            f"the logits of {self.tokens:,} tokens differ by at most {self.difference:.2g} "
             f"relative, {verdict} the bound {self.bound:.2g}; the same next token is predicted "
             f"after {self.same_choice:.2%} of them"
         )
@@ -73,8 +74,10 @@ def require_transformers() -> None:
     _private_modules()
     try:
         from transformers import AutoModelForCausalLM, PreTrainedConfig  # noqa: F401
+        from transformers.utils import logging
     except ImportError as error:
         raise UserError(_MISSING) from error
+    logging.disable_progress_bar()
 
 
 def require_memory(config: RunConfig) -> str:
@@ -84,7 +87,7 @@ def require_memory(config: RunConfig) -> str:
         UserError: less is free on the device.
     """
     count = parameter_count(config.model, config.data.vocab_size)
-    needed = count * _ITEM_BYTES[config.training.precision] + 3 * _LOGITS_BYTES
+    needed = 4 * count + 3 * _LOGITS_BYTES
     if torch.cuda.is_available() and config.training.device != "cpu":
         free, where = torch.cuda.mem_get_info()[0], "the device"
     else:
@@ -100,9 +103,18 @@ def require_memory(config: RunConfig) -> str:
     )
 
 
-def bound(config: RunConfig, precision: str) -> float:
-    """Largest difference that is not an error (`Parity.difference`; docs/use.md)."""
-    return 1e-5 if precision == "fp32" else 1.0
+def bound(config: RunConfig, context: int) -> float:
+    """Largest difference that rounding explains (`Parity.difference`); docs/use.md has measures.
+
+    1e-5, or 4e-8 a sub-layer where that is more. transformers' Llama computes rotary angles in
+    fp32, whose error grows with the position: 2^-22 a token.
+
+    Args:
+        config: the run.
+        context: tokens of a sequence.
+    """
+    angles = context * 2.0**-22 if is_llama(config.model) else 0.0
+    return max(1e-5, 4e-8 * config.model.sub_layers) + angles
 
 
 def checked_tokens(config: RunConfig, tokens: list[int]) -> Tensor:
@@ -114,18 +126,23 @@ def checked_tokens(config: RunConfig, tokens: list[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def own_logits(checkpoint: Path, config: RunConfig, runtime: Runtime, tokens: Tensor) -> Tensor:
+def own_logits(
+    checkpoint: Path, config: RunConfig, runtime: Runtime, tokens: Tensor, dtype: torch.dtype
+) -> Tensor:
     """Logits [tokens, vocabulary], fp32, of the run's model; the model is freed.
 
     Args:
         checkpoint: the checkpoint.
-        config: the run, for one process; training.precision is the type of the weights.
+        config: the run, for one process.
         runtime: a runtime with only this process.
         tokens: rows of tokens.
+        dtype: type of the exported matrices, to which the model's are rounded.
     """
-    (model,) = build_model(config, runtime)
+    (model,) = build_model(config, runtime, compute_dtype=torch.float32)
     state.load_weights(checkpoint, runtime, [model])
-    model.eval()
+    for parameter in model.eval().parameters():
+        if parameter.dim() > 1 and dtype != torch.float32:
+            parameter.copy_(parameter.to(dtype))
     positions = torch.arange(tokens.shape[1], device=runtime.device)[None]
     found = [
         model(row[None].to(runtime.device), positions, None)[0].float().cpu() for row in tokens
@@ -136,12 +153,14 @@ def own_logits(checkpoint: Path, config: RunConfig, runtime: Runtime, tokens: Te
 
 
 @torch.inference_mode()
-def exported_logits(folder: Path, device: torch.device, tokens: Tensor) -> Tensor:
-    """The same of an exported folder, by transformers, in the type that its config.json names."""
+def exported_logits(
+    folder: Path, device: torch.device, tokens: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The same of an exported folder, computed by transformers in `dtype`."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, local_files_only=True, dtype="auto"
+        folder, trust_remote_code=True, local_files_only=True, dtype=dtype
     )
     model = model.to(device).eval()
     found = [model(row[None].to(device), use_cache=False).logits[0].float().cpu() for row in tokens]

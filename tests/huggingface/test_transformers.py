@@ -120,6 +120,7 @@ def test_the_command_exports_and_checks(name: str, dtype: str, runs: Path, tmp_p
     assert done.exit_code == 0, done.output
     assert "within the bound" in done.output
     assert "one model at a time" in done.output
+    assert ("computed in bf16, they differ" in done.output) is (dtype == "bf16")
     is_keel = name == "keel"
     assert (out / "modeling_keel.py").exists() is is_keel
     assert ("trust_remote_code=True" in (out / "README.md").read_text()) is is_keel
