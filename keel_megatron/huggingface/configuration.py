@@ -139,8 +139,8 @@ def _from_rule(content: dict[str, Any], problems: list[str]) -> dict[str, Any]:
 def _unsupported(content: dict[str, Any]) -> Iterator[str]:
     """Fields that change what the model computes in a way that the project does not compute."""
     rope = _rope(content)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    plain = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0,)}
+    if any(value not in plain.get(key, ()) for key, value in rope.items() if key != "rope_theta"):
         name = "rope_parameters" if content.get("rope_parameters") else "rope_scaling"
         yield f"{name}: {rope} is not supported, only rope_type: default is"
     for name in ("attention_bias", "mlp_bias"):

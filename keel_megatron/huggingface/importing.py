@@ -86,7 +86,7 @@ def _config(folder: Path, run: Path, content: dict[str, Any], found: Found) -> R
         "data": {"seq_length": found.seq_length, "vocab_size": found.vocab_size},
         "training": {"name": run.name, "runs_dir": str(run.parent)},
     }
-    precision = _PRECISIONS.get(content.get("dtype") or content.get("torch_dtype") or "")
+    precision = _PRECISIONS.get(str(content.get("dtype") or content.get("torch_dtype")))
     if precision is not None:
         mapping["training"]["precision"] = precision
     for path, value in _PLACEHOLDERS.items():
