@@ -15,10 +15,13 @@ from typer.testing import CliRunner
 
 from keel_megatron.architecture.residual import RULES, SubLayer
 from keel_megatron.architecture.residual import alpha as alpha_of
+from keel_megatron.checkpoint.folder import step_folder
 from keel_megatron.cli.main import app
+from keel_megatron.config.load import load_config
 from keel_megatron.data.tokenizer import open_tokenizer
 from keel_megatron.errors import UserError
 from keel_megatron.huggingface.configuration import to_json
+from keel_megatron.huggingface.importing import import_folder
 from keel_megatron.huggingface.naming import parameters
 from keel_megatron.huggingface.tokenizer import DIFFICULT
 from keel_megatron.inference import parity
@@ -181,3 +184,27 @@ def test_logits_that_are_not_finite_never_agree() -> None:
     other[1, 2] = float("nan")
     assert not parity.compare(own, other, 1.0).holds
     assert parity.compare(own, own.clone(), 0.0).holds
+
+
+@pytest.mark.parametrize("name", ["keel", "llama"])
+def test_what_transformers_saves_is_imported(name: str, runs: Path, tmp_path: Path) -> None:
+    """Another program's config.json, weights and tokenizer files; the same logits."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    first, saved, run = tmp_path / "first", tmp_path / "saved", tmp_path / "run"
+    export_run(runs / name, first, step=None, dtype="fp32", check=False, say=lambda _text: None)
+    model = AutoModelForCausalLM.from_pretrained(first, trust_remote_code=True)
+    model.save_pretrained(saved, max_shard_size="200KB")
+    AutoTokenizer.from_pretrained(first, trust_remote_code=True).save_pretrained(saved)
+    assert len(list(saved.glob("*.safetensors"))) > 1
+    import_folder(saved, run, lambda _text: None)
+    config = load_config(run / "config.yaml")
+    tokens = torch.arange(2, 26)[None]
+    with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
+        own = parity.own_logits(step_folder(run, 0), config, runtime, tokens, torch.float32)
+    with torch.inference_mode():
+        found = model(tokens).logits[0]
+    assert parity.compare(own, found, 1e-5).holds
+    assert open_tokenizer(run / "tokenizer.json").encode("def f") == open_tokenizer(
+        first / "tokenizer.model"
+    ).encode("def f")
