@@ -33,9 +33,9 @@ Keel-Megatron. {description}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust})
 model = AutoModelForCausalLM.from_pretrained(FOLDER{trust})
-inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 """

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from keel_megatron.checkpoint import folder, manifest
-from keel_megatron.checkpoint.identity import refuse_weights_only
 from keel_megatron.checkpoint.weights import Weight, Weights, write_weights
 from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import UserError
 from keel_megatron.huggingface.naming import parameters
+from keel_megatron.runtime.device import Launch
+from keel_megatron.runtime.distributed import start
+from keel_megatron.training.run_folder import find_resume_point
 from keel_megatron.training.startup import check
 from tests.checkpoint.state_ranks import made_up, path_of, save_all
 from tests.checkpoint.test_resharding import PP2, TIED, TP2, sections
@@ -61,8 +63,11 @@ def test_weights_alone_are_a_checkpoint_that_training_refuses(tmp_path: Path) ->
     assert torch.equal(read.read("two", (3,)), values[:, 0])
     with pytest.raises(UserError, match=rf"initialize_from={tmp_path}/run$"):
         check(config)
-    with pytest.raises(UserError, match="no optimizer state"):
-        refuse_weights_only(path, manifest.read_json(path / manifest.STATE))
+    with (
+        start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime,
+        pytest.raises(UserError, match="no optimizer state"),
+    ):
+        find_resume_point(config, runtime)  # as every rank does
 
 
 def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path) -> None:

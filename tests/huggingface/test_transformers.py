@@ -127,6 +127,8 @@ def test_the_command_exports_and_checks(name: str, dtype: str, runs: Path, tmp_p
     is_keel = name == "keel"
     assert (out / "modeling_keel.py").exists() is is_keel
     assert ("trust_remote_code=True" in (out / "README.md").read_text()) is is_keel
+    example = (out / "README.md").read_text().partition("```python")[2].partition("```")[0]
+    exec(example.replace("50", "3"), {"FOLDER": str(out)})  # a program that the card shows
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=is_keel, dtype="auto")
     assert type(model).__name__ == ("KeelForCausalLM" if is_keel else "LlamaForCausalLM")
     types = {key.split(".")[-2]: value.dtype for key, value in model.named_parameters()}
