@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from keel_megatron.huggingface.export import DTYPES, DType, Origin, write_folder
 from keel_megatron.huggingface.new_folder import check_new
 from keel_megatron.huggingface.tokenizer import DIFFICULT, prove_equal, tokenizer_files
 from keel_megatron.inference import parity
+from keel_megatron.inference.sample_text import sample_text
 from keel_megatron.inference.source import config_of, is_checkpoint, tokenizer_path
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
@@ -56,7 +56,7 @@ def export_run(
         for remark in found.remarks:
             say(remark)
         tokenizer = open_tokenizer(tokenizer_path(run, found.path, found, config))
-        text = _sample()
+        text, what = sample_text(config, found.state, tokenizer)
         files = tokenizer_files(tokenizer, config.data.seq_length)
         for remark in files.remarks:
             say(remark)
@@ -68,6 +68,7 @@ def export_run(
         if not check:
             return True
         rows = parity.checked_tokens(config, tokenizer.encode(text))
+        say(f"comparing the logits on {len(rows)} x {rows.shape[1]} tokens of {what}")
         own = parity.own_logits(found.path, config, runtime, rows, DTYPES[dtype])
         return _compare(out, config, own, rows, runtime, dtype, say)
 
@@ -109,8 +110,3 @@ def _find(run: Path, step: int | None, runtime: Runtime) -> ResumePoint:
     if found.path is None:
         raise UserError(f"{run} has no complete checkpoint; train the run first")
     return found
-
-
-def _sample() -> str:
-    """Text to compare on: a module of Python's standard library, as in the demo corpus."""
-    return Path(argparse.__file__).read_text(encoding="utf-8")

@@ -19,10 +19,12 @@ from keel_megatron.checkpoint import folder, manifest
 from keel_megatron.checkpoint.weights import Weights
 from keel_megatron.cli.main import app
 from keel_megatron.config.load import load_config
+from keel_megatron.data.tokenizer import open_tokenizer
 from keel_megatron.errors import UserError
 from keel_megatron.huggingface.configuration import from_json
 from keel_megatron.huggingface.folder import INDEX
 from keel_megatron.huggingface.importing import import_folder
+from keel_megatron.huggingface.tokenizer import tokenizer_files
 from keel_megatron.inference.export import export_run
 from tests.checkpoint.samples import Payload
 from tests.huggingface.models import write_run
@@ -306,3 +308,25 @@ def test_alpha_and_first_block_of_rules_that_have_none_are_ignored() -> None:
     assert "first_block" not in found.model
     assert from_json({**content, "residual": "keel"}).model["alpha"] == "auto"
     assert from_json({**content, "residual": "keel", "alpha": 5}).model["alpha"] == 5.0
+
+
+def test_a_tokenizer_json_goes_through(llama: Path, tmp_path: Path) -> None:
+    files = tokenizer_files(open_tokenizer(llama / "tokenizer.model"), 64).content
+    (llama / "tokenizer.model").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (llama / name).write_bytes(files[name])
+    imported(llama, tmp_path / "run")
+    checkpoint = folder.step_folder(tmp_path / "run", 0)
+    for place in (tmp_path / "run", checkpoint):
+        assert not (place / "tokenizer.model").exists()
+        assert (place / "tokenizer.json").is_file()
+    manifest.check(checkpoint)
+    options: dict[str, Any] = {"step": None, "dtype": "fp32", "check": False}
+    export_run(tmp_path / "run", tmp_path / "out", say=lambda _text: None, **options)
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text()) == json.loads(files[name])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (llama / name).unlink()
+    with pytest.raises(UserError, match=r"there is no tokenizer\.json or tokenizer\.model"):
+        imported(llama, tmp_path / "other")
