@@ -10,6 +10,7 @@ from torch import Tensor
 
 from keel_megatron.checkpoint import folder
 from keel_megatron.checkpoint.resume import ResumePoint, checked, newest_good
+from keel_megatron.config.kernels import KernelsConfig
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.tokenizer import open_tokenizer
 from keel_megatron.errors import UserError
@@ -46,7 +47,7 @@ def export_run(
             differ, or transformers is missing.
     """
     check_new(out)
-    config = config_of(run)
+    config = _plain(config_of(run))
     if check:
         parity.require_transformers()
         say(parity.require_memory(config))
@@ -71,6 +72,12 @@ def export_run(
         say(f"comparing the logits on {len(rows)} x {rows.shape[1]} tokens of {what}")
         own = parity.own_logits(found.path, config, runtime, rows, DTYPES[dtype])
         return _compare(out, config, own, rows, runtime, dtype, say)
+
+
+def _plain(config: RunConfig) -> RunConfig:
+    """The run, computing in fp32 with what is installed here."""
+    training = config.training.model_copy(update={"precision": "fp32"})
+    return config.model_copy(update={"training": training, "kernels": KernelsConfig()})
 
 
 def _compare(

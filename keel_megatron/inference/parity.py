@@ -133,12 +133,12 @@ def own_logits(
 
     Args:
         checkpoint: the checkpoint.
-        config: the run, for one process.
+        config: the run, for one process and in fp32.
         runtime: a runtime with only this process.
         tokens: rows of tokens.
         dtype: type of the exported matrices, to which the model's are rounded.
     """
-    (model,) = build_model(config, runtime, compute_dtype=torch.float32)
+    (model,) = build_model(config, runtime)
     state.load_weights(checkpoint, runtime, [model])
     for parameter in model.eval().parameters():
         if parameter.dim() > 1 and dtype != torch.float32:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from keel_megatron.architecture.residual import RULES, SubLayer
 from keel_megatron.architecture.residual import alpha as alpha_of
+from keel_megatron.checkpoint import manifest
 from keel_megatron.checkpoint.folder import step_folder
 from keel_megatron.cli.main import app
 from keel_megatron.config.load import load_config
@@ -186,6 +187,26 @@ def test_logits_that_are_not_finite_never_agree() -> None:
     other[1, 2] = float("nan")
     assert not parity.compare(own, other, 1.0).holds
     assert parity.compare(own, own.clone(), 0.0).holds
+
+
+def test_a_run_of_other_kernels_is_checked_with_those_of_this_machine(
+    sentencepiece_model: bytes, tmp_path: Path
+) -> None:
+    write_run(tmp_path / "run", sentencepiece_model)
+    path = step_folder(tmp_path / "run", 0)
+    text = (path / "config.yaml").read_text().replace("precision: fp32", "precision: bf16")
+    text = text.replace("backend: auto", "backend: transformer_engine").replace(
+        "fp8: none", "fp8: hybrid"
+    )
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    files = manifest.read_manifest(path)
+    files["config.yaml"] = manifest.write_checked(path / "config.yaml", [text.encode()])
+    manifest.write_manifest(path, 0, files)
+    said: list[str] = []
+    assert export_run(
+        tmp_path / "run", tmp_path / "out", step=None, dtype="fp32", check=True, say=said.append
+    )
+    assert "within the bound 1e-05" in said[-1]
 
 
 @pytest.mark.parametrize("name", ["keel", "llama"])
