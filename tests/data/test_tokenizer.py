@@ -15,8 +15,8 @@ from keel_megatron.data.tokenizer import Tokenizer, train_tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    path.write_bytes(train_tokenizer((file.read_text() for file in text.iterdir()), 512))
+    path = tmp_path_factory.mktemp("model") / "tokenizer.model"
+    path.write_bytes(train_tokenizer([file.read_text() for file in sorted(text.iterdir())], 512))
     return Tokenizer(path)
 
 
@@ -46,6 +46,12 @@ def test_training_is_repeatable_and_useful(text: Path, tokenizer: Tokenizer) -> 
     sources = [path.read_text() for path in sorted(text.iterdir())]
     assert train_tokenizer(sources, 512) == train_tokenizer(sources, 512)
     assert len(tokenizer.encode(sources[0])) < 0.5 * len(sources[0])
+
+
+def test_chunks_of_a_text_train_the_same(text: Path) -> None:
+    sources = [path.read_text() for path in sorted(text.iterdir())]
+    chunks = [[source[at : at + 999] for at in range(0, len(source), 999)] for source in sources]
+    assert train_tokenizer(chunks, 512) == train_tokenizer(sources, 512)
 
 
 def test_too_little_text_for_the_vocabulary() -> None:
