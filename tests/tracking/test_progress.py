@@ -146,7 +146,7 @@ run = small_config(training__runs_dir=sys.argv[1], training__steps=100, tracking
 with open_tracker(run, 0, None) as tracker:
     for step in range(1, 4):
         tracker.step(record(step, loss=1.2345))
-    tracker.step(ValidationRecord(3, 2.5678, 48, 1536))
+    tracker.step(ValidationRecord(3, 2.5678, 48, 1536, {"web": 2.5, "books": 2.75}))
     tracker.say("said above [brackets stay]")
     print("printed by someone else")
     if sys.argv[2] == "interrupt":
