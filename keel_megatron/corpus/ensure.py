@@ -89,7 +89,7 @@ def build_dataset(data: DataConfig, say: Say, out: Path | None, execute: Execute
     folder = out or data.dataset or folder_of(data, found.fingerprint)
     with locked(folder, say):
         if is_complete(folder, found.fingerprint):
-            say(f"{folder} is complete")
+            say(f"the dataset is in {folder}")
             return folder
         if folder.exists() and any(folder.iterdir()):
             raise UserError(

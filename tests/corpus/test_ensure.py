@@ -131,7 +131,7 @@ def test_a_dataset_is_never_built_over_other_files(config: RunConfig, tmp_path: 
     out = build_dataset(config.data, ignore, tmp_path / "new", local(1))
     said: list[str] = []
     assert build_dataset(config.data, said.append, out, local(1)) == out
-    assert said == [f"{out} is complete"]
+    assert said == [f"the dataset is in {out}"]
 
 
 def test_a_cache_that_cannot_be_written(config: RunConfig, tmp_path: Path) -> None:
