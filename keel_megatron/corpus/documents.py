@@ -25,8 +25,6 @@ class SourceFile:
     """Its path."""
     size: int
     """Bytes, as stored."""
-    mtime_ns: int
-    """Modification time when it was found."""
     kind: Kind
     compression: Compression = ""
     text_key: str = "text"

@@ -78,29 +78,18 @@ class _Listed:
     skips: Skips
 
 
-def find_sources(data: DataConfig, say: Say) -> list[Source]:
-    """Find the files of each source.
-
-    In a folder or glob, files that are not read are skipped and counted; a file that is named
-    itself must be readable. A file that is reached twice is taken once, and belongs to the
-    validation set if it is among its files.
-
-    Args:
-        data: the settings.
-        say: called with messages: what is skipped, and progress.
-
-    Raises:
-        UserError: a path is missing or unreadable, a package that reads it is missing, or a source
-            has no text.
-    """
-    return examine(list_files(data, say), say)
-
-
 def list_files(data: DataConfig, say: Say) -> Listing:
     """List the files of each source, without opening them.
 
+    A file that is reached twice is taken once, and belongs to the validation set if it is among
+    its files.
+
+    Args:
+        data: the settings.
+        say: called with progress messages.
+
     Raises:
-        UserError: as in `find_sources`.
+        UserError: a path is missing or unreadable.
     """
     parts = []
     for setting, name, wanted in _wanted(data):
@@ -262,8 +251,16 @@ def _no_text(setting: str, where: str) -> UserError:
 def examine(listing: Listing, say: Say) -> list[Source]:
     """Determine the format of each listed file.
 
+    In a folder or glob, files that are not read are skipped and counted; a file that is named
+    itself must be readable.
+
+    Args:
+        listing: the files.
+        say: called with messages: what is skipped, and progress.
+
     Raises:
-        UserError: as in `find_sources`.
+        UserError: a named file is not of a format that is read, a package that reads it is
+            missing, or a source has no text.
     """
     return [_examined(part, say) for part in listing.parts]
 
@@ -334,7 +331,6 @@ def _source_files(part: _Listed, say: Say) -> Iterator[SourceFile]:
             name=entry.name,
             location=entry.location,
             size=entry.size,
-            mtime_ns=entry.mtime_ns,
             kind=kind,
             compression=compression,
             text_key=wanted.text_key,

@@ -178,8 +178,9 @@ class Walk:
         given, found = self._given, list[Entry]()
         base = len(given.root) + 1 if given.root not in ("", "/") else len(given.root)
         with os.scandir(folder) as listing:
-            entries = sorted(listing, key=lambda entry: entry.name)
-        for entry in entries:
+            entries = sorted(listing, key=lambda entry: entry.name, reverse=True)
+        while entries:
+            entry = entries.pop()  # freed with what it remembers, larger than an Entry
             location = f"{folder}/{entry.name}"
             if entry.name.startswith("."):
                 self._skips.add(HIDDEN, location, _size(entry))

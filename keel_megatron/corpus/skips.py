@@ -32,11 +32,6 @@ class Skips:
         counts[1] += size
         self._first.setdefault(key, printable(location))
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of all skipped files."""
-        return sum(size for _, size in self._found.values())
-
     def entries(self) -> tuple[Skipped, ...]:
         """Counts by suffix and reason, most bytes first; rare suffixes of a reason together."""
         order = sorted(self._found, key=lambda key: (-self._found[key][1], key))

@@ -17,7 +17,7 @@ import zstandard
 
 from keel_megatron.config.data import DataConfig
 from keel_megatron.corpus.documents import Source, SourceFile
-from keel_megatron.corpus.find import find_sources
+from keel_megatron.corpus.find import examine, list_files
 from keel_megatron.corpus.readers import Tally, read, units
 from keel_megatron.corpus.skips import printable
 
@@ -30,11 +30,16 @@ def data(**settings: Any) -> DataConfig:
     return DataConfig.model_validate({"seq_length": 8, "vocab_size": 320, **settings})
 
 
+def sources_of(config: DataConfig, said: list[str] | None = None) -> list[Source]:
+    say = ignore if said is None else said.append
+    return examine(list_files(config, say), say)
+
+
 def found(*paths: Path, said: list[str] | None = None, **source: Any) -> Source:
     """The source of these paths: of `data.text`, or of an entry of `data.sources`."""
     path = [str(path) for path in paths]
     config = data(sources=[{"path": path, **source}]) if source else data(text=path)
-    (one,) = find_sources(config, ignore if said is None else said.append)
+    (one,) = sources_of(config, said)
     return one
 
 
@@ -43,10 +48,9 @@ def names(source: Source) -> list[str]:
 
 
 def file_at(path: Path, **fields: Any) -> SourceFile:
-    """A file as `find_sources` would describe it."""
-    state = path.stat()
+    """A file as `examine` would describe it."""
     described = {"source": "s", "name": printable(path.name), "location": str(path)}
-    return SourceFile(**described, size=state.st_size, mtime_ns=state.st_mtime_ns, **fields)
+    return SourceFile(**described, size=path.stat().st_size, **fields)
 
 
 def texts(file: SourceFile, size: int = 1 << 20, tally: Tally | None = None) -> dict[str, str]:

@@ -9,14 +9,23 @@ from typing import Any
 import pytest
 
 from keel_megatron.corpus import find
-from keel_megatron.corpus.find import check_paths, find_sources, list_files
+from keel_megatron.corpus.find import check_paths, list_files
 from keel_megatron.errors import UserError
-from tests.corpus.files import data, found, ignore, indexed, json_lines, names
+from tests.corpus.files import (
+    data,
+    found,
+    ignore,
+    indexed,
+    json_lines,
+    names,
+    peak_bytes,
+    sources_of,
+)
 
 
 def test_the_demo_corpus_is_the_standard_library() -> None:
     said: list[str] = []
-    (source,) = find_sources(data(), said.append)
+    (source,) = sources_of(data(), said)
     assert {"json/decoder.py", "argparse.py", "asyncio/events.py"} <= set(names(source))
     assert not any("site-packages" in name or "/tests/" in name for name in names(source))
     assert names(source) == sorted(names(source), key=lambda name: Path(name).parts)
@@ -183,12 +192,12 @@ def test_names_of_sources(tmp_path: Path) -> None:
     paths = ["web.jsonl.gz", "code", "x/code", "x/*"]
     entries: list[dict[str, Any]] = [{"path": str(tmp_path / path)} for path in paths]
     entries[0]["format"] = "text"
-    sources = find_sources(data(sources=[*entries, {**entries[1], "name": "mine"}]), ignore)
+    sources = sources_of(data(sources=[*entries, {**entries[1], "name": "mine"}]))
     assert [s.name for s in sources] == ["web", "code", "code-2", "x", "mine"]
     assert {file.source for file in sources[2].files} == {"code-2"}
     assert [s.setting for s in sources[:2]] == ["data.sources.0", "data.sources.1"]
     with pytest.raises(UserError, match=r"data.sources: two entries have the name 'mine'"):
-        find_sources(data(sources=[{**entry, "name": "mine"} for entry in entries[1:3]]), ignore)
+        sources_of(data(sources=[{**entry, "name": "mine"} for entry in entries[1:3]]))
 
 
 def test_pairs_are_a_source_of_their_own(tmp_path: Path) -> None:
@@ -231,3 +240,10 @@ def test_a_quick_check_of_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     source = {"path": str(tmp_path / "tokens"), "validation": str(tmp_path / "no.jsonl")}
     with pytest.raises(UserError, match=r"data.sources.0.validation: .*no.jsonl does not exist"):
         check_paths(data(sources=[source]))
+
+
+def test_many_files_take_little_memory_each(tmp_path: Path) -> None:
+    for number in range(2000):
+        (tmp_path / f"document_{number:07d}.txt").write_text("tiny")
+    sources_of(data(text=str(tmp_path)))  # what is imported and cached is not counted
+    assert peak_bytes(lambda: sources_of(data(text=str(tmp_path)))) < 2000 * 800
