@@ -33,7 +33,7 @@ from keel_megatron.runtime.files import write_whole
 
 _SECONDS_BETWEEN_REPORTS: Final = 0.5
 _COMPRESSION: Final = 3
-"""Characters per stored byte of compressed files and columns, about; for the progress."""
+"""Characters per stored byte of compressed files and columns, about; for the progress display."""
 
 
 class Extreme(Section):
