@@ -61,7 +61,7 @@ def run_bench(
     world_size = Launch.from_environment().world_size
     configs = _variants(path, overrides, compare, world_size)
     first = next(iter(configs.values()))
-    datasets = None if random_tokens else _datasets(configs)  # before the processes meet
+    datasets = None if random_tokens else _datasets(configs)
     with start(first.parallel, first.training) as runtime:
         samples = time_steps(
             configs,
@@ -91,7 +91,7 @@ def run_bench(
 
 
 def _datasets(configs: dict[str, RunConfig]) -> dict[str, Path]:
-    """The dataset of each variant, built if it is missing, which may take long."""
+    """Dataset folders of the configurations, built before the processes meet: it may take long."""
     launch = Launch.from_environment()
     local = launch.world_size == launch.local_world_size
     return {
