@@ -125,8 +125,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", metavar="RECIPE/GPUS", help="keel_64/8 and the like")
     options = parser.parse_args()
     store = OUT.with_suffix(".json")
-    results = json.loads(store.read_text()) if store.exists() and not options.again else {}
+    results = json.loads(store.read_text()) if store.exists() else {}
     names = options.only or [f"{recipe}/{gpus}" for recipe in RECIPES for gpus in GPUS]
+    if options.again:
+        results = {name: found for name, found in results.items() if name not in names}
     missing = [name for name in names if name not in results]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, context, max_tasks_per_child=1) as pool:

@@ -61,14 +61,7 @@ def run_bench(
     world_size = Launch.from_environment().world_size
     configs = _variants(path, overrides, compare, world_size)
     first = next(iter(configs.values()))
-    datasets = None
-    if not random_tokens:  # before the processes meet: it may take long
-        launch = Launch.from_environment()
-        local = launch.world_size == launch.local_world_size
-        datasets = {
-            name: ready_dataset(config, lambda _text: None, on_one_machine=local)
-            for name, config in configs.items()
-        }
+    datasets = None if random_tokens else _datasets(configs)
     with start(first.parallel, first.training) as runtime:
         samples = time_steps(
             configs,
@@ -95,6 +88,16 @@ def run_bench(
             "variants": found,
         }
         return Bench(report(found, roofline, where), figures)
+
+
+def _datasets(configs: dict[str, RunConfig]) -> dict[str, Path]:
+    """Dataset folders of the configurations, built before the processes meet: it may take long."""
+    launch = Launch.from_environment()
+    local = launch.world_size == launch.local_world_size
+    return {
+        name: ready_dataset(config, lambda _text: None, on_one_machine=local)
+        for name, config in configs.items()
+    }
 
 
 def _variants(

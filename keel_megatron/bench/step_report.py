@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import asdict, replace
 from typing import Any
 
 from keel_megatron.bench.step_time import PARTS, Roofline, Samples
 from keel_megatron.layout.costs import model_costs
-from keel_megatron.layout.devices import Device
+from keel_megatron.layout.devices import DEVICES
 from keel_megatron.layout.times import predicted_times
 from keel_megatron.runtime.tables import table_lines
 
@@ -33,6 +34,7 @@ def summary(ranks: list[Samples], roofline: Roofline) -> dict[str, Any]:
         "roofline_seconds": ideal,
         "attention": first.attention,
         "on_host": first.on_host,
+        "predicted": None if first.predicted is None else asdict(first.predicted),
         "host_seconds": max(statistics.median(one.host) for one in ranks),
         "passes_seconds": max(statistics.median(one.passes) for one in ranks),
         "peak_memory_gb": max(one.peak_memory_gb for one in ranks),
@@ -52,30 +54,42 @@ def _ideal_seconds(samples: Samples, roofline: Roofline, devices: int) -> float:
     kernel launches, communication, pipeline bubble and optimizer.
     """
     config = samples.config
-    device = Device(
+    device = replace(
+        DEVICES["cpu"],
         name="measured",
         tflops=roofline.tflops,
-        memory_gb=None,
-        reserved_gb=0.0,
         memory_bandwidth_gb=roofline.bandwidth_gb,
         intra_node_gb=float("inf"),
         intra_node_latency_us=0.0,
-        inter_node_gb=float("inf"),
-        inter_node_latency_us=0.0,
-        devices_per_node=devices,
         matmul_fraction=1.0,
-        attention_fraction=1.0,
         cudnn_fraction=1.0,
+        flash_fraction=1.0,
         fp8_fraction=1.0,
         bandwidth_fraction=1.0,
         strided_fraction=1.0,
-        kernel_gap_us=0.0,
         kernel_launch_us=0.0,
     )
     times = predicted_times(model_costs(config), device)
     sequences = config.training.global_batch_size / config.training.micro_batch_size
     one = times.embedding.total + times.head.total + config.model.blocks * times.block.total
     return one * sequences * config.parallel.tensor / devices
+
+
+_AHEAD = 0.97
+"""Host time relative to the device's, from which on the device waited for launches."""
+
+
+def _bound(one: dict[str, Any]) -> str:
+    """Which of host and device bounded the passes: a host that runs ahead finishes early."""
+    return "host" if one["host_seconds"] > _AHEAD * one["passes_seconds"] else "device"
+
+
+def _predicted(one: dict[str, Any]) -> str:
+    """The plan's times of the passes on the slowest stage, and which bounds them."""
+    found = one["predicted"]
+    if found is None:
+        return "-"
+    return f"{found['device'] * 1e3:.1f}, {found['host'] * 1e3:.1f}: {found['bound']}"
 
 
 def report(found: list[dict[str, Any]], roofline: Roofline, where: str) -> list[str]:
@@ -109,6 +123,8 @@ def report(found: list[dict[str, Any]], roofline: Roofline, where: str) -> list[
             ("  until the host's last launch", "host_seconds"),
         ):
             row(title, [f"{one[key] * 1e3:.1f}" for one in found])
+        row("  bound by", [_bound(one) for one in found])
+        row("  predicted: device, host, ms", [_predicted(one) for one in found])
     row("attention", [one["attention"] for one in found])
     row("peak memory, GB (worst rank)", [f"{one['peak_memory_gb']:.3f}" for one in found])
     if any(one["checkpoint_stall_seconds"] is not None for one in found):

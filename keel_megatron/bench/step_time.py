@@ -23,6 +23,7 @@ from keel_megatron.data.batches import Batch, random_batch
 from keel_megatron.data.dataset import Dataset, open_dataset
 from keel_megatron.engines.build import build_engine
 from keel_megatron.errors import UserError
+from keel_megatron.layout.stages import own_partition
 from keel_megatron.mlflow_delivery.reporting import open_progress, open_tracker
 from keel_megatron.model.attention_kernel import describe_attention, prefer_attention
 from keel_megatron.model.language_model import build_model
@@ -34,6 +35,24 @@ from keel_megatron.training.step_record import peak_memory_gb, step_record
 
 PARTS = (*PASSES, "optimizer", "data", "logging")
 """Parts of a step; their times add up to that of the step."""
+
+
+@dataclass(frozen=True)
+class PredictedPasses:
+    """Predicted time of a step's micro-batches on the slowest stage, seconds."""
+
+    device: float
+    host: float
+    bound: str
+    """Which of both is longer: `device` or `host`."""
+
+    @classmethod
+    def of(cls, config: RunConfig, runtime: Runtime, count: int) -> PredictedPasses | None:
+        """The prediction for this device and so many micro-batches; None on a CPU."""
+        times = own_partition(config, runtime).slowest.times
+        if not times.host.total:
+            return None
+        return cls(times.device.total * count, times.host.total * count, times.bound)
 
 
 @dataclass
@@ -52,6 +71,8 @@ class Samples:
     peak_memory_gb: float = 0.0
     on_host: bool = True
     """Whether the device is the CPU."""
+    predicted: PredictedPasses | None = None
+    """The plan's prediction; None on a CPU."""
     attention: str = ""
     """The attention kernel's name."""
     checkpoint_stall: float | None = None
@@ -160,6 +181,7 @@ class _Run:
         self._data: Dataset | None = None
         count = config.training.global_batch_size
         count //= config.training.micro_batch_size * runtime.data_size
+        self.samples.predicted = PredictedPasses.of(config, runtime, count)
         if dataset is None:
             drawn = [random_batch(config, seed) for seed in range(count)]
             self._batches: Callable[[int], list[Batch]] = lambda _consumed: drawn

@@ -8,6 +8,7 @@ from typing import Any
 
 from keel_megatron.checkpoint.folder import latest, steps
 from keel_megatron.checkpoint.manifest import CONFIG as CONFIG_FILE
+from keel_megatron.checkpoint.manifest import WEIGHTS_ONLY
 from keel_megatron.config.inside import check_links
 from keel_megatron.config.load import dump_config, flatten, load_config
 from keel_megatron.config.run import RunConfig
@@ -105,6 +106,24 @@ def check_identity(saved: Path, config: RunConfig) -> None:
             f"{saved.parent} holds a run of another configuration:\n{lines}\n"
             "give this one another training.name, or move that folder away\n"
             f"(a run may change: {changeable()})"
+        )
+
+
+def refuse_weights_only(checkpoint: Path, state: Any) -> None:
+    """Refuse to resume from a checkpoint without optimizer state, which `keel import` writes.
+
+    Args:
+        checkpoint: the checkpoint.
+        state: content of its state.json.
+
+    Raises:
+        UserError: it has none.
+    """
+    if isinstance(state, dict) and state.get(WEIGHTS_ONLY):
+        raise UserError(
+            f"{checkpoint} has weights and no optimizer state, so training cannot resume from it; "
+            "start another run from its weights: training.initialize_from="
+            f"{checkpoint.parent.parent}"
         )
 
 

@@ -41,6 +41,9 @@ TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 """One of them; earlier versions' checkpoints have none."""
 BACKEND = "metadata.json"  # Megatron-core's own mark of a distributed checkpoint
 FORMAT = 2
+BACKEND_MARK = {"sharded_backend": "keel_safetensors", "sharded_backend_version": FORMAT}
+WEIGHTS_ONLY = "weights_only"
+"""Key of state.json: true in a checkpoint without optimizer state (`weights.write_weights`)."""
 _READ_FORMATS = (1, 2)
 """1 had whole blocks only, and the weights beside their masters; programs that read no more than 1
 refuse 2 by its number."""

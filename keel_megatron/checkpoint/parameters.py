@@ -66,7 +66,7 @@ class Placed:
             reader.fill(
                 _named(place, state),
                 flat[position : position + place.numel],
-                _master_names(place.key) if state == MASTER else (),
+                master_names(place.key) if state == MASTER else (),
             )
 
 
@@ -141,7 +141,7 @@ def _named(place: Place, state: str) -> Place:
     return replace(place, key=f"optimizer.state.{state}.{place.key}")
 
 
-def _master_names(key: str) -> tuple[str, ...]:
+def master_names(key: str) -> tuple[str, ...]:
     """What the master of a parameter may be called.
 
     In format 1 without the distributed optimizer it was `fp32_param` of a bf16 weight, and of an

@@ -55,6 +55,11 @@ class Place:
         return block if self.is_whole else f"{block}[{self.start}:{self.stop}]"
 
 
+def whole(key: str, shape: tuple[int, ...]) -> Place:
+    """All of a tensor."""
+    return Place(key, shape, (0,) * len(shape), shape, 0, math.prod(shape))
+
+
 @dataclass(frozen=True)
 class Box:
     """Consecutive elements of a block that form a box."""

@@ -284,7 +284,6 @@ class Saver:
         """The files that rank 0 writes for all, the manifest last."""
         files = {shards_name(rank): report.record for rank, report in enumerate(reports)}
         places = [(shards_name(rank), report.places) for rank, report in enumerate(reports)]
-        mark = {"sharded_backend": "keel_safetensors", "sharded_backend_version": manifest.FORMAT}
         text = dump_config(self._config).encode()
         written = {name: record for name, record in files.items() if record is not None}
         written[manifest.CONFIG] = manifest.write_checked(partial / manifest.CONFIG, [text])
@@ -294,7 +293,7 @@ class Saver:
         for name, value in (
             (manifest.STATE, content.run_state),
             (manifest.INDEX, index(places)),
-            (manifest.BACKEND, mark),
+            (manifest.BACKEND, manifest.BACKEND_MARK),
         ):
             written[name] = manifest.write_json(partial / name, value)
         manifest.write_manifest(partial, content.position.step, written)

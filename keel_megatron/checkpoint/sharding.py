@@ -73,7 +73,7 @@ def _part(piece: Piece, ready: Callable[[], None]) -> Part:
 
     def data() -> Any:
         ready()
-        return _bytes(_finite(place.name, piece.values))
+        return tensor_bytes(place.name, piece.values)
 
     return Part(place.name, _TYPE_NAMES[piece.values.dtype], shape, data)
 
@@ -92,8 +92,13 @@ def _finite(name: str, tensor: Tensor) -> Tensor:
     return host
 
 
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def tensor_bytes(name: str, tensor: Tensor) -> Any:
+    """A tensor's bytes, as a file holds them.
+
+    Raises:
+        NotFiniteError: it holds NaN or infinity.
+    """
+    return _finite(name, tensor).contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def index(places: Iterable[tuple[str, Iterable[tuple[Place, str]]]]) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from keel_megatron.cli import (
     data,
     depth,
     doctor,
+    export,
     generate,
+    import_,
     plan,
     runs,
     study,
@@ -59,6 +61,8 @@ app.command("runs")(runs.runs)
 app.command("dashboard")(dashboard.dashboard)
 app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
+app.command("export")(export.export)
+app.command("import")(import_.import_)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")

@@ -89,6 +89,12 @@ PRIVATE_NAMES = (
     ),
     PrivateName(
         "torch",
+        "_flash_attention_forward",
+        "model/attention.py",
+        "attention within documents, with dropout and in torch 2.9, which lack `varlen_attn`",
+    ),
+    PrivateName(
+        "torch",
         "_set_sdp_priority_order",
         "model/attention_kernel.py",
         "set the order of attention's kernels once, not with a context manager in every block",
@@ -107,6 +113,12 @@ PRIVATE_NAMES = (
     ),
     PrivateName(
         "torch", "torch._dynamo.exc", "model/compiled.py", "recognise a failed compilation"
+    ),
+    PrivateName(
+        "torch",
+        "torch._dynamo.mark_dynamic",
+        "model/compiled.py",
+        "compile one graph for micro-batches of any number of documents",
     ),
     PrivateName(
         "deepspeed",

@@ -37,6 +37,16 @@ def _light_backend(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
+def _documents_backend(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Transformer Engine's attention takes borders in a layout of its own."""
+    if config.data.document_masks and config.kernels.backend == "transformer_engine":
+        yield (
+            "data.document_masks",
+            "is not supported with kernels.backend: transformer_engine, whose attention has not "
+            "been tried with documents; set it to false, or kernels.backend to auto or torch",
+        )
+
+
 KERNEL_CHECKS: tuple[Check, ...] = (
     _not_with(
         "compile",
@@ -120,6 +130,14 @@ KERNEL_CHECKS: tuple[Check, ...] = (
         lambda run: run.model.dropout > 0.0,
         "a replay does not advance the run's random generators; set it to 0",
     ),
+    _not_with(
+        "cuda_graphs",
+        "data.document_masks",
+        lambda run: run.data.document_masks,
+        "a graph replays one number of documents, and every micro-batch has another; set it to "
+        "false",
+    ),
+    _documents_backend,
     _light_backend,
 )
 """One check each, as in `checks.py`."""

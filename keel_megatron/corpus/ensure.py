@@ -34,7 +34,8 @@ def ensure_dataset(
         say: called with messages and progress.
         expected: the identity in the run's newest checkpoint; other data is refused before it is
             built.
-        may_build: whether this process may build; not on several machines.
+        may_build: whether this process may build: not of a run on several machines, nor to look
+            at a dataset.
 
     Raises:
         UserError: the data, tokenizer or cache does not fit the settings or the expected identity,
@@ -56,7 +57,9 @@ def ensure_dataset(
         say(f"using the dataset in {folder}")
         return folder
     if not may_build or data.build == "never":
-        why = "data.build is never" if data.build == "never" else "the run is on several machines"
+        why = "this command builds none, nor does a run on several machines"
+        if data.build == "never":
+            why = "data.build is never"
         raise UserError(
             f"data: there is no dataset of these sources in {data.cache_dir}, and {why}; build it "
             "first: keel data build CONFIG"

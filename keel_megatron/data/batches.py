@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,10 @@ from keel_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of one replica; every tensor is [b, s], or None if the stage has no use."""
+    """A micro-batch of one replica.
+
+    Tensors are [b, s] where nothing else is said, or None if the stage has no use.
+    """
 
     tokens: Tensor | None = None
     """int64. The stage with the embedding uses them."""
@@ -31,14 +35,20 @@ class Batch:
     documents: Tensor | None = None
     """int32: number of the token's document within its sequence, from 0 on. None = attention is
     not restricted to documents. Every stage uses them."""
+    borders: Tensor | None = None
+    """int32 [documents + 1]: cumulative lengths of `documents`, sequence after sequence. Only a
+    kernel on CUDA uses them; they are made on the host, which would have to wait there."""
+    longest: int = 0
+    """Length of the longest document, where there are `borders`."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; a copy from pinned memory is not waited for."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        batch = self._bordered() if device.type == "cuda" else self
+        return batch._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
         """The batch in pinned memory."""
-        return self._each(Tensor.pin_memory)
+        return self._bordered()._each(Tensor.pin_memory)
 
     def only(self, *, tokens: bool, labels: bool) -> Batch:
         """The batch without what a stage does not use."""
@@ -49,9 +59,22 @@ class Batch:
             loss_mask=self.loss_mask if labels else None,
         )
 
+    def _bordered(self) -> Batch:
+        """The batch with `borders` and `longest`."""
+        if self.documents is None or self.borders is not None:
+            return self
+        first = torch.ones_like(self.documents, dtype=torch.bool)
+        torch.ne(self.documents[:, 1:], self.documents[:, :-1], out=first[:, 1:])
+        starts = first.flatten().nonzero().flatten()
+        borders = torch.cat((starts, starts.new_tensor([first.numel()]))).int()
+        return replace(self, borders=borders, longest=int(borders.diff().max()))
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{n: None if t is None else change(t) for n, t in tensors.items()})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)

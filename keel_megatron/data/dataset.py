@@ -278,7 +278,9 @@ def _quotas(manifest: Manifest, entries: dict[str, SourceConfig]) -> dict[str, i
         for source in manifest.sources
     }
     if any(weight is None for weight in weights.values()):
-        weights = {source.name: float(source.tokens("train")) for source in manifest.sources}
+        weights = {
+            source.name: float(max(1, source.tokens("train"))) for source in manifest.sources
+        }
     return quotas({name: float(weight or 0.0) for name, weight in weights.items()})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,24 +41,28 @@ class Documents:
     """The documents of one part of a source, over all of its shards.
 
     Attributes:
-        numbers: int64 [documents]: their numbers in the source, which counts through all shards
-            with this part; ascending.
-        shards: these shards.
+        shards: the shards with documents of this part.
+        offsets: int64 [shards + 1]: number of documents before each.
 
     Raises:
         UserError: a shard is damaged.
     """
 
     def __init__(self, source: Source, part: Part) -> None:
-        placed = source.of(part)
-        self.shards = [TokenShard(shard.prefix) for shard in placed]
-        sizes = [len(shard) for shard in self.shards]
-        self.offsets = np.cumsum([0, *sizes])
-        chosen = [
-            offset + _chosen(shard, size, part)
-            for shard, size, offset in zip(placed, sizes, self.offsets[:-1], strict=True)
-        ]
-        self.numbers = np.concatenate(chosen) if chosen else np.empty(0, np.int64)
+        self._part = part
+        self._placed = source.of(part)
+        self.shards = [TokenShard(shard.prefix) for shard in self._placed]
+        self.offsets = np.cumsum([0, *map(len, self.shards)])
+
+    @cached_property
+    def numbers(self) -> NDArray[np.int64]:
+        """int64 [documents]: their numbers in the source, which counts through all of `shards`.
+
+        Ascending. Computed when the order is; 8 bytes per document.
+        """
+        places = zip(self._placed, self.shards, self.offsets[:-1], strict=True)
+        chosen = [offset + _chosen(one, len(shard), self._part) for one, shard, offset in places]
+        return np.concatenate(chosen) if chosen else np.empty(0, np.int64)
 
     def lengths(self) -> NDArray[np.int32]:
         """int32 [documents]: tokens of each."""

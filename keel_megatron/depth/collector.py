@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from keel_megatron.architecture.residual import Reader
 from keel_megatron.config.run import RunConfig
 from keel_megatron.depth.profile import DepthProfile
+from keel_megatron.model.documents import same_document
 from keel_megatron.model.join import COLUMNS
 from keel_megatron.model.layer import KeelLayer
 from keel_megatron.runtime.distributed import Runtime
@@ -182,9 +183,10 @@ class DepthCollector:
     def _attended(self, l: int, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
         """Take the largest logit of sub-layer l's attention, from what its kernel is given."""
         if torch.is_grad_enabled():
-            query, key = arguments[:2]
+            query, key, _value, documents = arguments[:4]
+            numbers = None if documents is None else documents.numbers
             found = self._maxima[l, _LOGIT]
-            torch.maximum(found, logit_max(query, key).to(found.dtype), out=found)
+            torch.maximum(found, logit_max(query, key, numbers).to(found.dtype), out=found)
 
     def _pieces(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """(l, flat fp32 gradient, flat fp32 weight) of the elements that this rank owns.
@@ -234,12 +236,13 @@ class DepthCollector:
         }
 
 
-def logit_max(query: Tensor, key: Tensor) -> Tensor:
+def logit_max(query: Tensor, key: Tensor, documents: Tensor | None = None) -> Tensor:
     """The largest causal q k / sqrt(d), over blocks of queries: never s x s elements at once.
 
     Args:
         query: [s, b, heads, d].
         key: [s, b, groups, d]; heads is a multiple of groups.
+        documents: numbers of the tokens' documents [b, s]; only pairs within one count.
 
     Returns:
         A scalar in the compute type.
@@ -253,6 +256,9 @@ def logit_max(query: Tensor, key: Tensor) -> Tensor:
         scores = q[:, :, start:stop] @ k[..., :stop]
         future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu_(1)
         scores[..., start:].masked_fill_(future, -math.inf)
+        if documents is not None:
+            together = same_document(documents[:, start:stop], documents[:, :stop])
+            scores.masked_fill_(together.logical_not_(), -math.inf)
         largest = torch.maximum(largest, scores.amax())
     return largest
 

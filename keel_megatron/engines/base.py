@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from keel_megatron.checkpoint.state import Trained
 from keel_megatron.data.batches import Batch
 from keel_megatron.depth.collector import Profiled
+from keel_megatron.model.documents import Documents
 from keel_megatron.runtime.distributed import Runtime
 
 
@@ -21,7 +24,7 @@ class StepResult:
     """Loss and gradient norm of one optimizer step, the same on every rank."""
 
     loss: float
-    """Mean cross entropy of the global batch, in nats per token."""
+    """Mean cross entropy of the global batch's tokens that count, in nats per token."""
     grad_norm: float
     """Global gradient norm before clipping, whether anything is clipped or not."""
     stop: bool = False
@@ -82,8 +85,46 @@ def owns(parameter: nn.Parameter, runtime: Runtime) -> bool:
     return getattr(parameter, "tensor_model_parallel", False) or runtime.tensor_rank == 0
 
 
-def mean_loss(losses: Tensor, loss_mask: Tensor | None) -> Tensor:
-    """Mean of the token losses [b, s], under the mask if there is one."""
+def forward(model: Any, batch: Batch) -> Tensor:
+    """The output of a chunk for a micro-batch: the losses of its tokens [b, s] on the last one."""
+    documents = None
+    if batch.documents is not None:
+        documents = Documents(batch.documents, batch.borders, batch.longest)
+    output: Tensor = model(
+        batch.tokens, batch.position_ids, None, labels=batch.labels, documents=documents
+    )
+    return output
+
+
+def mean_loss(losses: Tensor, loss_mask: Tensor | None, counted: Tensor | None) -> Tensor:
+    """What a micro-batch contributes to the step's mean loss, times their number.
+
+    Args:
+        losses: of the tokens, [b, s].
+        loss_mask: 1 where the token counts; None: everywhere.
+        counted: tokens that count in an average micro-batch of the step (`mean_counted`).
+    """
     if loss_mask is None:
         return losses.sum() / losses.numel()
-    return (losses * loss_mask).sum() / loss_mask.sum()
+    assert counted is not None
+    return (losses * loss_mask).sum() / counted
+
+
+def mean_counted(batches: list[Batch], replicas: dist.ProcessGroup) -> Tensor | None:
+    """The tokens that count in an average micro-batch of a step, fp32; None: all of them.
+
+    Each contribution is divided by this number and not by the micro-batch's own, so that the loss
+    and its gradient are the mean over the global batch's counted tokens, however it is cut into
+    micro-batches. Collective where there are masks; the host does not wait for it.
+
+    Args:
+        batches: this replica's micro-batches, on the device.
+        replicas: the group of the replicas.
+    """
+    masks = [batch.loss_mask for batch in batches if batch.loss_mask is not None]
+    if not masks:
+        return None
+    total = torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum()
+    if replicas.size() > 1:
+        dist.all_reduce(total, group=replicas)
+    return (total / (len(masks) * replicas.size())).float()

@@ -48,7 +48,7 @@ def config_of(path: Path) -> RunConfig:
     Raises:
         UserError: the folder is neither.
     """
-    config = load_config(path / CONFIG) if _is_checkpoint(path) else saved_config(path)
+    config = load_config(path / CONFIG) if is_checkpoint(path) else saved_config(path)
     device = "cpu" if config.training.device == "cpu" else "auto"
     return config.model_copy(
         update={
@@ -73,10 +73,10 @@ def load(path: Path, config: RunConfig, runtime: Runtime) -> Source:
     while True:
         before = folder.steps(path)
         try:
-            found = checked(path, runtime) if _is_checkpoint(path) else newest_good(path, runtime)
+            found = checked(path, runtime) if is_checkpoint(path) else newest_good(path, runtime)
             if found.path is None:
                 raise UserError(f"{path} has no complete checkpoint; train the run first")
-            tokenizer = open_tokenizer(_tokenizer(path, found.path, found, config))
+            tokenizer = open_tokenizer(tokenizer_path(path, found.path, found, config))
             if model is None:
                 (model,) = build_model(config, runtime)
             state.load_weights(found.path, runtime, [model])
@@ -88,11 +88,12 @@ def load(path: Path, config: RunConfig, runtime: Runtime) -> Source:
         return Source(config, model.eval(), tokenizer, found.remarks)
 
 
-def _is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint, not a run's."""
     return (path / MANIFEST).is_file()
 
 
-def _tokenizer(given: Path, checkpoint: Path, found: ResumePoint, config: RunConfig) -> Path:
+def tokenizer_path(given: Path, checkpoint: Path, found: ResumePoint, config: RunConfig) -> Path:
     """The tokenizer of the checkpoint, or of the prepared data for checkpoints without one."""
     for name in TOKENIZERS:
         if (checkpoint / name).is_file():

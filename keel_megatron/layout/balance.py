@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from keel_megatron.layout.recomputation import Recomputation, nothing
-from keel_megatron.layout.times import UnitTimes
+from keel_megatron.layout.times import Load, UnitTimes
 
 Recompute = Callable[[int, Sequence[int]], Recomputation | None]
 """(stage, blocks per chunk) -> recomputed blocks per chunk, or None if the stage does not fit."""
@@ -103,12 +103,14 @@ class _Stage:
         self.number = number
         self.times = times
         self.recompute = recompute
+        self.ends = number == 0, number == pipeline - 1
+        """Whether it has the embedding, and the head."""
         self.fixed = [0.0] * virtual_pipeline
         least = [1] * virtual_pipeline
-        if number == 0:
+        if self.ends[0]:
             self.fixed[0] += times.embedding.total
             least[0] = 0
-        if number == pipeline - 1:
+        if self.ends[1]:
             self.fixed[-1] += times.head.total
             least[-1] = 0
         self.counts = tuple(least)
@@ -141,6 +143,5 @@ class _Stage:
         again = self.recompute(self.number, counts)
         if again is None:
             return None
-        seconds = sum(self.fixed) + sum(counts) * self.times.block.total
-        seconds += self.times.recomputing(sum(again.full), sum(again.light))
-        return StageShare(counts, again, seconds)
+        load = Load(sum(counts), *self.ends, sum(again.full), sum(again.light), chunks=len(counts))
+        return StageShare(counts, again, self.times.of(load).longer.total)

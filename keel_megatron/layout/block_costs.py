@@ -92,6 +92,8 @@ def _passes(
     forward = Work(
         flops=flops,
         attention_flops=scores,
+        products=4,
+        results=t * (a + 2 * g + 2 * f + 2 * h),
         matmul_bytes=operands,
         other_bytes=t * moved[0] + casts[0],
         strided_bytes=strided,
@@ -103,6 +105,8 @@ def _passes(
         # Flash attention recomputes the scores: 5 products against 2 in the forward pass.
         flops=2 * flops + 0.5 * scores,
         attention_flops=2.5 * scores,
+        products=8,
+        results=t * (a + f + 2 * h) + parameters,
         matmul_bytes=2 * operands,
         other_bytes=t * moved[1] + gradients + casts[1],
         strided_bytes=strided,

@@ -16,6 +16,7 @@ from dataclasses import replace
 from keel_megatron.architecture.flops import head_forward_flops
 from keel_megatron.config.run import RunConfig
 from keel_megatron.layout.block_costs import block_cost
+from keel_megatron.layout.document_costs import with_documents
 from keel_megatron.layout.work import (
     STREAM_BYTES,
     Cost,
@@ -45,16 +46,26 @@ def model_costs(config: RunConfig, kernel: Kernel = "triton") -> Costs:
     norms: Kernel = "triton" if "norm" in execution.triton else "torch"
     block = block_cost(shape, norms, execution)
     if kernel == "triton":
+        kept = _attention_kept(shape)
         block = replace(
             block,
-            activation_bytes=block.activation_bytes + SEED_BYTES,
-            light_bytes=block.light_bytes + SEED_BYTES,
+            activation_bytes=block.activation_bytes + kept,
+            light_bytes=block.light_bytes + kept,
         )
     return Costs(
         embedding=_embedding(shape, kernel),
-        block=block,
+        block=with_documents(block, config, kernel),
         head=_head(shape, kernel, in_place="cross_entropy" in execution.triton),
     )
+
+
+def _attention_kept(shape: Shape) -> int:
+    """Bytes that a block's attention keeps on CUDA alone.
+
+    In fp32, key and value are repeated for every head (model/attention_kernel.py).
+    """
+    repeated = shape.attention - shape.groups if shape.c == STREAM_BYTES else 0
+    return SEED_BYTES + 2 * shape.tokens * STREAM_BYTES * repeated
 
 
 def head_pieces(config: RunConfig) -> int:
@@ -117,6 +128,8 @@ def _head(shape: Shape, kernel: Kernel, *, in_place: bool) -> Cost:
     return Cost(
         forward=Work(
             flops=flops,
+            products=pieces,
+            results=t * v,
             matmul_bytes=operands,
             other_bytes=norm + loss[0],
             communication_bytes=message,
@@ -125,6 +138,8 @@ def _head(shape: Shape, kernel: Kernel, *, in_place: bool) -> Cost:
         ),
         backward=Work(
             flops=(2 + again) * flops,
+            products=(2 + again) * pieces,
+            results=again * t * v + t * h + pieces * own,
             # Every piece is added to the fp32 sum by the product itself.
             matmul_bytes=(2 + again) * operands + 2 * STREAM_BYTES * pieces * own,
             other_bytes=2 * norm + loss[1],

@@ -227,7 +227,10 @@ class MemoryModel:
         activations before the next one begins.
         """
         parallel, costs = self.config.parallel, self.costs
-        kept = [costs.block.kept_bytes(*one) for one in zip(blocks, recomputed, light, strict=True)]
+        kept = [
+            costs.block.kept_bytes(*one) + (costs.block.shared_bytes if one[0] else 0)
+            for one in zip(blocks, recomputed, light, strict=True)
+        ]
         if stage == 0:
             kept[0] += costs.embedding.activation_bytes
         moments = in_flight(parallel.pipeline, len(blocks), stage, self.micro_batches)
@@ -245,15 +248,18 @@ class MemoryModel:
         return held, 0, working
 
     def _inputs(self, stage: int, chunks: int) -> int:
-        """Bytes of a step's tokens (first stage) and labels (last stage), and rotary tables."""
+        """Bytes of a step's micro-batches and of the rotary tables.
+
+        The first stage has tokens, the last one labels and their mask, every stage documents.
+        """
         config = self.config
-        uses = int(stage == 0) + int(stage == config.parallel.pipeline - 1)
-        # DeepSpeed's engine copies one micro-batch at a time.
-        copied = 1 if config.training.engine == "deepspeed" else self.micro_batches
-        tokens = copied * config.training.micro_batch_size * config.data.seq_length
+        last = stage == config.parallel.pipeline - 1
+        a_token = 8 * (int(stage == 0) + int(last))
+        a_token += 4 * config.data.document_masks + 4 * (config.data.masks_eod_loss and last)
+        tokens = self.micro_batches * config.training.micro_batch_size * config.data.seq_length
         size = 2 if config.training.precision == "bf16" else 4
         table = 2 * size * config.data.seq_length * config.model.head_dim
-        return 8 * uses * tokens + chunks * table
+        return a_token * tokens + chunks * table
 
     def _numbers(self, blocks: Sequence[int], *, head: bool) -> int:
         """Bytes of tensors of one number: each weight's count of updates, and the losses."""

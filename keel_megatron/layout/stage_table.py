@@ -25,7 +25,8 @@ def stage_rows(partition: Partition) -> list[dict[str, Any]]:
     """One object per stage: blocks, parameters per device, memory by kind in GB, time.
 
     `time_share` is relative to the slowest stage; `forward_seconds` and `backward_seconds` are
-    predicted for one micro-batch.
+    predicted for one micro-batch, as are `device_seconds` and `host_seconds`, both passes together;
+    the longer one counts.
     """
     return [
         {
@@ -44,6 +45,8 @@ def stage_rows(partition: Partition) -> list[dict[str, Any]]:
             "time_share": partition.time_share(stage),
             "forward_seconds": stage.forward_seconds,
             "backward_seconds": stage.backward_seconds,
+            "device_seconds": stage.times.device.total,
+            "host_seconds": stage.times.host.total,
         }
         for stage in partition.stages
     ]

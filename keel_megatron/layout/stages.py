@@ -14,7 +14,7 @@ from keel_megatron.layout.costs import model_costs
 from keel_megatron.layout.devices import Device, this_device
 from keel_megatron.layout.memory import GB, MemoryModel, StageMemory
 from keel_megatron.layout.recomputation import Recomputation, most
-from keel_megatron.layout.times import UnitTimes, predicted_times
+from keel_megatron.layout.times import Load, StageTimes, UnitTimes, predicted_times
 from keel_megatron.layout.work import Costs, Kernel
 
 if TYPE_CHECKING:  # a plan starts without torch
@@ -34,10 +34,10 @@ class Stage:
     parameters: int
     """Parameters on one device of the stage."""
     memory: StageMemory
-    forward_seconds: float
-    """Forward time of one micro-batch through all chunks, seconds."""
-    backward_seconds: float
-    """Backward time including recomputation, seconds."""
+    load: Load
+    """What it computes for a micro-batch."""
+    times: StageTimes
+    """Of one micro-batch through all chunks, with recomputation."""
 
     @property
     def blocks(self) -> int:
@@ -55,9 +55,19 @@ class Stage:
         return any(chunk.head for chunk in self.chunks)
 
     @property
+    def forward_seconds(self) -> float:
+        """Forward time of one micro-batch, seconds."""
+        return self.times.longer.forward
+
+    @property
+    def backward_seconds(self) -> float:
+        """Backward time of one micro-batch, with recomputation, seconds."""
+        return self.times.longer.backward
+
+    @property
     def seconds(self) -> float:
         """Forward and backward time of one micro-batch, seconds."""
-        return self.forward_seconds + self.backward_seconds
+        return self.times.longer.total
 
 
 @dataclass(frozen=True)
@@ -196,18 +206,24 @@ def _stage(
     chunks = layout.stage(number)
     blocks = [chunk.blocks for chunk in chunks]
     costs = memory.costs
-    pieces = [(costs.block, times.block, sum(blocks))]
-    if chunks[0].embedding:
-        pieces.append((costs.embedding, times.embedding, 1))
-    if chunks[-1].head:
-        pieces.append((costs.head, times.head, 1))
+    pieces = [(costs.block, sum(blocks))]
+    pieces += [(costs.embedding, 1)] if chunks[0].embedding else []
+    pieces += [(costs.head, 1)] if chunks[-1].head else []
     # A rule may give blocks different norms, so they are counted block by block.
-    parameters = sum(cost.parameters * n for cost, _, n in pieces)
+    parameters = sum(cost.parameters * n for cost, n in pieces)
     parameters += sum(
         vector_parameters(config.model, range(chunk.first_block, chunk.first_block + chunk.blocks))
         for chunk in chunks
     )
     parameters += costs.head.vector_parameters if chunks[-1].head else 0
+    load = Load(
+        sum(blocks),
+        chunks[0].embedding,
+        chunks[-1].head,
+        sum(again.full),
+        sum(again.light),
+        len(chunks),
+    )
     return Stage(
         number=number,
         chunks=chunks,
@@ -215,9 +231,8 @@ def _stage(
         light=again.light,
         parameters=parameters,
         memory=memory.stage(number, blocks, *again),
-        forward_seconds=sum(time.forward * n for _, time, n in pieces),
-        backward_seconds=sum(time.backward * n for _, time, n in pieces)
-        + times.recomputing(sum(again.full), sum(again.light)),
+        load=load,
+        times=times.of(load),
     )
 
 

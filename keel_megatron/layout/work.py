@@ -11,6 +11,8 @@ from keel_megatron.config.run import RunConfig
 Kernel = Literal["triton", "torch"]
 """Whether operations may be Triton kernels (CUDA), or are torch's operators (CPU)."""
 
+Attention = Literal["auto", "cudnn", "flash"]
+
 STREAM_BYTES = 4
 """The residual stream is fp32."""
 
@@ -23,6 +25,10 @@ class Work:
     """FLOPs of matrix products, as executed."""
     attention_flops: float = 0.0
     """FLOPs of attention among them, which its kernel executes at another rate."""
+    products: int = 0
+    """Number of matrix products."""
+    results: float = 0.0
+    """Elements of the matrix products' results."""
     matmul_bytes: float = 0.0
     """Bytes of operands and results of matrix products, without attention's."""
     other_bytes: float = 0.0
@@ -43,9 +49,11 @@ class Execution:
 
     compiled: bool = False
     graphed: bool = False
-    cudnn: bool = False
-    """Transformer Engine's cuDNN attention in place of flash attention."""
+    attention: Attention = "flash"
+    """Attention's kernel; auto: the device's first choice."""
     fp8: bool = False
+    rule: str = "keel"
+    """The residual rule, on which the host's time depends."""
     triton: tuple[str, ...] = ()
     """Operations that are Triton kernels."""
 
@@ -57,9 +65,19 @@ class Execution:
             triton=kernels.triton if kernel == "triton" else (),
             compiled=kernels.compile,
             graphed=kernels.cuda_graphs,
-            cudnn=kernels.backend == "transformer_engine",
+            attention=_attention(config),
             fp8=kernels.fp8 != "none",
+            rule=config.model.residual,
         )
+
+
+def _attention(config: RunConfig) -> Attention:
+    """The kernel that `kernels.attention` chooses (model/attention_kernel.py)."""
+    if config.kernels.backend == "transformer_engine":
+        return "auto"
+    if config.kernels.attention == "auto" and config.data.seq_length % 128:
+        return "flash"
+    return config.kernels.attention
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,8 @@ class Cost:
     """What light recomputation adds to the backward pass."""
     boundary_bytes: int = 0
     """What the first light block of a chunk keeps besides: an input that it cannot recompute."""
+    shared_bytes: int = 0
+    """Bytes that all blocks of a chunk share for a micro-batch: the mask of its documents."""
     execution: Execution = Execution()
     """How its kernels are executed."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keel_megatron.model.attention_kernel import expands_groups
+from keel_megatron.model.documents import Documents, Packed
 from keel_megatron.model.recompute import free_until_backward
 from keel_megatron.model.rotary import apply_rotary, split_rotary
 
@@ -29,13 +30,21 @@ class SdpaAttention(nn.Module):
         self.dropout = float(config.attention_dropout)
         self.sequence_parallel = bool(config.sequence_parallel)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        documents: Documents | None = None,
+        **_: Any,
+    ) -> Tensor:
         """Compute attention.
 
         Args:
             query: [s, b, heads, d].
             key: [s, b, groups, d]; heads is a multiple of groups.
             value: [s, b, groups, d].
+            documents: attention is kept within them; in the place of Megatron-core's mask.
 
         Returns:
             [s, b, heads x d].
@@ -46,11 +55,28 @@ class SdpaAttention(nn.Module):
         tracker = tensor_parallel.get_cuda_rng_tracker()
         fork = tracker.fork() if dropout and not self.sequence_parallel else nullcontext()
         with fork:
-            return causal_attention(query, key, value, dropout)
+            within = None if documents is None else documents.within(query, query.size(-1))
+            return causal_attention(query, key, value, dropout, within)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax(Q K^T / sqrt(d), causal) V; shapes as in `SdpaAttention.forward`."""
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float = 0.0,
+    within: Tensor | Packed | None = None,
+) -> Tensor:
+    """softmax(Q K^T / sqrt(d), causal) V; shapes as in `SdpaAttention.forward`.
+
+    Args:
+        query: [s, b, heads, d].
+        key: [s, b, groups, d].
+        value: [s, b, groups, d].
+        dropout: probability.
+        within: of `Documents.within`; None: each sequence is one document.
+    """
+    if isinstance(within, Packed):
+        return _packed_attention(query, key, value, dropout, within)
     s, b, heads, d = query.shape
     if key.size(2) != heads and expands_groups(query.device, query.dtype):
         key, value = (x.repeat_interleave(heads // x.size(2), dim=2) for x in (key, value))
@@ -58,11 +84,31 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float =
         query.permute(1, 2, 0, 3),
         key.permute(1, 2, 0, 3),
         value.permute(1, 2, 0, 3),
+        attn_mask=within,
         dropout_p=dropout,
-        is_causal=True,
+        is_causal=within is None,
         enable_gqa=key.size(2) != heads,
     )
     return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
+
+
+def _packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, within: Packed
+) -> Tensor:
+    """`causal_attention` in FlashAttention's kernel for sequences of many lengths.
+
+    torch's `varlen_attn` calls this operator too, but has no dropout, and torch 2.9 lacks it. The
+    kernel wants every document's tokens one after another, so with several sequences in a
+    micro-batch its operands and its result are copied.
+    """
+    s, b, heads, d = query.shape
+    operands = [x.transpose(0, 1).reshape(b * s, -1, d) for x in (query, key, value)]
+    borders, longest = within
+    aten: Any = torch.ops.aten
+    out: Tensor = aten._flash_attention_forward(
+        *operands, borders, borders, longest, longest, dropout, True, False
+    )[0]
+    return out.view(b, s, heads * d).transpose(0, 1).contiguous()
 
 
 class SelfAttention(MegatronSelfAttention):
@@ -98,8 +144,9 @@ class SelfAttention(MegatronSelfAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | None,  # noqa: ARG002
         rotary_pos_emb: Tensor,
+        attention_bias: Documents | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of hidden_states [s, b, h]; [s/TP, b, h] under sequence parallelism.
@@ -108,6 +155,7 @@ class SelfAttention(MegatronSelfAttention):
             hidden_states: the branch's input, normalised.
             attention_mask: unused; attention is causal.
             rotary_pos_emb: the table of model/rotary.py, [2, s, 1, 1, d].
+            attention_bias: the micro-batch's documents, within which attention is kept.
 
         Returns:
             The branch's output, shaped like the input, and its bias (None).
@@ -123,7 +171,7 @@ class SelfAttention(MegatronSelfAttention):
             query = apply_rotary(query, rotary_pos_emb)
             key = apply_rotary(key, rotary_pos_emb)
         context = self.core_attention(
-            query, key, value, attention_mask, attn_mask_type=self.attn_mask_type
+            query, key, value, attention_bias, attn_mask_type=self.attn_mask_type
         )
         return self.linear_proj(context)
 

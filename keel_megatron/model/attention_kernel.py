@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from keel_megatron.config.run import RunConfig
+from keel_megatron.model.documents import takes_borders
 
 Order = tuple[SDPBackend, ...]
 
@@ -61,7 +62,7 @@ def attention_choice(config: RunConfig, device: torch.device) -> SDPBackend:
     model, size = config.model, config.parallel.tensor
     s, b = config.data.seq_length, config.training.micro_batch_size
     heads, groups = model.num_attention_heads // size, model.query_groups // size
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    dtype = _dtype(config)
     if expands_groups(device, dtype):
         groups = heads
     query, key, value = (
@@ -72,6 +73,10 @@ def attention_choice(config: RunConfig, device: torch.device) -> SDPBackend:
         query, key, value, None, model.dropout, True, enable_gqa=groups != heads
     )
     return SDPBackend(found)
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
 
 
 def expands_groups(device: torch.device, dtype: torch.dtype) -> bool:
@@ -88,6 +93,10 @@ def describe_attention(config: RunConfig, device: torch.device) -> str:
     if config.kernels.backend == "transformer_engine":
         return "Transformer Engine's"
     prefer_attention(config, device)
+    if config.data.document_masks:
+        if takes_borders(device, _dtype(config), config.model.head_dim):
+            return "FlashAttention-2 within documents"
+        return "torch's, with a mask of documents in memory"
     name = _NAMES.get(attention_choice(config, device), "none: torch has no kernel for this run")
     if device.type == "cuda":
         return name

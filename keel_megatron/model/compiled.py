@@ -27,6 +27,7 @@ from keel_megatron.compat import compile_cache
 from keel_megatron.errors import UserError
 from keel_megatron.kernels import reference, triton_is_installed
 from keel_megatron.model.attention import causal_attention
+from keel_megatron.model.documents import Documents, Packed
 from keel_megatron.model.join import COLUMNS, join
 from keel_megatron.model.layer import KeelLayer
 from keel_megatron.model.rotary import apply_rotary
@@ -60,6 +61,7 @@ def block(
     outer: tuple[Tensor | None, Tensor | None],
     inner: tuple[Tensor | None, Tensor | None],
     heads: NormWeights | None,
+    within: Tensor | Packed | None,
 ) -> tuple[Tensor, Tensor | None]:
     """`KeelLayer.forward` as a function.
 
@@ -72,13 +74,15 @@ def block(
         outer: weights of the outer norms of attention and FFN, or None.
         inner: norm weights or vectors in front of the FFN and of the next attention, or None.
         heads: weights of the query, key and value norms, or None.
+        within: of the micro-batch's documents (`Documents.within`), or None.
 
     Returns:
         The stream after the block, and the next block's attention input or None.
     """
     qkv, proj, fc1, fc2 = products
     mixed = functional.linear(z, qkv)
-    context = causal_attention(*_query_key_value(mixed, table, structure, heads))
+    query, key, value = _query_key_value(mixed, table, structure, heads)
+    context = causal_attention(query, key, value, within=within)
     branch = functional.linear(context, proj)
     x, z = _join(structure, structure.attention, x, branch, outer[0], structure.mlp.inner, inner[0])
     gate, up = functional.linear(z, fc1).chunk(2, dim=-1)
@@ -208,7 +212,9 @@ class CompiledBlock:
         heads = (attention.q_layernorm, attention.k_layernorm, attention.v_layernorm)
         self._heads = tuple(map(_weight, heads)) if rules[0].qkv_norm else None
 
-    def __call__(self, x: Tensor, z: Tensor, table: Tensor) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, x: Tensor, z: Tensor, table: Tensor, documents: Documents | None
+    ) -> tuple[Tensor, Tensor | None]:
         """As `model.layer.Compiled`."""
         return self._compiler.run(
             self._structure,
@@ -219,12 +225,22 @@ class CompiledBlock:
             self._outer,
             self._inner,
             self._heads,
+            None if documents is None else _within(documents, z, table),
         )
 
 
 def _weight(module: nn.Module | None) -> Tensor | None:
     weight: Tensor | None = getattr(module, "weight", None)
     return weight
+
+
+def _within(documents: Documents, z: Tensor, table: Tensor) -> Tensor | Packed:
+    """`Documents.within` in a form for which one graph serves every micro-batch."""
+    within = documents.within(z, table.size(-1))
+    if isinstance(within, Tensor):
+        return within
+    torch._dynamo.mark_dynamic(within.borders, 0)
+    return Packed(within.borders, documents.numbers.size(1))  # a number is a constant of the graph
 
 
 def compile_blocks(chunks: list[nn.Module], device: torch.device) -> None:

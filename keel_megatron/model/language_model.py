@@ -17,6 +17,7 @@ from keel_megatron.layout.chunks import Layout
 from keel_megatron.layout.stages import Partition, own_partition
 from keel_megatron.model.attention_kernel import prefer_attention
 from keel_megatron.model.backend import choose_backend
+from keel_megatron.model.documents import Documents
 from keel_megatron.model.head import OutputLayer
 from keel_megatron.model.initialization import initialize
 from keel_megatron.model.layer import link
@@ -145,6 +146,13 @@ class LanguageModel(GPTModel):
         if self.post_process:
             head = replace_output_layer(self, OutputLayer)
             head.rows = run.kernels.rows_at_once(head.output_size_per_partition)
+
+    def forward(self, *arguments: Any, documents: Documents | None = None, **rest: Any) -> Tensor:
+        """As GPTModel.forward, with attention kept within the documents, if they are given."""
+        if documents is not None:
+            rest["extra_block_kwargs"] = {"attention_bias": documents}
+        output: Tensor = super().forward(*arguments, **rest)
+        return output
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **rest: Any) -> Tensor:
         """Apply the head: losses [b, s] of the labels [b, s], or logits.

@@ -19,6 +19,7 @@ from torch.nn import functional
 from keel_megatron.architecture.residual import Reader, SubLayer
 from keel_megatron.config.model import ModelConfig
 from keel_megatron.kernels import scaled_add_norm
+from keel_megatron.model.documents import Documents
 from keel_megatron.model.join import COLUMNS, join, weight_of
 
 BLOCKS = Reader("a block of the model", (*COLUMNS, "qkv_norm"))
@@ -29,8 +30,8 @@ it, its branch's output as it is added, the scale of the skip path and the strea
 
 SubLayerName = Literal["attention", "mlp"]
 
-Compiled = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-"""(stream, attention input, rotary table) to what `KeelLayer.forward` returns."""
+Compiled = Callable[[Tensor, Tensor, Tensor, Documents | None], tuple[Tensor, Tensor | None]]
+"""(stream, attention input, rotary table, documents) to what `KeelLayer.forward` returns."""
 
 
 @dataclass
@@ -104,6 +105,7 @@ class KeelLayer(TransformerLayer):
         attention_mask: Tensor | None,
         rotary_pos_emb: Tensor,
         context: Tensor | None = None,
+        attention_bias: Documents | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The stream after both sub-layers.
@@ -114,6 +116,7 @@ class KeelLayer(TransformerLayer):
             rotary_pos_emb: the table of model/rotary.py.
             context: this block's attention input, if the previous block has computed it together
                 with its last norm. Megatron-core's blocks pass it on for cross-attention.
+            attention_bias: the micro-batch's documents, within which attention is kept.
 
         Returns:
             The stream, with the same shape and type, and the next block's attention input, or None
@@ -122,8 +125,10 @@ class KeelLayer(TransformerLayer):
         x, l = hidden_states, 2 * (self.layer_number - 1)
         z = self.input_layernorm(x) if context is None else context
         if self.compiled is not None and self.training and self.observer is None:
-            return self.compiled(x, z, rotary_pos_emb)
-        branch, _bias = self.self_attention(z, attention_mask, rotary_pos_emb=rotary_pos_emb)
+            return self.compiled(x, z, rotary_pos_emb, attention_bias)
+        branch, _bias = self.self_attention(
+            z, attention_mask, rotary_pos_emb=rotary_pos_emb, attention_bias=attention_bias
+        )
         x, z = self._join(
             l, x, branch, self.attention_rule, self.attention_outer_norm, (self, "mlp")
         )

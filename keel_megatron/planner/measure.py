@@ -13,7 +13,7 @@ from torch import Tensor
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch, random_batch
-from keel_megatron.engines.base import mean_loss
+from keel_megatron.engines.base import forward, mean_loss
 from keel_megatron.engines.build import build_engine
 from keel_megatron.engines.megatron.engine import MegatronEngine
 from keel_megatron.errors import UserError
@@ -129,11 +129,10 @@ def _pass(clock: _Clock, engine: MegatronEngine, batch: Batch) -> tuple[float, f
     """Forward and backward pass of one micro-batch through the whole model."""
     model: Any = engine.model[0]
 
-    def forward() -> Tensor:
-        losses = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
-        return mean_loss(losses, batch.loss_mask)
+    def loss_of_batch() -> Tensor:
+        return mean_loss(forward(model, batch), None, None)
 
-    ahead, loss = clock(forward)
+    ahead, loss = clock(loss_of_batch)
     back, _nothing = clock(loss.backward)
     return ahead, back
 

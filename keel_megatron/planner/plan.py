@@ -13,7 +13,7 @@ from keel_megatron.layout.devices import Device
 from keel_megatron.layout.memory import GB
 from keel_megatron.layout.stage_table import stage_rows
 from keel_megatron.layout.stages import Partition, Stage, partition
-from keel_megatron.layout.times import Spread, UnitTimes, measured_spread, spread
+from keel_megatron.layout.times import Load, Spread, UnitTimes, measured_spread, spread
 from keel_megatron.layout.work import Kernel
 from keel_megatron.planner.communication_volume import closing_seconds, link_seconds
 from keel_megatron.planner.simulate import MemoryTrace, PipelineTimes, Timeline, simulate
@@ -70,9 +70,7 @@ class Plan:
         """Range of the step's time, as factors of `step_seconds` (times.py)."""
         if self.measured:
             return measured_spread()
-        stage = self.partition.slowest
-        pieces = (int(stage.embedding), stage.blocks, int(stage.head))
-        return spread(self.partition.costs, self.device, pieces)
+        return spread(self.partition.costs, self.device, self.partition.slowest.load)
 
     @property
     def step_range(self) -> tuple[float, float]:
@@ -117,6 +115,11 @@ class Plan:
         return tokens_per_second * flops / (self.gpus * self.device.tflops * 1e12)
 
     @property
+    def product_share(self) -> float:
+        """Model FLOPs per second relative to the devices' largest measured product rate."""
+        return self.mfu * self.device.tflops / self.device.measured_tflops
+
+    @property
     def days(self) -> float:
         """Duration of all steps, days."""
         return self.config.training.steps * self.step_seconds / 86400.0
@@ -153,6 +156,7 @@ class Plan:
             "micro_batches": self.micro_batches,
             "stages": stage_rows(self.partition),
             "slowest_stage": self.partition.slowest.number,
+            "bound_by": self.partition.slowest.times.bound,
             "balance": self.partition.balance,
             "bubble": self.bubble,
             "step_seconds": self.step_seconds,
@@ -161,6 +165,7 @@ class Plan:
             "closing_seconds": self.closing_seconds,
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
+            "share_of_measured_products": self.product_share,
             "tokens": self.tokens_per_step * self.config.training.steps,
             "days": self.days,
             "memory_limit_gb": (self.partition.limit_bytes or 0.0) / GB or None,
@@ -198,14 +203,17 @@ def _pass_times(parts: Partition, links: tuple[float, ...]) -> PipelineTimes:
     pipeline, times = parts.layout.pipeline, parts.times
     for number, chunk in enumerate(parts.layout.chunks):
         stage, own = parts.stages[number % pipeline], number // pipeline
-        pieces = [(times.block, chunk.blocks)]
-        pieces += [(times.embedding, 1)] if chunk.embedding else []
-        pieces += [(times.head, 1)] if chunk.head else []
-        forward.append(sum(time.forward * count for time, count in pieces))
-        backward.append(
-            sum(time.backward * count for time, count in pieces)
-            + times.recomputing(stage.recomputed[own], stage.light[own])
+        load = Load(
+            chunk.blocks,
+            chunk.embedding,
+            chunk.head,
+            stage.recomputed[own],
+            stage.light[own],
         )
+        # Chunks of a stage share its device and its host.
+        one = times.of(load).of(stage.times.bound)
+        forward.append(one.forward)
+        backward.append(one.backward)
     return PipelineTimes(pipeline, tuple(forward), tuple(backward), links)
 
 

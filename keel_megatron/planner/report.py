@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from keel_megatron.layout.costs import head_pieces
+from keel_megatron.layout.host_times import calibration
 from keel_megatron.layout.memory import GB
 from keel_megatron.layout.stage_table import stage_table
 from keel_megatron.planner.plan import Plan
@@ -74,11 +75,13 @@ def _prediction(plan: Plan) -> list[str]:
     tokens = plan.tokens_per_step * plan.config.training.steps
     low, high = plan.spread.low, plan.spread.high
     lines = [
+        *_device_and_host(plan),
         f"Step: {seconds(plan.step_seconds)}: passes {seconds(plan.timeline.seconds)} with a "
         f"bubble of {plan.bubble:.1%}, gradients and update {seconds(plan.closing_seconds)}.",
         f"Between {' and '.join(map(seconds, plan.step_range))}: {plan.basis}.",
         f"Speed: {si(plan.tokens_per_second)} tokens/s, {plan.mfu:.1%} MFU of "
-        f"{plan.device.tflops:g} TFLOP/s ({plan.mfu / high:.0%} to {plan.mfu / low:.0%}).",
+        f"{plan.device.tflops:g} TFLOP/s ({plan.mfu / high:.0%} to {plan.mfu / low:.0%})"
+        f"{_products(plan)}.",
         f"Run: {count(plan.config.training.steps, 'step')}, {si(tokens)} tokens: "
         f"{duration(plan.config.training.steps * plan.step_seconds)}.",
     ]
@@ -86,6 +89,28 @@ def _prediction(plan: Plan) -> list[str]:
     if plan.config.training.engine == "deepspeed":
         lines.append(_zero(plan))
     return lines
+
+
+def _products(plan: Plan) -> str:
+    """The share of the device's measured product rate, where there is a published one."""
+    if plan.device.name == "cpu":
+        return ""
+    measured = plan.device.measured_tflops
+    return f", {plan.product_share:.1%} of the {measured:g} that the largest products reach"
+
+
+def _device_and_host(plan: Plan) -> list[str]:
+    """Which of both bounds the slowest stage; nothing where they are one, or measured."""
+    times, scale = plan.partition.slowest.times, plan.device.python_scale
+    if not times.host.total:
+        return []
+    calibrated = calibration()
+    by = f" x {scale:g}" if scale != 1.0 else ""
+    return [
+        f"A micro-batch takes the slowest stage's device {seconds(times.device.total)} and its "
+        f"host {seconds(times.host.total)} (Python as on {calibrated.machine}, "
+        f"{calibrated.date}{by}): the {times.bound} bounds the step."
+    ]
 
 
 def _memory(plan: Plan) -> str:

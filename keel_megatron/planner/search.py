@@ -258,6 +258,8 @@ class _Bound:
         pipeline, virtual = self.parallel.pipeline, self.parallel.virtual_pipeline
         times, unit = self.times, self.times.block
         total = blocks * unit.total + times.embedding.total + times.head.total
+        if times.host is not None:
+            total = max(total, blocks * times.host.block.total)
         slowest = max(total / pipeline, times.head.total, times.embedding.total)
         again = self._recomputing(0, blocks // pipeline)
         last = self._recomputing(pipeline - 1, self._beside_the_head(slowest))

@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from keel_megatron.checkpoint.identity import check_folder, check_identity, claim
+from keel_megatron.checkpoint.identity import (
+    check_folder,
+    check_identity,
+    claim,
+    refuse_weights_only,
+)
 from keel_megatron.checkpoint.manifest import CONFIG, TOKENIZERS
 from keel_megatron.checkpoint.resume import ResumePoint, newest_good
 from keel_megatron.config.reading import LARGE, read_small
@@ -46,14 +51,15 @@ def find_resume_point(config: RunConfig, runtime: Runtime) -> ResumePoint:
     """The checkpoint to resume from, in a folder that belongs to this run; collective.
 
     Raises:
-        UserError: the folder or its newest checkpoint belongs to another run, or every checkpoint
-            is damaged.
+        UserError: the folder or its newest checkpoint belongs to another run, the checkpoint has
+            no optimizer state, or every checkpoint is damaged.
     """
     runtime.from_main(lambda: check_folder(config))
     resume = newest_good(config.training.folder, runtime)
     newest = resume.path
     if newest is not None:
         runtime.from_main(lambda: check_identity(newest / CONFIG, config))
+        runtime.from_main(lambda: refuse_weights_only(newest, resume.state))
     return resume
 
 

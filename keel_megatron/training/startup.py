@@ -7,10 +7,11 @@ The ranks check again, and more: another launcher may have started them, and som
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from keel_megatron.checkpoint import folder, manifest
-from keel_megatron.checkpoint.identity import check_folder, check_identity
+from keel_megatron.checkpoint.identity import check_folder, check_identity, refuse_weights_only
 from keel_megatron.config.run import RunConfig
 from keel_megatron.corpus.find import check_paths
 from keel_megatron.errors import UserError
@@ -23,13 +24,15 @@ def check(config: RunConfig) -> None:
     """Check whether a run can be trained; nothing is written.
 
     Raises:
-        UserError: the run's folder holds another run, or data.text or data.tokenizer cannot be
-            read.
+        UserError: the run's folder holds another run, or weights only, or data.text or
+            data.tokenizer cannot be read.
     """
     check_folder(config)
     newest = folder.latest(config.training.folder)
     if newest is not None and (newest / manifest.CONFIG).is_file():
         check_identity(newest / manifest.CONFIG, config)
+        with suppress(manifest.DamagedError):  # the ranks look for another one
+            refuse_weights_only(newest, manifest.read_json(newest / manifest.STATE))
     check_paths(config.data)
     tokenizer = config.data.tokenizer
     if tokenizer is not None and not os.access(tokenizer, os.R_OK):

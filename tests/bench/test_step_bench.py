@@ -15,10 +15,12 @@ import pytest
 import torch
 
 import yaml
+from keel_megatron.bench import step_time
 from keel_megatron.bench.step_bench import run_bench
 from keel_megatron.bench.step_report import report, summary
 from keel_megatron.bench.step_time import (
     PARTS,
+    PredictedPasses,
     Roofline,
     Samples,
     measure_roofline,
@@ -28,6 +30,8 @@ from keel_megatron.bench.timers import PartTimers
 from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.config import load_config
 from keel_megatron.errors import UserError
+from keel_megatron.layout.devices import DEVICES
+from keel_megatron.layout.stages import partition
 from keel_megatron.runtime.distributed import start
 from tests.distributed import run_ranks
 from tests.integration.commands import keel
@@ -213,7 +217,34 @@ def test_the_report_shows_both_times_of_a_gpu(path: Path) -> None:
     text = "\n".join(report([summary([samples], roofline)], roofline, "here"))
     assert re.search(r"passes, ms on the device +800\.0", text)
     assert re.search(r"until the host's last launch +500\.0", text)
+    assert re.search(r"bound by +device", text)
+    assert re.search(r"predicted: device, host, ms +-", text)
+    samples.host = [0.79, 0.79]
+    samples.predicted = PredictedPasses(0.7, 0.75, "host")
+    found = summary([samples], roofline)
+    assert found["predicted"] == {"device": 0.7, "host": 0.75, "bound": "host"}
+    text = "\n".join(report([found], roofline, "here"))
+    assert re.search(r"bound by +host", text)
+    assert re.search(r"predicted: device, host, ms +700\.0, 750\.0: host", text)
     assert re.search(r"attention +cuDNN's kernel", text)
+
+
+def test_a_bench_on_a_gpu_states_the_plans_times(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all micro-batches on the slowest stage; nothing on a CPU."""
+    config = load_config(path, world_size=2)
+    for device in (DEVICES["h200"], DEVICES["cpu"]):
+        parts = partition(config, 1, device)
+        monkeypatch.setattr(step_time, "own_partition", lambda *_, parts=parts: parts)
+        found = PredictedPasses.of(config, None, 4)  # type: ignore[arg-type]
+        times = parts.slowest.times
+        if device.name == "cpu":
+            assert found is None
+        else:
+            assert found == PredictedPasses(
+                4 * times.device.total, 4 * times.host.total, times.bound
+            )
 
 
 def test_the_roofline_is_that_of_a_product_and_a_copy() -> None:

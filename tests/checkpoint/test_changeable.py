@@ -115,7 +115,7 @@ LAYOUTS = "needs several processes: test_resume.py"
 START = "of a start, not of the training: nothing in a checkpoint knows it"
 REPORTS = "what is reported, and where: nothing in a checkpoint knows it"
 OVERLAP = "needs several replicas: tests/engines/megatron/test_overlap.py"
-PLACE = "a place: what lies there is fingerprinted (tests/data/test_prepare.py)"
+PLACE = "a place: what lies there is fingerprinted (tests/data/test_dataset.py)"
 ELSEWHERE = {
     "parallel.tensor": LAYOUTS,
     "parallel.pipeline": LAYOUTS,
@@ -135,9 +135,12 @@ ELSEWHERE = {
     "kernels.cuda_graphs": "needs CUDA: tests/kernels",
     "deepspeed.offload_parameters": "the same mathematics: tests/checkpoint/test_deepspeed.py",
     "data.text": PLACE,
+    "data.sources": "places, and weights that are part of the data's identity: tests/integration",
+    "data.dataset": PLACE,
+    "data.build": START,
     "data.tokenizer": PLACE,
     "data.cache_dir": PLACE,
-    "data.allow_lossy_tokenizer": "of the preparation of data: tests/data/test_prepare.py",
+    "data.allow_lossy_tokenizer": "of the building of data: tests/corpus",
     "training.name": PLACE,
     "training.runs_dir": PLACE,
     "training.device": START,

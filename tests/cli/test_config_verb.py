@@ -119,7 +119,7 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
 def test_the_version_and_the_verbs(tmp_path: Path) -> None:
     assert keel(tmp_path, "--version").stdout == f"keel-megatron {__version__}\n"
     shown = keel(tmp_path, "--help").stdout
-    for verb in ("train", "plan", "generate", "config", "data", "tokenizer"):
+    for verb in ("train", "plan", "generate", "config", "data"):
         assert f"\n  {verb} " in shown
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import yaml
+from keel_megatron.data.tokenizer_json import to_tokenizer_json
 from keel_megatron.tracking.metrics import read_metrics
 from keel_megatron.training import dataset as training_dataset
 from tests.datasets import VOCABULARY, made_up, tokenizer_model, write_tokens
@@ -31,7 +32,7 @@ def blend_config(folder: Path, **overrides: Any) -> Path:
     words = Path(ast.__file__).read_text().split("\n\n")
     lines = [json.dumps({"content": text}) for text in words if text.strip()]
     (folder / "lines.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "given.model").write_bytes(tokenizer_model())
+    (folder / "tokenizer.json").write_text(to_tokenizer_json(tokenizer_model()))
     write_tokens(folder / "ready" / "tokens", made_up(60, 0))
     sources = [
         {"name": "lines", "path": "lines.jsonl", "text_key": "content", "weight": 0.7},
@@ -40,7 +41,7 @@ def blend_config(folder: Path, **overrides: Any) -> Path:
     sections = settings(
         **{
             "data__sources": sources,
-            "data__tokenizer": "given.model",
+            "data__tokenizer": "tokenizer.json",
             "data__vocab_size": VOCABULARY,
             "data__validation_fraction": 0.2,
             "training__steps": STEPS,
@@ -140,7 +141,16 @@ def test_other_weights_are_another_run(tmp_path: Path) -> None:
     moved = (f"data.sources={json.dumps(sources)}", "data.dataset=elsewhere")
     done = keel(tmp_path, "train", str(path), "training.steps=2", *moved)
     assert done.returncode == 0, done.stderr
-    assert [step for step, *_ in losses_of(tmp_path / "runs" / "test" / "metrics.jsonl")] == [1, 2]
+    run = tmp_path / "runs" / "test"
+    assert [step for step, *_ in losses_of(run / "metrics.jsonl")] == [1, 2]
+    # The tokenizer is in the run and its checkpoints.
+    shutil.rmtree(tmp_path / "elsewhere")
+    (tmp_path / "tokenizer.json").unlink()
+    for source in (run, run / "checkpoints" / "step_00000002"):
+        arguments = ("--prompt", "abc", "--max-new-tokens", "3", "--temperature", "0")
+        generated = keel(tmp_path, "generate", str(source), *arguments)
+        assert generated.stdout.startswith("abc"), generated.stderr
+        assert (source / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize("launcher", ["keel", "another"])

@@ -54,6 +54,8 @@ class Job:
             training__hang_timeout=float(HANG),
             parallel__timeout_seconds=40.0,
         )
+        built = keel(folder, "data", "build", "run.yaml")  # several machines build none
+        assert built.returncode == 0, built.stderr
         self.settings = [f"training.steps={STEPS}", *settings]
         self.metrics = folder / "runs" / "test" / "metrics.jsonl"
 

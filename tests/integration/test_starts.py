@@ -75,11 +75,11 @@ def test_a_signal_while_the_data_is_prepared_ends_the_start(tmp_path: Path) -> N
     write_config(tmp_path, tmp_path / "text")
     with start(tmp_path, "train", "run.yaml", "--processes", "2") as process:
         assert process.stdout is not None
-        while "preparing" not in process.stdout.readline():
+        while "training a tokenizer" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         _shown, errors = process.communicate(timeout=240)
     assert process.returncode == 143
     assert errors == "SIGTERM: no step was made yet, ending\n"
     assert not (tmp_path / "runs").exists()
-    assert not list((tmp_path / "data").glob("*/train.bin"))
+    assert not list((tmp_path / "data").glob("*/data.json"))

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from keel_megatron.data.batches import Batch
 from keel_megatron.kernels import scaled_add_norm
 from keel_megatron.kernels.cross_entropy import linear_cross_entropy
 from keel_megatron.kernels.selection import Backend
+from keel_megatron.model.attention import causal_attention
+from keel_megatron.model.documents import Documents, Packed
 from tests.kernels.cases import EPS, Case, disagreement, error, inputs, run
 from tests.kernels.test_triton_cross_entropy import agree as agree_on_logits
 from tests.kernels.test_triton_rotary import Split
@@ -84,3 +87,26 @@ def test_the_heads_gradient_joins_the_fp32_sum(rows: int, backend: Backend) -> N
     assert error(losses, exact) < 1e-2
     assert error(x.grad, dx) < 1e-2
     assert error(weight.main_grad, dw) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_within_documents_agrees(dtype: torch.dtype) -> None:
+    """Over borders in bf16 and with a mask in fp32, against the mask in fp64."""
+    torch.manual_seed(5)
+    s, b = 300, 2
+    batch = Batch(documents=(torch.rand(b, s) < 1 / 40).cumsum(1).int()).to(torch.device("cuda"))
+    assert batch.documents is not None
+    documents = Documents(batch.documents, batch.borders, batch.longest)
+    given = [torch.randn(s, b, heads, 64, device="cuda", dtype=dtype) for heads in (4, 2, 2)]
+    d_out = torch.randn(s, b, 4 * 64, device="cuda", dtype=dtype)
+
+    def passes(wide: torch.dtype) -> list[torch.Tensor]:
+        operands = [one.to(wide).requires_grad_() for one in given]
+        within = documents.within(operands[0], 64)
+        assert isinstance(within, Packed) == (wide == torch.bfloat16)
+        out = causal_attention(*operands, within=within)
+        return [out, *torch.autograd.grad(out, operands, d_out.to(wide))]
+
+    bound = 1e-2 if dtype == torch.bfloat16 else 1e-4
+    for found, exact in zip(passes(dtype), passes(torch.float64), strict=True):
+        assert (found.double() - exact).norm() <= bound * exact.norm()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from keel_megatron.architecture.residual import RULES
-from keel_megatron.layout.costs import SEED_BYTES, model_costs
-from keel_megatron.layout.work import Cost
+from keel_megatron.layout.costs import _attention_kept, model_costs
+from keel_megatron.layout.work import Cost, Shape
 from tests.distributed import run_ranks
 from tests.settings import settings, small_config
 
@@ -33,6 +33,7 @@ CASES: list[dict[str, Any]] = [
         (1, {"model__residual": "keel", "model__final_norm": False}),
         (2, {"kernels__logits_mib": 0.05}),  # of 128 tokens' logits 25 at once
         (2, {"model__residual": "keel", "kernel": "triton"}),
+        (2, {"data__document_masks": True}),  # the mask is no block's own
     )
 ]
 # Every rule; of 5 to 7 blocks as many are post-norm under Mix-LN.
@@ -72,6 +73,7 @@ HEAD_CASES += [
 def kept_bytes(sections: dict[str, Any], runtime: Any) -> int:
     """Bytes of the storages that a forward pass saves, without parameters, table and input."""
     from keel_megatron.config.run import RunConfig
+    from keel_megatron.engines.base import forward
     from keel_megatron.model.language_model import build_model
     from tests.training.ranks import made_up_batches
 
@@ -88,7 +90,7 @@ def kept_bytes(sections: dict[str, Any], runtime: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = chunk(batch.tokens, batch.position_ids, None, labels=batch.labels)
+        losses = forward(chunk, batch)
     assert losses.requires_grad
     # Now, and not when they were saved: some were freed since.
     kept = {storage._cdata: storage.nbytes() for storage in held}
@@ -135,12 +137,13 @@ def test_a_block_keeps_what_is_predicted(measured: Any) -> None:
 
 
 def block_bytes(overrides: dict[str, Any], kernel: Any) -> int:
-    """What the plan says a block keeps, without the seeds that attention keeps on CUDA alone."""
-    cost = model_costs(small_config(**overrides), kernel).block
-    seeds = SEED_BYTES if kernel == "triton" else 0
+    """What the plan says a block keeps, without what attention keeps on CUDA alone."""
+    config = small_config(**overrides)
+    cost = model_costs(config, kernel).block
+    more = _attention_kept(Shape.of(config)) if kernel == "triton" else 0
     return {
-        "none": cost.activation_bytes - seeds,
-        "light": cost.light_bytes - seeds,
+        "none": cost.activation_bytes - more,
+        "light": cost.light_bytes - more,
         "full": cost.recompute_bytes,
     }[overrides.get("parallel__recompute", "none")]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from keel_megatron.layout.costs import model_costs
 from keel_megatron.layout.devices import DEVICES
 from keel_megatron.layout.memory import MemoryModel
 from keel_megatron.layout.recomputation import Recomputation
-from keel_megatron.layout.times import Times, UnitTimes, predicted_times
+from keel_megatron.layout.times import HostTimes, Times, UnitTimes, predicted_times
 from tests.calls import calls_of
 from tests.settings import small_config
 
@@ -172,3 +173,17 @@ def test_4096_blocks_on_512_stages_take_few_calls(virtual: int) -> None:
     assert sum(sum(share.blocks) for share in shares) == 4096
     assert sum(map(sum, shares[0].again)) > sum(map(sum, shares[-1].again))
     assert calls < 3_000_000
+
+
+def test_stages_of_which_the_host_is_the_limit_are_balanced_by_its_time() -> None:
+    """The head is long on the device and short on the host: the last stage has more blocks."""
+    plain = unit_times(1.0, 1.0, 8.0)
+    host = HostTimes(Times(1.0, 1.5), chunk=Times(0.0, 0.0), end=Times(0.1, 0.1), light=0.0)
+    shares = {
+        name: assign_blocks(40, 4, 1, times)
+        for name, times in (("device", plain), ("host", replace(plain, host=host)))
+    }
+    ends = {name: found[-1].blocks[0] for name, found in shares.items() if found}
+    assert ends["device"] < ends["host"] <= 10
+    assert shares["host"] is not None
+    assert max(one.seconds for one in shares["host"]) == pytest.approx(2.5 * 10, rel=0.1)

@@ -70,7 +70,13 @@ def test_what_each_record_is_to_mlflow(tmp_path: Path) -> None:
     log = started(tmp_path)
     lines: list[dict[str, Any]] = [
         {"step": 1, "loss": 5.0, "seconds": 2, "time": 7},
-        {"step": 1, "validation_loss": 4.0, "consumed_tokens": 3, "time": 8},
+        {
+            "step": 1,
+            "validation_loss": 4.0,
+            "consumed_tokens": 3,
+            "time": 8,
+            "validation/a/loss": 5.0,
+        },
         {"step": 2, "loss": "5", "grad_norm": None, "norm": True, "big": 10**400, "time": "now"},
         {"step": -1, "loss": 5.0},
         {"loss": 5.0},
@@ -86,7 +92,7 @@ def test_what_each_record_is_to_mlflow(tmp_path: Path) -> None:
     found = [(i.values["step"], i.values["time"], i.values["values"]) for i in items]
     assert found[:3] == [
         (1, 7, {"loss": 5.0, "seconds": 2.0}),
-        (1, 8, {"validation_loss": 4.0}),
+        (1, 8, {"validation_loss": 4.0, "validation/a/loss": 5.0}),
         (2, start.values["time"], {}),
     ]
     assert [values for _step, _time, values in found[3:-1]] == [{}] * 6

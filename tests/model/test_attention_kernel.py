@@ -81,6 +81,7 @@ def test_the_order_is_set_and_named(h100: SimpleNamespace) -> None:
     named(data__seq_length=100)  # torch's own order again
     assert torch._C._get_sdp_priority_order() == [1, 3, 2, 0, 4]
     assert "Transformer Engine" in named(kernels__backend="transformer_engine")
+    assert named(data__document_masks=True) == "FlashAttention-2 within documents"
 
 
 def test_the_choice_is_for_the_runs_shape(h100: SimpleNamespace) -> None:
@@ -95,6 +96,8 @@ def test_a_cpu_is_left_alone() -> None:
     before = torch._C._get_sdp_priority_order()
     text = describe_attention(small_config(kernels__attention="cudnn"), torch.device("cpu"))
     assert text == "torch's flash kernel for CPUs"
+    text = describe_attention(small_config(data__document_masks=True), torch.device("cpu"))
+    assert text == "torch's, with a mask of documents in memory"
     assert torch._C._get_sdp_priority_order() == before
 
 

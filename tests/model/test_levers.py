@@ -150,6 +150,7 @@ def test_layouts_and_recomputation_train_alike(
         ("cuda_graphs", {"parallel__recompute": "full"}, "parallel.recompute"),
         ("cuda_graphs", {"kernels__backend": "apex"}, "kernels.backend"),
         ("cuda_graphs", {"model__dropout": 0.1}, "model.dropout"),
+        ("cuda_graphs", {"data__document_masks": True}, "data.document_masks"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

@@ -146,7 +146,7 @@ run = small_config(training__runs_dir=sys.argv[1], training__steps=100, tracking
 with open_tracker(run, 0, None) as tracker:
     for step in range(1, 4):
         tracker.step(record(step, loss=1.2345))
-    tracker.step(ValidationRecord(3, 2.5678, 48, 1536))
+    tracker.step(ValidationRecord(3, 2.5678, 48, 1536, {"web": 2.5, "books": 2.75}))
     tracker.say("said above [brackets stay]")
     print("printed by someone else")
     if sys.argv[2] == "interrupt":
@@ -197,6 +197,7 @@ def test_a_terminal_gets_live_lines_and_is_given_back(tmp_path: Path, ending: st
         assert shown.rindex("\x1b[?25h") < shown.index("Traceback")
     log = (tmp_path / "test" / "log.txt").read_text()
     assert "2/100    1.2345" in log
+    assert "step 3: validation loss 2.5678 (web 2.5000, books 2.7500)\n" in log
     assert "\x1b" not in log
     assert ("the loss is a teapot" in log) == (ending == "error")
     assert ("interrupted" in log) == (ending == "interrupt")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
@@ -20,18 +22,30 @@ def made_up_batches(config: RunConfig, runtime: Runtime, step: int) -> list[Batc
     size = training.micro_batch_size
     count = training.global_batch_size // (size * runtime.data_size)
     batches = []
+    documents = made_up_documents(training.global_batch_size, s + 1, step)
+    follows = (documents[:, 1:] == documents[:, :-1]).float()
     for number in range(count):
         first = (number * runtime.data_size + runtime.data_rank) * size
-        part = rows[first : first + size]
-        batches.append(
-            Batch(
-                tokens=part[:, :-1].contiguous(),
-                labels=part[:, 1:].contiguous(),
-                loss_mask=torch.ones(size, s),
-                position_ids=torch.arange(s).expand(size, s).contiguous(),
-            )
+        mine = slice(first, first + size)
+        part = rows[mine]
+        batch = Batch(
+            tokens=part[:, :-1].contiguous(),
+            labels=part[:, 1:].contiguous(),
+            loss_mask=follows[mine] if config.data.masks_eod_loss else torch.ones(size, s),
+            position_ids=torch.arange(s).expand(size, s).contiguous(),
         )
+        if config.data.document_masks:
+            batch = replace(batch, documents=documents[mine, :-1].contiguous())
+        batches.append(batch)
     return batches
+
+
+def made_up_documents(sequences: int, length: int, seed: int) -> Tensor:
+    """Numbers of documents of about six tokens, int32 [sequences, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.rand(sequences, length, generator=generator) < 1 / 6
+    starts[:, 0] = False
+    return starts.cumsum(1).int()
 
 
 def train_all(runs: list[dict[str, dict[str, Any]]], steps: int) -> list[list[tuple[float, float]]]:

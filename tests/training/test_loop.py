@@ -63,6 +63,27 @@ def test_intervals_decide_what_is_validated_and_saved() -> None:
     assert bench.marks[-2:] == ["step 7", "the validation after step 7"]
 
 
+def test_sources_are_validated_apart_and_weighted_by_their_shares() -> None:
+    bench = Bench(training__steps=1)
+    bench.loop._batches = Batches(
+        bench.source,  # type: ignore[arg-type]
+        [ValidationSet("web", 700, [2.0]), ValidationSet("books", 300, [4.0])],  # type: ignore[list-item]
+    )
+    bench.engine.validate = lambda batches, count: batches[0] * count  # type: ignore[method-assign]
+    bench.loop.run(StopRequest())
+    (record,) = (one for one in bench.tracker.records if isinstance(one, ValidationRecord))
+    assert record.sources == {"web": 2.0, "books": 4.0}
+    assert record.validation_loss == bench.loop.validation_loss == pytest.approx(2.6)
+    assert record.to_json() == {
+        "step": 1,
+        "validation_loss": record.validation_loss,
+        "consumed_samples": 16,
+        "consumed_tokens": 512,
+        "validation/web/loss": 2.0,
+        "validation/books/loss": 4.0,
+    }
+
+
 def test_a_request_to_stop_ends_it_after_the_step_with_a_checkpoint() -> None:
     bench = Bench(training__steps=7, training__validate_every=1)
     assert bench.loop.run(StopRequest(deadline=0.0)) == exit_codes.SAVED

@@ -1,8 +1,8 @@
-"""Measure each optimisation on one GPU, and compare it with its prediction.
+"""Measure each option on one GPU, and compare it with its prediction.
 
 python tools/bench/gpu.py --predict        # write the predictions, without a GPU
 python tools/bench/gpu.py                  # run all parts, each below ten minutes on an H200
-python tools/bench/gpu.py --part deep      # one part: levers-64, levers-32, deep, kernel
+python tools/bench/gpu.py --part deep      # one part: options-64, options-32, deep, kernel
 
 The checks come first (gpu_checks.py; --part checks runs them alone): what the device's kernels
 refuse, which of them torch chooses, a short run with a save and a resume. A check that fails does
@@ -38,7 +38,16 @@ for package in ("pydantic", "yaml", "torch", "megatron"):
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from gpu_predict import LEVERS, Lever, assumptions, plan_of, step_parts
+from gpu_predict import (
+    MICRO,
+    MICRO_BATCHES,
+    OPTIONS,
+    Option,
+    assumptions,
+    best_settings,
+    plan_of,
+    step_parts,
+)
 from gpu_table import page
 
 from keel_megatron import compat
@@ -54,7 +63,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "docs" / "benchmarks"
 PAPER = {128: ROOT / "yaml/paper/keel_128.yaml", 1024: ROOT / "yaml/paper/keel_1024.yaml"}
 COMMON = ("tracking.mlflow=false", "parallel.pipeline=1", "parallel.virtual_pipeline=1")
-LEVER_RUN = (*COMMON, "parallel.recompute=none", "training.global_batch_size=8")
+OPTION_RUN = (*COMMON, "parallel.recompute=none", "training.global_batch_size=8")
 DEEP_RUN = (*COMMON, "parallel.recompute=auto", "training.global_batch_size=4")
 OFFLOAD = (
     "training.engine=deepspeed",
@@ -70,35 +79,59 @@ DEEP: dict[str, tuple[str, ...]] = {
 WARMUP, STEPS = 3, 8
 PART_SECONDS = 580
 SHALLOW = ("base: Keel", "Pre-LN", "compile", "CUDA graphs", "compile and CUDA graphs")
-"""Levers that 32 blocks are measured with, too."""
-PARTS = ("levers-64", "levers-32", "deep", "kernel")
+"""Options that 32 blocks are measured with, too."""
+BEST = "best safe combination"
+PARTS = ("options-64", "options-32", "deep", "kernel")
 
 
-def lever_config(lever: Lever, blocks: int) -> RunConfig:
-    """The run of a lever at a depth."""
-    return load_config(PAPER[128], (*LEVER_RUN, f"model.blocks={blocks}", *lever.settings))
+def option_config(option: Option, blocks: int) -> RunConfig:
+    """The run of a option at a depth."""
+    return load_config(PAPER[128], (*OPTION_RUN, f"model.blocks={blocks}", *option.settings))
 
 
-def levers_of(part: str) -> tuple[int, list[Lever]]:
-    """Blocks and levers of a part."""
-    if part == "levers-64":
-        return 64, list(LEVERS)
-    return 32, [lever for lever in LEVERS if lever.name in SHALLOW]
+def options_of(part: str, device: Device) -> tuple[int, list[Option]]:
+    """Blocks and options of a part."""
+    blocks = 64 if part == "options-64" else 32
+    options = [one for one in OPTIONS if blocks == 64 or one.name in SHALLOW]
+    return blocks, [*options, best_option(blocks, device)]
 
 
-def predicted_levers(part: str, device: Device) -> dict[str, Any]:
-    """Every lever's expected step beside the base's."""
-    blocks, levers = levers_of(part)
-    plans = [plan_of(lever_config(lever, blocks), device) for lever in levers]
+def best_option(blocks: int, device: Device) -> Option:
+    """The defaults with the micro-batch and logits in memory whose predicted step is the shortest.
+
+    Recomputation is what memory requires.
+    """
+    choices: dict[str, tuple[str, ...]] = {}
+    for size in MICRO_BATCHES:
+        settings = (MICRO.format(size), "parallel.recompute=auto")
+        choices[f"{size}"] = settings
+        choices[f"{size}, whole logits"] = (*settings, f"kernels.logits_mib={2048 * size}")
+    runs = {name: option_config(Option(BEST, own, ""), blocks) for name, own in choices.items()}
+    why = (
+        "the plan's choice of the micro-batch, and the loss in one piece; all other settings are "
+        "the defaults"
+    )
+    return Option(BEST, choices[best_settings(runs, device)], why)
+
+
+def predicted_options(part: str, device: Device) -> dict[str, Any]:
+    """Every option's expected step beside the base's."""
+    blocks, options = options_of(part, device)
+    plans = [plan_of(option_config(option, blocks), device) for option in options]
     rows = {}
-    for lever, plan in zip(levers, plans, strict=True):
-        rows[lever.name] = {
-            "settings": list(lever.settings),
-            "why": lever.why,
+    for option, plan in zip(options, plans, strict=True):
+        times = plan.partition.slowest.times
+        rows[option.name] = {
+            "settings": list(option.settings),
+            "why": option.why,
             "predicted": {
                 "step_seconds": plan.step_seconds,
                 "step_seconds_range": list(plan.step_range),
                 "mfu": plan.mfu,
+                "share_of_measured_products": plan.product_share,
+                "device_seconds": plan.micro_batches * times.device.total,
+                "host_seconds": plan.micro_batches * times.host.total,
+                "bound_by": times.bound,
                 "parts": step_parts(plan),
                 "ratio": plan.step_seconds / plans[0].step_seconds,
             },
@@ -126,7 +159,7 @@ def predicted_deep(device: Device) -> dict[str, Any]:
 
 def predictions(device: Device) -> dict[str, Any]:
     """All that is expected, of every part."""
-    found: dict[str, Any] = {part: predicted_levers(part, device) for part in PARTS[:2]}
+    found: dict[str, Any] = {part: predicted_options(part, device) for part in PARTS[:2]}
     return found | {"deep": predicted_deep(device), "kernel": {"aim": 0.85}}
 
 
@@ -157,28 +190,28 @@ def available(name: str) -> bool:
         return False
 
 
-def run_levers(part: str, result: dict[str, Any], ends: float) -> None:
-    """Measure a part's levers, the base first; the ratio of each."""
-    blocks, levers = levers_of(part)
+def run_options(part: str, result: dict[str, Any], ends: float) -> None:
+    """Measure a part's options, the base first; the ratio of each."""
+    blocks, options = options_of(part, device_named(result["gpu"]))
     rows, base = result["parts"][part]["rows"], None
-    for lever in levers:
+    for option in options:
         left = ends - time.monotonic()
-        if not available(lever.needs):
-            found: dict[str, Any] = {"failed": f"{lever.needs.partition('.')[0]} is not installed"}
+        if not available(option.needs):
+            found: dict[str, Any] = {"failed": f"{option.needs.partition('.')[0]} is not installed"}
         elif left < 20:
             found = {"failed": "the part's ten minutes were up"}
         else:
-            settings = [*LEVER_RUN, f"model.blocks={blocks}", "training.device=cuda"]
+            settings = [*OPTION_RUN, f"model.blocks={blocks}", "training.device=cuda"]
             found = work(
                 PAPER[128],
-                [*settings, *lever.settings],
-                min(left, lever.seconds),
+                [*settings, *option.settings],
+                min(left, option.seconds),
                 count_kernels=True,
             )
         base = found.get("step_seconds") if base is None else base
         if base and "step_seconds" in found:
             found["ratio"] = found["step_seconds"] / base
-        keep(result, rows[lever.name], found, f"{part}, {lever.name}")
+        keep(result, rows[option.name], found, f"{part}, {option.name}")
 
 
 def run_deep(result: dict[str, Any], ends: float) -> None:
@@ -296,7 +329,7 @@ def main() -> int:
         elif part == "kernel":
             run_kernel(result, ends)
         else:
-            run_levers(part, result, ends)
+            run_options(part, result, ends)
     return 0
 
 

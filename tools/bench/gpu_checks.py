@@ -30,6 +30,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 from gpu_worker import measure
 
+from keel_megatron import compat
+
+compat.install()  # before Megatron-core is imported
+
 from keel_megatron.checkpoint import folder
 from keel_megatron.checkpoint.staging import Staging
 from keel_megatron.cluster import flight_recorder
@@ -42,6 +46,7 @@ from keel_megatron.kernels.weight_gradients import add_product, adds_directly
 from keel_megatron.layout.devices import this_device
 from keel_megatron.model.attention_kernel import attention_choice, attention_order, prefer_attention
 from keel_megatron.model.language_model import build_model
+from keel_megatron.runtime import cuda_environment
 from keel_megatron.runtime.distributed import start
 from keel_megatron.tracking.metrics import read_metrics
 from keel_megatron.training.run import run_training
@@ -269,6 +274,9 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="also write the results there, as JSON")
     chosen = parser.parse_args()
+    # CUDA reads its environment once, so what any of the checks needs is set before it starts.
+    strictest = small_run(chosen.device, "training.deterministic=true")
+    cuda_environment.prepare(strictest.parallel, strictest.training)
     if chosen.device == "cuda" and not torch.cuda.is_available():
         print("torch sees no CUDA device: nothing is checked (--device cpu tries the checks)")
         return 2

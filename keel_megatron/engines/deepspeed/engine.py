@@ -19,7 +19,14 @@ from keel_megatron.checkpoint.parameters import MASTER, placed
 from keel_megatron.compat import deepspeed_engine
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
-from keel_megatron.engines.base import DepthObserver, StepResult, mean_loss, owns
+from keel_megatron.engines.base import (
+    DepthObserver,
+    StepResult,
+    forward,
+    mean_counted,
+    mean_loss,
+    owns,
+)
 from keel_megatron.engines.deepspeed.checkpoint_state import ZeroState
 from keel_megatron.engines.deepspeed.zero_shards import ZeroShards
 from keel_megatron.errors import UserError
@@ -69,11 +76,12 @@ class DeepSpeedEngine:
         assert count == model.gradient_accumulation_steps(), count
         model.train()
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        batches, counted = self._on_device(micro_batches)
         watching = nullcontext() if depth is None else depth.watching()
         with watching, self._span("forward-backward"):
-            for number, batch in enumerate(micro_batches, start=1):
+            for number, batch in enumerate(batches, start=1):
                 with self._span("forward-compute"):
-                    loss = self._loss(batch)
+                    loss = self._loss(batch, counted)
                 total += loss.detach().double()
                 with self._span("backward-compute"):
                     model.backward(loss)
@@ -96,8 +104,9 @@ class DeepSpeedEngine:
         """Mean cross entropy in nats per token over `count` micro-batches a replica."""
         self._model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        for batch in micro_batches:
-            total += self._loss(batch).double()
+        batches, counted = self._on_device(micro_batches)
+        for batch in batches:
+            total += self._loss(batch, counted).double()
         return self._mean(total, count)[0]
 
     def own_gradient(self, parameter: nn.Parameter) -> Tensor | None:
@@ -122,10 +131,13 @@ class DeepSpeedEngine:
         yield
         timers(name).stop()
 
-    def _loss(self, batch: Batch) -> Tensor:
-        batch = batch.to(self.runtime.device)
-        losses = self._model(batch.tokens, batch.position_ids, None, labels=batch.labels)
-        return mean_loss(losses, batch.loss_mask)
+    def _on_device(self, micro_batches: Iterable[Batch]) -> tuple[list[Batch], Tensor | None]:
+        """The micro-batches, and `mean_counted` of them."""
+        batches = [batch.to(self.runtime.device) for batch in micro_batches]
+        return batches, mean_counted(batches, parallel_state.get_data_parallel_group())
+
+    def _loss(self, batch: Batch, counted: Tensor | None) -> Tensor:
+        return mean_loss(forward(self._model, batch), batch.loss_mask, counted)
 
     def _mean(
         self, total: Tensor, count: int, norm: Tensor | None = None, stop: bool = False

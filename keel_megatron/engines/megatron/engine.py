@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -19,7 +20,14 @@ from keel_megatron.checkpoint.megatron_state import MegatronState
 from keel_megatron.compat import clipping
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
-from keel_megatron.engines.base import DepthObserver, StepResult, mean_loss, owns
+from keel_megatron.engines.base import (
+    DepthObserver,
+    StepResult,
+    forward,
+    mean_counted,
+    mean_loss,
+    owns,
+)
 from keel_megatron.engines.megatron.optimizer import (
     build_optimizer,
     set_learning_rate,
@@ -175,8 +183,9 @@ class MegatronEngine:
         # Every chunk of this stage walks the same micro-batches at its own pace.
         batches = [batch.to(self.runtime.device) for batch in micro_batches]
         iterators = [iter(batches) for _ in self.model]
+        counted = mean_counted(batches, parallel_state.get_data_parallel_group())
         losses = self._schedule(
-            forward_step_func=_forward_step,
+            forward_step_func=partial(_forward_step, counted),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.model,
             num_microbatches=count,
@@ -191,15 +200,16 @@ class MegatronEngine:
 
 
 def _forward_step(
-    batches: Iterator[Batch], model: Any
+    counted: Tensor | None, batches: Iterator[Batch], model: Any
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
     """What a schedule calls for one micro-batch on one chunk: its output and how to reduce it."""
     batch = next(batches)
-    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
-    return output, partial(_mean_loss, batch.loss_mask)
+    return forward(model, batch), partial(_mean_loss, batch.loss_mask, counted)
 
 
-def _mean_loss(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_loss(
+    loss_mask: Tensor | None, counted: Tensor | None, losses: Tensor
+) -> tuple[Tensor, Tensor]:
     """The same, to differentiate and to report."""
-    loss = mean_loss(losses, loss_mask)
+    loss = mean_loss(losses, loss_mask, counted)
     return loss, loss.detach().clone()

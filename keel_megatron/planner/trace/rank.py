@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,11 +170,18 @@ def _batches(request: Request) -> list[Any]:
     from keel_megatron.data.batches import Batch
 
     config, stage = request.config, request.stage
-    shape = (config.training.micro_batch_size, config.data.seq_length)
-    tokens = torch.zeros(shape, dtype=torch.long, device="cpu")
-    used = Batch(tokens, tokens).only(
-        tokens=stage == 0, labels=stage == config.parallel.pipeline - 1
-    )
+    sequences = config.training.micro_batch_size
+    zeros = partial(torch.zeros, (sequences, config.data.seq_length), device="cpu")
+    tokens = zeros(dtype=torch.long)
+    batch = Batch(tokens, tokens)
+    if config.data.masks_eod_loss:
+        batch = replace(batch, loss_mask=zeros())
+    if config.data.document_masks:  # two a sequence
+        numbers = zeros(dtype=torch.int32)
+        borders = torch.zeros(2 * sequences + 1, dtype=torch.int32, device="cpu")
+        longest = config.data.seq_length
+        batch = replace(batch, documents=numbers, borders=borders, longest=longest)
+    used = batch.only(tokens=stage == 0, labels=stage == config.parallel.pipeline - 1)
     return [used] * request.all_micro_batches
 
 

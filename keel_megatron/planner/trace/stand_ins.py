@@ -66,6 +66,7 @@ def attention(which: str) -> types.SimpleNamespace:
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
         enable_gqa: bool = False,
@@ -74,7 +75,7 @@ def attention(which: str) -> types.SimpleNamespace:
             if enable_gqa:
                 k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
             out = aten._scaled_dot_product_efficient_attention(
-                q, k, v, None, True, dropout_p, is_causal
+                q, k, v, attn_mask, True, dropout_p, is_causal
             )
         elif which == "cudnn":
             out = aten._scaled_dot_product_cudnn_attention(

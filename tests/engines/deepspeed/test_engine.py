@@ -111,7 +111,7 @@ def test_lost_gradients_would_be_caught(alone: dict[str, Watched]) -> None:
 
 def test_the_engine_waits_for_a_step_once() -> None:
     """Loss, gradient norm and votes are read together; ZeRO's own step reads more."""
-    runs = [settings(**SMALL, **ENGINES[name]) for name in ENGINES]
+    runs = [settings(**SMALL, **overrides) for overrides in OFFLOADED.values()]
     (found,) = run_ranks(1, own_reads, runs)
     assert found == [["tolist"]] * len(runs)
 

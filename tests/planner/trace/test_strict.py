@@ -41,17 +41,19 @@ MODELS: dict[str, dict[str, Any]] = {
 HYBRID: dict[str, Any] = {"model__residual": "hybrid_norm"}
 OPTIONS: dict[str, Case] = {
     "dropout": Case(1, 0, {"model__dropout": 0.1}),
-    "fp32": Case(2, 1, {**PP2, "training__precision": "fp32", "model__num_query_groups": 16}),
+    "fp32": Case(2, 1, {**PP2, "training__precision": "fp32"}),
     "head in pieces": Case(1, 0, {"kernels__logits_mib": 40.0}),
     "optimizer replicated": Case(2, 0, {"parallel__distributed_optimizer": False}),
     "few activations": Case(1, 0, {"data__seq_length": 512, "parallel__recompute": "full"}),
     "light": Case(1, 0, {"parallel__recompute": "light"}),
+    "full, then light": Case(1, 0, {"parallel__recompute": "auto", "parallel__memory_gb": 3.3}),
     "two sequences": Case(1, 0, {"training__micro_batch_size": 2}),
     "overlapped": Case(
         4,
         0,
         {**PP2, "parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True},
     ),
+    "documents": Case(4, 1, {**PP2, "data__document_masks": True, "training__micro_batch_size": 2}),
 }
 QUICK: dict[str, Case] = {
     # Every rule at the hardest layout, the stages in turn.

@@ -1,0 +1,384 @@
+"""Keel language models (arXiv 2601.19895) for transformers: deep, post-norm, with a scaled skip.
+
+    x_1     = x_0 + F_0(N_in(x_0))                     attention of block 1
+    x_2     = N_out(x_1 + F_1(N_in(x_1)))              FFN of block 1
+    x_{l+1} = N_out(alpha x_l + F_l(N_in(x_l)))        l >= 2, alpha = L
+
+N is an RMSNorm, F_l attention (l even) or an FFN (l odd), L the number of sub-layers, twice that of
+blocks. The other residual rules differ in which norms exist and in alpha: `sub_layer` in
+configuration_keel.py is the table.
+
+The residual stream and the norms are fp32 whatever the type of the weights is: at alpha = 1024 a
+bf16 stream would lose most of every update, and rounded norm weights compound over depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_keel import KeelConfig, sub_layer
+
+# transformers 5.24 renames the argument and output `past_key_values` to `cache`.
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
+
+
+class KeelRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N(x), fp32."""
+        x = x.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return x * self.weight.float()
+
+
+class KeelVector(nn.Module):
+    """A learned vector in place of an inner norm."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, each channel scaled; fp32."""
+        return x * self.weight.float()
+
+
+def rotary_table(
+    config: KeelConfig, positions: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cos and sin [batch, tokens, head_dim]; the angles in fp64, exact at any position."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device)
+    frequencies = config.rope_parameters["rope_theta"] ** -(exponents / config.head_dim)
+    angles = positions[..., None].double() * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + d/2}) of x [batch, heads, tokens, d]."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x * cos[:, None] + turned * sin[:, None]
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """softmax(Q K^T scaling + mask) V: [batch, tokens, heads, d], and the weights."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class KeelAttention(nn.Module):
+    """Causal attention with grouped keys and values and rotary positions."""
+
+    def __init__(self, config: KeelConfig, layer_idx: int, qkv_norm: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        h = config.hidden_size
+        self.q_proj = nn.Linear(h, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(h, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(h, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, h, bias=False)
+        self.q_norm = self.k_norm = self.v_norm = None
+        if qkv_norm:
+            self.q_norm = KeelRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = KeelRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.v_norm = KeelRMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The branch [batch, tokens, h] of its input, in the type of the weights."""
+        batch, tokens = hidden_states.shape[:2]
+        z = hidden_states.to(self.q_proj.weight.dtype)
+
+        def heads(project: nn.Linear, norm: KeelRMSNorm | None) -> Tensor:
+            x = project(z).view(batch, tokens, -1, self.head_dim)
+            x = x if norm is None else norm(x).to(z.dtype)
+            return x.transpose(1, 2)
+
+        query = rotate(heads(self.q_proj, self.q_norm), *position_embeddings)
+        key = rotate(heads(self.k_proj, self.k_norm), *position_embeddings)
+        value = heads(self.v_proj, self.v_norm)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(batch, tokens, -1).contiguous()), weights
+
+
+class KeelMLP(nn.Module):
+    """SwiGLU: W_down(silu(W_gate z) * W_up z)."""
+
+    def __init__(self, config: KeelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """The branch [..., h] of its input, in the type of the weights."""
+        z = hidden_states.to(self.gate_proj.weight.dtype)
+        return self.down_proj(functional.silu(self.gate_proj(z)) * self.up_proj(z))
+
+
+class KeelDecoderLayer(GradientCheckpointingLayer):
+    """One block: the sub-layers l = 2 layer_idx (attention) and 2 layer_idx + 1 (FFN)."""
+
+    def __init__(self, config: KeelConfig, layer_idx: int) -> None:
+        super().__init__()
+        attention = sub_layer(2 * layer_idx, config)
+        ffn = sub_layer(2 * layer_idx + 1, config)
+        self.attention_alpha, self.feedforward_alpha = attention.alpha, ffn.alpha
+        self.attention_layernorm = _inner(attention.inner, config)
+        self.self_attn = KeelAttention(config, layer_idx, attention.qkv_norm)
+        self.post_attention_layernorm = _outer(attention.outer_norm, config)
+        self.feedforward_layernorm = _inner(ffn.inner, config)
+        self.mlp = KeelMLP(config)
+        self.post_feedforward_layernorm = _outer(ffn.outer_norm, config)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """The fp32 stream [batch, tokens, h] after both sub-layers."""
+        x = hidden_states
+        branch, _weights = self.self_attn(self.attention_layernorm(x), **kwargs)
+        x = self.post_attention_layernorm(self.attention_alpha * x + branch)
+        branch = self.mlp(self.feedforward_layernorm(x))
+        return self.post_feedforward_layernorm(self.feedforward_alpha * x + branch)
+
+
+def _inner(kind: str, config: KeelConfig) -> nn.Module:
+    if kind == "norm":
+        return KeelRMSNorm(config.hidden_size, config.rms_norm_eps)
+    return KeelVector(config.hidden_size) if kind == "vector" else nn.Identity()
+
+
+def _outer(exists: bool, config: KeelConfig) -> nn.Module:
+    return KeelRMSNorm(config.hidden_size, config.rms_norm_eps) if exists else nn.Identity()
+
+
+class KeelPreTrainedModel(PreTrainedModel):
+    """What transformers asks of every model."""
+
+    config: KeelConfig
+    config_class = KeelConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("KeelDecoderLayer",)
+    _skip_keys_device_placement = (CACHE,)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": KeelDecoderLayer,
+        "attentions": KeelAttention,
+    }
+    _keep_in_fp32_modules_strict = (
+        "attention_layernorm",
+        "post_attention_layernorm",
+        "feedforward_layernorm",
+        "post_feedforward_layernorm",
+        "q_norm",
+        "k_norm",
+        "v_norm",
+        "norm",
+    )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, KeelVector):
+            nn.init.ones_(module.weight)
+
+
+class KeelModel(KeelPreTrainedModel):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: KeelConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            KeelDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = _outer(config.final_norm, config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The stream [batch, tokens, h] after the last block and the final norm, fp32.
+
+        Args:
+            input_ids: tokens [batch, tokens]; or give inputs_embeds.
+            attention_mask: [batch, all tokens], 0 at padding.
+            position_ids: [batch, tokens]; None: from the cache's length on.
+            cache: keys and values of earlier tokens.
+            past_key_values: its name before transformers 5.24.
+            inputs_embeds: [batch, tokens, h].
+            use_cache: return a cache; None: as in the configuration.
+            kwargs: passed to the attention function.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        cache = past_key_values if cache is None else cache
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if cache is None else cache.get_seq_length()
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            position_ids = (position_ids + seen)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{CACHE: cache},
+        )
+        weights_dtype = self.layers[0].mlp.gate_proj.weight.dtype
+        table = rotary_table(self.config, position_ids, weights_dtype)
+        x = inputs_embeds.float()
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            x = layer(
+                x,
+                attention_mask=mask,
+                position_embeddings=table,
+                position_ids=position_ids,
+                cache=cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
+
+
+class KeelForCausalLM(KeelPreTrainedModel, GenerationMixin):
+    """Keel with an output layer that predicts the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+
+    def __init__(self, config: KeelConfig) -> None:
+        super().__init__(config)
+        self.model = KeelModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [batch, tokens, vocabulary], and the mean loss in nats if labels are given.
+
+        Args:
+            input_ids: this and what is not explained here: see `KeelModel.forward`.
+            attention_mask: see there.
+            position_ids: see there.
+            cache: see there.
+            past_key_values: see there.
+            inputs_embeds: see there.
+            labels: [batch, tokens], shifted here; -100 does not count.
+            use_cache: see there.
+            logits_to_keep: only the last so many tokens, or these positions; 0: all.
+            kwargs: see there.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **{CACHE: past_key_values if cache is None else cache},
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        states = outputs.last_hidden_state[:, kept, :]
+        logits = self.lm_head(states.to(self.lm_head.weight.dtype))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
+        )

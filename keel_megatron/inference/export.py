@@ -1,0 +1,119 @@
+"""`keel export`: a run's checkpoint as a Hugging Face folder, with a check of its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from keel_megatron.checkpoint import folder
+from keel_megatron.checkpoint.resume import ResumePoint, checked, newest_good
+from keel_megatron.config.kernels import KernelsConfig
+from keel_megatron.config.run import RunConfig
+from keel_megatron.data.tokenizer import open_tokenizer
+from keel_megatron.errors import UserError
+from keel_megatron.huggingface.export import DTYPES, DType, Origin, write_folder
+from keel_megatron.huggingface.new_folder import check_new
+from keel_megatron.huggingface.tokenizer import DIFFICULT, prove_equal, tokenizer_files
+from keel_megatron.inference import parity
+from keel_megatron.inference.sample_text import sample_text
+from keel_megatron.inference.source import config_of, is_checkpoint, tokenizer_path
+from keel_megatron.runtime.device import Launch
+from keel_megatron.runtime.distributed import Runtime, start
+
+Say = Callable[[str], None]
+
+
+def export_run(
+    run: Path, out: Path, *, step: int | None, dtype: DType, check: bool, say: Say
+) -> bool:
+    """Export a run's newest valid checkpoint, or another one.
+
+    Args:
+        run: folder of a run, or of a checkpoint.
+        out: the folder to write; it must not exist, or be empty.
+        step: the checkpoint's step; None: the newest.
+        dtype: of the weights.
+        check: compare the exported model's logits with the run's own.
+        say: called with messages.
+
+    Returns:
+        Whether the logits agree; True without the check.
+
+    Raises:
+        UserError: there is no such checkpoint, the folder cannot be written, the tokenizers
+            differ, or transformers is missing.
+    """
+    check_new(out)
+    config = _plain(config_of(run))
+    if check:
+        parity.require_transformers()
+        say(parity.require_memory(config))
+    with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
+        found = _find(run, step, runtime)
+        assert found.path is not None
+        for remark in found.remarks:
+            say(remark)
+        tokenizer = open_tokenizer(tokenizer_path(run, found.path, found, config))
+        text, what = sample_text(config, found.state, tokenizer)
+        files = tokenizer_files(tokenizer, config.data.seq_length)
+        for remark in files.remarks:
+            say(remark)
+        prove_equal(tokenizer, files, [*DIFFICULT, text])
+        home = found.path.parent.parent if is_checkpoint(run) else run
+        origin = Origin(config, found.path, found.state, home / "metrics.jsonl")
+        write_folder(out, origin, files, tokenizer.eod, dtype, say)
+        say(f"exported step {found.state['step']} to {out}")
+        if not check:
+            return True
+        rows = parity.checked_tokens(config, tokenizer.encode(text))
+        say(f"comparing the logits on {len(rows)} x {rows.shape[1]} tokens of {what}")
+        own = parity.own_logits(found.path, config, runtime, rows, DTYPES[dtype])
+        return _compare(out, config, own, rows, runtime, dtype, say)
+
+
+def _plain(config: RunConfig) -> RunConfig:
+    """The run, computing in fp32 with what is installed here."""
+    training = config.training.model_copy(update={"precision": "fp32"})
+    return config.model_copy(update={"training": training, "kernels": KernelsConfig()})
+
+
+def _compare(
+    out: Path,
+    config: RunConfig,
+    own: Tensor,
+    rows: Tensor,
+    runtime: Runtime,
+    dtype: DType,
+    say: Say,
+) -> bool:
+    """Compare with the exported model, in fp32; in bf16 for information."""
+    limit = parity.bound(config, rows.shape[1])
+    exported = parity.exported_logits(out, runtime.device, rows, torch.float32)
+    result = parity.compare(own, exported, limit)
+    say(f"parity: {result.line()}")
+    if result.holds and dtype == "bf16":
+        exported = parity.exported_logits(out, runtime.device, rows, torch.bfloat16)
+        rounded = parity.compare(own, exported, float("inf"))
+        say(f"computed in bf16, they differ by at most {rounded.difference:.2g} relative")
+    return result.holds
+
+
+def _find(run: Path, step: int | None, runtime: Runtime) -> ResumePoint:
+    """The checkpoint to export, read and checked."""
+    if is_checkpoint(run):
+        if step is not None:
+            raise UserError(f"--step: {run} is a checkpoint; name the run's folder, or no step")
+        return checked(run, runtime)
+    if step is not None:
+        path = folder.step_folder(run, step)
+        if not path.is_dir():
+            there = ", ".join(map(str, folder.steps(run))) or "none"
+            raise UserError(f"--step: there is no {path}; there are: {there}")
+        return checked(path, runtime)
+    found = newest_good(run, runtime)
+    if found.path is None:
+        raise UserError(f"{run} has no complete checkpoint; train the run first")
+    return found

@@ -1,0 +1,77 @@
+"""Exported tokenizers encode as the run's own."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+
+from keel_megatron.data.tokenizer import open_tokenizer
+from keel_megatron.errors import UserError
+from keel_megatron.huggingface.tokenizer import (
+    CONFIG,
+    DIFFICULT,
+    Files,
+    prove_equal,
+    tokenizer_files,
+)
+
+
+def test_a_sentencepiece_model_becomes_an_equal_tokenizer_json(
+    sentencepiece_model: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    own = open_tokenizer(tmp_path / "tokenizer.model")
+    files = tokenizer_files(own, 32)
+    assert files.remarks == ()
+    assert files.content["tokenizer.model"] == sentencepiece_model
+    prove_equal(own, files, DIFFICULT)
+    assert json.loads(files.content[CONFIG])["eos_token"] == "<eod>"
+    changed = json.loads(files.content["tokenizer.json"])
+    changed["model"]["merges"] = changed["model"]["merges"][::-1]
+    wrong = Files({"tokenizer.json": json.dumps(changed).encode()})
+    with pytest.raises(UserError, match=r"would encode 'def f.*differently"):
+        prove_equal(own, wrong, ["def format_usage(self): return parser.format_help()"])
+
+
+def test_a_model_without_an_equivalent_is_kept_and_said(tmp_path: Path) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat and the dog ran"] * 20),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    files = tokenizer_files(open_tokenizer(tmp_path / "tokenizer.model"), 32)
+    assert files.content.keys() == {"tokenizer.model"}
+    assert "tokenizer.json is not written" in files.remarks[0]
+    assert "it is not BPE" in files.remarks[0]
+    prove_equal(open_tokenizer(tmp_path / "tokenizer.model"), files, DIFFICULT)
+
+
+def test_a_tokenizer_json_is_copied_without_tokens_that_training_did_not_see(
+    tmp_path: Path,
+) -> None:
+    names = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"abc "]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    given = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    given.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    given.add_special_tokens(["<s>", "</s>"])
+    given.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    given.save(str(tmp_path / "tokenizer.json"))
+    own = open_tokenizer(tmp_path)
+    files = tokenizer_files(own, 32)
+    assert "post_processor" in files.remarks[0]
+    assert json.loads(files.content[CONFIG])["eos_token"] == "</s>"
+    prove_equal(own, files, [text for text in DIFFICULT if "\u2581" not in text])
