@@ -19,7 +19,7 @@ from keel_megatron.corpus.plan import SAID, Plan, read_plan
 from keel_megatron.corpus.planning import make_plan
 from keel_megatron.corpus.pool import run_jobs
 from keel_megatron.corpus.progress import BuildProgress
-from keel_megatron.corpus.tokenize import result_of
+from keel_megatron.corpus.tokenize import peak_memory, result_of
 from keel_megatron.data.manifest import SOURCES, Manifest
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.cores import available_cores
@@ -172,10 +172,10 @@ def _say_results(partial: Path, plan: Plan, manifest: Manifest, say: Say) -> Non
         if bad is not None:
             say(f"warning: {source.name}: {bad.count:,} damaged records were skipped ({bad.first})")
     results = [result for job in plan.jobs if (result := result_of(partial, job)) is not None]
-    largest = max(result.peak_memory for result in results)
     say(
-        f"{len(plan.jobs):,} jobs, {sum(result.seconds for result in results):,.0f} s of work, "
-        f"memory of the largest process: {largest / 1e6:,.0f} MB"
+        f"{len(plan.jobs):,} jobs, {sum(result.seconds for result in results):,.0f} s of work; "
+        f"memory of a worker {max(result.peak_memory for result in results) / 1e6:,.0f} MB, of "
+        f"this process {peak_memory() / 1e6:,.0f} MB"
     )
     unsafe = plan.unsafe_cuts + sum(result.unsafe_cuts for result in results)
     if unsafe:
