@@ -56,8 +56,8 @@ def hash_files(sources: Iterable[Source], say: Callable[[str], None]) -> Content
 
 def sources_sha256(source: Source, contents: Contents) -> str:
     """SHA-256 of names, sizes and SHA-256 of a source's files, in order."""
-    text = json.dumps(list(contents[source.name].items()))
-    return hashlib.sha256(text.encode()).hexdigest()
+    records = contents[source.name]
+    return _sha256_of([file.name, *records[file.name]] for file in source.files)
 
 
 def fingerprint_of(data: DataConfig, sources: Iterable[Source], contents: Contents) -> str:
@@ -72,10 +72,8 @@ def fingerprint_of(data: DataConfig, sources: Iterable[Source], contents: Conten
             {
                 "name": source.name,
                 "text_key": source.text_key,
-                "files": [
-                    [file.name, *contents[source.name][file.name], file.kind, file.part]
-                    for file in source.files
-                ],
+                "files": sources_sha256(source, contents),
+                "kinds": _sha256_of([file.kind, file.part] for file in source.files),
             }
             for source in sources
         ],
@@ -128,6 +126,14 @@ def _memo(data: DataConfig, listing: Listing) -> Any:
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return data.cache_dir / _LISTINGS / key[:32]
+
+
+def _sha256_of(lines: Iterable[list[Any]]) -> str:
+    """SHA-256 of lines of JSON, made one by one, as there may be millions."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(json.dumps(line).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _sha256(file: SourceFile) -> str:

@@ -206,8 +206,8 @@ def report(rows: list[Row], arguments: argparse.Namespace) -> str:
         "`keel data build` on generated English-like text, with a given SentencePiece tokenizer of",
         f"{VOCABULARY:,} pieces. The time is of the whole command: start, listing, hashing, choice",
         "of an encoder, tokenizing, writing. MB are of the source files as stored, M characters of",
-        "their text. Memory is the largest of any worker, and of the process that starts them. Every",
-        "row of the same text gave the same tokens, which the tool checks.",
+        "their text. Memory is the largest of any worker, and of the process that starts them.",
+        "Every row of the same text gave the same tokens, which the tool checks.",
         "",
         f"`python tools/bench/data.py --size {arguments.size} --line {arguments.line} --files "
         f"{arguments.files}`, {date.today()}, {os.cpu_count()} cores of a shared "
