@@ -14,6 +14,7 @@ from keel_megatron.data.blend import BLOCK, Blend, quotas, shares
 WEIGHTS = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0.01, 1.0), min_size=1, max_size=8)
 
 
+@settings(deadline=None)
 @given(WEIGHTS)
 def test_quotas_are_the_weights_to_a_thousandth(weights: dict[str, float]) -> None:
     found = quotas(weights)
@@ -50,6 +51,7 @@ def test_a_sample_is_found_without_those_before_it(
     assert [back[s] for s in samples[::-1]] == [expected[s] for s in samples[::-1]]
 
 
+@settings(deadline=None)
 @given(WEIGHTS, st.integers(0, 100))
 def test_every_block_has_its_quotas(weights: dict[str, float], block: int) -> None:
     quota = list(quotas(weights).values())
