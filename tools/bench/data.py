@@ -211,7 +211,7 @@ def report(rows: list[Row], arguments: argparse.Namespace) -> str:
         "",
         f"`python tools/bench/data.py --size {arguments.size} --line {arguments.line} --files "
         f"{arguments.files}`, {date.today()}, {os.cpu_count()} cores of a shared "
-        f"{platform.machine()} machine. Encoder: {rows[0].encoder}.",
+        f"{platform.machine()} machine. Encoder: {rows[0].encoder}. " + arguments.note,
         "",
         "| format | workers | MB | M characters | documents | M tokens | s | MB/s | M tokens/s | "
         "worker MB | main MB |",
@@ -241,6 +241,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--folder", type=Path, help="for the corpora; default: a temporary one")
+    parser.add_argument("--note", default="", help="added to the page, such as the load")
     parser.add_argument("--page", type=Path, default=PAGE)
     arguments = parser.parse_args()
     from keel_megatron.data.tokenizer import train_tokenizer
