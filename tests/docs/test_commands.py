@@ -184,7 +184,7 @@ def check_keel(text: str, words: list[str]) -> None:
             return
         assert words[0] in verb.commands, text
         verb = verb.commands[words.pop(0)]
-    known = {option for parameter in verb.params for option in parameter.opts} | {"--help"}
+    known = {o for p in verb.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
     assert set(re.findall(r"(?<!\S)--[a-z][a-z-]+", " ".join(words))) <= known, text
     for section, key in re.findall(r"(?<!\S)([a-z_]+)\.([a-z_0-9]+)=", " ".join(words)):
         if (section, key) != ("section", "key"):
