@@ -30,8 +30,21 @@ def requirements() -> dict[str, list[str]]:
     """Requirements of each image."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     cpu = [*project["dependencies"], "setuptools"]
-    dev = project["optional-dependencies"]["dev"]
+    dev = with_extras("dev", project["optional-dependencies"])
     return {"cpu": cpu, "test": [*cpu, *dev], "mlflow": ["mlflow[auth]", "psycopg2-binary"]}
+
+
+def with_extras(name: str, extras: dict[str, list[str]]) -> list[str]:
+    """Requirements of an extra, with those of the project's other extras that it names."""
+    found = []
+    for each in extras[name]:
+        own = re.fullmatch(r"keel-megatron\[(.+)\]", each)
+        if own is None:
+            found.append(each)
+            continue
+        for other in own[1].split(","):
+            found += with_extras(other, extras)
+    return found
 
 
 def resolve(wanted: list[str]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from keel_megatron.data.huggingface import FILE as JSON
@@ -59,17 +59,40 @@ def tokenizer_files(tokenizer: Tokenizer | HuggingFaceTokenizer, context: int) -
     return Files({**_named(converted, tokenizer.eod, context), **model})
 
 
-def prove_equal(
-    tokenizer: Tokenizer | HuggingFaceTokenizer, files: Files, texts: Iterable[str]
-) -> None:
-    """Compare the tokens of texts, and what decoding them gives.
+def proven_files(
+    tokenizer: Tokenizer | HuggingFaceTokenizer, context: int, texts: Iterable[str]
+) -> Files:
+    """The files, of which tokenizer.json encodes and decodes these texts as the run's tokenizer.
+
+    If that of a SentencePiece model does not, only the model is there, and a remark.
 
     Raises:
-        UserError: they differ; with the text.
+        UserError: a copied tokenizer.json encodes a text differently.
+    """
+    files = tokenizer_files(tokenizer, context)
+    try:
+        difference = _difference(tokenizer, files, texts)
+    except ImportError:
+        lack = f"{JSON} was not compared with {tokenizer.path}: the package tokenizers is missing"
+        return replace(files, remarks=(*files.remarks, lack))
+    if difference is None:
+        return files
+    if MODEL not in files.content:
+        raise UserError(f"{tokenizer.path}: {difference}")
+    remark = f"WARNING: {JSON} is not written, because {difference}; {MODEL} is"
+    return Files({MODEL: files.content[MODEL]}, (*files.remarks, remark))
+
+
+def _difference(
+    tokenizer: Tokenizer | HuggingFaceTokenizer, files: Files, texts: Iterable[str]
+) -> str | None:
+    """The first text that is encoded or decoded differently.
+
+    Raises:
         ImportError: the package `tokenizers` is missing.
     """
     if JSON not in files.content:
-        return
+        return None
     import tokenizers
 
     exported = tokenizers.Tokenizer.from_str(files.content[JSON].decode())
@@ -78,10 +101,11 @@ def prove_equal(
         tokens = tokenizer.encode(text)
         found = exported.encode(text).ids
         if found != tokens or exported.decode(found) != tokenizer.decode(tokens):
-            raise UserError(
-                f"{tokenizer.path}: its {JSON} would encode {text[:80]!r} differently: {found[:20]}"
-                f", not {tokens[:20]}"
+            return (
+                f"its {JSON} would encode {text[:80]!r} differently: {found[:20]}, not "
+                f"{tokens[:20]}"
             )
+    return None
 
 
 def _with_plain_spaces(content: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,8 @@ import sentencepiece
 import tokenizers
 
 from keel_megatron.data.tokenizer import open_tokenizer
-from keel_megatron.errors import UserError
-from keel_megatron.huggingface.tokenizer import (
-    CONFIG,
-    DIFFICULT,
-    Files,
-    prove_equal,
-    tokenizer_files,
-)
+from keel_megatron.huggingface import tokenizer as module
+from keel_megatron.huggingface.tokenizer import CONFIG, DIFFICULT, proven_files, tokenizer_files
 
 
 def test_a_sentencepiece_model_becomes_an_equal_tokenizer_json(
@@ -29,13 +24,31 @@ def test_a_sentencepiece_model_becomes_an_equal_tokenizer_json(
     files = tokenizer_files(own, 32)
     assert files.remarks == ()
     assert files.content["tokenizer.model"] == sentencepiece_model
-    prove_equal(own, files, DIFFICULT)
+    assert proven_files(own, 32, DIFFICULT) == files
     assert json.loads(files.content[CONFIG])["eos_token"] == "<eod>"
-    changed = json.loads(files.content["tokenizer.json"])
-    changed["model"]["merges"] = changed["model"]["merges"][::-1]
-    wrong = Files({"tokenizer.json": json.dumps(changed).encode()})
-    with pytest.raises(UserError, match=r"would encode 'def f.*differently"):
-        prove_equal(own, wrong, ["def format_usage(self): return parser.format_help()"])
+
+
+def test_a_tokenizer_json_that_differs_is_not_written(
+    sentencepiece_model: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    own = open_tokenizer(tmp_path / "tokenizer.model")
+    right = module.to_tokenizer_json
+
+    def wrong(model: bytes) -> str:
+        content = json.loads(right(model))
+        content["model"]["merges"] = content["model"]["merges"][::-1]
+        return json.dumps(content)
+
+    monkeypatch.setattr(module, "to_tokenizer_json", wrong)
+    files = proven_files(own, 32, ["def format_usage(self): return parser.format_help()"])
+    assert files.content.keys() == {"tokenizer.model"}
+    assert "WARNING: tokenizer.json is not written" in files.remarks[0]
+    assert "would encode 'def format_usage" in files.remarks[0]
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    files = proven_files(own, 32, DIFFICULT)
+    assert "the package tokenizers is missing" in files.remarks[0]
+    assert "tokenizer.json" in files.content
 
 
 def test_a_model_without_an_equivalent_is_kept_and_said(tmp_path: Path) -> None:
@@ -49,11 +62,10 @@ def test_a_model_without_an_equivalent_is_kept_and_said(tmp_path: Path) -> None:
         minloglevel=2,
     )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    files = tokenizer_files(open_tokenizer(tmp_path / "tokenizer.model"), 32)
+    files = proven_files(open_tokenizer(tmp_path / "tokenizer.model"), 32, DIFFICULT)
     assert files.content.keys() == {"tokenizer.model"}
     assert "tokenizer.json is not written" in files.remarks[0]
     assert "it is not BPE" in files.remarks[0]
-    prove_equal(open_tokenizer(tmp_path / "tokenizer.model"), files, DIFFICULT)
 
 
 def test_a_tokenizer_json_is_copied_without_tokens_that_training_did_not_see(
@@ -71,7 +83,6 @@ def test_a_tokenizer_json_is_copied_without_tokens_that_training_did_not_see(
     )
     given.save(str(tmp_path / "tokenizer.json"))
     own = open_tokenizer(tmp_path)
-    files = tokenizer_files(own, 32)
+    files = proven_files(own, 32, DIFFICULT)
     assert "post_processor" in files.remarks[0]
     assert json.loads(files.content[CONFIG])["eos_token"] == "</s>"
-    prove_equal(own, files, [text for text in DIFFICULT if "\u2581" not in text])
