@@ -174,7 +174,7 @@ def _say_results(partial: Path, plan: Plan, manifest: Manifest, say: Say) -> Non
     results = [result for job in plan.jobs if (result := result_of(partial, job)) is not None]
     largest = max(result.peak_memory for result in results)
     say(
-        f"{len(plan.jobs):,} jobs, {sum(result.seconds for result in results):,.0f} s of work, "
+        f"{len(plan.jobs):,} job(s), {sum(result.seconds for result in results):,.0f} s of work, "
         f"memory of the largest process: {largest / 1e6:,.0f} MB"
     )
     unsafe = plan.unsafe_cuts + sum(result.unsafe_cuts for result in results)
