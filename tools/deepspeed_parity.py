@@ -2,6 +2,7 @@
 
 python tools/deepspeed_parity.py             # 20 steps, every stage and layout, on gloo ranks
 python tools/deepspeed_parity.py --steps 4 "DP 2"
+python tools/deepspeed_parity.py --plan      # the plan's memory of the large models alone
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def large_memory() -> None:
     base = ("parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.layout=null")
     base += ("parallel.tensor=1", "parallel.sequence=false", "parallel.recompute=full")
     base += ("training.micro_batch_size=1",)
-    print("\n| model | engine | 1 device | its host | 8 devices | their host |")
+    print("| model | engine | 1 device | its host | 8 devices | their host |")
     print("|---|---|---|---|---|---|")
     for recipe in LARGE:
         for name, overrides in {"Megatron": {}, **ENGINES}.items():
@@ -93,13 +94,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("layouts", nargs="*", help="names of layouts; all without any")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--plan", action="store_true", help="the plan's memory alone")
     arguments = parser.parse_args()
     unknown = set(arguments.layouts) - LAYOUTS.keys()
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(LAYOUTS)}")
+    if arguments.plan:
+        large_memory()
+        return
     started = time.monotonic()
     parity(arguments.layouts or list(LAYOUTS), arguments.steps)
     small_memory()
+    print()
     large_memory()
     print(f"\n{arguments.steps} steps, fp32; {time.monotonic() - started:.0f} s in all.")
 

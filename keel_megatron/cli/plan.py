@@ -159,6 +159,8 @@ def _trace(made: Plan, out: Path | None) -> Trace:
     from keel_megatron.planner.report import layout_words
     from keel_megatron.planner.trace.run import trace_plan
 
+    if out is not None and not out.resolve().parent.is_dir():  # before minutes of tracing
+        raise UserError(f"--trace-plot: {out} cannot be written: no such folder")
     found = trace_plan(made)
     if out is not None:
         from keel_megatron.planner.trace.plot import plot_trace

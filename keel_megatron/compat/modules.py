@@ -28,7 +28,7 @@ def replace_output_layer(model: Any, kind: type[nn.Module]) -> Any:
     why="Megatron-core's own CUDA graphs record layer by layer and lose the gradient of a weight "
     "that belongs to the next layer, which a Keel layer multiplies with",
     needed_by="megatron-core 0.16.1 to 0.19.2",
-    test="tests/model/test_levers.py::test_recorded_blocks_train_like_plain_ones",
+    test="tests/model/test_graphs.py::test_recorded_blocks_train_like_plain_ones",
 )
 def replace_forward(decoder: Any, forward: Callable[..., Any]) -> None:
     """Let a chunk's blocks be run by another function."""

@@ -173,7 +173,7 @@ def _say_results(partial: Path, plan: Plan, manifest: Manifest, say: Say) -> Non
             say(f"warning: {source.name}: {bad.count:,} damaged records were skipped ({bad.first})")
     results = [result for job in plan.jobs if (result := result_of(partial, job)) is not None]
     say(
-        f"{len(plan.jobs):,} jobs, {sum(result.seconds for result in results):,.0f} s of work; "
+        f"{len(plan.jobs):,} job(s), {sum(result.seconds for result in results):,.0f} s of work; "
         f"memory of a worker {max(result.peak_memory for result in results) / 1e6:,.0f} MB, of "
         f"this process {peak_memory() / 1e6:,.0f} MB"
     )

@@ -238,7 +238,7 @@ class MemoryModel:
             sum(count * size for count, size in zip(moment, kept, strict=True))
             for moment in moments
         )
-        working = self._working(blocks, recomputed)
+        working = self._working(blocks, recomputed, light)
         if stage == 0:  # the first chunk's blocks have freed what they kept of this micro-batch
             working = max(working, costs.embedding.working_bytes - kept[0])
         # The head's backward pass directly follows its forward pass: at most one is in flight.
@@ -287,7 +287,19 @@ class MemoryModel:
         block, size = self.costs.block, 2 if self.config.training.precision == "bf16" else 4
         return blocks * (size * block.parameters + 4 * block.vector_parameters)
 
-    def _working(self, blocks: Sequence[int], recomputed: Sequence[int]) -> int:
+    def _working(
+        self, blocks: Sequence[int], recomputed: Sequence[int], light: Sequence[int]
+    ) -> int:
+        """Temporary memory of a block's backward pass, with what a recomputed block makes again.
+
+        Recomputed blocks are the first of a chunk: when the backward pass comes to them, the others
+        have freed what they kept, and the chunk holds its blocks' inputs.
+        """
         block: Cost = self.costs.block
-        again = block.activation_bytes - block.recompute_bytes if any(recomputed) else 0
-        return block.working_bytes + again if any(blocks) else 0
+        made = block.activation_bytes - block.recompute_bytes
+        again = [
+            made + count * block.recompute_bytes - block.kept_bytes(count, full, lightly)
+            for count, full, lightly in zip(blocks, recomputed, light, strict=True)
+            if full
+        ]
+        return block.working_bytes + max([0, *again]) if any(blocks) else 0

@@ -93,6 +93,7 @@ def test_the_search_prints_a_command_that_is_valid(tmp_path: Path) -> None:
         (("--search", "--gpus", "8", "--measure"), "--search cannot be combined with --measure"),
         (("--measure", "parallel.tensor=2"), "parallel.tensor = 2 must be 1"),
         (("--plot", "nowhere/plan.png", "--gpus", "512"), "nowhere/plan.png cannot be written"),
+        (("--trace-plot", "nowhere/trace.png", "--gpus", "512"), "trace.png cannot be written"),
         (("--gpus", "4", "training.global_batch_size=6"), "interleaving needs a multiple"),
     ],
 )

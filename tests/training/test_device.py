@@ -102,18 +102,18 @@ def test_transformer_engines_modules_behave_alike(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
-    "levers",
+    "options",
     [
         {"kernels__cuda_graphs": True},
         {"kernels__compile": True},
         {"kernels__cuda_graphs": True, "kernels__compile": True},
     ],
 )
-def test_the_levers_train_alike(levers: dict[str, Any]) -> None:
+def test_compiled_and_recorded_blocks_train_alike(options: dict[str, Any]) -> None:
     """Compiled and recorded blocks, through steps that are observed and a validation."""
     runs = [
         sections_of("keel", training__device="cuda", training__micro_batch_size=1, **switched)
-        for switched in (levers, {})
+        for switched in (options, {})
     ]
     found, expected = (run_ranks(1, observed_steps, run, 6)[0] for run in runs)
     for (loss, norm), (plain_loss, plain_norm) in zip(found, expected, strict=True):

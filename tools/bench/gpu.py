@@ -85,7 +85,7 @@ PARTS = ("options-64", "options-32", "deep", "kernel")
 
 
 def option_config(option: Option, blocks: int) -> RunConfig:
-    """The run of a option at a depth."""
+    """The run of an option at a depth."""
     return load_config(PAPER[128], (*OPTION_RUN, f"model.blocks={blocks}", *option.settings))
 
 

@@ -47,6 +47,18 @@ OPTIONS: dict[str, Case] = {
     "few activations": Case(1, 0, {"data__seq_length": 512, "parallel__recompute": "full"}),
     "light": Case(1, 0, {"parallel__recompute": "light"}),
     "full, then light": Case(1, 0, {"parallel__recompute": "auto", "parallel__memory_gb": 3.3}),
+    "full for some": Case(
+        4,
+        1,
+        {
+            "parallel__pipeline": 4,
+            "parallel__recompute": "auto",
+            "parallel__memory_gb": 2.4,
+            "model__blocks": 16,
+            "data__seq_length": 4096,
+            "data__vocab_size": 1024,
+        },
+    ),
     "two sequences": Case(1, 0, {"training__micro_batch_size": 2}),
     "overlapped": Case(
         4,
