@@ -53,6 +53,8 @@ CHANGEABLE = (
     "training.gc_every",
     "training.exit_after",
     "training.hang_timeout",
+    "training.initialize_from",  # of a start without a checkpoint
+    "training.keep_optimizer",  # likewise
     "training.validate_every",
     "training.validation_sequences",
 )
