@@ -126,11 +126,12 @@ class FolderReader:
 
     @torch.no_grad()
     def fill(self, place: Place, target: Tensor, names: Sequence[str] = ()) -> None:
-        """As `Reader.fill`; the whole parameter is in memory.
+        """As `Reader.fill`; the whole parameter is in memory, under one name only.
 
         Raises:
             DamagedError: the folder has no such parameter.
         """
+        del names
         key = place.key.removeprefix(MASTER_PREFIX)
         fused = self._parameters.get(key)
         if fused is None:

@@ -122,7 +122,7 @@ def accept(config: RunConfig, resume: ResumePoint, start: dict[str, Any] | None 
     lines += [f"since the checkpoint of step {step}: {change}" for change in new]
     if not new:
         lines.append(f"the settings are those of the checkpoint of step {step}")
-    if any(change.name == "training.initialize_from" for change in new):
+    if any(change.setting == "training.initialize_from" for change in new):
         lines.append("training.initialize_from has no effect: the run has a checkpoint of its own")
     lines += learning_rate_lines(saved, config, step)
     return Lineage(run, changes, lines, True, extras.get(INITIALIZED_FROM))

@@ -86,7 +86,7 @@ def claim_folder(
     folder = config.training.folder
     try:
         exit_codes.clear(folder)
-        lineage = accept(config, resume, start and start.record)
+        lineage = accept(config, resume, None if start is None else start.record)
         claim(config)
         _keep_tokenizer(data.tokenizer_path, folder)
     except OSError as error:
