@@ -89,10 +89,8 @@ class Lineage:
         if self.run.origin is not None:
             tracker.tags(self.run.origin.tags())
         if self.initialized_from is not None:
-            known = {
-                key: value for key, value in self.initialized_from.items() if value is not None
-            }
-            tracker.tags({f"{INITIALIZED_FROM}.{key}": str(value) for key, value in known.items()})
+            found = self.initialized_from.items()
+            tracker.tags({f"{INITIALIZED_FROM}.{k}": str(v) for k, v in found if v is not None})
         if self.resumes:
             tracker.changes(self.changes)
 
