@@ -53,10 +53,13 @@ CHANGEABLE = (
     "training.gc_every",
     "training.exit_after",
     "training.hang_timeout",
+    "training.initialize_from",  # of a start without a checkpoint
+    "training.keep_optimizer",  # likewise
     "training.validate_every",
     "training.validation_sequences",
 )
 
+_ARCHITECTURE = ("model.", "data.vocab_size")
 _PLACES = ("data.dataset", "data.sources", "data.text", "data.tokenizer")
 
 
@@ -102,9 +105,11 @@ def check_identity(saved: Path, config: RunConfig) -> None:
     changes = list(identity_changes(load_config(saved), config))
     if changes:
         lines = "\n".join(f"  {path}: {old} there, {new} now" for path, old, new in changes)
+        same_model = not any(path.startswith(_ARCHITECTURE) for path, *_ in changes)
+        start = ", and training.initialize_from to start from its weights" if same_model else ""
         raise UserError(
             f"{saved.parent} holds a run of another configuration:\n{lines}\n"
-            "give this one another training.name, or move that folder away\n"
+            f"give this one another training.name{start}, or move that folder away\n"
             f"(a run may change: {changeable()})"
         )
 

@@ -162,11 +162,17 @@ def _description(path: Path, files: int, state: dict[str, Any]) -> list[str]:
         f"layout      {layout} on {state['device']} (any layout can resume from it)",
         f"files       {files} and {MANIFEST}, {_size(path) / 1e6:,.2f} MB",
         f"data        {state['data'].get('fingerprint', 'unknown')}",
+        *_start(state["extras"].get("initialized_from")),
         f"also keeps  {parts or 'nothing'}",
         f"packages    {packages}",
         f"settings    {path / CONFIG} (keel train takes it as CONFIG)",
         f"may change  {changeable()}",
     ]
+
+
+def _start(origin: dict[str, Any] | None) -> list[str]:
+    """What the run started from, if it was another's weights."""
+    return [] if origin is None else [f"started     from the weights of {origin['path']}"]
 
 
 def _size(path: Path) -> int:

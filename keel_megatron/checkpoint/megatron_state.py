@@ -6,7 +6,7 @@ owns, and without it an even share, so all write 12 bytes x the stage's paramete
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from keel_megatron.checkpoint.optimizer_shards import OptimizerShards
 from keel_megatron.checkpoint.parameters import MASTER, STATES, Placed, placed, updates
 from keel_megatron.checkpoint.places import even_ranges
-from keel_megatron.checkpoint.sharding import Piece, Reader, ToSave
+from keel_megatron.checkpoint.sharding import Piece, Reader, TensorReader, ToSave
 from keel_megatron.checkpoint.staging import Staging
 
 
@@ -67,15 +67,19 @@ class MegatronState:
 
     def read(self, path: Path, index: dict[str, Any], common: dict[str, Any]) -> Any:
         """As `Trained.read`; masters and moments are filled in place."""
+        self.fill(Reader(path, index), STATES)
+        return updates(common)
+
+    def fill(self, reader: TensorReader, states: Sequence[str]) -> None:
+        """As `Trained.fill`."""
         self.before_update()
-        reader = Reader(path, index)
         for one in self._placed:
             owned = self.shards.owned(one.parameter)
             if owned is None:
                 continue
-            for name, values in self.shards.states(one.parameter).items():
-                one.read(reader, name, values, owned.start)
-        return updates(common)
+            values = self.shards.states(one.parameter)
+            for name in states:
+                one.read(reader, name, values[name], owned.start)
 
     def apply(self, loaded: Any) -> None:
         """As `Trained.apply`."""

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 from keel_megatron.checkpoint.manifest import DamagedError
 from keel_megatron.checkpoint.places import Place, cut
-from keel_megatron.checkpoint.sharding import Piece, Reader
+from keel_megatron.checkpoint.sharding import Piece, TensorReader
 
 MASTER = "param"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATES = (MASTER, *MOMENTS)
+MASTER_PREFIX = f"optimizer.state.{MASTER}."
+"""Of the name of a master in a checkpoint; the parameter's own name follows."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Placed:
             for place, position in cut(self.blocks, start, start + flat.numel())
         ]
 
-    def read(self, reader: Reader, state: str, target: Tensor, start: int = 0) -> None:
+    def read(self, reader: TensorReader, state: str, target: Tensor, start: int = 0) -> None:
         """Fill `target` with the state's elements from `start` on.
 
         Raises:

@@ -12,14 +12,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from keel_megatron.checkpoint.manifest import DamagedError, open_shards
-from keel_megatron.checkpoint.places import Place, runs
+from keel_megatron.checkpoint.places import Place, Run, runs
 from keel_megatron.checkpoint.shard_file import Part
 
 _TYPE_NAMES = {
@@ -121,6 +121,13 @@ def index(places: Iterable[tuple[str, Iterable[tuple[Place, str]]]]) -> dict[str
     return tensors
 
 
+class TensorReader(Protocol):
+    """Where the masters and moments of a model are read from."""
+
+    def fill(self, place: Place, target: Tensor, names: Sequence[str] = ()) -> None:
+        """As `Reader.fill`."""
+
+
 class Reader:
     """Reads the parts of a checkpoint that overlap with what a rank asks for.
 
@@ -168,12 +175,10 @@ class Reader:
             )
         filled = 0
         for there, part in self._pieces(key, entry):
-            source: Tensor | None = None
-            for run in runs(there, place):
-                if source is None:
-                    source = self._values(part, there, entry["dtype"])
-                _taken(target, *run.here).copy_(_taken(source, *run.there))
-                filled += run.numel
+            shared = list(runs(there, place))
+            if shared:
+                _copy(self._values(part, there, entry["dtype"]), target, shared)
+                filled += sum(run.numel for run in shared)
         if filled != place.numel:
             raise DamagedError(f"{key} has {filled} of {place.numel} values there")
 
@@ -204,6 +209,23 @@ class Reader:
             return self._files[file].get_slice(name)
         except SafetensorError:
             raise DamagedError(f"{file} has no {name} as its index says") from None
+
+
+def copy_shared(source: Tensor, there: Place, target: Tensor, here: Place) -> None:
+    """Copy what two pieces of a tensor share.
+
+    Args:
+        source: flat values of `there`.
+        there: a piece.
+        target: flat values of `here`, filled in place.
+        here: another piece.
+    """
+    _copy(source, target, runs(there, here))
+
+
+def _copy(source: Tensor, target: Tensor, shared: Iterable[Run]) -> None:
+    for run in shared:
+        _taken(target, *run.here).copy_(_taken(source, *run.there))
 
 
 def _taken(flat: Tensor, start: int, extents: tuple[int, ...], slices: tuple[slice, ...]) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +33,7 @@ from keel_megatron.checkpoint.manifest import (
 from keel_megatron.checkpoint.megatron_state import load_masters
 from keel_megatron.checkpoint.places import Place
 from keel_megatron.checkpoint.shard_file import Part
-from keel_megatron.checkpoint.sharding import ToSave, parts
+from keel_megatron.checkpoint.sharding import TensorReader, ToSave, parts
 from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.distributed import Runtime
@@ -104,8 +104,18 @@ class Trained(Protocol):
             DamagedError: after all collectives, if something is missing or not as it should be.
         """
 
+    def fill(self, reader: TensorReader, states: Sequence[str]) -> None:
+        """Read masters or moments alone (`parameters.STATES`); not collective.
+
+        Raises:
+            DamagedError: as `read`.
+        """
+
     def apply(self, loaded: Any) -> None:
-        """Restore what `read` returned, once every rank has it; collective over all ranks."""
+        """Restore what `read` returned, once every rank has it; collective over all ranks.
+
+        After `fill`: a count of updates, 0 for an optimizer that starts anew.
+        """
 
 
 def snapshot(
@@ -213,16 +223,23 @@ def _read(path: Path, runtime: Runtime, read: Callable[[dict[str, Any]], Any]) -
 
 
 def _agree(path: Path, runtime: Runtime, problem: str | None) -> None:
-    """Raise the first rank's problem on every rank."""
+    """Raise the first rank's problem with the run's own checkpoint on every rank."""
+    remedy = "move that folder away and start again: the run resumes from the one before"
+    agree(runtime, problem and f"{path} cannot be loaded: {problem}\n{remedy}")
+
+
+def agree(runtime: Runtime, problem: str | None) -> None:
+    """Raise the first rank's problem, if any rank has one; collective over all ranks.
+
+    Raises:
+        UserError: a rank has a problem; on every rank.
+    """
     problems = runtime.gather(problem)
 
     def judge() -> None:
         first = next((text for text in problems if text is not None), None)
         if first is not None:
-            raise UserError(
-                f"{path} cannot be loaded: {first}\n"
-                "move that folder away and start again: the run resumes from the one before"
-            )
+            raise UserError(first)
 
     runtime.from_main(judge)
 

@@ -174,6 +174,14 @@ def _micro_batch(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
+def _keep_optimizer(config: RunConfig) -> Iterator[tuple[str, str]]:
+    if config.training.keep_optimizer and config.training.initialize_from is None:
+        yield (
+            "training.keep_optimizer",
+            "true needs training.initialize_from, whose optimizer state is kept",
+        )
+
+
 def _warmup(config: RunConfig) -> Iterator[tuple[str, str]]:
     warmup, steps = config.schedule.warmup_steps, config.training.steps
     if warmup >= steps and warmup:
@@ -307,6 +315,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _chunks,
     _layout,
     _micro_batch,
+    _keep_optimizer,
     _warmup,
     _decay_after_warmup,
     _lowest_rate,

@@ -91,6 +91,22 @@ class TrainingConfig(Section):
             "parallel.timeout_seconds. 0: no watchdog."
         ),
     )
+    initialize_from: TextPath | None = Field(
+        default=None,
+        description=(
+            "Start a new run from the weights of another: RUN (its newest good checkpoint), "
+            "RUN@STEP, a checkpoint's folder or a Hugging Face folder. Architecture and tokenizer "
+            "must be the same; layout, engine, data and everything else may differ. Ignored by a "
+            "run that has a checkpoint of its own."
+        ),
+    )
+    keep_optimizer: bool = Field(
+        default=False,
+        description=(
+            "Also start from the optimizer state of training.initialize_from: Adam's moments and "
+            "its count of updates. The schedule starts at step 1 in any case."
+        ),
+    )
     runs_dir: TextPath = Field(
         default=Path("runs"), description="Parent folder of the run's folder."
     )

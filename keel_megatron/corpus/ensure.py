@@ -13,6 +13,7 @@ from keel_megatron.config.data import DataConfig
 from keel_megatron.config.reading import LARGE, parse_json, read_small
 from keel_megatron.config.run import RunConfig
 from keel_megatron.corpus.build import Execute, Identified, build, identify, local, partial_of
+from keel_megatron.data.identity import ANOTHER_RUN
 from keel_megatron.data.manifest import MANIFEST, SOURCES
 from keel_megatron.errors import UserError
 
@@ -160,8 +161,7 @@ def refuse_other(expected: dict[str, Any], found: Identified, data: DataConfig) 
     raise UserError(
         "data: not the data that the run was trained on: "
         f"{_difference(expected, found, data)}. A run resumes only with the same data (its path "
-        "may change): restore it, or train on the new data under another training.name, which "
-        "starts with new weights"
+        f"may change): restore it, or, on the new data, {ANOTHER_RUN}"
     )
 
 

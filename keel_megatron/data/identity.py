@@ -8,9 +8,14 @@ from typing import Any
 from keel_megatron.data.dataset import Dataset
 from keel_megatron.errors import UserError
 
+ANOTHER_RUN = (
+    "train under another training.name, with training.initialize_from naming this run to start "
+    "from its weights"
+)
+"""How the weights of a run are trained on other data."""
 _OTHERWISE = (
-    "A run resumes only on the same data (its place may change): restore it, or train on the new "
-    "data under another training.name, which starts with new weights"
+    "A run resumes only on the same data (its place may change): restore it, or, on the new data, "
+    + ANOTHER_RUN
 )
 
 
@@ -39,7 +44,7 @@ def refuse_other(expected: Mapping[str, Any], dataset: Dataset) -> None:
         raise UserError(
             "data.sources: the weights are not those of the run: per 1,000 samples, "
             f"{_shares(expected.get('blend', {}))} then, and {_shares(found.get('blend', {}))} "
-            "now. Restore them, or train under another training.name, which starts with new weights"
+            f"now. Restore them, or {ANOTHER_RUN}"
         )
     raise UserError(
         f"data.tokenizer: that of {dataset.folder} is not the one that the run was trained with. "
@@ -58,8 +63,7 @@ def _refuse_other_files(
                 f"data.dataset: {name} of {dataset.folder} is not what the run was trained on: "
                 f"{_file_text(then)} then, {_file_text(now)} now, from the same sources; other "
                 "versions of the tokenizer's library may encode them otherwise. Restore that "
-                "folder or those versions, or train under another training.name, which starts with "
-                "new weights"
+                f"folder or those versions, or {ANOTHER_RUN}"
             )
 
 

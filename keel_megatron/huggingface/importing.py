@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +17,7 @@ from keel_megatron.data.huggingface import FILE as JSON
 from keel_megatron.data.tokenizer import MODEL, open_tokenizer
 from keel_megatron.errors import ConfigError, UserError
 from keel_megatron.huggingface.configuration import CONFIG, Found, from_json
-from keel_megatron.huggingface.naming import parameters
+from keel_megatron.huggingface.naming import Fused, parameters
 from keel_megatron.huggingface.new_folder import new_folder, require_space
 from keel_megatron.huggingface.reading import SavedWeights, read_json
 from keel_megatron.huggingface.tokenizer import tokenizer_files
@@ -31,6 +32,19 @@ _PLACEHOLDERS: Final = {
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A Hugging Face folder."""
+
+    config: RunConfig
+    """As a run; what the folder does not say is a placeholder."""
+    rows: list[Fused]
+    """The model's parameters."""
+    weights: SavedWeights
+    tokenizer: tuple[str, bytes]
+    """Name and content of its file."""
+
+
 def import_folder(folder: Path, run: Path, say: Callable[[str], None]) -> None:
     """Write a run's folder with the weights, configuration and tokenizer of a Hugging Face folder.
 
@@ -43,22 +57,15 @@ def import_folder(folder: Path, run: Path, say: Callable[[str], None]) -> None:
         UserError: a file cannot be read or written, or the project does not support the model; all
             such reasons are reported together.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder")
-    content = read_json(folder, CONFIG)
-    found = from_json(content)
-    saved = SavedWeights(folder)
-    config = _config(folder, run, content, found)
-    rows = list(parameters(config.model, config.data.vocab_size))
-    problems = saved.problems(rows, tied=config.model.tie_embeddings)
-    if problems:
-        raise _refused(folder, problems)
-    tokenizer = _tokenizer(folder, config)
+    opened = open_folder(folder, run)
+    config, tokenizer = opened.config, opened.tokenizer
     count = parameter_count(config.model, config.data.vocab_size)
     with new_folder(run) as place:
         require_space(place, run, 4 * count)
         say(f"writing {count:,} parameters ({4 * count / 1e9:.3g} GB) to {run}")
-        weights = [Weight(row.name, row.shape, partial(saved.read, row)) for row in rows]
+        weights = [
+            Weight(row.name, row.shape, partial(opened.weights.read, row)) for row in opened.rows
+        ]
         origin = {"imported_from": str(folder.resolve())}
         write_weights(place, config, weights, tokenizer, origin)
         write_whole(place / "config.yaml", dump_config(config))
@@ -73,6 +80,29 @@ def import_folder(folder: Path, run: Path, say: Callable[[str], None]) -> None:
         "it has no optimizer state: train another run from its weights with "
         f"training.initialize_from={run}"
     )
+
+
+def open_folder(folder: Path, run: Path) -> Opened:
+    """Open a Hugging Face folder whose model the project supports.
+
+    Args:
+        folder: the folder.
+        run: the folder of the run that it is to be.
+
+    Raises:
+        UserError: as in `import_folder`.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    content = read_json(folder, CONFIG)
+    found = from_json(content)
+    saved = SavedWeights(folder)
+    config = _config(folder, run, content, found)
+    rows = list(parameters(config.model, config.data.vocab_size))
+    problems = saved.problems(rows, tied=config.model.tie_embeddings)
+    if problems:
+        raise _refused(folder, problems)
+    return Opened(config, rows, saved, _tokenizer(folder, config))
 
 
 def _config(folder: Path, run: Path, content: dict[str, Any], found: Found) -> RunConfig:

@@ -5,7 +5,7 @@ Only JSON and safetensors files are read, and no code of the folder is ever run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from keel_megatron.checkpoint.manifest import DamagedError, open_shards
+from keel_megatron.checkpoint.parameters import MASTER_PREFIX
+from keel_megatron.checkpoint.places import Place, whole
+from keel_megatron.checkpoint.sharding import copy_shared
 from keel_megatron.config.reading import LARGE, parse_json, read_small
 from keel_megatron.errors import UserError
 from keel_megatron.huggingface.folder import INDEX
@@ -62,6 +65,11 @@ class SavedWeights:
         why = f"; {pickles[0].name} is a pickle, which is never read" if pickles else ""
         raise UserError(f"{self._folder}: there is no {WEIGHTS} or {INDEX}{why}")
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files with weights."""
+        return list(self._files)
+
     def problems(self, parameters: Iterable[Fused], *, tied: bool) -> list[str]:
         """What does not fit the model: missing tensors, other ones, and their types."""
         found, left = [], dict(self._file_of)
@@ -102,6 +110,36 @@ class SavedWeights:
         return _EMBEDDING in self._file_of and torch.equal(
             self._read(_EMBEDDING), self._read(_HEAD)
         )
+
+
+class FolderReader:
+    """Reads pieces of the masters from a folder, as `checkpoint.sharding.Reader` from a checkpoint.
+
+    Args:
+        weights: the folder's, checked against the parameters.
+        parameters: of the model.
+    """
+
+    def __init__(self, weights: SavedWeights, parameters: Iterable[Fused]) -> None:
+        self._weights = weights
+        self._parameters = {fused.name: fused for fused in parameters}
+
+    @torch.no_grad()
+    def fill(self, place: Place, target: Tensor, names: Sequence[str] = ()) -> None:
+        """As `Reader.fill`; the whole parameter is in memory, under one name only.
+
+        Raises:
+            DamagedError: the folder has no such parameter.
+        """
+        del names
+        key = place.key.removeprefix(MASTER_PREFIX)
+        fused = self._parameters.get(key)
+        if fused is None:
+            raise DamagedError(f"it has no tensor {place.key}")
+        values = self._weights.read(fused).contiguous().view(-1)
+        host = torch.empty(place.numel, dtype=torch.float32)
+        copy_shared(values, whole(place.key, fused.shape), host, place)
+        target.detach().view(-1).copy_(host)
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from keel_megatron.corpus.ensure import ensure_dataset
 from keel_megatron.data.dataset import Dataset, check_lengths, open_dataset
 from keel_megatron.data.earlier import is_earlier
 from keel_megatron.data.file_checks import check_files
-from keel_megatron.data.identity import refuse_other
+from keel_megatron.data.identity import ANOTHER_RUN, refuse_other
 from keel_megatron.data.index_files import open_sequences
 from keel_megatron.errors import UserError
 from keel_megatron.training.startup import check
@@ -161,8 +161,7 @@ def find_dataset(
         if not (folder / "data.json").is_file():
             raise UserError(
                 f"data.cache_dir: an earlier version began this run on {folder}, which does not "
-                "exist; restore that folder, or train under another training.name, which starts "
-                "with new weights"
+                f"exist; restore that folder, or {ANOTHER_RUN}"
             )
         say(f"using {folder}, on which an earlier version began this run")
         return folder

@@ -23,6 +23,8 @@ from keel_megatron.training.run_state import Stateful
 
 RUN, CHANGES, MLFLOW_RUN_ID = "run", "changes", "mlflow_run_id"
 """Names in a checkpoint of the run's identity, its changed settings and its MLflow run's id."""
+INITIALIZED_FROM = "initialized_from"
+"""Name in a checkpoint, and prefix of the tags, of what the run started from."""
 _JUMP = 2.0
 
 
@@ -65,15 +67,20 @@ class Lineage:
     lines: list[str] = field(default_factory=list)
     """Messages for the user."""
     resumes: bool = False
+    initialized_from: dict[str, Any] | None = None
+    """What the run started from (`initialize.Start.record`); None: random weights."""
 
     def stateful(self, folder: Path) -> dict[str, Stateful]:
         """The parts of a run's identity that checkpoints keep, by name."""
         changes = [change.to_json() for change in self.changes]
-        return {
+        found: dict[str, Stateful] = {
             RUN: Kept(self.run.to_json()),
             CHANGES: Kept(changes),
             MLFLOW_RUN_ID: MlflowRunId(folder),
         }
+        if self.initialized_from is not None:
+            found[INITIALIZED_FROM] = Kept(self.initialized_from)
+        return found
 
     def report(self, tracker: Tracker) -> None:
         """Show the messages and log the changes."""
@@ -81,16 +88,20 @@ class Lineage:
             tracker.say(line)
         if self.run.origin is not None:
             tracker.tags(self.run.origin.tags())
+        if self.initialized_from is not None:
+            found = self.initialized_from.items()
+            tracker.tags({f"{INITIALIZED_FROM}.{k}": str(v) for k, v in found if v is not None})
         if self.resumes:
             tracker.changes(self.changes)
 
 
-def accept(config: RunConfig, resume: ResumePoint) -> Lineage:
+def accept(config: RunConfig, resume: ResumePoint, start: dict[str, Any] | None = None) -> Lineage:
     """Claim the run's folder for an accepted start; on rank 0.
 
     Args:
         config: the run.
         resume: the checkpoint to resume from.
+        start: what a new run starts from (`initialize.Start.record`); None: random weights.
 
     Raises:
         UserError: the folder cannot be written.
@@ -98,7 +109,7 @@ def accept(config: RunConfig, resume: ResumePoint) -> Lineage:
     folder = config.training.folder
     if resume.path is None:
         run, lines = take_run_file(folder)
-        return Lineage(run, [], lines)
+        return Lineage(run, [], lines, initialized_from=start)
     step = step_of(resume.path)
     extras = from_json(resume.state["extras"])
     run, lines = take_run_file(folder, step, extras.get(RUN))
@@ -109,7 +120,10 @@ def accept(config: RunConfig, resume: ResumePoint) -> Lineage:
     lines += [f"since the checkpoint of step {step}: {change}" for change in new]
     if not new:
         lines.append(f"the settings are those of the checkpoint of step {step}")
-    return Lineage(run, changes, [*lines, *learning_rate_lines(saved, config, step)], resumes=True)
+    if any(change.setting == "training.initialize_from" for change in new):
+        lines.append("training.initialize_from has no effect: the run has a checkpoint of its own")
+    lines += learning_rate_lines(saved, config, step)
+    return Lineage(run, changes, lines, True, extras.get(INITIALIZED_FROM))
 
 
 def learning_rate_lines(saved: RunConfig, config: RunConfig, step: int) -> list[str]:

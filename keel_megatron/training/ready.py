@@ -29,6 +29,7 @@ from keel_megatron.mlflow_delivery.reporting import check_records
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.training.dataset import opened, ready_dataset
+from keel_megatron.training.initialize import Start, open_start
 
 Say = Callable[[str], None]
 
@@ -45,6 +46,8 @@ class Ready:
     data: Dataset
     batches: Batches
     engine: Engine
+    start: Start | None = None
+    """What a new run starts from; None: it resumes, or starts from random weights."""
 
 
 def get_ready(
@@ -61,7 +64,8 @@ def get_ready(
 
     Raises:
         UserError: the model does not fit, the dataset does not match the configuration or the
-            checkpoint, the records cannot be continued, or a library is missing.
+            checkpoint, the run cannot start from training.initialize_from, the records cannot be
+            continued, or a library is missing.
     """
     partition = runtime.from_main(lambda: _decided(config, runtime))
     runtime.from_main(lambda: check_records(config.training.folder))
@@ -69,7 +73,10 @@ def get_ready(
     if folder is None:
         local = launch.world_size == launch.local_world_size
         folder = runtime.from_main(lambda: ready_dataset(config, say, on_one_machine=local))
+    start = open_start(config, runtime, resume)
     data = runtime.from_main(lambda: opened(config, folder, expected))
+    if start is not None:
+        start.check_tokenizer(data)
     batches = open_batches(config, runtime, data, say)
     _announce(config, runtime, say, data)
     for line in [*stage_table(partition), summary(partition)]:
@@ -77,7 +84,7 @@ def get_ready(
     if config.kernels.compile:
         say("kernels.compile: the first steps compile, and take longer")
     engine = build_engine(config, runtime, build_model(config, runtime, partition))
-    return Ready(config, runtime, resume, partition, data, batches, engine)
+    return Ready(config, runtime, resume, partition, data, batches, engine, start)
 
 
 def _decided(config: RunConfig, runtime: Runtime) -> Partition:

@@ -128,7 +128,7 @@ def _accepted(
     config, runtime, resume = ready.config, ready.runtime, ready.resume
     runtime.barrier()  # no rank can be aborted by a signal any more
     stop.starting = False
-    lineage = runtime.from_main(lambda: claim_folder(config, resume, ready.data))
+    lineage = runtime.from_main(lambda: claim_folder(config, resume, ready.data, ready.start))
     with open_tracker(config, runtime.rank, resume.step, progress) as tracker:
         stop.last_word = lambda: tracker.last_word("KILLED")
         try:
@@ -176,6 +176,9 @@ def _train(
             tracker.say(f"resuming from {ready.resume.path}")
             for line in version_changes(ready.resume.state["packages"], package_versions()):
                 tracker.say(line)
+        elif ready.start is not None:
+            ready.start.load(ready.engine.state, runtime)
+            tracker.say(ready.start.line())
         if runtime.any(stop.signal is not None):  # since the run was accepted
             tracker.say(f"stopped before step {state.position.step + 1}: nothing new to save")
             return runtime.max(stop.exit_code)

@@ -22,6 +22,7 @@ from keel_megatron.runtime import exit_codes, ownership
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.runtime.files import write_whole
 from keel_megatron.runtime.ownership import Ownership
+from keel_megatron.training.initialize import Start
 from keel_megatron.training.lineage import Lineage, accept
 from keel_megatron.training.stop import StopRequest
 
@@ -63,10 +64,18 @@ def find_resume_point(config: RunConfig, runtime: Runtime) -> ResumePoint:
     return resume
 
 
-def claim_folder(config: RunConfig, resume: ResumePoint, data: Dataset) -> Lineage:
+def claim_folder(
+    config: RunConfig, resume: ResumePoint, data: Dataset, start: Start | None = None
+) -> Lineage:
     """Make the folder this run's, with its tokenizer; rank 0 only.
 
     Files whose content is already correct are not rewritten, and need no disk space.
+
+    Args:
+        config: the run.
+        resume: the checkpoint to resume from.
+        data: what it is trained on.
+        start: another run's weights, from which a new run starts.
 
     Returns:
         Identity of the run, and its changes.
@@ -77,7 +86,7 @@ def claim_folder(config: RunConfig, resume: ResumePoint, data: Dataset) -> Linea
     folder = config.training.folder
     try:
         exit_codes.clear(folder)
-        lineage = accept(config, resume)
+        lineage = accept(config, resume, None if start is None else start.record)
         claim(config)
         _keep_tokenizer(data.tokenizer_path, folder)
     except OSError as error:

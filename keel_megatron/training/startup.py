@@ -15,6 +15,7 @@ from keel_megatron.checkpoint.identity import check_folder, check_identity, refu
 from keel_megatron.config.run import RunConfig
 from keel_megatron.corpus.find import check_paths
 from keel_megatron.errors import UserError
+from keel_megatron.training.origin import check_origin
 
 READ_BYTES = 1_000_000_000
 """Checkpoints up to this size are read here, in about a second; larger ones by all ranks."""
@@ -24,8 +25,8 @@ def check(config: RunConfig) -> None:
     """Check whether a run can be trained; nothing is written.
 
     Raises:
-        UserError: the run's folder holds another run, or weights only, or data.text or
-            data.tokenizer cannot be read.
+        UserError: the run's folder holds another run, or weights only, the run cannot start from
+            training.initialize_from, or data.text or data.tokenizer cannot be read.
     """
     check_folder(config)
     newest = folder.latest(config.training.folder)
@@ -33,6 +34,7 @@ def check(config: RunConfig) -> None:
         check_identity(newest / manifest.CONFIG, config)
         with suppress(manifest.DamagedError):  # the ranks look for another one
             refuse_weights_only(newest, manifest.read_json(newest / manifest.STATE))
+    check_origin(config)
     check_paths(config.data)
     tokenizer = config.data.tokenizer
     if tokenizer is not None and not os.access(tokenizer, os.R_OK):

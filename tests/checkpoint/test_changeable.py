@@ -149,6 +149,8 @@ ELSEWHERE = {
     "training.gc_every": "when Python collects garbage: tests/training/test_garbage.py",
     "training.exit_after": START,
     "training.hang_timeout": START,
+    "training.initialize_from": START,
+    "training.keep_optimizer": START,
     "training.validation_sequences": "of every start anew: tests/data/test_batches.py",
     "tracking.mlflow": REPORTS,
     "tracking.uri": REPORTS,

@@ -8,7 +8,7 @@ does not: a rank reads the elements of its own shards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from keel_megatron.checkpoint.parameters import STATES, Placed, updates
-from keel_megatron.checkpoint.sharding import Piece, Reader, ToSave
+from keel_megatron.checkpoint.sharding import Piece, Reader, TensorReader, ToSave
 from keel_megatron.engines.deepspeed.zero_shards import ZeroShards
 
 
@@ -65,13 +65,16 @@ class ZeroState:
 
     def read(self, path: Path, index: dict[str, Any], common: dict[str, Any]) -> Any:
         """As `Trained.read`; this replica's shards are filled in place."""
-        reader = Reader(path, index)
+        self.fill(Reader(path, index), STATES)
+        return updates(common)
+
+    def fill(self, reader: TensorReader, states: Sequence[str]) -> None:
+        """As `Trained.fill`."""
         for one in self._parameters:
-            for name in STATES:
+            for name in states:
                 shard = self._shards.state(one.parameter, name)
                 if shard is not None:
                     one.read(reader, name, shard.values, shard.start)
-        return updates(common)
 
     def apply(self, loaded: Any) -> None:
         """As `Trained.apply`."""

@@ -1,0 +1,200 @@
+"""What `training.initialize_from` names, and whether a run can start from it. No torch here.
+
+A Hugging Face folder is the exception: its weights are opened, which imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from keel_megatron.architecture.residual import RULES, alpha
+from keel_megatron.checkpoint import folder, manifest
+from keel_megatron.checkpoint.identity import saved_config
+from keel_megatron.config.load import load_config
+from keel_megatron.config.reading import LARGE, read_small
+from keel_megatron.config.run import RunConfig
+from keel_megatron.data.dataset import Dataset
+from keel_megatron.errors import UserError
+
+SETTING = "training.initialize_from"
+_STEP = re.compile(r"(?P<run>.+)@(?P<step>[0-9]+)")
+_FREE = ("model.init_std", "model.dropout")
+"""Settings of the model that its weights and what they compute do not depend on."""
+_HUGGING_FACE = "config.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run starts from."""
+
+    kind: Literal["run", "checkpoint", "huggingface"]
+    """run: its newest good checkpoint."""
+    path: Path
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """The tokenizer of the text that the origin was trained on."""
+
+    path: Path
+    sha256: str
+
+
+def locate(given: Path) -> Place:
+    """The folder that `training.initialize_from` names.
+
+    Raises:
+        UserError: there is none, or it is neither a run, a checkpoint nor a Hugging Face folder.
+    """
+    named = _STEP.fullmatch(str(given))
+    if named is not None and not given.exists():
+        run, step = Path(named["run"]), int(named["step"])
+        path = folder.step_folder(run, step)
+        if not path.is_dir():
+            there = ", ".join(map(str, folder.steps(run))) or "none"
+            raise UserError(f"{SETTING}: there is no {path}; steps of {run}: {there}")
+        return Place("checkpoint", path)
+    if not given.is_dir():
+        raise UserError(f"{SETTING}: {given} does not exist, or is not a folder")
+    if (given / manifest.MANIFEST).is_file():
+        return Place("checkpoint", given)
+    if folder.root(given).is_dir():
+        if folder.latest(given) is None:
+            raise UserError(f"{SETTING}: {given} has no complete checkpoint")
+        return Place("run", given)
+    if (given / _HUGGING_FACE).is_file():
+        return Place("huggingface", given)
+    raise UserError(
+        f"{SETTING}: {given} is neither a run with checkpoints, nor a checkpoint, nor a Hugging "
+        f"Face folder (it has no checkpoints/, {manifest.MANIFEST} or {_HUGGING_FACE})"
+    )
+
+
+def check_origin(config: RunConfig) -> None:
+    """See that a run without a checkpoint can start from its origin, as far as a look shows.
+
+    Raises:
+        UserError: it cannot; all differences are named together.
+    """
+    given = config.training.initialize_from
+    if given is None or folder.latest(config.training.folder) is not None:
+        return
+    place = locate(given)
+    if place.kind == "huggingface":
+        from keel_megatron.huggingface.importing import open_folder  # imports torch
+
+        refuse(config, place.path, open_folder(place.path, Path("origin")).config)
+        refuse_no_optimizer(config, place.path, {manifest.WEIGHTS_ONLY: True})
+        return
+    newest = folder.latest(place.path) if place.kind == "run" else place.path
+    assert newest is not None
+    try:
+        state = manifest.read_json(newest / manifest.STATE)
+    except manifest.DamagedError as error:
+        if place.kind == "run":
+            return  # the ranks look for an earlier one
+        raise UserError(f"{SETTING}: {newest} is damaged: {error}") from None
+    refuse(config, newest, config_of(newest))
+    refuse_no_optimizer(config, newest, state)
+
+
+def config_of(checkpoint: Path) -> RunConfig:
+    """The configuration of a checkpoint's run.
+
+    Raises:
+        UserError: it has none.
+    """
+    saved = checkpoint / manifest.CONFIG
+    return load_config(saved) if saved.is_file() else saved_config(checkpoint.parent.parent)
+
+
+def refuse(config: RunConfig, origin: Path, of_origin: RunConfig) -> None:
+    """Refuse an origin of another architecture.
+
+    Args:
+        config: the run.
+        origin: a checkpoint or a Hugging Face folder.
+        of_origin: its configuration.
+
+    Raises:
+        UserError: with every difference.
+    """
+    differences = list(_differences(of_origin, config))
+    if differences:
+        lines = "\n".join(
+            f"  {path}: {there} there, {here} here" for path, there, here in differences
+        )
+        raise UserError(
+            f"{SETTING}: {origin} has weights of another model:\n{lines}\n"
+            "set these as they are there"
+        )
+
+
+def refuse_no_optimizer(config: RunConfig, origin: Path, state: Any) -> None:
+    """Refuse `training.keep_optimizer` with an origin that has weights only.
+
+    Raises:
+        UserError: it has.
+    """
+    weights_only = not isinstance(state, dict) or state.get(manifest.WEIGHTS_ONLY)
+    if config.training.keep_optimizer and weights_only:
+        raise UserError(
+            f"training.keep_optimizer: {origin} has weights and no optimizer state; set it to false"
+        )
+
+
+def refuse_other_tokenizer(tokenizer: TokenizerFile, dataset: Dataset) -> None:
+    """Refuse a dataset whose tokens are not those that the origin's weights know.
+
+    Raises:
+        UserError: its tokenizer is another one.
+    """
+    found = dataset.manifest.tokenizer.sha256
+    if found != tokenizer.sha256:
+        raise UserError(
+            f"{SETTING}: its tokenizer {tokenizer.path} (SHA-256 {tokenizer.sha256[:12]}) is not "
+            f"that of the dataset {dataset.folder} (SHA-256 {found[:12]}); build the dataset with "
+            f"data.tokenizer={tokenizer.path}"
+        )
+
+
+def tokenizer_of(checkpoint: Path, state: dict[str, Any]) -> TokenizerFile | None:
+    """A checkpoint's tokenizer; None if nothing is known of it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    for name in manifest.TOKENIZERS:
+        path = checkpoint / name
+        if path.is_file():
+            try:
+                return TokenizerFile(path, hashlib.sha256(read_small(path, LARGE)).hexdigest())
+            except OSError as error:
+                raise UserError(f"{SETTING}: {path} cannot be read: {error.strerror}") from None
+    # Earlier versions kept the tokenizer with their prepared data only.
+    record = state.get("data", {}).get("files", {}).get("tokenizer.model", {})
+    return TokenizerFile(checkpoint, record["sha256"]) if "sha256" in record else None
+
+
+def _differences(there: RunConfig, here: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Settings of the architecture that differ: (path, the origin's value, the run's)."""
+    old, new = _architecture(there), _architecture(here)
+    for path in old:
+        if old[path] != new[path]:
+            yield path, old[path], new[path]
+
+
+def _architecture(config: RunConfig) -> dict[str, Any]:
+    """What weights depend on, with defaults resolved."""
+    model = config.model
+    found = {f"model.{name}": value for name, value in model.model_dump().items()}
+    found["model.num_query_groups"] = model.query_groups
+    if "alpha" in RULES[model.residual].settings:
+        found["model.alpha"] = alpha(model)
+    found["data.vocab_size"] = config.data.vocab_size
+    return {path: value for path, value in found.items() if path not in _FREE}
