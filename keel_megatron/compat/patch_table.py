@@ -52,9 +52,6 @@ class PrivateName:
 
 PRIVATE_NAMES = (
     PrivateName(
-        "megatron-core", "_INDEX_HEADER", "data/batches.py", "check an index file before mapping it"
-    ),
-    PrivateName(
         "megatron-core",
         "_get_model_param_range_map",
         "checkpoint/optimizer_shards.py",
