@@ -53,6 +53,8 @@ class Start:
     """Opens the weights."""
     updates: int | None = None
     """Updates that the kept optimizer state has counted; None: a fresh optimizer."""
+    remarks: tuple[str, ...] = ()
+    """Checkpoints of the origin that were skipped, and why."""
 
     def check_tokenizer(self, data: Dataset) -> None:
         """See that the data is in the tokens that the weights know.
@@ -132,7 +134,11 @@ def _from_checkpoint(config: RunConfig, found: ResumePoint, runtime: Runtime) ->
         return record, tokenizer_of(path, state), count
 
     record, tokenizer, count = runtime.from_main(accepted)
-    return Start(record, tokenizer, lambda: Reader(path, read_json(path / manifest.INDEX)), count)
+
+    def reader() -> TensorReader:
+        return Reader(path, read_json(path / manifest.INDEX))
+
+    return Start(record, tokenizer, reader, count, found.remarks)
 
 
 def _updates(path: Path, state: dict[str, Any]) -> int:
