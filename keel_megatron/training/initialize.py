@@ -169,14 +169,19 @@ def _from_folder(config: RunConfig, path: Path, runtime: Runtime) -> Start:
     except OSError as error:
         problem = f"{SETTING}: {error.filename or path} cannot be read: {error.strerror}"
     agree(runtime, problem)
-    digests = {name: digest for part in runtime.gather(found) for name, digest in part.items()}
-    lines = "".join(f"{digests[name]} {name}\n" for name in files)
+    parts = runtime.gather(found)  # on rank 0
+
+    def fingerprint() -> str:
+        digests = {name: digest for part in parts for name, digest in part.items()}
+        lines = "".join(f"{digests[name]} {name}\n" for name in files)
+        return hashlib.sha256(lines.encode()).hexdigest()
+
     record = {
         "path": str(path.resolve()),
         "run_id": None,
         "mlflow_run_id": None,
         "step": None,
-        "fingerprint": hashlib.sha256(lines.encode()).hexdigest(),
+        "fingerprint": runtime.from_main(fingerprint),
         "optimizer": False,
     }
 
