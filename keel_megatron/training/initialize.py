@@ -53,6 +53,8 @@ class Start:
     """Opens the weights."""
     updates: int | None = None
     """Updates that the kept optimizer state has counted; None: a fresh optimizer."""
+    remarks: tuple[str, ...] = ()
+    """Checkpoints of the origin that were skipped, and why."""
 
     def check_tokenizer(self, data: Dataset) -> None:
         """See that the data is in the tokens that the weights know.
@@ -132,7 +134,11 @@ def _from_checkpoint(config: RunConfig, found: ResumePoint, runtime: Runtime) ->
         return record, tokenizer_of(path, state), count
 
     record, tokenizer, count = runtime.from_main(accepted)
-    return Start(record, tokenizer, lambda: Reader(path, read_json(path / manifest.INDEX)), count)
+
+    def reader() -> TensorReader:
+        return Reader(path, read_json(path / manifest.INDEX))
+
+    return Start(record, tokenizer, reader, count, found.remarks)
 
 
 def _updates(path: Path, state: dict[str, Any]) -> int:
@@ -163,14 +169,19 @@ def _from_folder(config: RunConfig, path: Path, runtime: Runtime) -> Start:
     except OSError as error:
         problem = f"{SETTING}: {error.filename or path} cannot be read: {error.strerror}"
     agree(runtime, problem)
-    digests = {name: digest for part in runtime.gather(found) for name, digest in part.items()}
-    lines = "".join(f"{digests[name]} {name}\n" for name in files)
+    parts = runtime.gather(found)  # on rank 0
+
+    def fingerprint() -> str:
+        digests = {name: digest for part in parts for name, digest in part.items()}
+        lines = "".join(f"{digests[name]} {name}\n" for name in files)
+        return hashlib.sha256(lines.encode()).hexdigest()
+
     record = {
         "path": str(path.resolve()),
         "run_id": None,
         "mlflow_run_id": None,
         "step": None,
-        "fingerprint": hashlib.sha256(lines.encode()).hexdigest(),
+        "fingerprint": runtime.from_main(fingerprint),
         "optimizer": False,
     }
 

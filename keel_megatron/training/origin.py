@@ -93,11 +93,11 @@ def check_origin(config: RunConfig) -> None:
         return
     newest = folder.latest(place.path) if place.kind == "run" else place.path
     assert newest is not None
+    if place.kind == "run" and not manifest.is_whole(newest):
+        return  # the ranks look for an earlier one
     try:
         state = manifest.read_json(newest / manifest.STATE)
     except manifest.DamagedError as error:
-        if place.kind == "run":
-            return  # the ranks look for an earlier one
         raise UserError(f"{SETTING}: {newest} is damaged: {error}") from None
     refuse(config, newest, config_of(newest))
     refuse_no_optimizer(config, newest, state)

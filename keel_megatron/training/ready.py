@@ -77,6 +77,8 @@ def get_ready(
     data = runtime.from_main(lambda: opened(config, folder, expected))
     if start is not None:
         start.check_tokenizer(data)
+        for remark in start.remarks:
+            say(remark)
     batches = open_batches(config, runtime, data, say)
     _announce(config, runtime, say, data)
     for line in [*stage_table(partition), summary(partition)]:

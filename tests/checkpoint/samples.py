@@ -13,7 +13,7 @@ from keel_megatron.checkpoint import folder, manifest
 from keel_megatron.checkpoint.shard_file import Part, blocks
 
 
-def write_checkpoint(run: Path, step: int, ranks: int = 2) -> Path:
+def write_checkpoint(run: Path, step: int, ranks: int = 2, config: bytes = b"model: {}\n") -> Path:
     """A checkpoint with the files of a real one."""
     partial = folder.begin(run, step)
     files = {}
@@ -38,7 +38,7 @@ def write_checkpoint(run: Path, step: int, ranks: int = 2) -> Path:
     }
     for name, content in contents.items():
         files[name] = manifest.write_json(partial / name, content)
-    files[manifest.CONFIG] = manifest.write_checked(partial / manifest.CONFIG, [b"model: {}\n"])
+    files[manifest.CONFIG] = manifest.write_checked(partial / manifest.CONFIG, [config])
     manifest.write_manifest(partial, step, files)
     return folder.publish(partial)
 

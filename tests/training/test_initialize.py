@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import yaml
 from keel_megatron.checkpoint import folder
+from keel_megatron.checkpoint.listing import describe
 from keel_megatron.checkpoint.weights import Weights
 from keel_megatron.config.run import RunConfig
 from keel_megatron.huggingface.configuration import to_json
@@ -142,8 +143,8 @@ def test_a_run_continues_from_another_on_new_data_and_then_without_it(home: Path
     assert record["path"] == str(folder.step_folder(home / "runs" / "first", 30))
     assert record["run_id"] == state_of(home, "first", 30)["extras"]["run"]["id"]
     assert (record["step"], record["optimizer"], len(record["fingerprint"])) == (30, False, 64)
-    tags = (home / "runs" / "second" / "outbox").rglob("*")
-    assert any(f'"initialized_from.path": "{record["path"]}"' in p.read_text() for p in tags)
+    shown = describe(home / "runs" / "second", None)
+    assert f"started     from the weights of {record['path']}" in shown
     saved = yaml.safe_load((home / "runs" / "second" / "config.yaml").read_text())
     assert saved["training"]["initialize_from"] == "runs/first"
 

@@ -133,3 +133,39 @@ def test_a_copy_takes_no_mlflow_run_from_its_checkpoints(tmp_path: Path, earlier
     found = checkpoint(copy, 6, own, mlflow_run_id="beef")
     accept(copy, found)
     assert remembered_run_id(copy.training.folder) == "beef", "its own"
+
+
+class Tags:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, str] = {}
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def tags(self, tags: dict[str, str]) -> None:
+        self.seen |= tags
+
+    def changes(self, _changes: Any) -> None:
+        pass
+
+
+def test_what_a_run_started_from_stays_when_the_setting_changes(tmp_path: Path) -> None:
+    """In the tags of every start and in every checkpoint."""
+    origin = {"path": "/runs/first", "run_id": None, "step": 30}
+    first = accept(settings(tmp_path), ResumePoint(), origin)
+    config = settings(tmp_path, training__initialize_from="another")
+    again = accept(config, checkpoint(settings(tmp_path), 4, first))
+    for lineage in (first, again):
+        tracker: Any = Tags()
+        lineage.report(tracker)
+        assert tracker.seen == {
+            "initialized_from.path": "/runs/first",
+            "initialized_from.step": "30",
+        }
+        stateful = lineage.stateful(tmp_path)
+        assert stateful["initialized_from"].state() == origin
+    assert any("has no effect" in line for line in again.lines)
+    assert not any("has no effect" in line for line in first.lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from keel_megatron.checkpoint import folder
 from keel_megatron.checkpoint.identity import check_identity, claim
-from keel_megatron.config.load import parse_config
+from keel_megatron.config.load import dump_config, parse_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import ConfigError, UserError
 from keel_megatron.training.origin import Place, check_origin, locate, tokenizer_of
@@ -25,13 +24,8 @@ def origin_run(home: Path, **overrides: Any) -> RunConfig:
     config = small_config(training__name="first", training__runs_dir=str(home), **overrides)
     claim(config)
     for step in (2, 4):
-        write_checkpoint(config.training.folder, step)
-        shutil.copy(config.training.folder / "config.yaml", place(config, step))
+        write_checkpoint(config.training.folder, step, config=dump_config(config).encode())
     return config
-
-
-def place(config: RunConfig, step: int) -> Path:
-    return folder.step_folder(config.training.folder, step)
 
 
 def start_from(home: Path, origin: str, **overrides: Any) -> RunConfig:
