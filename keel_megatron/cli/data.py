@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from keel_megatron.corpus.build import Execute
 
 app = typer.Typer(help="Build datasets and show them.", no_args_is_help=True)
-app.command("show")(data_folders.show)
-app.command("verify")(data_folders.verify)
-app.command("sample")(data_folders.sample)
 
 
 class Executor(StrEnum):
@@ -62,7 +59,12 @@ def build(
 
     data = load_config(config, overrides or ()).data
     again = ["data", "build", str(config), *(overrides or ())]
-    print(build_dataset(data, print, out, _execute(executor, workers, tasks, sbatch, again)))
+    build_dataset(data, print, out, _execute(executor, workers, tasks, sbatch, again))
+
+
+app.command("show")(data_folders.show)
+app.command("verify")(data_folders.verify)
+app.command("sample")(data_folders.sample)
 
 
 @app.command("task")

@@ -30,15 +30,16 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print data.json's content.")] = False,
 ) -> None:
     """Show a dataset's sources, counts, shares and tokenizer, and what was skipped."""
-    from keel_megatron.data.dataset import read_manifest
+    from keel_megatron.data.dataset import read_manifest, weights_of
     from keel_megatron.data.report import describe
 
-    folder, _config = _find(place, overrides)
+    folder, config = _find(place, overrides)
     manifest, _earlier = read_manifest(folder)
     if as_json:
         print(json.dumps(manifest.model_dump(mode="json"), indent=2))
     else:
-        print("\n".join(describe(manifest, folder)))
+        weights = weights_of(manifest, folder, None if config is None else config.data)
+        print("\n".join(describe(manifest, folder, weights)))
 
 
 def verify(place: Place, overrides: Overrides = None) -> None:
@@ -75,6 +76,8 @@ def sample(
     from keel_megatron.data.tokenizer import open_tokenizer
     from keel_megatron.training.dataset import ready_dataset
 
+    if config.is_dir():
+        raise UserError(f"{config} is a folder; the samples are those of a run's configuration")
     settings = load_config(config, tuple(overrides or ()))
     folder = ready_dataset(settings, lambda _text: None, on_one_machine=True)
     dataset = open_dataset(folder, settings.data)

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from keel_megatron.config.data import SourceConfig
 from keel_megatron.config.run import RunConfig
 from keel_megatron.config.yaml_text import read_yaml, shown
 from keel_megatron.errors import Problem
@@ -32,6 +33,7 @@ _KINDS = {
     "is_instance_of": _PATH,
     "tuple_type": "is not a path or a list of paths",
     "too_short": "is empty; give at least one, or null for the default",
+    "string_too_short": "is empty",
     "model_type": _SECTION,
     "model_attributes_type": _SECTION,
     "dict_type": _SECTION,
@@ -41,6 +43,8 @@ _KINDS = {
 }
 _MAY_HOLD_SECRETS = ("tracking.uri",)
 """Settings whose values are not shown."""
+_SOURCES = ["data", "sources"]
+"""The setting whose entries have settings of their own: data.sources.NUMBER.KEY."""
 _BOUNDS = {
     "greater_than": ("gt", "must be greater than"),
     "greater_than_equal": ("ge", "must be at least"),
@@ -53,6 +57,8 @@ def translate(errors: Sequence[ErrorDetails]) -> list[Problem]:
     """One problem per setting, in the order of the errors."""
     found: dict[str, Problem] = {}
     for error in errors:
+        if error["type"] == "too_short" and error["input"]:
+            continue  # its elements have errors, which are reported
         problem = _translate(error)
         # A setting of several types has an error for each: the first suffices, except for infinity.
         if problem.path not in found or error["type"] == "finite_number":
@@ -90,9 +96,13 @@ def _translate(error: ErrorDetails) -> Problem:
     location, kind, value = [str(part) for part in error["loc"]], error["type"], error["input"]
     if kind == "invalid_key":  # such as `on`, which is true in YAML; the input is the key
         location[-1] = shown(value)
-    path = ".".join(location[:2])
+    is_source = location[:2] == _SOURCES and len(location) > 3
+    path = ".".join(location[:4] if location[:2] == _SOURCES else location[:2])
     if kind in ("extra_forbidden", "invalid_key"):
-        near = suggestion(*location[:2]) if len(location) > 1 else section_suggestion(location[0])
+        if is_source:
+            near = _source_suggestion(location[3])
+        else:
+            near = suggestion(*location[:2]) if len(location) > 1 else section_suggestion(path)
         return Problem(path, f"is unknown{near}")
     if kind == "missing":
         return Problem(path, f"is missing: {_description(location)}")
@@ -102,6 +112,10 @@ def _translate(error: ErrorDetails) -> Problem:
     if kind == "literal_error":
         return Problem(path, f"{shown(value)} must be {_choices(location)}{_quotes(value)}")
     words = _KINDS.get(kind, error["msg"].removeprefix("Value error, "))
+    if kind == "value_error" and isinstance(value, dict):  # several settings do not fit together
+        return Problem(path, words)
+    if kind == "tuple_type" and path == ".".join(_SOURCES):
+        words = "is not a list of sources, each with a path, such as [{path: web}, {path: books}]"
     if words == _INTEGER and isinstance(value, float) and value.is_integer():
         words += f" (write {value:.0f})"
     if words == _TEXT and value is not None:
@@ -163,6 +177,12 @@ def _known(model: type[BaseModel]) -> str:
     return f"; known are {', '.join(model.model_fields)}"
 
 
+def _source_suggestion(key: str) -> str:
+    """A suggestion for an unknown key of an entry of data.sources."""
+    near = _nearest(key, {name: name for name in SourceConfig.model_fields}, 0.6)
+    return f"; did you mean {near}?" if near else _known(SourceConfig)
+
+
 def _description(location: list[str]) -> str:
     section = _section(location[0])
     return str(section.model_fields[location[1]].description) if section else ""
@@ -170,8 +190,10 @@ def _description(location: list[str]) -> str:
 
 def _choices(location: list[str]) -> str:
     """The choices of a setting, from its annotation."""
-    section = _section(location[0])
-    annotation = section.model_fields[location[1]].annotation if section else None
+    section, key = _section(location[0]), location[1]
+    if location[:2] == _SOURCES and len(location) > 3:
+        section, key = SourceConfig, location[3]
+    annotation = section.model_fields[key].annotation if section else None
     words = [str(choice) for choice in _literals(annotation)]
     return " or ".join(words) if len(words) < 3 else f"one of {', '.join(words)}"
 

@@ -23,6 +23,7 @@ from keel_megatron.corpus.tokenize import peak_memory, result_of
 from keel_megatron.data.manifest import SOURCES, Manifest
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.cores import available_cores
+from keel_megatron.runtime.tables import count
 
 Say = Callable[[str], None]
 Execute = Callable[[Path, Plan, BuildProgress], None]
@@ -109,7 +110,7 @@ def build(
             plan = make_plan(data, found.fingerprint, sources, partial, progress.say)
         else:
             done = len(plan.jobs) - len(unfinished(partial, plan))
-            progress.say(f"resuming {partial}: {done} of {len(plan.jobs)} jobs are done")
+            progress.say(f"resuming {partial}: {done} of {count(len(plan.jobs), 'job')} done")
         execute(partial, plan, progress)
         if unfinished(partial, plan):
             return None
@@ -166,15 +167,16 @@ def _say_results(partial: Path, plan: Plan, manifest: Manifest, say: Say) -> Non
         say(
             f"{source.name}: {source.tokens('train'):,} training and "
             f"{source.tokens('validation'):,} validation tokens of "
-            f"{source.documents('train'):,} and {source.documents('validation'):,} documents"
+            f"{source.documents('train'):,} and {count(source.documents('validation'), 'document')}"
         )
         bad = source.bad_records
         if bad is not None:
-            say(f"warning: {source.name}: {bad.count:,} damaged records were skipped ({bad.first})")
+            records = count(bad.count, "damaged record")
+            say(f"warning: {source.name}: skipped {records}, such as {bad.first}")
     results = [result for job in plan.jobs if (result := result_of(partial, job)) is not None]
     say(
-        f"{len(plan.jobs):,} job(s), {sum(result.seconds for result in results):,.0f} s of work; "
-        f"memory of a worker {max(result.peak_memory for result in results) / 1e6:,.0f} MB, of "
+        f"{count(len(plan.jobs), 'job')}, {sum(result.seconds for result in results):,.0f} s of "
+        f"worker time; memory of a worker {max(r.peak_memory for r in results) / 1e6:,.0f} MB, of "
         f"this process {peak_memory() / 1e6:,.0f} MB"
     )
     unsafe = plan.unsafe_cuts + sum(result.unsafe_cuts for result in results)

@@ -7,6 +7,7 @@ jobs that are complete are left out, so a task can be repeated.
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,7 +81,14 @@ def slurm(
         workers: processes, and cores, of a task.
         again: arguments of `keel` that repeat this build on one machine: it does what is left.
         options: further options of sbatch, for both.
+
+    Raises:
+        UserError: there is no sbatch here.
     """
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "--executor slurm: there is no sbatch in PATH; run this on a node that submits jobs"
+        )
 
     def execute(partial: Path, plan: Plan, progress: BuildProgress) -> None:
         count = task_count(plan, tasks)
@@ -110,17 +118,21 @@ def slurm(
 
 
 def ray(*, tasks: int, workers: int) -> Execute:
-    """Does the jobs on a Ray cluster, through datatrove's executor; waits for them."""
+    """Does the jobs on a Ray cluster, through datatrove's executor; waits for them.
+
+    Raises:
+        UserError: datatrove or Ray is not installed.
+    """
+    try:
+        from datatrove.executor.ray import RayPipelineExecutor
+
+        from keel_megatron.corpus.datatrove_step import BuildStep
+    except ImportError as error:
+        raise UserError(
+            f"--executor ray: {error}; install it: pip install 'keel-megatron[data-cluster]'"
+        ) from error
 
     def execute(partial: Path, plan: Plan, progress: BuildProgress) -> None:
-        try:
-            from datatrove.executor.ray import RayPipelineExecutor
-
-            from keel_megatron.corpus.datatrove_step import BuildStep
-        except ImportError as error:
-            raise UserError(
-                f"--executor ray: {error}; install pip install 'keel-megatron[data-cluster]'"
-            ) from error
         count = task_count(plan, tasks)
         progress.say(f"running {count} tasks on Ray; their logs are in {partial / JOBS}")
         RayPipelineExecutor(
@@ -145,16 +157,12 @@ def _sbatch(*arguments: str) -> str:
     """Submit a job; returns its number.
 
     Raises:
-        UserError: there is no sbatch here, or it refuses.
+        UserError: sbatch refuses.
     """
     try:
         done = subprocess.run(
             ["sbatch", "--parsable", *arguments], check=True, capture_output=True, text=True
         )
-    except FileNotFoundError as error:
-        raise UserError(
-            "--executor slurm: there is no sbatch in PATH; run this on a node that submits jobs"
-        ) from error
     except subprocess.CalledProcessError as error:
         raise UserError(f"--executor slurm: sbatch failed: {error.stderr.strip()}") from error
     return done.stdout.strip().split(";")[0]

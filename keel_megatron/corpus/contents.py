@@ -48,9 +48,9 @@ def hash_files(sources: Iterable[Source], say: Callable[[str], None]) -> Content
                 for file, digest in zip(files, threads.map(_sha256, files), strict=True):
                     records[file.name] = [file.size, digest]
                     done += file.size
-                if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
-                    said = time.monotonic()
-                    say(f"hashed {done / 1e6:,.0f} of {total / 1e6:,.0f} MB of source files")
+                    if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+                        said = time.monotonic()
+                        say(f"hashed {done / 1e6:,.0f} of {total / 1e6:,.0f} MB of source files")
     return found
 
 

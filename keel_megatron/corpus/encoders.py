@@ -77,11 +77,12 @@ def choose(
             say(f"{name} is not used: {error}")
             continue
         if different is None:
-            megabytes = sum(len(text) for text in texts) / 1e6
+            size = sum(len(text) for text in texts)
+            characters = f"{size / 1e6:.2g} M" if size >= 1e6 else f"{size:,}"
             return Choice(
                 name,
                 f"{name} {metadata.version(name)}, equal to {itself} on a sample of "
-                f"{megabytes:.2g} M characters",
+                f"{characters} characters",
             )
         say(f"{name} is not used: its tokens differ, first in {different[:60]!r}")
     return Choice(itself, f"{itself} {metadata.version(itself)}")

@@ -58,11 +58,11 @@ def ensure_dataset(
         say(f"using the dataset in {folder}")
         return folder
     if not may_build or data.build == "never":
-        why = "this command builds none, nor does a run on several machines"
+        why = "which keel train builds on one machine only"
         if data.build == "never":
-            why = "data.build is never"
+            why = "and data.build is never"
         raise UserError(
-            f"data: there is no dataset of these sources in {data.cache_dir}, and {why}; build it "
+            f"data: there is no dataset of these sources in {data.cache_dir}, {why}; build it "
             "first: keel data build CONFIG"
         )
     with locked(folder, say):

@@ -40,6 +40,7 @@ from keel_megatron.data.manifest import (
 from keel_megatron.data.shards import TokenShard, map_array
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.files import write_whole
+from keel_megatron.runtime.tables import count
 from keel_megatron.runtime.versions import package_versions
 
 _PACKAGES = ("numpy", "sentencepiece", "tokenizers", "gigatoken", "pyarrow")
@@ -79,7 +80,7 @@ def finish(
         fraction: `data.validation_fraction`.
 
     Raises:
-        UserError: a source has too few documents to hold one out.
+        UserError: a source has no document, or too few to hold one out.
         OSError: the folder cannot be written.
     """
     (folder / SHARDS).mkdir(exist_ok=True)
@@ -87,13 +88,16 @@ def finish(
     records = []
     names: set[str] = set()
     for number, source in enumerate(sources):
-        built = [shard for shard in _shards_of(folder, plan, number) if len(shard.lengths)]
+        every = list(_shards_of(folder, plan, number))
+        results = [result for shard in every for result in shard.results]
+        built = [shard for shard in every if len(shard.lengths)]
+        _check_text(source, built, results)
         counts += sum(
             map_array(path_of(folder, job, "counts.npy")) for b in built for job in b.jobs
         )
         counts += _hold_out(folder, plan, source, built)
         shards = tuple(_write(folder, plan, shard, names) for shard in built)
-        records.append(_source_record(source, contents, shards, built))
+        records.append(_source_record(source, contents, shards, results))
     manifest = Manifest(
         fingerprint=plan.fingerprint,
         tokenizer=plan.tokenizer,
@@ -162,6 +166,18 @@ def _joined(
     return np.array(found, dtype=np.int32), np.array(held, dtype=np.int64)
 
 
+def _check_text(source: Source, built: list[_Built], results: list[JobResult]) -> None:
+    """Check that a source has training documents.
+
+    Raises:
+        UserError: it has none.
+    """
+    if all(shard.jobs[0].validation for shard in built):
+        bad = _skipped("damaged", [result.bad for result in results])
+        why = f"; skipped {count(bad.count, 'damaged record')}, such as {bad.first}" if bad else ""
+        raise UserError(f"{source.setting}: there is no text in {source.description}{why}")
+
+
 def _hold_out(
     folder: Path, plan: Plan, source: Source, built: list[_Built]
 ) -> NDArray[np.int64] | int:
@@ -172,8 +188,6 @@ def _hold_out(
     """
     own = [shard for shard in built if not shard.jobs[0].validation]
     documents = sum(len(shard.lengths) for shard in own)
-    if documents == 0:
-        raise UserError(f"{source.setting}: there is no text in {source.description}")
     if len(own) < len(built):
         return 0
     held = sum(len(shard.held) for shard in own)
@@ -283,9 +297,8 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 
 def _source_record(
-    source: Source, contents: Contents, shards: tuple[Shard, ...], built: list[_Built]
+    source: Source, contents: Contents, shards: tuple[Shard, ...], results: list[JobResult]
 ) -> SourceRecord:
-    results = [result for shard in built for result in shard.results]
     has_validation = any(shard.part == "validation" for shard in shards)
     if has_validation:
         shards = tuple(

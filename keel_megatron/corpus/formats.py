@@ -24,6 +24,7 @@ MARKUP = (".json", ".csv", ".tsv", ".html", ".htm", ".xml")
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 """Begins a .idx file of Megatron-core."""
 NOT_TEXT = "not readable UTF-8 text"
+UTF_16 = "UTF-16 text, not UTF-8"
 _MAGIC: dict[bytes, str] = {
     b"BZh": "bzip2",
     b"\xfd7zXZ\x00": "xz",
@@ -176,7 +177,7 @@ def _check_text(content: bytes, *, is_all: bool) -> None:
         RefusedError: they are not.
     """
     if content.startswith(_UTF_16):
-        raise RefusedError(NOT_TEXT, "is UTF-16 text; convert it to UTF-8")
+        raise RefusedError(UTF_16, "is UTF-16 text; convert it to UTF-8")
     if b"\0" in content:
         raise RefusedError(NOT_TEXT, "is not text: it contains NUL bytes")
     try:

@@ -12,7 +12,9 @@ from keel_megatron.corpus.cuts import cuts_of
 from keel_megatron.corpus.documents import Source
 from keel_megatron.corpus.encoders import choose
 from keel_megatron.corpus.plan import PLAN, Plan, PlannedSource, Planner
+from keel_megatron.corpus.readers import Tally
 from keel_megatron.corpus.sample import Sampled, training_text
+from keel_megatron.corpus.skips import megabytes
 from keel_megatron.corpus.split import is_single_text, key_hash, limit_of, split_offset
 from keel_megatron.data.huggingface import FILE as HUGGING_FACE
 from keel_megatron.data.huggingface import HuggingFaceTokenizer
@@ -26,6 +28,7 @@ from keel_megatron.data.tokenizer import (
 )
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.files import write_whole
+from keel_megatron.runtime.tables import count
 
 Say = Callable[[str], None]
 AnyTokenizer = Tokenizer | HuggingFaceTokenizer
@@ -48,17 +51,19 @@ def make_plan(
         say: called with messages.
 
     Raises:
-        UserError: the tokenizer does not fit the settings or the text.
+        UserError: the tokenizer does not fit the settings or the text, or a record is damaged and
+            not to be skipped.
         OSError: the folder cannot be written.
     """
     limits = [limit_of(source, data.validation_fraction) for source in sources]
+    tally = Tally(data.on_bad_record)
     sampled = [
-        Sampled(source, limit, _text_stop(source, data.validation_fraction))
+        Sampled(source, limit, _text_stop(source, data.validation_fraction), tally)
         for source, limit in zip(sources, limits, strict=True)
     ]
     for source, limit in zip(sources, limits, strict=True):
         say(describe(source, limit, data.validation_fraction))
-    tokenizer = _tokenizer(data, sampled, partial, say)
+    tokenizer = _tokenizer(data, sampled, tally, partial, say)
     texts = ["".join(chunks) for chunks in training_text(sampled, _TRIED_ON)]
     lost = _lost(data, tokenizer, texts, say)
     choice = choose(tokenizer, texts, say)
@@ -94,19 +99,19 @@ def make_plan(
 
 def describe(source: Source, limit: int, fraction: float) -> str:
     """What a source is, and what of it is held out."""
-    size = f"{source.name}: {source.description}, {len(source.files):,} files, "
-    size += f"{source.size / 1e6:.1f} MB; validation: "
+    size = f"{source.name}: {source.description}, {count(len(source.files), 'file')}, "
+    size += f"{megabytes(source.size)}; validation: "
     if is_single_text(source):
-        return f"{size}the last {fraction:.3g} of the only document"
+        return f"{size}the last {100 * fraction:.3g}% of the only document"
     if any(file.part == "validation" for file in source.files):
         return f"{size}its own files"
     if source.kind != "text" or limit == 0:
-        return f"{size}about {fraction:.3g} of the documents"
+        return f"{size}about {100 * fraction:.3g}% of the documents"
     held = [file for file in source.files if key_hash(file.name) < limit]
     share = sum(file.size for file in held) / max(1, source.size)
     return (
-        f"{size}{len(held):,} documents, {share:.1%} of the bytes (data.validation_fraction = "
-        f"{fraction:g})"
+        f"{size}{count(len(held), 'document')}, {share:.1%} of the bytes "
+        f"(data.validation_fraction = {fraction:g})"
     )
 
 
@@ -116,7 +121,7 @@ def _text_stop(source: Source, fraction: float) -> int | None:
 
 
 def _tokenizer(
-    data: DataConfig, sampled: Sequence[Sampled], partial: Path, say: Say
+    data: DataConfig, sampled: Sequence[Sampled], tally: Tally, partial: Path, say: Say
 ) -> AnyTokenizer:
     """The given tokenizer, or a new one, in the folder."""
     if data.tokenizer is None:
@@ -125,7 +130,13 @@ def _tokenizer(
                 "data.tokenizer: ready tokens need the tokenizer that made them; give its path"
             )
         say(f"training a tokenizer of {data.vocab_size} pieces")
-        model = train_tokenizer(training_text(sampled, SAMPLE_CHARACTERS), data.vocab_size)
+        try:
+            model = train_tokenizer(training_text(sampled, SAMPLE_CHARACTERS), data.vocab_size)
+        except UserError as error:
+            if (bad := tally.first_bad) is None:
+                raise
+            skipped = f"damaged records were skipped, such as {bad.where()}: {bad.reason}"
+            raise UserError(f"{error} ({skipped})") from error
         write_whole(partial / MODEL, model)
         return Tokenizer(partial / MODEL)
     given = open_tokenizer(data.tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 import sys
 import threading
 import time
@@ -100,6 +101,7 @@ class BuildProgress:
             self._log.append(f"{now} {line}")
 
     def _show(self, text: str) -> None:
+        text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line cannot be replaced
         with suppress(OSError):
             trusted(self._stream).write(f"\r{printable(text)}\x1b[K")
             self._stream.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
@@ -31,6 +31,8 @@ class Sampled:
     """Documents with a smaller `split.key_hash` are held out."""
     stop: int | None
     """Of a single plain text: byte offset of its validation part."""
+    on_bad: Callable[[readers.BadRecord], None] = lambda _record: None
+    """Called with damaged and blank records, maybe several times with the same."""
 
 
 def training_text(
@@ -91,7 +93,7 @@ def _documents(item: Sampled, unit: Unit) -> Iterator[Iterable[str]]:
         if key_hash(unit.file.name) >= item.limit:
             yield _readable(unit)
         return
-    for document in readers.read(unit, lambda _record: None):
+    for document in readers.read(unit, item.on_bad):
         if key_hash(document.key) >= item.limit:
             yield document.chunks
 

@@ -128,7 +128,7 @@ def open_dataset(folder: Path, data: DataConfig | None, *, check: bool = True) -
         data = DataConfig.model_construct(vocab_size=size, seq_length=1, dataset=folder)
     entries = _entries(manifest, folder, data)
     sources = tuple(_source(folder, record, data, entries, earlier) for record in manifest.sources)
-    dataset = Dataset(folder, manifest, sources, _quotas(manifest, entries), earlier)
+    dataset = Dataset(folder, manifest, sources, quotas(_weights(manifest, entries)), earlier)
     if check:
         _check_files(dataset)
     if manifest.tokenizer.vocab_size != data.vocab_size:
@@ -271,8 +271,16 @@ def _source(
     return Source(record, tuple(shards))
 
 
-def _quotas(manifest: Manifest, entries: dict[str, SourceConfig]) -> dict[str, int]:
-    """Samples per 1,000 of each source: by configured weight, else by that of the build."""
+def weights_of(manifest: Manifest, folder: Path, data: DataConfig | None) -> dict[str, float]:
+    """The weight of each source: of the run's settings, else of the build, else its tokens.
+
+    Raises:
+        UserError: the settings name other sources.
+    """
+    return _weights(manifest, {} if data is None else _entries(manifest, folder, data))
+
+
+def _weights(manifest: Manifest, entries: dict[str, SourceConfig]) -> dict[str, float]:
     weights = {
         source.name: entries[source.name].weight if entries else source.weight
         for source in manifest.sources
@@ -281,7 +289,7 @@ def _quotas(manifest: Manifest, entries: dict[str, SourceConfig]) -> dict[str, i
         weights = {
             source.name: float(max(1, source.tokens("train"))) for source in manifest.sources
         }
-    return quotas({name: float(weight or 0.0) for name, weight in weights.items()})
+    return {name: float(weight or 0.0) for name, weight in weights.items()}
 
 
 def _check_files(dataset: Dataset) -> None:

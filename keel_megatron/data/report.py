@@ -8,29 +8,31 @@ from pathlib import Path
 from keel_megatron.data.dataset import Dataset
 from keel_megatron.data.manifest import Manifest, Skipped
 from keel_megatron.data.samples import Samples
-from keel_megatron.runtime.tables import table_lines
+from keel_megatron.runtime.tables import count, table_lines
 
 
-def describe(manifest: Manifest, folder: Path) -> list[str]:
-    """A dataset's sources, counts and tokenizer, as lines."""
+def describe(manifest: Manifest, folder: Path, weights: dict[str, float]) -> list[str]:
+    """A dataset's sources, counts and tokenizer, as lines.
+
+    Args:
+        manifest: its manifest.
+        folder: where it is.
+        weights: of each source (`dataset.weights_of`).
+    """
     total = sum(source.tokens("train") for source in manifest.sources)
-    weights = [source.weight for source in manifest.sources]
-    shares = [weight or 0.0 for weight in weights]
-    if None in weights:
-        shares = [float(source.tokens("train")) for source in manifest.sources]
     rows = [
         (
             source.name,
             source.format,
             f"{source.files:,}",
-            f"{source.bytes / 1e6:,.1f}",
+            _megabytes(source.bytes),
             f"{source.documents('train'):,}",
             f"{source.tokens('train'):,}",
             f"{source.documents('validation'):,}",
             f"{source.tokens('validation'):,}",
-            f"{share / sum(shares):.1%}",
+            f"{weights[source.name] / sum(weights.values()):.1%}",
         )
-        for source, share in zip(manifest.sources, shares, strict=True)
+        for source in manifest.sources
     ]
     tokenizer = manifest.tokenizer
     origin = "given" if tokenizer.given else "trained on these sources"
@@ -50,10 +52,13 @@ def describe(manifest: Manifest, folder: Path) -> list[str]:
     for source in manifest.sources:
         lines += [f"{source.name}: skipped {_skipped(one)}" for one in source.skipped]
         if source.bad_records is not None:
-            lines.append(f"{source.name}: damaged records: {_skipped(source.bad_records)}")
+            bad = source.bad_records
+            records = f"{count(bad.count, 'damaged record')} ({bad.bytes:,} bytes)"
+            lines.append(f"{source.name}: skipped {records}, such as {bad.first}")
         in_place = sum(shard.external for shard in source.shards)
         if in_place:
-            lines.append(f"{source.name}: {in_place} pair(s) of .bin and .idx used in place")
+            pairs = count(in_place, "pair")
+            lines.append(f"{source.name}: {pairs} of .bin and .idx used in place")
     return lines
 
 
@@ -90,6 +95,10 @@ def sample_lines(
             yield decode([token for token in piece if token != end])
             if piece and piece[-1] == end:
                 yield "<<< end of document >>>"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}" if size >= 1e5 else f"{size / 1e6:.2g}"
 
 
 def _skipped(record: Skipped) -> str:

@@ -96,7 +96,7 @@ def _reason(error: RuntimeError, vocab_size: int) -> str:
     text = str(error).strip().splitlines()[-1].rsplit("] ", 1)[-1].strip()
     setting = f"data.vocab_size: {vocab_size}"
     if "sentences_.empty()" in str(error):
-        return "data.text: the training set is too small to train a tokenizer; use more data"
+        return "data: the training set is too small to train a tokenizer; use more data"
     if limit := re.search(r"value <= (\d+)", text):
         return f"{setting} is too large for this amount of data; it must be at most {limit[1]}"
     if need := re.search(r"required_chars. \d+ vs (\d+)", text):
@@ -137,7 +137,10 @@ class Tokenizer(RoundTrip):
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(read_small(path, LARGE))
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"data.tokenizer: {path} cannot be read: {reason}") from error
+        except RuntimeError as error:
             raise UserError(
                 f"data.tokenizer: {path} cannot be read as a SentencePiece model"
             ) from error

@@ -11,7 +11,7 @@ from keel_megatron.layout.memory import GB
 from keel_megatron.layout.stage_table import stage_table
 from keel_megatron.planner.plan import Plan
 from keel_megatron.planner.search import Candidate, Found
-from keel_megatron.runtime.tables import table_lines
+from keel_megatron.runtime.tables import count, table_lines
 
 
 def describe(plan: Plan) -> str:
@@ -31,12 +31,6 @@ def layout_words(plan: Plan) -> str:
         f"{words} x DP {plan.data_parallel}, {count(plan.micro_batches, 'micro-batch')} of "
         f"{count(training.micro_batch_size, 'sequence')}"
     )
-
-
-def count(number: int, noun: str) -> str:
-    """A number and its noun, in the plural if needed."""
-    plural = noun + ("es" if noun.endswith("ch") else "s")
-    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def _headline(plan: Plan) -> str:

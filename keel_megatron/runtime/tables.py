@@ -1,4 +1,4 @@
-"""Tables as plain lines, the same on a terminal, in a pipe and in a log file."""
+"""Tables as plain lines, the same on a terminal, in a pipe and in a log file; counted nouns."""
 
 from __future__ import annotations
 
@@ -31,3 +31,9 @@ def table_lines(
     text = io.StringIO()
     Console(file=text, width=UNLIMITED, color_system=None).print(table)
     return [line.rstrip() for line in text.getvalue().splitlines()]
+
+
+def count(number: int, noun: str) -> str:
+    """A number and its noun, in the plural if needed."""
+    plural = noun + ("es" if noun.endswith("ch") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"

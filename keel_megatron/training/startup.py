@@ -37,7 +37,8 @@ def check(config: RunConfig) -> None:
     check_origin(config)
     check_paths(config.data)
     tokenizer = config.data.tokenizer
-    if tokenizer is not None and not os.access(tokenizer, os.R_OK):
+    is_used = config.data.dataset is None  # a dataset has its own
+    if is_used and tokenizer is not None and not os.access(tokenizer, os.R_OK):
         found = "cannot be read" if tokenizer.exists() else "does not exist"
         raise UserError(
             f"data.tokenizer: {tokenizer} {found}; name a SentencePiece model, or a Hugging Face "

@@ -66,7 +66,14 @@ def test_show_tells_what_was_skipped(folder: Path) -> None:
     path.write_text(Manifest.model_validate_json(json.dumps(content)).model_dump_json())
     shown = keel("show", folder).stdout
     assert "web: skipped 3 (4,000 bytes): .png: no text, such as a/b.png" in shown
-    assert "web: damaged records: 3 (4,000 bytes)" in shown
+    assert "web: skipped 3 damaged records (4,000 bytes), such as a/b.png" in shown
+
+
+def test_show_has_the_weights_of_the_configuration(config: Path) -> None:
+    sources = "[{name: web, weight: 1}, {name: books, weight: 3}]"
+    shown = keel("show", config, f"data.sources={sources}").stdout
+    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip()}
+    assert (rows["web"][-1], rows["books"][-1]) == ("25.0%", "75.0%")
 
 
 @pytest.mark.parametrize("given", ["folder", "config"])

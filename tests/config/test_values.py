@@ -9,6 +9,7 @@ import pytest
 import yaml
 from keel_megatron.config import dump_config, load_config, parse_config
 from keel_megatron.config.yaml_text import read_yaml
+from keel_megatron.errors import ConfigError
 from tests.config.test_load import complaints
 from tests.settings import settings
 
@@ -92,3 +93,23 @@ def test_the_home_folder_in_a_path_is_expanded(
     assert config.data.cache_dir == Path("/home/me")
     assert config.training.runs_dir == tmp_path / "~/runs"  # a folder that is called so
     assert parse_config(read_yaml(dump_config(config)), "dump") == config
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ("[{path: a, textkey: b}]", "data.sources.0.textkey: is unknown; did you mean text_key?"),
+        ("[{path: a}, {path: b, weight: -3}]", "data.sources.1.weight: -3 must be greater than 0"),
+        ("[{path: a, format: csv}]", "data.sources.0.format: 'csv' must be one of auto, text, "),
+        ("[{path: a, text_key: ''}]", "data.sources.0.text_key: '' is empty"),
+        ("[web]", "data.sources.0: 'web' is not a section of key: value lines"),
+        ("web", "data.sources: 'web' is not a list of sources, each with a path, such as "),
+        ("[{path: a, weight: 1}, {path: b}]", "data: give every entry of data.sources a weight"),
+    ],
+)
+def test_an_error_in_a_source_names_the_entry_and_its_key(
+    config_file: Path, sources: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file, [f"data.sources={sources}"])
+    assert [str(problem)[: len(message)] for problem in caught.value.problems] == [message]

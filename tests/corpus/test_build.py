@@ -190,4 +190,36 @@ def test_damaged_records(tmp_path: Path) -> None:
     (source,) = manifest.sources
     assert source.bad_records is not None
     assert (source.bad_records.count, source.skipped[0].reason) == (1, "blank")
-    assert any("1 damaged records were skipped" in line and "line 2" in line for line in said)
+    assert any("skipped 1 damaged record, such as" in line and "line 2" in line for line in said)
+
+
+def test_a_wrong_text_key_is_named_before_a_tokenizer_is_trained(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"content": "one"}\n{"content": "two"}\n')
+    with pytest.raises(UserError, match=r"a.jsonl, line 1: has no key 'text' .*'content'"):
+        built(data(text=str(path)), tmp_path / "d")
+    config = data(text=str(path), on_bad_record="skip")
+    with pytest.raises(UserError, match=r"too small .*such as .*line 1: has no key 'text'"):
+        built(config, tmp_path / "d")
+    given = {"tokenizer": str(write_sentencepiece(tmp_path)), "vocab_size": 400}
+    config = data(text=str(path), on_bad_record="skip", **given)
+    with pytest.raises(
+        UserError, match=r"there is no text in .*a.jsonl; skipped 2 damaged records"
+    ):
+        built(config, tmp_path / "e")
+
+
+@pytest.mark.usefixtures("small_jobs")
+def test_damaged_records_of_jobs_without_documents_are_counted(tmp_path: Path) -> None:
+    good = [json.dumps({"text": prose(50, n)}) for n in range(10)]
+    (tmp_path / "a.jsonl").write_text("\n".join(good))
+    (tmp_path / "b.jsonl").write_text('{"content": "..."}\n' * 500)
+    config = data(
+        text=str(tmp_path / "*.jsonl"),
+        tokenizer=str(write_sentencepiece(tmp_path)),
+        vocab_size=400,
+        on_bad_record="skip",
+    )
+    (source,) = built(config, tmp_path / "d").sources
+    assert source.bad_records is not None
+    assert source.bad_records.count == 500

@@ -99,11 +99,10 @@ def test_the_build_of_an_array_of_jobs(tmp_path: Path, submitted: Path, config: 
     assert documents(folder) == documents(tmp_path / "here")
 
 
-def test_without_slurm(tmp_path: Path, config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    execute = cluster.slurm(tasks=2, workers=1, again=[])
-    with pytest.raises(UserError, match=r"there is no sbatch in PATH"):
-        build(config, identify(config, ignore), tmp_path / "d", ignore, execute)
+    with pytest.raises(UserError, match=r"there is no sbatch in PATH"):  # before any work
+        cluster.slurm(tasks=2, workers=1, again=[])
 
 
 def test_sbatch_refuses(tmp_path: Path, config: DataConfig, submitted: Path) -> None:
@@ -130,18 +129,10 @@ def test_mistaken_tasks(tmp_path: Path, config: DataConfig) -> None:
         run_task(tmp_path / "d.partial", 2, 2, 1, ignore)
 
 
-def test_ray_without_datatrove(
-    tmp_path: Path, config: DataConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ray_without_datatrove(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datatrove", None)
     with pytest.raises(UserError, match=r"pip install 'keel-megatron\[data-cluster\]'"):
-        build(
-            config,
-            identify(config, ignore),
-            tmp_path / "d",
-            ignore,
-            cluster.ray(tasks=2, workers=1),
-        )
+        cluster.ray(tasks=2, workers=1)
 
 
 def test_datatrove_runs_the_tasks(tmp_path: Path, config: DataConfig) -> None:

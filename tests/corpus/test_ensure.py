@@ -91,7 +91,7 @@ def test_it_is_refused_where_it_may_not_be_built(
     config: RunConfig, build: str, may_build: bool
 ) -> None:
     never = config.model_copy(update={"data": config.data.model_copy(update={"build": build})})
-    why = "data.build is never" if build == "never" else "a run on several machines"
+    why = "data.build is never" if build == "never" else "keel train builds on one machine only"
     with pytest.raises(UserError, match=rf"{why}; build it first: keel data build CONFIG"):
         ensure_dataset(never, ignore, may_build=may_build)
 

@@ -90,6 +90,13 @@ def test_a_tape_archive_is_no_text(tmp_path: Path) -> None:
     assert (skipped.suffix, skipped.reason) == (".tar.gz", "not readable UTF-8 text")
 
 
+def test_utf_16_is_named_where_a_folder_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").write_text("text", encoding="utf-16")
+    (skipped,) = found(tmp_path).skipped
+    assert (skipped.suffix, skipped.reason) == (".txt", "UTF-16 text, not UTF-8")
+
+
 def test_a_given_format_decides(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(LINES)
     (tmp_path / "b.csv").write_bytes(b"a,b")

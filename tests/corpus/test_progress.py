@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pytest
+
 from keel_megatron.corpus.progress import BuildProgress
 from keel_megatron.corpus.tokenize import Done
 
@@ -52,6 +54,19 @@ def test_one_live_line_on_a_terminal(tmp_path: Path) -> None:
     assert terminal.getvalue().endswith("\r\x1b[K")
     assert said == ["a message"]
     assert len((tmp_path / "log").read_text().splitlines()) == 2
+    progress.close()
+
+
+def test_the_live_line_is_cut_at_the_terminals_width(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    clock, terminal = Clock(), Terminal()
+    progress = BuildProgress(print, tmp_path / "log", terminal, clock)
+    progress.begin(10)
+    clock.now += 1.0
+    progress.add(Done(bytes=1))
+    assert terminal.getvalue() == "\r 10%  0 documents, \x1b[K"
     progress.close()
 
 

@@ -62,7 +62,7 @@ def test_complete_jobs_are_not_done_again(tmp_path: Path, config: DataConfig) ->
     path_of(partial, planned.jobs[1], "json").write_text("damaged")
     said: list[str] = []
     assert build(config, identify(config, ignore), folder, said.append, do_some(1)) is None
-    assert f"resuming {partial}: 2 of {len(planned.jobs)} jobs are done" in said[0]
+    assert f"resuming {partial}: 2 of {len(planned.jobs)} jobs done" in said[0]
     assert path_of(partial, first, "bin").stat().st_mtime_ns == before
     built(config, folder)
     built(config, tmp_path / "whole")

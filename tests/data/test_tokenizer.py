@@ -80,7 +80,7 @@ def test_a_vocabulary_smaller_than_the_characters() -> None:
 
 
 def test_no_text_to_train_on() -> None:
-    with pytest.raises(UserError, match=r"data.text: the training set is too small"):
+    with pytest.raises(UserError, match=r"data: the training set is too small"):
         train_tokenizer([""], 512)
 
 

@@ -60,7 +60,7 @@ def test_a_dataset_that_is_ready_has_its_index_files(built: RunConfig) -> None:
 
 @pytest.mark.parametrize(
     ("build", "local", "said"),
-    [("never", True, "data.build is never"), ("auto", False, "nor does a run on several machines")],
+    [("never", True, "data.build is never"), ("auto", False, "on one machine only")],
 )
 def test_nothing_is_built_where_it_may_not_be(
     tmp_path: Path, build: str, local: bool, said: str

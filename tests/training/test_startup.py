@@ -137,6 +137,9 @@ def test_what_cannot_be_trained_is_refused_and_nothing_is_made(tmp_path: Path) -
     startup.check(small_config(data__text=none))
     with pytest.raises(UserError, match=r"nowhere does not exist"):
         startup.check(small_config(data__text=[*none, str(tmp_path / "nowhere")]))
+    with pytest.raises(UserError, match=r"data.tokenizer: gone.model does not exist"):
+        startup.check(small_config(data__tokenizer="gone.model"))
+    startup.check(small_config(data__tokenizer="gone.model", data__dataset="set"))  # has its own
     assert not (tmp_path / "runs").exists()
 
 
