@@ -81,16 +81,21 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise UserError("--prompt: give either --prompt TEXT or --prompts FILE")
     texts = read_prompts(prompts) if prompts is not None else [prompt or ""]
+    from keel_megatron.inference.sampling import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ()), slide)
     if processes > 1 and not is_rank():
+        from keel_megatron.inference.source import config_of
+
+        config_of(run, processes)  # a mistake is reported once, not by every process
         sys.exit(launch(processes, ["-m", "keel_megatron", *sys.argv[1:]]))
     from keel_megatron.inference.generate import generate_prompts
-    from keel_megatron.inference.sampling import Sampling
 
     streams = prompts is None and out is None
     completions, speed = generate_prompts(
         run,
         texts,
-        Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ()), slide),
+        sampling,
         step=step,
         batch_size=batch_size,
         processes=processes,

@@ -67,7 +67,9 @@ class Decoder:
             self.dtype,
             self.runtime.device,
         )
-        rows = [[0] * missing + list(tokens) for missing, tokens in zip(padding, sequences, strict=True)]
+        rows = [
+            [0] * missing + list(tokens) for missing, tokens in zip(padding, sequences, strict=True)
+        ]
         return self._forward(torch.tensor(rows, device=self.runtime.device))
 
     @torch.inference_mode()

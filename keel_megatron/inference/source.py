@@ -117,20 +117,23 @@ def find_checkpoint(path: Path, step: int | None, runtime: Runtime) -> ResumePoi
     Raises:
         UserError: there is none, or it is damaged.
     """
+    if step is None:
+        found = checked(path, runtime) if is_checkpoint(path) else newest_good(path, runtime)
+        if found.path is None:
+            raise UserError(
+                f"{path} has no complete checkpoint; train the run first",
+                reported=not runtime.is_main,
+            )
+        return found
+    named, problem = folder.step_folder(path, step), None
     if is_checkpoint(path):
-        if step is not None:
-            raise UserError(f"--step: {path} is a checkpoint; name the run's folder, or no step")
-        return checked(path, runtime)
-    if step is not None:
-        named = folder.step_folder(path, step)
-        if not named.is_dir():
-            there = ", ".join(map(str, folder.steps(path))) or "none"
-            raise UserError(f"--step: there is no {named}; there are: {there}")
-        return checked(named, runtime)
-    found = newest_good(path, runtime)
-    if found.path is None:
-        raise UserError(f"{path} has no complete checkpoint; train the run first")
-    return found
+        problem = f"--step: {path} is a checkpoint; name the run's folder, or no step"
+    elif not named.is_dir():
+        there = ", ".join(map(str, folder.steps(path))) or "none"
+        problem = f"--step: there is no {named}; there are: {there}"
+    if problem is not None:
+        raise UserError(problem, reported=not runtime.is_main)
+    return checked(named, runtime)
 
 
 def is_checkpoint(path: Path) -> bool:
