@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from keel_megatron.config.model import ModelConfig
+from keel_megatron.errors import UserError
 from keel_megatron.inference.blocks import Block
 from keel_megatron.inference.cache import KeyValueCache
 from keel_megatron.model.rotary import RotaryTable
@@ -49,15 +51,20 @@ class Decoder:
 
         Returns:
             Logits after each sequence, as `step`.
+
+        Raises:
+            UserError: the cache does not fit in memory.
         """
+        self._cache = None  # of the last batch: its memory is free again
         columns = max(map(len, sequences))
         padding = [columns - len(tokens) for tokens in sequences]
+        groups = self.model.query_groups // self.runtime.tensor_size
+        self._require_memory(len(sequences) * (columns + new) * groups)
         table = RotaryTable(
             self.model.head_dim, self.model.rope_theta, columns + new, self.dtype
         ).table
         # [2, columns, 1, 1, 1, d]
         self._table = table.unsqueeze(-2).to(self.runtime.device)
-        groups = self.model.query_groups // self.runtime.tensor_size
         self._cache = KeyValueCache(
             len(self.blocks),
             padding,
@@ -71,6 +78,21 @@ class Decoder:
             [0] * missing + list(tokens) for missing, tokens in zip(padding, sequences, strict=True)
         ]
         return self._forward(torch.tensor(rows, device=self.runtime.device))
+
+    def _require_memory(self, heads: int) -> None:
+        """Refuse a cache of so many heads of a column that does not fit."""
+        needed = 2 * len(self.blocks) * heads * self.model.head_dim * self.dtype.itemsize
+        if self.runtime.device.type == "cuda":
+            kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            free = torch.cuda.mem_get_info()[0] + kept
+        else:
+            free = psutil.virtual_memory().available
+        if needed > free:
+            raise UserError(
+                f"--batch-size: keys and values of the prompts need {needed / 1e9:.3g} GB, and "
+                f"{free / 1e9:.3g} GB are free; continue fewer prompts at a time, or give more "
+                "--processes"
+            )
 
     @torch.inference_mode()
     def step(self, tokens: list[int]) -> Tensor | None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from keel_megatron.config.run import RunConfig
+from keel_megatron.errors import UserError
 from keel_megatron.inference.decoder import Decoder
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import start
@@ -95,6 +96,11 @@ def test_logits_are_those_without_a_cache(
         column = [tokens[step] for tokens in following]
         rows = [[*row, token] for row, token in zip(rows, column, strict=True)]
         logits = setup.decoder.step(column)
+
+
+def test_a_cache_that_does_not_fit_is_refused(setup: Setup) -> None:
+    with pytest.raises(UserError, match=r"--batch-size: keys and values .* need \S+ GB, and"):
+        setup.decoder.prefill([[1]], 10**12)
 
 
 def split_logits(rule: str, tensor: int, pipeline: int) -> list[list[list[float]]] | None:

@@ -144,11 +144,11 @@ def main() -> None:
     """Print the table, and write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--blocks", type=int, default=64)
-    parser.add_argument("--hidden", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[64])
     parser.add_argument("--rules", nargs="+", default=["keel", "pre_ln"])
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--new", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=PAGE)
     options = parser.parse_args()
     torch.set_num_threads(1)
