@@ -2,18 +2,66 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from keel_megatron.cli.arguments import writing
+from keel_megatron.errors import UserError
+from keel_megatron.runtime.local_launch import launch
+from keel_megatron.runtime.processes import is_rank
+
+if TYPE_CHECKING:
+    from keel_megatron.inference.generate import Completion
+
+_Run = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder of a run, runs/NAME, or of a checkpoint.")
+]
+_Prompt = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="Text to continue; shown as it is generated.")
+]
+_Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help='Texts to continue, one a line; in a .jsonl file strings or {"prompt": TEXT}. '
+        "The output is JSON lines.",
+    ),
+]
+_Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSON lines to this file.")]
+_Step = Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")]
+_Stop = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="Text before which a continuation ends; repeatable."),
+]
+_Slide = Annotated[
+    bool,
+    typer.Option(
+        "--slide",
+        help="At the end of the context go on with its newest half, read again. Otherwise the "
+        "continuation ends there.",
+    ),
+]
+_Processes = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Processes that share the model: pipeline stages, of the run's tensor-parallel size "
+        "if it divides them. For a model that does not fit one device.",
+    ),
+]
+
 
 def generate(
-    run: Annotated[
-        Path,
-        typer.Argument(metavar="RUN", help="Folder of a run, runs/NAME, or of a checkpoint."),
-    ],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    run: _Run,
+    prompt: _Prompt = None,
+    prompts: _Prompts = None,
+    out: _Out = None,
+    step: _Step = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 64,
     temperature: Annotated[
         float, typer.Option(help="Sampling temperature. 0: greedy decoding.")
@@ -22,17 +70,55 @@ def generate(
         float, typer.Option(help="Nucleus sampling: probability mass to sample from.")
     ] = 0.95,
     seed: Annotated[int, typer.Option(help="Random seed of the sampling.")] = 0,
+    stop: _Stop = None,
+    slide: _Slide = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts continued at a time.")] = 8,
+    processes: _Processes = 1,
 ) -> None:
     """Generate text from a run's newest checkpoint, or from a given checkpoint."""
-    from keel_megatron.inference.generate import generate_from_run
+    from keel_megatron.inference.prompts import read_prompts
 
-    print(
-        generate_from_run(
-            run,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )
+    if (prompt is None) == (prompts is None):
+        raise UserError("--prompt: give either --prompt TEXT or --prompts FILE")
+    texts = read_prompts(prompts) if prompts is not None else [prompt or ""]
+    from keel_megatron.inference.sampling import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop or ()), slide)
+    if processes > 1 and not is_rank():
+        from keel_megatron.inference.source import config_of
+
+        config_of(run, processes)  # a mistake is reported once, not by every process
+        sys.exit(launch(processes, ["-m", "keel_megatron", *sys.argv[1:]]))
+    from keel_megatron.inference.generate import generate_prompts
+
+    streams = prompts is None and out is None
+    completions, speed = generate_prompts(
+        run,
+        texts,
+        sampling,
+        step=step,
+        batch_size=batch_size,
+        processes=processes,
+        say=partial(print, end="", flush=True) if streams else None,
     )
+    if processes == 1 or os.environ["RANK"] == "0":
+        _show(completions, out, streamed=streams)
+        print(speed.line(), file=sys.stderr)
+
+
+def _show(completions: list[Completion], out: Path | None, *, streamed: bool) -> None:
+    """Print or write what has not been streamed, and say why the continuations ended."""
+    from keel_megatron.inference.prompts import json_lines
+
+    if streamed:
+        print(flush=True)
+    elif out is None:
+        print(json_lines(completions), end="", flush=True)
+    else:
+        with writing("--out", out):
+            out.write_text(json_lines(completions), encoding="utf-8")
+    for reason in sorted({one.ended for one in completions}):
+        count = sum(one.ended == reason for one in completions)
+        hint = " (data.seq_length; --slide goes on)" if reason == "end of context" else ""
+        which = "" if len(completions) == 1 else f"{count} x "
+        print(f"ended: {which}{reason}{hint}", file=sys.stderr)

@@ -8,18 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from keel_megatron.checkpoint import folder
-from keel_megatron.checkpoint.resume import ResumePoint, checked, newest_good
 from keel_megatron.config.kernels import KernelsConfig
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.tokenizer import open_tokenizer
-from keel_megatron.errors import UserError
 from keel_megatron.huggingface.export import DTYPES, DType, Origin, write_folder
 from keel_megatron.huggingface.new_folder import check_new
 from keel_megatron.huggingface.tokenizer import DIFFICULT, proven_files
 from keel_megatron.inference import parity
 from keel_megatron.inference.sample_text import sample_text
-from keel_megatron.inference.source import config_of, is_checkpoint, tokenizer_path
+from keel_megatron.inference.source import (
+    config_of,
+    find_checkpoint,
+    is_checkpoint,
+    tokenizer_path,
+)
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
 
@@ -52,7 +54,7 @@ def export_run(
         parity.require_transformers()
         say(parity.require_memory(config))
     with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
-        found = _find(run, step, runtime)
+        found = find_checkpoint(run, step, runtime)
         assert found.path is not None
         for remark in found.remarks:
             say(remark)
@@ -98,21 +100,3 @@ def _compare(
         rounded = parity.compare(own, exported, float("inf"))
         say(f"computed in bf16, they differ by at most {rounded.difference:.2g} relative")
     return result.holds
-
-
-def _find(run: Path, step: int | None, runtime: Runtime) -> ResumePoint:
-    """The checkpoint to export, read and checked."""
-    if is_checkpoint(run):
-        if step is not None:
-            raise UserError(f"--step: {run} is a checkpoint; name the run's folder, or no step")
-        return checked(run, runtime)
-    if step is not None:
-        path = folder.step_folder(run, step)
-        if not path.is_dir():
-            there = ", ".join(map(str, folder.steps(run))) or "none"
-            raise UserError(f"--step: there is no {path}; there are: {there}")
-        return checked(path, runtime)
-    found = newest_good(run, runtime)
-    if found.path is None:
-        raise UserError(f"{run} has no complete checkpoint; train the run first")
-    return found

@@ -1,130 +1,120 @@
-"""Generate text from a trained run: load a checkpoint in one process and sample."""
+"""Generate text from a trained run, in one process or over several."""
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from keel_megatron.errors import UserError
-from keel_megatron.inference.source import config_of, load
+from keel_megatron.inference.decoder import Decoder
+from keel_megatron.inference.generation import Generation, Reason, Sequence, Speed
+from keel_megatron.inference.sampling import Sampling
+from keel_megatron.inference.source import Source, config_of, load
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import start
 
+BATCH_SIZE = 8
+
 
 @dataclass(frozen=True)
-class Sampling:
-    """Sampling settings."""
+class Completion:
+    """A prompt's continuation."""
 
-    max_new_tokens: int = 64
-    temperature: float = 0.8
-    """0: greedy decoding."""
-    top_p: float = 0.95
-    """Nucleus sampling: probability mass to sample from."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens: {self.max_new_tokens} must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"--temperature: {self.temperature} must be a number of at least 0")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed: {self.seed} must be from 0 to 2^63 - 1")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p: {self.top_p} must be above 0 and at most 1")
+    prompt: str
+    text: str
+    """What follows the prompt."""
+    tokens: int
+    """New tokens; those of a stop text count."""
+    ended: Reason
 
 
-def generate_from_run(
+def generate_from_run(run: Path, prompt: str, sampling: Sampling) -> str:
+    """A prompt and its continuation; see `generate_prompts`."""
+    completions, _speed = generate_prompts(run, [prompt], sampling)
+    return prompt + completions[0].text
+
+
+def generate_prompts(
     run: Path,
-    prompt: str,
+    prompts: list[str],
+    sampling: Sampling,
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    seed: int = 0,
-) -> str:
-    """Generate a continuation of a prompt; returns the prompt and the continuation.
-
-    The context is the last data.seq_length tokens; a prompt may be longer.
+    step: int | None = None,
+    batch_size: int = BATCH_SIZE,
+    processes: int = 1,
+    say: Callable[[str], None] | None = None,
+) -> tuple[list[Completion], Speed]:
+    """Continue prompts with a run's model; on every rank the same.
 
     Args:
         run: folder of a run, for its newest valid checkpoint, or of a checkpoint.
-        prompt: the text to continue.
-        max_new_tokens: see `Sampling`.
-        temperature: see `Sampling`.
-        top_p: see `Sampling`.
-        seed: see `Sampling`.
+        prompts: the texts to continue.
+        sampling: the settings.
+        step: of the checkpoint; None: the newest.
+        batch_size: prompts that are continued at a time.
+        processes: ranks that share the model; with more than one, this is one of them.
+        say: called on rank 0 with a single prompt, then with its continuation, piece by piece.
 
     Raises:
-        UserError: the folder holds no run or no checkpoint, or a sampling setting is out of range.
+        UserError: the folder holds no run or no such checkpoint, a prompt does not fit, the model
+            cannot be split over the processes, or its logits are not finite.
     """
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    config = config_of(run)
-    with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
-        source = load(run, config, runtime)
-        for remark in source.remarks:
+    config = config_of(run, processes)
+    launch = Launch.from_environment() if processes > 1 else Launch(0, 1, 0, 1)
+    if launch.world_size != processes:
+        raise UserError(f"--processes: {processes} is not the world size, {launch.world_size}")
+    with start(config.parallel, config.training, launch) as runtime:
+        source = load(run, config, runtime, step)
+        for remark in source.remarks if runtime.is_main else ():
             print(remark, file=sys.stderr)
-        tokenizer, context = source.tokenizer, config.data.seq_length
-        tokens = tokenizer.encode(prompt) or [tokenizer.eod]
-        if len(tokens) > context:
+        tokens = {
+            number: source.tokenizer.encode(prompt) or [source.tokenizer.eod]
+            for number, prompt in enumerate(prompts)
+        }
+        _check_lengths(tokens, source, sampling, is_main=runtime.is_main)
+        decoder = Decoder(source.model, config.model, runtime)
+        generation = Generation(decoder, source.tokenizer, config.data.seq_length, sampling)
+        streams = say if runtime.is_main and len(prompts) == 1 else None
+        if streams is not None:
+            streams(prompts[0])
+        found: dict[int, Sequence] = {}
+        # Prompts of similar lengths together: less padding.
+        order = sorted(tokens, key=lambda number: len(tokens[number]), reverse=True)
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            for row in generation.run({number: tokens[number] for number in batch}, streams):
+                found[row.number] = row
+        return [_completion(prompts[n], found[n]) for n in range(len(prompts))], generation.speed
+
+
+def _completion(prompt: str, row: Sequence) -> Completion:
+    assert row.ended is not None
+    return Completion(prompt, row.text, len(row.new), row.ended)
+
+
+def _check_lengths(
+    tokens: dict[int, list[int]], source: Source, sampling: Sampling, *, is_main: bool
+) -> None:
+    """Check that every prompt fits in the context.
+
+    Raises:
+        UserError: one does not, and the context does not slide.
+    """
+    context = source.config.data.seq_length
+    for number, prompt in tokens.items():
+        if len(prompt) < context:
+            continue
+        if not sampling.slide:
+            raise UserError(
+                f"prompt {number + 1} has {len(prompt)} tokens and the context {context} "
+                "(data.seq_length): nothing can follow; shorten it, or add --slide",
+                reported=not is_main,
+            )
+        if is_main:
             print(
-                f"--prompt: of its {len(tokens)} tokens the model sees the last {context} "
-                "(data.seq_length)",
+                f"of the {len(prompt)} tokens of prompt {number + 1} the model sees the last "
+                f"{max(1, context // 2)}: the context has {context} (data.seq_length)",
                 file=sys.stderr,
             )
-
-        @torch.inference_mode()
-        def next_logits(tokens: list[int]) -> Tensor:
-            row = torch.tensor([tokens[-context:]], device=runtime.device)
-            positions = torch.arange(row.shape[1], device=runtime.device)[None]
-            return source.model(row, positions, None)[0, -1].float()
-
-        return tokenizer.decode(continue_tokens(tokens, tokenizer.eod, sampling, next_logits))
-
-
-def continue_tokens(
-    tokens: list[int],
-    eod: int,
-    sampling: Sampling,
-    next_logits: Callable[[list[int]], Tensor],
-) -> list[int]:
-    """Append up to `max_new_tokens` tokens, stopping at the end of a document.
-
-    Args:
-        tokens: the prompt's tokens.
-        eod: the token that ends a document; not appended.
-        sampling: the sampling settings.
-        next_logits: returns the logits [vocabulary] after a list of tokens.
-    """
-    generator = torch.Generator().manual_seed(sampling.seed)
-    tokens = list(tokens)
-    for _ in range(sampling.max_new_tokens):
-        token = choose(next_logits(tokens).cpu(), sampling, generator)
-        if token == eod:
-            break
-        tokens.append(token)
-    return tokens
-
-
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Sample one token from logits [vocabulary], with temperature and nucleus sampling.
-
-    Nucleus (top-p) sampling: Holtzman et al. 2020, arXiv 1904.09751.
-    """
-    if not logits.isfinite().all():
-        raise UserError(
-            "the model's logits are not finite: its training has diverged; use an earlier "
-            "checkpoint, RUN/checkpoints/step_NNNNNNNN"
-        )
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
-    ordered, order = probabilities.sort(descending=True)
-    # Keep tokens whose preceding cumulative probability is below top_p; the first one always stays.
-    kept = ordered * ((ordered.cumsum(-1) - ordered) < sampling.top_p)
-    return int(order[torch.multinomial(kept, 1, generator=generator)])

@@ -44,14 +44,14 @@ def _sample(run: Path, uri: str | None, again: bool) -> None:
     if again or not kept.is_file():
         # Imported late: an existing sample is shown without torch.
         from keel_megatron.inference.generate import generate_from_run
+        from keel_megatron.inference.sampling import Sampling
 
         lack = _lack_of_memory(config)
         if lack is not None:
             _remark(run, lack)
             return
-        text = generate_from_run(
-            run, prompt, max_new_tokens=min(SAMPLE_TOKENS, config.data.seq_length // 2)
-        )
+        sampling = Sampling(min(SAMPLE_TOKENS, config.data.seq_length // 2), slide=True)
+        text = generate_from_run(run, prompt, sampling)
         write_whole(kept, text + "\n")
         add_file(run, kept, uri)
     print(f"\nsample ({kept}):\n{kept.read_text(encoding='utf-8')}")

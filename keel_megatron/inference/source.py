@@ -15,6 +15,7 @@ from keel_megatron.checkpoint import folder, state
 from keel_megatron.checkpoint.identity import saved_config
 from keel_megatron.checkpoint.manifest import CONFIG, MANIFEST, TOKENIZERS
 from keel_megatron.checkpoint.resume import ResumePoint, checked, newest_good
+from keel_megatron.config.kernels import KernelsConfig
 from keel_megatron.config.load import load_config
 from keel_megatron.config.parallel import ParallelConfig
 from keel_megatron.config.reading import LARGE, read_small
@@ -40,31 +41,48 @@ class Source:
     """Skipped checkpoints, with reasons."""
 
 
-def config_of(path: Path) -> RunConfig:
+def config_of(path: Path, processes: int = 1) -> RunConfig:
     """The configuration of a run, from its folder or one of its checkpoints.
 
-    Changed for one process, on a GPU if there is one and the run did not set device: cpu.
+    Changed for one replica of the model, on GPUs if there are and the run did not set device: cpu,
+    and with the kernels that are installed here.
+
+    Args:
+        path: folder of a run or a checkpoint.
+        processes: ranks that share the model: pipeline stages, of the run's tensor-parallel size
+            if it divides them.
 
     Raises:
-        UserError: the folder is neither.
+        UserError: the folder is neither, or has fewer blocks than there would be stages.
     """
     config = load_config(path / CONFIG) if is_checkpoint(path) else saved_config(path)
     device = "cpu" if config.training.device == "cpu" else "auto"
+    tensor = config.parallel.tensor if processes % config.parallel.tensor == 0 else 1
+    stages = processes // tensor
+    if stages > config.model.blocks:
+        raise UserError(
+            f"--processes: {processes} would be {stages} pipeline stages, and the model has "
+            f"{config.model.blocks} blocks; give at most {config.model.blocks * tensor}"
+        )
     return config.model_copy(
         update={
-            "parallel": ParallelConfig(timeout_seconds=config.parallel.timeout_seconds),
+            "parallel": ParallelConfig(
+                tensor=tensor, pipeline=stages, timeout_seconds=config.parallel.timeout_seconds
+            ),
+            "kernels": KernelsConfig(triton=config.kernels.triton),
             "training": config.training.model_copy(update={"threads": 0, "device": device}),
         }
     )
 
 
-def load(path: Path, config: RunConfig, runtime: Runtime) -> Source:
-    """Build the model and load a checkpoint: the given one, or the newest valid one of a run.
+def load(path: Path, config: RunConfig, runtime: Runtime, step: int | None = None) -> Source:
+    """Build the model and load a checkpoint, on one rank or several.
 
     Args:
         path: folder of a run or a checkpoint.
         config: the result of `config_of`.
-        runtime: a runtime with only this process.
+        runtime: this rank's place.
+        step: see `find_checkpoint`.
 
     Raises:
         UserError: there is no valid checkpoint, or its tokenizer is missing.
@@ -73,19 +91,49 @@ def load(path: Path, config: RunConfig, runtime: Runtime) -> Source:
     while True:
         before = folder.steps(path)
         try:
-            found = checked(path, runtime) if is_checkpoint(path) else newest_good(path, runtime)
-            if found.path is None:
-                raise UserError(f"{path} has no complete checkpoint; train the run first")
+            found = find_checkpoint(path, step, runtime)
+            assert found.path is not None
             tokenizer = open_tokenizer(tokenizer_path(path, found.path, found, config))
             if model is None:
                 (model,) = build_model(config, runtime)
             state.load_weights(found.path, runtime, [model])
         except (UserError, OSError):
-            # A running training may have removed this checkpoint meanwhile.
-            if folder.steps(path) == before:
+            # A running training may have removed this checkpoint meanwhile. Several ranks might
+            # not see it together.
+            if runtime.launch.world_size > 1 or folder.steps(path) == before:
                 raise
             continue
         return Source(config, model.eval(), tokenizer, found.remarks)
+
+
+def find_checkpoint(path: Path, step: int | None, runtime: Runtime) -> ResumePoint:
+    """A checkpoint, read and checked; collective over all ranks.
+
+    Args:
+        path: folder of a run or a checkpoint.
+        step: of a run's checkpoint; None: the newest valid one.
+        runtime: this rank's place.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if step is None:
+        found = checked(path, runtime) if is_checkpoint(path) else newest_good(path, runtime)
+        if found.path is None:
+            raise UserError(
+                f"{path} has no complete checkpoint; train the run first",
+                reported=not runtime.is_main,
+            )
+        return found
+    named, problem = folder.step_folder(path, step), None
+    if is_checkpoint(path):
+        problem = f"--step: {path} is a checkpoint; name the run's folder, or no step"
+    elif not named.is_dir():
+        there = ", ".join(map(str, folder.steps(path))) or "none"
+        problem = f"--step: there is no {named}; there are: {there}"
+    if problem is not None:
+        raise UserError(problem, reported=not runtime.is_main)
+    return checked(named, runtime)
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -12,6 +12,7 @@ from keel_megatron.checkpoint import folder, manifest
 from keel_megatron.config import UserError
 from keel_megatron.inference import generate, sample, source
 from keel_megatron.inference.generate import generate_from_run
+from keel_megatron.inference.sampling import Sampling
 from tests.earlier import as_earlier, without_tokenizers
 from tests.integration.commands import keel, write_config
 
@@ -53,7 +54,7 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def text_of(path: Path, prompt: str = "def f") -> str:
-    return generate_from_run(path, prompt, max_new_tokens=3, temperature=0)
+    return generate_from_run(path, prompt, Sampling(3, temperature=0, slide=True))
 
 
 def test_neither_text_nor_prepared_data_is_needed(run: Path) -> None:
@@ -79,8 +80,10 @@ def test_of_a_longer_prompt_the_end_counts(run: Path, capsys: pytest.CaptureFixt
     long = "x = 1\n" * 200
     text = text_of(run, long)
     assert text.startswith(long)
-    assert "the model sees the last 32 (data.seq_length)" in capsys.readouterr().err
-    assert len(generate_from_run(run, "a", max_new_tokens=40, temperature=0)) > 1
+    said = capsys.readouterr().err
+    assert "the model sees the last 16: the context has 32 (data.seq_length)" in said
+    with pytest.raises(UserError, match=r"prompt 1 has \d+ tokens and the context 32 .* --slide"):
+        generate_from_run(run, long, Sampling(3))
 
 
 def test_an_earlier_versions_checkpoint_takes_the_prepared_tokenizer(

@@ -1,0 +1,160 @@
+"""Blocks of a model for generation: the weights of model/layer.py with keys and values kept.
+
+A token passes every block with one column. On a CPU at such sizes Python takes most of the time, so
+the weights are used directly, not through Megatron-core's modules. How a branch joins the stream is
+model/join.py's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from keel_megatron.architecture.residual import Reader
+from keel_megatron.inference.cache import KeyValueCache
+from keel_megatron.kernels import scaled_add_norm
+from keel_megatron.kernels.fused import ScaledAddNorm
+from keel_megatron.kernels.swiglu import Swiglu, swiglu
+from keel_megatron.model.attention import causal_attention
+from keel_megatron.model.join import COLUMNS, join, weight_of
+
+GENERATION = Reader("generation", (*COLUMNS, "qkv_norm"))
+
+
+class Block:
+    """One block: attention with a cache, FFN, and the joins of both.
+
+    Args:
+        layer: the model's block (model/layer.py), in evaluation mode.
+        number: its number on this stage, from 0.
+    """
+
+    def __init__(self, layer: Any, number: int) -> None:
+        block = layer.layer_number - 1
+        attention, mlp = layer.self_attention, layer.mlp
+        self.number = number
+        self.groups = attention.num_query_groups_per_partition
+        self.head_dim = attention.hidden_size_per_attention_head
+        self.qkv, self.projection = attention.linear_qkv.weight, attention.linear_proj.weight
+        self.norms: tuple[nn.Module, ...] | None = None
+        if GENERATION.sub_layer(2 * block, layer.model).qkv_norm:
+            self.norms = (attention.q_layernorm, attention.k_layernorm, attention.v_layernorm)
+        self.gate_up, self.down = mlp.linear_fc1.weight, mlp.linear_fc2.weight
+        self.group = mlp.linear_fc2.tp_group
+        self.split = self.group.size() > 1
+        self.epsilon, self.dtype = layer.config.layernorm_epsilon, layer.config.params_dtype
+        self.attention_rule = GENERATION.sub_layer(2 * block, layer.model)
+        self.mlp_rule = GENERATION.sub_layer(2 * block + 1, layer.model)
+        self.attention_outer = weight_of(layer.attention_outer_norm)
+        self.mlp_outer = weight_of(layer.mlp_outer_norm)
+        self.mlp_front = (self.mlp_rule.inner, weight_of(layer.pre_mlp_layernorm))
+        after = layer.following[0] if layer.following else None
+        self.next_front = None
+        if after is not None:
+            rule, module = after.inner("attention")
+            self.next_front = (rule.inner, weight_of(module))
+
+    def forward(
+        self,
+        x: Tensor,
+        z: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        cache: KeyValueCache,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream after both sub-layers, and the next block's attention input.
+
+        Args:
+            x: the stream [s, b, h] of the next s columns; s = 1, or the cache is empty.
+            z: attention's input [s, b, h].
+            rotation: cos and signed sin of the columns, [s, 1, 1, 1, d].
+            cache: keys and values; theirs are added, but not counted.
+            bias: `cache.bias(s)`.
+
+        Returns:
+            x' [s, b, h], and z [s, b, h], or None after the stage's last block.
+        """
+        context = self._attend(functional.linear(z, self.qkv), rotation, cache, bias)
+        branch = self._summed(functional.linear(context, self.projection))
+        x, inside = join(
+            _scaled_add_norm,
+            self.attention_rule,
+            x,
+            branch,
+            self.attention_outer,
+            self.mlp_front,
+            self.epsilon,
+            self.dtype,
+        )
+        assert inside is not None
+        product = _swiglu(functional.linear(inside, self.gate_up))
+        return join(
+            _scaled_add_norm,
+            self.mlp_rule,
+            x,
+            self._summed(functional.linear(product, self.down)),
+            self.mlp_outer,
+            self.next_front,
+            self.epsilon,
+            self.dtype,
+        )
+
+    def _attend(
+        self,
+        mixed: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        cache: KeyValueCache,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Attention's output [s, b, heads x d] of linear_qkv's."""
+        s, b = mixed.shape[:2]
+        cos, sin = rotation
+        parts = mixed.view(s, b, self.groups, -1, self.head_dim)
+        rotated, value = parts[..., :-1, :], parts[..., -1, :]
+        if self.norms is not None:
+            q_norm, k_norm, v_norm = self.norms
+            query, key = q_norm(rotated[..., :-1, :]), k_norm(rotated[..., -1:, :])
+            rotated, value = torch.cat((query, key), dim=-2), v_norm(value)
+        # The halves of a head are exchanged by turning it by half of its length.
+        swapped = rotated.roll(self.head_dim // 2, -1)
+        rotated = torch.addcmul(rotated * cos, swapped, sin)
+        keys, values = cache.keys[self.number], cache.values[self.number]
+        if s > 1:
+            query, key = rotated[..., :-1, :], rotated[..., -1, :]
+            keys[:, :, :s], values[:, :, :s] = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+            query = query.reshape(s, b, -1, self.head_dim)
+            return causal_attention(query, key, value, within=bias)
+        end = cache.length + 1
+        keys[:, :, end - 1], values[:, :, end - 1] = rotated[0, :, :, -1], value[0]
+        # The queries of a group take the place of its columns: one kernel call, nothing repeated.
+        context = functional.scaled_dot_product_attention(
+            rotated[0, :, :, :-1], keys[:, :, :end], values[:, :, :end], attn_mask=bias
+        )
+        return context.reshape(1, b, -1)
+
+    def _summed(self, branch: Tensor) -> Tensor:
+        """The branch, summed over the tensor group."""
+        if self.split:
+            dist.all_reduce(branch, group=self.group)
+        return branch
+
+
+class _NoRecord:
+    """In the place of autograd's context: nothing is kept for a backward pass."""
+
+    def save_for_backward(self, *_tensors: Any) -> None:
+        """Keep nothing."""
+
+
+def _scaled_add_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+    """`kernels.scaled_add_norm`; on a CPU without autograd, a third of its time at one column."""
+    return scaled_add_norm(x, *rest) if x.is_cuda else ScaledAddNorm.forward(_NoRecord(), x, *rest)
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    """`kernels.swiglu`, in the same way."""
+    return swiglu(x) if x.is_cuda else Swiglu.forward(_NoRecord(), x)

@@ -1,0 +1,128 @@
+"""With a key/value cache the logits are those without one, however sequences are batched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from keel_megatron.config.run import RunConfig
+from keel_megatron.errors import UserError
+from keel_megatron.inference.decoder import Decoder
+from keel_megatron.runtime.device import Launch
+from keel_megatron.runtime.distributed import start
+from tests.distributed import run_ranks
+from tests.huggingface.models import disturb
+from tests.settings import small_config
+
+VOCABULARY = 512
+RULES = {
+    "keel": {"model__num_query_groups": 2},
+    "pre_ln": {"model__num_query_groups": 4, "model__tie_embeddings": True},
+    "hybrid_norm": {"model__num_query_groups": 2},
+    "scaled_post_ln_beta": {"model__num_query_groups": 1, "model__final_norm": False},
+}
+
+
+def run_config(rule: str, **overrides: Any) -> RunConfig:
+    """A small run with weights so large that attention is sharp."""
+    return small_config(
+        model__residual=rule,
+        model__blocks=3,
+        model__init_std=0.1,
+        **{**RULES[rule], **overrides},
+    )
+
+
+class Setup:
+    """A model of random weights."""
+
+    def __init__(self, config: RunConfig, runtime: Any) -> None:
+        from keel_megatron.model.language_model import build_model
+
+        (self.chunk,) = build_model(config, runtime)
+        disturb(self.chunk)
+        self.decoder = Decoder(self.chunk, config.model, runtime)
+
+    @torch.inference_mode()
+    def recomputed(self, tokens: list[int]) -> Tensor:
+        """Logits after tokens, without a cache."""
+        positions = torch.arange(len(tokens))[None]
+        logits: Tensor = self.chunk(torch.tensor([tokens]), positions, None)[0, -1]
+        return logits
+
+
+@pytest.fixture(scope="module", params=RULES)
+def setup(request: pytest.FixtureRequest) -> Iterator[Setup]:
+    config = run_config(request.param)
+    with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
+        yield Setup(config, runtime)
+
+
+def tokens_of(lengths: list[int], seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def check(cached: Tensor, recomputed: Tensor) -> None:
+    """Logits [vocabulary] within 1e-5 of the largest, and the same choice where it is clear."""
+    scale = max(1.0, float(recomputed.abs().max()))
+    assert float((cached - recomputed).abs().max()) <= 1e-5 * scale
+    first, second = recomputed.topk(2).values.tolist()
+    if first - second > 1e-4:
+        assert int(cached.argmax()) == int(recomputed.argmax())
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    lengths=st.lists(st.integers(1, 24), min_size=1, max_size=4),
+    new=st.integers(1, 8),
+    seed=st.integers(0, 1000),
+)
+def test_logits_are_those_without_a_cache(
+    setup: Setup, lengths: list[int], new: int, seed: int
+) -> None:
+    rows, following = tokens_of(lengths, seed), tokens_of([new] * len(lengths), seed + 1)
+    logits = setup.decoder.prefill(rows, new)
+    for step in range(new):
+        assert logits is not None
+        for row, line in zip(rows, logits, strict=True):
+            check(line, setup.recomputed(row))
+        column = [tokens[step] for tokens in following]
+        rows = [[*row, token] for row, token in zip(rows, column, strict=True)]
+        logits = setup.decoder.step(column)
+
+
+def test_a_cache_that_does_not_fit_is_refused(setup: Setup) -> None:
+    with pytest.raises(UserError, match=r"--batch-size: keys and values .* need \S+ GB, and"):
+        setup.decoder.prefill([[1]], 10**12)
+
+
+def split_logits(rule: str, tensor: int, pipeline: int) -> list[list[list[float]]] | None:
+    """Logits of a prefill and two steps, from a rank of the last stage."""
+    config = run_config(rule, parallel__tensor=tensor, parallel__pipeline=pipeline)
+    with start(config.parallel, config.training) as runtime:
+        from keel_megatron.model.language_model import build_model
+
+        (chunk,) = build_model(config, runtime)
+        decoder = Decoder(chunk, config.model, runtime)
+        found = [decoder.prefill(tokens_of([5, 9], 0), 2), decoder.step([1, 2])]
+        assert decoder.agree([runtime.rank] * 3) == [tensor * (pipeline - 1)] * 3
+        found.append(decoder.step([3, 4]))
+        return [one.tolist() for one in found if one is not None]
+
+
+@pytest.mark.parametrize(
+    ("rule", "tensor", "pipeline"), [("keel", 1, 3), ("hybrid_norm", 2, 2), ("pre_ln", 2, 1)]
+)
+def test_every_layout_has_the_same_logits(rule: str, tensor: int, pipeline: int) -> None:
+    (expected,) = run_ranks(1, split_logits, rule, 1, 1)
+    found = run_ranks(tensor * pipeline, split_logits, rule, tensor, pipeline)
+    assert found[0] == ([] if pipeline > 1 else found[-1])
+    for own, other in zip(expected, found[-1], strict=True):
+        torch.testing.assert_close(torch.tensor(other), torch.tensor(own), rtol=1e-5, atol=1e-5)
