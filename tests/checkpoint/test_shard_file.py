@@ -14,7 +14,11 @@ import torch
 
 from keel_megatron.checkpoint.manifest import DamagedError, open_shards
 from keel_megatron.checkpoint.shard_file import Part, blocks
-from keel_megatron.checkpoint.sharding import _TYPE_NAMES, _bytes
+from keel_megatron.checkpoint.sharding import _TYPE_NAMES
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> Any:
