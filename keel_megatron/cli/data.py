@@ -58,7 +58,8 @@ def build(
     from keel_megatron.corpus.ensure import build_dataset
 
     data = load_config(config, overrides or ()).data
-    again = ["data", "build", str(config), *(overrides or ())]
+    place = ["--out", str(out)] if out else []
+    again = ["data", "build", str(config), *(overrides or ()), *place]
     build_dataset(data, print, out, _execute(executor, workers, tasks, sbatch, again))
 
 

@@ -91,7 +91,8 @@ def build_dataset(data: DataConfig, say: Say, out: Path | None, execute: Execute
     say = _tolerant(say)
     found = identify(data, say)
     folder = out or data.dataset or folder_of(data, found.fingerprint)
-    with locked(folder, say):
+    setting = "--out" if out else "data.dataset" if data.dataset else "data.cache_dir"
+    with locked(folder, say, setting):
         if is_complete(folder, found.fingerprint):
             say(f"the dataset is in {folder}")
             return folder
@@ -122,8 +123,13 @@ def is_complete(folder: Path, fingerprint: str) -> bool:
 
 
 @contextmanager
-def locked(folder: Path, say: Say) -> Iterator[None]:
+def locked(folder: Path, say: Say, setting: str = "data.cache_dir") -> Iterator[None]:
     """Hold the lock of a dataset folder; later processes wait, and say that they do.
+
+    Args:
+        folder: the dataset folder.
+        say: called with a message.
+        setting: where the folder is given, for errors.
 
     Raises:
         UserError: the folder beside which it is, or a file in it, cannot be written.
@@ -141,7 +147,7 @@ def locked(folder: Path, say: Say) -> Iterator[None]:
             yield
     except OSError as error:
         raise UserError(
-            f"data.cache_dir: cannot write {error.filename or parent}: {error.strerror}"
+            f"{setting}: cannot write {error.filename or parent}: {error.strerror}"
         ) from error
 
 

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import yaml
+from keel_megatron.cli.main import app
 from keel_megatron.config.data import DataConfig
 from keel_megatron.corpus import cluster, plan
 from keel_megatron.corpus.build import build, identify, partial_of
@@ -75,16 +77,12 @@ def test_the_build_of_an_array_of_jobs(tmp_path: Path, submitted: Path, config: 
     folder = tmp_path / "d"
     content = settings() | {"data": config.model_dump(mode="json", exclude_none=True)}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
-    execute = cluster.slurm(
-        tasks=2,
-        workers=3,
-        again=["data", "build", str(tmp_path / "run.yaml"), "--out", str(folder)],
-        options=["--partition=cpu"],
-    )
-    said: list[str] = []
-    assert build(config, identify(config, ignore), folder, said.append, execute) is None
+    options = ["--tasks", "2", "--workers", "3", "--sbatch", "--partition=cpu"]
+    command = ["data", "build", str(tmp_path / "run.yaml"), "--out", str(folder)]
+    shown = CliRunner().invoke(app, [*command, "--executor", "slurm", *options])
+    assert shown.exit_code == 0, shown.output
     partial = partial_of(folder)
-    assert said[-1].startswith("submitted 2 tasks as job 100, and job 101, which finishes")
+    assert "submitted 2 tasks as job 100, and job 101, which finishes" in shown.stdout
     array, finish = arguments(submitted / "100"), arguments(submitted / "101")
     assert (array["array"], array["cpus-per-task"], array["partition"]) == ("0-1", "3", "cpu")
     assert array["wrap"].startswith(f"{sys.executable} -P -m keel_megatron data task {partial}")

@@ -138,3 +138,5 @@ def test_a_cache_that_cannot_be_written(config: RunConfig, tmp_path: Path) -> No
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match=r"data.cache_dir: cannot write .*cache"):
         ensure_dataset(config, ignore, may_build=True)
+    with pytest.raises(UserError, match=r"^--out: cannot write .*cache"):
+        build_dataset(config.data, ignore, tmp_path / "cache" / "set", local(1))
