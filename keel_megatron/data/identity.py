@@ -47,8 +47,9 @@ def refuse_other(expected: Mapping[str, Any], dataset: Dataset) -> None:
             f"now. Restore them, or {ANOTHER_RUN}"
         )
     raise UserError(
-        f"data.tokenizer: that of {dataset.folder} is not the one that the run was trained with. "
-        f"{_OTHERWISE}"
+        f"data.tokenizer: that of {dataset.folder} is not the one that the run was trained with, "
+        "and its weights know no other: restore it, or train under another training.name, which "
+        "starts with new weights"
     )
 
 

@@ -131,10 +131,10 @@ def test_another_dataset_is_refused_with_what_differs(folder: Path, tmp_path: Pa
     assert "web/web-00000.bin" in before["shards"]
     refuse_other({}, opened(folder))  # of random tokens
     weights = [{"name": "web", "weight": 1.0}, {"name": "books", "weight": 1.0}]
-    with pytest.raises(UserError, match=r"per 1,000 samples, web 700, books 300 then, and web 500"):
+    with pytest.raises(UserError, match=r"web 700, books 300 then, .* training\.initialize_from"):
         refuse_other(before, opened(folder, data__dataset="d", data__sources=weights))
     other = write_dataset(tmp_path / "other", {**SOURCES, "books": [made_up(30, 9)]})
-    with pytest.raises(UserError, match=r"^data\.dataset: .*other is not the data that the run"):
+    with pytest.raises(UserError, match=r"^data\.dataset: .*other is not the data .*_from"):
         refuse_other(before, opened(other))
     changed(other, lambda content: content.update(fingerprint=before["fingerprint"]))
     with pytest.raises(UserError, match=r"books/books-00000\.bin of .*other is not what the run"):

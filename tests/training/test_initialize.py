@@ -62,13 +62,15 @@ def test_weights_and_moments_are_the_origins_to_the_last_bit(tmp_path: Path) -> 
             ("kept", "origin@1", True),
             ("exported", "exported", False),
         ):
+            if source == "fresh" and name != "pp2":
+                continue  # the same as from the exported folder, but for the reader
             given = {
                 "training__initialize_from": str(tmp_path / place),
                 "training__keep_optimizer": keep,
             }
             runs.append(sections(tmp_path, f"{name}-{source}", **layout, **given))
     for rank in run_ranks(2, started, runs, SEED):
-        assert len(rank) == 3 * len(LAYOUTS)
+        assert len(rank) == 2 * len(LAYOUTS) + 1
         assert {name: wrong for name, wrong in rank.items() if wrong} == {}
 
 
