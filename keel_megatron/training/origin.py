@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from keel_megatron.architecture.residual import RULES, alpha
 from keel_megatron.checkpoint import folder, manifest
@@ -18,8 +18,10 @@ from keel_megatron.checkpoint.identity import saved_config
 from keel_megatron.config.load import load_config
 from keel_megatron.config.reading import LARGE, read_small
 from keel_megatron.config.run import RunConfig
-from keel_megatron.data.dataset import Dataset
 from keel_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from keel_megatron.data.dataset import Dataset
 
 SETTING = "training.initialize_from"
 _STEP = re.compile(r"(?P<run>.+)@(?P<step>[0-9]+)")

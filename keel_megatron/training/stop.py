@@ -38,6 +38,8 @@ class StopRequest:
         self.deadline = deadline
         self.starting = starting
         """While True, a signal raises SystemExit in the main thread."""
+        self.broken_off = False
+        """Whether a signal has ended the start: there is no step after which to stop."""
         self._unsaid = threading.Lock()
         self.last_word: Callable[[], None] | None = None
         """Called before a signal ends the process at once."""
@@ -60,6 +62,7 @@ class StopRequest:
             SystemExit: that is the end.
         """
         if self.starting:
+            self.broken_off = True  # before `stop_requests` ends, whose thread may be later
             self.say_ending(number)
             raise SystemExit(exit_codes.for_torchrun(_code(number)))
 
@@ -154,7 +157,7 @@ def _listen(receiver: socket.socket, request: StopRequest) -> None:
                 request.signal = signal.Signals(number)
                 if request.starting:
                     _leave_soon(request)
-                else:
+                elif not request.broken_off:
                     _acknowledge(request.signal)
             if number not in first:
                 first[number] = time.monotonic()

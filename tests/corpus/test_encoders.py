@@ -49,7 +49,7 @@ def test_the_fastest_equals_the_model_on_any_text(model: Path, text: str) -> Non
 def test_the_fastest_equal_one_is_chosen(model: Path) -> None:
     choice = choose(Tokenizer(model), [prose(5000)], print)
     assert choice.name == "gigatoken"
-    assert "equal to sentencepiece on a sample of 0.0" in choice.description
+    assert "equal to sentencepiece on a sample of " in choice.description
 
 
 def test_a_different_encoder_is_not_used(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from tests.hosts import await_that
-from tests.integration.commands import environment, losses_of, write_config
+from tests.integration.commands import environment, keel, losses_of, write_config
 from tests.launchers.test_launchers import ROOT
 from tests.ports import reserved_port
 
@@ -78,6 +78,8 @@ def test_a_job_saves_before_its_limit_and_is_requeued_until_done(tmp_path: Path)
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     write_config(tmp_path, Path(argparse.__file__), training__validation_sequences=4)
+    built = keel(tmp_path, "data", "build", "run.yaml")  # several machines build none
+    assert built.returncode == 0, built.stderr
     metrics = tmp_path / "runs" / "test" / "metrics.jsonl"
     with reserved_port() as port:
         _saves_and_is_requeued(tmp_path, port - 20_000, metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from keel_megatron.training import stop
-from keel_megatron.training.stop import (
+from keel_megatron.training.stop import _listen, (
     SAME_SECONDS,
     SIGNAL_FILE,
     StopRequest,
@@ -226,3 +227,17 @@ def test_a_signal_that_the_launcher_noted_breaks_a_start_off(
     with pytest.raises(SystemExit) as end, stop_requests(starting=True):
         raise AssertionError("it was let in")
     assert end.value.code == CODES[signal.SIGUSR1]
+
+
+def test_a_start_that_a_signal_ended_is_not_acknowledged_as_a_stop(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    receiver, sender = socket.socketpair()
+    request = StopRequest(starting=True)
+    with pytest.raises(SystemExit):
+        request.break_off(signal.SIGTERM)
+    request.starting = False  # the context has ended before the thread reads the signal
+    sender.send(bytes([signal.SIGTERM]))
+    sender.close()
+    _listen(receiver, request)
+    assert capfd.readouterr().err == "SIGTERM: no step was made yet, ending\n"

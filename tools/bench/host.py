@@ -93,7 +93,7 @@ def passes(engine: Any, batch: Any) -> tuple[float, float]:
     model: Any = engine.model[0]
     begin = time.thread_time()
     losses = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
-    loss = mean_loss(losses, batch.loss_mask)
+    loss = mean_loss(losses, batch.loss_mask, None)
     middle = time.thread_time()
     loss.backward()
     return middle - begin, time.thread_time() - middle
