@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,10 +15,11 @@ import psutil
 import pytest
 
 from keel_megatron.training import stop
-from keel_megatron.training.stop import _listen, (
+from keel_megatron.training.stop import (
     SAME_SECONDS,
     SIGNAL_FILE,
     StopRequest,
+    _listen,
     launched_at,
     stop_requests,
 )
