@@ -42,6 +42,7 @@ def compile_late(function: Callable[..., Any] | None = None, **options: Any) -> 
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        """Call the compiled function, and compile it before the first call."""
         nonlocal compiled
         if compiled is None:
             import torch

@@ -91,6 +91,7 @@ def slurm(
         )
 
     def execute(partial: Path, plan: Plan, progress: BuildProgress) -> None:
+        """Submit the array of tasks and the job that finishes the build."""
         count = task_count(plan, tasks)
         keel = [*python(), "-m", "keel_megatron"]
         task = shlex.join([*keel, "data", "task", str(partial.absolute()), "--tasks", str(count)])
@@ -133,6 +134,7 @@ def ray(*, tasks: int, workers: int) -> Execute:
         ) from error
 
     def execute(partial: Path, plan: Plan, progress: BuildProgress) -> None:
+        """Run the tasks through datatrove and wait for them."""
         count = task_count(plan, tasks)
         progress.say(f"running {count} tasks on Ray; their logs are in {partial / JOBS}")
         RayPipelineExecutor(

@@ -117,6 +117,7 @@ def _from_checkpoint(config: RunConfig, found: ResumePoint, runtime: Runtime) ->
         raise UserError(f"{SETTING}: there is no complete checkpoint", reported=not runtime.is_main)
 
     def accepted() -> tuple[dict[str, Any], TokenizerFile | None, int | None]:
+        """On rank 0: record of the origin, its tokenizer, and its count of updates if kept."""
         refuse(config, path, config_of(path))
         refuse_no_optimizer(config, path, state)
         content = (path / manifest.MANIFEST).read_bytes()

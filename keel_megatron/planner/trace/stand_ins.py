@@ -71,6 +71,7 @@ def attention(which: str) -> types.SimpleNamespace:
         is_causal: bool = False,
         enable_gqa: bool = False,
     ) -> Tensor:
+        """Attention by the operator that the chosen backend runs on CUDA."""
         if q.dtype == torch.float32:
             if enable_gqa:
                 k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
