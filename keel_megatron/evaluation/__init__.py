@@ -1,0 +1,1 @@
+"""Evaluation of a model: benchmarks through lm-eval, tasks in the training loop, perplexity."""
