@@ -18,6 +18,7 @@ from keel_megatron.cli import (
     data,
     depth,
     doctor,
+    evaluate,
     export,
     generate,
     import_,
@@ -61,6 +62,7 @@ app.command("runs")(runs.runs)
 app.command("dashboard")(dashboard.dashboard)
 app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
+app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("import")(import_.import_)
 app.add_typer(checkpoint.app, name="checkpoint")

@@ -116,7 +116,7 @@ class Decoder:
             x = self.chunk.embedding(input_ids=tokens, position_ids=None).to(torch.float32)
         else:
             x = torch.empty((s, b, self.model.hidden_size), device=tokens.device)
-            dist.recv(x, self._neighbour(-1))
+            dist.recv(x, self.runtime.on_stage(self.runtime.pipeline_rank - 1))
         cos, sin = table[:, cache.length : cache.length + s].unbind(0)
         bias = cache.bias(s)
         z = self.layers[0].input_layernorm(x) if self.layers else None
@@ -125,7 +125,7 @@ class Decoder:
             x, z = block.forward(x, z, (cos, sin), cache, bias)
         cache.length += s
         if not self.is_last:
-            dist.send(x.contiguous(), self._neighbour(1))
+            dist.send(x.contiguous(), self.runtime.on_stage(self.runtime.pipeline_rank + 1))
             return None
         return self._head(x[-1:])
 
@@ -150,7 +150,3 @@ class Decoder:
         shared = torch.tensor(tokens, device=self.runtime.device)
         dist.broadcast(shared, src=world - self.runtime.tensor_size)
         return [int(token) for token in shared]
-
-    def _neighbour(self, difference: int) -> int:
-        """Global rank of this tensor rank on the next or previous stage."""
-        return self.runtime.rank + difference * self.runtime.tensor_size

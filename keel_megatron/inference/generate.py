@@ -11,9 +11,7 @@ from keel_megatron.errors import UserError
 from keel_megatron.inference.decoder import Decoder
 from keel_megatron.inference.generation import Generation, Reason, Sequence, Speed
 from keel_megatron.inference.sampling import Sampling
-from keel_megatron.inference.source import Source, config_of, load
-from keel_megatron.runtime.device import Launch
-from keel_megatron.runtime.distributed import start
+from keel_megatron.inference.source import Source, opened
 
 BATCH_SIZE = 8
 
@@ -61,14 +59,11 @@ def generate_prompts(
         UserError: the folder holds no run or no such checkpoint, a prompt does not fit, the model
             cannot be split over the processes, or its logits are not finite.
     """
-    config = config_of(run, processes)
-    launch = Launch.from_environment() if processes > 1 else Launch(0, 1, 0, 1)
-    if launch.world_size != processes:
-        raise UserError(f"--processes: {processes} is not the world size, {launch.world_size}")
-    with start(config.parallel, config.training, launch) as runtime:
-        source = load(run, config, runtime, step)
-        for remark in source.remarks if runtime.is_main else ():
-            print(remark, file=sys.stderr)
+    with opened(run, step=step, processes=processes, model_processes=processes) as (
+        source,
+        runtime,
+    ):
+        config = source.config
         tokens = {
             number: source.tokenizer.encode(prompt) or [source.tokenizer.eod]
             for number, prompt in enumerate(prompts)

@@ -6,6 +6,9 @@ Needs neither the training data nor data.cache_dir, and does not depend on the w
 from __future__ import annotations
 
 import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +27,8 @@ from keel_megatron.data.huggingface import HuggingFaceTokenizer
 from keel_megatron.data.tokenizer import Tokenizer, open_tokenizer
 from keel_megatron.errors import UserError
 from keel_megatron.model.language_model import build_model
-from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.runtime.device import Launch
+from keel_megatron.runtime.distributed import Runtime, start
 
 _EARLIER = "tokenizer.model"
 """The tokenizer of an earlier version's prepared data."""
@@ -41,7 +45,41 @@ class Source:
     """Skipped checkpoints, with reasons."""
 
 
-def config_of(path: Path, processes: int = 1) -> RunConfig:
+@contextmanager
+def opened(
+    path: Path,
+    *,
+    step: int | None = None,
+    processes: int = 1,
+    model_processes: int = 1,
+    option: str = "--processes",
+) -> Iterator[tuple[Source, Runtime]]:
+    """A source, loaded by this process or, with several, by each of them.
+
+    Remarks are printed to stderr.
+
+    Args:
+        path: folder of a run or a checkpoint.
+        step: of a run's checkpoint; None: the newest valid one.
+        processes: processes of the group that this is one of.
+        model_processes: of them, those that share one model; the rest are replicas.
+        option: what sets `model_processes`, for messages.
+
+    Raises:
+        UserError: there is no such checkpoint, or the model cannot be split over the processes.
+    """
+    config = config_of(path, model_processes, option)
+    launch = Launch.from_environment() if processes > 1 else Launch(0, 1, 0, 1)
+    if launch.world_size != processes:
+        raise UserError(f"--processes: {processes} is not the world size, {launch.world_size}")
+    with start(config.parallel, config.training, launch) as runtime:
+        source = load(path, config, runtime, step)
+        for remark in source.remarks if runtime.is_main else ():
+            print(remark, file=sys.stderr)
+        yield source, runtime
+
+
+def config_of(path: Path, processes: int = 1, option: str = "--processes") -> RunConfig:
     """The configuration of a run, from its folder or one of its checkpoints.
 
     Changed for one replica of the model, on GPUs if there are and the run did not set device: cpu,
@@ -51,6 +89,7 @@ def config_of(path: Path, processes: int = 1) -> RunConfig:
         path: folder of a run or a checkpoint.
         processes: ranks that share the model: pipeline stages, of the run's tensor-parallel size
             if it divides them.
+        option: what sets `processes`, for messages.
 
     Raises:
         UserError: the folder is neither, or has fewer blocks than there would be stages.
@@ -61,7 +100,7 @@ def config_of(path: Path, processes: int = 1) -> RunConfig:
     stages = processes // tensor
     if stages > config.model.blocks:
         raise UserError(
-            f"--processes: {processes} would be {stages} pipeline stages, and the model has "
+            f"{option}: {processes} would be {stages} pipeline stages, and the model has "
             f"{config.model.blocks} blocks; give at most {config.model.blocks * tensor}"
         )
     return config.model_copy(

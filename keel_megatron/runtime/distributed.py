@@ -76,6 +76,11 @@ class Runtime:
             f"{self.tensor_rank}, replica {self.data_rank})"
         )
 
+    def on_stage(self, stage: int) -> int:
+        """Global rank of this tensor rank and replica on another pipeline stage."""
+        per_stage = self.tensor_size * self.data_size
+        return self.rank + (stage - self.pipeline_rank) * per_stage
+
     def barrier(self) -> None:
         """Wait for every rank of the run."""
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
