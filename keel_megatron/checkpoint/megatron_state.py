@@ -107,13 +107,12 @@ class MegatronState:
         return [one for chunk in self._chunks for one in placed(chunk)]
 
 
-def load_masters(path: Path, index: dict[str, Any], chunks: list[nn.Module]) -> None:
+def load_masters(reader: TensorReader, chunks: list[nn.Module]) -> None:
     """Fill the weights of a model without optimizer from the masters, cast to their types.
 
     Raises:
         DamagedError: something is missing or not as it should be.
     """
-    reader = Reader(path, index)
     for chunk in chunks:
         for one in placed(chunk):
             master = torch.empty(one.numel, dtype=torch.float32)

@@ -33,7 +33,7 @@ from keel_megatron.checkpoint.manifest import (
 from keel_megatron.checkpoint.megatron_state import load_masters
 from keel_megatron.checkpoint.places import Place
 from keel_megatron.checkpoint.shard_file import Part
-from keel_megatron.checkpoint.sharding import TensorReader, ToSave, parts
+from keel_megatron.checkpoint.sharding import Reader, TensorReader, ToSave, parts
 from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.distributed import Runtime
@@ -191,7 +191,23 @@ def load_weights(path: Path, runtime: Runtime, chunks: list[nn.Module]) -> None:
     Raises:
         UserError: as `load`.
     """
-    _read(path, runtime, lambda index: load_masters(path, index, chunks))
+    _read(path, runtime, lambda index: load_masters(Reader(path, index), chunks))
+
+
+def load_weights_from(
+    origin: Path, reader: TensorReader, runtime: Runtime, chunks: list[nn.Module]
+) -> None:
+    """As `load_weights`, from what is no checkpoint.
+
+    Raises:
+        UserError: a weight cannot be read; on every rank.
+    """
+    problem = None
+    try:
+        load_masters(reader, chunks)
+    except DamagedError as error:
+        problem = f"{origin} cannot be loaded: {error}"
+    agree(runtime, problem)
 
 
 def _read_run_state(

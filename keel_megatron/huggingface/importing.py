@@ -19,7 +19,7 @@ from keel_megatron.errors import ConfigError, UserError
 from keel_megatron.huggingface.configuration import CONFIG, Found, from_json
 from keel_megatron.huggingface.naming import Fused, parameters
 from keel_megatron.huggingface.new_folder import new_folder, require_space
-from keel_megatron.huggingface.reading import SavedWeights, read_json
+from keel_megatron.huggingface.reading import FolderReader, SavedWeights, read_json
 from keel_megatron.huggingface.tokenizer import tokenizer_files
 from keel_megatron.runtime.files import write_whole
 
@@ -43,6 +43,10 @@ class Opened:
     weights: SavedWeights
     tokenizer: tuple[str, bytes]
     """Name and content of its file."""
+
+    def reader(self) -> FolderReader:
+        """Reads the weights in place of a checkpoint's."""
+        return FolderReader(self.weights, self.rows)
 
 
 def import_folder(folder: Path, run: Path, say: Callable[[str], None]) -> None:
@@ -82,12 +86,12 @@ def import_folder(folder: Path, run: Path, say: Callable[[str], None]) -> None:
     )
 
 
-def open_folder(folder: Path, run: Path) -> Opened:
+def open_folder(folder: Path, run: Path = Path("unnamed")) -> Opened:
     """Open a Hugging Face folder whose model the project supports.
 
     Args:
         folder: the folder.
-        run: the folder of the run that it is to be.
+        run: the folder of the run that it is to be, if it is to be one.
 
     Raises:
         UserError: as in `import_folder`.
@@ -135,7 +139,7 @@ def _config(folder: Path, run: Path, content: dict[str, Any], found: Found) -> R
 
 def _refused(folder: Path, problems: Any) -> UserError:
     lines = "\n".join(f"  {problem}" for problem in problems)
-    return UserError(f"{folder} cannot be imported:\n{lines}")
+    return UserError(f"{folder} has a model that is not supported:\n{lines}")
 
 
 def _tokenizer(folder: Path, config: RunConfig) -> tuple[str, bytes]:

@@ -1,4 +1,4 @@
-"""Loads weights and tokenizer for generation, from the folder of a run or a checkpoint.
+"""Loads weights and tokenizer, from the folder of a run or a checkpoint, or a Hugging Face folder.
 
 Needs neither the training data nor data.cache_dir, and does not depend on the working directory.
 """
@@ -26,6 +26,8 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.data.huggingface import HuggingFaceTokenizer
 from keel_megatron.data.tokenizer import Tokenizer, open_tokenizer
 from keel_megatron.errors import UserError
+from keel_megatron.huggingface.configuration import CONFIG as HUGGING_FACE
+from keel_megatron.huggingface.importing import open_folder
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
@@ -36,7 +38,7 @@ _EARLIER = "tokenizer.model"
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint to generate from, loaded."""
+    """A model to generate from or to evaluate, loaded."""
 
     config: RunConfig
     model: nn.Module
@@ -59,7 +61,7 @@ def opened(
     Remarks are printed to stderr.
 
     Args:
-        path: folder of a run or a checkpoint.
+        path: folder of a run or a checkpoint, or a Hugging Face folder.
         step: of a run's checkpoint; None: the newest valid one.
         processes: processes of the group that this is one of.
         model_processes: of them, those that share one model; the rest are replicas.
@@ -80,21 +82,22 @@ def opened(
 
 
 def config_of(path: Path, processes: int = 1, option: str = "--processes") -> RunConfig:
-    """The configuration of a run, from its folder or one of its checkpoints.
+    """The configuration of a run, a checkpoint or a Hugging Face folder.
 
     Changed for one replica of the model, on GPUs if there are and the run did not set device: cpu,
     and with the kernels that are installed here.
 
     Args:
-        path: folder of a run or a checkpoint.
+        path: folder of a run or a checkpoint, or a Hugging Face folder.
         processes: ranks that share the model: pipeline stages, of the run's tensor-parallel size
             if it divides them.
         option: what sets `processes`, for messages.
 
     Raises:
-        UserError: the folder is neither, or has fewer blocks than there would be stages.
+        UserError: the folder is none of them, its model is not supported, or it has fewer blocks
+            than there would be stages.
     """
-    config = load_config(path / CONFIG) if is_checkpoint(path) else saved_config(path)
+    config = _saved_config(path)
     device = "cpu" if config.training.device == "cpu" else "auto"
     tensor = config.parallel.tensor if processes % config.parallel.tensor == 0 else 1
     stages = processes // tensor
@@ -114,11 +117,18 @@ def config_of(path: Path, processes: int = 1, option: str = "--processes") -> Ru
     )
 
 
+def _saved_config(path: Path) -> RunConfig:
+    """The configuration as the folder has it."""
+    if is_checkpoint(path):
+        return load_config(path / CONFIG)
+    return open_folder(path).config if is_hugging_face(path) else saved_config(path)
+
+
 def load(path: Path, config: RunConfig, runtime: Runtime, step: int | None = None) -> Source:
-    """Build the model and load a checkpoint, on one rank or several.
+    """Build the model and load its weights, on one rank or several.
 
     Args:
-        path: folder of a run or a checkpoint.
+        path: folder of a run or a checkpoint, or a Hugging Face folder.
         config: the result of `config_of`.
         runtime: this rank's place.
         step: see `find_checkpoint`.
@@ -126,6 +136,8 @@ def load(path: Path, config: RunConfig, runtime: Runtime, step: int | None = Non
     Raises:
         UserError: there is no valid checkpoint, or its tokenizer is missing.
     """
+    if is_hugging_face(path):
+        return _load_folder(path, config, runtime, step)
     model: nn.Module | None = None
     while True:
         before = folder.steps(path)
@@ -145,6 +157,26 @@ def load(path: Path, config: RunConfig, runtime: Runtime, step: int | None = Non
         return Source(config, model.eval(), tokenizer, found.remarks)
 
 
+def _load_folder(path: Path, config: RunConfig, runtime: Runtime, step: int | None) -> Source:
+    """As `load`, of a Hugging Face folder."""
+    if step is not None:
+        raise UserError(
+            f"--step: {path} is a Hugging Face folder, which has no steps",
+            reported=not runtime.is_main,
+        )
+    folder = open_folder(path)
+    tokenizer = open_tokenizer(path / folder.tokenizer[0])
+    if tokenizer.vocab_size > config.data.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, and the model's vocab_size "
+            f"is {config.data.vocab_size}",
+            reported=not runtime.is_main,
+        )
+    (model,) = build_model(config, runtime)
+    state.load_weights_from(path, folder.reader(), runtime, [model])
+    return Source(config, model.eval(), tokenizer, ())
+
+
 def find_checkpoint(path: Path, step: int | None, runtime: Runtime) -> ResumePoint:
     """A checkpoint, read and checked; collective over all ranks.
 
@@ -156,6 +188,11 @@ def find_checkpoint(path: Path, step: int | None, runtime: Runtime) -> ResumePoi
     Raises:
         UserError: there is none, or it is damaged.
     """
+    if is_hugging_face(path):
+        raise UserError(
+            f"{path} is a Hugging Face folder, not a run; `keel import` makes a run of it",
+            reported=not runtime.is_main,
+        )
     if step is None:
         found = checked(path, runtime) if is_checkpoint(path) else newest_good(path, runtime)
         if found.path is None:
@@ -178,6 +215,11 @@ def find_checkpoint(path: Path, step: int | None, runtime: Runtime) -> ResumePoi
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder is a checkpoint, not a run's."""
     return (path / MANIFEST).is_file()
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether a folder is a Hugging Face folder, not a run's or a checkpoint."""
+    return (path / HUGGING_FACE).is_file() and not (path / CONFIG).is_file()
 
 
 def tokenizer_path(given: Path, checkpoint: Path, found: ResumePoint, config: RunConfig) -> Path:

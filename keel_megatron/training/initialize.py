@@ -21,7 +21,6 @@ from keel_megatron.data.file_checks import sha256
 from keel_megatron.errors import UserError
 from keel_megatron.huggingface.configuration import CONFIG
 from keel_megatron.huggingface.importing import open_folder
-from keel_megatron.huggingface.reading import FolderReader
 from keel_megatron.mlflow_delivery.run_file import RunFile
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.training.origin import (
@@ -155,7 +154,7 @@ def _from_folder(config: RunConfig, path: Path, runtime: Runtime) -> Start:
     runtime.from_main(lambda: refuse_no_optimizer(config, path, refuse_weights))
 
     def names() -> tuple[list[str], TokenizerFile]:
-        opened = open_folder(path, Path("origin"))
+        opened = open_folder(path)
         refuse(config, path, opened.config)
         name, content = opened.tokenizer
         tokenizer = TokenizerFile(path / name, hashlib.sha256(content).hexdigest())
@@ -187,7 +186,6 @@ def _from_folder(config: RunConfig, path: Path, runtime: Runtime) -> Start:
     }
 
     def reader() -> TensorReader:
-        opened = open_folder(path, Path("origin"))
-        return FolderReader(opened.weights, opened.rows)
+        return open_folder(path).reader()
 
     return Start(record, tokenizer, reader)

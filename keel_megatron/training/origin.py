@@ -90,7 +90,7 @@ def check_origin(config: RunConfig) -> None:
     if place.kind == "huggingface":
         from keel_megatron.huggingface.importing import open_folder  # imports torch
 
-        refuse(config, place.path, open_folder(place.path, Path("origin")).config)
+        refuse(config, place.path, open_folder(place.path).config)
         refuse_no_optimizer(config, place.path, {manifest.WEIGHTS_ONLY: True})
         return
     newest = folder.latest(place.path) if place.kind == "run" else place.path
