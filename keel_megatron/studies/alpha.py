@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from keel_megatron.architecture.residual import RULES, rules_with
@@ -16,6 +17,7 @@ from keel_megatron.errors import UserError
 from keel_megatron.studies import pictures
 from keel_megatron.studies.grid import Axes, Label, Point, Row, Study, depth
 from keel_megatron.studies.results import difference, groups, markdown, spread
+from keel_megatron.tracking.style import SLATE
 
 _AT: dict[str, Callable[[int], float]] = {
     "one": lambda _l: 1.0,
@@ -28,6 +30,8 @@ _AT: dict[str, Callable[[int], float]] = {
 }
 SCALES = tuple(_AT)
 """Names of the alphas: 1, the square root of L, and multiples of L."""
+_BESIDE = 1.06
+"""Variants are drawn beside the sweep's point at alpha = L, at a multiple of this factor."""
 
 
 def study(config: RunConfig, axes: Axes, scales: Sequence[str] = SCALES) -> Study:
@@ -98,14 +102,16 @@ def picture(rows: Sequence[Row], out: Path) -> None:
     by_line = groups(rows, "rule", "sub_layers")
     for number, ((rule, sub_layers), found) in enumerate(by_line.items()):
         colour = pictures.COLOURS[number % len(pictures.COLOURS)]
-        for marker, ((variant,), some) in zip(
-            pictures.MARKERS, groups(found, "variant").items(), strict=False
-        ):
+        for place, ((variant,), some) in enumerate(groups(found, "variant").items()):
             swept = groups(some, "alpha")
-            x = [alpha / sub_layers for (alpha,) in swept]
-            label = f"{variant or rule}, L = {sub_layers}"
-            pictures.curve(axes, x, [spread(one) for one in swept.values()], label, colour, marker)
+            x = [alpha / sub_layers * _BESIDE**place for (alpha,) in swept]
+            label, marker = f"{variant or rule}, L = {sub_layers}", pictures.MARKERS[place]
+            losses = [spread(one) for one in swept.values()]
+            pictures.curve(axes, x, losses, label, SLATE if place else colour, marker)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(
+        lambda value, _position: str(Fraction(value).limit_denominator())
+    )
     axes.set_xlabel("alpha / L")
     axes.set_ylabel("training loss, nats per token")
     pictures.finish(figure, out)

@@ -56,6 +56,7 @@ def curve(
         marker=marker,
         markersize=6,
         linewidth=2.2,
+        elinewidth=1.2,
         capsize=3,
     )
 

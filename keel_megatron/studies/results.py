@@ -193,7 +193,7 @@ def is_different(a: Spread, b: Spread) -> bool | None:
 
 
 def difference(a: Spread, b: Spread) -> str:
-    """a - b for a table: the number, or that it is within the spread."""
+    """The difference a - b for a table: the number, or that it is within the spread."""
     if not (a.n and b.n):
         return "-"
     text = f"{a.mean - b.mean:+.3f}"

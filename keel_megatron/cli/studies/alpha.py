@@ -23,5 +23,5 @@ def alpha(
         ),
     ] = None,
 ) -> Study:
-    """Sweep the scale of the skip path; compare first_block v1 with v2, and final_norm on and off."""
+    """Sweep alpha, the scale of the skip path; first_block v1 and v2, final_norm on and off."""
     return alpha_study.study(config, axes, listed(scale) or alpha_study.SCALES)

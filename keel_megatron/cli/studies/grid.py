@@ -1,4 +1,4 @@
-"""What the commands of all studies that are grids of runs share: their options, and what they do."""
+"""What the commands of all grid studies share: their options, and what they do."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ def _shared(
     overrides: Overrides = None,
     rules: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="RULE,...", help="Residual rules. Default: the study's own choice."
-        ),
+        typer.Option(metavar="RULE,...", help="Residual rules. Default: the study's own choice."),
     ] = None,
     depths: Annotated[
         list[str] | None,
