@@ -8,8 +8,13 @@ from typing import Annotated
 import typer
 
 from keel_megatron.cli.arguments import writing
+from keel_megatron.cli.studies.alpha import alpha
+from keel_megatron.cli.studies.grid import add_study
 
 app = typer.Typer(help="Reproduce the paper's studies.", no_args_is_help=True)
+
+
+add_study(app, "alpha", alpha)
 
 
 @app.callback()

@@ -12,6 +12,7 @@ from keel_megatron.cli.arguments import ConfigPath, Overrides
 from keel_megatron.cli.console import outlive_full_disk
 from keel_megatron.runtime import exit_codes, ownership
 from keel_megatron.runtime.local_launch import launch
+from keel_megatron.runtime.parent import end_with_study
 from keel_megatron.runtime.processes import is_rank, with_processes
 from keel_megatron.training import startup
 from keel_megatron.training.stop import stop_requests
@@ -46,6 +47,7 @@ def train(
 
 def _start(path: Path, settings: tuple[str, ...], processes: int, max_restarts: int) -> int:
     """Run the checks that do not need torch, then start the ranks; returns the exit code."""
+    end_with_study()
     config, processes = with_processes(path, settings, processes)
     startup.check(config)
     with ownership.take(config.training.folder) as owned:

@@ -38,6 +38,8 @@ from keel_megatron.errors import UserError
 FILE = "owner.lock"
 PASSED_ON = "KEEL_OWNER_FD"
 """Variable with the number of the open, locked file that a launcher passes on to its rank 0."""
+STUDIED = "studied"
+"""Work of the owner of a study's folder, which holds its runs' folders."""
 HEARTBEAT_SECONDS = 10.0
 LEASE_SECONDS = 30.0
 LEFT_BEHIND_SECONDS = 600.0
@@ -63,7 +65,7 @@ class Owner:
     pids: str
     """PID namespace of `pid`: containers have their own."""
     work: str
-    """What the owner does: "trained", "pruned"."""
+    """What the owner does: "trained", "pruned", "studied"."""
 
     @classmethod
     def this_process(cls, work: str) -> Owner:
@@ -298,7 +300,8 @@ def _refusal(folder: Path, owner: Owner | None) -> UserError:
         )
     return UserError(
         f"{folder} is being {owner.work} by process {owner.pid} on host {owner.host} since "
-        f"{owner.since}; stop it, or give this run another training.name"
+        f"{owner.since}; stop it, or give this "
+        + ("study another --out" if owner.work == STUDIED else "run another training.name")
     )
 
 

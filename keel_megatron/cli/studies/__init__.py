@@ -1,0 +1,1 @@
+"""`keel study`: one file per study."""

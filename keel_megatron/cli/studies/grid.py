@@ -1,0 +1,131 @@
+"""What the commands of all grid studies share: their options, and what they do."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from keel_megatron.cli.arguments import ConfigPath, Overrides
+from keel_megatron.config.load import load_config
+from keel_megatron.errors import UserError
+from keel_megatron.studies.grid import Axes, Grid, Study, make_grid
+
+FOLDER = Path("runs/studies")
+"""Parent of the studies' folders."""
+Make = Callable[..., Study]
+"""(configuration, axes, the command's own options) to a study."""
+
+
+def _shared(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    rules: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RULE,...", help="Residual rules. Default: the study's own choice."),
+    ] = None,
+    depths: Annotated[
+        list[str] | None,
+        typer.Option(metavar="L,...", help="Numbers of sub-layers, even. Default: CONFIG's."),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Seeds of each point, counted from training.seed.")
+    ] = 1,
+    parallel: Annotated[
+        int, typer.Option(min=1, help="Runs at the same time; they share the CPU cores.")
+    ] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="The study's folder. Default: runs/studies/NAME.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show the grid and its cost only.")] = False,
+) -> None:
+    """The options of every grid study."""
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Values of the shared options."""
+
+    config: Path
+    overrides: list[str] | None
+    rules: list[str] | None
+    depths: list[str] | None
+    seeds: int
+    parallel: int
+    out: Path | None
+    plan: bool
+
+
+def add_study(app: typer.Typer, name: str, make: Make) -> None:
+    """Add a grid study's command.
+
+    Its help is the docstring of `make`, its options are those of `make` after the first two
+    parameters, and the shared ones.
+
+    Args:
+        app: `keel study`.
+        name: the study and its command.
+        make: returns the study's grid; annotated as typer wants it.
+    """
+    shared = inspect.signature(_shared, eval_str=True).parameters
+    own = list(inspect.signature(make, eval_str=True).parameters.values())[2:]
+
+    def command(**values: Any) -> None:
+        options = _Options(**{key: values.pop(key) for key in shared})
+        sys.exit(_run(name, make, options, values))
+
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in (*shared.values(), *own)
+    ]
+    command.__doc__ = make.__doc__
+    command.__annotations__ = get_type_hints(_shared, include_extras=True) | {
+        parameter.name: parameter.annotation for parameter in own
+    }
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    app.command(name)(command)
+
+
+def listed(values: list[str] | None) -> tuple[str, ...]:
+    """The values of a repeatable option, each of which may be several, with commas; each once."""
+    parts = [part.strip() for value in values or () for part in value.split(",")]
+    return tuple(dict.fromkeys(part for part in parts if part))
+
+
+def whole_numbers(option: str, values: Collection[str]) -> list[int]:
+    """The values of an option as integers.
+
+    Raises:
+        UserError: one is not an integer.
+    """
+    for value in values:
+        if not value.isdecimal():
+            raise UserError(f"{option}: {value!r} must be a whole number")
+    return [int(value) for value in values]
+
+
+def _run(name: str, make: Make, options: _Options, own: dict[str, Any]) -> int:
+    """Make a study's grid and run it; the exit code."""
+    overrides = tuple(options.overrides or ())
+    config = load_config(options.config, overrides)
+    depths = tuple(whole_numbers("--depths", listed(options.depths)))
+    axes = Axes(listed(options.rules), depths or (config.model.sub_layers,))
+    study = make(config, axes, **own)
+    out = options.out or FOLDER / name
+    grid = make_grid(study, options.config, overrides, out, options.seeds, options.parallel)
+    if options.plan:
+        return _plan(grid)
+    from keel_megatron.studies.conduct import run_here
+
+    return run_here(grid, options.parallel)
+
+
+def _plan(grid: Grid) -> int:
+    for run in grid.runs:
+        print(run.name)
+    return 0

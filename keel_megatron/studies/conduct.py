@@ -1,0 +1,126 @@
+"""A study from its grid to its results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from keel_megatron.errors import UserError
+from keel_megatron.runtime import exit_codes, ownership
+from keel_megatron.runtime.files import LineFile
+from keel_megatron.studies.grid import Grid, GridRun, Row
+from keel_megatron.studies.results import (
+    PICTURE,
+    RESULTS,
+    TABLE,
+    has_result,
+    row_of,
+    write_results,
+    write_table,
+)
+from keel_megatron.studies.runner import Ended, LocalRunner
+
+LOG = "study.log"
+Say = Callable[[str], None]
+
+
+def run_here(grid: Grid, parallel: int, seconds: Mapping[str, float] | None = None) -> int:
+    """Run a grid on this machine, and write its results; the exit code.
+
+    Args:
+        grid: the runs.
+        parallel: runs at the same time.
+        seconds: predicted seconds of each run by name.
+
+    Raises:
+        UserError: another process works in the study's folder, or it cannot be written.
+    """
+    with ownership.take(grid.out, ownership.STUDIED), saying(grid.out) as say:
+        rows = Rows(grid)
+        ended = LocalRunner(grid, parallel, say, seconds, rows.add).run()
+        rows.conclude(say)
+        return _end(grid, ended, say)
+
+
+class Rows:
+    """Rows of a grid; results.json is written again with each new one.
+
+    Args:
+        grid: the runs; those that have a result are read.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._rows = {run.name: row_of(grid, run) for run in grid.runs if has_result(run)}
+
+    def add(self, run: GridRun) -> None:
+        """Add a run that has ended, and write results.json."""
+        self._rows[run.name] = row_of(self._grid, run)
+        self._write()
+
+    def conclude(self, say: Say) -> None:
+        """Write results.json, table.md and the picture, and show the table.
+
+        Raises:
+            UserError: one of them cannot be written.
+        """
+        rows, study, out = self._ordered(), self._grid.study, self._grid.out
+        if not rows:
+            return
+        self._write()
+        table = study.table(rows)
+        with _writing(out):
+            write_table(out, table)
+            study.picture(rows, out / PICTURE)
+        say(f"{table}\n{out / RESULTS}, {out / TABLE}, {out / PICTURE}")
+
+    def _ordered(self) -> list[Row]:
+        """In the grid's order."""
+        return [self._rows[run.name] for run in self._grid.runs if run.name in self._rows]
+
+    def _write(self) -> None:
+        missing = [run.name for run in self._grid.runs if run.name not in self._rows]
+        with _writing(self._grid.out):
+            write_results(self._grid.study.name, self._grid.out, self._ordered(), missing)
+
+
+@contextmanager
+def saying(out: Path) -> Iterator[Say]:
+    """A function that shows a message and appends it to the study's log."""
+    lines = LineFile(out / LOG)
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        for line in text.splitlines():
+            lines.append(f"{now} {line}")
+
+    try:
+        yield say
+    finally:
+        lines.close()
+
+
+def _end(grid: Grid, ended: Ended, say: Say) -> int:
+    """Report how a study ended; its exit code."""
+    total = len(grid.runs)
+    if ended.signal is not None:
+        say(f"stopped with {ended.done} of {total} runs done; the same command resumes the rest")
+        return exit_codes.to_shell(-ended.signal)
+    if not ended.failed:
+        return exit_codes.DONE
+    say(
+        f"{len(ended.failed)} of {total} runs have no result: {', '.join(ended.failed)}; the same "
+        "command tries them again"
+    )
+    return exit_codes.FAILED
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out: cannot write {error.filename or out}: {error.strerror}") from error

@@ -1,0 +1,78 @@
+"""Style that the studies' pictures share: legible when projected, one colour per residual rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from keel_megatron.architecture.residual import RULES
+from keel_megatron.studies.results import Spread
+from keel_megatron.tracking.style import BLUE, ORANGE, QUIET, SLATE, TEXT, TITLE, dress, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = (BLUE, ORANGE, "#2f855a", "#805ad5", "#b83280", SLATE, "#0f766e", "#a16207")
+MARKERS = "osD^vPXh"
+
+
+def rule_colour(rule: str) -> str:
+    """The colour of a residual rule, the same in every study."""
+    return COLOURS[list(RULES).index(rule) % len(COLOURS)]
+
+
+def new_figure(title: str, panels: int = 1, note: str = "") -> tuple[Figure, list[Axes]]:
+    """A figure with panels beside each other.
+
+    Args:
+        title: of the whole figure.
+        panels: number of axes.
+        note: small text below: the size of the runs, the number of seeds.
+    """
+    from matplotlib.figure import Figure
+
+    width = 8.6 if panels == 1 else 5.2 * panels + 0.8
+    figure = Figure(figsize=(width, 5.2), dpi=150, layout="constrained")
+    figure.suptitle(title, x=0.02, ha="left", **TITLE)
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    if note:
+        figure.supxlabel(note, x=0.02, ha="left", fontsize=10, color=QUIET, parse_math=False)
+    return figure, axes
+
+
+def curve(
+    axes: Axes, x: Sequence[float], y: Sequence[Spread], label: str, colour: str, marker: str = "o"
+) -> None:
+    """A line over means, with bars of one standard deviation where there are several seeds."""
+    known = [(at, one) for at, one in zip(x, y, strict=True) if one.n]
+    axes.errorbar(
+        [at for at, _one in known],
+        [one.mean for _at, one in known],
+        yerr=[one.deviation if one.n > 1 else 0.0 for _at, one in known],
+        label=label,
+        color=colour,
+        marker=marker,
+        markersize=6,
+        linewidth=2.2,
+        elinewidth=1.2,
+        capsize=3,
+    )
+
+
+def finish(figure: Figure, out: Path, *, legend: bool = True) -> None:
+    """Dress every panel, give the first one a legend, and write the PNG.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    for axes in figure.axes:
+        dress(axes)
+        axes.tick_params(labelsize=11)
+        for label in (axes.xaxis.label, axes.yaxis.label):
+            label.set_fontsize(12)
+            label.set_color(TEXT)
+    if legend and figure.axes[0].get_legend_handles_labels()[0]:
+        figure.axes[0].legend(frameon=False, fontsize=11, labelcolor=TEXT)
+    save(figure, out)
