@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,18 +16,44 @@ from keel_megatron.runtime.processes import is_rank
 
 MODEL_PROCESSES = "--model-processes"
 
-_Source = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Folder of a run, runs/NAME, or of a checkpoint.")
+_Model = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder of a run, runs/NAME, or of a checkpoint, or a Hugging Face folder.",
+    ),
 ]
 _Text = Annotated[
     list[Path] | None,
-    typer.Option(metavar="PATH", help="File or folder of text to score; repeatable."),
+    typer.Option(
+        metavar="PATH",
+        help="File, folder or glob of text, of the formats that `keel data build` reads; "
+        "repeatable.",
+    ),
+]
+_TextKey = Annotated[
+    str, typer.Option(metavar="KEY", help="Key or column of the text in a record.")
+]
+_Stride = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Tokens by which the window over a long document moves. Default: half of the context.",
+    ),
 ]
 _Step = Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")]
+_Out = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write a line of JSON a document to this file.")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
+_BatchTokens = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Tokens of a batch, padding included.")
+]
 _Processes = Annotated[
     int | None,
     typer.Option(
         min=1,
+        metavar="N",
         help="Processes of this machine, which share the work. Default: --model-processes.",
     ),
 ]
@@ -33,6 +61,7 @@ _ModelProcesses = Annotated[
     int,
     typer.Option(
         min=1,
+        metavar="N",
         help="Processes that share one model: pipeline stages, of the run's tensor-parallel size "
         "if it divides them. For a model that does not fit one device.",
     ),
@@ -40,24 +69,54 @@ _ModelProcesses = Annotated[
 
 
 def evaluate(
-    source: _Source,
+    model: _Model,
     text: _Text = None,
+    text_key: _TextKey = "text",
+    stride: _Stride = None,
     step: _Step = None,
+    out: _Out = None,
+    as_json: _Json = False,
+    batch_tokens: _BatchTokens = 8192,
     processes: _Processes = None,
     model_processes: _ModelProcesses = 1,
 ) -> None:
-    """Evaluate a run's newest checkpoint, or a given checkpoint."""
+    """Evaluate a model: perplexity and bits per byte of texts."""
     if not text:
-        raise UserError("--text: name what the model is evaluated on")
+        raise UserError("--text: name a text; `keel evaluate --help` lists the options")
+    count = _all_processes(processes, model_processes)
+    if count > 1 and not is_rank():
+        from keel_megatron.inference.source import config_of
+
+        # A mistake is reported once, not by every process.
+        config_of(model, model_processes, MODEL_PROCESSES)
+        sys.exit(launch(count, ["-m", "keel_megatron", *sys.argv[1:]]))
+    from keel_megatron.evaluation.text import Texts
+    from keel_megatron.evaluation.text_report import report_texts
+    from keel_megatron.inference.source import opened
+
+    texts = Texts(tuple(text), text_key, stride, batch_tokens)
+    say = partial(print, file=sys.stderr, flush=True)
+    with opened(
+        model,
+        step=step,
+        processes=count,
+        model_processes=model_processes,
+        option=MODEL_PROCESSES,
+    ) as (source, runtime):
+        report = report_texts(model, source, runtime, texts, out, say)
+    if os.environ.get("RANK", "0") == "0":
+        print(report.json() if as_json else "\n".join(report.table()))
+
+
+def _all_processes(processes: int | None, model_processes: int) -> int:
+    """All processes.
+
+    Raises:
+        UserError: they are not whole models.
+    """
     count = model_processes if processes is None else processes
     if count % model_processes:
         raise UserError(
             f"{MODEL_PROCESSES}: {model_processes} does not divide the {count} processes"
         )
-    if count > 1 and not is_rank():
-        from keel_megatron.inference.source import config_of
-
-        # A mistake is reported once, not by every process.
-        config_of(source, model_processes, MODEL_PROCESSES)
-        sys.exit(launch(count, ["-m", "keel_megatron", *sys.argv[1:]]))
-    raise UserError(f"--text: {text[0]} at step {step}: not implemented yet")
+    return count

@@ -103,6 +103,23 @@ def list_files(data: DataConfig, say: Say) -> Listing:
     return Listing(tuple(parts))
 
 
+def find_source(setting: str, wanted: SourceConfig, say: Say) -> Source:
+    """The files of one source, with their formats.
+
+    Args:
+        setting: its name, for messages.
+        wanted: its paths.
+        say: called with messages: what is skipped, and progress.
+
+    Raises:
+        UserError: as `list_files` and `examine`.
+    """
+    skips = Skips()
+    entries = _entries(setting, wanted, skips, say)
+    description = ", ".join(map(str, wanted.path))
+    return _examined(_Listed(wanted, TEXT, setting, description, entries, skips), say)
+
+
 def check_paths(data: DataConfig) -> None:
     """Check quickly, without reading files, that all sources can be found.
 

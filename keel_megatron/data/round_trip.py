@@ -23,10 +23,16 @@ class RoundTrip(ABC):
     def decode(self, tokens: list[int]) -> str:
         """Decode tokens; the end of a document is empty."""
 
-    def lost(self, text: str) -> int:
-        """Number of characters that encoding and decoding lose."""
-        known = [token for token in self.encode(text) if token != self.unknown]
-        return (Counter(text) - Counter(self.decode(known))).total()
+    def lost(self, text: str, tokens: list[int] | None = None) -> int:
+        """Number of characters that encoding and decoding lose.
+
+        Args:
+            text: the text.
+            tokens: its tokens, if they are known.
+        """
+        tokens = self.encode(text) if tokens is None else tokens
+        decoded = self.decode([token for token in tokens if token != self.unknown])
+        return 0 if decoded == text else (Counter(text) - Counter(decoded)).total()
 
     def losses(self) -> list[str]:
         """Reasons why encoding may be lossy, found by testing."""

@@ -45,6 +45,8 @@ class Source:
     tokenizer: Tokenizer | HuggingFaceTokenizer
     remarks: tuple[str, ...]
     """Skipped checkpoints, with reasons."""
+    step: int | None = None
+    """Of the checkpoint; None: a Hugging Face folder."""
 
 
 @contextmanager
@@ -154,7 +156,7 @@ def load(path: Path, config: RunConfig, runtime: Runtime, step: int | None = Non
             if runtime.launch.world_size > 1 or folder.steps(path) == before:
                 raise
             continue
-        return Source(config, model.eval(), tokenizer, found.remarks)
+        return Source(config, model.eval(), tokenizer, found.remarks, found.state["step"])
 
 
 def _load_folder(path: Path, config: RunConfig, runtime: Runtime, step: int | None) -> Source:
