@@ -19,6 +19,7 @@ NAMES = {
     "data_seconds": "workload/data_seconds",
     "tflops_per_device": "workload/tflops_per_device",
     "tokens_per_second": "workload/tokens_per_second",
+    "evaluation_seconds": "workload/evaluation_seconds",
     "checkpoint_bytes": "workload/checkpoint_bytes",
     "checkpoint_seconds": "workload/checkpoint_seconds",
     "checkpoint_stall_seconds": "workload/checkpoint_stall_seconds",
@@ -36,6 +37,9 @@ DESCRIPTION = """\
 | `train/learning_rate` | learning rate of the step |
 | `validation/loss` | cross entropy of the validation sequences, nats per token |
 | `validation/SOURCE/loss` | the same for each source of a blend |
+| `evaluation/TASK/acc`, `.../acc_norm` | share of questions whose right answer is the most \
+probable one, and the same with log probabilities per character |
+| `evaluation/TASK/bits_per_byte` | cross entropy of the right answer, bits per byte of its text |
 | `workload/consumed_tokens`, `workload/consumed_samples` | tokens and sequences seen so far |
 | `workload/skipped_steps` | steps so far whose update was skipped |
 | `workload/data_seconds` | part of `workload/step_seconds` that waits for data |
