@@ -34,7 +34,7 @@ class _Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """What global rank 0 has read."""
 
     packed: Packed
@@ -52,7 +52,7 @@ class Evaluation:
         prepared: the tasks.
     """
 
-    def __init__(self, config: RunConfig, runtime: Runtime, prepared: _Prepared) -> None:
+    def __init__(self, config: RunConfig, runtime: Runtime, prepared: Prepared) -> None:
         training, packed = config.training, prepared.packed
         self._runtime = runtime
         self._questions = prepared.questions
@@ -152,7 +152,7 @@ def packs_documents(config: RunConfig) -> bool:
     return config.kernels.backend != "transformer_engine"
 
 
-def _prepared(config: RunConfig, tokenizer: Path) -> _Prepared:
+def _prepared(config: RunConfig, tokenizer: Path) -> Prepared:
     """Read, tokenize and pack the tasks."""
     encoder, length = open_tokenizer(tokenizer), config.data.seq_length
     rows: list[Row] = []
@@ -178,7 +178,7 @@ def _prepared(config: RunConfig, tokenizer: Path) -> _Prepared:
         f"evaluation every {config.evaluation.every} steps: {', '.join(named)}; {len(rows):,} "
         f"continuations in {len(packed.tokens):,} sequences, {share:.1f} times a step's"
     )
-    return _Prepared(packed, questions, remarks)
+    return Prepared(packed, questions, remarks)
 
 
 def _row(
