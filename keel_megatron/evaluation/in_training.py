@@ -21,6 +21,8 @@ from keel_megatron.evaluation.metrics import Question, measure
 from keel_megatron.evaluation.packing import Numbers, Packed, pack
 from keel_megatron.evaluation.requests import SETTING, find, read
 from keel_megatron.evaluation.rows import Row
+from keel_megatron.model.documents import takes_borders
+from keel_megatron.model.language_model import COMPUTE_DTYPES
 from keel_megatron.runtime.distributed import Runtime
 
 Results = Mapping[str, Mapping[str, float]]
@@ -59,7 +61,7 @@ class Evaluation:
         self._count = sum(
             len(one.characters) for questions in prepared.questions.values() for one in questions
         )
-        self._together = packs_documents(config)
+        self._together = shares_sequences(config, runtime.device)
         # As many micro-batches at a time as a step has: a request to stop is answered after them.
         size = training.micro_batch_size
         self._at_once = training.global_batch_size // (size * runtime.data_size)
@@ -141,18 +143,26 @@ def open_evaluation(
     """
     if not config.evaluation.every:
         return None
-    prepared = runtime.from_main(lambda: _prepared(config, tokenizer))
+    together = shares_sequences(config, runtime.device)
+    prepared = runtime.from_main(lambda: _prepared(config, tokenizer, together=together))
     for remark in prepared.remarks:
         say(remark)
     return Evaluation(config, runtime, prepared)
 
 
-def packs_documents(config: RunConfig) -> bool:
-    """Whether several rows can share a sequence, with attention within each."""
-    return config.kernels.backend != "transformer_engine"
+def shares_sequences(config: RunConfig, device: torch.device) -> bool:
+    """Whether several rows share a sequence, with attention within each.
+
+    Not where training has no kernel for it, nor memory for a mask [b, 1, s, s].
+    """
+    if config.kernels.backend == "transformer_engine":
+        return False
+    dtype = COMPUTE_DTYPES[config.training.precision]
+    has_kernel = takes_borders(device, dtype, config.model.head_dim)
+    return config.data.document_masks or has_kernel or device.type == "cpu"
 
 
-def _prepared(config: RunConfig, tokenizer: Path) -> Prepared:
+def _prepared(config: RunConfig, tokenizer: Path, *, together: bool) -> Prepared:
     """Read, tokenize and pack the tasks."""
     encoder, length = open_tokenizer(tokenizer), config.data.seq_length
     rows: list[Row] = []
@@ -172,7 +182,7 @@ def _prepared(config: RunConfig, tokenizer: Path) -> Prepared:
                 f"evaluation, {task.name}: {cut:,} continuations with their contexts are longer "
                 f"than data.seq_length = {length}; the beginning of these contexts is cut off"
             )
-    packed = pack(rows, length, encoder.eod, together=packs_documents(config))
+    packed = pack(rows, length, encoder.eod, together=together)
     share = len(packed.tokens) / config.training.global_batch_size
     remarks.append(
         f"evaluation every {config.evaluation.every} steps: {', '.join(named)}; {len(rows):,} "

@@ -1,8 +1,8 @@
 """Names of a run's metrics in MLflow; metrics.jsonl keeps the fields' names.
 
 A run's page in MLflow has a section for each part of a name before its last `/`, sorted by
-character, and one for all other names below them. So `train` and `validation` come first, then
-`workload`, and the many charts of the depth profiles, whose names have no `/`, come last.
+character, and one for all other names below them. So `evaluation`, `train` and `validation` come
+first, then `workload`, and the many charts of the depth profiles, whose names have no `/`, come last.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ DEPTH, EARLIER_DEPTH = "depth.", "depth/"
 DESCRIPTION = """\
 | metric | meaning |
 |---|---|
+| `evaluation/TASK/acc`, `.../acc_norm` | share of questions whose right answer is the most \
+probable one, and the same with log probabilities per character |
+| `evaluation/TASK/bits_per_byte` | cross entropy of the right answer, bits per byte of its text |
 | `train/loss` | cross entropy of the step's global batch, nats per token |
 | `train/grad_norm` | L2 norm of the gradient before clipping |
 | `train/learning_rate` | learning rate of the step |
 | `validation/loss` | cross entropy of the validation sequences, nats per token |
 | `validation/SOURCE/loss` | the same for each source of a blend |
-| `evaluation/TASK/acc`, `.../acc_norm` | share of questions whose right answer is the most \
-probable one, and the same with log probabilities per character |
-| `evaluation/TASK/bits_per_byte` | cross entropy of the right answer, bits per byte of its text |
 | `workload/consumed_tokens`, `workload/consumed_samples` | tokens and sequences seen so far |
 | `workload/skipped_steps` | steps so far whose update was skipped |
 | `workload/data_seconds` | part of `workload/step_seconds` that waits for data |

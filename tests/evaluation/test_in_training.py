@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from keel_megatron.data.tokenizer import open_tokenizer, train_tokenizer
 from keel_megatron.errors import UserError
-from keel_megatron.evaluation.in_training import _row, open_evaluation
+from keel_megatron.evaluation.in_training import _row, open_evaluation, shares_sequences
 from keel_megatron.evaluation.rows import Row
 from tests.distributed import run_ranks
 from tests.engines.deepspeed.ranks import needs_deepspeed, zero
@@ -154,3 +155,20 @@ def test_a_run_without_evaluation_has_none(tokenizer: Path) -> None:
     runtime: Any = None
     config = small_config(evaluation__tasks=["piqa"])
     assert open_evaluation(config, runtime, tokenizer, lambda _text: None) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "overrides", "shares"),
+    [
+        ("cpu", {}, True),
+        ("cpu", {"kernels__backend": "transformer_engine"}, False),
+        ("cuda", {}, False),  # fp32: a mask would take memory that nothing has counted
+        ("cuda", {"data__document_masks": True}, True),
+        ("cuda", {"training__precision": "bf16"}, True),
+    ],
+)
+def test_rows_share_sequences_where_that_takes_no_further_memory(
+    device: str, overrides: dict[str, Any], shares: bool
+) -> None:
+    config = small_config(**overrides)
+    assert shares_sequences(config, torch.device(device)) is shares
