@@ -72,7 +72,7 @@ class Rows:
         self._write()
         table = study.table(rows)
         with _writing(out):
-            write_table(out, table)
+            write_table(out, table, rows)
             study.picture(rows, out / PICTURE)
         say(f"{table}\n{out / RESULTS}, {out / TABLE}, {out / PICTURE}")
 
