@@ -138,7 +138,11 @@ def _command(
         os.dup2(stream.number, number)
         os.close(stream.number)
     os.chdir(folder)
-    fork_from("keel_megatron.runtime.local_launch")
+    fork_from(
+        "keel_megatron.runtime.local_launch",
+        "keel_megatron.studies.runner",
+        "keel_megatron.studies.cost",
+    )
     _be(["-m", "keel_megatron", *arguments], environment)
 
 

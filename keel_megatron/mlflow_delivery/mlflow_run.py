@@ -18,6 +18,7 @@ from keel_megatron.mlflow_delivery.database import (
     local_artifacts,
     prepare,
 )
+from keel_megatron.mlflow_delivery.study import PARENT_TAG, parent_run_id
 from keel_megatron.mlflow_delivery.takeover import move_artifacts, take_over
 from keel_megatron.mlflow_delivery.target import (
     Target,
@@ -100,6 +101,9 @@ class MlflowRun:
             self._rename()
             self.tag({_START_TAG: start})
         assert self._run is not None
+        parent = parent_run_id(self._folder)
+        if parent is not None:
+            self.tag({PARENT_TAG: parent})
         if self._is_local:
             link_artifacts(self._folder, str(self.run_id))
         if self._run.info.status != "RUNNING":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +10,9 @@ from pathlib import Path
 from keel_megatron.errors import UserError
 from keel_megatron.runtime import exit_codes, ownership
 from keel_megatron.runtime.files import LineFile
+from keel_megatron.studies.cost import cost_of
 from keel_megatron.studies.grid import Grid, GridRun, Row
+from keel_megatron.studies.parent import reported
 from keel_megatron.studies.results import (
     PICTURE,
     RESULTS,
@@ -26,22 +28,32 @@ LOG = "study.log"
 Say = Callable[[str], None]
 
 
-def run_here(grid: Grid, parallel: int, seconds: Mapping[str, float] | None = None) -> int:
+def run_here(grid: Grid, parallel: int, *, measure: bool = True) -> int:
     """Run a grid on this machine, and write its results; the exit code.
 
     Args:
         grid: the runs.
         parallel: runs at the same time.
-        seconds: predicted seconds of each run by name.
+        measure: first measure and say what the runs will cost.
 
     Raises:
         UserError: another process works in the study's folder, or it cannot be written.
     """
     with ownership.take(grid.out, ownership.STUDIED), saying(grid.out) as say:
-        rows = Rows(grid)
-        ended = LocalRunner(grid, parallel, say, seconds, rows.add).run()
-        rows.conclude(say)
-        return _end(grid, ended, say)
+        rows, seconds = Rows(grid), dict[str, float]()
+        if measure and not all(map(has_result, grid.runs)):
+            cost = cost_of(grid, parallel, say=say)
+            say("\n".join(cost.summary()))
+            seconds = cost.seconds
+        with reported(grid, say) as report:
+            ended = LocalRunner(grid, parallel, say, seconds, rows.add).run()
+            rows.conclude(say)
+            code = _end(grid, ended, say)
+            if ended.signal is not None:
+                report.status = "KILLED"
+            elif code == exit_codes.DONE:
+                report.status = "FINISHED"
+        return code
 
 
 class Rows:
@@ -72,7 +84,7 @@ class Rows:
         self._write()
         table = study.table(rows)
         with _writing(out):
-            write_table(out, table)
+            write_table(out, table, rows)
             study.picture(rows, out / PICTURE)
         say(f"{table}\n{out / RESULTS}, {out / TABLE}, {out / PICTURE}")
 

@@ -14,6 +14,7 @@ import platform
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -81,12 +82,9 @@ def row_of(grid: Grid, run: GridRun) -> Row:
     `loss` is the mean training loss of the last steps and `validation_loss` that after the last
     step, nats per token; both are None if the run diverged. `step_seconds` is the median.
     """
-    steps = [m for m in iterate_metrics(run.folder / METRICS_FILE) if "loss" in m]
-    validations = [
-        m["validation_loss"]
-        for m in iterate_metrics(run.folder / METRICS_FILE)
-        if "validation_loss" in m
-    ]
+    records = list(iterate_metrics(run.folder / METRICS_FILE))
+    steps = [m for m in records if "loss" in m]
+    validations = [m["validation_loss"] for m in records if "validation_loss" in m]
     last = steps[-max(1, min(LAST_STEPS, run.config.training.steps // 10)) :]
     loss = statistics.fmean(m["loss"] for m in last) if last else math.nan
     diverged = exit_code(run) == exit_codes.DIVERGED or not math.isfinite(loss)
@@ -100,6 +98,7 @@ def row_of(grid: Grid, run: GridRun) -> Row:
         "steps": steps[-1]["step"] if steps else 0,
         "tokens": steps[-1]["consumed_tokens"] if steps else 0,
         "step_seconds": statistics.median(seconds) if seconds else None,
+        "ended": _date(records[-1]["time"] / 1000) if records else None,
     }
     return {**measured, **grid.study.row(run.point, run.folder)}
 
@@ -124,17 +123,28 @@ def write_results(
     Raises:
         OSError: it cannot be written.
     """
-    found = {"study": name, **provenance(), **more, "missing": list(missing), "rows": list(rows)}
+    found = {
+        "study": name,
+        **provenance(rows),
+        **more,
+        "missing": list(missing),
+        "rows": list(rows),
+    }
     write_whole(out / RESULTS, json.dumps(_finite(found), indent=1, allow_nan=False) + "\n")
 
 
-def write_table(out: Path, table: str) -> None:
+def write_table(out: Path, table: str, rows: Sequence[Row] = ()) -> None:
     """Write table.md: a study's table under the command, the machine and the date.
+
+    Args:
+        out: the study's folder.
+        table: Markdown.
+        rows: what it shows.
 
     Raises:
         OSError: it cannot be written.
     """
-    origin = provenance()
+    origin = provenance(rows)
     machine = origin["machine"]
     heading = (
         f"`{origin['command']}`\n\n{machine['cpu']}, {machine['cores']} cores; "
@@ -144,14 +154,15 @@ def write_table(out: Path, table: str) -> None:
     write_whole(out / TABLE, heading + table.rstrip() + "\n")
 
 
-def provenance() -> dict[str, Any]:
-    """Command line, version, machine, date and packages of this process."""
+def provenance(rows: Sequence[Row] = ()) -> dict[str, Any]:
+    """Command line, version, machine and packages of this process; when the last run ended."""
+    ended = [row["ended"] for row in rows if row.get("ended")]
     words = [Path(sys.argv[0]).name.replace("__main__.py", "keel"), *sys.argv[1:]]
     return {
         "command": shlex.join(words),
         "version": __version__,
         "machine": {"cpu": _cpu(), "cores": available_cores(), "host_cores": os.cpu_count()},
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "date": max(ended, default=_date(time.time())),
         "packages": package_versions(),
     }
 
@@ -225,6 +236,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(one) for one in value]
     return value
+
+
+def _date(seconds: float) -> str:
+    """The day of a time in seconds since 1970, UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")
 
 
 def _cpu() -> str:

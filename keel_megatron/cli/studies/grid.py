@@ -14,7 +14,10 @@ import typer
 from keel_megatron.cli.arguments import ConfigPath, Overrides
 from keel_megatron.config.load import load_config
 from keel_megatron.errors import UserError
-from keel_megatron.studies.grid import Axes, Grid, Study, make_grid
+from keel_megatron.runtime import exit_codes
+from keel_megatron.studies.conduct import run_here
+from keel_megatron.studies.cost import cost_of
+from keel_megatron.studies.grid import Axes, Study, make_grid
 
 FOLDER = Path("runs/studies")
 """Parent of the studies' folders."""
@@ -43,6 +46,13 @@ def _shared(
         Path | None, typer.Option(help="The study's folder. Default: runs/studies/NAME.")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show the grid and its cost only.")] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="With --plan: predict for this device type, as keel plan --gpu does."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option(help="Measure a step of each shape before the first run.")
+    ] = True,
 ) -> None:
     """The options of every grid study."""
 
@@ -59,6 +69,8 @@ class _Options:
     parallel: int
     out: Path | None
     plan: bool
+    gpu: str | None
+    measure: bool
 
 
 def add_study(app: typer.Typer, name: str, make: Make) -> None:
@@ -119,13 +131,8 @@ def _run(name: str, make: Make, options: _Options, own: dict[str, Any]) -> int:
     out = options.out or FOLDER / name
     grid = make_grid(study, options.config, overrides, out, options.seeds, options.parallel)
     if options.plan:
-        return _plan(grid)
-    from keel_megatron.studies.conduct import run_here
-
-    return run_here(grid, options.parallel)
-
-
-def _plan(grid: Grid) -> int:
-    for run in grid.runs:
-        print(run.name)
-    return 0
+        print(cost_of(grid, options.parallel, options.gpu).describe())
+        return exit_codes.DONE
+    if options.gpu is not None:
+        raise UserError("--gpu: only --plan predicts for a device type")
+    return run_here(grid, options.parallel, measure=options.measure)
