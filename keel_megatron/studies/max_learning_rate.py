@@ -1,6 +1,7 @@
 """The largest learning rate that each rule bears (arXiv 2601.19895, Table 1).
 
-The rate rises linearly from 0 to a ceiling over the whole run. The maximum is the rate at the step
+The rate rises linearly from 0 to a ceiling over the whole run, which it reaches at the last step but
+one. The maximum is the rate at the step
 before the run diverges (divergence.py). A rate rises by ceiling / steps per step, which bounds the
 resolution; a lower ceiling resolves lower rates, and trains longer at each.
 """
@@ -63,7 +64,7 @@ def study(config: RunConfig, axes: Axes, ceilings: Sequence[float] = (CEILING,))
             "model.residual": rule,
             **depth(sub_layers),
             "optimizer.learning_rate": ceiling,
-            "schedule.warmup_steps": steps,
+            "schedule.warmup_steps": steps - 1,
             "schedule.decay": "constant",
             "guard.action": "off",
         }
@@ -99,7 +100,7 @@ def row(folder: Path, steps: int) -> dict[str, Any]:
     losses = [m["loss"] for m in iterate_metrics(folder / METRICS_FILE) if "loss" in m]
     curve = smooth(losses, steps)
     return {
-        "ramp_steps": steps,
+        "ramp_steps": steps - 1,
         "curve_steps": list(curve.steps),
         "curve_losses": [round(loss, 5) for loss in curve.losses],
         "lost": curve.lost,
@@ -124,8 +125,9 @@ def verdicts(rows: Sequence[Row]) -> Iterator[tuple[Row, Divergence | None]]:
 
 def max_rate(row: Row, verdict: Divergence | None) -> float:
     """The rate at the step before the divergence; the ceiling if there is none."""
-    step = row["ramp_steps"] if verdict is None else verdict.step - 1
-    return float(row["ceiling"]) * step / int(row["ramp_steps"])
+    ramp = int(row["ramp_steps"])
+    step = ramp if verdict is None else min(ramp, verdict.step - 1)
+    return float(row["ceiling"]) * step / ramp
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -58,7 +58,7 @@ def test_the_ramp_is_the_whole_run() -> None:
     assert [point.labels["rule"] for point in found.points[:6]] == list(study.PAPER_RULES)
     assert len(found.points) == 12
     for point in found.points:
-        assert point.overrides["schedule.warmup_steps"] == 100
+        assert point.overrides["schedule.warmup_steps"] == 99
         assert point.overrides["schedule.decay"] == "constant"
         assert point.overrides["optimizer.learning_rate"] == point.labels["ceiling"]
     with pytest.raises(UserError, match="--ceiling"):
