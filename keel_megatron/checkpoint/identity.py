@@ -35,6 +35,7 @@ CHANGEABLE = (
     "schedule.",
     "checkpoint.",
     "guard.",
+    "evaluation.",
     "tracking.",
     "data.cache_dir",
     "data.dataset",  # its path; its contents are fingerprinted

@@ -7,16 +7,9 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from keel_megatron.config.section import Section, TextPath
+from keel_megatron.config.section import Section, TextPath, one_or_many
 
 Format = Literal["auto", "text", "jsonl", "parquet", "huggingface", "megatron"]
-
-
-def _one_or_many(value: object) -> object:
-    """Accept a single path in place of a list."""
-    if isinstance(value, (str, Path)):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
 
 
 class SourceConfig(Section):
@@ -58,7 +51,7 @@ class SourceConfig(Section):
         ),
     )
 
-    _paths = field_validator("path", "validation", mode="before")(_one_or_many)
+    _paths = field_validator("path", "validation", mode="before")(one_or_many)
 
 
 class DataConfig(Section):
@@ -137,7 +130,7 @@ class DataConfig(Section):
         description="Folder of built datasets and index files, keyed by content.",
     )
 
-    _paths = field_validator("text", mode="before")(_one_or_many)
+    _paths = field_validator("text", mode="before")(one_or_many)
 
     @field_validator("sources", mode="before")
     @classmethod

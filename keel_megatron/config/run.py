@@ -6,6 +6,7 @@ from pydantic import Field
 
 from keel_megatron.config.data import DataConfig
 from keel_megatron.config.deepspeed import DeepSpeedConfig
+from keel_megatron.config.evaluation import EvaluationConfig
 from keel_megatron.config.guard import GuardConfig
 from keel_megatron.config.kernels import KernelsConfig
 from keel_megatron.config.model import ModelConfig
@@ -42,6 +43,9 @@ class RunConfig(Section):
     )
     guard: GuardConfig = Field(
         default_factory=GuardConfig, description="Detection of spikes and non-finite steps."
+    )
+    evaluation: EvaluationConfig = Field(
+        default_factory=EvaluationConfig, description="Tasks that are evaluated while training."
     )
     tracking: TrackingConfig = Field(
         default_factory=TrackingConfig, description="Metrics, depth profiles and MLflow."

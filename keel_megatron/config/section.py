@@ -49,3 +49,10 @@ def _as_path(value: Any) -> Any:
 
 TextPath = Annotated[Path, BeforeValidator(_as_path)]
 """A path given as text; `~` is the home folder."""
+
+
+def one_or_many(value: object) -> object:
+    """Accept a single path or name in place of a list."""
+    if isinstance(value, (str, Path)):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value

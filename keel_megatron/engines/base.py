@@ -76,6 +76,16 @@ class Engine(Profiled, Protocol):
     def validate(self, micro_batches: Iterable[Batch], count: int) -> float:
         """Mean cross entropy in nats per token over `count` micro-batches a replica."""
 
+    def token_losses(self, micro_batches: Iterable[Batch], count: int) -> list[Tensor]:
+        """Cross entropy of every label of `count` micro-batches of this replica, as in validation.
+
+        An interleaved schedule needs a multiple of its stages.
+
+        Returns:
+            For each micro-batch [b, s] nats, fp32, on the device; the same on each tensor rank.
+            Empty on all but the last pipeline stage.
+        """
+
 
 def owns(parameter: nn.Parameter, runtime: Runtime) -> bool:
     """Whether this tensor rank owns its values of the parameter in sums over all ranks.

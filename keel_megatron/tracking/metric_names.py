@@ -1,8 +1,8 @@
 """Names of a run's metrics in MLflow; metrics.jsonl keeps the fields' names.
 
 A run's page in MLflow has a section for each part of a name before its last `/`, sorted by
-character, and one for all other names below them. So `train` and `validation` come first, then
-`workload`, and the many charts of the depth profiles, whose names have no `/`, come last.
+character, and one for all other names below them. So `evaluation`, `train` and `validation` come
+first, then `workload`, and the many charts of the depth profiles, whose names have no `/`, come last.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ NAMES = {
     "data_seconds": "workload/data_seconds",
     "tflops_per_device": "workload/tflops_per_device",
     "tokens_per_second": "workload/tokens_per_second",
+    "evaluation_seconds": "workload/evaluation_seconds",
     "checkpoint_bytes": "workload/checkpoint_bytes",
     "checkpoint_seconds": "workload/checkpoint_seconds",
     "checkpoint_stall_seconds": "workload/checkpoint_stall_seconds",
@@ -31,6 +32,9 @@ DEPTH, EARLIER_DEPTH = "depth.", "depth/"
 DESCRIPTION = """\
 | metric | meaning |
 |---|---|
+| `evaluation/TASK/acc`, `.../acc_norm` | share of questions whose right answer is the most \
+probable one, and the same with log probabilities per character |
+| `evaluation/TASK/bits_per_byte` | cross entropy of the right answer, bits per byte of its text |
 | `train/loss` | cross entropy of the step's global batch, nats per token |
 | `train/grad_norm` | L2 norm of the gradient before clipping |
 | `train/learning_rate` | learning rate of the step |

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from keel_megatron.config.terminal import printable, trusted
 from keel_megatron.runtime.files import NO_ROOM, LineFile
-from keel_megatron.tracking.records import StepRecord, ValidationRecord
+from keel_megatron.tracking.records import EvaluationRecord, StepRecord, ValidationRecord
 from keel_megatron.urls import without_credentials
 
 _LINES_PER_HEADER = 20
@@ -128,6 +128,12 @@ class Progress:
             f"step {record.step}: validation loss {record.validation_loss:.4f}"
             f"{f' ({each})' if each else ''}"
         )
+
+    def evaluation(self, record: EvaluationRecord) -> None:
+        """Show an evaluation, a line for each task."""
+        for task, metrics in record.results.items():
+            values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            self.say(f"step {record.step}: {task}: {values}")
 
     def stop(self) -> None:
         """End the live display; later messages are text lines."""

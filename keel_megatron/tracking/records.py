@@ -1,4 +1,4 @@
-"""Records of a run: steps, validations, checkpoints and depth profiles."""
+"""Records of a run: steps, validations, evaluations, checkpoints and depth profiles."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
+EVALUATION = "evaluation/"
+"""Beginning of the names of the tasks' metrics."""
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 """How a run ended: complete; by an error or a kill; by a request to stop."""
 
@@ -68,6 +70,27 @@ class ValidationRecord:
 
 
 @dataclass(frozen=True)
+class EvaluationRecord:
+    """One evaluation of tasks."""
+
+    step: int
+    """Last step before the evaluation."""
+    results: Mapping[str, Mapping[str, float]]
+    """Of each task by name, its metrics by name."""
+    seconds: float | None = None
+    """Time for which training waited; None: it did not."""
+
+    def to_json(self) -> dict[str, float]:
+        """The record as one flat object; keys are evaluation/TASK/METRIC."""
+        record: dict[str, float] = {"step": self.step}
+        if self.seconds is not None:
+            record["evaluation_seconds"] = self.seconds
+        for task, metrics in self.results.items():
+            record |= {f"{EVALUATION}{task}/{name}": value for name, value in metrics.items()}
+        return record
+
+
+@dataclass(frozen=True)
 class CheckpointRecord:
     """One checkpoint, once it is complete."""
 
@@ -85,7 +108,7 @@ class CheckpointRecord:
         return asdict(self)
 
 
-Record = StepRecord | ValidationRecord | CheckpointRecord
+Record = StepRecord | ValidationRecord | EvaluationRecord | CheckpointRecord
 
 
 class DepthRecord(Protocol):

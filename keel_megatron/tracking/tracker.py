@@ -15,6 +15,7 @@ from keel_megatron.tracking.progress import Progress
 from keel_megatron.tracking.records import (
     CheckpointRecord,
     DepthRecord,
+    EvaluationRecord,
     Status,
     StepRecord,
     ValidationRecord,
@@ -45,12 +46,14 @@ class Tracker:
         """Register a function to call after the run's end is logged and before its files close."""
         self._followers.append(finish)
 
-    def step(self, record: StepRecord | ValidationRecord) -> None:
-        """Report a step or a validation."""
+    def step(self, record: StepRecord | ValidationRecord | EvaluationRecord) -> None:
+        """Report a step, a validation or an evaluation."""
         self._write(record)
         if self._progress is not None:
             if isinstance(record, ValidationRecord):
                 self._progress.validation(record)
+            elif isinstance(record, EvaluationRecord):
+                self._progress.evaluation(record)
             else:
                 self._progress.step(record)
 

@@ -13,9 +13,10 @@ from keel_megatron.data.prefetch import Prefetcher
 from keel_megatron.depth.collector import DepthCollector
 from keel_megatron.engines.base import Engine
 from keel_megatron.errors import DivergedError, UserError
+from keel_megatron.evaluation.in_training import Evaluation
 from keel_megatron.model.compiled import compile_report
 from keel_megatron.runtime import exit_codes
-from keel_megatron.tracking.records import ValidationRecord
+from keel_megatron.tracking.records import EvaluationRecord, ValidationRecord
 from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training.garbage import GarbageCollection
 from keel_megatron.training.guard import Guard
@@ -33,15 +34,16 @@ class Loop:
     """Steps from a position to the end of the run.
 
     Each step trains on the next `global_batch_size` sequences at the step's learning rate, unless
-    the guard skips the update, and is reported. Validations and checkpoints follow at their
-    intervals. A request to stop ends the loop after the step, with a checkpoint.
+    the guard skips the update, and is reported. Validations, evaluations and checkpoints follow at
+    their intervals. A request to stop ends the loop after the step, with a checkpoint.
 
     Args:
         engine: runs the training steps.
         batches: training and validation batches.
         state: the position, saved and restored with everything else.
         guard: checks every step.
-        tracker: receives steps and validations.
+        tracker: receives steps, validations and evaluations.
+        evaluation: the tasks that are evaluated; None: none.
         mark: called after progress (`cluster.watchdog.Watchdog.mark`).
         before_step: called before every step.
 
@@ -57,6 +59,7 @@ class Loop:
         state: RunState,
         guard: Guard,
         tracker: Tracker,
+        evaluation: Evaluation | None = None,
         mark: Callable[[str], None] = lambda _what: None,
         before_step: BeforeStep | None = None,
     ) -> None:
@@ -66,6 +69,7 @@ class Loop:
         self._state = state
         self._guard = guard
         self._tracker = tracker
+        self._evaluation = evaluation
         self._mark = mark
         self._before_step = before_step
         self._asked = False
@@ -106,6 +110,9 @@ class Loop:
                 stopping = exit_codes.DONE  # there is nothing left to stop
             if last or (self._due(self._config.training.validate_every) and not stopping):
                 self._validate()
+            evaluates = last or self._due(self._config.evaluation.every)
+            if evaluates and not stopping and not self._evaluate(stop) and not last:
+                stopping = self._runtime.max(stop.exit_code)
             if last or stopping or self._due(self._config.checkpoint.every):
                 self._state.save()
             if stopping:
@@ -201,3 +208,16 @@ class Loop:
                 f"step {position.step} is not saved. Lower optimizer.learning_rate",
                 reported=not self._runtime.is_main,
             )
+
+    def _evaluate(self, stop: StopRequest) -> bool:
+        """Evaluate the tasks, if there are any; False if a request to stop ended it."""
+        if self._evaluation is None:
+            return True
+        step, started = self._state.position.step, time.perf_counter()
+        results = self._evaluation.run(self._engine, stop.__bool__, self._mark)
+        self._mark(f"the evaluation after step {step}")
+        if results is None:
+            self._tracker.say(f"the evaluation after step {step} is left out: a stop is requested")
+            return False
+        self._tracker.step(EvaluationRecord(step, results, time.perf_counter() - started))
+        return True

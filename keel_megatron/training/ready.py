@@ -23,6 +23,7 @@ from keel_megatron.data.samples import Samples
 from keel_megatron.data.sequences import SequenceDataset
 from keel_megatron.engines.base import Engine
 from keel_megatron.engines.build import build_engine
+from keel_megatron.evaluation.in_training import Evaluation, open_evaluation
 from keel_megatron.layout.stage_table import stage_table, summary
 from keel_megatron.layout.stages import Partition, own_partition, require_fit
 from keel_megatron.mlflow_delivery.reporting import check_records
@@ -46,6 +47,8 @@ class Ready:
     data: Dataset
     batches: Batches
     engine: Engine
+    evaluation: Evaluation | None = None
+    """The tasks that are evaluated; None: none."""
     start: Start | None = None
     """What a new run starts from; None: it resumes, or starts from random weights."""
 
@@ -64,8 +67,9 @@ def get_ready(
 
     Raises:
         UserError: the model does not fit, the dataset does not match the configuration or the
-            checkpoint, the run cannot start from training.initialize_from, the records cannot be
-            continued, or a library is missing.
+            checkpoint, the run cannot start from training.initialize_from, a task of
+            evaluation.tasks cannot be read, the records cannot be continued, or a library is
+            missing.
     """
     partition = runtime.from_main(lambda: _decided(config, runtime))
     runtime.from_main(lambda: check_records(config.training.folder))
@@ -85,8 +89,9 @@ def get_ready(
         say(line)
     if config.kernels.compile:
         say("kernels.compile: the first steps compile, and take longer")
+    evaluation = open_evaluation(config, runtime, data.tokenizer_path, say)
     engine = build_engine(config, runtime, build_model(config, runtime, partition))
-    return Ready(config, runtime, resume, partition, data, batches, engine, start)
+    return Ready(config, runtime, resume, partition, data, batches, engine, evaluation, start)
 
 
 def _decided(config: RunConfig, runtime: Runtime) -> Partition:

@@ -168,6 +168,7 @@ def _train(
             state=state,
             guard=guard,
             tracker=tracker,
+            evaluation=ready.evaluation,
             mark=watchdog.mark,
             before_step=before_step,
         )

@@ -15,6 +15,7 @@ from keel_megatron.checkpoint.identity import check_folder, check_identity, refu
 from keel_megatron.config.run import RunConfig
 from keel_megatron.corpus.find import check_paths
 from keel_megatron.errors import UserError
+from keel_megatron.evaluation import requests as evaluation_tasks
 from keel_megatron.training.origin import check_origin
 
 READ_BYTES = 1_000_000_000
@@ -26,7 +27,8 @@ def check(config: RunConfig) -> None:
 
     Raises:
         UserError: the run's folder holds another run, or weights only, the run cannot start from
-            training.initialize_from, or data.text or data.tokenizer cannot be read.
+            training.initialize_from, evaluation.tasks has an unknown or unreadable task, or
+            data.text or data.tokenizer cannot be read.
     """
     check_folder(config)
     newest = folder.latest(config.training.folder)
@@ -35,6 +37,8 @@ def check(config: RunConfig) -> None:
         with suppress(manifest.DamagedError):  # the ranks look for another one
             refuse_weights_only(newest, manifest.read_json(newest / manifest.STATE))
     check_origin(config)
+    if config.evaluation.every:
+        evaluation_tasks.check(config.evaluation)
     check_paths(config.data)
     tokenizer = config.data.tokenizer
     is_used = config.data.dataset is None  # a dataset has its own

@@ -114,6 +114,7 @@ ALIKE: dict[str, Any] = {  # a tuple holds several changes, a dict one of each e
 LAYOUTS = "needs several processes: test_resume.py"
 START = "of a start, not of the training: nothing in a checkpoint knows it"
 REPORTS = "what is reported, and where: nothing in a checkpoint knows it"
+EVALUATES = "of every start anew: tests/evaluation, tests/training/test_loop.py"
 OVERLAP = "needs several replicas: tests/engines/megatron/test_overlap.py"
 PLACE = "a place: what lies there is fingerprinted (tests/data/test_dataset.py)"
 ELSEWHERE = {
@@ -152,6 +153,10 @@ ELSEWHERE = {
     "training.initialize_from": START,
     "training.keep_optimizer": START,
     "training.validation_sequences": "of every start anew: tests/data/test_batches.py",
+    "evaluation.every": EVALUATES,
+    "evaluation.tasks": EVALUATES,
+    "evaluation.limit": EVALUATES,
+    "evaluation.data": PLACE,
     "tracking.mlflow": REPORTS,
     "tracking.uri": REPORTS,
     "tracking.experiment": REPORTS,

@@ -257,3 +257,9 @@ def test_a_tracking_uri_of_no_known_kind_is_refused(uri: str) -> None:
 )
 def test_a_tracking_uri_of_a_known_kind_is_taken(uri: str) -> None:
     assert not dict(problems(RunConfig.model_validate(settings(tracking__uri=uri))))
+
+
+def test_an_evaluation_has_tasks() -> None:
+    assert small_config(evaluation__every=5, evaluation__tasks="piqa").evaluation.tasks == ("piqa",)
+    with pytest.raises(pydantic.ValidationError, match=r"evaluation.every needs evaluation.tasks"):
+        small_config(evaluation__every=5)

@@ -77,6 +77,7 @@ def test_what_each_record_is_to_mlflow(tmp_path: Path) -> None:
             "time": 8,
             "validation/a/loss": 5.0,
         },
+        {"step": 1, "evaluation_seconds": 2, "evaluation/a/acc": 0.5, "time": 8},
         {"step": 2, "loss": "5", "grad_norm": None, "norm": True, "big": 10**400, "time": "now"},
         {"step": -1, "loss": 5.0},
         {"loss": 5.0},
@@ -90,12 +91,13 @@ def test_what_each_record_is_to_mlflow(tmp_path: Path) -> None:
         file.write('{"step": 9, "loss": 1.0}')  # being written
     (start, *items) = take(OutboxReader(tmp_path))
     found = [(i.values["step"], i.values["time"], i.values["values"]) for i in items]
-    assert found[:3] == [
+    assert found[:4] == [
         (1, 7, {"loss": 5.0, "seconds": 2.0}),
         (1, 8, {"validation_loss": 4.0, "validation/a/loss": 5.0}),
+        (1, 8, {"evaluation_seconds": 2.0, "evaluation/a/acc": 0.5}),
         (2, start.values["time"], {}),
     ]
-    assert [values for _step, _time, values in found[3:-1]] == [{}] * 6
+    assert [values for _step, _time, values in found[4:-1]] == [{}] * 6
     assert found[-1][2]["depth.stream_rms.max"] == 1.0
 
 

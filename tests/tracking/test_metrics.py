@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from keel_megatron.config import UserError
 from keel_megatron.tracking.metrics import MetricsFile, read_metrics
-from keel_megatron.tracking.records import CheckpointRecord, ValidationRecord
+from keel_megatron.tracking.records import CheckpointRecord, EvaluationRecord, ValidationRecord
 from tests.disk import Disk
 from tests.tracking.samples import record
 
@@ -74,6 +74,24 @@ def test_a_line_has_the_keys_that_readers_rely_on_as_soon_as_it_is_written(tmp_p
         "validation_loss": 2.5,
         "consumed_samples": 16,
         "consumed_tokens": 512,
+    }
+
+
+def test_an_evaluation_goes_with_its_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    results = {"piqa": {"acc": 0.5, "bits_per_byte": 1.25}, "own": {"bits_per_byte": 2.0}}
+    with MetricsFile(path) as metrics:
+        for step in (4, 8):
+            metrics.write(record(step))
+            metrics.write(EvaluationRecord(step, results))
+        metrics.rewind(4)
+    _step, evaluation = read_metrics(path)
+    del evaluation["time"]
+    assert evaluation == {
+        "step": 4,
+        "evaluation/piqa/acc": 0.5,
+        "evaluation/piqa/bits_per_byte": 1.25,
+        "evaluation/own/bits_per_byte": 2.0,
     }
 
 

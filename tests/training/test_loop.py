@@ -11,7 +11,7 @@ import pytest
 from keel_megatron.data.batches import Batches, ValidationSet
 from keel_megatron.errors import DivergedError, UserError
 from keel_megatron.runtime import exit_codes
-from keel_megatron.tracking.records import StepRecord, ValidationRecord
+from keel_megatron.tracking.records import EvaluationRecord, StepRecord, ValidationRecord
 from keel_megatron.training import diagnose
 from keel_megatron.training.guard import Guard
 from keel_megatron.training.loop import Loop
@@ -39,9 +39,14 @@ class Bench:
             state=self.state,
             guard=self.guard,
             tracker=self.tracker,  # type: ignore[arg-type]
+            evaluation=self if self.config.evaluation.every else None,  # type: ignore[arg-type]
             mark=self.marks.append,
             before_step=lambda position, _engine: self.before.append(position.step),
         )
+
+    def run(self, _engine: Any, stop: Any, _mark: Any) -> dict[str, dict[str, float]] | None:
+        """As `Evaluation.run`."""
+        return None if stop() else {"piqa": {"acc": 0.5}}
 
     def steps(self, kind: type) -> list[int]:
         return [record.step for record in self.tracker.records if isinstance(record, kind)]
@@ -61,6 +66,35 @@ def test_intervals_decide_what_is_validated_and_saved() -> None:
     assert bench.loop.validation_loss == 2.0
     assert bench.saver.finished == 1
     assert bench.marks[-2:] == ["step 7", "the validation after step 7"]
+
+
+def test_intervals_decide_what_is_evaluated_and_the_last_step_is() -> None:
+    bench = Bench(training__steps=7, evaluation__every=3, evaluation__tasks=["piqa"])
+    assert bench.loop.run(StopRequest()) == exit_codes.DONE
+    assert bench.steps(EvaluationRecord) == [3, 6, 7]
+    assert "the evaluation after step 3" in bench.marks
+    record = bench.tracker.records[3]
+    assert isinstance(record, EvaluationRecord)
+    assert record.seconds is not None
+    assert record.to_json() == {
+        "step": 3,
+        "evaluation_seconds": record.seconds,
+        "evaluation/piqa/acc": 0.5,
+    }
+
+
+def test_a_request_to_stop_during_an_evaluation_ends_it_and_the_run() -> None:
+    stop = StopRequest()
+    bench = Bench(training__steps=7, evaluation__every=2, evaluation__tasks=["piqa"])
+
+    def mark(what: str) -> None:
+        if what == "step 4":
+            stop.deadline = 0.0
+
+    bench.loop._mark = mark
+    assert bench.loop.run(stop) == exit_codes.SAVED
+    assert bench.steps(EvaluationRecord) == [2]
+    assert bench.saved == [4]
 
 
 def test_sources_are_validated_apart_and_weighted_by_their_shares() -> None:

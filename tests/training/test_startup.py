@@ -71,6 +71,7 @@ def test_mistakes_and_a_complete_run_need_no_torch_and_leave_nothing(tmp_path: P
             [*run, "data.text=nowhere"],
             [*run, "data.text=[empty]", "--processes", "2"],
             [*run, "data.tokenizer=nowhere.model"],
+            [*run, "evaluation.every=2", "evaluation.tasks=nowhere.jsonl"],
             [*run, "parallel.pipeline=2", "--processes", "3"],
             [*run, "training.runs_dir=busy"],
             [*run, "training.runs_dir=done", "model.alpha=3"],
@@ -78,17 +79,18 @@ def test_mistakes_and_a_complete_run_need_no_torch_and_leave_nothing(tmp_path: P
             ["bench", "run.yaml", "parallel.pipeline=2", "--processes", "3"],
         )
         assert [path.name for path in (tmp_path / "busy" / "test").iterdir()] == ["owner.lock"]
-    assert [code for code, _shown, _error in ends] == [2, 2, 2, 2, 2, 2, 0, 2]
+    assert [code for code, _shown, _error in ends] == [2, 2, 2, 2, 2, 2, 2, 0, 2]
     errors = [error for _code, _shown, error in ends]
     assert errors[0] == "error: data.text: nowhere does not exist\n"
     assert "there is no text in empty; give files or folders" in errors[1]
     assert "data.tokenizer: nowhere.model does not exist" in errors[2]
-    assert "start 2 or a multiple of it (keel train --processes 2; torchrun" in errors[3]
-    assert f"busy/test is being trained by process {os.getpid()} on host" in errors[4]
-    assert "model.alpha: auto there, 3.0 now" in errors[5]
-    assert "start 2 or a multiple of it" in errors[7]
-    assert f"done/test is complete: 4 steps, newest checkpoint {checkpoint}." in ends[6][1]
-    assert "sample (done/test/samples.txt):\ndef sample():" in ends[6][1]
+    assert "evaluation.tasks: nowhere.jsonl does not exist" in errors[3]
+    assert "start 2 or a multiple of it (keel train --processes 2; torchrun" in errors[4]
+    assert f"busy/test is being trained by process {os.getpid()} on host" in errors[5]
+    assert "model.alpha: auto there, 3.0 now" in errors[6]
+    assert "start 2 or a multiple of it" in errors[8]
+    assert f"done/test is complete: 4 steps, newest checkpoint {checkpoint}." in ends[7][1]
+    assert "sample (done/test/samples.txt):\ndef sample():" in ends[7][1]
     assert not (tmp_path / "runs").exists()
     assert not (done.training.folder / "owner.lock").exists()
 

@@ -109,6 +109,13 @@ class DeepSpeedEngine:
             total += self._loss(batch, counted).double()
         return self._mean(total, count)[0]
 
+    @torch.no_grad()
+    def token_losses(self, micro_batches: Iterable[Batch], count: int) -> list[Tensor]:  # noqa: ARG002
+        """As `Engine.token_losses`."""
+        self._model.eval()
+        batches = [batch.to(self.runtime.device) for batch in micro_batches]
+        return [forward(self._model, batch) for batch in batches]
+
     def own_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """As `Engine.own_gradient`."""
         shard = self._shards.gradient(parameter) if owns(parameter, self.runtime) else None

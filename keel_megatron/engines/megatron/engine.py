@@ -40,6 +40,11 @@ from keel_megatron.engines.megatron.overlap import (
 )
 from keel_megatron.runtime.distributed import Runtime
 
+_Reduce = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""A chunk's output to what is differentiated and what is reported."""
+_ForwardStep = Callable[[Iterator[Batch], Any], tuple[Tensor, _Reduce]]
+"""What a schedule calls for one micro-batch on one chunk."""
+
 
 class MegatronEngine:
     """Megatron-core's schedules (none, 1F1B, interleaved 1F1B), DDP and optimizer.
@@ -125,6 +130,14 @@ class MegatronEngine:
         dist.all_reduce(total)
         return float(total) / (count * self.runtime.data_size)
 
+    @torch.no_grad()
+    def token_losses(self, micro_batches: Iterable[Batch], count: int) -> list[Tensor]:
+        """As `Engine.token_losses`."""
+        for chunk in self.model:
+            chunk.eval()
+        batches = [batch.to(self.runtime.device) for batch in micro_batches]
+        return self._scheduled(_token_losses, batches, count, forward_only=True)
+
     def own_gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """As `Engine.own_gradient`.
 
@@ -180,12 +193,24 @@ class MegatronEngine:
 
     def _run(self, micro_batches: Iterable[Batch], count: int, *, forward_only: bool) -> Tensor:
         """Run the schedule; the sum of the losses that this rank speaks for, fp64."""
-        # Every chunk of this stage walks the same micro-batches at its own pace.
         batches = [batch.to(self.runtime.device) for batch in micro_batches]
-        iterators = [iter(batches) for _ in self.model]
         counted = mean_counted(batches, parallel_state.get_data_parallel_group())
-        losses = self._schedule(
-            forward_step_func=partial(_forward_step, counted),
+        losses = self._scheduled(
+            partial(_forward_step, counted), batches, count, forward_only=forward_only
+        )
+        # Only the last stage has losses, and each of its tensor ranks has the same.
+        if losses and self.runtime.tensor_rank == 0:
+            return torch.stack(losses).double().sum()
+        return torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+
+    def _scheduled(
+        self, forward_step: _ForwardStep, batches: list[Batch], count: int, *, forward_only: bool
+    ) -> list[Tensor]:
+        """Run the schedule; what the last stage reports of each micro-batch, empty elsewhere."""
+        # Every chunk of this stage walks the same micro-batches at its own pace.
+        iterators = [iter(batches) for _ in self.model]
+        return self._schedule(
+            forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.model,
             num_microbatches=count,
@@ -193,15 +218,11 @@ class MegatronEngine:
             micro_batch_size=self.config.training.micro_batch_size,
             forward_only=forward_only,
         )
-        # Only the last stage has losses, and each of its tensor ranks has the same.
-        if losses and self.runtime.tensor_rank == 0:
-            return torch.stack(losses).double().sum()
-        return torch.zeros((), dtype=torch.float64, device=self.runtime.device)
 
 
 def _forward_step(
     counted: Tensor | None, batches: Iterator[Batch], model: Any
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+) -> tuple[Tensor, _Reduce]:
     """What a schedule calls for one micro-batch on one chunk: its output and how to reduce it."""
     batch = next(batches)
     return forward(model, batch), partial(_mean_loss, batch.loss_mask, counted)
@@ -213,3 +234,12 @@ def _mean_loss(
     """The same, to differentiate and to report."""
     loss = mean_loss(losses, loss_mask, counted)
     return loss, loss.detach().clone()
+
+
+def _token_losses(batches: Iterator[Batch], model: Any) -> tuple[Tensor, _Reduce]:
+    """The same, for a schedule without a backward pass that reports every token's loss."""
+    return forward(model, next(batches)), _reported
+
+
+def _reported(losses: Tensor) -> tuple[Tensor, Tensor]:
+    return losses.mean(), losses.clone()  # the schedule may free its output

@@ -1,0 +1,50 @@
+"""Rows in sequences: each once, whole, and beside others only where it may be."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keel_megatron.evaluation.packing import pack
+from keel_megatron.evaluation.rows import Row
+
+LENGTH = 12
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> Row:
+    tokens = draw(st.lists(st.integers(1, 99), min_size=2, max_size=LENGTH + 1))
+    return Row(tuple(tokens), draw(st.integers(1, len(tokens) - 1)))
+
+
+@given(st.lists(rows(), min_size=1, max_size=30), st.booleans())
+def test_every_row_is_there_once(given_rows: list[Row], together: bool) -> None:
+    packed = pack(given_rows, LENGTH, 0, together=together)
+    seen: dict[int, Row] = {}
+    for tokens, labels, documents, scored in zip(
+        packed.tokens, packed.labels, packed.documents, packed.rows, strict=True
+    ):
+        for document in range(documents.max() + 1):
+            inside = documents == document
+            own = scored[inside] != len(given_rows)
+            if not own.any():
+                assert (tokens[inside] == 0).all()
+                assert (labels[inside] == 0).all()
+                continue
+            number = scored[inside][own].max()
+            assert (scored[inside][own] == number).all()
+            assert number not in seen
+            row = (*tokens[inside].tolist(), int(labels[inside][-1]))
+            assert row[1:] == tuple(labels[inside].tolist())
+            assert own.tolist() == sorted(own.tolist()), "what is scored is at the end"
+            seen[int(number)] = Row(row, int(own.sum()))
+    assert seen == dict(enumerate(given_rows))
+    if not together:
+        assert len(packed.tokens) == len(given_rows)
+
+
+@pytest.mark.parametrize(("short", "sequences"), [(2, 10), (3, 15), (6, 30), (7, 60)])
+def test_short_rows_share_sequences(short: int, sequences: int) -> None:
+    packed = pack([Row((1,) * (short + 1), 1)] * 60, 12, 0, together=True)
+    assert len(packed.tokens) == sequences
