@@ -1,9 +1,9 @@
 """The largest learning rate that each rule bears (arXiv 2601.19895, Table 1).
 
-The rate rises linearly from 0 to a ceiling over the whole run, which it reaches at the last step but
-one. The maximum is the rate at the step
-before the run diverges (divergence.py). A rate rises by ceiling / steps per step, which bounds the
-resolution; a lower ceiling resolves lower rates, and trains longer at each.
+The rate rises linearly from 0 to a ceiling over the whole run, which it reaches at the last step
+but one. The maximum is the rate at the step before the run diverges (divergence.py). The rate rises
+by ceiling / steps per step, which bounds the resolution; a lower ceiling resolves lower rates, and
+trains longer at each.
 """
 
 from __future__ import annotations
