@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -119,6 +120,23 @@ def whole_numbers(option: str, values: Collection[str]) -> list[int]:
         if not value.isdecimal():
             raise UserError(f"{option}: {value!r} must be a whole number")
     return [int(value) for value in values]
+
+
+def numbers(option: str, values: Collection[str]) -> tuple[float, ...]:
+    """The values of an option as finite numbers.
+
+    Raises:
+        UserError: one is not a finite number.
+    """
+    found = []
+    for value in values:
+        try:
+            found.append(float(value))
+        except ValueError:
+            raise UserError(f"{option}: {value!r} must be a number") from None
+        if not math.isfinite(found[-1]):
+            raise UserError(f"{option}: {value!r} must be a finite number")
+    return tuple(found)
 
 
 def _run(name: str, make: Make, options: _Options, own: dict[str, Any]) -> int:

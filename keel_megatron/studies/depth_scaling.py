@@ -1,0 +1,132 @@
+"""Loss over depth at fixed width, each rule at its own best rate (arXiv 2601.19895, Table 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from keel_megatron.studies import pictures
+from keel_megatron.studies.best_rate import EDGE, best_rates, check_rates, loss_key
+from keel_megatron.studies.grid import Axes, Label, Point, Row, Study, depth
+from keel_megatron.studies.results import Spread, difference, markdown, spread
+from keel_megatron.tracking.metrics import iterate_metrics
+from keel_megatron.tracking.records import EVALUATION
+from keel_megatron.tracking.run_log import METRICS_FILE
+
+RULES = ("keel", "pre_ln")
+"""The paper's Table 3 compares these."""
+_BASELINE = "pre_ln"
+
+
+def study(
+    axes: Axes,
+    rates: Sequence[float],
+    given: Mapping[str, float] | None = None,
+) -> Study:
+    """The study's grid; the last results of `evaluation.tasks`, if any, are columns too.
+
+    Args:
+        axes: rules (default: keel and pre_ln) and depths.
+        rates: the sweep.
+        given: rules that have one rate instead of the sweep.
+
+    Raises:
+        UserError: a rate is not positive, or a depth is odd.
+    """
+    own = dict(given or {})
+    check_rates([*rates, *own.values()])
+
+    def point(rule: str, sub_layers: int, rate: float) -> Point:
+        overrides = {"model.residual": rule, **depth(sub_layers), "optimizer.learning_rate": rate}
+        labels: dict[str, Label] = {"rule": rule, "sub_layers": sub_layers, "rate": rate}
+        return Point(f"{rule}-{sub_layers}-lr{rate:g}", overrides, labels)
+
+    points = [
+        point(rule, sub_layers, rate)
+        for sub_layers in axes.depths
+        for rule in axes.rules or RULES
+        for rate in ([own[rule]] if rule in own else rates)
+    ]
+    return Study("depth-scaling", points, table, picture, lambda _point, folder: row(folder))
+
+
+def row(folder: Path) -> dict[str, Any]:
+    """The last result of each evaluation task of a run."""
+    found: dict[str, Any] = {}
+    for record in iterate_metrics(folder / METRICS_FILE):
+        found |= {key: value for key, value in record.items() if key.startswith(EVALUATION)}
+    return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line per depth and rule at its best rate, with the difference from pre_ln."""
+    best = best_rates(rows, "sub_layers", "rule")
+    key = loss_key(rows)
+    tasks = sorted({name for row in rows for name in row if name.startswith(EVALUATION)})
+    lines = []
+    for (sub_layers, rule), one in sorted(best.items(), key=lambda item: item[0]):
+        if one is None:
+            lines.append(
+                [sub_layers, rule, "-", "diverged at every rate", "-", *("-" for _ in tasks)]
+            )
+            continue
+        base = best.get((sub_layers, _BASELINE))
+        compared = difference(one.loss(key), base.loss(key)) if base and rule != _BASELINE else ""
+        results = [one.loss(name) for name in tasks]
+        lines.append([sub_layers, rule, one.shown, one.loss(key), compared, *results])
+    names = [name.removeprefix(EVALUATION) for name in tasks]
+    columns = ["sub-layers", "rule", "best rate", key.replace("_", " "), "against pre_ln", *names]
+    return f"{markdown(columns, lines)}\n\n{EDGE}"
+
+
+def picture(rows: Sequence[Row], out: Path) -> None:
+    """Loss over depth, one line per rule at its best rates; beside it, loss over rate."""
+    key = loss_key(rows)
+    figure, (left, right) = pictures.new_figure("Loss over depth, at each rule's best rate", 2)
+    best = best_rates(rows, "rule", "sub_layers")
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        known = [
+            (depth, one) for (name, depth), one in best.items() if name == rule and one is not None
+        ]
+        pictures.curve(
+            left,
+            [sub_layers for sub_layers, _one in known],
+            [one.loss(key) for _depth, one in known],
+            rule,
+            pictures.rule_colour(rule),
+        )
+    sweep(right, rows, "sub_layers", lambda depth: f"L = {depth}")
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter(lambda value, _position: f"{value:g}")
+    left.set_xlabel("sub-layers L")
+    left.set_ylabel(f"{key.replace('_', ' ')}, nats per token")
+    right.legend(frameon=False, fontsize=9)
+    pictures.finish(figure, out)
+
+
+def sweep(axes: Any, rows: Sequence[Row], shape: str, name: Callable[[Any], str]) -> None:
+    """Draw loss over learning rate, one line per rule and shape.
+
+    Args:
+        axes: to draw in.
+        rows: with labels `rule`, `rate` and the shape's.
+        shape: the label that tells shapes apart.
+        name: a shape's name, from its label.
+    """
+    key = loss_key(rows)
+    shapes = list(dict.fromkeys(row[shape] for row in rows))
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        for number, one in enumerate(shapes):
+            some = [row for row in rows if row["rule"] == rule and row[shape] == one]
+            by_rate: dict[float, Spread] = {
+                rate: spread([row for row in some if row["rate"] == rate], key)
+                for rate in sorted({row["rate"] for row in some})
+            }
+            if len(by_rate) > 1:
+                marker = pictures.MARKERS[number % len(pictures.MARKERS)]
+                colour = pictures.rule_colour(rule)
+                label = f"{rule}, {name(one)}"
+                pictures.curve(axes, list(by_rate), list(by_rate.values()), label, colour, marker)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
