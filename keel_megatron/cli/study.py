@@ -11,6 +11,7 @@ from keel_megatron.cli.arguments import writing
 from keel_megatron.cli.studies.alpha import alpha
 from keel_megatron.cli.studies.deep_versus_wide import deep_versus_wide
 from keel_megatron.cli.studies.depth_scaling import depth_scaling
+from keel_megatron.cli.studies.depth_tasks import depth_tasks
 from keel_megatron.cli.studies.grid import add_study
 from keel_megatron.cli.studies.max_learning_rate import max_learning_rate
 
@@ -21,6 +22,7 @@ add_study(app, "alpha", alpha)
 add_study(app, "max-learning-rate", max_learning_rate)
 add_study(app, "depth-scaling", depth_scaling)
 add_study(app, "deep-versus-wide", deep_versus_wide)
+add_study(app, "depth-tasks", depth_tasks)
 
 
 @app.callback()

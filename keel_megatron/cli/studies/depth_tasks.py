@@ -1,0 +1,28 @@
+"""`keel study depth-tasks`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from keel_megatron.cli.studies.grid import listed
+from keel_megatron.config.run import RunConfig
+from keel_megatron.studies import depth_tasks as task_study
+from keel_megatron.studies.generated_tasks import LARGEST, TASKS
+from keel_megatron.studies.grid import Axes, Study
+
+
+def depth_tasks(
+    config: RunConfig,
+    axes: Axes,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK,...", help=f"Of {', '.join(TASKS)}. Default: all."),
+    ] = None,
+    largest: Annotated[
+        int, typer.Option(min=1, max=LARGEST, help="Questions need up to so many steps.")
+    ] = task_study.STEPS,
+) -> Study:
+    """Train on generated tasks that need k sequential steps: where depth should matter."""
+    return task_study.study(config, axes, listed(tasks) or tuple(TASKS), largest)
