@@ -9,7 +9,7 @@ saw the same batches at the same learning rates.
 unrecovered spike
     From this step to the end, s(t) stays above m(t) by more than `SPIKE` x D(t).
 early plateau
-    From this step to the end, and for at least `LASTING` of the steps, m(t) falls by less than
+    From this step to the end, and for at least `EARLY` of the steps, m(t) falls by less than
     `FLAT` x R(end), although D(end) < `BEHIND` x R(end): other rules learned more.
 slow loss
     From this step to the end, and for at least `LASTING` of the steps, D(t) < `SLOW` x R(t); only
@@ -26,9 +26,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WINDOW = 0.02
+WINDOW = 0.05
 SPIKE = 0.1
 LASTING = 0.25
+EARLY = 0.5
 FLAT = 0.02
 BEHIND = 0.8
 SLOW = 0.5
@@ -120,7 +121,7 @@ def _plateau(curve: Curve, drops: Sequence[float]) -> Divergence | None:
     low = curve.minima
     if curve.drops[-1] >= BEHIND * drops[-1]:
         return None
-    return _since(curve, [one - low[-1] < FLAT * drops[-1] for one in low], "plateau", LASTING)
+    return _since(curve, [one - low[-1] < FLAT * drops[-1] for one in low], "plateau", EARLY)
 
 
 def _slow(curve: Curve, drops: Sequence[float]) -> Divergence | None:
