@@ -2,7 +2,7 @@
 
 A run's page in MLflow has a section for each part of a name before its last `/`, sorted by
 character, and one for all other names below them. So `evaluation`, `train` and `validation` come
-first, then `workload`, and the many charts of the depth profiles, whose names have no `/`, come last.
+first, then `workload`; the many charts of the depth profiles, whose names have no `/`, come last.
 """
 
 from __future__ import annotations
