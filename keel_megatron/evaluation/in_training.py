@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,7 +17,7 @@ from keel_megatron.data.tokenizer import open_tokenizer
 from keel_megatron.engines.base import Engine
 from keel_megatron.errors import UserError
 from keel_megatron.evaluation.metrics import Question, measure
-from keel_megatron.evaluation.packing import Numbers, Packed, pack
+from keel_megatron.evaluation.packing import Numbers, Packing, Sequences
 from keel_megatron.evaluation.requests import SETTING, find, read
 from keel_megatron.evaluation.rows import Row
 from keel_megatron.model.documents import takes_borders
@@ -39,7 +38,7 @@ class _Encoder(Protocol):
 class Prepared:
     """What global rank 0 has read."""
 
-    packed: Packed
+    packing: Packing
     questions: dict[str, list[Question]]
     """Of each task; their rows follow each other in this order."""
     remarks: list[str]
@@ -55,25 +54,16 @@ class Evaluation:
     """
 
     def __init__(self, config: RunConfig, runtime: Runtime, prepared: Prepared) -> None:
-        training, packed = config.training, prepared.packed
+        size, replicas = config.training.micro_batch_size, runtime.data_size
         self._runtime = runtime
         self._questions = prepared.questions
-        self._count = sum(
-            len(one.characters) for questions in prepared.questions.values() for one in questions
-        )
+        self._packing = prepared.packing
         self._together = shares_sequences(config, runtime.device)
         # As many micro-batches at a time as a step has: a request to stop is answered after them.
-        size = training.micro_batch_size
-        self._at_once = training.global_batch_size // (size * runtime.data_size)
+        self._at_once = config.training.global_batch_size // (size * replicas)
         multiple = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
-        sequences = len(packed.tokens)
-        micro_batches = -(-sequences // (size * runtime.data_size * multiple)) * multiple
-        first = runtime.data_rank * size
-        stride = size * runtime.data_size
-        self._parts = [
-            _part(packed, self._count, number * stride + first, size)
-            for number in range(micro_batches)
-        ]
+        rounds = -(-len(prepared.packing) // (size * replicas * multiple))
+        self._size, self._micro_batches = size, rounds * multiple
 
     def run(
         self, engine: Engine, stop: Callable[[], bool], mark: Callable[[str], None]
@@ -89,11 +79,12 @@ class Evaluation:
             The results on global rank 0, nothing on the others; None if any rank was asked to stop.
         """
         runtime = self._runtime
-        sums = torch.zeros(self._count + 1, dtype=torch.float64, device=runtime.device)
-        for start in range(0, len(self._parts), self._at_once):
+        sums = torch.zeros(self._packing.rows + 1, dtype=torch.float64, device=runtime.device)
+        for start in range(0, self._micro_batches, self._at_once):
             if runtime.any(stop()):
                 return None
-            parts = self._parts[start : start + self._at_once]
+            end = min(start + self._at_once, self._micro_batches)
+            parts = [self._part(number) for number in range(start, end)]
             losses = engine.token_losses([self._batch(part) for part in parts], len(parts))
             if runtime.tensor_rank == 0:  # each of the tensor ranks has the same
                 for part, loss in zip(parts, losses, strict=False):  # none before the last stage
@@ -114,7 +105,13 @@ class Evaluation:
             start = end
         return results
 
-    def _batch(self, part: Packed) -> Batch:
+    def _part(self, number: int) -> Sequences:
+        """The sequences of a micro-batch of this replica."""
+        runtime = self._runtime
+        first = (number * runtime.data_size + runtime.data_rank) * self._size
+        return self._packing.sequences(first, self._size)
+
+    def _batch(self, part: Sequences) -> Batch:
         """The micro-batch that this stage is given."""
         runtime = self._runtime
         batch = Batch(
@@ -182,13 +179,13 @@ def _prepared(config: RunConfig, tokenizer: Path, *, together: bool) -> Prepared
                 f"evaluation, {task.name}: {cut:,} continuations with their contexts are longer "
                 f"than data.seq_length = {length}; the beginning of these contexts is cut off"
             )
-    packed = pack(rows, length, encoder.eod, together=together)
-    share = len(packed.tokens) / config.training.global_batch_size
+    packing = Packing(rows, length, encoder.eod, together=together)
+    share = len(packing) / config.training.global_batch_size
     remarks.append(
         f"evaluation every {config.evaluation.every} steps: {', '.join(named)}; {len(rows):,} "
-        f"continuations in {len(packed.tokens):,} sequences, {share:.1f} times a step's"
+        f"continuations in {len(packing):,} sequences, {share:.1f} times a step's"
     )
-    return Prepared(packed, questions, remarks)
+    return Prepared(packing, questions, remarks)
 
 
 def _row(
@@ -207,15 +204,6 @@ def _row(
         )
     tokens = before + scored
     return Row(tuple(tokens[-(length + 1) :]), len(scored)), len(tokens) > length + 1
-
-
-def _part(packed: Packed, count: int, first: int, size: int) -> Packed:
-    """`size` sequences from `first` on; behind the last one it is repeated, and nothing scored."""
-    numbers = np.arange(first, first + size)
-    at = np.minimum(numbers, len(packed.tokens) - 1)
-    rows = packed.rows[at]
-    rows[numbers >= len(packed.tokens)] = count
-    return Packed(packed.tokens[at], packed.labels[at], packed.documents[at], rows)
 
 
 def _numbers(values: Numbers, dtype: torch.dtype) -> Tensor:

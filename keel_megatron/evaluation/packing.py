@@ -14,7 +14,7 @@ Numbers = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Packed:
+class Sequences:
     """Rows in sequences; each array is int32 [sequences, s]."""
 
     tokens: Numbers
@@ -26,8 +26,10 @@ class Packed:
     """Number of the row whose score the label belongs to; of no row, the number of all rows."""
 
 
-def pack(rows: Sequence[Row], length: int, filler: int, *, together: bool) -> Packed:
-    """Pack rows into sequences: the longest, and behind it the shortest as long as they fit.
+class Packing:
+    """Rows, and which of them share a sequence; compact, because every rank has it.
+
+    A sequence has the longest row that is left, and behind it the shortest as long as they fit.
 
     Args:
         rows: none has more than `length` + 1 tokens; its last token is a label only.
@@ -35,35 +37,53 @@ def pack(rows: Sequence[Row], length: int, filler: int, *, together: bool) -> Pa
         filler: the token that fills sequences up.
         together: several rows may share a sequence; attention must then stay within documents.
     """
-    groups = _groups(rows, length) if together else [[number] for number in range(len(rows))]
-    shape = (len(groups), length)
-    tokens, labels = np.full(shape, filler, np.int32), np.full(shape, filler, np.int32)
-    documents, scored = np.zeros(shape, np.int32), np.full(shape, len(rows), np.int32)
-    for sequence, group in enumerate(groups):
-        start = 0
-        for document, number in enumerate(group):
-            row = rows[number]
-            end = start + len(row.tokens) - 1
-            tokens[sequence, start:end] = row.tokens[:-1]
-            labels[sequence, start:end] = row.tokens[1:]
-            documents[sequence, start:end] = document
-            scored[sequence, end - row.scored : end] = number
-            start = end
-        documents[sequence, start:] = len(group)
-    return Packed(tokens, labels, documents, scored)
+
+    def __init__(self, rows: Sequence[Row], length: int, filler: int, *, together: bool) -> None:
+        self.length, self.filler, self.rows = length, filler, len(rows)
+        self._tokens = np.fromiter((token for row in rows for token in row.tokens), np.int32)
+        self._ends = np.cumsum([len(row.tokens) for row in rows])
+        self._scored = np.array([row.scored for row in rows])
+        sizes = [len(row.tokens) - 1 for row in rows]
+        alone = [[number] for number in range(len(rows))]
+        self._groups = _groups(sizes, length) if together else alone
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self._groups)
+
+    def sequences(self, first: int, count: int) -> Sequences:
+        """`count` sequences from the `first` on; behind the last one they hold nothing."""
+        shape = (count, self.length)
+        tokens, labels = (
+            np.full(shape, self.filler, np.int32),
+            np.full(shape, self.filler, np.int32),
+        )
+        documents, rows = np.zeros(shape, np.int32), np.full(shape, self.rows, np.int32)
+        for place, group in enumerate(self._groups[first : first + count]):
+            start = 0
+            for document, number in enumerate(group):
+                before = self._ends[number - 1] if number else 0
+                row = self._tokens[before : self._ends[number]]
+                end = start + len(row) - 1
+                tokens[place, start:end], labels[place, start:end] = row[:-1], row[1:]
+                documents[place, start:end] = document
+                rows[place, end - self._scored[number] : end] = number
+                start = end
+            documents[place, start:] = len(group)
+        return Sequences(tokens, labels, documents, rows)
 
 
-def _groups(rows: Sequence[Row], length: int) -> list[list[int]]:
+def _groups(sizes: Sequence[int], length: int) -> list[list[int]]:
     """Numbers of the rows of each sequence."""
-    order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))
+    order = sorted(range(len(sizes)), key=lambda number: -sizes[number])
     groups: list[list[int]] = []
     first, last = 0, len(order) - 1
     while first <= last:
-        group, left = [order[first]], length - len(rows[order[first]].tokens) + 1
+        group, left = [order[first]], length - sizes[order[first]]
         first += 1
-        while first <= last and len(rows[order[last]].tokens) - 1 <= left:
+        while first <= last and sizes[order[last]] <= left:
             group.append(order[last])
-            left -= len(rows[order[last]].tokens) - 1
+            left -= sizes[order[last]]
             last -= 1
         groups.append(group)
     return groups

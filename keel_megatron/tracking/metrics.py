@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object a line, every float at full precision.
 
-A line is a record of a step, a validation, a checkpoint or a depth profile, with the `time` at
-which it was written, in milliseconds since 1970.
+A line is a record of a step, a validation, an evaluation, a checkpoint or a depth profile, with the
+`time` at which it was written, in milliseconds since 1970.
 """
 
 from __future__ import annotations

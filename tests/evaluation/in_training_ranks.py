@@ -11,7 +11,7 @@ import torch
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.evaluation.metrics import Question
-from keel_megatron.evaluation.packing import pack
+from keel_megatron.evaluation.packing import Packing
 from keel_megatron.evaluation.rows import Row
 from keel_megatron.runtime.distributed import start
 from tests.training.ranks import made_up_batches
@@ -73,8 +73,8 @@ def _scored(case: Case, rows: list[Row]) -> Found:
     with start(config.parallel, config.training) as runtime:
         engine = build_engine(config, runtime, build_model(config, runtime))
         questions = {str(number): [Question((1,), 1, 0)] for number in range(len(rows))}
-        packed = pack(rows, config.data.seq_length, 0, together=case.together)
-        evaluation = Evaluation(config, runtime, Prepared(packed, questions, []))
+        packing = Packing(rows, config.data.seq_length, 0, together=case.together)
+        evaluation = Evaluation(config, runtime, Prepared(packing, questions, []))
         for step in range(3):
             if case.evaluates:
                 results = evaluation.run(engine, lambda: False, marks.append)

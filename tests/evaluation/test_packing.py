@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keel_megatron.evaluation.packing import pack
+from keel_megatron.evaluation.packing import Packing
 from keel_megatron.evaluation.rows import Row
 
 LENGTH = 12
@@ -20,7 +20,8 @@ def rows(draw: st.DrawFn) -> Row:
 
 @given(st.lists(rows(), min_size=1, max_size=30), st.booleans())
 def test_every_row_is_there_once(given_rows: list[Row], together: bool) -> None:
-    packed = pack(given_rows, LENGTH, 0, together=together)
+    packing = Packing(given_rows, LENGTH, 0, together=together)
+    packed = packing.sequences(0, len(packing) + 1)
     seen: dict[int, Row] = {}
     for tokens, labels, documents, scored in zip(
         packed.tokens, packed.labels, packed.documents, packed.rows, strict=True
@@ -41,10 +42,10 @@ def test_every_row_is_there_once(given_rows: list[Row], together: bool) -> None:
             seen[int(number)] = Row(row, int(own.sum()))
     assert seen == dict(enumerate(given_rows))
     if not together:
-        assert len(packed.tokens) == len(given_rows)
+        assert len(packing) == len(given_rows)
 
 
 @pytest.mark.parametrize(("short", "sequences"), [(2, 10), (3, 15), (6, 30), (7, 60)])
 def test_short_rows_share_sequences(short: int, sequences: int) -> None:
-    packed = pack([Row((1,) * (short + 1), 1)] * 60, 12, 0, together=True)
-    assert len(packed.tokens) == sequences
+    packing = Packing([Row((1,) * (short + 1), 1)] * 60, 12, 0, together=True)
+    assert len(packing) == sequences
