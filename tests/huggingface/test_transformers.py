@@ -136,7 +136,7 @@ def test_the_command_exports_and_checks(name: str, dtype: str, runs: Path, tmp_p
     norms = torch.float32 if is_keel or dtype == "fp32" else torch.bfloat16
     assert types["norm"] == types["post_attention_layernorm"] == norms
     assert types["q_proj"] == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=is_keel)
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
     own = open_tokenizer(runs / name / "checkpoints" / "step_00000000" / "tokenizer.model")
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<eod>", own.eod)
     for text in (*DIFFICULT, Path(argparse.__file__).read_text()):

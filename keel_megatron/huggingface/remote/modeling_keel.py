@@ -9,7 +9,8 @@ blocks. The other residual rules differ in which norms exist and in alpha: `sub_
 configuration_keel.py is the table.
 
 The residual stream and the norms are fp32 whatever the type of the weights is: at alpha = 1024 a
-bf16 stream would lose most of every update, and rounded norm weights compound over depth.
+bf16 stream would lose most of every update, and rounded norm weights compound over depth. The
+branches compute in the type of the weights.
 """
 
 from __future__ import annotations
@@ -62,19 +63,18 @@ class KeelVector(nn.Module):
         return x * self.weight.float()
 
 
-def rotary_table(
-    config: KeelConfig, positions: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cos and sin [batch, tokens, head_dim]; the angles in fp64, exact at any position."""
+def rotary_table(config: KeelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cos and sin [batch, tokens, head_dim], fp32; the angles in fp64, exact at any position."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device)
     frequencies = config.rope_parameters["rope_theta"] ** -(exponents / config.head_dim)
     angles = positions[..., None].double() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i + d/2}) of x [batch, heads, tokens, d]."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return x * cos[:, None] + turned * sin[:, None]
@@ -131,18 +131,17 @@ class KeelAttention(nn.Module):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The branch [batch, tokens, h] of its input, in the type of the weights."""
+        """The branch [batch, tokens, h] of its input; both in the type of the weights."""
         batch, tokens = hidden_states.shape[:2]
-        z = hidden_states.to(self.q_proj.weight.dtype)
 
-        def heads(project: nn.Linear, norm: KeelRMSNorm | None) -> Tensor:
-            x = project(z).view(batch, tokens, -1, self.head_dim)
-            x = x if norm is None else norm(x).to(z.dtype)
+        def heads(x: Tensor, norm: KeelRMSNorm | None) -> Tensor:
+            x = x.view(batch, tokens, -1, self.head_dim)
+            x = x if norm is None else norm(x).to(x.dtype)
             return x.transpose(1, 2)
 
-        query = rotate(heads(self.q_proj, self.q_norm), *position_embeddings)
-        key = rotate(heads(self.k_proj, self.k_norm), *position_embeddings)
-        value = heads(self.v_proj, self.v_norm)
+        query = rotate(heads(self.q_proj(hidden_states), self.q_norm), *position_embeddings)
+        key = rotate(heads(self.k_proj(hidden_states), self.k_norm), *position_embeddings)
+        value = heads(self.v_proj(hidden_states), self.v_norm)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -169,11 +168,11 @@ class KeelMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = nn.SiLU()
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """The branch [..., h] of its input, in the type of the weights."""
-        z = hidden_states.to(self.gate_proj.weight.dtype)
-        return self.down_proj(functional.silu(self.gate_proj(z)) * self.up_proj(z))
+    def forward(self, z: Tensor) -> Tensor:
+        """The branch [..., h] of its input; both in the type of the weights."""
+        return self.down_proj(self.act_fn(self.gate_proj(z)) * self.up_proj(z))
 
 
 class KeelDecoderLayer(GradientCheckpointingLayer):
@@ -193,10 +192,10 @@ class KeelDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """The fp32 stream [batch, tokens, h] after both sub-layers."""
-        x = hidden_states
-        branch, _weights = self.self_attn(self.attention_layernorm(x), **kwargs)
+        x, dtype = hidden_states, self.mlp.down_proj.weight.dtype
+        branch, _weights = self.self_attn(self.attention_layernorm(x).to(dtype), **kwargs)
         x = self.post_attention_layernorm(self.attention_alpha * x + branch)
-        branch = self.mlp(self.feedforward_layernorm(x))
+        branch = self.mlp(self.feedforward_layernorm(x).to(dtype))
         return self.post_feedforward_layernorm(self.feedforward_alpha * x + branch)
 
 
@@ -301,8 +300,7 @@ class KeelModel(KeelPreTrainedModel):
             position_ids=position_ids,
             **{CACHE: cache},
         )
-        weights_dtype = self.layers[0].mlp.gate_proj.weight.dtype
-        table = rotary_table(self.config, position_ids, weights_dtype)
+        table = rotary_table(self.config, position_ids)
         x = inputs_embeds.float()
         for layer in self.layers[: self.config.num_hidden_layers]:
             x = layer(
