@@ -125,9 +125,7 @@ class Block:
         query, key = rotated[..., :-1, :], rotated[..., -1, :]
         keys, values = columns.append(self.number, key, value)
         if s > 1:
-            return causal_attention(
-                query.reshape(s, b, -1, self.head_dim), key, value, within=bias
-            )
+            return causal_attention(query.reshape(s, b, -1, self.head_dim), key, value, within=bias)
         # The queries of a group take the place of its columns: one kernel call, nothing repeated.
         context = functional.scaled_dot_product_attention(query[0], keys, values, attn_mask=bias)
         return context.reshape(1, b, -1)

@@ -1,6 +1,6 @@
 """One token as a step of static shapes: on CUDA, one graph a token.
 
-A deep model's token is thousands of small kernels, and the host launches them more slowly than the
+A deep model's token is hundreds of small kernels, and the host launches them more slowly than the
 device runs them. A CUDA graph launches them all at once. It repeats what was captured, with the
 same shapes at the same addresses, so what changes from token to token is in tensors on the device:
 the tokens, and the column's number.
@@ -68,7 +68,7 @@ class StaticStep:
         step = self.plain(extent)
         # Once before: it loads kernels and makes workspaces, which a capture may not. The column's
         # keys and values are written again by the replay.
-        stream = torch.cuda.Stream()
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()
