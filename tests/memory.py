@@ -15,7 +15,7 @@ class Watch(TorchDispatchMode):
     """Within it: bytes that live now, most that lived at once, and the largest tensor's.
 
     Counted are storages that operators allocate, until they are freed; not what existed before,
-    nor what a kernel uses inside.
+    what has no data (the device meta), nor what a kernel uses inside.
     """
 
     def __init__(self) -> None:
@@ -45,4 +45,5 @@ class Watch(TorchDispatchMode):
 
 
 def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
-    return (x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor))
+    tensors = (x for x in tree_leaves(values) if isinstance(x, torch.Tensor) and not x.is_meta)
+    return (tensor.untyped_storage() for tensor in tensors)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from keel_megatron.cli.arguments import writing
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.runtime.processes import is_rank
@@ -32,7 +31,12 @@ _Prompts = Annotated[
         "The output is JSON lines.",
     ),
 ]
-_Out = Annotated[Path | None, typer.Option(metavar="FILE", help="Write JSON lines to this file.")]
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Write JSON lines to this file, in the place of its content."
+    ),
+]
 _Step = Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")]
 _Stop = Annotated[
     list[str] | None,
@@ -52,6 +56,14 @@ _Processes = Annotated[
         min=1,
         help="Processes that share the model: pipeline stages, of the run's tensor-parallel size "
         "if it divides them. For a model that does not fit one device.",
+    ),
+]
+_Graphs = Annotated[
+    bool,
+    typer.Option(
+        "--cuda-graphs",
+        help="Decode with one CUDA graph a token: faster for deep models. One process on a GPU. "
+        "Not yet run on one.",
     ),
 ]
 
@@ -74,12 +86,18 @@ def generate(
     slide: _Slide = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts continued at a time.")] = 8,
     processes: _Processes = 1,
+    cuda_graphs: _Graphs = False,
 ) -> None:
     """Generate text from a run's newest checkpoint, or from a given checkpoint."""
-    from keel_megatron.inference.prompts import read_prompts
+    from keel_megatron.inference.prompts import check_out, read_prompts
 
+    is_main = processes == 1 or os.environ.get("RANK", "0") == "0"
     if (prompt is None) == (prompts is None):
         raise UserError("--prompt: give either --prompt TEXT or --prompts FILE")
+    if cuda_graphs and processes > 1:
+        raise UserError("--cuda-graphs: only one process can use them; leave out --processes")
+    if out is not None and is_main:
+        check_out(out)
     texts = read_prompts(prompts) if prompts is not None else [prompt or ""]
     from keel_megatron.inference.sampling import Sampling
 
@@ -92,31 +110,40 @@ def generate(
     from keel_megatron.inference.generate import generate_prompts
 
     streams = prompts is None and out is None
-    completions, speed = generate_prompts(
-        run,
-        texts,
-        sampling,
-        step=step,
-        batch_size=batch_size,
-        processes=processes,
-        say=partial(print, end="", flush=True) if streams else None,
-    )
-    if processes == 1 or os.environ["RANK"] == "0":
-        _show(completions, out, streamed=streams)
+    done: dict[int, Completion] = {}
+    try:
+        _completions, speed = generate_prompts(
+            run,
+            texts,
+            sampling,
+            step=step,
+            batch_size=batch_size,
+            processes=processes,
+            cuda_graphs=cuda_graphs,
+            say=partial(print, end="", flush=True) if streams else None,
+            done=done.__setitem__,
+        )
+    except BaseException:
+        if is_main and done:
+            print(f"stopped: {len(done)} of {len(texts)} prompts are continued", file=sys.stderr)
+            _show(done, out, streamed=streams)
+        raise
+    if is_main:
+        _show(done, out, streamed=streams)
         print(speed.line(), file=sys.stderr)
 
 
-def _show(completions: list[Completion], out: Path | None, *, streamed: bool) -> None:
+def _show(done: dict[int, Completion], out: Path | None, *, streamed: bool) -> None:
     """Print or write what has not been streamed, and say why the continuations ended."""
-    from keel_megatron.inference.prompts import json_lines
+    from keel_megatron.inference.prompts import json_lines, write_out
 
+    completions = [done[number] for number in sorted(done)]
     if streamed:
         print(flush=True)
     elif out is None:
         print(json_lines(completions), end="", flush=True)
     else:
-        with writing("--out", out):
-            out.write_text(json_lines(completions), encoding="utf-8")
+        write_out(out, completions)
     for reason in sorted({one.ended for one in completions}):
         count = sum(one.ended == reason for one in completions)
         hint = " (data.seq_length; --slide goes on)" if reason == "end of context" else ""

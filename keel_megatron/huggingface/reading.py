@@ -94,10 +94,11 @@ class SavedWeights:
 
     def read(self, fused: Fused) -> Tensor:
         """A parameter as checkpoints have it, fp32."""
-        parts = tuple(self._read(name) for name in fused.parts)
+        parts = tuple(self.tensor(name) for name in fused.parts)
         return fused.join(parts).view(fused.shape)
 
-    def _read(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the folder, by its name there, fp32."""
         values = self._slice(name)
         tensor: Tensor = values[tuple(slice(0, size) for size in values.get_shape())]
         return tensor.to(torch.float32)
@@ -108,7 +109,7 @@ class SavedWeights:
     def _is_embedding(self) -> bool:
         """Whether the output layer's weights are the embedding's, as in a tied model."""
         return _EMBEDDING in self._file_of and torch.equal(
-            self._read(_EMBEDDING), self._read(_HEAD)
+            self.tensor(_EMBEDDING), self.tensor(_HEAD)
         )
 
 

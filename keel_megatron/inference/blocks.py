@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keel_megatron.architecture.residual import Reader
-from keel_megatron.inference.cache import KeyValueCache
+from keel_megatron.inference.cache import Columns
 from keel_megatron.kernels import scaled_add_norm
 from keel_megatron.kernels.fused import ScaledAddNorm
 from keel_megatron.kernels.swiglu import Swiglu, swiglu
@@ -62,8 +62,8 @@ class Block:
         self,
         x: Tensor,
         z: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        cache: KeyValueCache,
+        rotation: tuple[Tensor, ...],
+        columns: Columns,
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The stream after both sub-layers, and the next block's attention input.
@@ -72,13 +72,13 @@ class Block:
             x: the stream [s, b, h] of the next s columns; s = 1, or the cache is empty.
             z: attention's input [s, b, h].
             rotation: cos and signed sin of the columns, [s, 1, 1, 1, d].
-            cache: keys and values; theirs are added, but not counted.
-            bias: `cache.bias(s)`.
+            columns: these columns of the cache; their keys and values are added.
+            bias: `columns.bias(s)`.
 
         Returns:
             x' [s, b, h], and z [s, b, h], or None after the stage's last block.
         """
-        context = self._attend(functional.linear(z, self.qkv), rotation, cache, bias)
+        context = self._attend(functional.linear(z, self.qkv), rotation, columns, bias)
         branch = self._summed(functional.linear(context, self.projection))
         x, inside = join(
             _scaled_add_norm,
@@ -106,8 +106,8 @@ class Block:
     def _attend(
         self,
         mixed: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        cache: KeyValueCache,
+        rotation: tuple[Tensor, ...],
+        columns: Columns,
         bias: Tensor | None,
     ) -> Tensor:
         """Attention's output [s, b, heads x d] of linear_qkv's."""
@@ -122,18 +122,12 @@ class Block:
         # The halves of a head are exchanged by turning it by half of its length.
         swapped = rotated.roll(self.head_dim // 2, -1)
         rotated = torch.addcmul(rotated * cos, swapped, sin)
-        keys, values = cache.keys[self.number], cache.values[self.number]
+        query, key = rotated[..., :-1, :], rotated[..., -1, :]
+        keys, values = columns.append(self.number, key, value)
         if s > 1:
-            query, key = rotated[..., :-1, :], rotated[..., -1, :]
-            keys[:, :, :s], values[:, :, :s] = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
-            query = query.reshape(s, b, -1, self.head_dim)
-            return causal_attention(query, key, value, within=bias)
-        end = cache.length + 1
-        keys[:, :, end - 1], values[:, :, end - 1] = rotated[0, :, :, -1], value[0]
+            return causal_attention(query.reshape(s, b, -1, self.head_dim), key, value, within=bias)
         # The queries of a group take the place of its columns: one kernel call, nothing repeated.
-        context = functional.scaled_dot_product_attention(
-            rotated[0, :, :, :-1], keys[:, :, :end], values[:, :, :end], attn_mask=bias
-        )
+        context = functional.scaled_dot_product_attention(query[0], keys, values, attn_mask=bias)
         return context.reshape(1, b, -1)
 
     def _summed(self, branch: Tensor) -> Tensor:

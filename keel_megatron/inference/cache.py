@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+
+class Columns(Protocol):
+    """The next columns of a cache: where keys and values go, and what their queries see."""
+
+    def rotation(self, table: Tensor, columns: int) -> tuple[Tensor, ...]:
+        """Their part of the rotary table [2, capacity, ...]: cos and signed sin [columns, ...]."""
+
+    def bias(self, columns: int) -> Tensor | None:
+        """What is added to the scores of their queries, 0 or -inf; None: nothing.
+
+        Of one column [b, 1, 1, columns that `append` returns]. Of several, which must be the first
+        ones, [b, 1, columns, columns]; None is causal then.
+        """
+
+    def append(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep keys and values [columns, b, groups, d] of a block.
+
+        Returns:
+            All keys and values for the columns' queries [b, groups, ..., d].
+        """
 
 
 class KeyValueCache:
     """Static memory for the keys and values of up to `capacity` columns.
 
     Prompts of unequal length are padded on the left: a column is the same step of every sequence.
+    As `Columns` it is the next ones, of which `length` is moved on by the caller.
 
     Args:
         blocks: blocks of this stage.
@@ -24,6 +48,7 @@ class KeyValueCache:
         keys: of each block, [b, groups, capacity, d].
         values: of each block, [b, groups, capacity, d].
         length: columns that are filled.
+        hidden: which columns are padding, [b, capacity]; None without padding.
     """
 
     def __init__(
@@ -41,28 +66,78 @@ class KeyValueCache:
         self.keys, self.values = (
             list(part) for part in torch.zeros(shape, dtype=dtype, device=device)
         )
-        self.length = 0
-        self._hidden: Tensor | None = None
+        self.length, self.capacity, self.batch = 0, capacity, len(padding)
+        self.dtype, self.device = dtype, device
+        self.hidden: Tensor | None = None
         if any(padding):
             columns = torch.arange(capacity, device=device)
-            self._hidden = columns < torch.tensor(padding, device=device)[:, None]
-        self._dtype = dtype
+            self.hidden = columns < torch.tensor(padding, device=device)[:, None]
+
+    def rotation(self, table: Tensor, columns: int) -> tuple[Tensor, ...]:
+        """See `Columns`."""
+        return table[:, self.length : self.length + columns].unbind(0)
 
     def bias(self, columns: int) -> Tensor | None:
-        """What is added to the scores of the next columns' queries, 0 or -inf.
-
-        Of one column [b, 1, 1, length + 1], None without padding. Of several [b, 1, columns,
-        columns]; they must be the first ones, and without padding it is None too: causal.
-
-        Args:
-            columns: how many.
-        """
-        if self._hidden is None:
+        """See `Columns`."""
+        if self.hidden is None:
             return None
-        allowed = ~self._hidden[:, None, None, : self.length + columns]
+        allowed = ~self.hidden[:, None, None, : self.length + columns]
         if columns > 1:
             allowed = allowed.expand(-1, -1, columns, -1).tril()
             # A softmax over nothing is not a number: padding sees itself.
             allowed = allowed | torch.eye(columns, dtype=torch.bool, device=allowed.device)
-        bias = torch.zeros(allowed.shape, dtype=self._dtype, device=allowed.device)
-        return bias.masked_fill_(~allowed, -torch.inf)
+        return scores_bias(allowed, self.dtype)
+
+    def append(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Columns`."""
+        keys, values = self.keys[block], self.values[block]
+        end = self.length + key.size(0)
+        if key.size(0) == 1:
+            keys[:, :, end - 1], values[:, :, end - 1] = key[0], value[0]
+        else:
+            keys[:, :, self.length : end] = key.permute(1, 2, 0, 3)
+            values[:, :, self.length : end] = value.permute(1, 2, 0, 3)
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class StaticColumn:
+    """The next column of a cache, at a place that only the device knows.
+
+    Shapes and addresses are the same for every place below `extent`, so what is computed with it
+    can be captured once and replayed. Later columns are hidden.
+
+    Args:
+        cache: the cache.
+        place: the column's number, [1], on the cache's device.
+        extent: columns that attention reads.
+    """
+
+    def __init__(self, cache: KeyValueCache, place: Tensor, extent: int) -> None:
+        self._cache, self._place, self._extent = cache, place, extent
+
+    def rotation(self, table: Tensor, columns: int) -> tuple[Tensor, ...]:
+        """See `Columns`."""
+        assert columns == 1
+        return table.index_select(1, self._place).unbind(0)
+
+    def bias(self, columns: int) -> Tensor:
+        """See `Columns`."""
+        assert columns == 1
+        cache = self._cache
+        allowed = (torch.arange(self._extent, device=cache.device) <= self._place)[None]
+        if cache.hidden is not None:
+            allowed = allowed & ~cache.hidden[:, : self._extent]
+        return scores_bias(allowed.expand(cache.batch, -1)[:, None, None], cache.dtype)
+
+    def append(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Columns`."""
+        keys, values = self._cache.keys[block], self._cache.values[block]
+        keys.index_copy_(2, self._place, key.permute(1, 2, 0, 3))
+        values.index_copy_(2, self._place, value.permute(1, 2, 0, 3))
+        return keys[:, :, : self._extent], values[:, :, : self._extent]
+
+
+def scores_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where attention is allowed, -inf elsewhere."""
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return bias.masked_fill_(~allowed, -torch.inf)

@@ -12,7 +12,8 @@ from torch import Tensor
 from keel_megatron.config.model import ModelConfig
 from keel_megatron.errors import UserError
 from keel_megatron.inference.blocks import Block
-from keel_megatron.inference.cache import KeyValueCache
+from keel_megatron.inference.cache import Columns, KeyValueCache
+from keel_megatron.inference.static_step import StaticStep
 from keel_megatron.model.rotary import RotaryTable
 from keel_megatron.runtime.distributed import Runtime
 
@@ -26,17 +27,22 @@ class Decoder:
         chunk: this stage's model (model/language_model.py).
         model: the model's section of the configuration.
         runtime: this rank's place.
+        static: take steps of static shapes, on CUDA as one graph a token; one rank only.
     """
 
-    def __init__(self, chunk: Any, model: ModelConfig, runtime: Runtime) -> None:
+    def __init__(
+        self, chunk: Any, model: ModelConfig, runtime: Runtime, *, static: bool = False
+    ) -> None:
         self.chunk, self.model, self.runtime = chunk.eval(), model, runtime
         self.layers = list(chunk.decoder.layers)
         self.blocks = [Block(layer, number) for number, layer in enumerate(self.layers)]
         self.dtype: torch.dtype = chunk.config.params_dtype
         self.is_first = runtime.pipeline_rank == 0
         self.is_last = runtime.pipeline_rank == runtime.pipeline_size - 1
+        self.static = static
         self._cache: KeyValueCache | None = None
         self._table: Tensor | None = None
+        self._static_step: StaticStep | None = None
 
     @torch.inference_mode()
     def prefill(self, sequences: list[list[int]], new: int) -> Tensor | None:
@@ -55,7 +61,7 @@ class Decoder:
         Raises:
             UserError: the cache does not fit in memory.
         """
-        self._cache = None  # of the last batch: its memory is free again
+        self._cache = self._static_step = None  # of the last batch: its memory is free again
         columns = max(map(len, sequences))
         padding = [columns - len(tokens) for tokens in sequences]
         groups = self.model.query_groups // self.runtime.tensor_size
@@ -65,7 +71,7 @@ class Decoder:
         ).table
         # [2, columns, 1, 1, 1, d]
         self._table = table.unsqueeze(-2).to(self.runtime.device)
-        self._cache = KeyValueCache(
+        cache = self._cache = KeyValueCache(
             len(self.blocks),
             padding,
             groups,
@@ -77,7 +83,11 @@ class Decoder:
         rows = [
             [0] * missing + list(tokens) for missing, tokens in zip(padding, sequences, strict=True)
         ]
-        return self._forward(torch.tensor(rows, device=self.runtime.device))
+        logits = self._forward(torch.tensor(rows, device=self.runtime.device), cache)
+        cache.length = columns
+        if self.static:
+            self._static_step = StaticStep(self._forward, cache)
+        return logits
 
     def _require_memory(self, heads: int) -> None:
         """Refuse a cache of so many heads of a column that does not fit."""
@@ -103,13 +113,21 @@ class Decoder:
 
         Returns:
             Logits of the next tokens [b, vocabulary], fp32, on the last stage; elsewhere None.
+            The next static step overwrites them.
         """
-        return self._forward(torch.tensor(tokens, device=self.runtime.device)[:, None])
-
-    def _forward(self, tokens: Tensor) -> Tensor | None:
-        """Logits after the last of the next columns' tokens [b, s]."""
-        cache, table = self._cache, self._table
+        cache = self._cache
         assert cache is not None
+        if self._static_step is not None:
+            logits: Tensor | None = self._static_step(tokens)
+        else:
+            column = torch.tensor(tokens, device=self.runtime.device)[:, None]
+            logits = self._forward(column, cache)
+        cache.length += 1
+        return logits
+
+    def _forward(self, tokens: Tensor, columns: Columns) -> Tensor | None:
+        """Logits after the last of the next columns' tokens [b, s]."""
+        table = self._table
         assert table is not None
         b, s = tokens.shape
         if self.is_first:
@@ -117,13 +135,11 @@ class Decoder:
         else:
             x = torch.empty((s, b, self.model.hidden_size), device=tokens.device)
             dist.recv(x, self.runtime.on_stage(self.runtime.pipeline_rank - 1))
-        cos, sin = table[:, cache.length : cache.length + s].unbind(0)
-        bias = cache.bias(s)
+        rotation, bias = columns.rotation(table, s), columns.bias(s)
         z = self.layers[0].input_layernorm(x) if self.layers else None
         for block in self.blocks:
             assert z is not None
-            x, z = block.forward(x, z, (cos, sin), cache, bias)
-        cache.length += s
+            x, z = block.forward(x, z, rotation, columns, bias)
         if not self.is_last:
             dist.send(x.contiguous(), self.runtime.on_stage(self.runtime.pipeline_rank + 1))
             return None

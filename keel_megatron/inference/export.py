@@ -14,7 +14,7 @@ from keel_megatron.data.tokenizer import open_tokenizer
 from keel_megatron.huggingface.export import DTYPES, DType, Origin, write_folder
 from keel_megatron.huggingface.new_folder import check_new
 from keel_megatron.huggingface.tokenizer import DIFFICULT, proven_files
-from keel_megatron.inference import parity
+from keel_megatron.inference import block_parity, parity
 from keel_megatron.inference.sample_text import sample_text
 from keel_megatron.inference.source import (
     config_of,
@@ -49,10 +49,11 @@ def export_run(
             tokenizer differs, or transformers is missing.
     """
     check_new(out)
-    config = _plain(config_of(run))
+    config, by_block = _plain(config_of(run)), False
     if check:
         parity.require_transformers()
-        say(parity.require_memory(config))
+        by_block, memory = parity.choose_by_block(config)
+        say(memory)
     with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
         found = find_checkpoint(run, step, runtime)
         assert found.path is not None
@@ -71,8 +72,8 @@ def export_run(
             return True
         rows = parity.checked_tokens(config, tokenizer.encode(text))
         say(f"comparing the logits on {len(rows)} x {rows.shape[1]} tokens of {what}")
-        own = parity.own_logits(found.path, config, runtime, rows, DTYPES[dtype])
-        return _compare(out, config, own, rows, runtime, dtype, say)
+        compared = _compared_by_block if by_block else _compared
+        return compared(found.path, out, config, rows, runtime, dtype, say)
 
 
 def _plain(config: RunConfig) -> RunConfig:
@@ -81,10 +82,10 @@ def _plain(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"training": training, "kernels": KernelsConfig()})
 
 
-def _compare(
+def _compared(
+    checkpoint: Path,
     out: Path,
     config: RunConfig,
-    own: Tensor,
     rows: Tensor,
     runtime: Runtime,
     dtype: DType,
@@ -92,6 +93,7 @@ def _compare(
 ) -> bool:
     """Compare with the exported model, in fp32; in bf16 for information."""
     limit = parity.bound(config, rows.shape[1])
+    own = parity.own_logits(checkpoint, config, runtime, rows, DTYPES[dtype])
     exported = parity.exported_logits(out, runtime.device, rows, torch.float32)
     result = parity.compare(own, exported, limit)
     say(f"parity: {result.line()}")
@@ -99,4 +101,23 @@ def _compare(
         exported = parity.exported_logits(out, runtime.device, rows, torch.bfloat16)
         rounded = parity.compare(own, exported, float("inf"))
         say(f"computed in bf16, they differ by at most {rounded.difference:.2g} relative")
+    return result.holds
+
+
+def _compared_by_block(
+    checkpoint: Path,
+    out: Path,
+    config: RunConfig,
+    rows: Tensor,
+    runtime: Runtime,
+    dtype: DType,
+    say: Say,
+) -> bool:
+    """The same in fp32, for a model that does not fit in memory."""
+    limit = parity.bound(config, rows.shape[1])
+    own, streams = block_parity.own_logits(checkpoint, config, runtime, rows, DTYPES[dtype])
+    exported, others = block_parity.exported_logits(out, runtime.device, rows)
+    result = parity.compare(own, exported, limit)
+    say(f"parity: {result.line()}")
+    say(block_parity.first_different(streams, others, limit))
     return result.holds

@@ -42,7 +42,9 @@ def generate_prompts(
     step: int | None = None,
     batch_size: int = BATCH_SIZE,
     processes: int = 1,
+    cuda_graphs: bool = False,
     say: Callable[[str], None] | None = None,
+    done: Callable[[int, Completion], None] = lambda _number, _completion: None,
 ) -> tuple[list[Completion], Speed]:
     """Continue prompts with a run's model; on every rank the same.
 
@@ -53,35 +55,41 @@ def generate_prompts(
         step: of the checkpoint; None: the newest.
         batch_size: prompts that are continued at a time.
         processes: ranks that share the model; with more than one, this is one of them.
+        cuda_graphs: decode with one CUDA graph a token; in one process only.
         say: called on rank 0 with a single prompt, then with its continuation, piece by piece.
+        done: called with a prompt's number and continuation, at the end of each batch.
 
     Raises:
         UserError: the folder holds no run or no such checkpoint, a prompt does not fit, the model
-            cannot be split over the processes, or its logits are not finite.
+            cannot be split over the processes, its logits are not finite, or the device has no
+            CUDA graphs.
     """
     with opened(run, step=step, processes=processes, model_processes=processes) as (
         source,
         runtime,
     ):
         config = source.config
+        if cuda_graphs and runtime.device.type != "cuda":
+            raise UserError("--cuda-graphs: needs a CUDA device, and the model runs on the CPU")
         tokens = {
             number: source.tokenizer.encode(prompt) or [source.tokenizer.eod]
             for number, prompt in enumerate(prompts)
         }
         _check_lengths(tokens, source, sampling, is_main=runtime.is_main)
-        decoder = Decoder(source.model, config.model, runtime)
+        decoder = Decoder(source.model, config.model, runtime, static=cuda_graphs)
         generation = Generation(decoder, source.tokenizer, config.data.seq_length, sampling)
         streams = say if runtime.is_main and len(prompts) == 1 else None
         if streams is not None:
             streams(prompts[0])
-        found: dict[int, Sequence] = {}
+        found: dict[int, Completion] = {}
         # Prompts of similar lengths together: less padding.
         order = sorted(tokens, key=lambda number: len(tokens[number]), reverse=True)
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
             for row in generation.run({number: tokens[number] for number in batch}, streams):
-                found[row.number] = row
-        return [_completion(prompts[n], found[n]) for n in range(len(prompts))], generation.speed
+                found[row.number] = _completion(prompts[row.number], row)
+                done(row.number, found[row.number])
+        return [found[number] for number in range(len(prompts))], generation.speed
 
 
 def _completion(prompt: str, row: Sequence) -> Completion:

@@ -1,8 +1,8 @@
 """Compares an exported model's logits, computed by transformers, with the run's own.
 
-The models are in memory one after the other. Both have the exported weights' values and compute in
-fp32 whatever their type is, so that rounding does not hide an error. Computing in bf16 is measured
-beside it (tools/export_table.py).
+The models are in memory one after the other, or block by block (block_parity.py). Both have the
+exported weights' values and compute in fp32 whatever their type is, so that rounding does not hide
+an error. Computing in bf16 is measured beside it (tools/export_table.py).
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ from keel_megatron.checkpoint import state
 from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import UserError
 from keel_megatron.huggingface.naming import is_llama
+from keel_megatron.inference import block_parity
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime
 
+_ROWS = 4
+"""Most sequences that are compared."""
 _LOGITS_BYTES = 1 << 28
 """Of the run's own logits, which are kept while the exported model computes its."""
 _MISSING = (
@@ -80,27 +83,34 @@ def require_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def require_memory(config: RunConfig) -> str:
-    """What the check needs, as a message.
+def choose_by_block(config: RunConfig) -> tuple[bool, str]:
+    """Whether the models must be compared block by block, and what the check needs, as a message.
 
     Raises:
-        UserError: less is free on the device.
+        UserError: not even one block at a time fits on the device.
     """
-    count = parameter_count(config.model, config.data.vocab_size)
-    needed = 4 * count + 3 * _LOGITS_BYTES
+    count, logits = parameter_count(config.model, config.data.vocab_size), 3 * _LOGITS_BYTES
+    whole, by_block = 4 * count + logits, block_parity.bytes_held(config, _most(config)) + logits
     if torch.cuda.is_available() and config.training.device != "cpu":
         free, where = torch.cuda.mem_get_info()[0], "the device"
     else:
         free, where = psutil.virtual_memory().available, "this machine"
-    if needed > free:
+    if min(whole, by_block) > free:
         raise UserError(
-            f"the check of the exported model needs {needed / 1e9:.3g} GB (one model at a time), "
+            f"the check of the exported model needs {by_block / 1e9:.3g} GB (one block at a time), "
             f"and {free / 1e9:.3g} GB are free on {where}; export with --no-check"
         )
-    return (
-        f"checking the logits: one model at a time, {needed / 1e9:.3g} GB of {free / 1e9:.3g} GB "
+    needed, what = (whole, "model") if whole <= free else (by_block, "block")
+    return whole > free, (
+        f"checking the logits: one {what} at a time, {needed / 1e9:.3g} GB of {free / 1e9:.3g} GB "
         f"free on {where}"
     )
+
+
+def _most(config: RunConfig) -> int:
+    """Most tokens that are compared."""
+    budget = max(1, _LOGITS_BYTES // (4 * config.data.vocab_size))
+    return min(_ROWS * config.data.seq_length, budget)
 
 
 def bound(config: RunConfig, context: int) -> float:
@@ -121,7 +131,7 @@ def checked_tokens(config: RunConfig, tokens: list[int]) -> Tensor:
     """Rows [batch, tokens] to compare: up to 4 of the context's length, as the memory allows."""
     budget = max(1, _LOGITS_BYTES // (4 * config.data.vocab_size))
     length = min(config.data.seq_length, len(tokens), budget)
-    rows = max(1, min(4, budget // length, len(tokens) // length))
+    rows = max(1, min(_ROWS, budget // length, len(tokens) // length))
     return torch.tensor(tokens[: rows * length]).view(rows, length)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from keel_megatron.config.reading import parse_json
 from keel_megatron.errors import UserError
+from keel_megatron.runtime.files import write_whole
 
 if TYPE_CHECKING:  # prompts are read without torch
     from keel_megatron.inference.generate import Completion
@@ -17,35 +21,86 @@ if TYPE_CHECKING:  # prompts are read without torch
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a file: its lines, or of a .jsonl file strings or objects with a `prompt`.
 
+    Lines end with LF or CRLF; empty ones are no prompts. A byte order mark is left out.
+
     Raises:
         UserError: the file cannot be read, is empty, or a line is not a prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UserError(f"--prompts: {path} cannot be read: {reason}") from error
+    # Not splitlines(): a string of JSON may hold other line separators, such as U+2028.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
     if path.suffix == ".jsonl":
-        lines = [_prompt(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    if not lines:
+        found = [_prompt(path, n, line) for n, line in numbered]
+    else:
+        found = [line for _n, line in numbered]
+    if not found:
         raise UserError(f"--prompts: {path} has no prompts; write one a line")
-    return lines
+    return found
 
 
 def _prompt(path: Path, number: int, line: str) -> str:
     """The prompt of a line of JSON."""
     try:
-        found = json.loads(line)
+        found = parse_json(line)
+        prompt = found.get("prompt") if isinstance(found, dict) else found
+        if isinstance(prompt, str):
+            prompt.encode()  # JSON can name half of a pair of surrogates, which is no text
+            return prompt
     except ValueError:
-        found = None
-    prompt = found.get("prompt") if isinstance(found, dict) else found
-    if not isinstance(prompt, str):
-        raise UserError(
-            f'--prompts: line {number} of {path} must be a string or {{"prompt": TEXT}}, as JSON'
-        )
-    return prompt
+        pass
+    raise UserError(
+        f'--prompts: line {number} of {path} must be a string or {{"prompt": TEXT}}, as JSON'
+    )
 
 
 def json_lines(completions: Sequence[Completion]) -> str:
     """Completions, a JSON object a line."""
     return "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in completions)
+
+
+def check_out(out: Path) -> None:
+    """See that a file can be written, before anything is generated for it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        if out.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        if not _is_special(out):
+            with tempfile.TemporaryFile(dir=out.parent):
+                pass
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
+def write_out(out: Path, completions: Sequence[Completion]) -> None:
+    """Write the file as a whole, in the place of an earlier one.
+
+    Raises:
+        UserError: it cannot be written; then the lines are printed, so that they are not lost.
+    """
+    lines = json_lines(completions)
+    try:
+        if _is_special(out):
+            out.write_text(lines, encoding="utf-8")
+        else:
+            write_whole(Path(os.path.realpath(out)), lines)
+    except OSError as error:
+        print(lines, end="", flush=True)
+        problem = _unwritable(out, error)
+        raise UserError(f"{problem}; its lines are printed instead") from error
+
+
+def _is_special(out: Path) -> bool:
+    """Whether it is a device or a pipe, which must not be replaced."""
+    return out.exists() and not out.is_file()
+
+
+def _unwritable(out: Path, error: OSError) -> UserError:
+    return UserError(f"--out: {out} cannot be written: {error.strerror}")

@@ -41,9 +41,12 @@ def global_parameters(chunk: nn.Module, *, tied: bool) -> Iterator[tuple[str, nn
 def initialize(
     chunk: nn.Module, model: ModelConfig, seed: int, tensor_rank: int, tensor_size: int
 ) -> None:
-    """Set the weights of a model chunk in place; norm weights keep their value of 1."""
+    """Set the weights of a model chunk in place; norm weights keep their value of 1.
+
+    Parameters without data are left out.
+    """
     for name, parameter in global_parameters(chunk, tied=model.tie_embeddings):
-        if parameter.dim() == 1:
+        if parameter.dim() == 1 or parameter.is_meta:
             continue
         whole_shape = list(parameter.shape)
         sharded = getattr(parameter, "tensor_model_parallel", False)

@@ -219,7 +219,7 @@ def build_model(
             post_process=part.head,
             vp_stage=number if interleaved else None,
         )
-        chunk.to(runtime.device)
+        move(chunk, runtime.device)
         link(chunk.decoder.layers)
         _recompute_lightly(chunk, stage.recomputed[number], stage.light[number])
         _check_blocks(chunk, part.first_block, part.blocks)
@@ -228,6 +228,12 @@ def build_model(
         )
         chunks.append(chunk)
     return chunks
+
+
+def move(module: nn.Module, device: torch.device) -> None:
+    """Move a module to a device; tensors without data (of the device meta) stay as they are."""
+    apply: Any = module._apply
+    apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def _recompute_lightly(chunk: nn.Module, full: int, light: int) -> None:

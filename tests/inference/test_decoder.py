@@ -13,6 +13,7 @@ from torch import Tensor
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import UserError
+from keel_megatron.inference import static_step
 from keel_megatron.inference.decoder import Decoder
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import start
@@ -48,6 +49,7 @@ class Setup:
         (self.chunk,) = build_model(config, runtime)
         disturb(self.chunk)
         self.decoder = Decoder(self.chunk, config.model, runtime)
+        self.static = Decoder(self.chunk, config.model, runtime, static=True)
 
     @torch.inference_mode()
     def recomputed(self, tokens: list[int]) -> Tensor:
@@ -96,6 +98,36 @@ def test_logits_are_those_without_a_cache(
         column = [tokens[step] for tokens in following]
         rows = [[*row, token] for row, token in zip(rows, column, strict=True)]
         logits = setup.decoder.step(column)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    new=st.integers(1, 12),
+    seed=st.integers(0, 1000),
+)
+def test_static_steps_have_the_same_logits(
+    setup: Setup, lengths: list[int], new: int, seed: int
+) -> None:
+    rows, following = tokens_of(lengths, seed), tokens_of([new] * len(lengths), seed + 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static_step, "SMALLEST", 2)  # several extents
+        setup.decoder.prefill(rows, new)
+        setup.static.prefill(rows, new)
+        for step in range(new):
+            column = [tokens[step] for tokens in following]
+            plain, static = setup.decoder.step(column), setup.static.step(column)
+            assert plain is not None
+            assert static is not None
+            for own, other in zip(plain, static, strict=True):
+                check(other, own)
+
+
+def test_extents_are_few_and_hold_the_next_column() -> None:
+    capacity = 1000
+    extents = [static_step.extent_of(length, capacity) for length in range(capacity)]
+    assert all(extent > length for length, extent in enumerate(extents))
+    assert sorted(set(extents)) == [128, 256, 512, 1000]
 
 
 def test_a_cache_that_does_not_fit_is_refused(setup: Setup) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from keel_megatron.cli.main import app
 from keel_megatron.errors import UserError
 from keel_megatron.inference.generate import generate_prompts
+from keel_megatron.inference.generation import Generation
 from keel_megatron.inference.sampling import Sampling
 from keel_megatron.inference.source import config_of
 from tests.huggingface.models import write_run
@@ -67,6 +69,47 @@ def test_the_contexts_end_is_told(run: Path) -> None:
     slid = CliRunner().invoke(app, [*arguments, "--temperature", "0", "--slide"])
     assert slid.stdout.startswith(stopped.stdout.rstrip("\n"))
     assert "ended: maximum of new tokens" in slid.stderr
+
+
+def test_what_is_done_is_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = Generation.run, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(Generation, "run", interrupted)
+    (tmp_path / "p.txt").write_text("a\ndef parse(text):\nb\n")
+    out = tmp_path / "out.jsonl"
+    arguments = ["--prompts", str(tmp_path / "p.txt"), "--out", str(out), "--batch-size", "1"]
+    done = CliRunner().invoke(app, ["generate", str(run), *arguments, *GREEDY])
+    assert done.exit_code != 0
+    assert "stopped: 1 of 3 prompts are continued" in done.stderr
+    assert [json.loads(line)["prompt"] for line in out.read_text().splitlines()] == [
+        "def parse(text):"
+    ]
+
+
+def test_out_is_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
+    arguments = ["generate", str(tmp_path / "none"), "--prompt", "a", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, arguments)
+    assert str(done.exception) == f"--out: {tmp_path} cannot be written: it is a folder"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--cuda-graphs: needs a CUDA device, and the model runs on the CPU"),
+        (["--processes", "2"], "--cuda-graphs: only one process can use them; leave out"),
+    ],
+)
+def test_graphs_need_a_gpu_and_one_process(run: Path, arguments: list[str], message: str) -> None:
+    command = ["generate", str(run), "--prompt", "a", "--cuda-graphs", *arguments]
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, UserError)
+    assert str(done.exception).startswith(message)
 
 
 def test_a_layout_of_the_processes(run: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from keel_megatron.config import UserError
 from keel_megatron.inference.generate import Completion
-from keel_megatron.inference.prompts import json_lines, read_prompts
+from keel_megatron.inference.prompts import check_out, json_lines, read_prompts, write_out
 
 
 def test_lines_and_json_lines(tmp_path: Path) -> None:
@@ -17,6 +19,53 @@ def test_lines_and_json_lines(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "a.txt") == ["one", '{"two"']
     (tmp_path / "a.jsonl").write_text('"one\\nline"\n\n{"prompt": "é", "id": 3}\n')
     assert read_prompts(tmp_path / "a.jsonl") == ["one\nline", "é"]
+
+
+def test_files_of_other_systems(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\n  two \x0c\n")
+    assert read_prompts(tmp_path / "a.txt") == ["one", "  two \x0c"]
+    (tmp_path / "a.jsonl").write_bytes('\ufeff"a\u2028b"\r\n\r\n"c"'.encode())
+    assert read_prompts(tmp_path / "a.jsonl") == ["a\u2028b", "c"]
+
+
+def test_an_earlier_file_is_replaced_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, link = tmp_path / "out.jsonl", tmp_path / "link"
+    out.write_text("earlier")
+    link.symlink_to(out)
+    completions = [Completion("a", "b", 1, "stop text")]
+    with monkeypatch.context() as patch:
+        full = OSError(28, "No space left on device")
+        patch.setattr("keel_megatron.runtime.files.os.open", Mock(side_effect=full))
+        with pytest.raises(UserError, match=r"--out: .* No space left on device; its lines are p"):
+            write_out(link, completions)
+    assert out.read_text() == "earlier"
+    assert capsys.readouterr().out == json_lines(completions)
+    check_out(link)
+    write_out(link, completions)
+    assert out.read_text() == json_lines(completions)
+    assert link.is_symlink()
+
+
+def test_a_pipe_is_written_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    check_out(pipe)
+    write_out(pipe, [Completion("a", "b", 1, "stop text")])
+    assert os.read(reader, 100).startswith(b'{"prompt": "a"')
+    os.close(reader)
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_an_out_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    for out, expected in (
+        (tmp_path, "it is a folder"),
+        (tmp_path / "no" / "out", "No such file or directory"),
+    ):
+        with pytest.raises(UserError, match=f"--out: {out} cannot be written: {expected}"):
+            check_out(out)
 
 
 def test_completions_are_json_lines() -> None:
@@ -32,6 +81,9 @@ def test_completions_are_json_lines() -> None:
         ("a.txt", b"\xff\xff", "it is not UTF-8"),
         ("a.jsonl", b'"a"\n[1]\n', "line 2 of .* must be a string or"),
         ("a.jsonl", b'{"text": "a"}\n', "line 1 of .* must be a string or"),
+        ("a.jsonl", b'"a"\n\n"\\ud800"', "line 3 of .* must be a string or"),
+        ("a.jsonl", b"[" * 100_000, "line 1 of .* must be a string or"),
+        ("a.txt", b"\n \r\n", "has no prompts"),
         ("none", None, "cannot be read: No such file"),
     ],
 )

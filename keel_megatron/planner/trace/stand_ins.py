@@ -157,7 +157,7 @@ def install(launched: Launched, which: str) -> None:
         # Weights are drawn on the device, whose generator is not there.
         (language_model, "initialize", lambda *_args: None),
         # Everything is made on the device already.
-        (language_model.LanguageModel, "to", lambda self, *_args, **_kwargs: self),
+        (language_model, "move", lambda *_args: None),
         (random, "_get_cuda_rng_state", lambda *_args, **_kwargs: state),
         (random, "_set_cuda_rng_state", lambda *_args, **_kwargs: None),
     ]
