@@ -168,7 +168,7 @@ class Delivery:
                 self._say(remark)
             return
         client.reopen()
-        if first.kind in ("metrics", "system"):
+        if first.kind in ("metrics", "system", "evaluation"):
             points = [point for item in batch for point in _points(item, client)]
             client.log(points)
             self.points += len(points)
@@ -267,7 +267,7 @@ class Delivery:
 def _points(item: Item, client: MlflowRun) -> list[Point]:
     values = item.values
     time_ms = values["time"]
-    step = values["step"] if item.kind == "metrics" else client.seconds_since_start(time_ms)
+    step = client.seconds_since_start(time_ms) if item.kind == "system" else values["step"]
     return [
         Point(mlflow_name(name), value, step, time_ms) for name, value in values["values"].items()
     ]

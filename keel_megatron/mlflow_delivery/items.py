@@ -26,7 +26,7 @@ class Item:
 
     @property
     def kind(self) -> str:
-        """Kind: start, metrics, system, tags, changes, artifact, rewind or end."""
+        """Kind: start, metrics, system, evaluation, tags, changes, artifact, rewind or end."""
         return str(self.values["kind"])
 
     @property
@@ -39,6 +39,7 @@ _FIELDS: dict[str, dict[str, type]] = {
     "start": {"name": str, "time": int},
     "metrics": {"step": int, "values": dict, "time": int},
     "system": {"values": dict, "time": int},
+    "evaluation": {"step": int, "values": dict, "time": int},
     "tags": {"tags": dict},
     "changes": {"changes": list},
     "artifact": {"path": str},

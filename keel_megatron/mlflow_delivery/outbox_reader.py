@@ -87,6 +87,8 @@ class OutboxReader:
             if self._scanned <= self._at[_EVENTS]:
                 self.session = {} if self.again else self.last_start
                 continue
+            if _is_cut(item):
+                self._pending = deque(one for one in self._pending if not _is_void(one, item))
             self._pending.append(item)
             self._cuts += _is_cut(item)
             self.ended = (self.ended and item.kind != "start") or item.kind == "end"
@@ -286,6 +288,12 @@ class Waiting:
 
 def _is_cut(item: Item) -> bool:
     return item.kind in ("start", "rewind")
+
+
+def _is_void(item: Item, cut: Item) -> bool:
+    """Whether an item is of a checkpoint that the run has gone back before."""
+    back_to = cut.values.get("back_to")
+    return item.kind == "evaluation" and back_to is not None and item.values["step"] > back_to
 
 
 def _whole(value: Any) -> int:

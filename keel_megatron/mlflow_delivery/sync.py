@@ -92,6 +92,37 @@ def add_file(run: Path, path: Path, uri: str | None) -> None:
         print(f"{path.name} is not in MLflow yet: {error}")
 
 
+def add_metrics(run: Path, step: int, values: dict[str, float]) -> str:
+    """Log and deliver metrics of a run's checkpoint, whether the run has ended or not.
+
+    They are an event of the run's log, because events are only ever appended, also by several
+    processes: a resume, which cuts metrics.jsonl, and a run that is training leave them alone.
+
+    Args:
+        run: the run's folder.
+        step: of the checkpoint.
+        values: by their names in MLflow.
+
+    Returns:
+        A message: what was done, or why not.
+    """
+    check_links(run)
+    if Target.newest(run) is None:
+        return f"{run}: not logged, because the run does not report to MLflow"
+    original = original_of(run)
+    if original is not None:
+        return f"{run}: not logged, because it is a copy of {original}"
+    events = EventLog(run)
+    events.append("evaluation", step=step, values=values)
+    events.close()
+    if events.unwritten:
+        return f"{run}: not logged, because {run / FOLDER} cannot be written"
+    try:
+        return "\n".join(sync(run))
+    except (UserError, OSError) as error:
+        return f"logged in {run}, and not in MLflow yet: {error}"
+
+
 def _deliver(run: Path, confirmed: Collection[str], rebuild: bool) -> list[str]:
     remarks: list[str] = []
     try:

@@ -43,6 +43,7 @@ probable one, and the same with log probabilities per character |
 | `workload/consumed_tokens`, `workload/consumed_samples` | tokens and sequences seen so far |
 | `workload/skipped_steps` | steps so far whose update was skipped |
 | `workload/data_seconds` | part of `workload/step_seconds` that waits for data |
+| `lm_eval/TASK/METRIC`, `..._stderr` | `keel evaluate --tasks`, at the checkpoint's step |
 | `workload/...` | speed, memory (1e9 bytes) and checkpoints |
 | `depth.QUANTITY.min`, `.median`, `.max` | over the sub-layers |
 | `depth.QUANTITY.first_nonfinite` | the first sub-layer whose value is not finite |

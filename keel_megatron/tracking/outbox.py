@@ -1,7 +1,8 @@
 """The rest of the run log, beside metrics.jsonl: append-only files of JSON lines.
 
     outbox/events.jsonl              rank 0's event log: starts, each with the address that it
-                                     reports to, tags, changed settings, files, rewinds, endings
+                                     reports to, tags, changed settings, files, rewinds, endings,
+                                     and evaluations by other processes
     outbox/system-HOST.TIME.jsonl    a node's own measurements, the newest 32 MB
 
 Nothing is deleted after delivery: with metrics.jsonl these files are the run's log, from which
