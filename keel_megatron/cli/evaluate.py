@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from keel_megatron.cli.arguments import writing
 from keel_megatron.errors import UserError
+from keel_megatron.evaluation.tasks import Choice, require_harness
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.runtime.processes import is_rank
+
+if TYPE_CHECKING:
+    from keel_megatron.inference.source import Source
+    from keel_megatron.runtime.distributed import Runtime
 
 MODEL_PROCESSES = "--model-processes"
 
@@ -21,6 +29,38 @@ _Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="Folder of a run, runs/NAME, or of a checkpoint, or a Hugging Face folder.",
+    ),
+]
+_Tasks = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,...",
+        help="Tasks, groups, tags or patterns of lm-eval. Extra: evaluate.",
+    ),
+]
+_IncludePath = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder of further task files.")
+]
+_Limit = Annotated[
+    float | None,
+    typer.Option(metavar="N", help="Documents of each task; below 1, a share. To try something."),
+]
+_Shots = Annotated[
+    int | None,
+    typer.Option(
+        min=0, metavar="N", help="Examples before each question. Default: the task's own number."
+    ),
+]
+_Seed = Annotated[
+    int | None,
+    typer.Option(
+        min=0, max=2**32 - 1, metavar="N", help="Seed of examples and sampling. Default: lm-eval's."
+    ),
+]
+_Code = Annotated[
+    bool,
+    typer.Option(
+        "--confirm-run-unsafe-code", help="Run tasks that execute the code that the model writes."
     ),
 ]
 _Text = Annotated[
@@ -43,7 +83,11 @@ _Stride = Annotated[
 ]
 _Step = Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")]
 _Out = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Write a line of JSON a document to this file.")
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="--text: write a line of JSON a document to this file. --tasks: write all as JSON.",
+    ),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 _BatchTokens = Annotated[
@@ -70,6 +114,12 @@ _ModelProcesses = Annotated[
 
 def evaluate(
     model: _Model,
+    tasks: _Tasks = None,
+    include_path: _IncludePath = None,
+    limit: _Limit = None,
+    num_fewshot: _Shots = None,
+    seed: _Seed = None,
+    confirm_run_unsafe_code: _Code = False,
     text: _Text = None,
     text_key: _TextKey = "text",
     stride: _Stride = None,
@@ -80,9 +130,19 @@ def evaluate(
     processes: _Processes = None,
     model_processes: _ModelProcesses = 1,
 ) -> None:
-    """Evaluate a model: perplexity and bits per byte of texts."""
-    if not text:
-        raise UserError("--text: name a text; `keel evaluate --help` lists the options")
+    """Evaluate a model: benchmarks of lm-eval, or perplexity and bits per byte of texts."""
+    if bool(text) == bool(tasks):
+        raise UserError("give --tasks NAME,... or --text PATH: what the model is evaluated on")
+    choice = Choice(
+        tuple(filter(None, (tasks or "").split(","))),
+        include_path,
+        limit,
+        num_fewshot,
+        seed,
+        confirm_run_unsafe_code,
+    )
+    if tasks:
+        require_harness()
     count = _all_processes(processes, model_processes)
     if count > 1 and not is_rank():
         from keel_megatron.inference.source import config_of
@@ -90,22 +150,63 @@ def evaluate(
         # A mistake is reported once, not by every process.
         config_of(model, model_processes, MODEL_PROCESSES)
         sys.exit(launch(count, ["-m", "keel_megatron", *sys.argv[1:]]))
-    from keel_megatron.evaluation.text import Texts
-    from keel_megatron.evaluation.text_report import report_texts
     from keel_megatron.inference.source import opened
 
-    texts = Texts(tuple(text), text_key, stride, batch_tokens)
-    say = partial(print, file=sys.stderr, flush=True)
-    with opened(
+    open_model = partial(
+        opened,
         model,
         step=step,
         processes=count,
         model_processes=model_processes,
         option=MODEL_PROCESSES,
-    ) as (source, runtime):
-        report = report_texts(model, source, runtime, texts, out, say)
-    if os.environ.get("RANK", "0") == "0":
+    )
+    if tasks:
+        _on_tasks(model, open_model, choice, batch_tokens, out, as_json=as_json)
+        return
+    from keel_megatron.evaluation.text import Texts
+    from keel_megatron.evaluation.text_report import report_texts
+
+    texts = Texts(tuple(text or ()), text_key, stride, batch_tokens)
+    with open_model() as (source, runtime):
+        report = report_texts(model, source, runtime, texts, out, _say)
+    if _is_main():
         print(report.json() if as_json else "\n".join(report.table()))
+
+
+def _on_tasks(
+    model: Path,
+    open_model: Callable[..., AbstractContextManager[tuple[Source, Runtime]]],
+    choice: Choice,
+    batch_tokens: int,
+    out: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Evaluate on lm-eval's tasks; print, write and log the results."""
+    from keel_megatron.evaluation.benchmarks import evaluate_benchmarks
+    from keel_megatron.inference.source import is_checkpoint
+    from keel_megatron.mlflow_delivery.sync import add_metrics
+
+    found = evaluate_benchmarks(
+        open_model, choice, is_main=_is_main(), batch_tokens=batch_tokens, say=_say
+    )
+    if found is None:
+        return
+    content = found.to_json(model, choice, ["keel", *sys.argv[1:]])
+    print(content if as_json else "\n".join(found.table()))
+    if out is not None:
+        with writing("--out", out):
+            out.write_text(content + "\n", encoding="utf-8")
+    if found.step is not None and not is_checkpoint(model):
+        _say(add_metrics(model, found.step, found.metrics()))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _all_processes(processes: int | None, model_processes: int) -> int:

@@ -22,6 +22,7 @@ from keel_megatron.cli import (
     export,
     generate,
     import_,
+    lm_eval,
     plan,
     runs,
     study,
@@ -63,6 +64,7 @@ app.command("dashboard")(dashboard.dashboard)
 app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("lm-eval", context_settings=lm_eval.SETTINGS)(lm_eval.lm_eval)
 app.command("export")(export.export)
 app.command("import")(import_.import_)
 app.add_typer(checkpoint.app, name="checkpoint")

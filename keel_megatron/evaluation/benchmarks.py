@@ -7,17 +7,18 @@ import os
 import random
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from keel_megatron.evaluation.results import Figure, figures
+from keel_megatron.evaluation.results import Figure, figures, figures_table
 from keel_megatron.evaluation.scoring import BATCH_TOKENS
 from keel_megatron.evaluation.serving import Served
 from keel_megatron.evaluation.tasks import Choice, load_tasks
-from keel_megatron.inference.source import opened
+from keel_megatron.inference.source import Source
+from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.runtime.versions import package_versions
 
 BOOTSTRAP_DRAWS = 1000
@@ -28,34 +29,40 @@ _TIMEOUT_SECONDS = 86400.0
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results of benchmarks on a checkpoint.
+    """Results of benchmarks on a model.
 
     Args:
-        source: the folder that was named.
-        checkpoint: the folder that was evaluated.
         step: of the checkpoint; None for a Hugging Face folder.
         figures: the results.
-        details: lm-eval's own results: also the tasks' configurations.
+        details: lm-eval's own results, with the tasks' configurations.
     """
 
-    source: Path
-    checkpoint: Path
     step: int | None
     figures: list[Figure]
     details: Mapping[str, Any]
 
-    def to_json(self, choice: Choice, command: list[str]) -> str:
+    def table(self) -> list[str]:
+        """Lines of a table."""
+        return figures_table(self.figures)
+
+    def metrics(self) -> dict[str, float]:
+        """Values and standard errors by their names in MLflow."""
+        named = {one.name: one.value for one in self.figures}
+        errors = {f"{one.name}_stderr": one.error for one in self.figures if one.error is not None}
+        return named | errors
+
+    def to_json(self, model: Path, choice: Choice, command: list[str]) -> str:
         """Everything that the results depend on, as one JSON object.
 
         Args:
+            model: the folder that was named.
             choice: the tasks that were asked for.
             command: the command line.
         """
         from lm_eval.utils import handle_non_serializable
 
         content = {
-            "source": str(self.source),
-            "checkpoint": str(self.checkpoint),
+            "model": str(model),
             "step": self.step,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": command,
@@ -67,51 +74,37 @@ class Evaluation:
             "figures": [asdict(figure) for figure in self.figures],
             "lm_eval": self.details,
         }
-        return json.dumps(content, indent=1, default=handle_non_serializable) + "\n"
+        return json.dumps(content, indent=2, ensure_ascii=False, default=handle_non_serializable)
 
 
 def evaluate_benchmarks(
-    source: Path,
+    open_model: Callable[..., AbstractContextManager[tuple[Source, Runtime]]],
     choice: Choice,
     *,
-    step: int | None = None,
-    processes: int = 1,
-    model_processes: int = 1,
+    is_main: bool = True,
     batch_tokens: int = BATCH_TOKENS,
-    option: str = "--processes",
     say: Callable[[str], None] | None = None,
 ) -> Evaluation | None:
-    """Evaluate a model on lm-eval's tasks.
+    """Evaluate a model on lm-eval's tasks; collective over all ranks.
 
     Args:
-        source: folder of a run, of a checkpoint, or of a Hugging Face model.
+        open_model: `inference.source.opened`, which needs no more than `timeout_seconds`.
         choice: the tasks.
-        step: of a run's checkpoint; None: the newest.
-        processes: of the group that this process is one of.
-        model_processes: of them, those that share one model.
+        is_main: whether this is global rank 0, where lm-eval runs.
         batch_tokens: tokens of a batch.
-        option: what sets `model_processes`, for messages.
         say: called on rank 0 with progress.
 
     Returns:
         The results on global rank 0; None elsewhere.
 
     Raises:
-        UserError: lm-eval, a task or the model cannot be loaded, a request does not fit, or the
-            model's logits are not finite.
+        UserError: a task or the model cannot be loaded, a request does not fit, or the model's
+            logits are not finite.
     """
-    is_main = processes == 1 or os.environ.get("RANK") == "0"
     # Before the model: a mistake in a task's name is told at once.
     tasks = load_tasks(choice) if is_main else {}
-    with opened(
-        source,
-        step=step,
-        processes=processes,
-        model_processes=model_processes,
-        option=option,
-        timeout_seconds=_TIMEOUT_SECONDS,
-    ) as (model, runtime):
-        served = Served(model, runtime, batch_tokens, say)
+    with open_model(timeout_seconds=_TIMEOUT_SECONDS) as (source, runtime):
+        served = Served(source, runtime, batch_tokens, say)
         if not is_main:
             served.serve()
             return None
@@ -119,7 +112,7 @@ def evaluate_benchmarks(
 
         with served.leading():
             details = evaluate_tasks(KeelLM(served, choice.seed or 0), tasks, choice)
-    return Evaluation(source, model.place, model.step, figures(details), details)
+    return Evaluation(source.step, figures(details), details)
 
 
 def evaluate_tasks(model: Any, tasks: dict[str, Any], choice: Choice) -> dict[str, Any]:

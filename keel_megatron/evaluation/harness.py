@@ -57,9 +57,7 @@ class KeelLM(TemplateLM):
         """The device of rank 0."""
         return self._served.runtime.device
 
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_more: Any
-    ) -> list[int]:
+    def tok_encode(self, string: str, **_more: Any) -> list[int]:
         """Tokens of a text; as in training, no token is added whatever is asked."""
         return self._served.source.tokenizer.encode(string)
 
@@ -73,14 +71,12 @@ class KeelLM(TemplateLM):
             raise UserError("--apply_chat_template: the model is trained on text and has none")
         return None
 
-    def loglikelihood(
-        self, requests: list[Any], disable_tqdm: bool = False
-    ) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any], **_more: Any) -> list[tuple[float, bool]]:
         """Log probability of each continuation, and whether greedy decoding would give it."""
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], **_more: Any) -> list[float]:
         """Log probability of whole texts, in windows of the context that share one token."""
         rows: list[Row] = []
         owners: list[int] = []
@@ -101,7 +97,7 @@ class KeelLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Any], **_more: Any) -> list[str]:
         """Continuations up to a stop text, the end of a document or the maximum of new tokens."""
         groups: dict[Sampling, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
@@ -126,7 +122,6 @@ class KeelLM(TemplateLM):
     def _loglikelihood_tokens(
         self,
         requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
-        disable_tqdm: bool = False,
         **_more: Any,
     ) -> list[tuple[float, bool]]:
         """The same, of tokens."""
@@ -157,8 +152,8 @@ class KeelLM(TemplateLM):
         unknown = sorted({name for name, value in given.items() if value is not None} - _IGNORED)
         if unknown:
             raise UserError(
-                f"--tasks: {request.task_name} asks for generation with {', '.join(unknown)}, which "
-                "is not supported; supported are until, max_gen_toks, do_sample, temperature, top_p"
+                f"--tasks: {request.task_name} asks for generation with {', '.join(unknown)}; "
+                "supported are until, max_gen_toks, do_sample, temperature and top_p"
             )
         return Sampling(
             max_new_tokens=given["max_gen_toks"],

@@ -1,4 +1,4 @@
-"""Results of benchmarks: figures with their standard errors, as a table, as JSON, for MLflow."""
+"""Figures of benchmarks, with their standard errors."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def figures(results: Mapping[str, Any]) -> list[Figure]:
     return found
 
 
-def table(found: list[Figure]) -> list[str]:
+def figures_table(found: list[Figure]) -> list[str]:
     """Lines of a table."""
     arrows = {True: "higher", False: "lower", None: ""}
     rows = [
@@ -92,8 +92,8 @@ def table(found: list[Figure]) -> list[str]:
             "" if one.shots is None else str(one.shots),
             "" if one.documents is None else f"{one.documents:,}",
             one.metric if one.filter is None else f"{one.metric} ({one.filter})",
-            f"{one.value:.4f}",
-            "" if one.error is None else f"{one.error:.4f}",
+            _shown(one.value),
+            "" if one.error is None else _shown(one.error),
             arrows[one.higher_is_better],
         )
         for one in found
@@ -102,11 +102,8 @@ def table(found: list[Figure]) -> list[str]:
     return table_lines(headings, rows, left=(0, 4, 7))
 
 
-def metrics(found: list[Figure]) -> dict[str, float]:
-    """Values and standard errors by their names in MLflow."""
-    named = {one.name: one.value for one in found}
-    errors = {f"{one.name}_stderr": one.error for one in found if one.error is not None}
-    return named | errors
+def _shown(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 
 
 def _is_number(value: Any) -> bool:

@@ -43,7 +43,10 @@ class Served:
         self._batch_tokens, self._say = batch_tokens, say
         self._scorer = Scorer(source, runtime, batch_tokens)
         self._decoder: Decoder | None = None
-        self._calls = {"score": self._score, "generate": self._generate}
+        self._calls: dict[str, Callable[..., Any]] = {
+            "score": self._score,
+            "generate": self._generate,
+        }
         self._is_calling = False
 
     def score(self, rows: Sequence[Row]) -> list[Score]:

@@ -11,7 +11,7 @@ from typing import Any
 from keel_megatron.errors import UserError
 
 EXTRA = "pip install 'keel-megatron[evaluate]'"
-_OFFLINE = (
+OFFLINE = (
     "Load it once on a machine that reaches https://huggingface.co, copy the cache (HF_HOME) here "
     "and set HF_DATASETS_OFFLINE=1, or name task files with local data, --include-path DIR"
 )
@@ -47,7 +47,7 @@ def require_harness() -> None:
     try:
         import lm_eval  # noqa: F401  # takes 0.03 s: it imports its parts when they are used
     except ImportError as error:
-        raise UserError(f"--tasks needs EleutherAI's evaluation harness: {EXTRA}") from error
+        raise UserError(f"EleutherAI's evaluation harness is not installed: {EXTRA}") from error
 
 
 def load_tasks(choice: Choice) -> dict[str, Any]:
@@ -129,10 +129,16 @@ def _not_loaded(manager: Any, name: str, error: Exception) -> UserError:
     data = (entry.cfg or {}).get("dataset_path") if entry is not None else None
     lines = str(error).strip().splitlines() or [type(error).__name__]
     wanted = f", which wants the data set {data}," if data is not None else ""
-    if isinstance(error, OSError) or type(error).__module__.startswith("datasets."):
-        return UserError(f"--tasks: {name}{wanted} cannot be loaded: {lines[0]}. {_OFFLINE}")
+    if isinstance(error, OSError) or is_data_error(error):
+        return UserError(f"--tasks: {name}{wanted} cannot be loaded: {lines[0]}. {OFFLINE}")
     shown = f"{type(error).__name__}: {lines[0]}"
     return UserError(f"--tasks: {name}{wanted} cannot be loaded: {shown}")
+
+
+def is_data_error(error: Exception) -> bool:
+    """Whether a data set could not be reached."""
+    libraries = ("datasets.", "huggingface_hub.")
+    return isinstance(error, ConnectionError) or type(error).__module__.startswith(libraries)
 
 
 def _check_code(tasks: dict[str, Any], *, confirmed: bool) -> None:

@@ -155,14 +155,17 @@ class Decoder:
         return logits[0].float()
 
     def agree(self, tokens: list[int]) -> list[int]:
-        """The last stage's tokens [b], on every rank.
+        """The last stage's tokens [b], on every rank of the replica.
 
         Args:
             tokens: on the last stage its tokens, elsewhere as many numbers.
         """
-        world = self.runtime.launch.world_size
-        if world == 1:
+        runtime = self.runtime
+        if runtime.tensor_size * runtime.pipeline_size == 1:
             return tokens
-        shared = torch.tensor(tokens, device=self.runtime.device)
-        dist.broadcast(shared, src=world - self.runtime.tensor_size)
+        from megatron.core import parallel_state
+
+        shared = torch.tensor(tokens, device=runtime.device)
+        source = runtime.on_stage(runtime.pipeline_size - 1) - runtime.tensor_rank
+        dist.broadcast(shared, src=source, group=parallel_state.get_model_parallel_group())
         return [int(token) for token in shared]

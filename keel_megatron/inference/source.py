@@ -57,6 +57,7 @@ def opened(
     processes: int = 1,
     model_processes: int = 1,
     option: str = "--processes",
+    timeout_seconds: float | None = None,
 ) -> Iterator[tuple[Source, Runtime]]:
     """A source, loaded by this process or, with several, by each of them.
 
@@ -68,6 +69,7 @@ def opened(
         processes: processes of the group that this is one of.
         model_processes: of them, those that share one model; the rest are replicas.
         option: what sets `model_processes`, for messages.
+        timeout_seconds: how long a rank waits for others; None: parallel.timeout_seconds.
 
     Raises:
         UserError: there is no such checkpoint, or the model cannot be split over the processes.
@@ -76,7 +78,10 @@ def opened(
     launch = Launch.from_environment() if processes > 1 else Launch(0, 1, 0, 1)
     if launch.world_size != processes:
         raise UserError(f"--processes: {processes} is not the world size, {launch.world_size}")
-    with start(config.parallel, config.training, launch) as runtime:
+    parallel = config.parallel
+    if timeout_seconds is not None:
+        parallel = parallel.model_copy(update={"timeout_seconds": timeout_seconds})
+    with start(parallel, config.training, launch) as runtime:
         source = load(path, config, runtime, step)
         for remark in source.remarks if runtime.is_main else ():
             print(remark, file=sys.stderr)
