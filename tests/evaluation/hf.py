@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,9 +19,8 @@ def hf_model(folder: Path) -> Any:
     Without its cache of logits, which takes the wrong ones where a text repeats itself: two windows
     of a text that have the same tokens and split them differently share an entry.
     """
-    if importlib.util.find_spec("accelerate") is None:
-        _stand_in_for_accelerate()
-    from lm_eval.models.huggingface import HFLM
+    with _accelerate():
+        from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="float32")
@@ -28,8 +28,12 @@ def hf_model(folder: Path) -> Any:
     return HFLM(model, tokenizer=tokenizer, batch_size=4, logits_cache=False)
 
 
-def _stand_in_for_accelerate() -> None:
-    """What the model uses of `accelerate` in one process: next to nothing."""
+@contextmanager
+def _accelerate() -> Iterator[None]:
+    """Let `accelerate`, if it is not installed, be what one process uses of it: next to nothing."""
+    if "accelerate" in sys.modules or importlib.util.find_spec("accelerate") is not None:
+        yield
+        return
 
     class Accelerator:
         num_processes = 1
@@ -37,17 +41,16 @@ def _stand_in_for_accelerate() -> None:
 
         def __init__(self, **_settings: Any) -> None: ...
 
-    def unused(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError
-
     whole: Any = ModuleType("accelerate")
     whole.Accelerator = Accelerator
     whole.InitProcessGroupKwargs = SimpleNamespace
-    whole.find_executable_batch_size = _as_it_is
+    whole.find_executable_batch_size = None  # for batch_size=auto
     part: Any = ModuleType("accelerate.utils")
-    part.get_max_memory = unused
-    sys.modules |= {"accelerate": whole, "accelerate.utils": part}
-
-
-def _as_it_is(**_settings: Any) -> Callable[[Any], Any]:
-    return lambda function: function
+    part.get_max_memory = None  # for parallelize=True
+    modules = {"accelerate": whole, "accelerate.utils": part}
+    sys.modules |= modules
+    try:
+        yield
+    finally:  # nothing else may take it for installed
+        for name in modules:
+            del sys.modules[name]

@@ -28,9 +28,10 @@ TEXTS = [
     {"page": "class ArgumentParser(_AttributeHolder, _ActionsContainer):\n    pass\n"},
 ]
 ANSWERS = [
-    {"prompt": "def error(self, message):", "answer": "self.exit(2)"},
+    {"prompt": "if usage is not None:", "answer": "pend/ to-"},
+    {"prompt": "# Help-printing methods", "answer": "print"},
+    {"prompt": "conflict_handler = self._get_handler()", "answer": "x"},
     {"prompt": "usage: %(prog)s [options] " * 5, "answer": "FILE"},
-    {"prompt": "", "answer": "x"},
 ]
 
 
@@ -46,7 +47,7 @@ def write_tasks(folder: Path) -> Path:
         doc_to_choice="{{choices}}",
         doc_to_target="{{gold}}",
         fewshot_split="test",
-        metric_list=[{"metric": name} for name in ("acc", "acc_norm")],
+        metric_list=[_mean("acc"), _mean("acc_norm")],
     )
     _write(
         folder,
@@ -55,7 +56,13 @@ def write_tasks(folder: Path) -> Path:
         output_type="loglikelihood_rolling",
         doc_to_text="",
         doc_to_target="{{page}}",
-        metric_list=[{"metric": name} for name in ("word_perplexity", "bits_per_byte")],
+        metric_list=[
+            {"metric": name, "aggregation": kind, "higher_is_better": False}
+            for name, kind in (
+                ("word_perplexity", "weighted_perplexity"),
+                ("bits_per_byte", "bits_per_byte"),
+            )
+        ],
     )
     _write(
         folder,
@@ -64,8 +71,9 @@ def write_tasks(folder: Path) -> Path:
         output_type="generate_until",
         doc_to_text="{{prompt}}",
         doc_to_target="{{answer}}",
-        generation_kwargs={"until": ["\n", "("], "max_gen_toks": 8, "do_sample": False},
-        metric_list=[{"metric": "exact_match"}],
+        generation_kwargs={"until": ["\n", "('"], "max_gen_toks": 6, "do_sample": False},
+        num_fewshot=0,  # which lm-eval lets nobody change
+        metric_list=[_mean("exact_match")],
     )
     group = {
         "group": "local_group",
@@ -75,6 +83,10 @@ def write_tasks(folder: Path) -> Path:
     }
     (folder / "local_group.yaml").write_text(yaml.safe_dump(group))
     return folder
+
+
+def _mean(metric: str) -> dict[str, Any]:
+    return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
 
 
 def _write(folder: Path, name: str, documents: list[dict[str, Any]], **settings: Any) -> None:
