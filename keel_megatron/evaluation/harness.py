@@ -5,7 +5,7 @@ Imports lm_eval, whose tasks take seconds to import: import this module where th
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,7 +22,6 @@ from keel_megatron.inference.sampling import Sampling
 MAX_NEW_TOKENS = 256
 """Of a request that names no maximum, as of lm-eval's `hf` model."""
 _IGNORED = {"do_sample", "until", "max_gen_toks", "temperature", "top_p"}
-_log = logging.getLogger(__name__)
 
 
 class KeelLM(TemplateLM):
@@ -165,9 +164,10 @@ class KeelLM(TemplateLM):
 
     def _warn_of_cuts(self, cut: int, total: int) -> None:
         if cut:
-            _log.warning(
+            print(
                 f"{cut:,} of {total:,} requests are longer than the model's context of "
-                f"{self.max_length:,} tokens and lose their beginning"
+                f"{self.max_length:,} tokens and lose their beginning",
+                file=sys.stderr,
             )
 
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 
-from keel_megatron.errors import UserError
-from keel_megatron.evaluation.benchmarks import evaluate_tasks
 from keel_megatron.evaluation.serving import Served
 from keel_megatron.evaluation.tasks import Choice, load_tasks
 from keel_megatron.inference import parity

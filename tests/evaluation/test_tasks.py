@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+import yaml
 from keel_megatron.errors import UserError
 from keel_megatron.evaluation.tasks import Choice, load_tasks, require_harness
 from keel_megatron.inference import parity
