@@ -8,19 +8,21 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from keel_megatron.cli.arguments import writing
 from keel_megatron.errors import UserError
-from keel_megatron.evaluation.tasks import Choice, require_harness
+from keel_megatron.evaluation.tasks import Choice, load_tasks
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.runtime.processes import is_rank
 
 if TYPE_CHECKING:
     from keel_megatron.inference.source import Source
     from keel_megatron.runtime.distributed import Runtime
+
+    OpenModel = Callable[..., AbstractContextManager[tuple[Source, Runtime]]]
 
 MODEL_PROCESSES = "--model-processes"
 
@@ -133,25 +135,18 @@ def evaluate(
     """Evaluate a model: benchmarks of lm-eval, or perplexity and bits per byte of texts."""
     if bool(text) == bool(tasks):
         raise UserError("give --tasks NAME,... or --text PATH: what the model is evaluated on")
-    choice = Choice(
-        tuple(filter(None, (tasks or "").split(","))),
-        include_path,
-        limit,
-        num_fewshot,
-        seed,
-        confirm_run_unsafe_code,
-    )
-    if tasks:
-        require_harness()
+    shown = (include_path, limit, num_fewshot, seed, confirm_run_unsafe_code)
+    choice = Choice(tuple(filter(None, (tasks or "").split(","))), *shown)
     count = _all_processes(processes, model_processes)
-    if count > 1 and not is_rank():
-        from keel_megatron.inference.source import config_of
+    from keel_megatron.inference.source import config_of, opened
 
-        # A mistake is reported once, not by every process.
+    loaded: dict[str, Any] | None = None
+    if not is_rank():
+        # A mistake is told once, before any process has a model.
         config_of(model, model_processes, MODEL_PROCESSES)
-        sys.exit(launch(count, ["-m", "keel_megatron", *sys.argv[1:]]))
-    from keel_megatron.inference.source import opened
-
+        loaded = load_tasks(choice) if tasks else None
+        if count > 1:
+            sys.exit(launch(count, ["-m", "keel_megatron", *sys.argv[1:]]))
     open_model = partial(
         opened,
         model,
@@ -161,12 +156,25 @@ def evaluate(
         option=MODEL_PROCESSES,
     )
     if tasks:
-        _on_tasks(model, open_model, choice, batch_tokens, out, as_json=as_json)
-        return
+        _on_tasks(model, open_model, choice, loaded, batch_tokens, out, as_json=as_json)
+    else:
+        given = (tuple(text or ()), text_key, stride, batch_tokens)
+        _on_texts(model, open_model, given, out, as_json=as_json)
+
+
+def _on_texts(
+    model: Path,
+    open_model: OpenModel,
+    given: tuple[tuple[Path, ...], str, int | None, int],
+    out: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Score texts and print their perplexity."""
     from keel_megatron.evaluation.text import Texts
     from keel_megatron.evaluation.text_report import report_texts
 
-    texts = Texts(tuple(text or ()), text_key, stride, batch_tokens)
+    texts = Texts(*given)
     with open_model() as (source, runtime):
         report = report_texts(model, source, runtime, texts, out, _say)
     if _is_main():
@@ -175,8 +183,9 @@ def evaluate(
 
 def _on_tasks(
     model: Path,
-    open_model: Callable[..., AbstractContextManager[tuple[Source, Runtime]]],
+    open_model: OpenModel,
     choice: Choice,
+    loaded: dict[str, Any] | None,
     batch_tokens: int,
     out: Path | None,
     *,
@@ -188,7 +197,7 @@ def _on_tasks(
     from keel_megatron.mlflow_delivery.sync import add_metrics
 
     found = evaluate_benchmarks(
-        open_model, choice, is_main=_is_main(), batch_tokens=batch_tokens, say=_say
+        open_model, choice, loaded, is_main=_is_main(), batch_tokens=batch_tokens, say=_say
     )
     if found is None:
         return

@@ -80,6 +80,7 @@ class Evaluation:
 def evaluate_benchmarks(
     open_model: Callable[..., AbstractContextManager[tuple[Source, Runtime]]],
     choice: Choice,
+    tasks: dict[str, Any] | None = None,
     *,
     is_main: bool = True,
     batch_tokens: int = BATCH_TOKENS,
@@ -90,6 +91,7 @@ def evaluate_benchmarks(
     Args:
         open_model: `inference.source.opened`, which needs no more than `timeout_seconds`.
         choice: the tasks.
+        tasks: the same, loaded; None: rank 0 loads them, while the others wait.
         is_main: whether this is global rank 0, where lm-eval runs.
         batch_tokens: tokens of a batch.
         say: called on rank 0 with progress.
@@ -101,8 +103,6 @@ def evaluate_benchmarks(
         UserError: a task or the model cannot be loaded, a request does not fit, or the model's
             logits are not finite.
     """
-    # Before the model: a mistake in a task's name is told at once.
-    tasks = load_tasks(choice) if is_main else {}
     with open_model(timeout_seconds=_TIMEOUT_SECONDS) as (source, runtime):
         served = Served(source, runtime, batch_tokens, say)
         if not is_main:
@@ -111,6 +111,7 @@ def evaluate_benchmarks(
         from keel_megatron.evaluation.harness import KeelLM
 
         with served.leading():
+            tasks = tasks or load_tasks(choice)
             details = evaluate_tasks(KeelLM(served, choice.seed or 0), tasks, choice)
     return Evaluation(source.step, figures(details), details)
 

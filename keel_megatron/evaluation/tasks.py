@@ -60,9 +60,10 @@ def load_tasks(choice: Choice) -> dict[str, Any]:
         What lm-eval's `evaluate` takes: `tasks`, `groups` and `group_map`.
 
     Raises:
-        UserError: a name is unknown, a task's data cannot be loaded, a task is in two of the
-            groups, or one executes code and that is not confirmed.
+        UserError: lm-eval is not installed, a name is unknown, a task's data cannot be loaded, a
+            task is in two of the groups, or one executes code and that is not confirmed.
     """
+    require_harness()
     manager = _manager(choice)
     loaded: list[Any] = []
     for name in _known(manager, choice.names):
