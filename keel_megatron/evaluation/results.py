@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,8 +106,8 @@ def _shown(value: float) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is a finite or infinite number; lm-eval writes N/A for none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    """Whether a value is a number; lm-eval writes N/A for a standard error that there is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _whole(value: Any) -> int | None:

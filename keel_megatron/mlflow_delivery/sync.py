@@ -105,9 +105,16 @@ def add_metrics(run: Path, step: int, values: dict[str, float]) -> str:
 
     Returns:
         A message: what was done, or why not.
+
+    Raises:
+        UserError: a link in the folder leads out of it.
     """
     check_links(run)
-    if Target.newest(run) is None:
+    try:
+        reports = Target.newest(run) is not None
+    except (OSError, ValueError) as error:
+        return f"{run}: not logged, because {run / FOLDER} cannot be read: {error}"
+    if not reports:
         return f"{run}: not logged, because the run does not report to MLflow"
     original = original_of(run)
     if original is not None:
