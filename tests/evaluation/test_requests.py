@@ -163,3 +163,15 @@ def test_a_strangers_file_costs_no_memory_and_no_time(
     monkeypatch.setattr(requests, "MOST_BYTES", 100)
     with pytest.raises(UserError, match="line 2: more than 100 bytes so far"):
         requests.check(EvaluationConfig(tasks=(own(tmp_path, GOOD, GOOD, GOOD),)))
+
+
+def test_the_documents_list_the_short_names() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "use.md").read_text(encoding="utf-8")
+    assert [name for name in requests.SHORT if f"`{name}`" not in page] == []
+    assert INSTALL in page
+
+
+def test_the_example_task_is_one() -> None:
+    example = Path(__file__).parents[2] / "yaml" / "evaluation" / "python.jsonl"
+    (task,) = find(EvaluationConfig(tasks=(str(example),)))
+    assert {len(document.choices) for document in read(task)} == {4}
