@@ -139,9 +139,11 @@ class KeelAttention(nn.Module):
             x = x if norm is None else norm(x).to(x.dtype)
             return x.transpose(1, 2)
 
-        query = rotate(heads(self.q_proj(hidden_states), self.q_norm), *position_embeddings)
-        key = rotate(heads(self.k_proj(hidden_states), self.k_norm), *position_embeddings)
-        value = heads(self.v_proj(hidden_states), self.v_norm)
+        z = hidden_states
+        query, key, value = self.q_proj(z), self.k_proj(z), self.v_proj(z)
+        query = rotate(heads(query, self.q_norm), *position_embeddings)
+        key = rotate(heads(key, self.k_norm), *position_embeddings)
+        value = heads(value, self.v_norm)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(

@@ -125,9 +125,36 @@ print(json.dumps([transformers.__version__, tokens.tolist(), logits.tolist()]))
 """
 
 
-def loaded_by(python: Path, folder: Path) -> Any:
-    """Version of transformers, greedy tokens and logits."""
-    done = subprocess.run([python, "-c", PROGRAM, folder], capture_output=True, text=True)
+FUSERS = """\
+import json, sys
+from vllm.model_executor.models.transformers.fuser import get_fusers
+from transformers import AutoConfig, AutoModel
+config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModel.from_config(config, trust_remote_code=True)
+found = {type(m).__name__: [type(f).__name__ for f in get_fusers(m)] for m in model.modules()}
+print(json.dumps({name: fusers for name, fusers in found.items() if name.startswith("Keel")}))
+"""
+
+
+@pytest.fixture
+def vllm() -> Path:
+    """Python of the environment of tools/serve_check.py, if it is there."""
+    python = ROOT / "build" / "vllm" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("needs the environment that tools/serve_check.py makes")
+    return python
+
+
+def exported(rule: str, tokenizer: bytes, home: Path) -> Path:
+    write_run(home / "run", tokenizer, model__residual=rule)
+    out = home / "out"
+    export_run(home / "run", out, step=None, dtype="fp32", check=False, say=lambda _text: None)
+    return out
+
+
+def answer(python: Path, program: str, folder: Path) -> Any:
+    """What a program prints last, as JSON."""
+    done = subprocess.run([python, "-c", program, folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -135,17 +162,24 @@ def loaded_by(python: Path, folder: Path) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["keel", "pre_ln"])
 def test_older_transformers_computes_the_same(
-    rule: str, sentencepiece_model: bytes, tmp_path: Path
+    rule: str, sentencepiece_model: bytes, tmp_path: Path, vllm: Path
 ) -> None:
-    """In the environment of tools/serve_check.py, if it is there."""
-    older = ROOT / "build" / "vllm" / "bin" / "python"
-    if not older.exists():
-        pytest.skip("needs the environment that tools/serve_check.py makes")
-    write_run(tmp_path / "run", sentencepiece_model, model__residual=rule)
-    out = tmp_path / "out"
-    export_run(tmp_path / "run", out, step=None, dtype="fp32", check=False, say=lambda _text: None)
-    newest, mine, logits = loaded_by(Path(sys.executable), out)
-    version, tokens, other = loaded_by(older, out)
+    folder = exported(rule, sentencepiece_model, tmp_path)
+    newest, mine, logits = answer(Path(sys.executable), PROGRAM, folder)
+    version, tokens, other = answer(vllm, PROGRAM, folder)
     assert version != newest
     assert tokens == mine
     torch.testing.assert_close(torch.tensor(other), torch.tensor(logits), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["keel", "hybrid_norm"])
+def test_vllm_merges_projections_and_knows_the_norms(
+    rule: str, sentencepiece_model: bytes, tmp_path: Path, vllm: Path
+) -> None:
+    found = answer(vllm, FUSERS, exported(rule, sentencepiece_model, tmp_path))
+    assert found["KeelAttention"][0] == "QKVFuser"
+    assert "AttentionFuser" in found["KeelAttention"]
+    assert found["KeelMLP"][0] == "GLUFuser"
+    assert found["KeelRMSNorm"] == ["RMSNormFuser"]
+    assert found["KeelDecoderLayer"] == []
