@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +20,11 @@ if TYPE_CHECKING:
     from keel_megatron.inference.generate import Completion
 
 _Run = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Folder of a run, runs/NAME, or of a checkpoint.")
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="Folder of a run, runs/NAME, or of a checkpoint; or a Hugging Face folder.",
+    ),
 ]
 _Prompt = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Text to continue; shown as it is generated.")
@@ -62,8 +68,8 @@ _Graphs = Annotated[
     bool,
     typer.Option(
         "--cuda-graphs",
-        help="Decode with one CUDA graph a token: faster for deep models. One process on a GPU. "
-        "Not yet run on one.",
+        help="Decode with one CUDA graph a token, for deep models. One process on a GPU. Not "
+        "yet run on one.",
     ),
 ]
 
@@ -111,7 +117,7 @@ def generate(
 
     streams = prompts is None and out is None
     done: dict[int, Completion] = {}
-    try:
+    with _shown(done, len(texts), out, streamed=streams, is_main=is_main):
         _completions, speed = generate_prompts(
             run,
             texts,
@@ -123,14 +129,24 @@ def generate(
             say=partial(print, end="", flush=True) if streams else None,
             done=done.__setitem__,
         )
+    if is_main:
+        print(speed.line(), file=sys.stderr)
+
+
+@contextmanager
+def _shown(
+    done: dict[int, Completion], total: int, out: Path | None, *, streamed: bool, is_main: bool
+) -> Iterator[None]:
+    """Context after which what is done is printed or written, also after Ctrl-C or an error."""
+    try:
+        yield
     except BaseException:
         if is_main and done:
-            print(f"stopped: {len(done)} of {len(texts)} prompts are continued", file=sys.stderr)
-            _show(done, out, streamed=streams)
+            print(f"stopped: {len(done)} of {total} prompts are continued", file=sys.stderr)
+            _show(done, out, streamed=streamed)
         raise
     if is_main:
-        _show(done, out, streamed=streams)
-        print(speed.line(), file=sys.stderr)
+        _show(done, out, streamed=streamed)
 
 
 def _show(done: dict[int, Completion], out: Path | None, *, streamed: bool) -> None:

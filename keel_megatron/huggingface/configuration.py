@@ -118,7 +118,7 @@ def from_json(content: dict[str, Any]) -> Found:
 def _from_rule(content: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """The settings of a Keel folder that a Llama does not have."""
     rule = content.get("residual")
-    if rule not in RULES:
+    if not isinstance(rule, str) or rule not in RULES:
         problems.append(f"residual: {rule!r} is not one of {', '.join(RULES)}")
         return {}
     found = {"residual": rule, "final_norm": content.get("final_norm", True)}
@@ -131,8 +131,11 @@ def _from_rule(content: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         problems.append(f"alpha: {value!r} is not a number")
     elif isinstance(blocks, int) and blocks > 0:
         # `auto` where it means the same, as in the run that was exported.
-        automatic = float(2 * blocks) ** RULES[rule].alpha_exponent
-        found["alpha"] = "auto" if value == automatic else float(value)
+        try:
+            automatic = float(2 * blocks) ** RULES[rule].alpha_exponent
+            found["alpha"] = "auto" if value == automatic else float(value)
+        except OverflowError:
+            problems.append("alpha, num_hidden_layers: one of them is too large")
     return found
 
 
@@ -147,8 +150,8 @@ def _unsupported(content: dict[str, Any]) -> Iterator[str]:
         if content.get(name):
             yield f"{name}: biases are not supported"
     heads, hidden = content.get("num_attention_heads"), content.get("hidden_size")
-    size = content.get("head_dim")
-    if size is not None and isinstance(heads, int) and heads and size != (hidden or 0) / heads:
+    size, known = content.get("head_dim"), isinstance(heads, int) and isinstance(hidden, int)
+    if size is not None and known and heads and size != hidden / heads:
         yield f"head_dim: {size} is not supported, only hidden_size / num_attention_heads is"
     if (activation := content.get("hidden_act", "silu")) != "silu":
         yield f"hidden_act: {activation!r} is not supported, only silu (SwiGLU) is"

@@ -102,6 +102,9 @@ def open_folder(folder: Path, run: Path = Path("unnamed")) -> Opened:
     found = from_json(content)
     saved = SavedWeights(folder)
     config = _config(folder, run, content, found)
+    if config.model.blocks > saved.count:  # not counted up: a stranger's number may be any
+        blocks = config.model.blocks
+        raise _refused(folder, [f"num_hidden_layers: {blocks} for {saved.count} tensors"])
     rows = list(parameters(config.model, config.data.vocab_size))
     problems = saved.problems(rows, tied=config.model.tie_embeddings)
     if problems:

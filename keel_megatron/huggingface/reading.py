@@ -48,17 +48,19 @@ class SavedWeights:
                 self._files[name] = open_shards(folder / name, "pt")
             except DamagedError as error:
                 raise UserError(f"{folder}: {error}") from None
-            self._file_of |= dict.fromkeys(self._files[name].keys(), name)
+            for key in self._files[name].keys():  # noqa: SIM118 - it is no dict
+                if self._file_of.setdefault(key, name) != name:
+                    raise UserError(f"{folder}: {key} is in {self._file_of[key]} and in {name}")
 
     def _names(self) -> list[str]:
         """The files: one, or those that the index names."""
         if (self._folder / INDEX).is_file():
             files = read_json(self._folder, INDEX).get("weight_map")
-            names = sorted({*files.values()} if isinstance(files, dict) else set(), key=str)
+            names = list(files.values()) if isinstance(files, dict) else []
             for name in names:
-                if not isinstance(name, str) or Path(name).name != name:
+                if not isinstance(name, str) or Path(name).name != name or "\0" in name:
                     raise UserError(f"{self._folder}: {INDEX} names {name!r}, which is no file")
-            return names
+            return sorted({*names})
         if (self._folder / WEIGHTS).is_file():
             return [WEIGHTS]
         pickles = sorted(self._folder.glob("*.bin")) + sorted(self._folder.glob("*.pt*"))
@@ -69,6 +71,11 @@ class SavedWeights:
     def files(self) -> list[str]:
         """Names of the files with weights."""
         return list(self._files)
+
+    @property
+    def count(self) -> int:
+        """How many tensors there are."""
+        return len(self._file_of)
 
     def problems(self, parameters: Iterable[Fused], *, tied: bool) -> list[str]:
         """What does not fit the model: missing tensors, other ones, and their types."""

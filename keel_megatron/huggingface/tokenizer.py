@@ -144,7 +144,10 @@ def _named(content: dict[str, Any], eod: int, context: int) -> dict[str, bytes]:
     """tokenizer.json, and tokenizer_config.json that says what its tokens mean."""
     names = {entry["id"]: entry["content"] for entry in content.get("added_tokens") or []}
     if eod not in names:
-        names |= {number: piece for piece, number in content["model"]["vocab"].items()}
+        vocabulary = content["model"]["vocab"]  # Unigram: a list of pieces and their scores
+        pieces = [one[0] for one in vocabulary] if isinstance(vocabulary, list) else vocabulary
+        numbers = range(len(pieces)) if isinstance(pieces, list) else pieces.values()
+        names |= dict(zip(numbers, pieces, strict=True))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": names[eod],

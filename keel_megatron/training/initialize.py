@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from keel_megatron.checkpoint.parameters import MASTER, STATES, updates
 from keel_megatron.checkpoint.resume import ResumePoint, checked, newest_good
 from keel_megatron.checkpoint.sharding import Reader, TensorReader
 from keel_megatron.checkpoint.state import Trained, agree
+from keel_megatron.config.reading import LARGE, read_small
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.dataset import Dataset
 from keel_megatron.data.file_checks import sha256
@@ -54,6 +56,8 @@ class Start:
     """Updates that the kept optimizer state has counted; None: a fresh optimizer."""
     remarks: tuple[str, ...] = ()
     """Checkpoints of the origin that were skipped, and why."""
+    check_same: Callable[[], None] = lambda: None
+    """Raises a UserError if a checkpoint is no longer the one of the record."""
 
     def check_tokenizer(self, data: Dataset) -> None:
         """See that the data is in the tokens that the weights know.
@@ -76,6 +80,7 @@ class Start:
         except (DamagedError, UserError) as error:
             problem = f"{SETTING}: {self.record['path']} cannot be loaded: {error}"
         agree(runtime, problem)
+        runtime.from_main(self.check_same)
         trained.apply(self.updates or 0)
 
     def line(self) -> str:
@@ -119,7 +124,7 @@ def _from_checkpoint(config: RunConfig, found: ResumePoint, runtime: Runtime) ->
         """On rank 0: record of the origin, its tokenizer, and its count of updates if kept."""
         refuse(config, path, config_of(path))
         refuse_no_optimizer(config, path, state)
-        content = (path / manifest.MANIFEST).read_bytes()
+        digest = fingerprint(path)
         extras = state.get("extras", {})
         run = RunFile.from_json(extras.get("run"))
         record = {
@@ -127,7 +132,7 @@ def _from_checkpoint(config: RunConfig, found: ResumePoint, runtime: Runtime) ->
             "run_id": None if run is None else run.id,
             "mlflow_run_id": extras.get("mlflow_run_id"),
             "step": state["step"],
-            "fingerprint": hashlib.sha256(content).hexdigest(),
+            "fingerprint": digest,
             "optimizer": config.training.keep_optimizer,
         }
         count = _updates(path, state) if config.training.keep_optimizer else None
@@ -138,7 +143,30 @@ def _from_checkpoint(config: RunConfig, found: ResumePoint, runtime: Runtime) ->
     def reader() -> TensorReader:
         return Reader(path, read_json(path / manifest.INDEX))
 
-    return Start(record, tokenizer, reader, count, found.remarks)
+    same = partial(check_same, path, record)
+    return Start(record, tokenizer, reader, count, found.remarks, same)
+
+
+def check_same(path: Path, record: dict[str, Any]) -> None:
+    """See that a checkpoint is still the one of a record.
+
+    Raises:
+        UserError: it was replaced, or removed.
+    """
+    if fingerprint(path) != record["fingerprint"]:
+        raise UserError(f"{SETTING}: {path} was replaced while it was read; start again")
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a checkpoint's manifest.
+
+    Raises:
+        UserError: it cannot be read, or is gone.
+    """
+    try:
+        return hashlib.sha256(read_small(path / manifest.MANIFEST, LARGE)).hexdigest()
+    except OSError as error:
+        raise UserError(f"{SETTING}: {path} cannot be read: {error.strerror}") from None
 
 
 def _updates(path: Path, state: dict[str, Any]) -> int:
@@ -171,7 +199,7 @@ def _from_folder(config: RunConfig, path: Path, runtime: Runtime) -> Start:
     agree(runtime, problem)
     parts = runtime.gather(found)  # on rank 0
 
-    def fingerprint() -> str:
+    def of_files() -> str:
         digests = {name: digest for part in parts for name, digest in part.items()}
         lines = "".join(f"{digests[name]} {name}\n" for name in files)
         return hashlib.sha256(lines.encode()).hexdigest()
@@ -181,7 +209,7 @@ def _from_folder(config: RunConfig, path: Path, runtime: Runtime) -> Start:
         "run_id": None,
         "mlflow_run_id": None,
         "step": None,
-        "fingerprint": runtime.from_main(fingerprint),
+        "fingerprint": runtime.from_main(of_files),
         "optimizer": False,
     }
 

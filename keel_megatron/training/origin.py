@@ -18,6 +18,8 @@ from keel_megatron.checkpoint.identity import saved_config
 from keel_megatron.config.load import load_config
 from keel_megatron.config.reading import LARGE, read_small
 from keel_megatron.config.run import RunConfig
+from keel_megatron.data.huggingface import FILE as JSON
+from keel_megatron.data.tokenizer import open_tokenizer
 from keel_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -101,8 +103,12 @@ def check_origin(config: RunConfig) -> None:
         state = manifest.read_json(newest / manifest.STATE)
     except manifest.DamagedError as error:
         raise UserError(f"{SETTING}: {newest} is damaged: {error}") from None
-    refuse(config, newest, config_of(newest))
+    of_origin = config_of(newest)
+    refuse(config, newest, of_origin)
     refuse_no_optimizer(config, newest, state)
+    tokenizer = tokenizer_of(newest, state)
+    if tokenizer is not None:
+        _refuse_other_data(config, tokenizer, of_origin)
 
 
 def config_of(checkpoint: Path) -> RunConfig:
@@ -162,6 +168,41 @@ def refuse_other_tokenizer(tokenizer: TokenizerFile, dataset: Dataset) -> None:
             f"{SETTING}: its tokenizer {tokenizer.path} (SHA-256 {tokenizer.sha256[:12]}) is not "
             f"that of the dataset {dataset.folder} (SHA-256 {found[:12]}); build the dataset with "
             f"data.tokenizer={tokenizer.path}"
+        )
+
+
+def _refuse_other_data(
+    config: RunConfig, tokenizer: TokenizerFile, of_origin: RunConfig | None
+) -> None:
+    """Refuse settings whose dataset would be in other tokens, before it is built.
+
+    Without data.tokenizer a tokenizer is trained: that of the origin only on the same text.
+
+    Args:
+        config: the run.
+        tokenizer: the origin's.
+        of_origin: the origin's configuration; None: a Hugging Face folder, which has none.
+
+    Raises:
+        UserError: the tokenizer would be another one.
+    """
+    data = config.data
+    if data.dataset is not None:
+        return  # it is there, and compared when it is opened
+    if data.tokenizer is not None:
+        content = open_tokenizer(data.tokenizer).file_content()
+        same = hashlib.sha256(content).hexdigest() == tokenizer.sha256
+        what = f"data.tokenizer, {data.tokenizer}"
+    else:
+        same = tokenizer.path.name != JSON
+        if of_origin is not None:
+            then = of_origin.data
+            same &= (then.text, then.sources, then.tokenizer) == (data.text, data.sources, None)
+        what = "the one that would be trained on this run's data"
+    if not same:
+        raise UserError(
+            f"{SETTING}: its tokenizer {tokenizer.path} (SHA-256 {tokenizer.sha256[:12]}) is not "
+            f"{what}; set data.tokenizer={tokenizer.path}"
         )
 
 

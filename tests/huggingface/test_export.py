@@ -19,6 +19,7 @@ from keel_megatron.huggingface import export as export_module
 from keel_megatron.huggingface.card import card
 from keel_megatron.huggingface.folder import INDEX, write_weights
 from keel_megatron.huggingface.naming import parameters
+from keel_megatron.huggingface.new_folder import new_folder
 from keel_megatron.inference.export import export_run
 from tests.huggingface.models import write_run
 from tests.memory import Watch
@@ -110,6 +111,25 @@ def test_a_folder_that_is_not_complete_is_removed(
     with pytest.raises(KeyboardInterrupt if ailment == "interrupt" else UserError, match=wanted):
         exported(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_of_the_run_is_written(run: Path, tmp_path: Path) -> None:
+    """It may lie where only reading is possible, and two exports may read it at once."""
+
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (run, *run.rglob("*"))}
+
+    before = times()
+    exported(run, tmp_path / "out")
+    assert times() == before
+
+
+def test_of_two_exports_to_one_folder_the_second_is_refused(run: Path, tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as partial:
+        with pytest.raises(UserError, match=r"out\.partial exists, left .* or is at work"):
+            exported(run, tmp_path / "out")
+        (partial / "file").write_text("first")
+    assert (tmp_path / "out" / "file").read_text() == "first"
 
 
 def copied(run: Path, place: Path, step: int) -> None:

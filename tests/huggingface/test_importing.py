@@ -267,12 +267,38 @@ def test_nothing_of_a_folder_is_run(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.security
-@pytest.mark.parametrize("name", ["../part-0.safetensors", "/etc/passwd", "", 7, ".."])
+@pytest.mark.parametrize(
+    "name", ["../part-0.safetensors", "/etc/passwd", "", 7, "..", ["x"], "a\0b"]
+)
 def test_an_index_names_no_file_elsewhere(name: Any, llama: Path, tmp_path: Path) -> None:
     shutil.copy(llama / "part-0.safetensors", tmp_path)
     (llama / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     with pytest.raises(UserError, match=r"which is no file|cannot be read"):
         imported(llama, tmp_path / "run")
+
+
+def test_a_tensor_in_two_files_is_refused(llama: Path, tmp_path: Path) -> None:
+    save_file({"model.norm.weight": torch.zeros(32)}, llama / "part-x.safetensors")
+    content = json.loads((llama / INDEX).read_text())
+    content["weight_map"]["other"] = "part-x.safetensors"
+    (llama / INDEX).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"model\.norm\.weight is in part-\d.* and in part-x"):
+        imported(llama, tmp_path / "run")
+
+
+@pytest.mark.security
+def test_numbers_of_any_size_are_refused_at_once(llama: Path, tmp_path: Path) -> None:
+    keel = {"model_type": "keel", "residual": "keel"}
+    for changes, message in (
+        ({"num_hidden_layers": 10**12}, r"num_hidden_layers: 1000000000000 for \d+ tensors"),
+        ({**keel, "alpha": 4, "num_hidden_layers": 10**400}, "one of them is too large"),
+        ({**keel, "alpha": 10**400}, "one of them is too large"),
+        ({**keel, "residual": ["keel"]}, r"residual: \['keel'\] is not one of"),
+        ({"hidden_size": "32", "head_dim": 8}, "hidden_size"),
+    ):
+        (llama / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+        with pytest.raises(UserError, match=message):
+            imported(llama, tmp_path / "run")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"model_type": ["llama"]}'])

@@ -11,7 +11,9 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from keel_megatron.data.huggingface import EOD_KEY
 from keel_megatron.data.tokenizer import open_tokenizer
+from keel_megatron.errors import UserError
 from keel_megatron.huggingface import tokenizer as module
 from keel_megatron.huggingface.tokenizer import CONFIG, DIFFICULT, proven_files, tokenizer_files
 
@@ -86,3 +88,18 @@ def test_a_tokenizer_json_is_copied_without_tokens_that_training_did_not_see(
     files = proven_files(own, 32, DIFFICULT)
     assert "post_processor" in files.remarks[0]
     assert json.loads(files.content[CONFIG])["eos_token"] == "</s>"
+
+
+def test_a_copy_has_no_key_of_ours_and_names_the_end_of_a_unigram_document(tmp_path: Path) -> None:
+    pieces = [("<unk>", 0.0), ("<end>", 0.0), *((piece, -1.0) for piece in "abc ")]
+    content = json.loads(tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0)).to_str())
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({**content, EOD_KEY: "<end>"}))
+    own = open_tokenizer(path)
+    files = tokenizer_files(own, 32)
+    assert own.eod == 1
+    assert json.loads(files.content["tokenizer.json"]) == content
+    assert json.loads(files.content[CONFIG])["eos_token"] == "<end>"
+    path.write_text(json.dumps({**content, "foreign": 1}))
+    with pytest.raises(UserError, match=r"cannot be read as a Hugging Face tokenizer\.json"):
+        open_tokenizer(path)

@@ -19,10 +19,12 @@ from keel_megatron.checkpoint import folder
 from keel_megatron.checkpoint.listing import describe
 from keel_megatron.checkpoint.weights import Weights
 from keel_megatron.config.run import RunConfig
+from keel_megatron.errors import UserError
 from keel_megatron.huggingface.configuration import to_json
 from keel_megatron.huggingface.folder import write_weights
 from keel_megatron.huggingface.naming import parameters
 from keel_megatron.tracking.metrics import read_metrics
+from keel_megatron.training.initialize import check_same, fingerprint
 from tests.checkpoint.state_ranks import path_of, save_all
 from tests.checkpoint.test_resharding import FP32, PP2, TP2, sections
 from tests.datasets import tokenizer_model
@@ -154,3 +156,17 @@ def test_a_run_continues_from_another_on_new_data_and_then_without_it(home: Path
     further = {**new, **tokenizer, "training__steps": 6, "schedule__decay": "constant"}
     assert run_ranks(1, trained, [write(home, "second", **further)])[0] == [None]
     assert state_of(home, "second", 6)["extras"]["initialized_from"] == record
+
+
+def test_an_origin_that_goes_or_changes_while_it_is_read_is_reported(tmp_path: Path) -> None:
+    origin = path_of(sections(tmp_path, "origin", **FP32))
+    origin.mkdir(parents=True)
+    (origin / "manifest.json").write_text("first")
+    record = {"path": str(origin), "fingerprint": fingerprint(origin)}
+    check_same(origin, record)
+    (origin / "manifest.json").write_text("second")
+    with pytest.raises(UserError, match=r"step_\d+ was replaced while it was read; start again"):
+        check_same(origin, record)
+    shutil.rmtree(origin)
+    with pytest.raises(UserError, match=r"initialize_from: .* cannot be read: No such file"):
+        check_same(origin, record)

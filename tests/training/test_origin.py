@@ -15,6 +15,7 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import ConfigError, UserError
 from keel_megatron.training.origin import Place, check_origin, locate, tokenizer_of
 from tests.checkpoint.samples import write_checkpoint
+from tests.datasets import tokenizer_model
 from tests.huggingface.models import write_run
 from tests.settings import settings, small_config
 
@@ -128,3 +129,19 @@ def test_the_tokenizer_of_an_earlier_versions_checkpoint_is_known_by_its_hash(
     assert found is not None
     assert found.sha256 == "ab"
     assert tokenizer_of(tmp_path, {}) is None
+
+
+def test_another_tokenizer_is_refused_before_a_dataset_is_built(tmp_path: Path) -> None:
+    """Whether it is given, or would be trained on other text."""
+    write_run(tmp_path / "first", tokenizer_model(), model__blocks=8)
+    alike = {"model__num_query_groups": 2}
+    own = folder.step_folder(tmp_path / "first", 0) / "tokenizer.model"
+    (tmp_path / "other.model").write_bytes(tokenizer_model(300))
+    check_origin(start_from(tmp_path, "first", **alike))  # the same data
+    check_origin(start_from(tmp_path, "first", **alike, data__tokenizer=str(own)))
+    given = {"data__tokenizer": str(tmp_path / "other.model")}
+    remedy = f"set data.tokenizer={own}"
+    with pytest.raises(UserError, match=rf"is not data\.tokenizer, .*other\.model; {remedy}"):
+        check_origin(start_from(tmp_path, "first", **alike, **given))
+    with pytest.raises(UserError, match=rf"would be trained on this run's data; {remedy}"):
+        check_origin(start_from(tmp_path, "first", **alike, data__text="new.txt"))
