@@ -11,12 +11,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keel_megatron.config.load import load_config
 from keel_megatron.config.run import RunConfig
+from keel_megatron.config.yaml_text import read_inline
 from keel_megatron.errors import ConfigError, UserError
 from keel_megatron.runtime.cores import available_cores
 from keel_megatron.training import startup
@@ -209,7 +211,7 @@ def _run(
         UserError: the configuration, or the data or tokenizer that it names, is not valid.
     """
     own = {**point.overrides, "training.seed": seed, "training.runs_dir": str(out)}
-    changes = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in own.items())]
+    changes = [*overrides, *(f"{key}={_written(value)}" for key, value in own.items())]
     config = load_config(path, [*changes, f"training.name={point.name}"])
     processes = config.parallel.model_parallel_size
     changes.append(f"training.name={point.name}-s{seed}-{_digest(config)}")
@@ -219,6 +221,14 @@ def _run(
     config = load_config(path, changes, world_size=processes)
     startup.check(config)
     return GridRun(point, seed, config, path, tuple(changes), processes)
+
+
+def _written(value: Any) -> str:
+    """A value in YAML, text without quotes where it can be."""
+    with suppress(ValueError):
+        if isinstance(value, str) and read_inline(value) == value:
+            return value
+    return json.dumps(value)
 
 
 def _digest(config: RunConfig) -> str:
