@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keel_megatron.config.load import load_config
+from keel_megatron.config.load import flatten, load_config
 from keel_megatron.config.run import RunConfig
 from keel_megatron.config.yaml_text import read_inline
 from keel_megatron.errors import ConfigError, UserError
@@ -165,8 +165,8 @@ def make_grid(
         UserError: the overrides and the study set the same thing.
         ConfigError: some points are not valid runs; it lists all problems.
     """
-    _refuse_conflicts(study, overrides)
     base = load_config(path, overrides)
+    _refuse_conflicts(study, overrides, base)
     found: list[GridRun] = []
     wrong: Counter[tuple[str, str]] = Counter()
     error: ConfigError | None = None
@@ -192,11 +192,18 @@ def make_grid(
     return Grid(study, out, tuple(found))
 
 
-def _refuse_conflicts(study: Study, overrides: Sequence[str]) -> None:
-    set_by_study = {key for point in study.points for key in point.overrides}
+def _refuse_conflicts(study: Study, overrides: Sequence[str], base: RunConfig) -> None:
+    """Refuse settings of the user that the study changes."""
+    given = flatten(base)
+    changed = {
+        key
+        for point in study.points
+        for key, value in point.overrides.items()
+        if given.get(key) != value
+    }
     for override in overrides:
         key = override.partition("=")[0]
-        if key in set_by_study:
+        if key in changed:
             raise UserError(f"{key}: the study {study.name} sets it for each of its runs")
         if key in ("training.name", "training.runs_dir"):
             raise UserError(f"{key}: the study names its runs; --out chooses the folder")

@@ -14,6 +14,7 @@ import pytest
 
 import yaml
 from keel_megatron import config
+from keel_megatron.checkpoint.folder import steps
 from keel_megatron.runtime import exit_codes
 from tests.integration.commands import Completed, keel, start
 from tests.settings import settings
@@ -90,7 +91,7 @@ def until(condition: Any, process: Any) -> None:
 
 def begun(out: Path) -> set[str]:
     """Runs that have a checkpoint."""
-    return {path.parent.parent.name for path in out.glob("*/checkpoints/step_*")}
+    return {path.parent.name for path in out.glob("*/checkpoints") if steps(path.parent)}
 
 
 def test_a_killed_grid_resumes_and_repeats_nothing(place: Path, whole: Completed) -> None:
