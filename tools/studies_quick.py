@@ -12,20 +12,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = (
-    f"data.text={ROOT}/keel_megatron/config/*.py",
-    "data.vocab_size=512",
-    "data.seq_length=16",
-    "data.validation_fraction=0.1",
-    "model.blocks=2",
-    "training.steps=4",
-    "training.global_batch_size=2",
-    "training.micro_batch_size=2",
-    "training.validation_sequences=2",
-    "schedule.warmup_steps=1",
-    "training.device=cpu",
-    "tracking.mlflow=false",
-)
 
 
 def commands(out: Path) -> dict[str, list[str]]:
@@ -34,11 +20,12 @@ def commands(out: Path) -> dict[str, list[str]]:
     Args:
         out: folder of the studies' folders, absolute.
     """
-    config = str(ROOT / "yaml" / "studies" / "cpu.yaml")
+    data = [f"data.text={ROOT}/keel_megatron/config/*.py", f"data.cache_dir={out / 'data'}"]
+    config = str(ROOT / "yaml" / "studies" / "quick.yaml")
 
     def grid(name: str, *options: str) -> list[str]:
         place = ["--out", str(out / name), "--parallel", "2", "--no-measure"]
-        return [name, config, *SETTINGS, f"data.cache_dir={out / 'data'}", *place, *options]
+        return [name, config, *data, *place, *options]
 
     return {
         "alpha": grid("alpha", "--scale", "L"),
