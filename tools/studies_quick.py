@@ -20,19 +20,23 @@ def commands(out: Path) -> dict[str, list[str]]:
     Args:
         out: folder of the studies' folders, absolute.
     """
-    data = [f"data.text={ROOT}/keel_megatron/config/*.py", f"data.cache_dir={out / 'data'}"]
+    text = f"data.text={ROOT}/keel_megatron/config/*.py"
     config = str(ROOT / "yaml" / "studies" / "quick.yaml")
 
     def grid(name: str, *options: str) -> list[str]:
         place = ["--out", str(out / name), "--parallel", "2", "--no-measure"]
-        return [name, config, *data, *place, *options]
+        return [name, config, f"data.cache_dir={out / 'data'}", *place, *options]
 
     return {
-        "alpha": grid("alpha", "--scale", "L"),
-        "max-learning-rate": grid("max-learning-rate", "--rules", "keel,pre_ln"),
-        "depth-scaling": grid("depth-scaling", "--rules", "keel", "--rates", "1e-3,1e-2"),
+        "alpha": grid("alpha", text, "--scale", "L"),
+        "max-learning-rate": grid("max-learning-rate", text, "--rules", "keel,pre_ln"),
+        "depth-scaling": grid("depth-scaling", text, "--rules", "keel", "--rates", "1e-3,1e-2"),
         "deep-versus-wide": grid(
-            "deep-versus-wide", "--rules", "keel", "--depths", "4,8", "--rates", "1e-3"
+            "deep-versus-wide", text, "--rules", "keel", "--depths", "4,8", "--rates", "1e-3"
+        ),
+        "depth-tasks": grid(
+            *("depth-tasks", "data.seq_length=64", "--tasks", "hops"),
+            *("--rules", "keel", "--largest", "2", "--documents", "2000"),
         ),
         "gradient-flow": [
             *("gradient-flow", "--depths", "8", "--rules", "keel,post_ln"),
