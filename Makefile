@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest --durations=25 --numprocesses $(TEST_WORKERS) 
 	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock validators train test test-all test-security test-trace test-next test-gpu check format bench-kernel bench-gpu bench-peers chaos check-images clean
+.PHONY: help setup lock validators train test test-all test-security test-trace test-next test-gpu check format bench-kernel bench-gpu bench-peers studies-quick chaos check-images clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -73,6 +73,9 @@ bench-gpu: ## Check one GPU and measure each optimisation on it with the python3
 
 bench-peers: setup ## Compare step times with other projects, each in its own environment.
 	$(BIN)/python tools/bench/peers.py --pip-args "$(PIP_ARGS)"
+
+studies-quick: setup ## Run every study of `keel study` at a tiny size (a few minutes; no results).
+	$(BIN)/python tools/studies_quick.py
 
 chaos: setup ## Train while 100 faults are injected; nothing may be lost (tools/chaos.py).
 	$(BIN)/python tools/chaos.py --faults 100

@@ -71,6 +71,7 @@ class StudyLog:
             host=socket.gethostname(),
             pid=os.getpid(),
             born=psutil.Process().create_time(),
+            metrics=0,  # there are none
             **({"back_to": 0} if again else {}),
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from keel_megatron.studies.results import (
     write_table,
 )
 from keel_megatron.studies.runner import Ended, LocalRunner
+from keel_megatron.studies.slurm import run_on_slurm
 
 LOG = "study.log"
 Say = Callable[[str], None]
@@ -54,6 +55,28 @@ def run_here(grid: Grid, parallel: int, *, measure: bool = True) -> int:
             elif code == exit_codes.DONE:
                 report.status = "FINISHED"
         return code
+
+
+def run_on_cluster(grid: Grid, parallel: int, options: Sequence[str]) -> int:
+    """Submit a grid as a SLURM array, or write the results of one that has ended; the exit code.
+
+    Args:
+        grid: the runs.
+        parallel: array tasks at the same time.
+        options: further options of sbatch.
+
+    Raises:
+        UserError: as `run_on_slurm`, or another process works in the study's folder.
+    """
+    with (
+        ownership.take(grid.out, ownership.STUDIED),
+        saying(grid.out) as say,
+        reported(grid, say) as report,
+    ):
+        left = run_on_slurm(grid, parallel, options, say)
+        Rows(grid).conclude(say)
+        report.status = "KILLED" if left else "FINISHED"
+    return exit_codes.DONE
 
 
 class Rows:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import tempfile
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from keel_megatron.architecture.parameters import parameter_count
 from keel_megatron.config.load import flatten
@@ -170,13 +172,29 @@ def _ask(runs: Sequence[GridRun], gpu: str | None) -> tuple[list[Times | None], 
         {"path": str(run.path), "settings": run.settings, "processes": run.processes}
         for run in runs
     ]
-    with tempfile.TemporaryDirectory(prefix="keel-study-") as folder:
-        request, answer, log = (Path(folder) / name for name in ("request", "answer", "log"))
-        request.write_text(json.dumps({"gpu": gpu, "runs": asked}), encoding="utf-8")
-        began = time.time()
+    began = time.time()
+    found = _answer({"gpu": gpu, "runs": asked})
+    startup = 0.0 if gpu else max(0.0, found["ready"] - began)
+    problems = [one["problem"] for one in found["runs"] if "problem" in one]
+    times = [
+        None if "problem" in one else Times(startup, one["step_seconds"]) for one in found["runs"]
+    ]
+    return times, problems[0] if problems else ""
+
+
+def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What the planner's process answers.
+
+    Raises:
+        UserError: it fails.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="keel-study-"))
+    asked, answer, log = (folder / name for name in ("request", "answer", "log"))
+    try:
+        asked.write_text(json.dumps(request), encoding="utf-8")
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*python(), "-m", MODULE, str(request), str(answer)],
+                [*python(), "-m", MODULE, str(asked), str(answer)],
                 env=environment(),
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -190,13 +208,10 @@ def _ask(runs: Sequence[GridRun], gpu: str | None) -> tuple[list[Times | None], 
         if code:
             end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
             raise UserError(f"the cost cannot be measured (--no-measure starts without):\n{end}")
-        found = json.loads(answer.read_text(encoding="utf-8"))
-    startup = 0.0 if gpu else max(0.0, found["ready"] - began)
-    problems = [one["problem"] for one in found["runs"] if "problem" in one]
-    times = [
-        None if "problem" in one else Times(startup, one["step_seconds"]) for one in found["runs"]
-    ]
-    return times, problems[0] if problems else ""
+        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        return found
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _shape(run: GridRun) -> str:

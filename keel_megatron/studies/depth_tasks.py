@@ -37,7 +37,11 @@ FOLDER = "depth-tasks"
 
 
 def study(
-    config: RunConfig, axes: Axes, tasks: Sequence[str] = tuple(TASKS), largest: int = STEPS
+    config: RunConfig,
+    axes: Axes,
+    tasks: Sequence[str] = tuple(TASKS),
+    largest: int = STEPS,
+    documents: int = DOCUMENTS,
 ) -> Study:
     """The study's grid. Writes the tasks into data.cache_dir, the same files every time.
 
@@ -46,6 +50,7 @@ def study(
         axes: rules (default: keel and pre_ln) and depths.
         tasks: names, of `TASKS`.
         largest: the largest k.
+        documents: of each task's training text.
 
     Raises:
         UserError: a task is unknown, k is too large, or a file cannot be written.
@@ -58,7 +63,7 @@ def study(
     folder = config.data.cache_dir / FOLDER
     try:
         vocabulary = write_tokenizer(folder / "tokenizer.model")
-        files = {name: _write(folder, TASKS[name], largest) for name in tasks}
+        files = {name: _write(folder, TASKS[name], largest, documents) for name in tasks}
     except OSError as error:
         raise UserError(
             f"data.cache_dir: cannot write {error.filename or folder}: {error.strerror}"
@@ -87,10 +92,10 @@ def study(
     return Study("depth-tasks", points, table, picture, lambda _point, run: row(run))
 
 
-def _write(folder: Path, task: Task, largest: int) -> tuple[Path, list[Path]]:
+def _write(folder: Path, task: Task, largest: int, documents: int) -> tuple[Path, list[Path]]:
     """Write a task's training text and its questions of each k."""
-    training = folder / f"{task.name}-{largest}.jsonl"
-    write_training(training, task, DOCUMENTS, range(1, largest + 1))
+    training = folder / f"{task.name}-{largest}-{documents}.jsonl"
+    write_training(training, task, documents, range(1, largest + 1))
     questions = []
     for k in range(1, largest + 1):
         questions.append(folder / f"{task.name}_k{k}.jsonl")

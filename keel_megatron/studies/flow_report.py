@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keel_megatron.runtime.tables import table_lines
 from keel_megatron.studies.gradient_flow import FIRST, GradientFlow
+from keel_megatron.studies.results import (
+    PICTURE,
+    RESULTS,
+    TABLE,
+    markdown,
+    write_results,
+    write_table,
+)
 from keel_megatron.tracking.style import BLUE, ORANGE, SLATE, TEXT, dress, save
 
 if TYPE_CHECKING:
@@ -26,19 +32,23 @@ def flow_table(flows: Sequence[GradientFlow]) -> str:
         measured, predicted = flow.skip[0], flow.predicted[0]
         ratio = math.log(measured) / math.log(predicted) if predicted < 0.9 else math.nan
         shown = f"{ratio:.3f}" if math.isfinite(ratio) else "-"
-        rows.append(
-            [
-                *(flow.residual, str(flow.sub_layers), f"{measured:.3e}", f"{predicted:.3e}"),
-                *(shown, f"{flow.loss[0]:.3e}"),
-            ]
-        )
-    columns = ["rule", "L", "measured", "predicted", "log ratio", "loss gradient, x_2 / x_L"]
-    return "\n".join(table_lines(columns, rows, left=[0]))
+        numbers = [f"{measured:.3e}", f"{predicted:.3e}", shown, f"{flow.loss[0]:.3e}"]
+        rows.append([flow.residual, flow.sub_layers, *numbers])
+    columns = ["rule", "sub-layers", "measured", "predicted", "ratio of logarithms"]
+    return markdown([*columns, "loss gradient, x_2 / x_L"], rows)
 
 
-def save_flows(flows: Sequence[GradientFlow], path: Path) -> None:
-    """Save the results as JSON."""
-    path.write_text(json.dumps([asdict(flow) for flow in flows], indent=1) + "\n")
+def save_flows(flows: Sequence[GradientFlow], out: Path) -> list[str]:
+    """Write results.json, table.md and the picture; lines that show them.
+
+    Raises:
+        OSError: one of them cannot be written.
+    """
+    table = flow_table(flows)
+    write_results("gradient-flow", out, [asdict(flow) for flow in flows])
+    write_table(out, table)
+    plot_flows(flows, out / PICTURE)
+    return [table, f"{out / RESULTS}, {out / TABLE}, {out / PICTURE}"]
 
 
 def plot_flows(flows: Sequence[GradientFlow], out: Path) -> None:

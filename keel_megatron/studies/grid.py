@@ -11,12 +11,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keel_megatron.config.load import load_config
+from keel_megatron.config.load import flatten, load_config
 from keel_megatron.config.run import RunConfig
+from keel_megatron.config.yaml_text import read_inline
 from keel_megatron.errors import ConfigError, UserError
 from keel_megatron.runtime.cores import available_cores
 from keel_megatron.training import startup
@@ -163,8 +165,8 @@ def make_grid(
         UserError: the overrides and the study set the same thing.
         ConfigError: some points are not valid runs; it lists all problems.
     """
-    _refuse_conflicts(study, overrides)
     base = load_config(path, overrides)
+    _refuse_conflicts(study, overrides, base)
     found: list[GridRun] = []
     wrong: Counter[tuple[str, str]] = Counter()
     error: ConfigError | None = None
@@ -190,11 +192,18 @@ def make_grid(
     return Grid(study, out, tuple(found))
 
 
-def _refuse_conflicts(study: Study, overrides: Sequence[str]) -> None:
-    set_by_study = {key for point in study.points for key in point.overrides}
+def _refuse_conflicts(study: Study, overrides: Sequence[str], base: RunConfig) -> None:
+    """Refuse settings of the user that the study changes."""
+    given = flatten(base)
+    changed = {
+        key
+        for point in study.points
+        for key, value in point.overrides.items()
+        if given.get(key) != value
+    }
     for override in overrides:
         key = override.partition("=")[0]
-        if key in set_by_study:
+        if key in changed:
             raise UserError(f"{key}: the study {study.name} sets it for each of its runs")
         if key in ("training.name", "training.runs_dir"):
             raise UserError(f"{key}: the study names its runs; --out chooses the folder")
@@ -209,7 +218,7 @@ def _run(
         UserError: the configuration, or the data or tokenizer that it names, is not valid.
     """
     own = {**point.overrides, "training.seed": seed, "training.runs_dir": str(out)}
-    changes = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in own.items())]
+    changes = [*overrides, *(f"{key}={_written(value)}" for key, value in own.items())]
     config = load_config(path, [*changes, f"training.name={point.name}"])
     processes = config.parallel.model_parallel_size
     changes.append(f"training.name={point.name}-s{seed}-{_digest(config)}")
@@ -219,6 +228,14 @@ def _run(
     config = load_config(path, changes, world_size=processes)
     startup.check(config)
     return GridRun(point, seed, config, path, tuple(changes), processes)
+
+
+def _written(value: Any) -> str:
+    """A value in YAML, text without quotes where it can be."""
+    with suppress(ValueError):
+        if isinstance(value, str) and read_inline(value) == value:
+            return value
+    return json.dumps(value)
 
 
 def _digest(config: RunConfig) -> str:

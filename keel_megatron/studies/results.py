@@ -32,6 +32,8 @@ from keel_megatron.tracking.metrics import iterate_metrics
 from keel_megatron.tracking.run_log import METRICS_FILE
 
 RESULTS, TABLE, PICTURE = "results.json", "table.md", "picture.png"
+LOGS = "logs"
+"""Folder with the output of each run's processes."""
 LAST_STEPS = 20
 """The final training loss is the mean of at most so many steps, and of at most a tenth of all."""
 

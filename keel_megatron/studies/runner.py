@@ -24,11 +24,9 @@ from keel_megatron.runtime.interpreter import environment, python
 from keel_megatron.runtime.parent import STARTED_BY
 from keel_megatron.runtime.processes import count_gpus
 from keel_megatron.studies.grid import Grid, GridRun
-from keel_megatron.studies.results import has_result, row_of
+from keel_megatron.studies.results import LOGS, has_result, row_of
 from keel_megatron.tracking.progress import duration
 
-LOGS = "logs"
-"""Folder with the output of each run's processes."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.1
 _BUSY_SECONDS = 2.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from keel_megatron.studies.flow_report import flow_table, plot_flows, save_flows
+from keel_megatron.studies.flow_report import save_flows
 from keel_megatron.studies.gradient_flow import FIRST, GradientFlow, gradient_flow
 from tests.distributed import run_ranks
 
@@ -64,10 +64,10 @@ def test_the_report_has_every_model(
     measured: dict[tuple[str, int], GradientFlow], tmp_path: Path
 ) -> None:
     found = list(measured.values())
-    lines = flow_table(found).splitlines()
-    assert len(lines) == 1 + len(found)
-    save_flows(found, tmp_path / "flows.json")
-    again = [GradientFlow(**flow) for flow in json.loads((tmp_path / "flows.json").read_text())]
-    assert again == found
-    plot_flows(found, tmp_path / "flows.png")
-    assert (tmp_path / "flows.png").stat().st_size > 10_000
+    table, files = save_flows(found, tmp_path)
+    assert len(table.splitlines()) == 2 + len(found)
+    assert table in (tmp_path / "table.md").read_text()
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [GradientFlow(**row) for row in rows] == found
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert str(tmp_path / "picture.png") in files

@@ -102,6 +102,13 @@ def test_the_study_and_its_user_do_not_set_the_same_thing(
         grid(write(tmp_path), rates(1e-3), override)
 
 
+def test_a_setting_that_the_study_leaves_as_it_is_can_be_given(tmp_path: Path) -> None:
+    """Such as a depth, when the study's own is the configuration's."""
+    one = study(Point("a", {"model.blocks": 2}, {}))
+    (run,) = grid(write(tmp_path), one, "model.blocks=2").runs
+    assert run.config.model.blocks == 2
+
+
 def test_alphas_go_from_1_to_4_times_the_depth(tmp_path: Path) -> None:
     found = alpha.study(small_config(), Axes((), (16,)))
     grid(write(tmp_path), found)

@@ -23,6 +23,9 @@ def depth_tasks(
     largest: Annotated[
         int, typer.Option(min=1, max=LARGEST, help="Questions need up to so many steps.")
     ] = task_study.STEPS,
+    documents: Annotated[
+        int, typer.Option(min=1, help="Documents of each task's training text.")
+    ] = task_study.DOCUMENTS,
 ) -> Study:
     """Train on generated tasks that need k sequential steps: where depth should matter."""
-    return task_study.study(config, axes, listed(tasks) or tuple(TASKS), largest)
+    return task_study.study(config, axes, listed(tasks) or tuple(TASKS), largest, documents)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
+import shlex
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -16,7 +18,7 @@ from keel_megatron.cli.arguments import ConfigPath, Overrides
 from keel_megatron.config.load import load_config
 from keel_megatron.errors import UserError
 from keel_megatron.runtime import exit_codes
-from keel_megatron.studies.conduct import run_here
+from keel_megatron.studies.conduct import run_here, run_on_cluster
 from keel_megatron.studies.cost import cost_of
 from keel_megatron.studies.grid import Axes, Study, make_grid
 
@@ -24,6 +26,13 @@ FOLDER = Path("runs/studies")
 """Parent of the studies' folders."""
 Make = Callable[..., Study]
 """(configuration, axes, the command's own options) to a study."""
+
+
+class Executor(StrEnum):
+    """Where the runs of a grid run."""
+
+    LOCAL = "local"
+    SLURM = "slurm"
 
 
 def _shared(
@@ -41,8 +50,12 @@ def _shared(
         int, typer.Option(min=1, help="Seeds of each point, counted from training.seed.")
     ] = 1,
     parallel: Annotated[
-        int, typer.Option(min=1, help="Runs at the same time; they share the CPU cores.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Runs at the same time, which share the CPU cores. Default: 1; all with slurm.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The study's folder. Default: runs/studies/NAME.")
     ] = None,
@@ -54,6 +67,12 @@ def _shared(
     measure: Annotated[
         bool, typer.Option(help="Measure a step of each shape before the first run.")
     ] = True,
+    executor: Annotated[
+        Executor, typer.Option(help="local: this machine. slurm: an array of jobs.")
+    ] = Executor.LOCAL,
+    sbatch: Annotated[
+        str, typer.Option(help="Further options of sbatch, such as '--nodes=1 --time=4:00:00'.")
+    ] = "",
 ) -> None:
     """The options of every grid study."""
 
@@ -67,11 +86,13 @@ class _Options:
     rules: list[str] | None
     depths: list[str] | None
     seeds: int
-    parallel: int
+    parallel: int | None
     out: Path | None
     plan: bool
     gpu: str | None
     measure: bool
+    executor: Executor
+    sbatch: str
 
 
 def add_study(app: typer.Typer, name: str, make: Make) -> None:
@@ -147,10 +168,16 @@ def _run(name: str, make: Make, options: _Options, own: dict[str, Any]) -> int:
     axes = Axes(listed(options.rules), depths or (config.model.sub_layers,))
     study = make(config, axes, **own)
     out = options.out or FOLDER / name
-    grid = make_grid(study, options.config, overrides, out, options.seeds, options.parallel)
+    local = options.executor is Executor.LOCAL
+    # A run on SLURM has its nodes to itself.
+    share = (options.parallel or 1) if local else 0
+    grid = make_grid(study, options.config, overrides, out, options.seeds, share)
+    parallel = options.parallel or (1 if local else len(grid.runs))
     if options.plan:
-        print(cost_of(grid, options.parallel, options.gpu).describe())
+        print(cost_of(grid, parallel, options.gpu).describe())
         return exit_codes.DONE
     if options.gpu is not None:
         raise UserError("--gpu: only --plan predicts for a device type")
-    return run_here(grid, options.parallel, measure=options.measure)
+    if local:
+        return run_here(grid, parallel, measure=options.measure)
+    return run_on_cluster(grid, parallel, shlex.split(options.sbatch))

@@ -1,0 +1,43 @@
+"""`keel study gradient-flow`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keel_megatron.cli.arguments import writing
+from keel_megatron.cli.studies.grid import FOLDER, listed, whole_numbers
+
+DEPTHS, RULES = (64, 256, 1024), ("keel", "post_ln", "deepnorm")
+
+
+def gradient_flow(
+    rules: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RULE,...", help=f"Residual rules. Default: {','.join(RULES)}."),
+    ] = None,
+    depths: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="L,...",
+            help=f"Numbers of sub-layers, even. Default: {','.join(map(str, DEPTHS))}.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for results.json, table.md and picture.png.")
+    ] = FOLDER / "gradient-flow",
+) -> None:
+    """Measure Jacobian products along the skip path at initialization, and the paper's bounds."""
+    sizes = whole_numbers("--depths", listed(depths)) or DEPTHS
+    with writing("--out", out):
+        out.mkdir(parents=True, exist_ok=True)
+    from keel_megatron.studies import flow_report
+    from keel_megatron.studies import gradient_flow as study
+
+    names = listed(rules) or RULES
+    flows = [study.gradient_flow(rule, depth) for depth in sizes for rule in names]
+    with writing("--out", out):
+        for line in flow_report.save_flows(flows, out):
+            print(line)
