@@ -42,7 +42,8 @@ class _Root(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":  # the others are interrupted with it
+                print("interrupted", file=sys.stderr)
             raise typer.Exit(exit_codes.INTERRUPTED) from None
 
 
