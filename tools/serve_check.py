@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 import time
@@ -262,7 +261,8 @@ def main() -> None:
             kind = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
             rows.append(compare(model, folder, dtype, serve(python, folder, kind, home, more)))
             print(rows[-1].line(), flush=True)
-    print("", HEAD, *(row.line() for row in rows), "", platform.processor(), sep="\n")
+    print("", HEAD, *(row.line() for row in rows), sep="\n")
+    print(f"\nfolders, replies and the servers' output are in {home}")
     wrong = [row for row in rows if row.dtype == "fp32" and row.other]
     sys.exit(f"{len(wrong)} model(s) answer differently in fp32" if wrong else 0)
 
