@@ -54,6 +54,11 @@ def _step_time(
         measured = None if gpu else _measured(config, known)
         device = device_named(gpu or "cpu")
         plan = make_plan(config, run["processes"], device, measured)
+        if not plan.fits:
+            raise UserError(
+                f"{config.model.sub_layers} sub-layers do not fit on {run['processes']} x "
+                f"{device.name}; keel plan says what would"
+            )
     except UserError as error:
         return {"problem": str(error)}
     return {"step_seconds": plan.step_seconds}

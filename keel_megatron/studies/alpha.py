@@ -16,7 +16,7 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import UserError
 from keel_megatron.studies import pictures
 from keel_megatron.studies.grid import Axes, Label, Point, Row, Study, depth
-from keel_megatron.studies.results import difference, groups, markdown, spread
+from keel_megatron.studies.results import groups, markdown, paired_difference, spread
 from keel_megatron.tracking.style import SLATE
 
 _AT: dict[str, Callable[[int], float]] = {
@@ -88,7 +88,7 @@ def table(rows: Sequence[Row]) -> str:
     for (rule, sub_layers, alpha, variant), found in by_point.items():
         own = by_point.get((rule, sub_layers, float(sub_layers), ""), [])
         loss = spread(found)
-        compared = difference(loss, spread(own)) if own is not found else ""
+        compared = paired_difference(found, own) if own is not found else ""
         shown = f"{found[0]['scale']} = {alpha:g}"
         validation = spread(found, "validation_loss")
         lines.append([rule, sub_layers, shown, variant or "-", loss, validation, compared])

@@ -47,7 +47,7 @@ def run_here(grid: Grid, parallel: int, *, measure: bool = True) -> int:
             say("\n".join(cost.summary()))
             seconds = cost.seconds
         with reported(grid, say) as report:
-            ended = LocalRunner(grid, parallel, say, seconds, rows.add).run()
+            ended = LocalRunner(grid, parallel, say, rows.add, seconds).run()
             rows.conclude(say)
             code = _end(grid, ended, say)
             if ended.signal is not None:
@@ -90,10 +90,11 @@ class Rows:
         self._grid = grid
         self._rows = {run.name: row_of(grid, run) for run in grid.runs if has_result(run)}
 
-    def add(self, run: GridRun) -> None:
-        """Add a run that has ended, and write results.json."""
-        self._rows[run.name] = row_of(self._grid, run)
+    def add(self, run: GridRun) -> Row:
+        """Add a run that has ended, and write results.json; its row."""
+        row = self._rows[run.name] = row_of(self._grid, run)
         self._write()
+        return row
 
     def conclude(self, say: Say) -> None:
         """Write results.json, table.md and the picture, and show the table.

@@ -145,7 +145,14 @@ def depth(sub_layers: int) -> dict[str, int]:
 
 
 def make_grid(
-    study: Study, path: Path, overrides: Sequence[str], out: Path, seeds: int = 1, parallel: int = 1
+    study: Study,
+    path: Path,
+    overrides: Sequence[str],
+    out: Path,
+    seeds: int = 1,
+    parallel: int = 1,
+    *,
+    to_start: bool = True,
 ) -> Grid:
     """The runs of a study, each one's configuration checked as `keel train` checks it.
 
@@ -160,6 +167,7 @@ def make_grid(
         out: the study's folder.
         seeds: runs of each point; their seeds count from training.seed.
         parallel: runs at the same time, which share the cores; 0: one run has the machine.
+        to_start: also check what a start needs, such as the data.
 
     Raises:
         UserError: the overrides and the study set the same thing.
@@ -174,7 +182,10 @@ def make_grid(
         for number in range(seeds):
             seed = base.training.seed + number
             try:
-                found.append(_run(point, seed, path, overrides, out, parallel))
+                run = _run(point, seed, path, overrides, out, parallel)
+                if to_start:
+                    startup.check(run.config)
+                found.append(run)
             except ConfigError as caught:
                 error = caught
                 wrong.update({(p.path, p.message) for p in caught.problems})
@@ -215,7 +226,7 @@ def _run(
     """One run; its configuration is loaded twice, because the folder's name depends on it.
 
     Raises:
-        UserError: the configuration, or the data or tokenizer that it names, is not valid.
+        ConfigError: the configuration is not valid.
     """
     own = {**point.overrides, "training.seed": seed, "training.runs_dir": str(out)}
     changes = [*overrides, *(f"{key}={_written(value)}" for key, value in own.items())]
@@ -226,7 +237,6 @@ def _run(
         threads = max(1, available_cores() // (parallel * processes))
         changes.append(f"training.threads={threads}")
     config = load_config(path, changes, world_size=processes)
-    startup.check(config)
     return GridRun(point, seed, config, path, tuple(changes), processes)
 
 

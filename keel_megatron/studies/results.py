@@ -2,7 +2,9 @@
 
 Two means are called different if Welch's test at 95 % says so: the difference must exceed
 t x sqrt(s_a^2 / n_a + s_b^2 / n_b), where s are the standard deviations over n seeds and t is
-Student's quantile. With fewer than two seeds on a side nothing can be said. Imports no torch.
+Student's quantile. Runs of the same seed have the same data in the same order, so their differences
+vary less: `paired_difference` compares the mean of these with 0, by Student's t. With fewer than
+two seeds nothing can be said. Imports no torch.
 """
 
 from __future__ import annotations
@@ -63,6 +65,10 @@ class Spread:
             return lost or "-"
         spread = f" ± {self.deviation:.3f}" if self.n > 1 else ""
         return f"{self.mean:.3f}{spread}" + (f" ({lost})" if lost else "")
+
+
+NOTHING = Spread(0.0, 0.0, 2)
+"""A difference of 0, to compare one with."""
 
 
 def exit_code(run: GridRun) -> int | None:
@@ -214,6 +220,24 @@ def difference(a: Spread, b: Spread) -> str:
     if known is None:
         return f"{text} (no spread: one seed)"
     return text if known else f"no difference ({text})"
+
+
+def excess(rows: Iterable[Row], baseline: Iterable[Row], key: str = "loss") -> Spread:
+    """A column of rows minus that of a baseline with the same seed: the same data, the same order.
+
+    Over the seeds that both have. Between seeds losses differ more than between such pairs.
+    """
+    known = {row["seed"]: row[key] for row in baseline if row.get(key) is not None}
+    return spread(
+        {key: row[key] - known[row["seed"]]}
+        for row in rows
+        if row.get(key) is not None and row["seed"] in known
+    )
+
+
+def paired_difference(rows: Iterable[Row], baseline: Iterable[Row], key: str = "loss") -> str:
+    """`excess` for a table: the number, or that it is within its spread (Student's t)."""
+    return difference(excess(rows, baseline, key), NOTHING)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -23,8 +23,8 @@ from keel_megatron.runtime import exit_codes, ownership
 from keel_megatron.runtime.interpreter import environment, python
 from keel_megatron.runtime.parent import STARTED_BY
 from keel_megatron.runtime.processes import count_gpus
-from keel_megatron.studies.grid import Grid, GridRun
-from keel_megatron.studies.results import LOGS, has_result, row_of
+from keel_megatron.studies.grid import Grid, GridRun, Row
+from keel_megatron.studies.results import LOGS, has_result
 from keel_megatron.tracking.progress import duration
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -69,8 +69,8 @@ class LocalRunner:
         grid: the runs.
         parallel: processes at the same time (groups of them for a layout with several ranks).
         say: called with a line of progress.
+        finished: called after a run has ended with a result; returns its row.
         seconds: predicted seconds of each run by name, which weigh the time left.
-        finished: called after a run has ended with a result.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class LocalRunner:
         grid: Grid,
         parallel: int,
         say: Say,
+        finished: Callable[[GridRun], Row],
         seconds: Mapping[str, float] | None = None,
-        finished: Callable[[GridRun], None] = lambda _run: None,
     ) -> None:
         self._grid = grid
         self._parallel = parallel
@@ -90,6 +90,8 @@ class LocalRunner:
         self._ended = Ended()
         self._took: dict[str, float] = {}
         self._busy: dict[str, float] = {}
+        self._shown: list[list[str]] = []
+        """Last lines of the failures so far: many runs may fail for one reason."""
 
     def run(self) -> Ended:
         """Run what has no result yet."""
@@ -151,8 +153,7 @@ class LocalRunner:
         if has_result(run):
             self._ended.done += 1
             self._took[run.name] = took
-            self._finished(run)
-            row = row_of(self._grid, run)
+            row = self._finished(run)
             loss = "diverged" if row["diverged"] else f"loss {row['loss']:.3f}"
             total = len(self._grid.runs)
             left = self._left([*waiting, *(other.run for other in self._running)])
@@ -164,6 +165,10 @@ class LocalRunner:
             end = _tail(process.log, process.start)
             self._ended.failed[run.name] = end
             what = "saved and stopped" if code == exit_codes.SAVED else f"failed with code {code}"
+            last = end.splitlines()[-1:]
+            if last and last in self._shown:
+                end = f"    ...\n{last[0]}"
+            self._shown.append(last)
             self._say(f"{run.name}: {what}; the end of {process.log}:\n{end}")
 
     def _left(self, others: list[GridRun]) -> float:

@@ -11,9 +11,11 @@ import pytest
 from keel_megatron.studies.results import (
     Spread,
     difference,
+    excess,
     groups,
     is_different,
     markdown,
+    paired_difference,
     spread,
     write_results,
 )
@@ -66,6 +68,21 @@ def test_a_difference_in_a_table() -> None:
     assert difference(far, a) == "+1.000"
     assert difference(Spread(2.0, math.nan, 1), a) == "+0.000 (no spread: one seed)"
     assert difference(a, spread(losses(None))) == "-"
+
+
+def test_runs_of_the_same_seed_are_compared_in_pairs() -> None:
+    """A shift that is smaller than the spread over seeds."""
+    rows = [{"seed": n, "loss": 3.0 + n + 0.001 * (n % 2)} for n in range(4)]
+    baseline = [{"seed": n, "loss": 2.9 + n} for n in range(1, 6)] + [{"seed": 0, "loss": None}]
+    assert is_different(spread(rows), spread(baseline)) is False
+    found = excess(rows, baseline)
+    assert found.n == 3
+    assert found.mean == pytest.approx(0.1 + 0.002 / 3)
+    assert paired_difference(rows, baseline) == "+0.101"
+    assert paired_difference(rows, [{"seed": n, "loss": 3.0 + n} for n in range(4)]).startswith(
+        "no difference"
+    )
+    assert paired_difference(rows[:1], rows[:1]) == "+0.000 (no spread: one seed)"
 
 
 def test_groups_keep_the_order() -> None:

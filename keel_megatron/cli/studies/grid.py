@@ -171,7 +171,9 @@ def _run(name: str, make: Make, options: _Options, own: dict[str, Any]) -> int:
     local = options.executor is Executor.LOCAL
     # A run on SLURM has its nodes to itself.
     share = (options.parallel or 1) if local else 0
-    grid = make_grid(study, options.config, overrides, out, options.seeds, share)
+    grid = make_grid(
+        study, options.config, overrides, out, options.seeds, share, to_start=not options.plan
+    )
     parallel = options.parallel or (1 if local else len(grid.runs))
     if options.plan:
         print(cost_of(grid, parallel, options.gpu).describe())
