@@ -230,7 +230,7 @@ def memory(config: RunConfig, size: int, b: int, length: int) -> int:
     model, tensor = config.model, config.parallel.tensor
     # Stream before and after, its copy when a variant joins, branch and its input.
     streams = 5 * model.hidden_size
-    # Query, key and value, rotated, and with the keys of every head; gate and up, and their product.
+    # Query, key and value, rotated, and with the keys of every head; gate, up, product.
     attention = 3 * (model.num_attention_heads + 2 * model.query_groups) * model.head_dim
     numbers = streams + max(attention, 3 * model.ffn_hidden_size) // tensor
     if config.data.document_masks:

@@ -1,8 +1,8 @@
 """What has been measured of a model, line by line in a file, so that an interrupted study resumes.
 
 The first line says what is measured. Each further line is one unit removed from the model for some
-of the sequences. The file's name contains a digest of the first line: another checkpoint, text, unit
-or meaning of the removal is another file, and a finished one is not measured again.
+of the sequences. The file's name has a digest of the first line: another checkpoint, text, unit or
+removal is another file, and a finished one is not measured again.
 """
 
 from __future__ import annotations

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch, collate
@@ -50,19 +48,17 @@ class Text:
     def digest(self) -> str:
         """SHA-256 of the tokens, which of them count, and where documents end."""
         found = hashlib.sha256()
-        for part in (self.batch.tokens, self.batch.labels, *_rest(self.batch)):
+        batch = self.batch
+        for part in (batch.tokens, batch.labels, batch.loss_mask, batch.documents):
             found.update(b"-" if part is None else part.numpy().tobytes())
         return found.hexdigest()
 
     def part(self, first: int, stop: int) -> Batch:
         """Some of the sequences."""
-        values = {field.name: getattr(self.batch, field.name) for field in fields(Batch)}
-        return Batch(
-            **{
-                name: value[first:stop] if isinstance(value, Tensor) else value
-                for name, value in values.items()
-            }
-        )
+        batch, rows = self.batch, slice(first, stop)
+        parts = (batch.tokens, batch.labels, batch.loss_mask, batch.documents)
+        tokens, labels, mask, documents = (None if x is None else x[rows] for x in parts)
+        return Batch(tokens, labels, mask, documents=documents)
 
 
 def validation_text(
@@ -158,7 +154,3 @@ def _wanted(tokens: int, length: int) -> int:
             f"--tokens: {tokens:,} must be at least {length:,}, one sequence (data.seq_length)"
         )
     return tokens // length
-
-
-def _rest(batch: Batch) -> tuple[Tensor | None, ...]:
-    return batch.loss_mask, batch.documents
