@@ -1,0 +1,88 @@
+"""`keel study redundancy`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from keel_megatron.cli.arguments import writing
+from keel_megatron.runtime.local_launch import launch
+from keel_megatron.runtime.processes import is_rank
+from keel_megatron.studies.results import RESULTS, TABLE
+
+RUN = "KEEL_STUDY_RUN"
+"""Variable with the position of the run that a group of processes measures."""
+
+
+def redundancy(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of runs, or of checkpoints."),
+    ],
+    unit: Annotated[
+        Literal["sub-layer", "block"], typer.Option(help="What is removed.")
+    ] = "sub-layer",
+    removal: Annotated[
+        Literal["sub-layer", "branch"],
+        typer.Option(
+            help="What removing leaves: sub-layer: x' = x, skipped with its norm, as pruning does; "
+            "branch: x' = N_out(alpha x), the branch at zero. The same for pre_ln."
+        ),
+    ] = "sub-layer",
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of the text. Default: those of a validation, up to 65,536."
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A text instead of the runs' validation sets."),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Sequences in a pass, all removals counted. Default: 16,384 tokens."
+        ),
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Step of the checkpoints. Default: the newest.")
+    ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Processes that share a model: pipeline stages, of the run's tensor-parallel size "
+            "if it divides them.",
+        ),
+    ] = 1,
+    out: Annotated[Path, typer.Option(help="The study's folder.")] = Path(
+        "runs/studies/redundancy"
+    ),
+) -> None:
+    """Measure what each sub-layer, or block, of trained runs is worth: the loss without it."""
+    from keel_megatron.inference.source import config_of
+    from keel_megatron.studies.redundancy.measure import Options, measure
+
+    seeds = [config_of(run, processes).training.seed for run in runs]
+    options = Options(unit, removal, tokens, batch_size, step, text, seeds[0], processes)
+    if processes > 1 and is_rank():
+        measure(runs[int(os.environ[RUN])], out, options)
+        return
+    for number in range(len(runs)) if processes > 1 else ():
+        command = ["-m", "keel_megatron", *sys.argv[1:]]
+        if code := launch(processes, command, variables={RUN: str(number)}):
+            sys.exit(code)
+    # What a group of processes has measured is found, not measured again.
+    subjects = [measure(run, out, replace(options, processes=1)) for run in runs]
+    from keel_megatron.studies.redundancy.outcome import outcomes
+    from keel_megatron.studies.redundancy.report import PICTURE, write_report
+
+    with writing("--out", out):
+        print(write_report(outcomes(subjects, out), out))
+    print(f"\n{out / PICTURE}, {out / TABLE}, {out / RESULTS}")
