@@ -89,12 +89,14 @@ def picture(found: list[Outcome], out: Path) -> None:
         OSError: it cannot be written.
     """
     unit, removal = found[0].subject.unit, found[0].subject.removal
-    note = f"removed: {_REMOVED[removal]}; thick: geometric mean over a sixteenth of the depth"
+    note = (
+        f"removed: {_REMOVED[removal]}; thick: geometric mean over a sixteenth of the depth; less "
+        "than the standard error is drawn as it"
+    )
     figure, (left, right) = new_figure(f"What one {unit} is worth", 2, note)
-    floor = _floor(found)
     for one, (colour, line, label) in zip(found, _styles(found), strict=True):
         text = f"{label}: {one.cheap:.0%} below the line"
-        _curve(left, one.depths, np.maximum(one.added, floor), colour, line, text)
+        _curve(left, one.depths, np.maximum(one.added, _floor(one)), colour, line, text)
         _curve(right, one.depths, np.maximum(one.angles, 1e-7), colour, line, text)
     left.axhline(CHEAP_LOSS, color=SLATE, linewidth=1.4, linestyle=(0, (4, 3)))
     left.annotate(
@@ -114,16 +116,9 @@ def picture(found: list[Outcome], out: Path) -> None:
         axes.set_xlim(0, 1)
         axes.set_xlabel("relative depth")
         axes.set_ylabel(name)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside upper left",
-        ncols=2,
-        frameon=False,
-        fontsize=11.5,
-        labelcolor=TEXT,
-    )
+    low, high = left.get_ylim()
+    left.set_ylim(low, high * (high / low) ** (0.05 + 0.06 * len(found)))  # room for the legend
+    left.legend(loc="upper right", frameon=False, fontsize=11, labelcolor=TEXT)
     finish(figure, out, legend=False)
 
 
@@ -136,17 +131,16 @@ def _curve(
     axes.plot(x, y, color=colour, linestyle=line, linewidth=1.0, alpha=0.4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a part without any finite value
-        smooth = [
-            np.exp(np.nanmean(np.log(y[max(0, n - reach) : n + reach + 1]))) for n in range(len(y))
-        ]
+        # Over as many on both sides: the ends stay as they are.
+        reaches = [min(reach, n, len(y) - 1 - n) for n in range(len(y))]
+        smooth = [np.exp(np.nanmean(np.log(y[n - r : n + r + 1]))) for n, r in enumerate(reaches)]
     axes.plot(x, smooth, color=colour, linestyle=line, linewidth=2.6, label=label)
 
 
-def _floor(found: list[Outcome]) -> float:
+def _floor(one: Outcome) -> float:
     """What is drawn for removals that add less, or nothing: no less can be told from 0."""
-    errors = np.concatenate([one.errors for one in found])
-    error = float(np.nanmedian(errors)) if np.isfinite(errors).any() else 0.0
-    return max(1e-6, error)
+    known = one.errors[np.isfinite(one.errors)]
+    return max(1e-6, float(np.median(known))) if known.size else 1e-6
 
 
 def _styles(found: list[Outcome]) -> list[tuple[str, str, str]]:
