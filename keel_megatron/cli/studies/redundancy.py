@@ -47,7 +47,7 @@ def redundancy(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Sequences in a pass, all removals counted. Default: 16,384 tokens."
+            min=1, help="Sequences in a pass, all removals counted. Default: 8,192 tokens."
         ),
     ] = None,
     step: Annotated[

@@ -35,7 +35,7 @@ from keel_megatron.studies.redundancy.units import NOTHING, Removal, Unit, sub_l
 from keel_megatron.studies.redundancy.walk import Found, Walk
 from keel_megatron.tracking.progress import duration
 
-BATCH_TOKENS: Final = 16_384
+BATCH_TOKENS: Final = 8192
 """Tokens of the variants that run together, by default."""
 SECONDS_BETWEEN_LINES: Final = 5.0
 
@@ -161,7 +161,8 @@ def _measure(task: _Task, done: NDArray[np.bool_], options: Options) -> None:
     needed = memory(config, size, b, text.length)
     _require_memory(needed, runtime)
     batches = {first: _left(done, first, b) for first in range(0, text.sequences, b)}
-    progress = _Progress(sum(_cost(subject, units, b) for units in batches.values()))
+    counts = {first: min(b, text.sequences - first) for first in batches}
+    progress = _Progress(sum(_cost(subject, batches[first], counts[first]) for first in batches))
     if runtime.is_main:
         _announce(subject, text, done, max(1, size // b), needed)
     walk = _walk(task, size)
@@ -177,11 +178,10 @@ def _measure(task: _Task, done: NDArray[np.bool_], options: Options) -> None:
         if not units:
             continue
         part = text.part(first, first + b).only(tokens=is_first, labels=is_last)
-        count = min(b, text.sequences - first)
         removed = [unit for unit in units if unit != NOTHING]
         walk.run(
             part.to(runtime.device),
-            (count, text.length),
+            (counts[first], text.length),
             removed,
             lambda found, first=first: record(first, found),  # type: ignore[misc]
         )
