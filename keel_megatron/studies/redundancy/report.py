@@ -83,15 +83,16 @@ def table(found: list[Outcome]) -> str:
 def picture(found: list[Outcome], out: Path) -> None:
     """Loss added over the relative depth, and the angular distance; a colour a run.
 
-    Thin: every unit. Thick: their geometric mean over a sixteenth of the depth.
+    Thin: every unit. Thick: their geometric mean over about a sixteenth of the depth. What is less
+    than the standard error is drawn at it.
 
     Raises:
         OSError: it cannot be written.
     """
     unit, removal = found[0].subject.unit, found[0].subject.removal
     note = (
-        f"removed: {_REMOVED[removal]}; thick: geometric mean over a sixteenth of the depth; less "
-        "than the standard error is drawn as it"
+        f"removed: {_REMOVED[removal]}; thick: geometric mean over neighbours; values below the "
+        "standard error are drawn at it"
     )
     figure, (left, right) = new_figure(f"What one {unit} is worth", 2, note)
     for one, (colour, line, label) in zip(found, _styles(found), strict=True):
