@@ -30,7 +30,7 @@ class Outcome:
     added: NDArray[np.float64]
     """What each unit's removal adds to it; infinite where the loss is not finite."""
     errors: NDArray[np.float64]
-    """Standard error of each, over the sequences."""
+    """Standard error of each, over the sequences; NaN with one sequence."""
     angles: NDArray[np.float64]
     """Mean angular distance of the streams before and after each unit (`walk`)."""
 
@@ -58,6 +58,12 @@ class Outcome:
     def cheap_in_loss(self) -> float:
         """Share of the units whose removal raises the loss by less than `CHEAP`."""
         return float((self.added < CHEAP * self.loss).mean())
+
+    @property
+    def error(self) -> float:
+        """The median standard error; 0 if it is not known, with one sequence."""
+        known = self.errors[np.isfinite(self.errors)]
+        return float(np.median(known)) if known.size else 0.0
 
     @property
     def depths(self) -> NDArray[np.float64]:

@@ -54,7 +54,7 @@ def table(found: list[Outcome]) -> str:
                 f"{one.cheap_in_loss:.0%}",
                 *(f"{part:.4f}" for part in one.quarters()),
                 f"{one.added[worst]:.2f} ({worst})",
-                f"{np.nanmedian(one.errors):.4f}",
+                f"{one.error:.4f}" if one.error else "-",
                 f"{np.median(one.angles):.4f}",
             ]
         )
@@ -97,7 +97,7 @@ def picture(found: list[Outcome], out: Path) -> None:
     figure, (left, right) = new_figure(f"What one {unit} is worth", 2, note)
     for one, (colour, line, label) in zip(found, _styles(found), strict=True):
         text = f"{label}: {one.cheap:.0%} below the line"
-        _curve(left, one.depths, np.maximum(one.added, _floor(one)), colour, line, text)
+        _curve(left, one.depths, np.maximum(one.added, one.error or 1e-6), colour, line, text)
         _curve(right, one.depths, np.maximum(one.angles, 1e-7), colour, line, text)
     left.axhline(CHEAP_LOSS, color=SLATE, linewidth=1.4, linestyle=(0, (4, 3)))
     left.annotate(
@@ -136,12 +136,6 @@ def _curve(
         reaches = [min(reach, n, len(y) - 1 - n) for n in range(len(y))]
         smooth = [np.exp(np.nanmean(np.log(y[n - r : n + r + 1]))) for n, r in enumerate(reaches)]
     axes.plot(x, smooth, color=colour, linestyle=line, linewidth=2.6, label=label)
-
-
-def _floor(one: Outcome) -> float:
-    """What is drawn for removals that add less, or nothing: no less can be told from 0."""
-    known = one.errors[np.isfinite(one.errors)]
-    return max(1e-6, float(np.median(known))) if known.size else 1e-6
 
 
 def _styles(found: list[Outcome]) -> list[tuple[str, str, str]]:
