@@ -19,48 +19,51 @@ RUN = "KEEL_STUDY_RUN"
 """Variable with the position of the run that a group of processes measures."""
 
 
+_Runs = Annotated[
+    list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or of checkpoints.")
+]
+_Unit = Annotated[Literal["sub-layer", "block"], typer.Option(help="What is removed.")]
+_Removal = Annotated[
+    Literal["sub-layer", "branch"],
+    typer.Option(
+        help="What removing leaves: sub-layer: x' = x, skipped with its norm, as pruning does; "
+        "branch: x' = N_out(alpha x), the branch at zero. The same for pre_ln."
+    ),
+]
+_Tokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens of the text. Default: those of a validation, up to 65,536."),
+]
+_Text = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A text instead of the runs' validation sets."),
+]
+_BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Sequences that run together, all removals counted. Default: 8,192 tokens."
+    ),
+]
+_Step = Annotated[int | None, typer.Option(help="Step of the checkpoints. Default: the newest.")]
+_Processes = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Processes that share a model: pipeline stages, of the run's tensor-parallel size "
+        "if it divides them.",
+    ),
+]
+
+
 def redundancy(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN...", help="Folders of runs, or of checkpoints."),
-    ],
-    unit: Annotated[
-        Literal["sub-layer", "block"], typer.Option(help="What is removed.")
-    ] = "sub-layer",
-    removal: Annotated[
-        Literal["sub-layer", "branch"],
-        typer.Option(
-            help="What removing leaves: sub-layer: x' = x, skipped with its norm, as pruning does; "
-            "branch: x' = N_out(alpha x), the branch at zero. The same for pre_ln."
-        ),
-    ] = "sub-layer",
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Tokens of the text. Default: those of a validation, up to 65,536."
-        ),
-    ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A text instead of the runs' validation sets."),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Sequences in a pass, all removals counted. Default: 8,192 tokens."
-        ),
-    ] = None,
-    step: Annotated[
-        int | None, typer.Option(help="Step of the checkpoints. Default: the newest.")
-    ] = None,
-    processes: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Processes that share a model: pipeline stages, of the run's tensor-parallel size "
-            "if it divides them.",
-        ),
-    ] = 1,
+    runs: _Runs,
+    unit: _Unit = "sub-layer",
+    removal: _Removal = "sub-layer",
+    tokens: _Tokens = None,
+    text: _Text = None,
+    batch_size: _BatchSize = None,
+    step: _Step = None,
+    processes: _Processes = 1,
     out: Annotated[Path, typer.Option(help="The study's folder.")] = Path(
         "runs/studies/redundancy"
     ),
