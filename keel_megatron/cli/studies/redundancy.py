@@ -75,12 +75,16 @@ def redundancy(
     seeds = [config_of(run, processes).training.seed for run in runs]
     options = Options(unit, removal, tokens, batch_size, step, text, seeds[0], processes)
     if processes > 1 and is_rank():
-        measure(runs[int(os.environ[RUN])], out, options)
-        return
-    for number in range(len(runs)) if processes > 1 else ():
-        command = ["-m", "keel_megatron", *sys.argv[1:]]
-        if code := launch(processes, command, variables={RUN: str(number)}):
-            sys.exit(code)
+        # Of this command's own launcher, which starts a group for each run; or of torchrun.
+        for run in [runs[int(os.environ[RUN])]] if RUN in os.environ else runs:
+            measure(run, out, options)
+        if RUN in os.environ or os.environ["RANK"] != "0":
+            return
+    elif processes > 1:
+        for number in range(len(runs)):
+            command = ["-m", "keel_megatron", *sys.argv[1:]]
+            if code := launch(processes, command, variables={RUN: str(number)}):
+                sys.exit(code)
     # What a group of processes has measured is found, not measured again.
     subjects = [measure(run, out, replace(options, processes=1)) for run in runs]
     from keel_megatron.studies.redundancy.outcome import outcomes

@@ -108,6 +108,7 @@ class _Task:
 
 
 def _text(run: Path, config: RunConfig, found: ResumePoint, options: Options) -> Text:
+    """The sequences on which a run is measured."""
     assert found.path is not None
     if options.text is not None:
         tokenizer = open_tokenizer(tokenizer_path(run, found.path, found, config))
@@ -124,6 +125,7 @@ def _text(run: Path, config: RunConfig, found: ResumePoint, options: Options) ->
 def _subject(
     run: Path, config: RunConfig, found: ResumePoint, text: Text, options: Options
 ) -> Subject:
+    """What is measured of a run."""
     assert found.path is not None
     manifest = (found.path / MANIFEST).read_bytes()
     return Subject(
@@ -162,10 +164,10 @@ def _measure(task: _Task, done: NDArray[np.bool_], options: Options) -> None:
     _require_memory(needed, runtime)
     batches = {first: _left(done, first, b) for first in range(0, text.sequences, b)}
     counts = {first: min(b, text.sequences - first) for first in batches}
-    progress = _Progress(sum(_cost(subject, batches[first], counts[first]) for first in batches))
     if runtime.is_main:
         _announce(subject, text, done, max(1, size // b), needed)
     walk = _walk(task, size)
+    progress = Progress(sum(_cost(subject, batches[first], counts[first]) for first in batches))
     is_first, is_last = runtime.pipeline_rank == 0, walk.is_last
     file = LineFile(task.path)
 
@@ -255,6 +257,7 @@ def _require_memory(needed: int, runtime: Runtime) -> None:
 def _announce(
     subject: Subject, text: Text, done: NDArray[np.bool_], variants: int, needed: int
 ) -> None:
+    """Say what is measured, and with how much memory."""
     resumed = f"; {done.mean():.0%} of it was measured before" if done.any() else ""
     _say(
         f"{subject.run}, step {subject.step}: {subject.units} {subject.unit}s removed one by one, "
@@ -267,19 +270,30 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-class _Progress:
-    """Says every few seconds what part of the passes is done, and how long the rest takes."""
+class Progress:
+    """Says every few seconds what part of the passes is done, and how long the rest takes.
 
-    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._total, self._done, self._clock = total, 0, clock
+    Args:
+        total: passes of a sequence through a sub-layer.
+        say: called with a line.
+        clock: a monotonic clock, seconds.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        say: Callable[[str], None] = _say,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total, self._done, self._say, self._clock = total, 0, say, clock
         self._started = self._said = clock()
 
     def add(self, passes: int) -> None:
         """Count passes of a sequence through a sub-layer."""
         self._done += passes
-        now = self._clock()
-        if now - self._said < SECONDS_BETWEEN_LINES or not self._done:
+        now, share = self._clock(), min(1.0, self._done / self._total)
+        # The first of many results says little about the speed.
+        if now - self._said < SECONDS_BETWEEN_LINES or share < 0.01:
             return
         self._said = now
-        share, seconds = min(1.0, self._done / self._total), now - self._started
-        _say(f"{share:4.0%}  {duration(seconds * (1 - share) / share)} left")
+        self._say(f"{share:4.0%}  {duration((now - self._started) * (1 - share) / share)} left")
