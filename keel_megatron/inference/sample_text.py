@@ -33,16 +33,29 @@ def sample_text(
         state: content of its checkpoint's state.json.
         tokenizer: the run's.
     """
+    with suppress(UserError):
+        dataset = own_dataset(config, state)
+        text = "" if dataset is None else _validation_text(dataset, tokenizer)
+        if dataset is not None and text:
+            return text, f"the validation text of {dataset.folder}"
+    text = Path(argparse.__file__).read_text(encoding="utf-8")
+    return text, "a module of Python's standard library"
+
+
+def own_dataset(config: RunConfig, state: dict[str, Any]) -> Dataset | None:
+    """The dataset that a run was trained on; None if it is not there any more.
+
+    Args:
+        config: the run.
+        state: content of its checkpoint's state.json.
+    """
     fingerprint = str(state.get("data", {}).get("fingerprint"))
     folder = config.data.dataset or config.data.cache_dir / fingerprint[:16]
     with suppress(UserError):
         dataset = open_dataset(folder, config.data)
         if dataset.fingerprint == fingerprint:
-            text = _validation_text(dataset, tokenizer)
-            if text:
-                return text, f"the validation text of {folder}"
-    text = Path(argparse.__file__).read_text(encoding="utf-8")
-    return text, "a module of Python's standard library"
+            return dataset
+    return None
 
 
 def _validation_text(dataset: Dataset, tokenizer: Tokenizer | HuggingFaceTokenizer) -> str:
