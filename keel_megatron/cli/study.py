@@ -11,6 +11,7 @@ from keel_megatron.cli.studies.depth_tasks import depth_tasks
 from keel_megatron.cli.studies.gradient_flow import gradient_flow
 from keel_megatron.cli.studies.grid import add_study
 from keel_megatron.cli.studies.max_learning_rate import max_learning_rate
+from keel_megatron.cli.studies.stream_precision import stream_precision
 
 app = typer.Typer(help="Reproduce the paper's studies.", no_args_is_help=True)
 
@@ -21,6 +22,7 @@ add_study(app, "depth-scaling", depth_scaling)
 add_study(app, "deep-versus-wide", deep_versus_wide)
 add_study(app, "depth-tasks", depth_tasks)
 app.command("gradient-flow")(gradient_flow)
+add_study(app, "stream-precision", stream_precision)
 
 
 @app.callback()
