@@ -35,6 +35,8 @@ ALPHAS = ("32", "64", "128", "auto", "1024")
 _BASELINE = "pre_ln"
 _MEASURED = ("branch_rms", "update_size", "update_kept")
 """Of the run's last depth profile, the median over the sub-layers after the first block."""
+_NOTHING = Spread(0.0, 0.0, 2)
+"""A difference of 0, to compare with."""
 _PROFILES = 4
 """Depth profiles of a run after its first step."""
 
@@ -119,9 +121,9 @@ def table(rows: Sequence[Row]) -> str:
     by_point = groups(rows, "sub_layers", "rule", "alpha", "stream")
     lines = []
     for (sub_layers, rule, alpha, stream), found in by_point.items():
-        wide = by_point.get((sub_layers, rule, alpha, "fp32"), [])
+        wide = excess(found, by_point.get((sub_layers, rule, alpha, "fp32"), []))
         loss = spread(found)
-        compared = "" if stream == "fp32" else difference(loss, spread(wide))
+        compared = "" if stream == "fp32" else difference(wide, _NOTHING)
         numbers = [_number(spread(found, name)) for name in _MEASURED]
         shown = "-" if alpha is None else f"{alpha:g}"
         validation = spread(found, "validation_loss")
@@ -144,13 +146,13 @@ def _advantages(rows: Sequence[Row]) -> str:
         baseline = by_point.get((sub_layers, _BASELINE, None, stream), [])
         if rule == _BASELINE or not baseline:
             continue
-        own = advantage(found, baseline)
-        wide = advantage(
-            by_point.get((sub_layers, rule, alpha, "fp32"), []),
+        own = excess(baseline, found)
+        wide = excess(
             by_point.get((sub_layers, _BASELINE, None, "fp32"), []),
+            by_point.get((sub_layers, rule, alpha, "fp32"), []),
         )
         changed = "" if stream == "fp32" else difference(own, wide)
-        better = difference(spread(baseline), spread(found))
+        better = difference(own, _NOTHING)
         verdict = "" if stream == "fp32" else answer(own, wide)
         shown = "-" if alpha is None else f"{alpha:g}"
         lines.append([sub_layers, rule, shown, stream, better, changed, verdict])
@@ -161,15 +163,17 @@ def _advantages(rows: Sequence[Row]) -> str:
     return markdown(columns, lines)
 
 
-def advantage(rows: Sequence[Row], baseline: Sequence[Row]) -> Spread:
-    """Loss of the baseline minus loss of a rule, over the seeds that both have."""
+def excess(rows: Sequence[Row], baseline: Sequence[Row]) -> Spread:
+    """Loss of rows minus loss of a baseline with the same seed: the same data, in the same order.
+
+    Over the seeds that both have. Between seeds losses differ more than between such pairs.
+    """
     losses = {row["seed"]: row["loss"] for row in baseline if row["loss"] is not None}
-    values = [
-        {"loss": losses[row["seed"]] - row["loss"]}
+    return spread(
+        {"loss": row["loss"] - losses[row["seed"]]}
         for row in rows
         if row["loss"] is not None and row["seed"] in losses
-    ]
-    return spread(values)
+    )
 
 
 def answer(own: Spread, wide: Spread) -> str:
@@ -184,8 +188,7 @@ def answer(own: Spread, wide: Spread) -> str:
         than 0 by more than its spread. It vanishes if it is not different from 0 with this stream,
         and shrinks or grows if it is different from 0 and from the one with fp32.
     """
-    nothing = Spread(0.0, 0.0, 2)
-    there, here = is_different(wide, nothing), is_different(own, nothing)
+    there, here = is_different(wide, _NOTHING), is_different(own, _NOTHING)
     changed = is_different(own, wide)
     if there is None or here is None or changed is None:
         return "unknown"
