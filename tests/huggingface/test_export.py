@@ -61,7 +61,7 @@ def test_bf16_weights_are_rounded_but_not_those_of_norms(run: Path, tmp_path: Pa
 
 def test_a_model_with_a_bf16_stream_is_refused(sentencepiece_model: bytes, tmp_path: Path) -> None:
     write_run(tmp_path / "run", sentencepiece_model, model__blocks=2, model__stream="bf16")
-    with pytest.raises(UserError, match="model.stream: the run has bf16, and exported models"):
+    with pytest.raises(UserError, match=r"model\.stream: the run has bf16, and exported models"):
         exported(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
