@@ -1,9 +1,10 @@
-"""How much of a sub-layer's update survives when the stream is stored in bf16.
+"""How much of a branch survives when the stream is stored in bf16.
 
-One sub-layer of Keel without a model: a stream x of RMS 1 that is stored in bf16, a branch F of
-independent normal elements, norm weights of 1. With x' = N_out(alpha x + F), the exact update is
-x' - x, and the one that the next sub-layer sees is the stored x' minus x. Its size beside the
-stream is about std(F) / alpha, and two bf16 numbers are 2^-8 to 2^-7 of their size apart.
+One sub-layer of Keel without a model: a stream x of RMS 1 that is stored in bf16, and a branch F of
+independent normal elements. What the branch adds to the stream is N_out(alpha x + F) minus
+N_out(alpha x), which is x itself with norm weights of 1; what the next sub-layer sees of it is the
+difference of the same two streams, stored. Beside the stream its size is about std(F) / alpha, and
+two bf16 numbers are 2^-8 to 2^-7 of their size apart.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from keel_megatron.config.model import Stream
 from keel_megatron.kernels import rms_norm, scaled_add_norm
+from keel_megatron.model.join import Operation
 from keel_megatron.model.stream import Noise, storing, to_nearest
 
 
@@ -35,36 +37,41 @@ def kept_update(
     stream: Stream,
     alpha: float,
     branch_std: float,
+    weight_std: float = 0.0,
     hidden_size: int = 1024,
     tokens: int = 256,
     seed: int = 0,
 ) -> Kept:
-    """What is left of an update under a mode of `model.stream`.
+    """What is left of a branch under a mode of `model.stream`.
 
     Args:
         stream: the mode.
         alpha: scale of the skip path.
         branch_std: standard deviation of the branch's elements.
+        weight_std: standard deviation of N_out's weights around 1.
         hidden_size: h.
         tokens: number of independent tokens.
-        seed: of streams, branches and stochastic rounding.
+        seed: of everything drawn.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (tokens, 1, hidden_size)
-    weight = torch.ones(hidden_size)
+    ones = torch.ones(hidden_size)
     # A norm's output, as every x_l is: otherwise the update would first of all be x's own norm.
-    x = to_nearest(rms_norm(torch.randn(shape, generator=generator), weight, 0.0, torch.float32))
+    x = to_nearest(rms_norm(torch.randn(shape, generator=generator), ones, 0.0, torch.float32))
     branch = branch_std * torch.randn(shape, generator=generator)
-    noise = Noise(seed, torch.zeros(1, dtype=torch.long))
-    bits = noise.bits(0, x) if stream == "bf16_stochastic" else None
+    weight = 1.0 + weight_std * torch.randn(hidden_size, generator=generator)
+    bits = None
+    if stream == "bf16_stochastic":
+        bits = Noise(seed, torch.zeros(1, dtype=torch.long)).bits(0, x)
 
-    def updated(operation: object) -> Tensor:
-        assert callable(operation)
-        new, _none = operation(x, branch, alpha, weight, None, 0.0, x.dtype)
-        return (new - x).double()
+    def update(operation: Operation) -> Tensor:
+        after, before = (
+            operation(x, f, alpha, weight, None, 0.0, x.dtype)[0] for f in (branch, 0.0 * branch)
+        )
+        return (after - before).double()
 
-    exact = updated(scaled_add_norm)
-    found = updated(storing(stream, scaled_add_norm, bits))
+    exact = update(scaled_add_norm)
+    found = update(storing(stream, scaled_add_norm, bits if stream == "bf16_stochastic" else None))
     cosine = torch.cosine_similarity(found, exact, dim=-1)
     along = (found * exact).sum() / exact.square().sum()
     return Kept(float(cosine.mean()), float((found == 0).double().mean()), float(along))
