@@ -71,7 +71,7 @@ def kept_update(
         return (after - before).double()
 
     exact = update(scaled_add_norm)
-    found = update(storing(stream, scaled_add_norm, bits if stream == "bf16_stochastic" else None))
+    found = update(storing(stream, scaled_add_norm, bits))
     cosine = torch.cosine_similarity(found, exact, dim=-1)
     along = (found * exact).sum() / exact.square().sum()
     return Kept(float(cosine.mean()), float((found == 0).double().mean()), float(along))
