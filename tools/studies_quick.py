@@ -38,6 +38,10 @@ def commands(out: Path) -> dict[str, list[str]]:
             *("depth-tasks", "data.seq_length=64", "--tasks", "hops"),
             *("--rules", "keel", "--largest", "2", "--documents", "2000"),
         ),
+        "stream-precision": grid(
+            *("stream-precision", text, "--rules", "keel"),
+            *("--streams", "bf16_stochastic", "--alphas", "auto"),
+        ),
         "gradient-flow": [
             *("gradient-flow", "--depths", "8", "--rules", "keel,post_ln"),
             *("--out", str(out / "gradient-flow")),

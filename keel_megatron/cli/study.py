@@ -12,6 +12,7 @@ from keel_megatron.cli.studies.gradient_flow import gradient_flow
 from keel_megatron.cli.studies.grid import add_study
 from keel_megatron.cli.studies.max_learning_rate import max_learning_rate
 from keel_megatron.cli.studies.redundancy import redundancy
+from keel_megatron.cli.studies.stream_precision import stream_precision
 
 app = typer.Typer(help="Reproduce the paper's studies.", no_args_is_help=True)
 
@@ -23,6 +24,7 @@ add_study(app, "deep-versus-wide", deep_versus_wide)
 add_study(app, "depth-tasks", depth_tasks)
 app.command("gradient-flow")(gradient_flow)
 app.command("redundancy")(redundancy)
+add_study(app, "stream-precision", stream_precision)
 
 
 @app.callback()

@@ -137,6 +137,18 @@ KERNEL_CHECKS: tuple[Check, ...] = (
         "a graph replays one number of documents, and every micro-batch has another; set it to "
         "false",
     ),
+    _not_with(
+        "compile",
+        "model.stream",
+        lambda run: run.model.stream != "fp32",
+        "compiled blocks have an fp32 stream; set it to fp32, or kernels.compile to false",
+    ),
+    _not_with(
+        "cuda_graphs",
+        "model.stream",
+        lambda run: run.model.stream != "fp32",
+        "captured blocks have an fp32 stream; set it to fp32, or kernels.cuda_graphs to false",
+    ),
     _documents_backend,
     _light_backend,
 )

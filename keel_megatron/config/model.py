@@ -10,6 +10,8 @@ from pydantic_core import PydanticCustomError
 from keel_megatron.architecture.residual import RULES, rules_with
 from keel_megatron.config.section import Section
 
+Stream = Literal["fp32", "bf16", "bf16_add", "bf16_stochastic"]
+
 
 def _known_rule(name: Any) -> Any:
     """Check the name against the rule table at validation time, so that tests can add rules."""
@@ -72,6 +74,16 @@ class ModelConfig(Section):
         description=(
             "Scale of the skip path. auto: L^p with L = 2 x blocks and p = "
             f"{_exponents()}. Other rules accept only auto."
+        ),
+    )
+    stream: Stream = Field(
+        default="fp32",
+        description=(
+            "Storage type of the residual stream, for studies. fp32: fp32. bf16: sum and norm in "
+            "fp32, the stream after each sub-layer rounded to bf16. bf16_add: the sum itself in "
+            "bf16. bf16_stochastic: as bf16, with stochastic rounding in training. All but fp32 "
+            "round the stream's gradient to bf16, and do not support kernels.compile, "
+            "kernels.cuda_graphs and keel export."
         ),
     )
     final_norm: bool = Field(

@@ -40,6 +40,9 @@ class Batch:
     kernel on CUDA uses them; they are made on the host, which would have to wait there."""
     longest: int = 0
     """Length of the longest document, where there are `borders`."""
+    sequences: Tensor | None = None
+    """int64 [b]: numbers of the sequences in the run's order of samples. Every stage uses them
+    where the stream is rounded stochastically (model.stream)."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; a copy from pinned memory is not waited for."""
@@ -87,18 +90,22 @@ class Uses:
     """Attention stays within a document (data.document_masks)."""
     loss_mask: bool = False
     """The first token of a document that follows another does not count (data.eod_mask_loss)."""
+    sequences: bool = False
+    """The numbers of the sequences (model.stream: bf16_stochastic)."""
 
-    def collate(self, read: Callable[[bool], list[Sequence]]) -> Batch:
+    def collate(self, read: Callable[[bool], list[Sequence]], numbers: range) -> Batch:
         """A micro-batch.
 
         Args:
             read: returns the sequences; it is told whether their tokens are needed.
+            numbers: of the sequences.
         """
+        sequences = torch.tensor(numbers) if self.sequences else None
         wanted = self.tokens or self.labels
         if not wanted and not self.documents:
-            return Batch()
+            return Batch(sequences=sequences)
         batch = collate(read(wanted), documents=self.documents, loss_mask=self.loss_mask)
-        return batch.only(tokens=self.tokens, labels=self.labels)
+        return replace(batch.only(tokens=self.tokens, labels=self.labels), sequences=sequences)
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class BatchSource:
             def read(tokens: bool, numbers: range = numbers) -> list[Sequence]:
                 return [self.samples.read(number, tokens=tokens) for number in numbers]
 
-            yield self.uses.collate(read)
+            yield self.uses.collate(read, numbers)
 
 
 @dataclass(frozen=True)
@@ -196,7 +203,7 @@ def validation_batches(
         def read(tokens: bool, numbers: range = numbers) -> list[Sequence]:
             return [dataset.read(number, tokens=tokens) for number in numbers]
 
-        yield uses.collate(read)
+        yield uses.collate(read, numbers)
 
 
 def collate(
@@ -238,4 +245,5 @@ def random_batch(config: RunConfig, number: int = 0) -> Batch:
     if config.data.document_masks:  # two documents
         halves = torch.arange(config.data.seq_length, dtype=torch.int32) >= shape[1] // 2
         documents = halves.int().expand(shape).contiguous()
-    return Batch(rows[0], rows[1], documents=documents)
+    sequences = torch.arange(shape[0]) if config.model.stream == "bf16_stochastic" else None
+    return Batch(rows[0], rows[1], documents=documents, sequences=sequences)

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from keel_megatron.architecture.residual import Reader
 from keel_megatron.config.run import RunConfig
 from keel_megatron.depth.profile import DepthProfile
+from keel_megatron.kernels import scaled_add_norm
 from keel_megatron.model.documents import same_document
-from keel_megatron.model.join import COLUMNS
+from keel_megatron.model.join import COLUMNS, weight_of
 from keel_megatron.model.layer import KeelLayer
 from keel_megatron.runtime.distributed import Runtime
 
@@ -36,10 +37,9 @@ PROFILE = Reader("a depth profile (tracking.depth_every)", (*COLUMNS, "qkv_norm"
 _SUMS = {
     name: column
     for column, name in enumerate(
-        ("stream", "branch", "cosine", "size", "gradient", "weight", "weights", "update")
+        ("stream", "branch", "cosine", "size", "kept", "gradient", "weight", "weights", "update")
     )
 }
-_ACTIVATIONS = slice(0, 4)
 _LOGIT = 0
 _NORMS = {"outer": 1, "inner": 4}
 """First of three columns of the maxima: mean, -minimum, maximum."""
@@ -90,6 +90,7 @@ class DepthCollector:
             for chunk in engine.chunks
             for layer in chunk.decoder.layers  # type: ignore[union-attr]
         ]
+        self._outer = {l: module for layer in self._layers for l, module in _norms(layer, "outer")}
         rows = config.model.sub_layers
         new = partial(torch.full, dtype=torch.float64, device=runtime.device)
         self._sums = new((rows, len(_SUMS)), 0.0)
@@ -156,6 +157,7 @@ class DepthCollector:
                 "branch_rms": np.sqrt(sums["branch"] / elements),
                 "update_cosine": sums["cosine"] / tokens,
                 "update_size": sums["size"] / tokens,
+                "update_kept": sums["kept"] / tokens,
                 "weight_rms": np.sqrt(sums["weight"] / sums["weights"]),
                 "update_to_weight": np.sqrt(sums["update"] / sums["weight"]),
                 "attention_logit_max": maxima[_LOGIT],
@@ -175,10 +177,15 @@ class DepthCollector:
             f = f.to(x.dtype)
             x_norm, f_norm, new_norm = (torch.linalg.vector_norm(t, dim=-1) for t in (x, f, x_new))
             tiny = torch.finfo(x.dtype).tiny
-            cosine = torch.linalg.vecdot(x, f) / x_norm.clamp(min=tiny) / f_norm.clamp(min=tiny)
             size = f_norm / (alpha * x_norm).clamp(min=tiny)
-            rows = torch.stack((new_norm.square(), f_norm.square(), cosine, size))
-            self._sums[l, _ACTIVATIONS] += rows.flatten(1).sum(1, dtype=torch.float64)
+            rows = [new_norm.square(), f_norm.square(), _cosine(x, f), size]
+            if self._config.model.stream != "fp32":
+                outer = weight_of(self._outer.get(l))
+                epsilon = self._config.model.norm_epsilon
+                exact, _z = scaled_add_norm(x, f, alpha, outer, None, epsilon, x.dtype)
+                rows.append(_cosine(x_new - x, exact - x))
+            sums = torch.stack(rows).flatten(1).sum(1, dtype=torch.float64)
+            self._sums[l, : len(rows)] += sums
 
     def _attended(self, l: int, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
         """Take the largest logit of sub-layer l's attention, from what its kernel is given."""
@@ -232,6 +239,7 @@ class DepthCollector:
         return {
             "outer_gain": [not rule.outer_norm for rule in rules],
             "inner_gain": [rule.inner == "none" for rule in rules],
+            "update_kept": [model.stream == "fp32"] * model.sub_layers,
             "attention_logit": [l % 2 == 1 for l in range(model.sub_layers)],
         }
 
@@ -261,6 +269,13 @@ def logit_max(query: Tensor, key: Tensor, documents: Tensor | None = None) -> Te
             scores.masked_fill_(together.logical_not_(), -math.inf)
         largest = torch.maximum(largest, scores.amax())
     return largest
+
+
+def _cosine(one: Tensor, other: Tensor) -> Tensor:
+    """The cosine of vectors [..., h], [...]; 0 where one is 0."""
+    tiny = torch.finfo(one.dtype).tiny
+    lengths = [torch.linalg.vector_norm(t, dim=-1).clamp(min=tiny) for t in (one, other)]
+    return torch.linalg.vecdot(one, other) / lengths[0] / lengths[1]
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ class Quantity:
 
     label: str
     scale: Literal["log", "linear"] = "log"
+    optional: bool = False
+    """Recorded for some runs only."""
 
 
 QUANTITIES: dict[str, Quantity] = {
@@ -30,6 +32,7 @@ QUANTITIES: dict[str, Quantity] = {
     "branch_rms": Quantity("RMS of the branch"),
     "update_cosine": Quantity("cosine of branch and stream", "linear"),
     "update_size": Quantity("size of the branch / skip path"),
+    "update_kept": Quantity("cosine of the stored and the exact update", "linear", optional=True),
     "weight_rms": Quantity("RMS of the weights"),
     "update_to_weight": Quantity("size of the update / weights"),
     "outer_gain_mean": Quantity("outer norm weight, mean", "linear"),
@@ -47,6 +50,8 @@ QUANTITIES: dict[str, Quantity] = {
 - stream_rms, branch_rms: of x' and of F over all elements of the global batch;
 - update_cosine, update_size: cos(x, F) and |F| / |alpha x| in the sum alpha x + F, means over the
   tokens of the global batch;
+- update_kept: cos(x' - x, e - x) with e what x' would be in fp32, mean over the tokens; only with a
+  bf16 stream (model.stream);
 - weight_rms: of the matrices before the update (norm weights have their own statistics);
 - update_to_weight: |W_after - W| / |W| of the matrices, in fp32;
 - outer_gain, inner_gain: of the weights of N_out and N_in (or N_in's learned vector);
@@ -111,7 +116,12 @@ class DepthProfile:
             found = lists.get(name, nothing)
             mask = [value is None for value in found]
             values[name] = np.ma.array(np.array(found, dtype=np.float32), mask=mask)
-        return cls(record["step"], values, frozenset(QUANTITIES.keys() - lists.keys()))
+        missing = QUANTITIES.keys() - lists.keys()
+        return cls(
+            record["step"],
+            values,
+            frozenset(name for name in missing if not QUANTITIES[name].optional),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A record of metrics.jsonl: one list per quantity, null where it does not apply.
@@ -122,6 +132,7 @@ class DepthProfile:
             name: [None if value is None else float(str(np.float32(value))) for value in found]
             for name, found in ((name, array.tolist()) for name, array in self.values.items())
             if name not in self.missing
+            and not (QUANTITIES[name].optional and not self.values[name].count())
         }
         return {"step": self.step, "depth": lists}
 

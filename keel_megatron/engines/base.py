@@ -101,7 +101,12 @@ def forward(model: Any, batch: Batch) -> Tensor:
     if batch.documents is not None:
         documents = Documents(batch.documents, batch.borders, batch.longest)
     output: Tensor = model(
-        batch.tokens, batch.position_ids, None, labels=batch.labels, documents=documents
+        batch.tokens,
+        batch.position_ids,
+        None,
+        labels=batch.labels,
+        documents=documents,
+        sequences=batch.sequences,
     )
     return output
 

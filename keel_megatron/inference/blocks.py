@@ -21,6 +21,7 @@ from keel_megatron.kernels.fused import ScaledAddNorm
 from keel_megatron.kernels.swiglu import Swiglu, swiglu
 from keel_megatron.model.attention import causal_attention
 from keel_megatron.model.join import COLUMNS, join, weight_of
+from keel_megatron.model.stream import storing
 
 GENERATION = Reader("generation", (*COLUMNS, "qkv_norm"))
 
@@ -37,6 +38,7 @@ class Block:
         block = layer.layer_number - 1
         attention, mlp = layer.self_attention, layer.mlp
         self.number = number
+        self.operation = storing(layer.model.stream, _scaled_add_norm)
         self.groups = attention.num_query_groups_per_partition
         self.head_dim = attention.hidden_size_per_attention_head
         self.qkv, self.projection = attention.linear_qkv.weight, attention.linear_proj.weight
@@ -81,7 +83,7 @@ class Block:
         context = self._attend(functional.linear(z, self.qkv), rotation, columns, bias)
         branch = self._summed(functional.linear(context, self.projection))
         x, inside = join(
-            _scaled_add_norm,
+            self.operation,
             self.attention_rule,
             x,
             branch,
@@ -93,7 +95,7 @@ class Block:
         assert inside is not None
         product = _swiglu(functional.linear(inside, self.gate_up))
         return join(
-            _scaled_add_norm,
+            self.operation,
             self.mlp_rule,
             x,
             self._summed(functional.linear(product, self.down)),

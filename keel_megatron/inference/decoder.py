@@ -15,6 +15,7 @@ from keel_megatron.inference.blocks import Block
 from keel_megatron.inference.cache import Columns, KeyValueCache
 from keel_megatron.inference.static_step import StaticStep
 from keel_megatron.model.rotary import RotaryTable
+from keel_megatron.model.stream import stored
 from keel_megatron.runtime.distributed import Runtime
 
 
@@ -131,7 +132,8 @@ class Decoder:
         assert table is not None
         b, s = tokens.shape
         if self.is_first:
-            x = self.chunk.embedding(input_ids=tokens, position_ids=None).to(torch.float32)
+            embedded = self.chunk.embedding(input_ids=tokens, position_ids=None)
+            x = stored(self.model.stream, embedded.to(torch.float32))
         else:
             x = torch.empty((s, b, self.model.hidden_size), device=tokens.device)
             dist.recv(x, self.runtime.on_stage(self.runtime.pipeline_rank - 1))

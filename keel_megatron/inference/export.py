@@ -11,6 +11,7 @@ from torch import Tensor
 from keel_megatron.config.kernels import KernelsConfig
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.tokenizer import open_tokenizer
+from keel_megatron.errors import UserError
 from keel_megatron.huggingface.export import DTYPES, DType, Origin, write_folder
 from keel_megatron.huggingface.new_folder import check_new
 from keel_megatron.huggingface.tokenizer import DIFFICULT, proven_files
@@ -45,11 +46,12 @@ def export_run(
         Whether the logits agree; True without the check.
 
     Raises:
-        UserError: there is no such checkpoint, the folder cannot be written, a copied
-            tokenizer differs, or transformers is missing.
+        UserError: there is no such checkpoint, the folder cannot be written, the model cannot be
+            exported, a copied tokenizer differs, or transformers is missing.
     """
     check_new(out)
     config, by_block = _plain(config_of(run)), False
+    _require_exportable(config)
     if check:
         parity.require_transformers()
         by_block, memory = parity.choose_by_block(config)
@@ -74,6 +76,15 @@ def export_run(
         say(f"comparing the logits on {len(rows)} x {rows.shape[1]} tokens of {what}")
         compared = _compared_by_block if by_block else _compared
         return compared(found.path, out, config, rows, runtime, dtype, say)
+
+
+def _require_exportable(config: RunConfig) -> None:
+    """Refuse a model whose stream an exported model has not."""
+    if config.model.stream != "fp32":
+        raise UserError(
+            f"model.stream: the run has {config.model.stream}, and exported models have an fp32 "
+            "stream; only runs with model.stream: fp32 can be exported"
+        )
 
 
 def _plain(config: RunConfig) -> RunConfig:

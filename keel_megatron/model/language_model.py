@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
@@ -21,9 +22,11 @@ from keel_megatron.model.documents import Documents
 from keel_megatron.model.head import OutputLayer
 from keel_megatron.model.initialization import initialize
 from keel_megatron.model.layer import link
+from keel_megatron.model.micro_batch import MicroBatch
 from keel_megatron.model.norm import stream_dtype
 from keel_megatron.model.rotary import RotaryTable
 from keel_megatron.model.specs import chunk_spec
+from keel_megatron.model.stream import Noise
 from keel_megatron.runtime.distributed import Runtime
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -140,6 +143,7 @@ class LanguageModel(GPTModel):
             share_embeddings_and_output_weights=model.tie_embeddings,
             **kwargs,
         )
+        self._run = run
         self.rotary_pos_emb = RotaryTable(
             model.head_dim, model.rope_theta, run.data.seq_length, config.params_dtype
         )
@@ -147,12 +151,38 @@ class LanguageModel(GPTModel):
             head = replace_output_layer(self, OutputLayer)
             head.rows = run.kernels.rows_at_once(head.output_size_per_partition)
 
-    def forward(self, *arguments: Any, documents: Documents | None = None, **rest: Any) -> Tensor:
-        """As GPTModel.forward, with attention kept within the documents, if they are given."""
-        if documents is not None:
-            rest["extra_block_kwargs"] = {"attention_bias": documents}
+    def forward(
+        self,
+        *arguments: Any,
+        documents: Documents | None = None,
+        sequences: Tensor | None = None,
+        **rest: Any,
+    ) -> Tensor:
+        """As GPTModel.forward.
+
+        Args:
+            arguments: see Megatron-core.
+            documents: attention is kept within them, if they are given.
+            sequences: numbers of the sequences in the run, int64 [b]; training with
+                `model.stream: bf16_stochastic` needs them.
+            rest: see Megatron-core.
+        """
+        noise = self._noise(sequences)
+        if documents is not None or noise is not None:
+            rest["extra_block_kwargs"] = {"attention_bias": MicroBatch(documents, noise)}
         output: Tensor = super().forward(*arguments, **rest)
         return output
+
+    def _noise(self, sequences: Tensor | None) -> Noise | None:
+        """The random bits of a micro-batch, where its stream is rounded stochastically."""
+        if self._run.model.stream != "bf16_stochastic" or not self.training:
+            return None
+        if sequences is None:
+            raise ValueError("model.stream: bf16_stochastic needs the sequences' numbers")
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        return Noise(
+            self._run.training.seed, sequences, rank if self.config.sequence_parallel else 0
+        )
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **rest: Any) -> Tensor:
         """Apply the head: losses [b, s] of the labels [b, s], or logits.

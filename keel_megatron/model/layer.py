@@ -21,6 +21,8 @@ from keel_megatron.config.model import ModelConfig
 from keel_megatron.kernels import scaled_add_norm
 from keel_megatron.model.documents import Documents
 from keel_megatron.model.join import COLUMNS, join, weight_of
+from keel_megatron.model.micro_batch import MicroBatch
+from keel_megatron.model.stream import Noise, stored, storing
 
 BLOCKS = Reader("a block of the model", (*COLUMNS, "qkv_norm"))
 
@@ -105,7 +107,7 @@ class KeelLayer(TransformerLayer):
         attention_mask: Tensor | None,
         rotary_pos_emb: Tensor,
         context: Tensor | None = None,
-        attention_bias: Documents | None = None,
+        attention_bias: MicroBatch | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The stream after both sub-layers.
@@ -116,21 +118,25 @@ class KeelLayer(TransformerLayer):
             rotary_pos_emb: the table of model/rotary.py.
             context: this block's attention input, if the previous block has computed it together
                 with its last norm. Megatron-core's blocks pass it on for cross-attention.
-            attention_bias: the micro-batch's documents, within which attention is kept.
+            attention_bias: what else a block needs to know of the micro-batch.
 
         Returns:
             The stream, with the same shape and type, and the next block's attention input, or None
             after the chunk's last block.
         """
+        batch = attention_bias or MicroBatch()
+        noise = batch.noise if self.training else None
         x, l = hidden_states, 2 * (self.layer_number - 1)
+        if l == 0:
+            x = stored(self.model.stream, x, _bits(noise, -1, x))
         z = self.input_layernorm(x) if context is None else context
         if self.compiled is not None and self.training and self.observer is None:
-            return self.compiled(x, z, rotary_pos_emb, attention_bias)
+            return self.compiled(x, z, rotary_pos_emb, batch.documents)
         branch, _bias = self.self_attention(
-            z, attention_mask, rotary_pos_emb=rotary_pos_emb, attention_bias=attention_bias
+            z, attention_mask, rotary_pos_emb=rotary_pos_emb, attention_bias=batch.documents
         )
         x, z = self._join(
-            l, x, branch, self.attention_rule, self.attention_outer_norm, (self, "mlp")
+            l, x, branch, self.attention_rule, self.attention_outer_norm, (self, "mlp"), noise
         )
         branch, _bias = self.mlp(z)
         after = self.following[0] if self.following else None
@@ -141,6 +147,7 @@ class KeelLayer(TransformerLayer):
             self.mlp_rule,
             self.mlp_outer_norm,
             None if after is None else (after, "attention"),
+            noise,
         )
 
     def inner(self, which: SubLayerName) -> tuple[SubLayer, nn.Module]:
@@ -157,6 +164,7 @@ class KeelLayer(TransformerLayer):
         rule: SubLayer,
         outer_norm: nn.Module | None,
         following: tuple[KeelLayer, SubLayerName] | None,
+        noise: Noise | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The stream after sub-layer l (global, from 0), and the following branch's input.
 
@@ -169,6 +177,7 @@ class KeelLayer(TransformerLayer):
             rule: the sub-layer's columns.
             outer_norm: N_out, or None.
             following: the block and sub-layer that the stream enters next; None: unknown.
+            noise: rounds the stream stochastically.
         """
         if self.hidden_dropout and self.training:
             branch = functional.dropout(branch, self.hidden_dropout)
@@ -178,7 +187,7 @@ class KeelLayer(TransformerLayer):
             front = (next_rule.inner, weight_of(module))
         observer = None if self.observer is None else self._observed(l, rule)
         return join(
-            scaled_add_norm,
+            storing(self.model.stream, scaled_add_norm, _bits(noise, l, x)),
             rule,
             x,
             branch,
@@ -193,6 +202,10 @@ class KeelLayer(TransformerLayer):
         observer = self.observer
         assert observer is not None
         return lambda x, branch, x_new: observer(l, x, branch, rule.alpha, x_new)
+
+
+def _bits(noise: Noise | None, l: int, x: Tensor) -> Tensor | None:
+    return None if noise is None else noise.bits(l, x)
 
 
 def link(layers: nn.ModuleList) -> None:

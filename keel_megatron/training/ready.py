@@ -120,6 +120,7 @@ def open_batches(
         labels=runtime.pipeline_rank == runtime.pipeline_size - 1,
         documents=settings.document_masks,
         loss_mask=settings.masks_eod_loss,
+        sequences=config.model.stream == "bf16_stochastic",
     )
     train = [sequences(source, "train") for source in data.sources]
     source = BatchSource(

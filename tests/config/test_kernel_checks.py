@@ -21,6 +21,8 @@ from tests.settings import small_config
             {"training__engine": "deepspeed", "deepspeed__zero_stage": 3},
             "deepspeed.zero_stage",
         ),
+        ("compile", {"model__stream": "bf16"}, "model.stream"),
+        ("cuda_graphs", {"model__stream": "bf16_stochastic"}, "model.stream"),
         ("cuda_graphs", {"training__device": "cpu"}, "training.device"),
         ("cuda_graphs", {"training__engine": "deepspeed"}, "training.engine"),
         ("cuda_graphs", {"training__precision": "fp32"}, "training.precision"),

@@ -100,6 +100,17 @@ def test_a_stage_gets_what_it_uses(
         assert batch.position_ids is None
 
 
+@pytest.mark.parametrize("stage", [Uses(sequences=True), Uses(False, False, sequences=True)])
+def test_sequences_are_numbered_over_the_run(dataset: SequenceDataset, stage: Uses) -> None:
+    """On every stage, and the same at every layout."""
+    for micro, replicas in ((4, 1), (1, 2)):
+        found = []
+        for rank in range(replicas):
+            source = BatchSource(samples_of(dataset), micro, rank, replicas, stage)
+            found += [batch.sequences for batch in source.micro_batches(24, 8)]
+        assert sorted(torch.cat(found).tolist()) == list(range(24, 32))
+
+
 def test_documents_and_the_loss_mask_follow_the_borders() -> None:
     rows = [Sequence(np.arange(7), (3, 1, 3)), Sequence(np.arange(7), (7,))]
     batch = collate(rows, documents=True, loss_mask=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ from torch import Tensor
 from keel_megatron.config.run import RunConfig
 from keel_megatron.depth.collector import DepthCollector, logit_max
 from keel_megatron.depth.profile import QUANTITIES, DepthProfile, first_nonfinite
+from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
 from tests.distributed import run_ranks
 from tests.model.test_exactness import pair_up
 from tests.reference_model import Attention, ReferenceModel, Shape, rotate
-from tests.settings import settings
+from tests.settings import settings, small_config
 from tests.training.ranks import made_up_batches
 
 STEPS = 2
@@ -274,9 +276,39 @@ def plainly(
             found[f"{which}_gain_mean"] = None if gain is None else gain.mean()
             found[f"{which}_gain_min"] = None if gain is None else gain.min()
             found[f"{which}_gain_max"] = None if gain is None else gain.max()
+        found["update_kept"] = None  # the stream is fp32
         for name, value in found.items():
             expected[name].append(np.nan if value is None else value.item())
     return expected
+
+
+def test_what_a_bf16_stream_keeps_of_an_update() -> None:
+    """Sub-layer 2 of Keel, whose sum has an outer norm, beside fp64."""
+    config = small_config(
+        model__blocks=2,
+        model__stream="bf16",
+        data__seq_length=16,
+        training__global_batch_size=2,
+    )
+    shape, alpha, generator = (16, 2, 64), 512.0, torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).bfloat16().float()
+    f = torch.randn(shape, generator=generator)
+    with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
+        from keel_megatron.model.language_model import build_model
+
+        engine: Any = SimpleNamespace(
+            config=config, runtime=runtime, chunks=perturbed(build_model(config, runtime), False)
+        )
+        gain = engine.chunks[0].decoder.layers[1].attention_outer_norm.weight.detach().double()
+        u = alpha * x.double() + f.double()
+        exact = u / (u.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+        stored = exact.bfloat16()
+        depth = DepthCollector(engine)
+        depth._joined(2, x, f, alpha, stored.float())
+        found = depth.profile(1).values["update_kept"]
+    cosine = torch.cosine_similarity(stored.double() - x, exact - x, dim=-1).mean().item()
+    assert found[2] == pytest.approx(cosine, abs=1e-4)
+    assert not np.ma.getmaskarray(found).any()
 
 
 def largest_logit(attention: Attention, z: Tensor) -> Tensor:

@@ -56,6 +56,15 @@ def test_a_profile_comes_back_to_the_last_bit_and_absent_is_not_nan(tmp_path: Pa
     assert '"outer_gain_min": [null, NaN,' in line
 
 
+def test_an_optional_quantity_that_no_sub_layer_has_is_not_written() -> None:
+    with_it = DepthProfile.of(1, {name: [1.0, 0.5] for name in QUANTITIES}, {})
+    without = DepthProfile.of(1, with_it.values, {"update_kept": [True, True]})
+    assert with_it.to_json()["depth"]["update_kept"] == [1.0, 0.5]
+    record = without.to_json()
+    assert "update_kept" not in record["depth"]
+    assert not DepthProfile.from_json(record).missing
+
+
 def test_what_an_older_version_did_not_note_is_left_out_and_said(tmp_path: Path) -> None:
     with MetricsFile(tmp_path / METRICS_FILE) as log:
         for step in (1, 2, 4):

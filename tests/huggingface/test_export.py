@@ -59,6 +59,13 @@ def test_bf16_weights_are_rounded_but_not_those_of_norms(run: Path, tmp_path: Pa
     assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_model_with_a_bf16_stream_is_refused(sentencepiece_model: bytes, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", sentencepiece_model, model__blocks=2, model__stream="bf16")
+    with pytest.raises(UserError, match=r"model\.stream: the run has bf16, and exported models"):
+        exported(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_are_split_over_files_and_stream_through_little_memory(
     run: Path, tmp_path: Path
 ) -> None:

@@ -36,6 +36,9 @@ def made_up_batches(config: RunConfig, runtime: Runtime, step: int) -> list[Batc
         )
         if config.data.document_masks:
             batch = replace(batch, documents=documents[mine, :-1].contiguous())
+        if config.model.stream == "bf16_stochastic":
+            start = step * training.global_batch_size + first
+            batch = replace(batch, sequences=torch.arange(start, start + size))
         batches.append(batch)
     return batches
 

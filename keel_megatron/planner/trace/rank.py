@@ -181,6 +181,9 @@ def _batches(request: Request) -> list[Any]:
         borders = torch.zeros(2 * sequences + 1, dtype=torch.int32, device="cpu")
         longest = config.data.seq_length
         batch = replace(batch, documents=numbers, borders=borders, longest=longest)
+    if config.model.stream == "bf16_stochastic":
+        numbers = torch.zeros(sequences, dtype=torch.long, device="cpu")
+        batch = replace(batch, sequences=numbers)
     used = batch.only(tokens=stage == 0, labels=stage == config.parallel.pipeline - 1)
     return [used] * request.all_micro_batches
 

@@ -1,0 +1,40 @@
+"""`keel study stream-precision`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from keel_megatron.cli.studies.grid import listed
+from keel_megatron.config.run import RunConfig
+from keel_megatron.studies import stream_precision as stream_study
+from keel_megatron.studies.grid import Axes, Study
+
+
+def stream_precision(
+    config: RunConfig,
+    axes: Axes,
+    streams: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STREAM,...",
+            help=f"Values of model.stream, of {', '.join(stream_study.STREAMS)}. Default: all; "
+            "fp32 is always among them.",
+        ),
+    ] = None,
+    alphas: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ALPHA,...",
+            help=f"Values of model.alpha. Default: {','.join(stream_study.ALPHAS)}.",
+        ),
+    ] = None,
+) -> Study:
+    """Train with the residual stream in bf16: what it costs, and Keel's advantage over Pre-LN."""
+    return stream_study.study(
+        config,
+        axes,
+        listed(streams) or stream_study.STREAMS,
+        listed(alphas) or stream_study.ALPHAS,
+    )
