@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from keel_megatron.data.tokenizer import train_tokenizer
 from keel_megatron.runtime.files import write_whole
 
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
@@ -157,6 +156,8 @@ def write_tokenizer(path: Path) -> int:
     Raises:
         OSError: it cannot be written.
     """
+    from keel_megatron.data.tokenizer import train_tokenizer  # not for `keel --help`
+
     symbols = (*LETTERS, *NUMBERS, *SIGNS)
     size = _BYTES_AND_CONTROL + 2 * len(symbols)
     path.parent.mkdir(parents=True, exist_ok=True)

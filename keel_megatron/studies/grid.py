@@ -21,7 +21,6 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.config.yaml_text import read_inline
 from keel_megatron.errors import ConfigError, UserError
 from keel_megatron.runtime.cores import available_cores
-from keel_megatron.training import startup
 
 Label = str | int | float | None
 Row = dict[str, Any]
@@ -173,6 +172,8 @@ def make_grid(
         UserError: the overrides and the study set the same thing.
         ConfigError: some points are not valid runs; it lists all problems.
     """
+    from keel_megatron.training import startup  # reads tokenizers: not for `keel --help`
+
     base = load_config(path, overrides)
     _refuse_conflicts(study, overrides, base)
     found: list[GridRun] = []

@@ -16,7 +16,6 @@ from typing import Any, get_args
 from keel_megatron.architecture.residual import RULES
 from keel_megatron.config.model import Stream
 from keel_megatron.config.run import RunConfig
-from keel_megatron.depth.profile import finite_values, read_profiles
 from keel_megatron.errors import UserError
 from keel_megatron.studies import pictures
 from keel_megatron.studies.grid import Axes, Label, Point, Row, Study, depth
@@ -108,6 +107,8 @@ def _point(
 
 def measured(_point: Point, folder: Path) -> dict[str, float | None]:
     """Medians of a run's last depth profile; None for what it has not."""
+    from keel_megatron.depth.profile import finite_values, read_profiles  # needs numpy
+
     profiles = read_profiles(folder, may_lack=True)
     found: dict[str, float | None] = {}
     for name in _MEASURED:

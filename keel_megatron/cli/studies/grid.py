@@ -18,8 +18,6 @@ from keel_megatron.cli.arguments import ConfigPath, Overrides
 from keel_megatron.config.load import load_config
 from keel_megatron.errors import UserError
 from keel_megatron.runtime import exit_codes
-from keel_megatron.studies.conduct import run_here, run_on_cluster
-from keel_megatron.studies.cost import cost_of
 from keel_megatron.studies.grid import Axes, Study, make_grid
 
 FOLDER = Path("runs/studies")
@@ -162,6 +160,9 @@ def numbers(option: str, values: Collection[str]) -> tuple[float, ...]:
 
 def _run(name: str, make: Make, options: _Options, own: dict[str, Any]) -> int:
     """Make a study's grid and run it; the exit code."""
+    from keel_megatron.studies.conduct import run_here, run_on_cluster
+    from keel_megatron.studies.cost import cost_of
+
     overrides = tuple(options.overrides or ())
     config = load_config(options.config, overrides)
     depths = tuple(whole_numbers("--depths", listed(options.depths)))
