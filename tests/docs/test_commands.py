@@ -187,6 +187,8 @@ def check_keel(text: str, words: list[str]) -> None:
             return
         assert words[0] in verb.commands, text
         verb = verb.commands[words.pop(0)]
+    if verb.context_settings.get("ignore_unknown_options"):  # another program's
+        return
     known = {o for p in verb.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
     assert set(re.findall(r"(?<!\S)--[a-z][a-z-]+", " ".join(words))) <= known, text
     for section, key in re.findall(r"(?<!\S)([a-z_]+)\.([a-z_0-9]+)=", " ".join(words)):
