@@ -60,7 +60,7 @@ def test_runs_are_measured_on_the_same_tokens(folder: Path, tmp_path: Path) -> N
     assert done.exit_code == 0, done.output
     assert "keel, step 6: 6 sub-layers removed one by one, on 12 x 32 tokens of" in done.stderr
     assert "2 removals at a time: " in done.stderr
-    assert (tmp_path / "redundancy.png").stat().st_size > 20_000
+    assert (tmp_path / "picture.png").stat().st_size > 20_000
     assert done.stdout.startswith("| run | rule | L |")
     first, second = results(tmp_path)["rows"]
     assert (first["run"], second["run"]) == ("keel", "pre_ln")
