@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,6 +126,9 @@ def test_a_text_is_given_where_the_dataset_is_gone(folder: Path, tmp_path: Path)
     assert "--tokens: 3 must be at least 32, one sequence" in str(short.exception)
 
 
-def test_a_batch_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    done = study("runs/keel", "--out", str(tmp_path), "--batch-size", str(10**12))
-    assert "--batch-size: the streams need " in str(done.exception)
+def test_a_batch_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**5))
+    done = study("runs/keel", "--out", str(tmp_path))
+    assert "--batch-size: the streams need 0.00" in str(done.exception)
