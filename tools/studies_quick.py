@@ -11,6 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from keel_megatron.config.load import load_config
+from keel_megatron.studies import alpha
+from keel_megatron.studies.grid import Axes, make_grid
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -46,7 +50,21 @@ def commands(out: Path) -> dict[str, list[str]]:
             *("gradient-flow", "--depths", "8", "--rules", "keel,post_ln"),
             *("--out", str(out / "gradient-flow")),
         ],
+        "redundancy": [
+            *(
+                "redundancy",
+                _alpha_run(Path(config), (f"data.cache_dir={out / 'data'}", text), out),
+            ),
+            *("--out", str(out / "redundancy")),
+        ],
     }
+
+
+def _alpha_run(config: Path, overrides: tuple[str, ...], out: Path) -> str:
+    """The folder of the first run of the study of alpha."""
+    axes = Axes((), (load_config(config, overrides).model.sub_layers,))
+    study = alpha.study(load_config(config, overrides), axes, ("L",))
+    return str(make_grid(study, config, overrides, out / "alpha").runs[0].folder)
 
 
 def main() -> int:

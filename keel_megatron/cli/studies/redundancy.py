@@ -13,7 +13,7 @@ import typer
 from keel_megatron.cli.arguments import writing
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.runtime.processes import is_rank
-from keel_megatron.studies.results import RESULTS, TABLE
+from keel_megatron.studies.results import PICTURE, RESULTS, TABLE
 
 RUN = "KEEL_STUDY_RUN"
 """Variable with the position of the run that a group of processes measures."""
@@ -88,8 +88,8 @@ def redundancy(
     # What a group of processes has measured is found, not measured again.
     subjects = [measure(run, out, replace(options, processes=1)) for run in runs]
     from keel_megatron.studies.redundancy.outcome import outcomes
-    from keel_megatron.studies.redundancy.report import PICTURE, write_report
+    from keel_megatron.studies.redundancy.report import write_report
 
     with writing("--out", out):
         print(write_report(outcomes(subjects, out), out))
-    print(f"\n{out / PICTURE}, {out / TABLE}, {out / RESULTS}")
+    print(f"\n{out / RESULTS}, {out / TABLE}, {out / PICTURE}")

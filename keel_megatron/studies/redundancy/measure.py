@@ -160,6 +160,7 @@ def _measure(task: _Task, done: NDArray[np.bool_], options: Options) -> None:
     config, runtime, text, subject = task.config, task.runtime, task.text, task.subject
     size = options.batch_size or max(1, BATCH_TOKENS // text.length)
     b = min(size, text.sequences)
+    size = min(size, b * subject.units)
     needed = memory(config, size, b, text.length)
     _require_memory(needed, runtime)
     batches = {first: _left(done, first, b) for first in range(0, text.sequences, b)}

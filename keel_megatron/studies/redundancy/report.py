@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 
 from keel_megatron.studies.pictures import finish, new_figure, rule_colour
 from keel_megatron.studies.redundancy.outcome import CHEAP, CHEAP_LOSS, Outcome, different_texts
-from keel_megatron.studies.results import markdown, write_results, write_table
+from keel_megatron.studies.results import PICTURE, markdown, write_results, write_table
 from keel_megatron.tracking.style import SLATE, TEXT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PICTURE = "redundancy.png"
 _REMOVED = {
     "sub-layer": "skipped with its norm",
     "branch": "with its branch at zero, its outer norm kept",

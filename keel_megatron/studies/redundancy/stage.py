@@ -14,6 +14,7 @@ from keel_megatron.data.batches import Batch
 from keel_megatron.kernels import scaled_add_norm
 from keel_megatron.model.documents import Documents
 from keel_megatron.model.join import COLUMNS, join, weight_of
+from keel_megatron.model.stream import stored, storing
 from keel_megatron.studies.redundancy.units import Removal
 
 STUDY = Reader("the study of redundancy", (*COLUMNS, "qkv_norm"))
@@ -36,7 +37,8 @@ class Stage:
     """
 
     def __init__(self, chunk: Any, model: ModelConfig, removal: Removal) -> None:
-        self._chunk, self._removal = chunk.eval(), removal
+        self._chunk, self._removal, self._stream = chunk.eval(), removal, model.stream
+        self._operation = storing(model.stream, scaled_add_norm)
         layers = list(chunk.decoder.layers)
         first = 2 * (layers[0].layer_number - 1) if layers else 0
         self._layers = {first + 2 * number: layer for number, layer in enumerate(layers)}
@@ -57,7 +59,7 @@ class Stage:
     def embedded(self) -> Tensor:
         """The stream x_0 [s, b, h] of the batch's sequences, on the first stage."""
         x: Tensor = self._chunk.embedding(input_ids=self._batch.tokens, position_ids=None)
-        return x.to(torch.float32)
+        return stored(self._stream, x.to(torch.float32), None)
 
     def apply(self, l: int, x: Tensor) -> Tensor:
         """The stream [s, n b, h] after sub-layer l of this stage, for n variants of the batch."""
@@ -95,7 +97,7 @@ class Stage:
         outer = layer.mlp_outer_norm if l % 2 else layer.attention_outer_norm
         epsilon, dtype = layer.config.layernorm_epsilon, layer.config.params_dtype
         x_new, _unknown = join(
-            scaled_add_norm, self._rules[l], x, branch, weight_of(outer), None, epsilon, dtype
+            self._operation, self._rules[l], x, branch, weight_of(outer), None, epsilon, dtype
         )
         return x_new
 

@@ -18,6 +18,6 @@ def test_the_report_has_every_run(tmp_path: Path) -> None:
     assert str(different_texts(found)) in text
     assert different_texts(found[::2]) is None
     assert text in (tmp_path / "table.md").read_text()
-    assert (tmp_path / "redundancy.png").stat().st_size > 20_000
+    assert (tmp_path / "picture.png").stat().st_size > 20_000
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["run"] for row in rows] == ["made-up", "made-up", "second"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def test_runs_are_measured_on_the_same_tokens(folder: Path, tmp_path: Path) -> N
     assert done.exit_code == 0, done.output
     assert "keel, step 6: 6 sub-layers removed one by one, on 12 x 32 tokens of" in done.stderr
     assert "2 removals at a time: " in done.stderr
-    assert (tmp_path / "redundancy.png").stat().st_size > 20_000
+    assert (tmp_path / "picture.png").stat().st_size > 20_000
     assert done.stdout.startswith("| run | rule | L |")
     first, second = results(tmp_path)["rows"]
     assert (first["run"], second["run"]) == ("keel", "pre_ln")
@@ -125,6 +126,9 @@ def test_a_text_is_given_where_the_dataset_is_gone(folder: Path, tmp_path: Path)
     assert "--tokens: 3 must be at least 32, one sequence" in str(short.exception)
 
 
-def test_a_batch_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    done = study("runs/keel", "--out", str(tmp_path), "--batch-size", str(10**12))
-    assert "--batch-size: the streams need " in str(done.exception)
+def test_a_batch_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**5))
+    done = study("runs/keel", "--out", str(tmp_path))
+    assert "--batch-size: the streams need 0.00" in str(done.exception)

@@ -101,8 +101,10 @@ def test_removals_are_those_of_a_plain_model(rule: str, first_block: str, final_
                 assert loss == pytest.approx(expected, abs=1e-5), (unit, removal, number)
 
 
-@pytest.mark.parametrize("rule", ["keel", "pre_ln", "hybrid_norm"])
-def test_nothing_removed_is_the_engines_validation(rule: str) -> None:
+@pytest.mark.parametrize(
+    ("rule", "stream"), [("keel", "fp32"), ("hybrid_norm", "fp32"), ("keel", "bf16_add")]
+)
+def test_nothing_removed_is_the_engines_validation(rule: str, stream: str) -> None:
     from keel_megatron.engines.megatron.engine import MegatronEngine
 
     documents = (torch.arange(LENGTH) >= 5).int().expand(SEQUENCES, LENGTH).contiguous()
@@ -110,7 +112,10 @@ def test_nothing_removed_is_the_engines_validation(rule: str) -> None:
     mask[:, 4] = 0
     mask[0, 7:] = 0
     config = run_config(
-        model__residual=rule, training__micro_batch_size=SEQUENCES, data__document_masks=True
+        model__residual=rule,
+        model__stream=stream,
+        training__micro_batch_size=SEQUENCES,
+        data__document_masks=True,
     )
     batch = batch_of(documents=documents, loss_mask=mask)
     with start(config.parallel, config.training, ALONE) as runtime:
