@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-
-from keel_megatron.config.load import load_config
-from keel_megatron.studies import alpha
-from keel_megatron.studies.grid import Axes, make_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def commands(out: Path) -> dict[str, list[str]]:
-    """The arguments of `keel study` by study, in the order in which they run.
+def commands(out: Path) -> Iterator[list[str]]:
+    """The arguments of `keel study`, one study after the other; the last measures a trained run.
 
     Args:
         out: folder of the studies' folders, absolute.
@@ -31,52 +28,31 @@ def commands(out: Path) -> dict[str, list[str]]:
         place = ["--out", str(out / name), "--parallel", "2", "--no-measure"]
         return [name, config, f"data.cache_dir={out / 'data'}", *place, *options]
 
-    return {
-        "alpha": grid("alpha", text, "--scale", "L"),
-        "max-learning-rate": grid("max-learning-rate", text, "--rules", "keel,pre_ln"),
-        "depth-scaling": grid("depth-scaling", text, "--rules", "keel", "--rates", "1e-3,1e-2"),
-        "deep-versus-wide": grid(
-            "deep-versus-wide", text, "--rules", "keel", "--depths", "4,8", "--rates", "1e-3"
-        ),
-        "depth-tasks": grid(
-            *("depth-tasks", "data.seq_length=64", "--tasks", "hops"),
-            *("--rules", "keel", "--largest", "2", "--documents", "2000"),
-        ),
-        "stream-precision": grid(
-            *("stream-precision", text, "--rules", "keel"),
-            *("--streams", "bf16_stochastic", "--alphas", "auto"),
-        ),
-        "gradient-flow": [
-            *("gradient-flow", "--depths", "8", "--rules", "keel,post_ln"),
-            *("--out", str(out / "gradient-flow")),
-        ],
-        "redundancy": [
-            *(
-                "redundancy",
-                _alpha_run(Path(config), (f"data.cache_dir={out / 'data'}", text), out),
-            ),
-            *("--out", str(out / "redundancy")),
-        ],
-    }
-
-
-def _alpha_run(config: Path, overrides: tuple[str, ...], out: Path) -> str:
-    """The folder of the first run of the study of alpha."""
-    axes = Axes((), (load_config(config, overrides).model.sub_layers,))
-    study = alpha.study(load_config(config, overrides), axes, ("L",))
-    return str(make_grid(study, config, overrides, out / "alpha").runs[0].folder)
+    yield grid("alpha", text, "--scale", "L")
+    yield grid("max-learning-rate", text, "--rules", "keel,pre_ln")
+    yield grid("depth-scaling", text, "--rules", "keel", "--rates", "1e-3,1e-2")
+    shapes = ("--depths", "4,8", "--rates", "1e-3")
+    yield grid("deep-versus-wide", text, "--rules", "keel", *shapes)
+    tasks = ("--tasks", "hops", "--largest", "2", "--documents", "2000")
+    yield grid("depth-tasks", "data.seq_length=64", "--rules", "keel", *tasks)
+    streams = ("--streams", "bf16_stochastic", "--alphas", "auto")
+    yield grid("stream-precision", text, "--rules", "keel", *streams)
+    place = ["--out", str(out / "gradient-flow")]
+    yield ["gradient-flow", *place, "--depths", "8", "--rules", "keel,post_ln"]
+    run = min(path.parent for path in out.glob("alpha/*/config.yaml"))
+    yield ["redundancy", str(run), "--out", str(out / "redundancy"), "--tokens", "32"]
 
 
 def main() -> int:
     """Run all studies; the number that failed."""
     out = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs" / "studies-quick").absolute()
-    failed = []
-    for name, arguments in commands(out).items():
-        print(f"== {name}", flush=True)
+    done, failed = [], []
+    for arguments in commands(out):
+        print(f"== {arguments[0]}", flush=True)
         command = [sys.executable, "-m", "keel_megatron", "study", *arguments]
-        if subprocess.run(command, cwd=ROOT, check=False).returncode:
-            failed.append(name)
-    print(f"{len(commands(out)) - len(failed)} studies work; results: {out}")
+        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        (failed if code else done).append(arguments[0])
+    print(f"{len(done)} studies work; results: {out}")
     if failed:
         print(f"failed: {', '.join(failed)}")
     return len(failed)

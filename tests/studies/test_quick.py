@@ -12,9 +12,10 @@ from tools.studies_quick import commands
 
 
 def test_every_study_runs_and_writes_the_same_files(tmp_path: Path) -> None:
-    quick = commands(tmp_path)
-    assert sorted(quick) == sorted(str(command.name) for command in app.registered_commands)
-    for name, arguments in quick.items():
+    names = []
+    for arguments in commands(tmp_path):
+        name = arguments[0]
+        names.append(name)
         done = keel(tmp_path, "study", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         out = tmp_path / name
@@ -26,3 +27,4 @@ def test_every_study_runs_and_writes_the_same_files(tmp_path: Path) -> None:
         assert all(math.isfinite(loss) for loss in losses)
         assert "|" in (out / "table.md").read_text()
         assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(names) == sorted(str(command.name) for command in app.registered_commands)
