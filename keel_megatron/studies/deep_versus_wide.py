@@ -20,7 +20,7 @@ from keel_megatron.studies import pictures
 from keel_megatron.studies.best_rate import EDGE, best_rates, check_rates, loss_key
 from keel_megatron.studies.depth_scaling import RULES, sweep
 from keel_megatron.studies.grid import Axes, Label, Point, Row, Study, depth
-from keel_megatron.studies.results import difference, markdown
+from keel_megatron.studies.results import markdown, paired_difference
 
 TOLERANCE = 0.01
 _FFN_STEP = 4
@@ -146,7 +146,7 @@ def table(rows: Sequence[Row]) -> str:
             continue
         own = {at: other for (name, at), other in best.items() if name == rule and other}
         lowest = min(own, key=lambda at: own[at].loss(key).mean)
-        compared = difference(one.loss(key), own[lowest].loss(key))
+        compared = paired_difference(one.rows, own[lowest].rows, key)
         mark = "optimum" if lowest == sub_layers else compared
         lines.append([*shared, one.shown, one.loss(key), mark])
     columns = ["rule", "sub-layers x width", "parameters of the blocks", "best rate"]

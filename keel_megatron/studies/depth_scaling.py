@@ -9,7 +9,7 @@ from typing import Any
 from keel_megatron.studies import pictures
 from keel_megatron.studies.best_rate import EDGE, best_rates, check_rates, loss_key
 from keel_megatron.studies.grid import Axes, Label, Point, Row, Study, depth
-from keel_megatron.studies.results import Spread, difference, markdown, spread
+from keel_megatron.studies.results import Spread, markdown, paired_difference, spread
 from keel_megatron.tracking.metrics import iterate_metrics
 from keel_megatron.tracking.records import EVALUATION
 from keel_megatron.tracking.run_log import METRICS_FILE
@@ -72,7 +72,7 @@ def table(rows: Sequence[Row]) -> str:
             )
             continue
         base = best.get((sub_layers, _BASELINE))
-        compared = difference(one.loss(key), base.loss(key)) if base and rule != _BASELINE else ""
+        compared = paired_difference(one.rows, base.rows, key) if base and rule != _BASELINE else ""
         results = [one.loss(name) for name in tasks]
         lines.append([sub_layers, rule, one.shown, one.loss(key), compared, *results])
     names = [name.removeprefix(EVALUATION) for name in tasks]

@@ -228,11 +228,8 @@ def excess(rows: Iterable[Row], baseline: Iterable[Row], key: str = "loss") -> S
     Over the seeds that both have. Between seeds losses differ more than between such pairs.
     """
     known = {row["seed"]: row[key] for row in baseline if row.get(key) is not None}
-    return spread(
-        {key: row[key] - known[row["seed"]]}
-        for row in rows
-        if row.get(key) is not None and row["seed"] in known
-    )
+    pairs = [row for row in rows if row.get(key) is not None and row["seed"] in known]
+    return spread(({key: row[key] - known[row["seed"]]} for row in pairs), key)
 
 
 def paired_difference(rows: Iterable[Row], baseline: Iterable[Row], key: str = "loss") -> str:

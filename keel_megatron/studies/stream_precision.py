@@ -20,8 +20,10 @@ from keel_megatron.errors import UserError
 from keel_megatron.studies import pictures
 from keel_megatron.studies.grid import Axes, Label, Point, Row, Study, depth
 from keel_megatron.studies.results import (
+    NOTHING,
     Spread,
     difference,
+    excess,
     groups,
     is_different,
     markdown,
@@ -34,8 +36,6 @@ ALPHAS = ("32", "64", "128", "auto", "1024")
 _BASELINE = "pre_ln"
 _MEASURED = ("branch_rms", "update_size", "update_kept")
 """Of the run's last depth profile, the median over the sub-layers after the first block."""
-_NOTHING = Spread(0.0, 0.0, 2)
-"""A difference of 0, to compare with."""
 _PROFILES = 4
 """Depth profiles of a run after its first step."""
 
@@ -124,7 +124,7 @@ def table(rows: Sequence[Row]) -> str:
     for (sub_layers, rule, alpha, stream), found in by_point.items():
         wide = excess(found, by_point.get((sub_layers, rule, alpha, "fp32"), []))
         loss = spread(found)
-        compared = "" if stream == "fp32" else difference(wide, _NOTHING)
+        compared = "" if stream == "fp32" else difference(wide, NOTHING)
         numbers = [_number(spread(found, name)) for name in _MEASURED]
         shown = "-" if alpha is None else f"{alpha:g}"
         validation = spread(found, "validation_loss")
@@ -153,7 +153,7 @@ def _advantages(rows: Sequence[Row]) -> str:
             by_point.get((sub_layers, rule, alpha, "fp32"), []),
         )
         changed = "" if stream == "fp32" else difference(own, wide)
-        better = difference(own, _NOTHING)
+        better = difference(own, NOTHING)
         verdict = "" if stream == "fp32" else answer(own, wide)
         shown = "-" if alpha is None else f"{alpha:g}"
         lines.append([sub_layers, rule, shown, stream, better, changed, verdict])
@@ -162,19 +162,6 @@ def _advantages(rows: Sequence[Row]) -> str:
     columns = ["sub-layers", "rule", "alpha", "stream", "advantage over pre_ln"]
     columns += ["against the advantage with fp32", "with this stream the advantage"]
     return markdown(columns, lines)
-
-
-def excess(rows: Sequence[Row], baseline: Sequence[Row]) -> Spread:
-    """Loss of rows minus loss of a baseline with the same seed: the same data, in the same order.
-
-    Over the seeds that both have. Between seeds losses differ more than between such pairs.
-    """
-    losses = {row["seed"]: row["loss"] for row in baseline if row["loss"] is not None}
-    return spread(
-        {"loss": row["loss"] - losses[row["seed"]]}
-        for row in rows
-        if row["loss"] is not None and row["seed"] in losses
-    )
 
 
 def answer(own: Spread, wide: Spread) -> str:
@@ -189,7 +176,7 @@ def answer(own: Spread, wide: Spread) -> str:
         than 0 by more than its spread. It vanishes if it is not different from 0 with this stream,
         and shrinks or grows if it is different from 0 and from the one with fp32.
     """
-    there, here = is_different(wide, _NOTHING), is_different(own, _NOTHING)
+    there, here = is_different(wide, NOTHING), is_different(own, NOTHING)
     changed = is_different(own, wide)
     if there is None or here is None or changed is None:
         return "unknown"
