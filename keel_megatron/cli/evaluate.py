@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     OpenModel = Callable[..., AbstractContextManager[tuple[Source, Runtime]]]
 
 MODEL_PROCESSES = "--model-processes"
+_OF_TASKS = ("include_path", "limit", "num_fewshot", "seed", "confirm_run_unsafe_code")
+_OF_TEXTS = ("text_key", "stride")
 
 _Model = Annotated[
     Path,
@@ -115,6 +117,7 @@ _ModelProcesses = Annotated[
 
 
 def evaluate(
+    context: typer.Context,
     model: _Model,
     tasks: _Tasks = None,
     include_path: _IncludePath = None,
@@ -133,18 +136,22 @@ def evaluate(
     model_processes: _ModelProcesses = 1,
 ) -> None:
     """Evaluate a model: benchmarks of lm-eval, or perplexity and bits per byte of texts."""
-    if bool(text) == bool(tasks):
+    names = tuple(filter(None, map(str.strip, (tasks or "").split(","))))
+    if bool(text) == bool(names):
         raise UserError("give --tasks NAME,... or --text PATH: what the model is evaluated on")
-    shown = (include_path, limit, num_fewshot, seed, confirm_run_unsafe_code)
-    choice = Choice(tuple(filter(None, (tasks or "").split(","))), *shown)
+    _check_options(context, is_tasks=bool(names))
+    choice = Choice(names, include_path, limit, num_fewshot, seed, confirm_run_unsafe_code)
     count = _all_processes(processes, model_processes)
+    from keel_megatron.inference.prompts import check_out
     from keel_megatron.inference.source import config_of, opened
 
     loaded: dict[str, Any] | None = None
     if not is_rank():
         # A mistake is told once, before any process has a model.
         config_of(model, model_processes, MODEL_PROCESSES)
-        loaded = load_tasks(choice) if tasks else None
+        if names and out is not None:
+            check_out(out)
+        loaded = load_tasks(choice) if names else None
         if count > 1:
             sys.exit(launch(count, ["-m", "keel_megatron", *sys.argv[1:]]))
     open_model = partial(
@@ -155,7 +162,7 @@ def evaluate(
         model_processes=model_processes,
         option=MODEL_PROCESSES,
     )
-    if tasks:
+    if names:
         _on_tasks(model, open_model, choice, loaded, batch_tokens, out, as_json=as_json)
     else:
         given = (tuple(text or ()), text_key, stride, batch_tokens)
@@ -206,8 +213,24 @@ def _on_tasks(
     if out is not None:
         with writing("--out", out):
             out.write_text(content + "\n", encoding="utf-8")
-    if found.step is not None and not is_checkpoint(model):
+    if found.step is None or is_checkpoint(model):
+        _say(f"{model}: not logged, because it is not a run's folder")
+    else:
         _say(add_metrics(model, found.step, found.metrics()))
+
+
+def _check_options(context: typer.Context, *, is_tasks: bool) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        UserError: an option of --text is given with --tasks, or the other way round.
+    """
+    chosen, others = ("--tasks", _OF_TEXTS) if is_tasks else ("--text", _OF_TASKS)
+    for name in others:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: it has no effect with {chosen}; leave it out")
 
 
 def _say(text: str) -> None:

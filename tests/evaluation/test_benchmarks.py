@@ -73,7 +73,7 @@ def test_metrics_go_to_the_run(
 
     added: list[Any] = []
     monkeypatch.setattr(sync, "add_metrics", lambda *given: added.append(given) or "done")
-    command = ["evaluate", "--include-path", str(local_tasks), "--tasks", "local_choice"]
+    command = ["evaluate", "--include-path", str(local_tasks), "--tasks", " local_choice, "]
     done = CliRunner().invoke(app, [*command, str(runs / "pre_ln"), "--limit", "4"])
     assert done.exit_code == 0, done.output
     ((run, step, metrics),) = added
@@ -83,15 +83,39 @@ def test_metrics_go_to_the_run(
         *("lm_eval/local_choice/acc_norm_stderr", "lm_eval/local_choice/acc_stderr"),
     ]
     assert "      4  acc" in done.stdout
-    CliRunner().invoke(app, [*command, str(runs / "pre_ln/checkpoints/step_00000000")])
+    done = CliRunner().invoke(app, [*command, str(runs / "pre_ln/checkpoints/step_00000000")])
     assert len(added) == 1, "a checkpoint alone has no run"
+    assert "step_00000000: not logged, because it is not a run's folder" in done.stderr
 
 
 def test_one_of_tasks_and_texts_is_given(runs: Path) -> None:
-    for more in ([], ["--tasks", "x", "--text", "y"]):
+    for more in ([], ["--tasks", "x", "--text", "y"], ["--tasks", ", "]):
         done = CliRunner().invoke(app, ["evaluate", str(runs / "keel"), *more])
         assert isinstance(done.exception, UserError)
         assert str(done.exception).startswith("give --tasks NAME,... or --text PATH")
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (["--tasks", "x", "--stride", "3"], "--stride: it has no effect with --tasks"),
+        (["--text", "x", "--limit", "3"], "--limit: it has no effect with --text"),
+        (["--text", "x", "--num-fewshot", "0"], "--num-fewshot: it has no effect with --text"),
+        (["--tasks", "x", "--limit", "0"], "--limit: 0 must be a whole number from 1, or a share"),
+        (["--tasks", "x", "--limit", "1.5"], "--limit: 1.5 must be a whole number from 1"),
+        (["--tasks", "x", "--limit", "inf"], "--limit: inf must be a whole number from 1"),
+        (["--tasks", "x", "--out", "/no/such/file"], "--out: /no/such/file cannot be written"),
+    ],
+)
+def test_options_are_checked_before_a_model_is_loaded(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], problem: str
+) -> None:
+    from keel_megatron.inference import source
+
+    monkeypatch.setattr(source, "load", lambda *_: pytest.fail("loads the model"))
+    done = CliRunner().invoke(app, ["evaluate", str(runs / "keel"), *given])
+    assert isinstance(done.exception, UserError), done.output
+    assert str(done.exception).startswith(problem)
 
 
 def test_a_request_that_does_not_fit(runs: Path, local_tasks: Path, tmp_path: Path) -> None:
