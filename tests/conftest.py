@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
@@ -20,6 +21,14 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
     torch.set_num_threads(1)
+
+# On a busy machine Hypothesis would call a test slow, and fail it.
+hypothesis.settings.register_profile(
+    "any machine",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("any machine")
 
 LONG = ("integration", "training", "checkpoint")
 

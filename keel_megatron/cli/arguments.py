@@ -52,6 +52,13 @@ Overrides = Annotated[
         callback=_show_old_overrides,
     ),
 ]
+ModelFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder of a run, runs/NAME, or of a checkpoint; or a Hugging Face folder.",
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run: runs/NAME.")]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keel_megatron.cli.arguments import writing
+from keel_megatron.cli.arguments import ModelFolder, writing
 from keel_megatron.errors import UserError
 from keel_megatron.evaluation.tasks import Choice, load_tasks
 from keel_megatron.runtime.local_launch import launch
@@ -28,13 +28,6 @@ MODEL_PROCESSES = "--model-processes"
 _OF_TASKS = ("include_path", "limit", "num_fewshot", "seed", "confirm_run_unsafe_code")
 _OF_TEXTS = ("text_key", "stride")
 
-_Model = Annotated[
-    Path,
-    typer.Argument(
-        metavar="MODEL",
-        help="Folder of a run, runs/NAME, or of a checkpoint, or a Hugging Face folder.",
-    ),
-]
 _Tasks = Annotated[
     str | None,
     typer.Option(
@@ -118,7 +111,7 @@ _ModelProcesses = Annotated[
 
 def evaluate(
     context: typer.Context,
-    model: _Model,
+    model: ModelFolder,
     tasks: _Tasks = None,
     include_path: _IncludePath = None,
     limit: _Limit = None,
@@ -147,7 +140,7 @@ def evaluate(
 
     loaded: dict[str, Any] | None = None
     if not is_rank():
-        # A mistake is told once, before any process has a model.
+        # A mistake is reported once, before any process has a model.
         config_of(model, model_processes, MODEL_PROCESSES)
         if names and out is not None:
             check_out(out)
@@ -216,7 +209,7 @@ def _on_tasks(
     if found.step is None or is_checkpoint(model):
         _say(f"{model}: not logged, because it is not a run's folder")
     else:
-        _say(add_metrics(model, found.step, found.metrics()))
+        _say(add_metrics(model, found.step, found.metrics(choice)))
 
 
 def _check_options(context: typer.Context, *, is_tasks: bool) -> None:

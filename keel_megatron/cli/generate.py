@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from keel_megatron.cli.arguments import ModelFolder
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.runtime.processes import is_rank
@@ -19,13 +20,6 @@ from keel_megatron.runtime.processes import is_rank
 if TYPE_CHECKING:
     from keel_megatron.inference.generate import Completion
 
-_Run = Annotated[
-    Path,
-    typer.Argument(
-        metavar="RUN",
-        help="Folder of a run, runs/NAME, or of a checkpoint; or a Hugging Face folder.",
-    ),
-]
 _Prompt = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Text to continue; shown as it is generated.")
 ]
@@ -52,7 +46,7 @@ _Slide = Annotated[
     bool,
     typer.Option(
         "--slide",
-        help="At the end of the context go on with its newest half, read again. Otherwise the "
+        help="At the end of the context continue with its newest half, read again. Otherwise the "
         "continuation ends there.",
     ),
 ]
@@ -75,7 +69,7 @@ _Graphs = Annotated[
 
 
 def generate(
-    run: _Run,
+    model: ModelFolder,
     prompt: _Prompt = None,
     prompts: _Prompts = None,
     out: _Out = None,
@@ -94,7 +88,7 @@ def generate(
     processes: _Processes = 1,
     cuda_graphs: _Graphs = False,
 ) -> None:
-    """Generate text from a run's newest checkpoint, or from a given checkpoint."""
+    """Generate text from a run's newest checkpoint, another one, or a Hugging Face folder."""
     from keel_megatron.inference.prompts import check_out, read_prompts
 
     is_main = processes == 1 or os.environ.get("RANK", "0") == "0"
@@ -111,7 +105,7 @@ def generate(
     if processes > 1 and not is_rank():
         from keel_megatron.inference.source import config_of
 
-        config_of(run, processes)  # a mistake is reported once, not by every process
+        config_of(model, processes)  # a mistake is reported once, not by every process
         sys.exit(launch(processes, ["-m", "keel_megatron", *sys.argv[1:]]))
     from keel_megatron.inference.generate import generate_prompts
 
@@ -119,7 +113,7 @@ def generate(
     done: dict[int, Completion] = {}
     with _shown(done, len(texts), out, streamed=streams, is_main=is_main):
         _completions, speed = generate_prompts(
-            run,
+            model,
             texts,
             sampling,
             step=step,
@@ -162,6 +156,6 @@ def _show(done: dict[int, Completion], out: Path | None, *, streamed: bool) -> N
         write_out(out, completions)
     for reason in sorted({one.ended for one in completions}):
         count = sum(one.ended == reason for one in completions)
-        hint = " (data.seq_length; --slide goes on)" if reason == "end of context" else ""
+        hint = " (data.seq_length; --slide continues)" if reason == "end of context" else ""
         which = "" if len(completions) == 1 else f"{count} x "
         print(f"ended: {which}{reason}{hint}", file=sys.stderr)

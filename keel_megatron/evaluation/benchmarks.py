@@ -45,11 +45,19 @@ class Evaluation:
         """Lines of a table."""
         return figures_table(self.figures)
 
-    def metrics(self) -> dict[str, float]:
-        """Values and standard errors by their names in MLflow."""
-        named = {one.name: one.value for one in self.figures}
-        errors = {f"{one.name}_stderr": one.error for one in self.figures if one.error is not None}
-        return named | errors
+    def metrics(self, choice: Choice) -> dict[str, float]:
+        """Values and standard errors by their names in MLflow.
+
+        Args:
+            choice: the tasks that were asked for.
+        """
+        found: dict[str, float] = {}
+        for one in self.figures:
+            name = one.name(choice.mark)
+            found[name] = one.value
+            if one.error is not None:
+                found[f"{name}_stderr"] = one.error
+        return found
 
     def to_json(self, model: Path, choice: Choice, command: list[str]) -> str:
         """Everything that the results depend on, as one JSON object.

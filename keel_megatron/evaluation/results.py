@@ -44,11 +44,14 @@ class Figure:
     higher_is_better: bool | None
     is_group: bool
 
-    @property
-    def name(self) -> str:
-        """The metric's name in MLflow."""
+    def name(self, mark: str = "") -> str:
+        """The metric's name in MLflow.
+
+        Args:
+            mark: `Choice.mark`, which follows the task's name.
+        """
         metric = self.metric if self.filter is None else f"{self.metric}.{self.filter}"
-        return PREFIX + _UNNAMEABLE.sub("_", f"{self.task}/{metric}")
+        return PREFIX + _UNNAMEABLE.sub("_", f"{self.task}{mark}/{metric}")
 
 
 def figures(results: Mapping[str, Any]) -> list[Figure]:

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from keel_megatron.errors import UserError
 from keel_megatron.evaluation.rows import Row, Score
+from keel_megatron.inference.sampling import not_finite
 from keel_megatron.inference.source import Source
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.tracking.progress import duration
@@ -82,11 +82,7 @@ class Scorer:
         dist.all_reduce(found)
         logs, largest = found[0].tolist(), found[1].bool().tolist()
         if not bool(found.isfinite().all()):
-            raise UserError(
-                "the model's logits are not finite: its training has diverged; use an earlier "
-                "checkpoint, --step N",
-                reported=not self.runtime.is_main,
-            )
+            raise not_finite(reported=not self.runtime.is_main)
         spans = [slice(*pair) for pair in pairwise(first)]
         return [Score(tuple(logs[span]), all(largest[span])) for span in spans]
 

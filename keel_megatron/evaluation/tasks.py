@@ -37,6 +37,12 @@ class Choice:
     seed: int | None = None
     unsafe_code: bool = False
 
+    @property
+    def mark(self) -> str:
+        """What tells these results apart, in the names of metrics, from those of whole tasks."""
+        shots = "" if self.shots is None else f".{self.shots}shot"
+        return shots + ("" if self.limit is None else f".limit{self.limit:g}")
+
 
 def require_harness() -> None:
     """Check that lm-eval is installed.

@@ -10,10 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from keel_megatron.errors import UserError
 from keel_megatron.inference.continuation import Continuation, Decodes
 from keel_megatron.inference.decoder import Decoder
-from keel_megatron.inference.sampling import Sampling, choose
+from keel_megatron.inference.sampling import Sampling, choose, not_finite
 
 Reason = Literal["end of document", "stop text", "maximum of new tokens", "end of context"]
 """Why a continuation ended."""
@@ -129,11 +128,7 @@ class Generation:
             tokens = self._choose(logits, rows)
         tokens = self.decoder.agree(tokens)
         if _DIVERGED in tokens:
-            raise UserError(
-                "the model's logits are not finite: its training has diverged; use an earlier "
-                "checkpoint, --step N",
-                reported=not self.decoder.runtime.is_main,
-            )
+            raise not_finite(reported=not self.decoder.runtime.is_main)
         return tokens
 
     def _choose(self, logits: Tensor, rows: list[_Row]) -> list[int]:

@@ -24,7 +24,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Texts before which a continuation ends."""
     slide: bool = False
-    """At the context's end, go on with the newest half of the context."""
+    """At the context's end, continue with the newest half of the context."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -41,6 +41,18 @@ class Sampling:
     def generator(self, number: int) -> torch.Generator:
         """The random numbers of prompt `number` (from 0), whatever prompts are beside it."""
         return torch.Generator().manual_seed((self.seed + number) % 2**63)
+
+
+def not_finite(*, reported: bool) -> UserError:
+    """The error of a model whose logits are not finite.
+
+    Args:
+        reported: whether another rank says so.
+    """
+    return UserError(
+        "the model's logits are not finite: its training has diverged; use an earlier checkpoint",
+        reported=reported,
+    )
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -79,8 +79,8 @@ def test_metrics_go_to_the_run(
     ((run, step, metrics),) = added
     assert (run, step) == (runs / "pre_ln", 0)
     assert sorted(metrics) == [
-        *("lm_eval/local_choice/acc", "lm_eval/local_choice/acc_norm"),
-        *("lm_eval/local_choice/acc_norm_stderr", "lm_eval/local_choice/acc_stderr"),
+        *("lm_eval/local_choice.limit4/acc", "lm_eval/local_choice.limit4/acc_norm"),
+        *("lm_eval/local_choice.limit4/acc_norm_stderr", "lm_eval/local_choice.limit4/acc_stderr"),
     ]
     assert "      4  acc" in done.stdout
     done = CliRunner().invoke(app, [*command, str(runs / "pre_ln/checkpoints/step_00000000")])

@@ -65,7 +65,7 @@ def test_processes_share_the_model(run: Path, tmp_path: Path) -> None:
 def test_the_contexts_end_is_told(run: Path) -> None:
     arguments = ["generate", str(run), "--prompt", "def f", "--max-new-tokens", "60"]
     stopped = CliRunner().invoke(app, [*arguments, "--temperature", "0"])
-    assert "ended: end of context (data.seq_length; --slide goes on)" in stopped.stderr
+    assert "ended: end of context (data.seq_length; --slide continues)" in stopped.stderr
     slid = CliRunner().invoke(app, [*arguments, "--temperature", "0", "--slide"])
     assert slid.stdout.startswith(stopped.stdout.rstrip("\n"))
     assert "ended: maximum of new tokens" in slid.stderr
