@@ -31,6 +31,7 @@ from keel_megatron.huggingface.importing import open_folder
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
+from keel_megatron.runtime.tables import count
 
 _EARLIER = "tokenizer.model"
 """The tokenizer of an earlier version's prepared data."""
@@ -111,7 +112,7 @@ def config_of(path: Path, processes: int = 1, option: str = "--processes") -> Ru
     if stages > config.model.blocks:
         raise UserError(
             f"{option}: {processes} would be {stages} pipeline stages, and the model has "
-            f"{config.model.blocks} blocks; give at most {config.model.blocks * tensor}"
+            f"{count(config.model.blocks, 'block')}; give at most {config.model.blocks * tensor}"
         )
     return config.model_copy(
         update={

@@ -146,6 +146,7 @@ def test_lm_evals_own_command_line(
     done = CliRunner().invoke(app, [*command, "--output_path", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert "|local_choice|" in done.stdout
+    assert "Tasks" in done.stdout, "pytablewriter before 1.0 drops lm-eval's headings"
     (written,) = tmp_path.glob("**/results*.json")
     found = json.loads(written.read_text())["results"]["local_choice"]
     accuracy = alone["lm_eval"]["results"]["local_choice"]
