@@ -175,7 +175,7 @@ def test_names_of_metrics() -> None:
         "n-shot": {"gsm8k": 5},
     }
     strict, passed = figures(results)
-    assert (strict.name, strict.error, strict.documents, strict.shots) == (
+    assert (strict.name(), strict.error, strict.documents, strict.shots) == (
         *("lm_eval/gsm8k/exact_match.strict-match", None, 9, 5),
     )
-    assert passed.name == "lm_eval/gsm8k/pass_1.create_test"
+    assert passed.name(".0shot") == "lm_eval/gsm8k.0shot/pass_1.create_test"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 
 from keel_megatron.data.tokenizer import Tokenizer
 from keel_megatron.errors import UserError
+from keel_megatron.evaluation import scoring
+from keel_megatron.evaluation import text as text_module
 from keel_megatron.evaluation.perplexity import DocumentScore
 from keel_megatron.evaluation.text import Texts, evaluate_texts, windows
 from keel_megatron.inference.source import Source, opened
@@ -25,6 +28,13 @@ from tests.huggingface.models import write_run
 CONTEXT = 32
 LONG = "def parse(self, text):\n    return [part.strip() for part in text.split(',')]\n" * 5
 SHORT = "naïve café ✓"
+
+
+@pytest.fixture(autouse=True)
+def _no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a slow machine there would be lines of progress among the messages."""
+    monkeypatch.setattr(text_module, "SECONDS_BETWEEN_LINES", math.inf)
+    monkeypatch.setattr(scoring, "SECONDS_BETWEEN_LINES", math.inf)
 
 
 @pytest.fixture(scope="module")
