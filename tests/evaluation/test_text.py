@@ -30,11 +30,13 @@ LONG = "def parse(self, text):\n    return [part.strip() for part in text.split(
 SHORT = "naïve café ✓"
 
 
-@pytest.fixture(autouse=True)
-def _no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _no_progress() -> Iterator[None]:
     """On a slow machine there would be lines of progress among the messages."""
-    monkeypatch.setattr(text_module, "SECONDS_BETWEEN_LINES", math.inf)
-    monkeypatch.setattr(scoring, "SECONDS_BETWEEN_LINES", math.inf)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_module, "SECONDS_BETWEEN_LINES", math.inf)
+        patch.setattr(scoring, "SECONDS_BETWEEN_LINES", math.inf)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +184,8 @@ def test_progress_is_said(
     model: tuple[Source, Runtime], texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(0, 10_000, 10))
-    from keel_megatron.evaluation import text
-
-    monkeypatch.setattr(text, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(text_module, "SECONDS_BETWEEN_LINES", 5.0)
+    monkeypatch.setattr(text_module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     _found, said = run(model, texts, batch_tokens=1)
     tokens = len(model[0].tokenizer.encode(LONG))
     assert said[0] == f"0 documents, {tokens} tokens, {tokens / 10:.0f} tokens/s"
