@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import sys
 import time
 import urllib.error
@@ -268,6 +269,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C, so that the server, which has a session of its own, does not outlive the script.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
     except UserError as error:

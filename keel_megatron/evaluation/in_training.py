@@ -183,7 +183,8 @@ def _prepared(config: RunConfig, tokenizer: Path, *, together: bool) -> Prepared
     share = len(packing) / config.training.global_batch_size
     remarks.append(
         f"evaluation every {config.evaluation.every} steps: {', '.join(named)}; {len(rows):,} "
-        f"continuations in {len(packing):,} sequences, {share:.1f} times a step's"
+        f"continuations in {len(packing):,} sequences, {share:.1f} times "
+        "training.global_batch_size"
     )
     return Prepared(packing, questions, remarks)
 

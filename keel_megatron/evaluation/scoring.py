@@ -161,7 +161,7 @@ class _Progress:
         self._said = now
         share, seconds = self._done / self._total, now - self._started
         self._say(
-            f"{share:4.0%}  {self._done / seconds:,.0f} tokens/s a replica, "
+            f"{share:4.0%}  {self._done / seconds:,.0f} tokens/s per replica, "
             f"{duration(seconds * (1 - share) / share)} left"
         )
 

@@ -277,7 +277,7 @@ class _Reading:
         self._said = now
         tokens = self.tokens + sum(one.score.tokens for one in self.open)
         self.say(
-            f"{count(self.documents, 'document')}, {tokens:,} tokens, "
+            f"so far: {count(self.documents, 'document')}, {tokens:,} tokens, "
             f"{tokens / (now - self._began):,.0f} tokens/s"
         )
 

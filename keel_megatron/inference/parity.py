@@ -102,8 +102,8 @@ def choose_by_block(config: RunConfig) -> tuple[bool, str]:
         )
     needed, what = (whole, "model") if whole <= free else (by_block, "block")
     return whole > free, (
-        f"checking the logits: one {what} at a time, {needed / 1e9:.3g} GB of {free / 1e9:.3g} GB "
-        f"free on {where}"
+        f"the check of the logits needs {needed / 1e9:.3g} GB (one {what} at a time), and "
+        f"{free / 1e9:.3g} GB are free on {where}"
     )
 
 

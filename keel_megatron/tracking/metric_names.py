@@ -32,18 +32,18 @@ DEPTH, EARLIER_DEPTH = "depth.", "depth/"
 DESCRIPTION = """\
 | metric | meaning |
 |---|---|
-| `evaluation/TASK/acc`, `.../acc_norm` | share of questions whose right answer is the most \
-probable one, and the same with log probabilities per character |
-| `evaluation/TASK/bits_per_byte` | cross entropy of the right answer, bits per byte of its text |
 | `train/loss` | cross entropy of the step's global batch, nats per token |
 | `train/grad_norm` | L2 norm of the gradient before clipping |
 | `train/learning_rate` | learning rate of the step |
 | `validation/loss` | cross entropy of the validation sequences, nats per token |
 | `validation/SOURCE/loss` | the same for each source of a blend |
+| `evaluation/TASK/acc`, `.../acc_norm` | share of questions whose right answer is the most \
+probable one, and the same with log probabilities per character |
+| `evaluation/TASK/bits_per_byte` | cross entropy of the right answer, bits per byte of its text |
+| `lm_eval/TASK/METRIC`, `..._stderr` | `keel evaluate --tasks`, at the checkpoint's step |
 | `workload/consumed_tokens`, `workload/consumed_samples` | tokens and sequences seen so far |
 | `workload/skipped_steps` | steps so far whose update was skipped |
 | `workload/data_seconds` | part of `workload/step_seconds` that waits for data |
-| `lm_eval/TASK/METRIC`, `..._stderr` | `keel evaluate --tasks`, at the checkpoint's step |
 | `workload/...` | speed, memory (1e9 bytes) and checkpoints |
 | `depth.QUANTITY.min`, `.median`, `.max` | over the sub-layers |
 | `depth.QUANTITY.first_nonfinite` | the first sub-layer whose value is not finite |

@@ -125,7 +125,7 @@ def test_a_long_context_is_cut_on_the_left_and_said_once(tmp_path: Path, tokeniz
         "evaluation, own: 4 continuations with their contexts are longer than data.seq_length = "
         "32; the beginning of these contexts is cut off",
         "evaluation every 5 steps: own (3 documents); 6 continuations in 5 sequences, 0.3 times "
-        "a step's",
+        "training.global_batch_size",
     ]
 
 

@@ -188,4 +188,4 @@ def test_progress_is_said(
     monkeypatch.setattr(text_module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     _found, said = run(model, texts, batch_tokens=1)
     tokens = len(model[0].tokenizer.encode(LONG))
-    assert said[0] == f"0 documents, {tokens} tokens, {tokens / 10:.0f} tokens/s"
+    assert said[0] == f"so far: 0 documents, {tokens} tokens, {tokens / 10:.0f} tokens/s"

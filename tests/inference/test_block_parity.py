@@ -77,7 +77,7 @@ def test_the_command_compares_by_block_and_finds_a_wrong_weight(
     let_free(monkeypatch, 2e6)  # the model has 2.2 MB
     holds, said = exported(run, tmp_path / "a", check=True, dtype="bf16")
     assert holds
-    assert "one block at a time, " in said[0]
+    assert "(one block at a time), " in said[0]
     assert "within the bound 1e-05" in said[-2]
     assert said[-1].startswith("after every block the streams differ by at most")
 
