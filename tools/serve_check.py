@@ -35,6 +35,10 @@ warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 import torch
 from torch import Tensor
 
+from keel_megatron import compat
+
+compat.install()  # before Megatron-core is imported
+
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.tokenizer import open_tokenizer
 from keel_megatron.errors import UserError

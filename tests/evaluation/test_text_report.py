@@ -97,7 +97,7 @@ def test_replicas_and_an_exported_folder_find_the_same(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--text: name a text"),
+        ((), "give --tasks NAME,... or --text PATH"),
         (("--text", "none", "--processes", "2"), "--text: none does not exist"),
         (
             ("--text", "x", "--processes", "3", "--model-processes", "2"),
