@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -20,6 +19,7 @@ from keel_megatron.corpus.pool import run_jobs
 from keel_megatron.corpus.progress import BuildProgress
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.interpreter import python
+from keel_megatron.runtime.slurm import sbatch
 
 MOST_TASKS: Final = 64
 """Default number of tasks, unless there are fewer jobs."""
@@ -96,14 +96,14 @@ def slurm(
         keel = [*python(), "-m", "keel_megatron"]
         task = shlex.join([*keel, "data", "task", str(partial.absolute()), "--tasks", str(count)])
         common = [f"--cpus-per-task={workers}", "--ntasks=1", *options]
-        array = _sbatch(
+        array = sbatch(
             f"--array=0-{count - 1}",
             "--job-name=keel-data",
             f"--output={partial.absolute() / JOBS}/slurm-%A_%a.log",
             *common,
             f'--wrap={task} --workers {workers} --task "$SLURM_ARRAY_TASK_ID"',
         )
-        finish = _sbatch(
+        finish = sbatch(
             f"--dependency=afterany:{array}",
             "--job-name=keel-data-finish",
             f"--output={partial.absolute().parent}/slurm-%j.log",
@@ -153,18 +153,3 @@ def ray(*, tasks: int, workers: int) -> Execute:
             )
 
     return execute
-
-
-def _sbatch(*arguments: str) -> str:
-    """Submit a job; returns its number.
-
-    Raises:
-        UserError: sbatch refuses.
-    """
-    try:
-        done = subprocess.run(
-            ["sbatch", "--parsable", *arguments], check=True, capture_output=True, text=True
-        )
-    except subprocess.CalledProcessError as error:
-        raise UserError(f"--executor slurm: sbatch failed: {error.stderr.strip()}") from error
-    return done.stdout.strip().split(";")[0]

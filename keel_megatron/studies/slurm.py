@@ -18,6 +18,7 @@ import keel_megatron
 from keel_megatron.config.reading import read_small_text
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.files import write_whole
+from keel_megatron.runtime.slurm import sbatch
 from keel_megatron.runtime.tables import count
 from keel_megatron.studies.grid import Grid, GridRun
 from keel_megatron.studies.results import LOGS, has_result
@@ -78,7 +79,7 @@ def run_on_slurm(
     write_whole(script, script_text(grid, left, _root()))
     if submit:
         array = f"--array=0-{len(left) - 1}%{parallel}"
-        job = _sbatch(array, *options, str(script))
+        job = sbatch(array, *options, str(script))
         write_whole(grid.out / JOB, job + "\n")
         say(
             f"submitted {count(len(left), 'run')} as job {job}, {parallel} at a time; when it has "
@@ -152,18 +153,3 @@ def _waiting_job(out: Path) -> str | None:
         ) from error
     # A job that SLURM has forgotten is an error to squeue.
     return job if done.returncode == 0 and done.stdout.strip() else None
-
-
-def _sbatch(*arguments: str) -> str:
-    """Submit a job; returns its number.
-
-    Raises:
-        UserError: sbatch refuses.
-    """
-    try:
-        done = subprocess.run(
-            ["sbatch", "--parsable", *arguments], check=True, capture_output=True, text=True
-        )
-    except subprocess.CalledProcessError as error:
-        raise UserError(f"--executor slurm: sbatch failed: {error.stderr.strip()}") from error
-    return done.stdout.strip().split(";")[0]
