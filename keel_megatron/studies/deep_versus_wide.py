@@ -62,6 +62,7 @@ def study(config: RunConfig, axes: Axes, rates: Sequence[float]) -> Study:
     shapes = [shape_of(config.model, sub_layers) for sub_layers in axes.depths]
 
     def point(rule: str, shape: Shape, rate: float) -> Point:
+        """One rule, shape and rate."""
         overrides = {"model.residual": rule, **shape.overrides, "optimizer.learning_rate": rate}
         labels: dict[str, Label] = {
             "rule": rule,

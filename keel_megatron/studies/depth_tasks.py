@@ -70,6 +70,7 @@ def study(
         ) from error
 
     def point(task: str, rule: str, sub_layers: int) -> Point:
+        """One task, rule and depth."""
         training, questions = files[task]
         overrides: dict[str, Any] = {
             "model.residual": rule,

@@ -60,6 +60,7 @@ def study(config: RunConfig, axes: Axes, ceilings: Sequence[float] = (CEILING,))
     steps = config.training.steps
 
     def point(rule: str, sub_layers: int, ceiling: float) -> Point:
+        """One rule, depth and ceiling."""
         overrides = {
             "model.residual": rule,
             **depth(sub_layers),

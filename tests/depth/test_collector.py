@@ -17,8 +17,8 @@ from keel_megatron.depth.profile import QUANTITIES, DepthProfile, first_nonfinit
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
 from tests.distributed import run_ranks
-from tests.model.test_exactness import pair_up
-from tests.reference_model import Attention, ReferenceModel, Shape, rotate
+from tests.model.test_exactness import pair_up, shape_of
+from tests.reference_model import Attention, ReferenceModel, rotate
 from tests.settings import settings, small_config
 from tests.training.ranks import made_up_batches
 
@@ -203,22 +203,9 @@ def beside_the_reference(sections: dict[str, Any]) -> tuple[DepthProfile, dict[s
     from keel_megatron.model.language_model import build_model
 
     config = RunConfig.model_validate(sections)
-    model = config.model
     with start(config.parallel, config.training) as runtime:
         engine = MegatronEngine(config, runtime, perturbed(build_model(config, runtime), False))
-        reference = ReferenceModel(
-            Shape(
-                blocks=model.blocks,
-                hidden_size=model.hidden_size,
-                ffn_hidden_size=model.ffn_hidden_size,
-                num_attention_heads=model.num_attention_heads,
-                num_query_groups=model.query_groups,
-                vocab_size=config.data.vocab_size,
-                residual=model.residual,
-                first_block=model.first_block,
-                final_norm=model.final_norm,
-            )
-        )
+        reference = ReferenceModel(shape_of(config))
         with torch.no_grad():
             for _name, ours, theirs in pair_up(engine.chunks[0], reference):
                 theirs.copy_(ours)

@@ -26,6 +26,23 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 CASES = [(rule, "v2", True) for rule in RULES] + [("keel", "v1", True), ("keel", "v2", False)]
 
 
+def shape_of(config: RunConfig) -> Shape:
+    """The reference's shape for a run's model."""
+    model = config.model
+    return Shape(
+        blocks=model.blocks,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        vocab_size=config.data.vocab_size,
+        residual=model.residual,
+        first_block=model.first_block,
+        final_norm=model.final_norm,
+        alpha=None if model.alpha == "auto" else float(model.alpha),
+    )
+
+
 def pair_up(package: nn.Module, reference: ReferenceModel) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, package's tensor as the reference arranges it, reference's parameter).
 
@@ -102,21 +119,8 @@ def errors(blocks: int, dtype: torch.dtype) -> dict[tuple, dict[str, float]]:
 def compare(config: RunConfig, runtime, dtype: torch.dtype) -> dict[str, float]:
     from keel_megatron.model.language_model import build_model
 
-    model = config.model
     (package,) = build_model(config, runtime, compute_dtype=dtype)
-    reference = ReferenceModel(
-        Shape(
-            blocks=model.blocks,
-            hidden_size=model.hidden_size,
-            ffn_hidden_size=model.ffn_hidden_size,
-            num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.query_groups,
-            vocab_size=config.data.vocab_size,
-            residual=model.residual,
-            first_block=model.first_block,
-            final_norm=model.final_norm,
-        )
-    ).to(dtype)
+    reference = ReferenceModel(shape_of(config)).to(dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in package.parameters():

@@ -21,8 +21,8 @@ from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import start
 from tests.distributed import run_ranks
 from tests.engines.deepspeed.ranks import zero
-from tests.model.test_exactness import config_of, pair_up, relative
-from tests.reference_model import ReferenceModel, Shape, SubLayerReference
+from tests.model.test_exactness import config_of, pair_up, relative, shape_of
+from tests.reference_model import ReferenceModel, SubLayerReference
 from tests.settings import settings, small_config
 from tests.training.ranks import made_up_batches, train_steps
 
@@ -100,20 +100,7 @@ def pair(config: RunConfig, runtime: Any) -> tuple[Any, ReferenceModel]:
     from keel_megatron.model.language_model import build_model
 
     (package,) = build_model(config, runtime, compute_dtype=torch.float64)
-    model = config.model
-    reference = ReferenceModel(
-        Shape(
-            blocks=model.blocks,
-            hidden_size=model.hidden_size,
-            ffn_hidden_size=model.ffn_hidden_size,
-            num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.query_groups,
-            vocab_size=config.data.vocab_size,
-            residual=model.residual,
-            first_block=model.first_block,
-            final_norm=model.final_norm,
-        )
-    ).double()
+    reference = ReferenceModel(shape_of(config)).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in package.parameters():

@@ -16,8 +16,8 @@ from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.studies.redundancy.units import NOTHING, Removal, Unit, passes, sub_layers_of
 from keel_megatron.studies.redundancy.walk import angular_distance
 from tests.distributed import run_ranks
-from tests.model.test_exactness import CASES, pair_up
-from tests.reference_model import ReferenceModel, Shape
+from tests.model.test_exactness import CASES, pair_up, shape_of
+from tests.reference_model import ReferenceModel
 from tests.studies.redundancy.models import (
     LENGTH,
     SEQUENCES,
@@ -45,20 +45,7 @@ class Zero(nn.Module):
 
 def plain_twin(chunk: nn.Module, config: RunConfig) -> ReferenceModel:
     """The plain PyTorch model with the same weights."""
-    model = config.model
-    reference = ReferenceModel(
-        Shape(
-            blocks=model.blocks,
-            hidden_size=model.hidden_size,
-            ffn_hidden_size=model.ffn_hidden_size,
-            num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.query_groups,
-            vocab_size=config.data.vocab_size,
-            residual=model.residual,
-            first_block=model.first_block,
-            final_norm=model.final_norm,
-        )
-    )
+    reference = ReferenceModel(shape_of(config))
     with torch.no_grad():
         for _name, ours, theirs in pair_up(chunk, reference):
             theirs.copy_(ours)
