@@ -40,9 +40,10 @@ def train_tokenizer(documents: Iterable[str | Iterable[str]], vocab_size: int) -
         UserError: there is no text, or the vocabulary is too large or too small for it.
     """
     model = io.BytesIO()
+    pieces = _Remembering(_pieces(documents))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_pieces(documents),
+            sentence_iterator=iter(pieces),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -65,8 +66,28 @@ def train_tokenizer(documents: Iterable[str | Iterable[str]], vocab_size: int) -
             minloglevel=2,
         )
     except RuntimeError as error:
+        if pieces.error is not None:
+            raise pieces.error from None
         raise UserError(_reason(error, vocab_size)) from error
     return model.getvalue()
+
+
+class _Remembering:
+    """An iterator and what it raised: SentencePiece makes a RuntimeError of any exception.
+
+    A signal's SystemExit is among them, and errors of files that are read on the way.
+    """
+
+    def __init__(self, texts: Iterator[str]) -> None:
+        self._texts = texts
+        self.error: BaseException | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._texts
+        except BaseException as error:
+            self.error = error
+            raise
 
 
 def _pieces(documents: Iterable[str | Iterable[str]]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,17 @@ def test_chunks_of_a_text_train_the_same(text: Path) -> None:
     sources = [path.read_text() for path in sorted(text.iterdir())]
     chunks = [[source[at : at + 999] for at in range(0, len(source), 999)] for source in sources]
     assert train_tokenizer(chunks, 512) == train_tokenizer(sources, 512)
+
+
+@pytest.mark.parametrize("error", [SystemExit(143), KeyboardInterrupt(), UserError("a bad file")])
+def test_what_ends_the_text_is_raised_as_it_is(error: BaseException) -> None:
+    def documents() -> Iterator[str]:
+        yield "hello world"
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        train_tokenizer(documents(), 300)
+    assert raised.value is error
 
 
 def test_too_little_text_for_the_vocabulary() -> None:
