@@ -128,7 +128,7 @@ class SubLayerReference(nn.Module):
         self.F = Attention(shape) if l % 2 == 0 else FeedForward(shape)
         rule, first = shape.residual, l < 2
         post = rule == "mix_ln" and l // 2 < shape.blocks // 4
-        if rule in ("keel", "pre_ln") or (rule == "mix_ln" and not post):
+        if rule in ("keel", "pre_ln", "layer_norm_scaling") or (rule == "mix_ln" and not post):
             self.N_in = Norm(shape.hidden_size, shape.norm_epsilon)
         plain = rule == "keel" and (l == 0 or (first and shape.first_block == "v1"))
         scaled = rule in ("keel", "post_ln", "deepnorm", "scaled_post_ln", "scaled_post_ln_beta")
@@ -183,6 +183,11 @@ def mix_ln(m: SubLayerReference, x: Tensor) -> Tensor:
     return post_ln(m, x) if m.l // 2 < m.shape.blocks // 4 else pre_ln(m, x)
 
 
+def layer_norm_scaling(m: SubLayerReference, x: Tensor) -> Tensor:
+    """x + F(N(x) / sqrt(k)), block k from 1."""
+    return x + m.F(m.N_in(x) / (1 + m.l // 2) ** 0.5)
+
+
 EQUATIONS: dict[str, Callable[[SubLayerReference, Tensor], Tensor]] = {
     "keel": keel,
     "pre_ln": pre_ln,
@@ -192,6 +197,7 @@ EQUATIONS: dict[str, Callable[[SubLayerReference, Tensor], Tensor]] = {
     "mix_ln": mix_ln,
     "scaled_post_ln": scaled_post_ln,
     "scaled_post_ln_beta": scaled_post_ln_beta,
+    "layer_norm_scaling": layer_norm_scaling,
 }
 
 

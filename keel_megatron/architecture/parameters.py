@@ -8,7 +8,8 @@ from keel_megatron.architecture.residual import Reader, SubLayer
 from keel_megatron.architecture.shape import ModelShape
 
 COUNTS = Reader(
-    "the count of parameters", ("alpha", "branch_factor", "inner", "outer_norm", "qkv_norm")
+    "the count of parameters",
+    ("alpha", "branch_factor", "inner", "inner_factor", "outer_norm", "qkv_norm"),
 )
 
 

@@ -3,13 +3,13 @@
 Sub-layers are numbered l = 0 .. L-1 over the whole model (even: attention, odd: FFN), L = 2 x
 blocks. N is an RMSNorm with learned weights and no bias. Every rule is an instance of
 
-    x_{l+1} = N_out(alpha * x_l + c * F_l(G(x_l)))
+    x_{l+1} = N_out(alpha * x_l + c * F_l(d * G(x_l)))
 
-where N_out may be absent, G is a norm N_in, a learned vector or nothing, and c is a factor of the
-branch. So a rule is the table of what each sub-layer has, and a new rule is one more row of
-`RULES`: the choices of `model.residual` and the settings that go with it, the model and its initial
-weights, the compiled blocks, the planner's costs and the parameter counts all read the table
-(tests/architecture/test_new_rule.py adds one).
+where N_out may be absent, G is a norm N_in, a learned vector or nothing, and c and d are factors of
+the branch's output and input. So a rule is the table of what each sub-layer has, and a new rule is
+one more row of `RULES`: the choices of `model.residual` and the settings that go with it, the model
+and its initial weights, the compiled blocks, the planner's costs and the parameter counts all read
+the table (tests/architecture/test_new_rule.py adds one).
 
 They read it through a `Reader`, which lists the columns that its code honours. A sub-layer that
 needs another column is refused there: no code can ignore a column it does not know.
@@ -57,6 +57,8 @@ class SubLayer:
     """c, factor of the branch's output."""
     inner: Inner = "none"
     """G, in front of the branch: N_in, a learned vector (from 1), or nothing."""
+    inner_factor: float = 1.0
+    """d, factor of G's output; only where G is a norm or a vector, whose weights it multiplies."""
     outer_norm: bool = False
     """N_out, after the addition."""
     qkv_norm: bool = False
@@ -113,6 +115,11 @@ class Reader:
                     f"{l}, which {self.path} cannot honour; choose another rule, or add the column "
                     "there (architecture/residual.py)"
                 )
+        if row.inner_factor != 1.0 and row.inner == "none":
+            raise UserError(
+                f"model.residual: {model.residual} sets inner_factor in sub-layer {l}, which has "
+                "no inner norm or vector; scale the branch with branch_factor instead"
+            )
         if row.qkv_norm and l % 2:
             raise UserError(
                 f"model.residual: {model.residual} sets qkv_norm in sub-layer {l}, an FFN; only "
@@ -184,6 +191,15 @@ def scaled_post_ln_beta(_l: int, model: Model) -> SubLayer:
     return SubLayer(alpha=alpha(model), inner="vector", outer_norm=True)
 
 
+def layer_norm_scaling(l: int, _model: Model) -> SubLayer:
+    """LayerNorm scaling (Sun et al. 2025, arXiv 2502.05795): x_{l+1} = x_l + F_l(N_in(x_l) / s).
+
+    s = sqrt(k) with k the block's number from 1, the same for its attention and its FFN, as in the
+    authors' code (lmsdss/LayerNorm-Scaling, `layer_index + 1`): the paper's layer is a block.
+    """
+    return SubLayer(inner="norm", inner_factor=(l // 2 + 1) ** -0.5)
+
+
 RULES: dict[str, Rule] = {
     "keel": Rule(keel, settings=("alpha", "first_block"), alpha_exponent=1.0),
     "pre_ln": Rule(pre_ln),
@@ -195,6 +211,7 @@ RULES: dict[str, Rule] = {
     "mix_ln": Rule(mix_ln),
     "scaled_post_ln": Rule(scaled_post_ln, settings=("alpha",), alpha_exponent=1.0),
     "scaled_post_ln_beta": Rule(scaled_post_ln_beta, settings=("alpha",), alpha_exponent=1.0),
+    "layer_norm_scaling": Rule(layer_norm_scaling),
 }
 """By name, which is what `model.residual` says."""
 

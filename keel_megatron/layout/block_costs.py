@@ -7,6 +7,7 @@ symbols are those of costs.py.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 from keel_megatron.architecture.flops import attention_score_flops, block_forward_flops
@@ -17,14 +18,19 @@ from keel_megatron.layout import kernel_counts
 from keel_megatron.layout.kernel_counts import Rows
 from keel_megatron.layout.work import STREAM_BYTES, Cost, Execution, Kernel, Shape, Work
 
-COSTS = Reader("the planner's costs", ("alpha", "branch_factor", "inner", "outer_norm", "qkv_norm"))
+COSTS = Reader(
+    "the planner's costs",
+    ("alpha", "branch_factor", "inner", "inner_factor", "outer_norm", "qkv_norm"),
+)
+_ANY_FACTOR = 0.5
 
 
 def typical_rows(model: ModelConfig) -> Rows:
     """The columns of the most common kind of block; on a tie, of that with the most norms.
 
     A block's kind is its attention, its FFN, and the attention of the next block. Where blocks
-    differ, the plan treats all of them as the most common kind, except for parameter counts.
+    differ, the plan treats all of them as the most common kind, except for parameter counts. What
+    an `inner_factor` is does not change a cost, only that there is one.
     """
     return _typical_rows(RULES[model.residual], model)
 
@@ -32,6 +38,9 @@ def typical_rows(model: ModelConfig) -> Rows:
 @cache
 def _typical_rows(_rule: Rule, model: ModelConfig) -> Rows:
     rows = [COSTS.sub_layer(l, model) for l in range(model.sub_layers)]
+    rows = [
+        row if row.inner_factor == 1.0 else replace(row, inner_factor=_ANY_FACTOR) for row in rows
+    ]
     kinds = Counter(
         # The last block counts as if an identical block followed.
         (rows[l], rows[l + 1], rows[l + 2] if l + 2 < len(rows) else rows[l])
@@ -175,12 +184,14 @@ def _join_kept(shape: Shape, kernel: Kernel, row: SubLayer, following: SubLayer)
     t, h, c = shape.tokens, shape.h, shape.c
     # In fp32 without a norm in between, the next branch's input is the stream itself.
     copied = c != STREAM_BYTES or following.inner != "none"
+    # The weight of the next norm or vector times its factor, which is a tensor of its own.
+    scaled = STREAM_BYTES * shape.model.hidden_size * (following.inner_factor != 1.0)
     if kernel == "triton":  # x, f, z; both statistics
-        return t * (STREAM_BYTES + c + c * copied) * h + 2 * shape.statistic_bytes()
+        return t * (STREAM_BYTES + c + c * copied) * h + 2 * shape.statistic_bytes() + scaled
     # Every norm keeps its input; with two norms, the inner one's input is the outer one's output.
     norms = int(row.outer_norm) + int(following.inner == "norm")
     inputs = norms + int(following.inner == "vector")
-    return inputs * t * STREAM_BYTES * h + norms * shape.statistic_bytes() + t * c * h
+    return inputs * t * STREAM_BYTES * h + norms * shape.statistic_bytes() + t * c * h + scaled
 
 
 def _head_norms_bytes(shape: Shape, rows: Rows) -> int:

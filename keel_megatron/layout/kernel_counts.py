@@ -119,6 +119,14 @@ def _parts(
 
 
 def _join(row: SubLayer, following: SubLayer, compiled: bool, fused: bool) -> tuple[int, int]:
+    forward, backward = _sum_and_norms(row, following, compiled, fused)
+    scaled = int(following.inner_factor != 1.0)  # the next norm's weight times its factor
+    return forward + scaled, backward + scaled
+
+
+def _sum_and_norms(
+    row: SubLayer, following: SubLayer, compiled: bool, fused: bool
+) -> tuple[int, int]:
     if compiled:
         return 1, 4
     norms = int(row.outer_norm) + int(following.inner == "norm")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from keel_megatron.errors import UserError
 from keel_megatron.kernels import reference, triton_is_installed
 from keel_megatron.model.attention import causal_attention
 from keel_megatron.model.documents import Documents, Packed
-from keel_megatron.model.join import COLUMNS, join
+from keel_megatron.model.join import COLUMNS, join, weight_of
 from keel_megatron.model.layer import KeelLayer
 from keel_megatron.model.rotary import apply_rotary
 
@@ -47,6 +47,7 @@ class Structure:
     groups: int
     epsilon: float
     attention: SubLayer
+    """Without `inner_factor`, which differs from block to block: it is part of the weights."""
     mlp: SubLayer
     following: Inner | None
     """In front of the next block's attention; None: unknown."""
@@ -72,7 +73,8 @@ def block(
         table: the rotary table [2, s, 1, 1, d].
         products: weights of linear_qkv, linear_proj, linear_fc1 and linear_fc2.
         outer: weights of the outer norms of attention and FFN, or None.
-        inner: norm weights or vectors in front of the FFN and of the next attention, or None.
+        inner: norm weights or vectors in front of the FFN and of the next attention, times their
+            factors (`model.join.weight_of`), or None.
         heads: weights of the query, key and value norms, or None.
         within: of the micro-batch's documents (`Documents.within`), or None.
 
@@ -192,8 +194,8 @@ class CompiledBlock:
         self._structure = Structure(
             groups=attention.num_query_groups_per_partition,
             epsilon=layer.config.layernorm_epsilon,
-            attention=rules[0],
-            mlp=rules[1],
+            attention=replace(rules[0], inner_factor=1.0),
+            mlp=replace(rules[1], inner_factor=1.0),
             following=following,
         )
         self._products = tuple(
@@ -208,7 +210,7 @@ class CompiledBlock:
         norms = (layer.attention_outer_norm, layer.mlp_outer_norm)
         self._outer = tuple(map(_weight, norms))
         after = layer.following[0].input_layernorm if layer.following else None
-        self._inner = (_weight(layer.pre_mlp_layernorm), _weight(after))
+        self._inner = (layer.pre_mlp_layernorm, after)
         heads = (attention.q_layernorm, attention.k_layernorm, attention.v_layernorm)
         self._heads = tuple(map(_weight, heads)) if rules[0].qkv_norm else None
 
@@ -223,7 +225,7 @@ class CompiledBlock:
             table,
             self._products,
             self._outer,
-            self._inner,
+            tuple(map(weight_of, self._inner)),
             self._heads,
             None if documents is None else _within(documents, z, table),
         )

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from keel_megatron.architecture.residual import Inner, SubLayer
 
-COLUMNS = ("alpha", "branch_factor", "inner", "outer_norm")
-"""The columns that `join` and `branch_input` implement."""
+COLUMNS = ("alpha", "branch_factor", "inner", "inner_factor", "outer_norm")
+"""The columns that `join` and `branch_input` implement, with weights from `weight_of`."""
 
 Operation = Callable[..., tuple[Tensor, Tensor | None]]
 """The fused scaled add + norms: `kernels.scaled_add_norm` or its definition."""
@@ -71,7 +71,10 @@ def branch_input(inner: Inner, x: Tensor, weight: Tensor | None, dtype: torch.dt
 
 
 def weight_of(module: Any) -> Tensor | None:
-    """The weight of a norm or vector in the stream's type, or None."""
+    """The weight of a norm or vector as it is applied, in the stream's type, or None.
+
+    `inner_factor` is part of it: d N(x) is the norm with d times its weight.
+    """
     if module is None or not hasattr(module, "weight"):
         return None
     weight: Tensor = getattr(module, "stream_weight", module.weight)

@@ -83,6 +83,9 @@ class KeelLayer(TransformerLayer):
             self.input_layernorm = self._build(instead[self.attention_rule.inner])
         if self.mlp_rule.inner != "norm":
             self.pre_mlp_layernorm = self._build(instead[self.mlp_rule.inner])
+        for rule, module in (self.inner("attention"), self.inner("mlp")):
+            if rule.inner != "none":
+                module.factor = rule.inner_factor  # type: ignore[assignment]
         self.following: tuple[KeelLayer, ...] = ()
         self.observer: Observer | None = None
         self.compiled: Compiled | None = None

@@ -10,12 +10,14 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class SubLayer:
-    """One sub-layer, attention or FFN: x' = N_out(alpha x + F(G(x)))."""
+    """One sub-layer, attention or FFN: x' = N_out(alpha x + F(d G(x)))."""
 
     alpha: float = 1.0
     """Scale of the skip path."""
     inner: str = "none"
     """G, in front of the branch F: `norm` (N_in), `vector` (learned), or `none`."""
+    inner_factor: float = 1.0
+    """d, factor of G's output."""
     outer_norm: bool = False
     """Whether there is an N_out."""
     qkv_norm: bool = False
@@ -43,6 +45,8 @@ def sub_layer(l: int, config: Any) -> SubLayer:
             return SubLayer(outer_norm=True, qkv_norm=True) if l % 2 == 0 else SubLayer()
         case "mix_ln":
             return post_norm if block < config.num_hidden_layers // 4 else pre_norm
+        case "layer_norm_scaling":
+            return SubLayer(inner="norm", inner_factor=(block + 1) ** -0.5)
     raise ValueError(f"residual: {config.residual!r} is not a rule of this model's code")
 
 

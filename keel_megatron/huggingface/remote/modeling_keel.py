@@ -185,6 +185,7 @@ class KeelDecoderLayer(GradientCheckpointingLayer):
         attention = sub_layer(2 * layer_idx, config)
         ffn = sub_layer(2 * layer_idx + 1, config)
         self.attention_alpha, self.feedforward_alpha = attention.alpha, ffn.alpha
+        self.attention_factor, self.feedforward_factor = attention.inner_factor, ffn.inner_factor
         self.attention_layernorm = _inner(attention.inner, config)
         self.self_attn = KeelAttention(config, layer_idx, attention.qkv_norm)
         self.post_attention_layernorm = _outer(attention.outer_norm, config)
@@ -195,9 +196,11 @@ class KeelDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """The fp32 stream [batch, tokens, h] after both sub-layers."""
         x, dtype = hidden_states, self.mlp.down_proj.weight.dtype
-        branch, _weights = self.self_attn(self.attention_layernorm(x).to(dtype), **kwargs)
+        z = self.attention_factor * self.attention_layernorm(x)
+        branch, _weights = self.self_attn(z.to(dtype), **kwargs)
         x = self.post_attention_layernorm(self.attention_alpha * x + branch)
-        branch = self.mlp(self.feedforward_layernorm(x).to(dtype))
+        z = self.feedforward_factor * self.feedforward_layernorm(x)
+        branch = self.mlp(z.to(dtype))
         return self.post_feedforward_layernorm(self.feedforward_alpha * x + branch)
 
 
