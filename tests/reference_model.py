@@ -128,8 +128,11 @@ class SubLayerReference(nn.Module):
         self.F = Attention(shape) if l % 2 == 0 else FeedForward(shape)
         rule, first = shape.residual, l < 2
         post = rule == "mix_ln" and l // 2 < shape.blocks // 4
-        if rule in ("keel", "pre_ln", "layer_norm_scaling") or (rule == "mix_ln" and not post):
+        inside = ("keel", "pre_ln", "layer_norm_scaling", "peri_ln")
+        if rule in inside or (rule == "mix_ln" and not post):
             self.N_in = Norm(shape.hidden_size, shape.norm_epsilon)
+        if rule == "peri_ln":
+            self.N_branch = Norm(shape.hidden_size, shape.norm_epsilon)
         plain = rule == "keel" and (l == 0 or (first and shape.first_block == "v1"))
         scaled = rule in ("keel", "post_ln", "deepnorm", "scaled_post_ln", "scaled_post_ln_beta")
         if (scaled and not plain) or post or (rule == "hybrid_norm" and l % 2 == 1):
@@ -188,6 +191,10 @@ def layer_norm_scaling(m: SubLayerReference, x: Tensor) -> Tensor:
     return x + m.F(m.N_in(x) / (1 + m.l // 2) ** 0.5)
 
 
+def peri_ln(m: SubLayerReference, x: Tensor) -> Tensor:
+    return x + m.N_branch(m.F(m.N_in(x)))
+
+
 EQUATIONS: dict[str, Callable[[SubLayerReference, Tensor], Tensor]] = {
     "keel": keel,
     "pre_ln": pre_ln,
@@ -198,6 +205,7 @@ EQUATIONS: dict[str, Callable[[SubLayerReference, Tensor], Tensor]] = {
     "scaled_post_ln": scaled_post_ln,
     "scaled_post_ln_beta": scaled_post_ln_beta,
     "layer_norm_scaling": layer_norm_scaling,
+    "peri_ln": peri_ln,
 }
 
 

@@ -9,7 +9,15 @@ from keel_megatron.architecture.shape import ModelShape
 
 COUNTS = Reader(
     "the count of parameters",
-    ("alpha", "branch_factor", "inner", "inner_factor", "outer_norm", "qkv_norm"),
+    (
+        "alpha",
+        "branch_factor",
+        "branch_norm",
+        "inner",
+        "inner_factor",
+        "outer_norm",
+        "qkv_norm",
+    ),
 )
 
 
@@ -32,5 +40,5 @@ def vector_parameters(model: ModelShape, blocks: Iterable[int]) -> int:
 
 def row_parameters(row: SubLayer, model: ModelShape) -> int:
     """The same of a sub-layer with these columns."""
-    whole = int(row.inner != "none") + int(row.outer_norm)
+    whole = int(row.inner != "none") + int(row.branch_norm) + int(row.outer_norm)
     return whole * model.hidden_size + (3 * model.head_dim if row.qkv_norm else 0)

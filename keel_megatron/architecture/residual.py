@@ -3,13 +3,13 @@
 Sub-layers are numbered l = 0 .. L-1 over the whole model (even: attention, odd: FFN), L = 2 x
 blocks. N is an RMSNorm with learned weights and no bias. Every rule is an instance of
 
-    x_{l+1} = N_out(alpha * x_l + c * F_l(d * G(x_l)))
+    x_{l+1} = N_out(alpha * x_l + c * N_b(F_l(d * G(x_l))))
 
-where N_out may be absent, G is a norm N_in, a learned vector or nothing, and c and d are factors of
-the branch's output and input. So a rule is the table of what each sub-layer has, and a new rule is
-one more row of `RULES`: the choices of `model.residual` and the settings that go with it, the model
-and its initial weights, the compiled blocks, the planner's costs and the parameter counts all read
-the table (tests/architecture/test_new_rule.py adds one).
+where N_out and N_b may be absent, G is a norm N_in, a learned vector or nothing, and c and d are
+factors of the branch's output and input. So a rule is the table of what each sub-layer has, and a
+new rule is one more row of `RULES`: the choices of `model.residual` and the settings that go with
+it, the model and its initial weights, the compiled blocks, the planner's costs and the parameter
+counts all read the table (tests/architecture/test_new_rule.py adds one).
 
 They read it through a `Reader`, which lists the columns that its code honours. A sub-layer that
 needs another column is refused there: no code can ignore a column it does not know.
@@ -54,7 +54,9 @@ class SubLayer:
     alpha: float = 1.0
     """Scale of the skip path."""
     branch_factor: float = 1.0
-    """c, factor of the branch's output."""
+    """c, factor of the branch's output, after N_b."""
+    branch_norm: bool = False
+    """N_b, of the branch's output before the addition."""
     inner: Inner = "none"
     """G, in front of the branch: N_in, a learned vector (from 1), or nothing."""
     inner_factor: float = 1.0
@@ -200,6 +202,15 @@ def layer_norm_scaling(l: int, _model: Model) -> SubLayer:
     return SubLayer(inner="norm", inner_factor=(l // 2 + 1) ** -0.5)
 
 
+def peri_ln(_l: int, _model: Model) -> SubLayer:
+    """Peri-LN (Kim et al. 2025, arXiv 2502.02732): x_{l+1} = x_l + N_b(F_l(N_in(x_l))).
+
+    Known as sandwich norm, too (Gemma 2 and 3). The paper has a norm after the last block
+    (`model.final_norm`), and an optional one of the embedding (`model.embedding_norm`).
+    """
+    return SubLayer(inner="norm", branch_norm=True)
+
+
 RULES: dict[str, Rule] = {
     "keel": Rule(keel, settings=("alpha", "first_block"), alpha_exponent=1.0),
     "pre_ln": Rule(pre_ln),
@@ -212,6 +223,7 @@ RULES: dict[str, Rule] = {
     "scaled_post_ln": Rule(scaled_post_ln, settings=("alpha",), alpha_exponent=1.0),
     "scaled_post_ln_beta": Rule(scaled_post_ln_beta, settings=("alpha",), alpha_exponent=1.0),
     "layer_norm_scaling": Rule(layer_norm_scaling),
+    "peri_ln": Rule(peri_ln),
 }
 """By name, which is what `model.residual` says."""
 

@@ -41,9 +41,9 @@ _SUMS = {
     )
 }
 _LOGIT = 0
-_NORMS = {"outer": 1, "inner": 4}
+_NORMS = {"outer": 1, "inner": 4, "branch": 7}
 """First of three columns of the maxima: mean, -minimum, maximum."""
-_MAXIMA = 7
+_MAXIMA = 10
 _QUERIES = 512
 _TOGETHER = 4
 """Matrices, a block's worth, whose updates are compared at once."""
@@ -239,6 +239,7 @@ class DepthCollector:
         return {
             "outer_gain": [not rule.outer_norm for rule in rules],
             "inner_gain": [rule.inner == "none" for rule in rules],
+            "branch_gain": [not rule.branch_norm for rule in rules],
             "update_kept": [model.stream == "fp32"] * model.sub_layers,
             "attention_logit": [l % 2 == 1 for l in range(model.sub_layers)],
         }
@@ -288,10 +289,12 @@ def _first_sub_layer(layer: KeelLayer) -> int:
 
 
 def _norms(layer: KeelLayer, which: str) -> Iterator[tuple[int, nn.Module]]:
-    """(l, module) of the block's two outer or inner norms, or of what stands in their place."""
+    """(l, module) of a block's two outer, inner or branch norms, or of what is in their place."""
     l = _first_sub_layer(layer)
     if which == "outer":
         modules = (layer.attention_outer_norm, layer.mlp_outer_norm)
+    elif which == "branch":
+        modules = (layer.attention_branch_norm, layer.mlp_branch_norm)
     else:
         modules = (layer.input_layernorm, layer.pre_mlp_layernorm)
     for number, module in enumerate(modules):
@@ -300,12 +303,13 @@ def _norms(layer: KeelLayer, which: str) -> Iterator[tuple[int, nn.Module]]:
 
 
 def _parameters(layer: KeelLayer) -> Iterator[tuple[int, nn.Parameter]]:
-    """(l, parameter) of the block: a sub-layer is its branch and its inner and outer norm."""
+    """(l, parameter) of the block: a sub-layer is its branch and its norms."""
     l = _first_sub_layer(layer)
     parts = [
         *_norms(layer, "inner"),
         (l, layer.self_attention),
         (l + 1, layer.mlp),
+        *_norms(layer, "branch"),
         *_norms(layer, "outer"),
     ]
     for number, module in parts:

@@ -16,7 +16,10 @@ from torch import Tensor
 from keel_megatron.architecture.residual import Reader, SubLayer
 from keel_megatron.config.model import ModelConfig
 
-EXPORT = Reader("an exported model", ("alpha", "inner", "inner_factor", "outer_norm", "qkv_norm"))
+EXPORT = Reader(
+    "an exported model",
+    ("alpha", "branch_norm", "inner", "inner_factor", "outer_norm", "qkv_norm"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,7 @@ def _block(model: ModelConfig, block: int, llama: bool) -> Iterator[Fused]:
     yield _same(
         f"{ours}.self_attention.linear_proj.weight", f"{theirs}.self_attn.o_proj.weight", (h, h)
     )
-    yield from _outer(
-        attention, f"{ours}.attention_outer_norm", f"{theirs}.post_attention_layernorm", h
-    )
+    yield from _outer(attention, f"{ours}.attention", f"{theirs}.{{}}attention_layernorm", h)
     yield from _inner(mlp, f"{ours}.pre_mlp_layernorm", f"{theirs}.{names[1]}", h)
     yield Fused(
         f"{ours}.mlp.linear_fc1.weight",
@@ -88,7 +89,7 @@ def _block(model: ModelConfig, block: int, llama: bool) -> Iterator[Fused]:
         torch.cat,
     )
     yield _same(f"{ours}.mlp.linear_fc2.weight", f"{theirs}.mlp.down_proj.weight", (h, ffn))
-    yield from _outer(mlp, f"{ours}.mlp_outer_norm", f"{theirs}.post_feedforward_layernorm", h)
+    yield from _outer(mlp, f"{ours}.mlp", f"{theirs}.{{}}feedforward_layernorm", h)
 
 
 def _same(ours: str, theirs: str, shape: tuple[int, ...]) -> Fused:
@@ -101,8 +102,11 @@ def _inner(rule: SubLayer, ours: str, theirs: str, h: int) -> Iterator[Fused]:
 
 
 def _outer(rule: SubLayer, ours: str, theirs: str, h: int) -> Iterator[Fused]:
+    """The norms after the branch, N_b and N_out; their prefix goes into `theirs`."""
+    if rule.branch_norm:
+        yield _same(f"{ours}_branch_norm.weight", f"{theirs.format('branch_')}.weight", (h,))
     if rule.outer_norm:
-        yield _same(f"{ours}.weight", f"{theirs}.weight", (h,))
+        yield _same(f"{ours}_outer_norm.weight", f"{theirs.format('post_')}.weight", (h,))
 
 
 def _qkv(model: ModelConfig, ours: str, theirs: str) -> Fused:

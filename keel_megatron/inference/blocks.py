@@ -16,13 +16,14 @@ from torch.nn import functional
 
 from keel_megatron.architecture.residual import Reader
 from keel_megatron.inference.cache import Columns
-from keel_megatron.kernels import scaled_add_norm
-from keel_megatron.kernels.fused import ScaledAddNorm
+from keel_megatron.kernels import rms_norm, scaled_add_norm
+from keel_megatron.kernels.fused import RmsNorm, ScaledAddNorm
 from keel_megatron.kernels.swiglu import Swiglu, swiglu
 from keel_megatron.model.attention import causal_attention
 from keel_megatron.model.join import COLUMNS, join, weight_of
 from keel_megatron.model.stream import storing
 
+OuterWeights = tuple[Tensor | None, Tensor | None]
 GENERATION = Reader("generation", (*COLUMNS, "qkv_norm"))
 
 
@@ -51,8 +52,8 @@ class Block:
         self.epsilon, self.dtype = layer.config.layernorm_epsilon, layer.config.params_dtype
         self.attention_rule = GENERATION.sub_layer(2 * block, layer.model)
         self.mlp_rule = GENERATION.sub_layer(2 * block + 1, layer.model)
-        self.attention_outer = weight_of(layer.attention_outer_norm)
-        self.mlp_outer = weight_of(layer.mlp_outer_norm)
+        self.attention_outer: OuterWeights = layer.outer_weights("attention")
+        self.mlp_outer: OuterWeights = layer.outer_weights("mlp")
         self.mlp_front = (self.mlp_rule.inner, weight_of(layer.pre_mlp_layernorm))
         after = layer.following[0] if layer.following else None
         self.next_front = None
@@ -87,10 +88,11 @@ class Block:
             self.attention_rule,
             x,
             branch,
-            self.attention_outer,
+            *self.attention_outer,
             self.mlp_front,
             self.epsilon,
             self.dtype,
+            norm=_rms_norm,
         )
         assert inside is not None
         product = _swiglu(functional.linear(inside, self.gate_up))
@@ -99,10 +101,11 @@ class Block:
             self.mlp_rule,
             x,
             self._summed(functional.linear(product, self.down)),
-            self.mlp_outer,
+            *self.mlp_outer,
             self.next_front,
             self.epsilon,
             self.dtype,
+            norm=_rms_norm,
         )
 
     def _attend(
@@ -149,6 +152,11 @@ class _NoRecord:
 def _scaled_add_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
     """`kernels.scaled_add_norm`; on a CPU without autograd, a third of its time at one column."""
     return scaled_add_norm(x, *rest) if x.is_cuda else ScaledAddNorm.forward(_NoRecord(), x, *rest)
+
+
+def _rms_norm(x: Tensor, *rest: Any) -> Tensor:
+    """`kernels.rms_norm`, in the same way."""
+    return rms_norm(x, *rest) if x.is_cuda else RmsNorm.forward(_NoRecord(), x, *rest)
 
 
 def _swiglu(x: Tensor) -> Tensor:

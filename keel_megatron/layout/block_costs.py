@@ -20,7 +20,15 @@ from keel_megatron.layout.work import STREAM_BYTES, Cost, Execution, Kernel, Sha
 
 COSTS = Reader(
     "the planner's costs",
-    ("alpha", "branch_factor", "inner", "inner_factor", "outer_norm", "qkv_norm"),
+    (
+        "alpha",
+        "branch_factor",
+        "branch_norm",
+        "inner",
+        "inner_factor",
+        "outer_norm",
+        "qkv_norm",
+    ),
 )
 _ANY_FACTOR = 0.5
 
@@ -184,14 +192,18 @@ def _join_kept(shape: Shape, kernel: Kernel, row: SubLayer, following: SubLayer)
     t, h, c = shape.tokens, shape.h, shape.c
     # In fp32 without a norm in between, the next branch's input is the stream itself.
     copied = c != STREAM_BYTES or following.inner != "none"
+    # N_b keeps the branch, in fp32.
+    branch = row.branch_norm * (t * STREAM_BYTES * h + shape.statistic_bytes())
     # The weight of the next norm or vector times its factor, which is a tensor of its own.
     scaled = STREAM_BYTES * shape.model.hidden_size * (following.inner_factor != 1.0)
     if kernel == "triton":  # x, f, z; both statistics
-        return t * (STREAM_BYTES + c + c * copied) * h + 2 * shape.statistic_bytes() + scaled
+        joined = t * (STREAM_BYTES + c + c * copied) * h + 2 * shape.statistic_bytes()
+        return joined + branch + scaled
     # Every norm keeps its input; with two norms, the inner one's input is the outer one's output.
     norms = int(row.outer_norm) + int(following.inner == "norm")
     inputs = norms + int(following.inner == "vector")
-    return inputs * t * STREAM_BYTES * h + norms * shape.statistic_bytes() + t * c * h + scaled
+    joined = inputs * t * STREAM_BYTES * h + norms * shape.statistic_bytes() + t * c * h
+    return joined + branch + scaled
 
 
 def _head_norms_bytes(shape: Shape, rows: Rows) -> int:
@@ -281,6 +293,10 @@ def _join_moved(shape: Shape, pair: tuple[SubLayer, SubLayer], fused: bool) -> t
         vector = 2 * STREAM_BYTES if following.inner == "vector" else 0
         forward += (STREAM_BYTES + vector) * h
         backward += (3 * STREAM_BYTES + 2 * vector) * h
+    if row.branch_norm:  # to fp32, normalised, back
+        norm = (4, 6) if fused else (9, 16)
+        forward += (2 * c + norm[0] * STREAM_BYTES) * h
+        backward += (2 * c + norm[1] * STREAM_BYTES) * h
     if row.branch_factor != 1.0:
         forward, backward = forward + 2 * c * h, backward + 2 * c * h
     return forward, backward

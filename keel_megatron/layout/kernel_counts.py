@@ -34,7 +34,11 @@ def joins(rows: Rows) -> tuple[tuple[SubLayer, SubLayer], ...]:
 def weights(rows: Rows) -> int:
     """Number of norm weights and learned vectors of a block."""
     return sum(
-        int(row.inner != "none") + int(row.outer_norm) + 3 * int(row.qkv_norm) for row in rows[:2]
+        int(row.inner != "none")
+        + int(row.branch_norm)
+        + int(row.outer_norm)
+        + 3 * int(row.qkv_norm)
+        for row in rows[:2]
     )
 
 
@@ -121,7 +125,15 @@ def _parts(
 def _join(row: SubLayer, following: SubLayer, compiled: bool, fused: bool) -> tuple[int, int]:
     forward, backward = _sum_and_norms(row, following, compiled, fused)
     scaled = int(following.inner_factor != 1.0)  # the next norm's weight times its factor
+    if row.branch_norm:
+        norm = (1, 3) if compiled else _branch_norm(fused)
+        forward, backward = forward + norm[0], backward + norm[1]
     return forward + scaled, backward + scaled
+
+
+def _branch_norm(fused: bool) -> tuple[int, int]:
+    """N_b, cast to fp32 and back: torch's kernel on CUDA, or seven and eight operators."""
+    return (3, 5) if fused else (9, 10)
 
 
 def _sum_and_norms(

@@ -38,6 +38,7 @@ KINDS = 32
 COMPILED = Reader("kernels.compile", (*COLUMNS, "qkv_norm"))
 
 NormWeights = tuple[Tensor, Tensor, Tensor]
+OuterWeights = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def block(
     z: Tensor,
     table: Tensor,
     products: tuple[Tensor, Tensor, Tensor, Tensor],
-    outer: tuple[Tensor | None, Tensor | None],
+    outer: tuple[OuterWeights, OuterWeights],
     inner: tuple[Tensor | None, Tensor | None],
     heads: NormWeights | None,
     within: Tensor | Packed | None,
@@ -72,7 +73,7 @@ def block(
         z: the attention's input [s, b, h], in the compute type.
         table: the rotary table [2, s, 1, 1, d].
         products: weights of linear_qkv, linear_proj, linear_fc1 and linear_fc2.
-        outer: weights of the outer norms of attention and FFN, or None.
+        outer: weights of N_b and of N_out of attention and FFN, or None.
         inner: norm weights or vectors in front of the FFN and of the next attention, times their
             factors (`model.join.weight_of`), or None.
         heads: weights of the query, key and value norms, or None.
@@ -97,20 +98,21 @@ def _join(
     rule: SubLayer,
     x: Tensor,
     branch: Tensor,
-    outer: Tensor | None,
+    outer: OuterWeights,
     inner: Inner | None,
     weight: Tensor | None,
 ) -> tuple[Tensor, Any]:
-    """`model.join` with the reference operation, which torch compiles."""
+    """`model.join` with the reference operations, which torch compiles."""
     return join(
         reference.scaled_add_norm,
         rule,
         x,
         branch,
-        outer,
+        *outer,
         None if inner is None else (inner, weight),
         structure.epsilon,
         branch.dtype,
+        norm=reference.rms_norm,
     )
 
 
@@ -207,8 +209,10 @@ class CompiledBlock:
                 mlp.linear_fc2,
             )
         )
-        norms = (layer.attention_outer_norm, layer.mlp_outer_norm)
-        self._outer = tuple(map(_weight, norms))
+        self._outer = (
+            (_weight(layer.attention_branch_norm), _weight(layer.attention_outer_norm)),
+            (_weight(layer.mlp_branch_norm), _weight(layer.mlp_outer_norm)),
+        )
         after = layer.following[0].input_layernorm if layer.following else None
         self._inner = (layer.pre_mlp_layernorm, after)
         heads = (attention.q_layernorm, attention.k_layernorm, attention.v_layernorm)

@@ -74,6 +74,7 @@ def layer_spec(model: ModelConfig, family: Family, block: int) -> ModuleSpec:
                 ),
             ),
             outer_norm=ModuleSpec(module=RMSNorm, params={"output": "stream"}),
+            branch_norm=RMSNorm,
             inner_vector=BranchVector,
             no_inner=BranchCast,
         ),

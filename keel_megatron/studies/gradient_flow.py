@@ -31,7 +31,15 @@ from keel_megatron.runtime.distributed import start
 ANALYSIS = Reader(
     "the study of gradient flow",
     # A fixed branch has any inside.
-    ("alpha", "branch_factor", "inner", "inner_factor", "outer_norm", "qkv_norm"),
+    (
+        "alpha",
+        "branch_factor",
+        "branch_norm",
+        "inner",
+        "inner_factor",
+        "outer_norm",
+        "qkv_norm",
+    ),
 )
 FIRST = 2
 """The analysis starts after the first block: Keel's has fewer norms, and x_0 is the embedding."""

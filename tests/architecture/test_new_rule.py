@@ -34,12 +34,18 @@ from keel_megatron.architecture.residual import RULES, Rule, SubLayer, alpha
 
 
 def gentle(l, model):
-    """Every column at once: two kinds of G, both norms, scaled skip, branch and input."""
+    """Every column at once: two kinds of G, every norm, scaled skip, branch and input."""
     if l % 2 == 0:
         return SubLayer(
             alpha=alpha(model), branch_factor=0.5, inner="vector", inner_factor=0.7, qkv_norm=True
         )
-    return SubLayer(alpha=alpha(model), inner="norm", inner_factor=1 / (l + 1), outer_norm=True)
+    return SubLayer(
+        alpha=alpha(model),
+        branch_norm=True,
+        inner="norm",
+        inner_factor=1 / (l + 1),
+        outer_norm=True,
+    )
 
 
 RULES["gentle"] = Rule(gentle, settings=("alpha",), alpha_exponent=0.5, branch_init_exponent=-0.5)

@@ -42,6 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "keel": {**SMALLER, "model__num_query_groups": 2},
     "hybrid_norm": {**SMALLER, "model__residual": "hybrid_norm"},
     "scaled_post_ln_beta": {**SMALLER, "model__residual": "scaled_post_ln_beta"},
+    "peri_ln": {**SMALLER, "model__residual": "peri_ln"},
 }
 
 
@@ -258,7 +259,9 @@ def plainly(
             "weight_rms": matrices.square().mean().sqrt(),
             "attention_logit_max": largest_logit(sub.F, seen[l]["z"]) if l % 2 == 0 else None,
         }
-        for which, norm in (("outer", getattr(sub, "N_out", None)), ("inner", sub.N_in)):
+        norms = {"outer": "N_out", "inner": "N_in", "branch": "N_branch"}
+        for which, kept in norms.items():
+            norm = getattr(sub, kept, None)
             gain = None if norm is None else norm.gain
             found[f"{which}_gain_mean"] = None if gain is None else gain.mean()
             found[f"{which}_gain_min"] = None if gain is None else gain.min()

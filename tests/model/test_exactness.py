@@ -77,6 +77,9 @@ def norms(layer: nn.Module, attention: nn.Module, ffn: nn.Module) -> Iterator[tu
             yield slot, getattr(layer, slot), sub.N_in, "gain"
         if hasattr(sub, "beta"):
             yield slot, getattr(layer, slot), sub, "beta"
+    for slot, sub in (("attention_branch_norm", attention), ("mlp_branch_norm", ffn)):
+        if hasattr(sub, "N_branch"):
+            yield slot, getattr(layer, slot), sub.N_branch, "gain"
     # HybridNorm's N(Y) belongs to the FFN in its equation and to attention's sum in the layer.
     hybrid = attention.shape.residual == "hybrid_norm"
     if layer.attention_outer_norm is not None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class SubLayer:
-    """One sub-layer, attention or FFN: x' = N_out(alpha x + F(d G(x)))."""
+    """One sub-layer, attention or FFN: x' = N_out(alpha x + N_b(F(d G(x))))."""
 
     alpha: float = 1.0
     """Scale of the skip path."""
@@ -22,6 +22,8 @@ class SubLayer:
     """Whether there is an N_out."""
     qkv_norm: bool = False
     """Norms of query, key and value."""
+    branch_norm: bool = False
+    """Whether there is an N_b, of the branch's output."""
 
 
 def sub_layer(l: int, config: Any) -> SubLayer:
@@ -45,6 +47,8 @@ def sub_layer(l: int, config: Any) -> SubLayer:
             return SubLayer(outer_norm=True, qkv_norm=True) if l % 2 == 0 else SubLayer()
         case "mix_ln":
             return post_norm if block < config.num_hidden_layers // 4 else pre_norm
+        case "peri_ln":
+            return SubLayer(inner="norm", branch_norm=True)
         case "layer_norm_scaling":
             return SubLayer(inner="norm", inner_factor=(block + 1) ** -0.5)
     raise ValueError(f"residual: {config.residual!r} is not a rule of this model's code")

@@ -188,9 +188,11 @@ class KeelDecoderLayer(GradientCheckpointingLayer):
         self.attention_factor, self.feedforward_factor = attention.inner_factor, ffn.inner_factor
         self.attention_layernorm = _inner(attention.inner, config)
         self.self_attn = KeelAttention(config, layer_idx, attention.qkv_norm)
+        self.branch_attention_layernorm = _outer(attention.branch_norm, config)
         self.post_attention_layernorm = _outer(attention.outer_norm, config)
         self.feedforward_layernorm = _inner(ffn.inner, config)
         self.mlp = KeelMLP(config)
+        self.branch_feedforward_layernorm = _outer(ffn.branch_norm, config)
         self.post_feedforward_layernorm = _outer(ffn.outer_norm, config)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -198,9 +200,10 @@ class KeelDecoderLayer(GradientCheckpointingLayer):
         x, dtype = hidden_states, self.mlp.down_proj.weight.dtype
         z = self.attention_factor * self.attention_layernorm(x)
         branch, _weights = self.self_attn(z.to(dtype), **kwargs)
+        branch = self.branch_attention_layernorm(branch)
         x = self.post_attention_layernorm(self.attention_alpha * x + branch)
         z = self.feedforward_factor * self.feedforward_layernorm(x)
-        branch = self.mlp(z.to(dtype))
+        branch = self.branch_feedforward_layernorm(self.mlp(z.to(dtype)))
         return self.post_feedforward_layernorm(self.feedforward_alpha * x + branch)
 
 
@@ -234,8 +237,10 @@ class KeelPreTrainedModel(PreTrainedModel):
     }
     _keep_in_fp32_modules_strict = (
         "attention_layernorm",
+        "branch_attention_layernorm",
         "post_attention_layernorm",
         "feedforward_layernorm",
+        "branch_feedforward_layernorm",
         "post_feedforward_layernorm",
         "q_norm",
         "k_norm",
