@@ -32,6 +32,7 @@ class Shape:
     residual: str = "keel"
     first_block: str = "v2"
     alpha: float | None = None
+    embedding_norm: bool = False
     final_norm: bool = True
     norm_epsilon: float = 1e-5
     rope_theta: float = 10000.0
@@ -216,6 +217,8 @@ class ReferenceModel(nn.Module):
         super().__init__()
         self.shape = shape
         self.embedding = nn.Parameter(torch.empty(shape.vocab_size, shape.hidden_size))
+        if shape.embedding_norm:
+            self.embedding_norm = Norm(shape.hidden_size, shape.norm_epsilon)
         self.sub_layers = nn.ModuleList(SubLayerReference(shape, l) for l in range(shape.L))
         if shape.final_norm:
             self.final_norm = Norm(shape.hidden_size, shape.norm_epsilon)
@@ -223,6 +226,8 @@ class ReferenceModel(nn.Module):
 
     def logits(self, tokens: Tensor) -> Tensor:
         x = self.embedding[tokens]
+        if self.shape.embedding_norm:
+            x = self.embedding_norm(x)
         for sub_layer in self.sub_layers:
             x = sub_layer(x)
         if self.shape.final_norm:

@@ -28,8 +28,8 @@ def parameter_count(model: ModelShape, vocab_size: int) -> int:
     matrices = attention + 3 * h * model.ffn_hidden_size
     embeddings = vocab_size * h * (1 if model.tie_embeddings else 2)
     vectors = vector_parameters(model, range(model.blocks))
-    final = h if model.final_norm else 0
-    return model.blocks * matrices + embeddings + vectors + final
+    ends = h * (int(model.embedding_norm) + int(model.final_norm))
+    return model.blocks * matrices + embeddings + vectors + ends
 
 
 def vector_parameters(model: ModelShape, blocks: Iterable[int]) -> int:

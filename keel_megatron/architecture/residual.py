@@ -67,7 +67,7 @@ class SubLayer:
     """Norms of query, key and value within attention."""
 
 
-SETTINGS: dict[str, str] = {"alpha": "auto", "first_block": "v2"}
+SETTINGS: dict[str, str | bool] = {"alpha": "auto", "first_block": "v2", "embedding_norm": False}
 """Settings of the section `model` that change some rules only, and their defaults."""
 
 
@@ -223,7 +223,7 @@ RULES: dict[str, Rule] = {
     "scaled_post_ln": Rule(scaled_post_ln, settings=("alpha",), alpha_exponent=1.0),
     "scaled_post_ln_beta": Rule(scaled_post_ln_beta, settings=("alpha",), alpha_exponent=1.0),
     "layer_norm_scaling": Rule(layer_norm_scaling),
-    "peri_ln": Rule(peri_ln),
+    "peri_ln": Rule(peri_ln, settings=("embedding_norm",)),
 }
 """By name, which is what `model.residual` says."""
 

@@ -86,6 +86,13 @@ class ModelConfig(Section):
             "kernels.cuda_graphs and keel export."
         ),
     )
+    embedding_norm: bool = Field(
+        default=False,
+        description=(
+            "Apply an RMSNorm to the embedding's output. Applies to residual: "
+            f"{', '.join(rules_with('embedding_norm'))}."
+        ),
+    )
     final_norm: bool = Field(
         default=True, description="Apply an RMSNorm between the last block and the output layer."
     )

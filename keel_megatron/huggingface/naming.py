@@ -55,6 +55,8 @@ def parameters(model: ModelConfig, vocab_size: int) -> Iterator[Fused]:
     """
     h, llama = model.hidden_size, is_llama(model)
     yield _same("embedding.word_embeddings.weight", "model.embed_tokens.weight", (vocab_size, h))
+    if model.embedding_norm:
+        yield _same("embedding_norm.weight", "model.embedding_norm.weight", (h,))
     for block in range(model.blocks):
         yield from _block(model, block, llama)
     if model.final_norm:

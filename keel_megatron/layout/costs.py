@@ -74,7 +74,7 @@ def head_pieces(config: RunConfig) -> int:
 
 
 def _embedding(shape: Shape, kernel: Kernel) -> Cost:
-    """Lookup in the embedding table, a cast to fp32, and dropout; the gradient is dense."""
+    """Lookup in the embedding table, a cast to fp32, dropout, norm; the gradient is dense."""
     t, c, h = shape.tokens, shape.c, shape.model.hidden_size
     parameters = shape.vocabulary * h
     reduce = shape.collective_bytes() * STREAM_BYTES / c
@@ -82,18 +82,22 @@ def _embedding(shape: Shape, kernel: Kernel) -> Cost:
     kept = t * (1 + 8) if shape.tp > 1 else 0
     if shape.model.dropout:  # its mask; a CPU keeps the noise in the stream's type
         kept += t * shape.h * (1 if kernel == "triton" else STREAM_BYTES)
+    norm = int(shape.model.embedding_norm)  # of the fp32 stream, which it keeps
+    kept += norm * (t * STREAM_BYTES * shape.h + shape.statistic_bytes())
+    moved += norm * 3 * STREAM_BYTES * t * shape.h
     return Cost(
         forward=Work(
             other_bytes=moved,
             communication_bytes=reduce,
             collectives=int(shape.tp > 1),
-            kernels=EMBEDDING_KERNELS,
+            kernels=EMBEDDING_KERNELS + norm,
         ),
         backward=Work(
-            other_bytes=moved + shape.gradient_bytes(parameters), kernels=EMBEDDING_KERNELS
+            other_bytes=moved + shape.gradient_bytes(parameters),
+            kernels=EMBEDDING_KERNELS + 3 * norm,
         ),
         parameters=parameters,
-        vector_parameters=0,
+        vector_parameters=norm * h,
         activation_bytes=kept,
         recompute_bytes=kept,
         working_bytes=parameters * c + t * c * h,

@@ -37,6 +37,7 @@ parity.require_transformers()  # before anything imports it: sets its variables
 
 MODELS: dict[str, dict[str, Any]] = {
     **{rule: {"residual": rule} for rule in RULES},
+    "peri_ln": {"residual": "peri_ln", "embedding_norm": True},
     "keel v1, tied": {"first_block": "v1", "tie_embeddings": True},
     "no final norm": {"final_norm": False},
     "alpha 3": {"alpha": 3.0, "norm_epsilon": 1e-3, "rope_theta": 500.0},

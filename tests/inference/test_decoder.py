@@ -27,7 +27,7 @@ RULES = {
     "pre_ln": {"model__num_query_groups": 4, "model__tie_embeddings": True},
     "hybrid_norm": {"model__num_query_groups": 2},
     "layer_norm_scaling": {},
-    "peri_ln": {"model__num_query_groups": 2},
+    "peri_ln": {"model__num_query_groups": 2, "model__embedding_norm": True},
     "scaled_post_ln_beta": {"model__num_query_groups": 1, "model__final_norm": False},
 }
 

@@ -38,6 +38,7 @@ def shape_of(config: RunConfig) -> Shape:
         vocab_size=config.data.vocab_size,
         residual=model.residual,
         first_block=model.first_block,
+        embedding_norm=model.embedding_norm,
         final_norm=model.final_norm,
         alpha=None if model.alpha == "auto" else float(model.alpha),
     )
@@ -52,6 +53,8 @@ def pair_up(package: nn.Module, reference: ReferenceModel) -> Iterator[tuple[str
     d, groups = shape.head_dim, shape.num_query_groups
     yield "embedding", package.embedding.word_embeddings.weight, reference.embedding
     yield "head", package.output_layer.weight, reference.head
+    if shape.embedding_norm:
+        yield "embedding_norm", package.embedding_norm.weight, reference.embedding_norm.gain
     if shape.final_norm:
         yield "final_norm", package.decoder.final_layernorm.weight, reference.final_norm.gain
     for number, layer in enumerate(package.decoder.layers):
@@ -101,6 +104,7 @@ def config_of(rule: str, first_block: str, final_norm: bool, blocks: int) -> Run
         model__num_query_groups=2,
         model__residual=rule,
         model__first_block=first_block,
+        model__embedding_norm="embedding_norm" in RULES[rule].settings,
         model__final_norm=final_norm,
         data__seq_length=16,
         data__vocab_size=320,

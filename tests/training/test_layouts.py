@@ -31,6 +31,7 @@ QUICK = (
 # Every rule, and tied embeddings, at the hardest layout.
 MODELS: dict[str, dict[str, Any]] = {
     **{rule: {"model__residual": rule, **BATCH} for rule in RULES},
+    "peri_ln": {"model__residual": "peri_ln", "model__embedding_norm": True, **BATCH},
     "keel-v1-tied": {"model__first_block": "v1", "model__tie_embeddings": True, **BATCH},
 }
 

@@ -63,6 +63,7 @@ class KeelConfig(PreTrainedConfig):
         alpha: scale of the skip path; None: L.
         first_block: norms of Keel's first block. v2: its attention has no outer norm; v1: neither
             its attention nor its FFN has.
+        embedding_norm: an RMSNorm of the embedding's output.
         final_norm: an RMSNorm between the last block and the output layer.
     """
 
@@ -94,6 +95,7 @@ class KeelConfig(PreTrainedConfig):
         residual: str = "keel",
         alpha: float | None = None,
         first_block: str = "v2",
+        embedding_norm: bool = False,
         final_norm: bool = True,
         max_position_embeddings: int = 4096,
         rope_theta: float = 10000.0,
@@ -114,6 +116,7 @@ class KeelConfig(PreTrainedConfig):
         self.residual = residual
         self.alpha = float(2 * num_hidden_layers if alpha is None else alpha)
         self.first_block = first_block
+        self.embedding_norm = embedding_norm
         self.final_norm = final_norm
         self.hidden_act = "silu"
         self.max_position_embeddings = max_position_embeddings

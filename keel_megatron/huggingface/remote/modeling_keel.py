@@ -242,6 +242,7 @@ class KeelPreTrainedModel(PreTrainedModel):
         "feedforward_layernorm",
         "branch_feedforward_layernorm",
         "post_feedforward_layernorm",
+        "embedding_norm",
         "q_norm",
         "k_norm",
         "v_norm",
@@ -260,6 +261,7 @@ class KeelModel(KeelPreTrainedModel):
     def __init__(self, config: KeelConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embedding_norm = _outer(config.embedding_norm, config)
         self.layers = nn.ModuleList(
             KeelDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
@@ -311,7 +313,7 @@ class KeelModel(KeelPreTrainedModel):
             **{CACHE: cache},
         )
         table = rotary_table(self.config, position_ids)
-        x = inputs_embeds.float()
+        x = self.embedding_norm(inputs_embeds.float())
         for layer in self.layers[: self.config.num_hidden_layers]:
             x = layer(
                 x,

@@ -36,6 +36,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 """Devices, stages, overrides."""
 MODELS: dict[str, dict[str, Any]] = {
     **{rule: {"model__residual": rule} for rule in RULES},
+    "peri_ln": {"model__residual": "peri_ln", "model__embedding_norm": True},
     "keel, v1, tied": {"model__first_block": "v1", "model__tie_embeddings": True},
 }
 HYBRID: dict[str, Any] = {"model__residual": "hybrid_norm"}
