@@ -43,6 +43,7 @@ CHANGEABLE = (
     "data.text",  # likewise
     "data.build",
     "data.tokenizer",  # likewise
+    "data.chat_template",  # likewise
     "data.allow_lossy_tokenizer",
     "training.name",
     "training.runs_dir",
@@ -61,7 +62,7 @@ CHANGEABLE = (
 )
 
 _ARCHITECTURE = ("model.", "data.vocab_size")
-_PLACES = ("data.dataset", "data.sources", "data.text", "data.tokenizer")
+_PLACES = ("data.dataset", "data.sources", "data.text", "data.tokenizer", "data.chat_template")
 
 
 def claim(config: RunConfig) -> None:

@@ -255,7 +255,7 @@ class MemoryModel:
         config = self.config
         last = stage == config.parallel.pipeline - 1
         a_token = 8 * (int(stage == 0) + int(last))
-        a_token += 4 * config.data.document_masks + 4 * (config.data.masks_eod_loss and last)
+        a_token += 4 * config.data.document_masks + 4 * (config.data.has_loss_mask and last)
         tokens = self.micro_batches * config.training.micro_batch_size * config.data.seq_length
         size = 2 if config.training.precision == "bf16" else 4
         table = 2 * size * config.data.seq_length * config.model.head_dim

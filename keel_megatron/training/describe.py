@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from keel_megatron.checkpoint.manifest import CONFIG, TOKENIZERS
+from keel_megatron.checkpoint.manifest import CONFIG, COPIED
 from keel_megatron.layout.stage_table import write_stages
 from keel_megatron.layout.stages import Partition
 from keel_megatron.mlflow_delivery.tags import code_tags, place_tags
@@ -39,7 +39,7 @@ def describe_run(tracker: Tracker, runtime: Runtime, partition: Partition) -> No
         write_stages(partition, stages)
     except OSError as error:  # a full disk: the run continues, `keel plan` prints the same
         tracker.say(f"cannot write {stages}: {error.strerror}")
-    for path in (*(tracker.folder / name for name in (CONFIG, *TOKENIZERS)), stages):
+    for path in (*(tracker.folder / name for name in (CONFIG, *COPIED)), stages):
         if path.is_file():
             tracker.artifact(path)
 

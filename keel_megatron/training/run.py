@@ -193,7 +193,6 @@ def _train(
 
 
 def _saver(ready: Ready, tracker: Tracker, guard: Guard, watchdog: Watchdog) -> Saver:
-    tokenizer = ready.data.tokenizer_path if ready.runtime.is_main else None
     return Saver(
         ready.config,
         ready.runtime,
@@ -201,6 +200,6 @@ def _saver(ready: Ready, tracker: Tracker, guard: Guard, watchdog: Watchdog) -> 
         data=ready.data.identity(),
         damaged=ready.resume.damaged,
         progress=watchdog.mark,
-        tokenizer=tokenizer,
+        copied=ready.data.kept_files if ready.runtime.is_main else (),
         anomaly_step=lambda: guard.anomaly_step,
     )

@@ -140,6 +140,7 @@ ELSEWHERE = {
     "data.dataset": PLACE,
     "data.build": START,
     "data.tokenizer": PLACE,
+    "data.chat_template": PLACE,
     "data.cache_dir": PLACE,
     "data.allow_lossy_tokenizer": "of the building of data: tests/corpus",
     "training.name": PLACE,
