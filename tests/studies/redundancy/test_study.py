@@ -76,7 +76,7 @@ def test_runs_are_measured_on_the_same_tokens(folder: Path, tmp_path: Path) -> N
 def test_an_interrupted_study_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert study("runs/keel", "--out", str(tmp_path / "whole"), "--batch-size", "8").exit_code == 0
     expected = results(tmp_path / "whole")["rows"]
-    (path,) = (tmp_path / "whole" / "measured").iterdir()
+    (path,) = (tmp_path / "whole" / "measured").glob("*.jsonl")
     lines = path.read_text().splitlines()
     assert len(lines) == 1 + 2 * 7  # two batches, of 8 and of 4 sequences
     out = tmp_path / "again"
