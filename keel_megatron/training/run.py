@@ -156,7 +156,7 @@ def _train(
 ) -> int:
     """Describe, resume, train, conclude; the exit code."""
     config, runtime = ready.config, ready.runtime
-    describe_run(tracker, runtime, ready.partition)
+    describe_run(tracker, runtime, ready.partition, resumes=ready.resume.path is not None)
     lineage.report(tracker)
     guard = Guard(config.guard, reported=not runtime.is_main)
     with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:

@@ -44,8 +44,8 @@ from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.cores import available_cores
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import start
+from keel_megatron.runtime.machines import cpu_name
 from keel_megatron.runtime.versions import package_versions
-from tools.bench.peers import cpu_name
 
 FEW, MANY = 2, 10
 SAMPLES = 100
