@@ -66,10 +66,14 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_of(rule: str, blocks: int, *, compiled: bool) -> RunConfig:
+def run_of(rule: str, blocks: int, *, compiled: bool, qk_norm: bool) -> RunConfig:
     """A tiny run."""
     sections = SECTIONS | {"kernels": {"compile": compiled}}
-    sections["model"] = SECTIONS["model"] | {"blocks": blocks, "residual": rule}
+    sections["model"] = SECTIONS["model"] | {
+        "blocks": blocks,
+        "residual": rule,
+        "qk_norm": qk_norm,
+    }
     return RunConfig.model_validate(sections)
 
 
@@ -117,11 +121,13 @@ def middle_passes(engine: Any, batch: Any) -> tuple[float, float]:
     return middle - begin, end - middle
 
 
-def measure(rule: str, *, compiled: bool, samples: int = SAMPLES) -> dict[str, Any]:
+def measure(
+    rule: str, *, compiled: bool, qk_norm: bool = False, samples: int = SAMPLES
+) -> dict[str, Any]:
     """Microseconds of both passes per block, per chunk and of the ends. Once a process."""
-    config = run_of(rule, FEW, compiled=compiled)
+    config = run_of(rule, FEW, compiled=compiled, qk_norm=qk_norm)
     with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
-        runs = [run_of(rule, blocks, compiled=compiled) for blocks in (FEW, MANY)]
+        runs = [run_of(rule, blocks, compiled=compiled, qk_norm=qk_norm) for blocks in (FEW, MANY)]
         engines = [build_engine(run, runtime, build_model(run, runtime)) for run in runs]
         batch = random_batch(config).to(runtime.device)
         if not compiled:  # Inductor would compile for a device that is not there
@@ -150,20 +156,21 @@ def named(pair: list[float]) -> dict[str, float]:
     return {"forward_us": round(pair[0], 1), "backward_us": round(pair[1], 1)}
 
 
-def in_process(rule: str, *, compiled: bool) -> dict[str, Any]:
+def in_process(rule: str, *options: str) -> dict[str, Any]:
     """`measure` in a process of its own, which it changes for good."""
-    command = [sys.executable, __file__, "--rule", rule, *(["--compiled"] if compiled else [])]
+    command = [sys.executable, __file__, "--rule", rule, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
         raise SystemExit(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    print(rule, "compiled" if compiled else "", found, flush=True)
+    print(rule, *options, found, flush=True)
     return found
 
 
 def calibrate() -> dict[str, Any]:
     """All figures."""
-    found = {rule: in_process(rule, compiled=False) for rule in RULES}
+    found = {rule: in_process(rule) for rule in RULES}
+    with_norms = in_process("keel", "--qk-norm")["block"]
     packages = package_versions()
     return {
         "command": "python tools/bench/host.py",
@@ -172,7 +179,10 @@ def calibrate() -> dict[str, Any]:
         "packages": {name: packages[name] for name in ("torch", "megatron-core", "triton")}
         | {"python": platform.python_version()},
         "blocks": {rule: one["block"] for rule, one in found.items()},
-        "compiled_block": in_process("keel", compiled=True)["block"],
+        "qk_norm": {
+            way: round(time - found["keel"]["block"][way], 1) for way, time in with_norms.items()
+        },
+        "compiled_block": in_process("keel", "--compiled")["block"],
         "chunk": found["keel"]["chunk"],
         "ends": found["keel"]["ends"],
     }
@@ -183,12 +193,18 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print the stored figures")
     parser.add_argument("--rule", choices=tuple(RULES), help="measure one rule, print it as JSON")
     parser.add_argument("--compiled", action="store_true", help="with kernels.compile")
+    parser.add_argument("--qk-norm", action="store_true", help="with model.qk_norm")
     parser.add_argument("--samples", type=int, default=SAMPLES, help=f"passes (default {SAMPLES})")
     chosen = parser.parse_args()
     if chosen.show:
         print(FIGURES.read_text(), end="")
     elif chosen.rule:
-        found = measure(chosen.rule, compiled=chosen.compiled, samples=chosen.samples)
+        found = measure(
+            chosen.rule,
+            compiled=chosen.compiled,
+            qk_norm=chosen.qk_norm,
+            samples=chosen.samples,
+        )
         print("\n" + json.dumps(found), flush=True)
     else:
         FIGURES.write_text(json.dumps(calibrate(), indent=1) + "\n")
