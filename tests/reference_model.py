@@ -245,5 +245,11 @@ class ReferenceModel(nn.Module):
         return x @ self.head.T
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        log_p = torch.log_softmax(self.logits(tokens), dim=-1)
-        return -log_p.gather(-1, labels[..., None]).mean()
+        return self.losses(tokens, labels)[0]
+
+    def losses(self, tokens: Tensor, labels: Tensor, z: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The mean cross entropy, and that plus z times the mean of (log sum_j exp(logit_j))^2."""
+        logits = self.logits(tokens)
+        log_z = logits.exp().sum(-1).log()
+        loss = (log_z - logits.gather(-1, labels[..., None]).squeeze(-1)).mean()
+        return loss, loss + z * log_z.square().mean()

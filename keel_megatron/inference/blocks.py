@@ -18,7 +18,7 @@ from keel_megatron.architecture.residual import Reader
 from keel_megatron.inference.cache import Columns
 from keel_megatron.kernels import rms_norm, scaled_add_norm
 from keel_megatron.kernels.fused import RmsNorm, ScaledAddNorm
-from keel_megatron.kernels.head_norms import HeadNorms
+from keel_megatron.kernels.head_norms import HeadNorms, Weights
 from keel_megatron.kernels.swiglu import Swiglu, swiglu
 from keel_megatron.model.attention import causal_attention
 from keel_megatron.model.join import COLUMNS, join, weight_of
@@ -44,7 +44,7 @@ class Block:
         self.groups = attention.num_query_groups_per_partition
         self.head_dim = attention.hidden_size_per_attention_head
         self.qkv, self.projection = attention.linear_qkv.weight, attention.linear_proj.weight
-        self.norms = attention.norm_weights
+        self.norms: Weights | None = attention.norm_weights
         self.gate_up, self.down = mlp.linear_fc1.weight, mlp.linear_fc2.weight
         self.group = mlp.linear_fc2.tp_group
         self.split = self.group.size() > 1

@@ -26,12 +26,12 @@ from tests.settings import small_config
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((rule, {}) for rule in RULES),
-    ("keel", {"first_block": "v1"}),
-    ("keel", {"final_norm": False}),
-    ("keel", {"qk_norm": True}),
-    ("mix_ln", {"qk_norm": True}),
+    ("keel", {"model__first_block": "v1"}),
+    ("keel", {"model__final_norm": False}),
+    ("keel", {"model__qk_norm": True, "training__z_loss": 1e-2}),
+    ("mix_ln", {"model__qk_norm": True}),
 ]
-"""Rules, and other settings of the section `model`."""
+"""Rules, and other settings."""
 
 
 def shape_of(config: RunConfig) -> Shape:
@@ -105,7 +105,7 @@ def norms(layer: nn.Module, attention: nn.Module, ffn: nn.Module) -> Iterator[tu
             yield f"{letter}_norm", ours, getattr(attention.F, f"{letter}_norm"), "gain"
 
 
-def config_of(rule: str, blocks: int, **model: Any) -> RunConfig:
+def config_of(rule: str, blocks: int, **overrides: Any) -> RunConfig:
     return small_config(
         model__blocks=blocks,
         model__hidden_size=32,
@@ -113,9 +113,9 @@ def config_of(rule: str, blocks: int, **model: Any) -> RunConfig:
         model__num_query_groups=2,
         model__residual=rule,
         model__embedding_norm="embedding_norm" in RULES[rule].settings,
-        **{f"model__{name}": value for name, value in model.items()},
         data__seq_length=16,
         data__vocab_size=320,
+        **overrides,
     )
 
 
@@ -124,10 +124,10 @@ def errors(blocks: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
     from keel_megatron.runtime.distributed import start
 
     found = {}
-    for rule, model in CASES:
-        config = config_of(rule, blocks, **model)
+    for rule, overrides in CASES:
+        config = config_of(rule, blocks, **overrides)
         with start(config.parallel, config.training) as runtime:
-            found[f"{rule} {model or ''}"] = compare(config, runtime, dtype)
+            found[f"{rule} {overrides or ''}"] = compare(config, runtime, dtype)
     return found
 
 
@@ -150,9 +150,9 @@ def compare(config: RunConfig, runtime, dtype: torch.dtype) -> dict[str, float]:
     positions = torch.arange(16).expand(2, 16)
     loss = package(tokens, positions, None, labels=labels).mean()
     loss.backward()
-    expected = reference(tokens, labels)
-    expected.backward()
-    exact(tokens, labels).backward()
+    expected, trained = reference.losses(tokens, labels, config.training.z_loss)
+    trained.backward()
+    exact.losses(tokens, labels, config.training.z_loss)[1].backward()
     assert sum(p.numel() for p in package.parameters()) == sum(
         p.numel() for p in reference.parameters()
     ), "a parameter has no counterpart"

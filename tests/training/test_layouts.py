@@ -95,6 +95,13 @@ def test_no_two_models_are_the_same(alone: dict[str, Found]) -> None:
     assert len({tuple(found) for found in alone.values()}) == len(MODELS)
 
 
+def test_the_reported_loss_is_without_the_z_loss(alone: dict[str, Found]) -> None:
+    """Of the same first weights, whose gradients it changes."""
+    (loss, norm), (plain, other) = alone["keel, z-loss"][0], alone["keel"][0]
+    assert loss == plain
+    assert norm != pytest.approx(other, rel=1e-3)
+
+
 def test_bf16_trains_close_to_fp32(alone: dict[str, Found]) -> None:
     """Every rule in bf16, interleaved, with recompute: bf16 has 8 bits, so about 1 %.
 

@@ -67,9 +67,8 @@ def remove(reference: ReferenceModel, l: int, removal: Removal) -> None:
         sub.F = Zero()
 
 
-@pytest.mark.parametrize(("rule", "model"), CASES)
-def test_removals_are_those_of_a_plain_model(rule: str, model: dict[str, Any]) -> None:
-    overrides = {f"model__{name}": value for name, value in model.items()}
+@pytest.mark.parametrize(("rule", "overrides"), CASES)
+def test_removals_are_those_of_a_plain_model(rule: str, overrides: dict[str, Any]) -> None:
     config = run_config(model__residual=rule, **overrides)
     batch = batch_of()
     with start(config.parallel, config.training, ALONE) as runtime:
