@@ -7,7 +7,8 @@ rotations, one function a residual rule, sub-layer by sub-layer.
 Conventions that the papers leave open: RMSNorm has epsilon inside the root and a gain, no bias;
 SwiGLU is silu(gate) * up; RoPE turns the pairs (i, i + d/2) (the "rotate half" form); QKV-norm
 (HybridNorm) is an RMSNorm over each head, before RoPE, one gain of width d for all query heads, one
-for keys, one for values; Mix-LN has blocks // 4 post-norm blocks.
+for keys, one for values; QK-norm is the same of queries and keys; Mix-LN has blocks // 4 post-norm
+blocks.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Shape:
     final_norm: bool = True
     norm_epsilon: float = 1e-5
     rope_theta: float = 10000.0
+    qk_norm: bool = False
 
     @property
     def L(self) -> int:  # noqa: N802
@@ -69,12 +71,14 @@ class Attention(nn.Module):
         self.wk = nn.Parameter(torch.empty(shape.num_query_groups * d, h))
         self.wv = nn.Parameter(torch.empty(shape.num_query_groups * d, h))
         self.wo = nn.Parameter(torch.empty(h, shape.num_attention_heads * d))
-        if shape.residual == "hybrid_norm":
+        if shape.residual == "hybrid_norm" or shape.qk_norm:
             self.q_norm = Norm(d, shape.norm_epsilon)
             self.k_norm = Norm(d, shape.norm_epsilon)
+        if shape.residual == "hybrid_norm":
             self.v_norm = Norm(d, shape.norm_epsilon)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value as the scores see them, [b, s, heads, d]."""
         shape = self.shape
         b, s, _h = x.shape
         d = shape.head_dim
@@ -83,7 +87,13 @@ class Attention(nn.Module):
         v = (x @ self.wv.T).view(b, s, -1, d)
         if shape.residual == "hybrid_norm":
             q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
-        q, k = rotate(q, shape.rope_theta), rotate(k, shape.rope_theta)
+        elif shape.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, shape.rope_theta), rotate(k, shape.rope_theta), v
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape, s, d = self.shape, x.size(1), self.shape.head_dim
+        q, k, v = self.heads(x)
         shared = shape.num_attention_heads // shape.num_query_groups
         heads = []
         for head in range(shape.num_attention_heads):
@@ -235,5 +245,11 @@ class ReferenceModel(nn.Module):
         return x @ self.head.T
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        log_p = torch.log_softmax(self.logits(tokens), dim=-1)
-        return -log_p.gather(-1, labels[..., None]).mean()
+        return self.losses(tokens, labels)[0]
+
+    def losses(self, tokens: Tensor, labels: Tensor, z: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The mean cross entropy, and that plus z times the mean of (log sum_j exp(logit_j))^2."""
+        logits = self.logits(tokens)
+        log_z = logits.exp().sum(-1).log()
+        loss = (log_z - logits.gather(-1, labels[..., None]).squeeze(-1)).mean()
+        return loss, loss + z * log_z.square().mean()

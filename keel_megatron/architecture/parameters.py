@@ -16,7 +16,7 @@ COUNTS = Reader(
         "inner",
         "inner_factor",
         "outer_norm",
-        "qkv_norm",
+        "head_norms",
     ),
 )
 
@@ -41,4 +41,4 @@ def vector_parameters(model: ModelShape, blocks: Iterable[int]) -> int:
 def row_parameters(row: SubLayer, model: ModelShape) -> int:
     """The same of a sub-layer with these columns."""
     whole = int(row.inner != "none") + int(row.branch_norm) + int(row.outer_norm)
-    return whole * model.hidden_size + (3 * model.head_dim if row.qkv_norm else 0)
+    return whole * model.hidden_size + len(row.head_norms) * model.head_dim

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Literal, Protocol
 
 from keel_megatron.errors import UserError
 
 Inner = Literal["norm", "vector", "none"]
+NormedParts = Literal["", "qk", "qkv"]
 
 
 class Model(Protocol):
@@ -46,6 +47,10 @@ class Model(Protocol):
     def first_block(self) -> str:
         """Version of Keel's first block, v1 or v2."""
 
+    @property
+    def qk_norm(self) -> bool:
+        """Whether query and key are normalised."""
+
 
 @dataclass(frozen=True)
 class SubLayer:
@@ -63,8 +68,8 @@ class SubLayer:
     """d, factor of G's output; only where G is a norm or a vector, whose weights it multiplies."""
     outer_norm: bool = False
     """N_out, after the addition."""
-    qkv_norm: bool = False
-    """Norms of query, key and value within attention."""
+    head_norms: NormedParts = ""
+    """Which of query, key and value are normalised within attention, each head by itself."""
 
 
 SETTINGS: dict[str, str | bool] = {"alpha": "auto", "first_block": "v2", "embedding_norm": False}
@@ -102,10 +107,14 @@ class Reader:
     def sub_layer(self, l: int, model: Model) -> SubLayer:
         """The columns of sub-layer l (from 0, over the whole model) under `model.residual`.
 
+        With `model.qk_norm` attention has the norms of query and key, whatever the rule is.
+
         Raises:
             UserError: the sub-layer needs a column, or a value of `inner`, that is not honoured.
         """
         row = RULES[model.residual].sub_layer(l, model)
+        if model.qk_norm and l % 2 == 0 and not row.head_norms:
+            row = replace(row, head_norms="qk")
         for field in fields(row):
             value = getattr(row, field.name)
             if field.default is not MISSING and value == field.default:
@@ -122,9 +131,9 @@ class Reader:
                 f"model.residual: {model.residual} sets inner_factor in sub-layer {l}, which has "
                 "no inner norm or vector; scale the branch with branch_factor instead"
             )
-        if row.qkv_norm and l % 2:
+        if row.head_norms and l % 2:
             raise UserError(
-                f"model.residual: {model.residual} sets qkv_norm in sub-layer {l}, an FFN; only "
+                f"model.residual: {model.residual} sets head_norms in sub-layer {l}, an FFN; only "
                 "attention (even sub-layers) has a query, a key and a value"
             )
         return row
@@ -172,7 +181,7 @@ def hybrid_norm(l: int, _model: Model) -> SubLayer:
 
     N(Y) is what both paths of the FFN start from: the outer norm of the attention sub-layer.
     """
-    return SubLayer(outer_norm=True, qkv_norm=True) if l % 2 == 0 else SubLayer()
+    return SubLayer(outer_norm=True, head_norms="qkv") if l % 2 == 0 else SubLayer()
 
 
 def mix_ln(l: int, model: Model) -> SubLayer:
@@ -233,6 +242,12 @@ def alpha(model: Model) -> float:
     if model.alpha != "auto":
         return float(model.alpha)
     return float(2 * model.blocks) ** RULES[model.residual].alpha_exponent
+
+
+def has_head_norms(model: Model) -> bool:
+    """Whether the rule itself normalises query and key, so that it refuses `model.qk_norm`."""
+    rule = RULES[model.residual]
+    return any(rule.sub_layer(2 * block, model).head_norms for block in range(model.blocks))
 
 
 def rules_with(setting: str) -> list[str]:

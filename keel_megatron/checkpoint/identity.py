@@ -48,6 +48,7 @@ CHANGEABLE = (
     "training.name",
     "training.runs_dir",
     "training.steps",
+    "training.z_loss",
     "training.micro_batch_size",
     "training.device",
     "training.deterministic",

@@ -114,6 +114,14 @@ class ModelConfig(Section):
     rope_theta: float = Field(
         default=10000.0, gt=0.0, description="Base of the rotary position embedding."
     )
+    qk_norm: bool = Field(
+        default=False,
+        description=(
+            "Normalize each query and key head with an RMSNorm before the rotary embedding "
+            "(QK-norm), with one learned weight per block for queries and one for keys. Bounds "
+            "attention's logits. Not supported by residual: hybrid_norm, which has such norms."
+        ),
+    )
 
     @property
     def sub_layers(self) -> int:

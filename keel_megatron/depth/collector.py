@@ -32,7 +32,7 @@ from keel_megatron.model.join import COLUMNS, weight_of
 from keel_megatron.model.layer import KeelLayer
 from keel_megatron.runtime.distributed import Runtime
 
-PROFILE = Reader("a depth profile (tracking.depth_every)", (*COLUMNS, "qkv_norm"))
+PROFILE = Reader("a depth profile (tracking.depth_every)", (*COLUMNS, "head_norms"))
 
 _SUMS = {
     name: column

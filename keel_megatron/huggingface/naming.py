@@ -18,7 +18,7 @@ from keel_megatron.config.model import ModelConfig
 
 EXPORT = Reader(
     "an exported model",
-    ("alpha", "branch_norm", "inner", "inner_factor", "outer_norm", "qkv_norm"),
+    ("alpha", "branch_norm", "inner", "inner_factor", "outer_norm", "head_norms"),
 )
 
 
@@ -40,7 +40,7 @@ class Fused:
 
 def is_llama(model: ModelConfig) -> bool:
     """Whether a model is a Llama, and exported as one: pre-norm with a final norm."""
-    return model.residual == "pre_ln" and model.final_norm
+    return model.residual == "pre_ln" and model.final_norm and not model.qk_norm
 
 
 def parameters(model: ModelConfig, vocab_size: int) -> Iterator[Fused]:
@@ -74,10 +74,9 @@ def _block(model: ModelConfig, block: int, llama: bool) -> Iterator[Fused]:
         names = ("attention_layernorm", "feedforward_layernorm")
     yield from _inner(attention, f"{ours}.input_layernorm", f"{theirs}.{names[0]}", h)
     yield _qkv(model, f"{ours}.self_attention.linear_qkv.weight", f"{theirs}.self_attn")
-    if attention.qkv_norm:
-        for part in "qkv":
-            norm = f"{ours}.self_attention.{part}_layernorm.weight"
-            yield _same(norm, f"{theirs}.self_attn.{part}_norm.weight", (model.head_dim,))
+    for part in attention.head_norms:
+        norm = f"{ours}.self_attention.{part}_layernorm.weight"
+        yield _same(norm, f"{theirs}.self_attn.{part}_norm.weight", (model.head_dim,))
     yield _same(
         f"{ours}.self_attention.linear_proj.weight", f"{theirs}.self_attn.o_proj.weight", (h, h)
     )

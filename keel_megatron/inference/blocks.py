@@ -11,20 +11,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from keel_megatron.architecture.residual import Reader
 from keel_megatron.inference.cache import Columns
 from keel_megatron.kernels import rms_norm, scaled_add_norm
 from keel_megatron.kernels.fused import RmsNorm, ScaledAddNorm
+from keel_megatron.kernels.head_norms import HeadNorms, Weights
 from keel_megatron.kernels.swiglu import Swiglu, swiglu
 from keel_megatron.model.attention import causal_attention
 from keel_megatron.model.join import COLUMNS, join, weight_of
 from keel_megatron.model.stream import storing
 
 OuterWeights = tuple[Tensor | None, Tensor | None]
-GENERATION = Reader("generation", (*COLUMNS, "qkv_norm"))
+GENERATION = Reader("generation", (*COLUMNS, "head_norms"))
 
 
 class Block:
@@ -43,9 +44,7 @@ class Block:
         self.groups = attention.num_query_groups_per_partition
         self.head_dim = attention.hidden_size_per_attention_head
         self.qkv, self.projection = attention.linear_qkv.weight, attention.linear_proj.weight
-        self.norms: tuple[nn.Module, ...] | None = None
-        if GENERATION.sub_layer(2 * block, layer.model).qkv_norm:
-            self.norms = (attention.q_layernorm, attention.k_layernorm, attention.v_layernorm)
+        self.norms: Weights | None = attention.norm_weights
         self.gate_up, self.down = mlp.linear_fc1.weight, mlp.linear_fc2.weight
         self.group = mlp.linear_fc2.tp_group
         self.split = self.group.size() > 1
@@ -118,12 +117,10 @@ class Block:
         """Attention's output [s, b, heads x d] of linear_qkv's."""
         s, b = mixed.shape[:2]
         cos, sin = rotation
+        if self.norms is not None:
+            mixed = HeadNorms.forward(_NoRecord(), mixed, *self.norms, self.groups, self.epsilon)
         parts = mixed.view(s, b, self.groups, -1, self.head_dim)
         rotated, value = parts[..., :-1, :], parts[..., -1, :]
-        if self.norms is not None:
-            q_norm, k_norm, v_norm = self.norms
-            query, key = q_norm(rotated[..., :-1, :]), k_norm(rotated[..., -1:, :])
-            rotated, value = torch.cat((query, key), dim=-2), v_norm(value)
         # The halves of a head are exchanged by turning it by half of its length.
         swapped = rotated.roll(self.head_dim // 2, -1)
         rotated = torch.addcmul(rotated * cos, swapped, sin)

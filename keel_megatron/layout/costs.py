@@ -177,10 +177,11 @@ def _loss_bytes(shape: Shape, kernel: Kernel, in_place: bool) -> tuple[int, int]
 def _head_kept(shape: Shape, in_place: bool) -> int:
     """Bytes per token kept by the loss.
 
-    Labels; under TP which are here, and this rank's share of a row; of one piece the log-softmax,
-    or in place the logits, and then every row's log-sum-exp.
+    Labels; under TP which are here; under TP or with a z-loss a factor of every row; of one piece
+    the log-softmax, or in place the logits, and then every row's log-sum-exp.
     """
-    numbers = 8 + (5 if shape.tp > 1 else 0) + (STREAM_BYTES if in_place else 0)
+    factor = STREAM_BYTES if shape.tp > 1 or shape.z_loss else 0
+    numbers = 8 + int(shape.tp > 1) + factor + (STREAM_BYTES if in_place else 0)
     each = shape.c if in_place else STREAM_BYTES
     return numbers + (each * shape.vocabulary if shape.pieces == 1 else 0)
 

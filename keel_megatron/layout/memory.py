@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from keel_megatron.config.run import RunConfig
+from keel_megatron.layout import kernel_counts
+from keel_megatron.layout.block_costs import typical_rows
 from keel_megatron.layout.recomputation import Recomputation, least
 from keel_megatron.layout.work import STREAM_BYTES, Cost, Costs
 from keel_megatron.layout.zero_memory import Sizes, ZeroMemory, zero_memory
@@ -263,9 +265,9 @@ class MemoryModel:
 
     def _numbers(self, blocks: Sequence[int], *, head: bool) -> int:
         """Bytes of tensors of one number: each weight's count of updates, and the losses."""
-        block, hidden = self.costs.block, self.config.model.hidden_size
         # A block's four matrices and its norms; the embedding, the head and its norm.
-        weights = sum(blocks) * (4 + -(-block.vector_parameters // hidden)) + 3
+        vectors = kernel_counts.weights(typical_rows(self.config.model))
+        weights = sum(blocks) * (4 + vectors) + 3
         if self.config.parallel.distributed_optimizer:
             weights = -(-weights // self.data_parallel)
         return _LEAST * (weights + (self.micro_batches if head else 0) + _FEW)

@@ -26,6 +26,7 @@ from keel_megatron.architecture.residual import Inner, Reader, SubLayer
 from keel_megatron.compat import compile_cache
 from keel_megatron.errors import UserError
 from keel_megatron.kernels import reference, triton_is_installed
+from keel_megatron.kernels.head_norms import Weights
 from keel_megatron.model.attention import causal_attention
 from keel_megatron.model.documents import Documents, Packed
 from keel_megatron.model.join import COLUMNS, join, weight_of
@@ -35,9 +36,8 @@ from keel_megatron.model.rotary import apply_rotary
 KINDS = 32
 """Maximum number of compiled graphs: block structures, with and without gradients."""
 
-COMPILED = Reader("kernels.compile", (*COLUMNS, "qkv_norm"))
+COMPILED = Reader("kernels.compile", (*COLUMNS, "head_norms"))
 
-NormWeights = tuple[Tensor, Tensor, Tensor]
 OuterWeights = tuple[Tensor | None, Tensor | None]
 
 
@@ -62,7 +62,7 @@ def block(
     products: tuple[Tensor, Tensor, Tensor, Tensor],
     outer: tuple[OuterWeights, OuterWeights],
     inner: tuple[Tensor | None, Tensor | None],
-    heads: NormWeights | None,
+    heads: Weights | None,
     within: Tensor | Packed | None,
 ) -> tuple[Tensor, Tensor | None]:
     """`KeelLayer.forward` as a function.
@@ -76,7 +76,7 @@ def block(
         outer: weights of N_b and of N_out of attention and FFN, or None.
         inner: norm weights or vectors in front of the FFN and of the next attention, times their
             factors (`model.join.weight_of`), or None.
-        heads: weights of the query, key and value norms, or None.
+        heads: weights of the norms of query, key and value, or None.
         within: of the micro-batch's documents (`Documents.within`), or None.
 
     Returns:
@@ -117,9 +117,9 @@ def _join(
 
 
 def _query_key_value(
-    mixed: Tensor, table: Tensor, structure: Structure, weights: NormWeights | None
+    mixed: Tensor, table: Tensor, structure: Structure, weights: Weights | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`split_rotary`, or with norm weights HybridNorm's norms and then the rotation."""
+    """`head_norms` where there are weights, and `split_rotary`."""
     s, b = mixed.shape[:2]
     d = table.size(-1)
     parts = mixed.view(s, b, structure.groups, -1, d)
@@ -128,7 +128,11 @@ def _query_key_value(
     if weights is not None:
         stream = torch.promote_types(mixed.dtype, torch.float32)
         query, key, value = (
-            reference.rms_norm(one.to(stream), weight.to(stream), structure.epsilon, mixed.dtype)
+            one
+            if weight is None
+            else reference.rms_norm(
+                one.to(stream), weight.to(stream), structure.epsilon, mixed.dtype
+            )
             for one, weight in zip((query, key, value), weights, strict=True)
         )
     return apply_rotary(query, table), apply_rotary(key, table), value
@@ -216,7 +220,7 @@ class CompiledBlock:
         after = layer.following[0].input_layernorm if layer.following else None
         self._inner = (layer.pre_mlp_layernorm, after)
         heads = (attention.q_layernorm, attention.k_layernorm, attention.v_layernorm)
-        self._heads = tuple(map(_weight, heads)) if rules[0].qkv_norm else None
+        self._heads = tuple(map(_weight, heads)) if rules[0].head_norms else None
 
     def __call__(
         self, x: Tensor, z: Tensor, table: Tensor, documents: Documents | None

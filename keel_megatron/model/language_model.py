@@ -155,6 +155,7 @@ class LanguageModel(GPTModel):
         )
         if self.post_process:
             head = replace_output_layer(self, OutputLayer)
+            head.z_loss = run.training.z_loss
             head.rows = run.kernels.rows_at_once(head.output_size_per_partition)
 
     def forward(

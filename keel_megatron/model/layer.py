@@ -23,7 +23,7 @@ from keel_megatron.model.join import COLUMNS, join, weight_of
 from keel_megatron.model.micro_batch import MicroBatch
 from keel_megatron.model.stream import Noise, stored, storing
 
-BLOCKS = Reader("a block of the model", (*COLUMNS, "qkv_norm"))
+BLOCKS = Reader("a block of the model", (*COLUMNS, "head_norms"))
 
 Observer = Callable[[int, Tensor, Tensor, float, Tensor], None]
 """Called with (l, x, F, alpha, x') for each sub-layer: its global number from 0, the stream before

@@ -65,20 +65,25 @@ class RMSNorm(nn.Module):
 
 
 class HeadNorm(RMSNorm):
-    """RMSNorm of every attention head [s, b, heads, d] over d, with one weight for all heads.
+    """The weight [d] of an RMSNorm of attention heads, one for all of them.
 
     The heads are split over the tensor-parallel group and the weight is not: its gradient is
-    reduced there.
+    reduced there. `kernels.head_norms` computes the norms of a block together.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(config, hidden_size, eps)
         self.weight.sequence_parallel = False  # type: ignore[attr-defined]
+        self._split = config.tensor_model_parallel_size > 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x in the stream's type; back in the type of the matrix products."""
-        weight = tensor_parallel.copy_to_tensor_model_parallel_region(self.stream_weight)
-        return rms_norm(x.to(weight.dtype), weight, self.eps, self.output_dtype)
+    @property
+    def shared_weight(self) -> Tensor:
+        """The weight [d] in the stream's type, for this rank's heads."""
+        weight = self.stream_weight
+        if not self._split:
+            return weight
+        reduced: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(weight)
+        return reduced
 
 
 class BranchVector(nn.Module):

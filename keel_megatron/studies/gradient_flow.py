@@ -38,7 +38,7 @@ ANALYSIS = Reader(
         "inner",
         "inner_factor",
         "outer_norm",
-        "qkv_norm",
+        "head_norms",
     ),
 )
 FIRST = 2

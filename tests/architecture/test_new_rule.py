@@ -37,7 +37,11 @@ def gentle(l, model):
     """Every column at once: two kinds of G, every norm, scaled skip, branch and input."""
     if l % 2 == 0:
         return SubLayer(
-            alpha=alpha(model), branch_factor=0.5, inner="vector", inner_factor=0.7, qkv_norm=True
+            alpha=alpha(model),
+            branch_factor=0.5,
+            inner="vector",
+            inner_factor=0.7,
+            head_norms="qkv",
         )
     return SubLayer(
         alpha=alpha(model),

@@ -89,6 +89,7 @@ SEEN: dict[str, Seen] = {
     "schedule.decay_fraction": Seen(0.9, rates, {"schedule__decay": "wsd"}),
     "schedule.min_learning_rate": Seen(1e-3, rates),
     "training.steps": Seen(STEPS + 1, rates),
+    "training.z_loss": Seen(0.1, weights),
     "training.validate_every": Seen(2, validations),
     "checkpoint.every": Seen(1, kept),
     "checkpoint.keep": Seen(3, kept, EVERY),

@@ -18,7 +18,7 @@ from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
 from tests.distributed import run_ranks
 from tests.model.test_exactness import pair_up, shape_of
-from tests.reference_model import Attention, ReferenceModel, rotate
+from tests.reference_model import Attention, ReferenceModel
 from tests.settings import settings, small_config
 from tests.training.ranks import made_up_batches
 
@@ -41,7 +41,12 @@ SMALLER: dict[str, Any] = {"model__blocks": 5, "data__seq_length": 16}
 MODELS: dict[str, dict[str, Any]] = {
     "keel": {**SMALLER, "model__num_query_groups": 2},
     "hybrid_norm": {**SMALLER, "model__residual": "hybrid_norm"},
-    "scaled_post_ln_beta": {**SMALLER, "model__residual": "scaled_post_ln_beta"},
+    "scaled_post_ln_beta": {
+        **SMALLER,
+        "model__residual": "scaled_post_ln_beta",
+        "model__qk_norm": True,
+        "training__z_loss": 1e-3,
+    },
     "peri_ln": {**SMALLER, "model__residual": "peri_ln"},
 }
 
@@ -194,7 +199,10 @@ def test_the_largest_logit_is_that_of_the_whole_matrix(s: int, groups: int) -> N
 
 
 REFERENCE = settings(
-    model__num_query_groups=2, training__global_batch_size=2, training__micro_batch_size=2
+    model__num_query_groups=2,
+    model__qk_norm=True,
+    training__global_batch_size=2,
+    training__micro_batch_size=2,
 )
 
 
@@ -302,10 +310,8 @@ def test_what_a_bf16_stream_keeps_of_an_update() -> None:
 
 
 def largest_logit(attention: Attention, z: Tensor) -> Tensor:
-    b, s, _h = z.shape
-    d = attention.shape.head_dim
-    q = rotate((z @ attention.wq.T).view(b, s, -1, d), attention.shape.rope_theta)
-    k = rotate((z @ attention.wk.T).view(b, s, -1, d), attention.shape.rope_theta)
+    s, d = z.size(1), attention.shape.head_dim
+    q, k, _v = attention.heads(z)
     k = k.repeat_interleave(q.size(2) // k.size(2), 2)
     scores = torch.einsum("bshd,bthd->bhst", q, k) / d**0.5
     return scores.masked_fill(torch.ones(s, s, dtype=torch.bool).triu(1), -torch.inf).max()

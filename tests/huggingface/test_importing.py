@@ -99,8 +99,9 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
         {"model__residual": "hybrid_norm", "model__final_norm": False, "data__seq_length": 48},
         {"model__residual": "deepnorm", "model__init_std": 0.01, "model__norm_epsilon": 1e-6},
         {"model__residual": "peri_ln", "model__embedding_norm": True},
+        {"model__residual": "pre_ln", "model__qk_norm": True},
     ],
-    ids=["keel", "v1 tied", "llama", "hybrid_norm", "deepnorm", "peri_ln"],
+    ids=["keel", "v1 tied", "llama", "hybrid_norm", "deepnorm", "peri_ln", "pre_ln, QK-norm"],
 )
 def test_a_round_trip_changes_no_bit(
     overrides: dict[str, Any], tmp_path: Path, sentencepiece_model: bytes

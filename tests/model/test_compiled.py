@@ -108,7 +108,11 @@ def both_ways(overrides: dict[str, Any], backend: str) -> list[list[tuple[float,
     ("processes", "overrides", "backend"),
     [
         # As they were traced: the test above makes C++ of such graphs.
-        (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}, "aot_eager"),
+        (
+            2,
+            {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "model__qk_norm": True},
+            "aot_eager",
+        ),
         *(
             pytest.param(*case, "inductor", marks=pytest.mark.slow)
             for case in (

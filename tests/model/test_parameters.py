@@ -17,6 +17,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"model__first_block": "v1"},
     {"model__residual": "peri_ln", "model__embedding_norm": True},
     {"model__final_norm": False},
+    {"model__qk_norm": True},
     {"model__tie_embeddings": True, "model__num_query_groups": 2},
 ]
 

@@ -28,11 +28,13 @@ QUICK = (
     "TP 2 + SP x PP 2 x VPP 2",
 )
 
-# Every rule, and tied embeddings, at the hardest layout.
+# Every rule, tied embeddings, and the stabilizers at the hardest layout.
 MODELS: dict[str, dict[str, Any]] = {
     **{rule: {"model__residual": rule, **BATCH} for rule in RULES},
     "peri_ln": {"model__residual": "peri_ln", "model__embedding_norm": True, **BATCH},
     "keel-v1-tied": {"model__first_block": "v1", "model__tie_embeddings": True, **BATCH},
+    "keel, QK-norm": {"model__qk_norm": True, "model__num_query_groups": 2, **BATCH},
+    "keel, z-loss": {"training__z_loss": 1e-2, **BATCH},
 }
 
 
@@ -91,6 +93,13 @@ def test_every_layout_trains_like_one_process_for_twenty_steps() -> None:
 
 def test_no_two_models_are_the_same(alone: dict[str, Found]) -> None:
     assert len({tuple(found) for found in alone.values()}) == len(MODELS)
+
+
+def test_the_reported_loss_is_without_the_z_loss(alone: dict[str, Found]) -> None:
+    """Of the same first weights, whose gradients it changes."""
+    (loss, norm), (plain, other) = alone["keel, z-loss"][0], alone["keel"][0]
+    assert loss == plain
+    assert norm != pytest.approx(other, rel=1e-3)
 
 
 def test_bf16_trains_close_to_fp32(alone: dict[str, Found]) -> None:

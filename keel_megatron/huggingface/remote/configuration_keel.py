@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -20,14 +20,22 @@ class SubLayer:
     """d, factor of G's output."""
     outer_norm: bool = False
     """Whether there is an N_out."""
-    qkv_norm: bool = False
-    """Norms of query, key and value."""
+    head_norms: str = ""
+    """Which of query, key and value are normalised, each head by itself: none, qk or qkv."""
     branch_norm: bool = False
     """Whether there is an N_b, of the branch's output."""
 
 
 def sub_layer(l: int, config: Any) -> SubLayer:
-    """Columns of sub-layer l, counted from 0 (even: attention, odd: FFN), under `residual`."""
+    """Columns of sub-layer l, counted from 0 (even: attention, odd: FFN)."""
+    row = _of_rule(l, config)
+    if config.qk_norm and l % 2 == 0 and not row.head_norms:
+        return replace(row, head_norms="qk")
+    return row
+
+
+def _of_rule(l: int, config: Any) -> SubLayer:
+    """The same under `residual` alone."""
     alpha, block = config.alpha, l // 2
     pre_norm, post_norm = SubLayer(inner="norm"), SubLayer(outer_norm=True)
     match config.residual:
@@ -44,7 +52,7 @@ def sub_layer(l: int, config: Any) -> SubLayer:
         case "scaled_post_ln_beta":
             return SubLayer(alpha=alpha, inner="vector", outer_norm=True)
         case "hybrid_norm":
-            return SubLayer(outer_norm=True, qkv_norm=True) if l % 2 == 0 else SubLayer()
+            return SubLayer(outer_norm=True, head_norms="qkv") if l % 2 == 0 else SubLayer()
         case "mix_ln":
             return post_norm if block < config.num_hidden_layers // 4 else pre_norm
         case "peri_ln":
@@ -65,6 +73,7 @@ class KeelConfig(PreTrainedConfig):
             its attention nor its FFN has.
         embedding_norm: an RMSNorm of the embedding's output.
         final_norm: an RMSNorm between the last block and the output layer.
+        qk_norm: an RMSNorm of every query and key head, before their rotation.
     """
 
     model_type = "keel"
@@ -97,6 +106,7 @@ class KeelConfig(PreTrainedConfig):
         first_block: str = "v2",
         embedding_norm: bool = False,
         final_norm: bool = True,
+        qk_norm: bool = False,
         max_position_embeddings: int = 4096,
         rope_theta: float = 10000.0,
         rms_norm_eps: float = 1e-5,
@@ -118,6 +128,7 @@ class KeelConfig(PreTrainedConfig):
         self.first_block = first_block
         self.embedding_norm = embedding_norm
         self.final_norm = final_norm
+        self.qk_norm = qk_norm
         self.hidden_act = "silu"
         self.max_position_embeddings = max_position_embeddings
         self.rope_parameters = kwargs.pop("rope_parameters", None) or {

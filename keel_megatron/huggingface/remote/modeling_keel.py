@@ -104,7 +104,7 @@ def eager_attention_forward(
 class KeelAttention(nn.Module):
     """Causal attention with grouped keys and values and rotary positions."""
 
-    def __init__(self, config: KeelConfig, layer_idx: int, qkv_norm: bool) -> None:
+    def __init__(self, config: KeelConfig, layer_idx: int, head_norms: str) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -118,9 +118,10 @@ class KeelAttention(nn.Module):
         self.v_proj = nn.Linear(h, config.num_key_value_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, h, bias=False)
         self.q_norm = self.k_norm = self.v_norm = None
-        if qkv_norm:
+        if head_norms:
             self.q_norm = KeelRMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = KeelRMSNorm(config.head_dim, config.rms_norm_eps)
+        if head_norms == "qkv":
             self.v_norm = KeelRMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
@@ -187,7 +188,7 @@ class KeelDecoderLayer(GradientCheckpointingLayer):
         self.attention_alpha, self.feedforward_alpha = attention.alpha, ffn.alpha
         self.attention_factor, self.feedforward_factor = attention.inner_factor, ffn.inner_factor
         self.attention_layernorm = _inner(attention.inner, config)
-        self.self_attn = KeelAttention(config, layer_idx, attention.qkv_norm)
+        self.self_attn = KeelAttention(config, layer_idx, attention.head_norms)
         self.branch_attention_layernorm = _outer(attention.branch_norm, config)
         self.post_attention_layernorm = _outer(attention.outer_norm, config)
         self.feedforward_layernorm = _inner(ffn.inner, config)

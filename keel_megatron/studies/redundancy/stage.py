@@ -17,7 +17,7 @@ from keel_megatron.model.join import COLUMNS, join
 from keel_megatron.model.stream import stored, storing
 from keel_megatron.studies.redundancy.units import Removal
 
-STUDY = Reader("the study of redundancy", (*COLUMNS, "qkv_norm"))
+STUDY = Reader("the study of redundancy", (*COLUMNS, "head_norms"))
 
 
 class Stage:
