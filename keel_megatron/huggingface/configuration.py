@@ -69,6 +69,7 @@ def _rule(model: ModelConfig) -> dict[str, Any]:
         "alpha": alpha(model),
         "first_block": model.first_block,
         "embedding_norm": model.embedding_norm,
+        "base_blocks": model.base_blocks,
         "final_norm": model.final_norm,
     }
 
@@ -123,7 +124,7 @@ def _from_rule(content: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         problems.append(f"residual: {rule!r} is not one of {', '.join(RULES)}")
         return {}
     found = {"residual": rule, "final_norm": content.get("final_norm", True)}
-    for name in ("first_block", "embedding_norm"):
+    for name in ("first_block", "base_blocks", "embedding_norm"):
         if name in RULES[rule].settings:
             found[name] = content.get(name, SETTINGS[name])
     if "alpha" not in RULES[rule].settings:

@@ -185,7 +185,8 @@ class KeelDecoderLayer(GradientCheckpointingLayer):
         attention = sub_layer(2 * layer_idx, config)
         ffn = sub_layer(2 * layer_idx + 1, config)
         self.attention_alpha, self.feedforward_alpha = attention.alpha, ffn.alpha
-        self.attention_factor, self.feedforward_factor = attention.inner_factor, ffn.inner_factor
+        self.attention_inner, self.feedforward_inner = attention.inner_factor, ffn.inner_factor
+        self.attention_factor, self.feedforward_factor = attention.branch_factor, ffn.branch_factor
         self.attention_layernorm = _inner(attention.inner, config)
         self.self_attn = KeelAttention(config, layer_idx, attention.qkv_norm)
         self.branch_attention_layernorm = _outer(attention.branch_norm, config)
@@ -198,13 +199,18 @@ class KeelDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """The fp32 stream [batch, tokens, h] after both sub-layers."""
         x, dtype = hidden_states, self.mlp.down_proj.weight.dtype
-        z = self.attention_factor * self.attention_layernorm(x)
+        z = self.attention_inner * self.attention_layernorm(x)
         branch, _weights = self.self_attn(z.to(dtype), **kwargs)
-        branch = self.branch_attention_layernorm(branch)
+        branch = _scaled(self.branch_attention_layernorm(branch), self.attention_factor)
         x = self.post_attention_layernorm(self.attention_alpha * x + branch)
-        z = self.feedforward_factor * self.feedforward_layernorm(x)
+        z = self.feedforward_inner * self.feedforward_layernorm(x)
         branch = self.branch_feedforward_layernorm(self.mlp(z.to(dtype)))
+        branch = _scaled(branch, self.feedforward_factor)
         return self.post_feedforward_layernorm(self.feedforward_alpha * x + branch)
+
+
+def _scaled(branch: Tensor, factor: float) -> Tensor:
+    return branch if factor == 1.0 else branch * factor
 
 
 def _inner(kind: str, config: KeelConfig) -> nn.Module:
