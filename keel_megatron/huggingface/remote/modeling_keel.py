@@ -5,8 +5,8 @@
     x_{l+1} = N_out(alpha x_l + F_l(N_in(x_l)))        l >= 2, alpha = L
 
 N is an RMSNorm, F_l attention (l even) or an FFN (l odd), L the number of sub-layers, twice that of
-blocks. The other residual rules differ in which norms exist and in alpha: `sub_layer` in
-configuration_keel.py is the table.
+blocks. The other residual rules differ in which norms exist, in alpha and in factors:
+`sub_layer` in configuration_keel.py is the table.
 
 The residual stream and the norms are fp32 whatever the type of the weights is: at alpha = 1024 a
 bf16 stream would lose most of every update, and rounded norm weights compound over depth. The
@@ -201,16 +201,11 @@ class KeelDecoderLayer(GradientCheckpointingLayer):
         x, dtype = hidden_states, self.mlp.down_proj.weight.dtype
         z = self.attention_inner * self.attention_layernorm(x)
         branch, _weights = self.self_attn(z.to(dtype), **kwargs)
-        branch = _scaled(self.branch_attention_layernorm(branch), self.attention_factor)
+        branch = self.attention_factor * self.branch_attention_layernorm(branch)
         x = self.post_attention_layernorm(self.attention_alpha * x + branch)
         z = self.feedforward_inner * self.feedforward_layernorm(x)
-        branch = self.branch_feedforward_layernorm(self.mlp(z.to(dtype)))
-        branch = _scaled(branch, self.feedforward_factor)
+        branch = self.feedforward_factor * self.branch_feedforward_layernorm(self.mlp(z.to(dtype)))
         return self.post_feedforward_layernorm(self.feedforward_alpha * x + branch)
-
-
-def _scaled(branch: Tensor, factor: float) -> Tensor:
-    return branch if factor == 1.0 else branch * factor
 
 
 def _inner(kind: str, config: KeelConfig) -> nn.Module:
