@@ -45,7 +45,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "Llama, tied": {"residual": "pre_ln", "tie_embeddings": True},
     "pre_ln without final norm": {"residual": "pre_ln", "final_norm": False},
 }
-COLUMNS = ("alpha", "branch_factor", "branch_norm", "inner", "inner_factor", "outer_norm", "qkv_norm")
+COLUMNS = (
+    "alpha",
+    "branch_factor",
+    "branch_norm",
+    "inner",
+    "inner_factor",
+    "outer_norm",
+    "qkv_norm",
+)
 
 
 def columns(row: Any) -> dict[str, Any]:
