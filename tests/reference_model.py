@@ -34,6 +34,7 @@ class Shape:
     first_block: str = "v2"
     alpha: float | None = None
     embedding_norm: bool = False
+    base_blocks: int = 2
     final_norm: bool = True
     norm_epsilon: float = 1e-5
     rope_theta: float = 10000.0
@@ -139,7 +140,7 @@ class SubLayerReference(nn.Module):
         self.F = Attention(shape) if l % 2 == 0 else FeedForward(shape)
         rule, first = shape.residual, l < 2
         post = rule == "mix_ln" and l // 2 < shape.blocks // 4
-        inside = ("keel", "pre_ln", "layer_norm_scaling", "peri_ln")
+        inside = ("keel", "pre_ln", "layer_norm_scaling", "peri_ln", "complete_p")
         if rule in inside or (rule == "mix_ln" and not post):
             self.N_in = Norm(shape.hidden_size, shape.norm_epsilon)
         if rule == "peri_ln":
@@ -206,6 +207,11 @@ def peri_ln(m: SubLayerReference, x: Tensor) -> Tensor:
     return x + m.N_branch(m.F(m.N_in(x)))
 
 
+def complete_p(m: SubLayerReference, x: Tensor) -> Tensor:
+    """CompleteP at alpha = 1: m_L^-1 in front of the branch, m_L = blocks / base_blocks."""
+    return x + m.shape.base_blocks / m.shape.blocks * m.F(m.N_in(x))
+
+
 EQUATIONS: dict[str, Callable[[SubLayerReference, Tensor], Tensor]] = {
     "keel": keel,
     "pre_ln": pre_ln,
@@ -217,6 +223,7 @@ EQUATIONS: dict[str, Callable[[SubLayerReference, Tensor], Tensor]] = {
     "scaled_post_ln_beta": scaled_post_ln_beta,
     "layer_norm_scaling": layer_norm_scaling,
     "peri_ln": peri_ln,
+    "complete_p": complete_p,
 }
 
 

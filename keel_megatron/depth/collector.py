@@ -37,7 +37,10 @@ PROFILE = Reader("a depth profile (tracking.depth_every)", (*COLUMNS, "head_norm
 _SUMS = {
     name: column
     for column, name in enumerate(
-        ("stream", "branch", "cosine", "size", "kept", "gradient", "weight", "weights", "update")
+        (
+            *("stream", "branch", "cosine", "size", "kept"),  # the order of `_joined`
+            *("gradient", "matrix_gradient", "weight", "weights", "update"),
+        )
     )
 }
 _LOGIT = 0
@@ -123,6 +126,8 @@ class DepthCollector:
         """
         pieces = list(self._pieces())
         self._add("gradient", [(l, gradient) for l, gradient, _weight in pieces])
+        of_matrices = [(l, gradient) for l, gradient, weight in pieces if weight is not None]
+        self._add("matrix_gradient", of_matrices)
         matrices = [(l, weight) for l, _gradient, weight in pieces if weight is not None]
         self._add("weight", matrices)
         for l, weight in matrices:
@@ -153,6 +158,7 @@ class DepthCollector:
         with np.errstate(all="ignore"):
             found = {
                 "gradient_norm": np.sqrt(sums["gradient"]),
+                "gradient_rms": np.sqrt(sums["matrix_gradient"] / sums["weights"]),
                 "stream_rms": np.sqrt(sums["stream"] / elements),
                 "branch_rms": np.sqrt(sums["branch"] / elements),
                 "update_cosine": sums["cosine"] / tokens,

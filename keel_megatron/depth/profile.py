@@ -28,6 +28,7 @@ class Quantity:
 
 QUANTITIES: dict[str, Quantity] = {
     "gradient_norm": Quantity("gradient norm"),
+    "gradient_rms": Quantity("RMS of the gradient of matrices", optional=True),
     "stream_rms": Quantity("RMS of the stream"),
     "branch_rms": Quantity("RMS of the branch"),
     "update_cosine": Quantity("cosine of branch and stream", "linear"),
@@ -50,6 +51,8 @@ QUANTITIES: dict[str, Quantity] = {
 
 - gradient_norm: L2 norm of the gradient of the sub-layer's parameters (the branch's and its
   norms'), before clipping;
+- gradient_rms: of the elements of the matrices' gradient, before clipping: what AdamW's epsilon
+  has to be small against; runs of earlier versions have none;
 - stream_rms, branch_rms: of x' and of F, as it is added, over all elements of the global batch;
 - update_cosine, update_size: cos(x, F) and |F| / |alpha x| in the sum alpha x + F, means over the
   tokens of the global batch;

@@ -18,7 +18,7 @@ from keel_megatron.config.model import ModelConfig
 
 EXPORT = Reader(
     "an exported model",
-    ("alpha", "branch_norm", "inner", "inner_factor", "outer_norm", "head_norms"),
+    ("alpha", "branch_factor", "branch_norm", "inner", "inner_factor", "outer_norm", "head_norms"),
 )
 
 

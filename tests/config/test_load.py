@@ -56,6 +56,7 @@ def complaints(path: Path, *overrides: str, world_size: int | None = None) -> li
             "model.qk_norm: true is not supported by residual: hybrid_norm",
         ),
         ("training.z_loss=-1", "training.z_loss: "),
+        ("model.base_blocks=8", "8 is not supported by residual: keel; leave it at 2, or choose"),
         ("model.alpha=big", "model.alpha: 'big' must be auto or a number"),
         ('model.alpha="2"', "model.alpha: '2' must be auto or a number (remove the quotes)"),
         ("model.alpha=.nan", "model.alpha: .nan is not a finite number"),

@@ -260,6 +260,10 @@ def plainly(
         cosine = torch.nn.functional.cosine_similarity(x, f, dim=-1)
         found = {
             "gradient_norm": torch.cat([p.grad.flatten() for p in parameters]).norm(),
+            "gradient_rms": torch.cat([p.grad.flatten() for p in parameters if p.dim() > 1])
+            .square()
+            .mean()
+            .sqrt(),
             "stream_rms": new.square().mean().sqrt(),
             "branch_rms": f.square().mean().sqrt(),
             "update_cosine": cosine.mean(),

@@ -41,12 +41,21 @@ MODELS: dict[str, dict[str, Any]] = {
     "keel v1, tied": {"first_block": "v1", "tie_embeddings": True},
     "no final norm": {"final_norm": False},
     "alpha 3": {"alpha": 3.0, "norm_epsilon": 1e-3, "rope_theta": 500.0},
+    "complete_p of 3 blocks": {"residual": "complete_p", "base_blocks": 3},
     "Llama, tied": {"residual": "pre_ln", "tie_embeddings": True},
     "pre_ln without final norm": {"residual": "pre_ln", "final_norm": False},
     "pre_ln, QK-norm": {"residual": "pre_ln", "qk_norm": True},
     "keel, QK-norm": {"qk_norm": True},
 }
-COLUMNS = ("alpha", "branch_norm", "inner", "inner_factor", "outer_norm", "head_norms")
+COLUMNS = (
+    "alpha",
+    "branch_factor",
+    "branch_norm",
+    "inner",
+    "inner_factor",
+    "outer_norm",
+    "head_norms",
+)
 
 
 def columns(row: Any) -> dict[str, Any]:
@@ -58,7 +67,7 @@ def columns(row: Any) -> dict[str, Any]:
 def test_the_exported_code_has_every_rule_of_the_table(rule: str, qk_norm: bool) -> None:
     from keel_megatron.huggingface.remote.configuration_keel import KeelConfig, sub_layer
 
-    assert set(COLUMNS) | {"branch_factor"} == set(SubLayer.__dataclass_fields__)
+    assert set(COLUMNS) == set(SubLayer.__dataclass_fields__)
     for blocks in (1, 2, 3, 4, 5, 8, 13):
         for first_block in ("v1", "v2"):
             model = SimpleNamespace(
@@ -67,11 +76,13 @@ def test_the_exported_code_has_every_rule_of_the_table(rule: str, qk_norm: bool)
                 alpha="auto",
                 first_block=first_block,
                 qk_norm=qk_norm,
+                base_blocks=3,
             )
             exported = KeelConfig(
                 residual=rule,
                 num_hidden_layers=blocks,
                 first_block=first_block,
+                base_blocks=3,
                 alpha=alpha_of(model),
                 qk_norm=qk_norm,
             )
@@ -84,10 +95,10 @@ def test_a_rule_that_the_exported_code_does_not_know_is_refused() -> None:
     from keel_megatron.huggingface.remote.configuration_keel import KeelConfig
 
     with added_rules():
+        config = small_config(model__residual=GATED)
+        with pytest.raises(UserError, match="which an exported model cannot honour"):
+            list(parameters(config.model, 512))
         for rule in (HALF, GATED):
-            config = small_config(model__residual=rule)
-            with pytest.raises(UserError, match="which an exported model cannot honour"):
-                list(parameters(config.model, 512))
             with pytest.raises(ValueError, match="is not a rule of this model's code"):
                 KeelConfig(residual=rule)
 

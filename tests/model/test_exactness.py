@@ -47,6 +47,7 @@ def shape_of(config: RunConfig) -> Shape:
         residual=model.residual,
         first_block=model.first_block,
         embedding_norm=model.embedding_norm,
+        base_blocks=model.base_blocks,
         final_norm=model.final_norm,
         qk_norm=model.qk_norm,
         alpha=None if model.alpha == "auto" else float(model.alpha),

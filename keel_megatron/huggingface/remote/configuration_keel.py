@@ -10,10 +10,12 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class SubLayer:
-    """One sub-layer, attention or FFN: x' = N_out(alpha x + N_b(F(d G(x))))."""
+    """One sub-layer, attention or FFN: x' = N_out(alpha x + c N_b(F(d G(x))))."""
 
     alpha: float = 1.0
     """Scale of the skip path."""
+    branch_factor: float = 1.0
+    """c, factor of the branch's output."""
     inner: str = "none"
     """G, in front of the branch F: `norm` (N_in), `vector` (learned), or `none`."""
     inner_factor: float = 1.0
@@ -59,6 +61,9 @@ def _of_rule(l: int, config: Any) -> SubLayer:
             return SubLayer(inner="norm", branch_norm=True)
         case "layer_norm_scaling":
             return SubLayer(inner="norm", inner_factor=(block + 1) ** -0.5)
+        case "complete_p":
+            ratio = config.num_hidden_layers / config.base_blocks
+            return SubLayer(branch_factor=1.0 / ratio, inner="norm")
     raise ValueError(f"residual: {config.residual!r} is not a rule of this model's code")
 
 
@@ -72,6 +77,7 @@ class KeelConfig(PreTrainedConfig):
         first_block: norms of Keel's first block. v2: its attention has no outer norm; v1: neither
             its attention nor its FFN has.
         embedding_norm: an RMSNorm of the embedding's output.
+        base_blocks: blocks of the model that CompleteP scales to this depth.
         final_norm: an RMSNorm between the last block and the output layer.
         qk_norm: an RMSNorm of every query and key head, before their rotation.
     """
@@ -105,6 +111,7 @@ class KeelConfig(PreTrainedConfig):
         alpha: float | None = None,
         first_block: str = "v2",
         embedding_norm: bool = False,
+        base_blocks: int = 2,
         final_norm: bool = True,
         qk_norm: bool = False,
         max_position_embeddings: int = 4096,
@@ -127,6 +134,7 @@ class KeelConfig(PreTrainedConfig):
         self.alpha = float(2 * num_hidden_layers if alpha is None else alpha)
         self.first_block = first_block
         self.embedding_norm = embedding_norm
+        self.base_blocks = base_blocks
         self.final_norm = final_norm
         self.qk_norm = qk_norm
         self.hidden_act = "silu"

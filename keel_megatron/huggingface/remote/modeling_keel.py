@@ -5,8 +5,8 @@
     x_{l+1} = N_out(alpha x_l + F_l(N_in(x_l)))        l >= 2, alpha = L
 
 N is an RMSNorm, F_l attention (l even) or an FFN (l odd), L the number of sub-layers, twice that of
-blocks. The other residual rules differ in which norms exist and in alpha: `sub_layer` in
-configuration_keel.py is the table.
+blocks. The other residual rules differ in which norms exist, in alpha and in factors:
+`sub_layer` in configuration_keel.py is the table.
 
 The residual stream and the norms are fp32 whatever the type of the weights is: at alpha = 1024 a
 bf16 stream would lose most of every update, and rounded norm weights compound over depth. The
@@ -186,7 +186,8 @@ class KeelDecoderLayer(GradientCheckpointingLayer):
         attention = sub_layer(2 * layer_idx, config)
         ffn = sub_layer(2 * layer_idx + 1, config)
         self.attention_alpha, self.feedforward_alpha = attention.alpha, ffn.alpha
-        self.attention_factor, self.feedforward_factor = attention.inner_factor, ffn.inner_factor
+        self.attention_inner, self.feedforward_inner = attention.inner_factor, ffn.inner_factor
+        self.attention_factor, self.feedforward_factor = attention.branch_factor, ffn.branch_factor
         self.attention_layernorm = _inner(attention.inner, config)
         self.self_attn = KeelAttention(config, layer_idx, attention.head_norms)
         self.branch_attention_layernorm = _outer(attention.branch_norm, config)
@@ -199,12 +200,12 @@ class KeelDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """The fp32 stream [batch, tokens, h] after both sub-layers."""
         x, dtype = hidden_states, self.mlp.down_proj.weight.dtype
-        z = self.attention_factor * self.attention_layernorm(x)
+        z = self.attention_inner * self.attention_layernorm(x)
         branch, _weights = self.self_attn(z.to(dtype), **kwargs)
-        branch = self.branch_attention_layernorm(branch)
+        branch = self.attention_factor * self.branch_attention_layernorm(branch)
         x = self.post_attention_layernorm(self.attention_alpha * x + branch)
-        z = self.feedforward_factor * self.feedforward_layernorm(x)
-        branch = self.branch_feedforward_layernorm(self.mlp(z.to(dtype)))
+        z = self.feedforward_inner * self.feedforward_layernorm(x)
+        branch = self.feedforward_factor * self.branch_feedforward_layernorm(self.mlp(z.to(dtype)))
         return self.post_feedforward_layernorm(self.feedforward_alpha * x + branch)
 
 
