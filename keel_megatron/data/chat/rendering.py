@@ -186,17 +186,17 @@ class _PlainNamespace(Namespace):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         names = dict(*args, **kwargs)
         for name in names:
-            self._check(name)
+            _check_attribute(name)
         super().__init__(names)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._check(name)
+        _check_attribute(name)
         super().__setitem__(name, value)
 
-    @staticmethod
-    def _check(name: object) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise SecurityError(f"a namespace cannot have the attribute {name!r}")
+
+def _check_attribute(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace cannot have the attribute {name!r}")
 
 
 def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:

@@ -31,7 +31,7 @@ MARKED = """\
     {%- if message['role'] == 'assistant' %}
         {% generation %}
         {{- message['content'] | trim + '<|im_end|>' }}
-        {% endgeneration %}
+        {%- endgeneration %}
     {%- else %}
         {{- message['content'] + '<|im_end|>' }}
     {%- endif %}
