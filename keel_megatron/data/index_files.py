@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,10 +68,16 @@ def open_sequences(
     tokenizer = dataset.manifest.tokenizer
     common = (seq_length, tokenizer.vocab_size, source.name)
     if source.record.is_chat:
-        pack = partial(build_packing, documents, seq_length, seed)
+
+        def pack() -> PackedIndex:
+            return build_packing(documents, seq_length, seed)
+
         packing = _opened(PackedIndex, pack, folder, say, check=check)
         return PackedSequences(documents, packing, *common, padding=tokenizer.eod)
-    order = partial(build_index, documents, seq_length, seed)
+
+    def order() -> Index:
+        return build_index(documents, seq_length, seed)
+
     return SequenceDataset(documents, _opened(Index, order, folder, say, check=check), *common)
 
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, NoReturn
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
 
 Messages = Sequence[Mapping[str, str]]
 """Each with `role` and `content`."""
@@ -56,7 +57,12 @@ class Template:
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
         environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
+        environment.globals = {
+            "range": environment.globals["range"],
+            "dict": _dict,
+            "namespace": _PlainNamespace,
+            "raise_exception": _raise_exception,
+        }
         try:
             self._template = environment.from_string(text)
         except (TemplateError, RecursionError) as error:
@@ -174,9 +180,45 @@ def _is_assistant(message: Mapping[str, str]) -> bool:
     return message["role"] == ASSISTANT
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
+class _PlainNamespace(Namespace):
+    """Jinja2's namespace without attributes of Python's own, with which a sandbox can be left."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        names = dict(*args, **kwargs)
+        for name in names:
+            _check_attribute(name)
+        super().__init__(names)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace cannot have the attribute {name!r}")
+
+
+def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    """A new dictionary; a function, because a class has attributes."""
+    return dict(*args, **kwargs)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """The filter `tojson` as transformers has it, which keeps characters as they are."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _raise_exception(message: str) -> NoReturn:
