@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,8 +33,14 @@ class OverlappedDataParallel(DistributedDataParallel):
     """
 
     def _make_backward_post_hook(self, param: nn.Parameter) -> Callable[..., None]:
-        hook = super()._make_backward_post_hook(param)
-        return data_parallel.ready_without_gradient(hook, self, param)
+        """Megatron-core's hook, which does not keep this object.
+
+        The hook belongs to a node of autograd that this object keeps, a cycle that Python cannot
+        see: the model and its process groups would stay for as long as the process.
+        """
+        own: Any = weakref.proxy(self)
+        hook = DistributedDataParallel._make_backward_post_hook(own, param)
+        return data_parallel.ready_without_gradient(hook, own, param)
 
     def enable_forward_pre_hook(self) -> None:
         """Leave the waiting to `ParameterGather`."""

@@ -6,6 +6,7 @@ without waiting reads old ones.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.engines.megatron.overlap import overlaps_grad_reduce, overlaps_param_gather
 from tests.distributed import run_ranks
 from tests.engines.megatron.ranks import (
+    groups_left,
     order_of_reductions,
     overlapping,
     run_both,
@@ -95,3 +97,9 @@ def test_checkpoints_are_equal_to_the_byte(tmp_path: Path) -> None:
         late, plain = (shards(tmp_path / name, step) for name in ("late", "plain"))
         assert late == plain
         assert late
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_engine_that_is_gone_leaves_no_process_groups() -> None:
+    """Each costs a CPU a hundred wake-ups a second; Megatron-core keeps one of its own."""
+    assert run_ranks(1, groups_left, settings())[0] < 10
