@@ -27,12 +27,18 @@ REMOTE = "keel_megatron.huggingface.remote"
 TOKENS = torch.arange(2, 26)[None]
 
 
+def overrides_of(rule: str) -> dict[str, Any]:
+    """Of a residual rule, or of one with QK-norm: its name and " + QK-norm"."""
+    name, _, norm = rule.partition(" + ")
+    return {"model__residual": name, "model__qk_norm": bool(norm)}
+
+
 def model_of(rule: str, dtype: torch.dtype = torch.float32) -> Any:
     """A model of random weights; norm weights are fp32, as from_pretrained keeps them."""
     from keel_megatron.huggingface.remote.configuration_keel import KeelConfig
     from keel_megatron.huggingface.remote.modeling_keel import KeelForCausalLM
 
-    config = small_config(model__blocks=3, model__num_query_groups=2, model__residual=rule)
+    config = small_config(model__blocks=3, model__num_query_groups=2, **overrides_of(rule))
     torch.manual_seed(2)
     model = KeelForCausalLM(KeelConfig(**to_json(config, "float32", 0)))
     disturb(model)
@@ -49,7 +55,7 @@ def test_the_auto_classes_are_there() -> None:
         assert hasattr(importlib.import_module(f"{REMOTE}.{module}"), kind)
 
 
-@pytest.mark.parametrize("rule", ["keel", "hybrid_norm"])
+@pytest.mark.parametrize("rule", ["keel", "hybrid_norm", "pre_ln + QK-norm"])
 def test_the_plans_of_parallelism_name_what_is_there(rule: str) -> None:
     model = model_of(rule)
     assert model._supports_attention_backend
@@ -95,7 +101,7 @@ class OtherRMSNorm(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rule", ["keel", "hybrid_norm", "scaled_post_ln_beta"])
+@pytest.mark.parametrize("rule", ["keel", "hybrid_norm", "pre_ln + QK-norm", "scaled_post_ln_beta"])
 def test_norms_may_be_replaced(rule: str, dtype: torch.dtype) -> None:
     model = model_of(rule, dtype)
     expected, streams = model(TOKENS).logits, list[torch.dtype]()
@@ -146,7 +152,7 @@ def vllm() -> Path:
 
 
 def exported(rule: str, tokenizer: bytes, home: Path) -> Path:
-    write_run(home / "run", tokenizer, model__residual=rule)
+    write_run(home / "run", tokenizer, **overrides_of(rule))
     out = home / "out"
     export_run(home / "run", out, step=None, dtype="fp32", check=False, say=lambda _text: None)
     return out
@@ -160,7 +166,7 @@ def answer(python: Path, program: str, folder: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["keel", "pre_ln"])
+@pytest.mark.parametrize("rule", ["keel", "pre_ln", "pre_ln + QK-norm"])
 def test_older_transformers_computes_the_same(
     rule: str, sentencepiece_model: bytes, tmp_path: Path, vllm: Path
 ) -> None:
@@ -173,7 +179,7 @@ def test_older_transformers_computes_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["keel", "hybrid_norm"])
+@pytest.mark.parametrize("rule", ["keel", "hybrid_norm", "pre_ln + QK-norm"])
 def test_vllm_merges_projections_and_knows_the_norms(
     rule: str, sentencepiece_model: bytes, tmp_path: Path, vllm: Path
 ) -> None:
