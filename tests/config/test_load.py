@@ -78,6 +78,18 @@ def complaints(path: Path, *overrides: str, world_size: int | None = None) -> li
             "parallel.overlap_grad_reduce=true training.engine=deepspeed",
             "parallel.overlap_grad_reduce: is not supported with training.engine: deepspeed",
         ),
+        (
+            "optimizer.name=muon training.engine=deepspeed",
+            "optimizer.name: is not supported with training.engine: deepspeed",
+        ),
+        (
+            "optimizer.name=muon parallel.overlap_grad_reduce=true",
+            "parallel.overlap_grad_reduce: is not supported with optimizer.name: muon",
+        ),
+        (
+            "optimizer.name=muon parallel.overlap_param_gather=true",
+            "parallel.overlap_param_gather: is not supported with optimizer.name: muon",
+        ),
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline: 2 needs parallel.pipeline > 1"),
         ("parallel.pipeline=11", "need at least 9 blocks; model.blocks = 8"),
         (
