@@ -26,7 +26,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class OwnedStack:
-    """One weight of several blocks, which one replica owns; they follow each other in its region."""
+    """One weight of several blocks, which one replica owns; consecutive in its region."""
 
     weight: BlockWeight
     """Whole, not a tensor rank's shard."""
@@ -46,9 +46,7 @@ class Regions:
     """Elements of a region; a buffer has as many regions as there are replicas."""
 
 
-def regions(
-    weights: Sequence[BlockWeight], blocks: int, replicas: int, tensor: int = 1
-) -> Regions:
+def regions(weights: Sequence[BlockWeight], blocks: int, replicas: int, tensor: int = 1) -> Regions:
     """Assign the weights of a stage's blocks to the replicas, balanced by their FLOPs.
 
     The most expensive first, each to the replica that has least to do.

@@ -12,7 +12,7 @@ from typing import Any
 from keel_megatron.checkpoint import manifest
 from keel_megatron.checkpoint.json_codec import from_json
 from keel_megatron.checkpoint.manifest import DamagedError, read_json
-from keel_megatron.checkpoint.parameters import MASTER, STATES, updates
+from keel_megatron.checkpoint.parameters import updates
 from keel_megatron.checkpoint.resume import ResumePoint, checked, newest_good
 from keel_megatron.checkpoint.sharding import Reader, TensorReader
 from keel_megatron.checkpoint.state import Trained, agree
@@ -76,7 +76,7 @@ class Start:
         """
         problem = None
         try:
-            trained.fill(self.reader(), (MASTER,) if self.updates is None else STATES)
+            trained.fill(self.reader(), masters_only=self.updates is None)
         except (DamagedError, UserError) as error:
             problem = f"{SETTING}: {self.record['path']} cannot be loaded: {error}"
         agree(runtime, problem)

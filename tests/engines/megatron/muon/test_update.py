@@ -97,9 +97,7 @@ def test_steps_equal_torchs_within_bf16(adjust_lr_fn: str, dtype: torch.dtype) -
             parameter.grad = gradient.clone()
         torch.optim.Muon(theirs, lr=0.02, adjust_lr_fn=adjust_lr_fn).step()
         update([stack], settings, dtype)
-        for ours, other, matrix in zip(
-            matrices(name, stack.masters), theirs, before, strict=True
-        ):
+        for ours, other, matrix in zip(matrices(name, stack.masters), theirs, before, strict=True):
             moved = float((other.detach() - matrix).norm())
             assert float((ours - other.detach()).norm()) < 0.03 * moved, name
 
