@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from keel_megatron.checkpoint import folder
-from keel_megatron.checkpoint.identity import CHANGEABLE
+from keel_megatron.checkpoint.identity import may_change
 from keel_megatron.config.run import RunConfig
 from keel_megatron.tracking.records import StepRecord, ValidationRecord
 from keel_megatron.training.learning_rate import learning_rate
@@ -116,6 +116,7 @@ START = "of a start, not of the training: nothing in a checkpoint knows it"
 REPORTS = "what is reported, and where: nothing in a checkpoint knows it"
 EVALUATES = "of every start anew: tests/evaluation, tests/training/test_loop.py"
 OVERLAP = "needs several replicas: tests/engines/megatron/test_overlap.py"
+MUON = "of Muon only: tests/engines/megatron/muon/test_resume.py"
 PLACE = "a place: what lies there is fingerprinted (tests/data/test_dataset.py)"
 ELSEWHERE = {
     "parallel.tensor": LAYOUTS,
@@ -134,6 +135,10 @@ ELSEWHERE = {
     "kernels.fp8": "the type of products, of every step anew; needs CUDA: tests/model",
     "kernels.compile": "the same mathematics; takes long to compile: tests/integration",
     "kernels.cuda_graphs": "needs CUDA: tests/kernels",
+    "optimizer.momentum": MUON,
+    "optimizer.nesterov": MUON,
+    "optimizer.ns_steps": MUON,
+    "optimizer.adjust_lr_fn": MUON,
     "deepspeed.offload_parameters": "the same mathematics: tests/checkpoint/test_deepspeed.py",
     "data.text": PLACE,
     "data.sources": "places, and weights that are part of the data's identity: tests/integration",
@@ -168,13 +173,13 @@ ELSEWHERE = {
 
 
 def changeable() -> set[str]:
-    """Paths of all settings that CHANGEABLE lets through."""
+    """Paths of all settings that a run may change."""
     paths = {
         f"{section}.{name}"
         for section, of in RunConfig.model_fields.items()
         for name in of.annotation.model_fields  # type: ignore[union-attr]
     }
-    return {path for path in paths if path.startswith(CHANGEABLE)}
+    return {path for path in paths if may_change(path)}
 
 
 def test_every_changeable_setting_is_looked_at() -> None:
