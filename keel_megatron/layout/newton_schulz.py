@@ -1,9 +1,9 @@
 """Batches of Muon's orthogonalisation: how many matrices, their temporary memory and their FLOPs.
 
 Matrices of one shape are orthogonalised together, as many as TEMPORARY_BYTES allow. A batch of k
-matrices of r rows and c columns, m = min(r, c), takes two buffers of r x c and two of m x m elements
-each (`engines/megatron/muon/orthogonalize.py`). Under tensor parallelism the T ranks of a group
-exchange the shards of T k matrices, so that each has k whole ones, and keep their own shards of all.
+matrices of r rows and c columns, m = min(r, c), takes two buffers of r x c and two of m x m
+elements a matrix (`engines/megatron/muon/orthogonalize.py`). Under tensor parallelism the T ranks
+of a group exchange the shards of T k matrices, so that each has k whole ones.
 """
 
 from __future__ import annotations

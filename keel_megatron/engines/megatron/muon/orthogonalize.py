@@ -81,4 +81,4 @@ def split(weight: BlockWeight, stack: Tensor) -> list[Tensor]:
         each.
     """
     runs = stack.view(stack.size(0), weight.runs, sum(weight.rows), weight.columns)
-    return list(torch.split(runs, weight.rows, dim=2))
+    return list(runs.split_with_sizes(weight.rows, dim=2))

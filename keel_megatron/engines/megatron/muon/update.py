@@ -93,7 +93,7 @@ def _move(
     for (rows, columns), pair in zip(stack.weight.matrices, matrices, strict=True):
         limit = batch_size(rows, columns, dtype.itemsize, tensor)
         rate = settings.learning_rate * rate_factor(rows, columns, settings.adjust_lr_fn)
-        batches = (values.split(limit) for values in (*pair, stack.rates))
+        batches = (torch.split(values, limit) for values in (*pair, stack.rates))
         for masters, given, rates in zip(*batches, strict=True):
             x = given.to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(1, 2)
             if tensor_group is None or tensor == 1:

@@ -55,9 +55,8 @@ class Muon:
         if self.nesterov:
             direction = self.momentum * self.buffer + (1 - self.momentum) * gradient
         rows, columns = self.matrix.shape
+        factor = max(1.0, rows / columns) ** 0.5
         if self.match:
             factor = 0.2 * max(rows, columns) ** 0.5
-        else:
-            factor = max(1.0, rows / columns) ** 0.5
         moved = self.lr * factor * orthogonalized(direction, self.steps)
         self.matrix = (1 - self.lr * self.weight_decay) * self.matrix - moved

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import group
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from keel_megatron.architecture.block_weights import BlockWeight, block_weights
 from keel_megatron.config.model import ModelConfig
+from keel_megatron.engines.megatron.muon import shards
+from keel_megatron.engines.megatron.muon.orthogonalize import orthogonalize
 from keel_megatron.engines.megatron.muon.update import Settings, Stack, update
 from keel_megatron.huggingface.naming import parameters
 from keel_megatron.layout import newton_schulz
@@ -46,6 +50,22 @@ def shard(weight: BlockWeight, stack: Tensor, tensor: int, rank: int) -> Tensor:
     if weight.name == "linear_fc1":  # some of the gate, then as much of the values
         return torch.cat([part.chunk(tensor, dim=1)[rank] for part in stack.chunk(2, 1)], dim=1)
     return stack.chunk(tensor, dim=2)[rank].contiguous()
+
+
+def operators(call: Callable[[], None]) -> Counter[str]:
+    """How often a call runs each of torch's operators."""
+    counts: Counter[str] = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            counts[str(func).rsplit(".", 1)[0]] += not func.is_view
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        call()
+    return counts
 
 
 def matrices(name: str, weights: Tensor) -> list[Tensor]:
@@ -104,7 +124,7 @@ def test_steps_equal_torchs_within_bf16(adjust_lr_fn: str, dtype: torch.dtype) -
 
 def test_blocks_have_rates_and_decays_of_their_own() -> None:
     for stack in stacks():
-        uniform = replace(stack, **{name: getattr(stack, name).clone() for name in VALUES})
+        uniform = copy.deepcopy(stack)
         stack.rates.copy_(torch.tensor([1.0, 0.5, 0.0]))
         stack.decays.copy_(torch.tensor([1.0, 0.0, 1.0]))
         start = stack.masters.clone()
@@ -117,11 +137,55 @@ def test_blocks_have_rates_and_decays_of_their_own() -> None:
 
 def test_batches_are_bounded_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, cut = stacks(), stacks()
-    update(whole, SETTINGS, torch.float32)
     few = operators(lambda: update(whole, SETTINGS, torch.float32))
     monkeypatch.setattr(newton_schulz, "TEMPORARY_BYTES", 1)
-    update(cut, SETTINGS, torch.float32)
+    many = operators(lambda: update(cut, SETTINGS, torch.float32))
     for one, other in zip(whole, cut, strict=True):
         torch.testing.assert_close(one.masters, other.masters)
-    many = operators(lambda: update(cut, SETTINGS, torch.float32))
     assert many["aten.baddbmm"] == 3 * few["aten.baddbmm"] == 3 * 2 * 5 * 7
+
+
+def test_the_number_of_operators_does_not_depend_on_the_number_of_blocks() -> None:
+    few, many = (
+        operators(lambda given=given: update(given, SETTINGS, torch.float32))  # type: ignore[misc]
+        for given in (stacks(blocks=2), stacks(blocks=64))
+    )
+    assert few == many
+    assert sum(many.values()) < 250
+
+
+def test_a_zero_or_tiny_matrix_gives_no_nan() -> None:
+    x = torch.zeros(2, 4, 6)
+    x[1] = 1e-30
+    assert orthogonalize(x, 5).isfinite().all()
+
+
+def sharded_update(blocks: int) -> tuple[list[Tensor], list[list[int]]]:
+    """A tensor rank's shards after an update, and the shapes that it orthogonalised."""
+    dist.init_process_group("gloo")
+    tensor_group = dist.group.WORLD
+    assert tensor_group is not None
+    given = stacks(tensor_group.size(), tensor_group.rank(), blocks)
+    seen: list[list[int]] = []
+
+    def noted(x: Tensor, steps: int) -> Tensor:
+        seen.append(list(x.shape))
+        return orthogonalize(x, steps)
+
+    shards.orthogonalize = noted
+    update(given, SETTINGS, torch.float32, tensor_group)
+    dist.destroy_process_group()
+    return [stack.masters for stack in given], seen
+
+
+def test_shards_of_a_tensor_group_are_updated_as_whole_matrices() -> None:
+    """Three blocks: one of two ranks has two of each batch."""
+    whole = stacks()
+    update(whole, SETTINGS, torch.float32)
+    ranks = run_ranks(2, sharded_update, 3)
+    for rank, (found, seen) in enumerate(ranks):
+        for stack, masters in zip(whole, found, strict=True):
+            expected = shard(stack.weight, stack.masters, 2, rank)
+            torch.testing.assert_close(masters, expected, rtol=0, atol=1e-6)
+        shapes = [matrix for stack in whole for matrix in stack.weight.matrices]
+        assert seen == [[2 - rank, *shape] for shape in shapes]
