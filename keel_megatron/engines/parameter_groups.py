@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from keel_megatron.architecture.residual import epsilon_scale
 from keel_megatron.config.optimizer import OptimizerConfig
 from keel_megatron.config.run import RunConfig
 from keel_megatron.model.initialization import global_parameters
@@ -46,6 +47,7 @@ def parameter_group(name: str, dimensions: int, config: RunConfig) -> ParameterG
     return ParameterGroup(
         rate=_rate_of_kind(name, dimensions, settings) * _rate_of_depth(block, settings),
         decay=1.0 if dimensions > 1 or settings.decay_norms else 0.0,
+        epsilon=1.0 if block is None else epsilon_scale(config.model),
     )
 
 

@@ -51,26 +51,50 @@ if importlib.util.find_spec("deepspeed") is not None:
         ENGINES[f"ZeRO {stage}"] = zero
 
 
+# CompleteP of 2 blocks at 4: the blocks' epsilon is halved, nothing else changes.
+COMPLETE_P = {"model__residual": "complete_p", "model__base_blocks": 2}
+COMPLETE_P |= {"optimizer__rates": {}, "optimizer__depth_rates": []}
+
+
 @pytest.fixture(scope="module")
-def updates() -> dict[str, dict[str, Update]]:
-    """The first update of every engine."""
-    runs = [settings(**GROUPED, **engine) for engine in ENGINES.values()]
+def updates() -> dict[str, list[dict[str, Update]]]:
+    """The first update of every engine: with the factors, and of CompleteP without."""
+    runs = [
+        settings(**{**GROUPED, **engine, **rule})
+        for engine in ENGINES.values()
+        for rule in ({}, COMPLETE_P)
+    ]
     (found,) = run_ranks(1, first_updates, runs, RATE)
-    return dict(zip(ENGINES, found, strict=True))
+    return {engine: found[2 * i : 2 * i + 2] for i, engine in enumerate(ENGINES)}
+
+
+def assert_adamw(update: Update, rate: float, decay: float, epsilon: float, told: str) -> None:
+    """In AdamW's first step the moments, corrected, are the gradient and its square."""
+    before, gradient, after = update
+    assert gradient.abs().max() > 0
+    step = RATE * rate * gradient / (gradient.abs() + EPSILON * epsilon)
+    expected = before * (1.0 - RATE * rate * DECAY * decay) - step
+    # Of weights about 1 in fp32.
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=2e-7, msg=told)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_update_is_adamws_with_the_parameters_own_factors(
-    engine: str, updates: dict[str, dict[str, Update]]
+    engine: str, updates: dict[str, list[dict[str, Update]]]
 ) -> None:
-    """In AdamW's first step the moments, corrected, are the gradient and its square."""
     for name, (rate, decay) in FACTORS.items():
-        before, gradient, after = updates[engine][name]
-        assert gradient.abs().max() > 0
-        step = RATE * rate * gradient / (gradient.abs() + EPSILON)
-        expected = before * (1.0 - RATE * rate * DECAY * decay) - step
-        # Of weights about 1 in fp32.
-        torch.testing.assert_close(after, expected, rtol=1e-5, atol=2e-7, msg=f"{engine}: {name}")
+        assert_adamw(updates[engine][0][name], rate, decay, 1.0, f"{engine}: {name}")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_complete_p_has_a_smaller_epsilon_in_its_blocks(
+    engine: str, updates: dict[str, list[dict[str, Update]]]
+) -> None:
+    found = updates[engine][1]
+    for name in FACTORS:
+        if name in found:
+            decay, epsilon = float("norm" not in name), 0.5 if ".layers." in name else 1.0
+            assert_adamw(found[name], 1.0, decay, epsilon, f"{engine}: {name}")
 
 
 def test_without_settings_there_are_matrices_and_vectors_that_do_not_decay() -> None:
