@@ -32,6 +32,7 @@ class Shape:
     residual: str = "keel"
     first_block: str = "v2"
     alpha: float | None = None
+    base_blocks: int = 2
     final_norm: bool = True
     norm_epsilon: float = 1e-5
     rope_theta: float = 10000.0
@@ -128,7 +129,7 @@ class SubLayerReference(nn.Module):
         self.F = Attention(shape) if l % 2 == 0 else FeedForward(shape)
         rule, first = shape.residual, l < 2
         post = rule == "mix_ln" and l // 2 < shape.blocks // 4
-        if rule in ("keel", "pre_ln") or (rule == "mix_ln" and not post):
+        if rule in ("keel", "pre_ln", "complete_p") or (rule == "mix_ln" and not post):
             self.N_in = Norm(shape.hidden_size, shape.norm_epsilon)
         plain = rule == "keel" and (l == 0 or (first and shape.first_block == "v1"))
         scaled = rule in ("keel", "post_ln", "deepnorm", "scaled_post_ln", "scaled_post_ln_beta")
@@ -183,6 +184,11 @@ def mix_ln(m: SubLayerReference, x: Tensor) -> Tensor:
     return post_ln(m, x) if m.l // 2 < m.shape.blocks // 4 else pre_ln(m, x)
 
 
+def complete_p(m: SubLayerReference, x: Tensor) -> Tensor:
+    """CompleteP at alpha = 1: m_L^-1 in front of the branch, m_L = blocks / base_blocks."""
+    return x + m.shape.base_blocks / m.shape.blocks * m.F(m.N_in(x))
+
+
 EQUATIONS: dict[str, Callable[[SubLayerReference, Tensor], Tensor]] = {
     "keel": keel,
     "pre_ln": pre_ln,
@@ -192,6 +198,7 @@ EQUATIONS: dict[str, Callable[[SubLayerReference, Tensor], Tensor]] = {
     "mix_ln": mix_ln,
     "scaled_post_ln": scaled_post_ln,
     "scaled_post_ln_beta": scaled_post_ln_beta,
+    "complete_p": complete_p,
 }
 
 

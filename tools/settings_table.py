@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from keel_megatron.config import RunConfig
@@ -23,13 +24,16 @@ def table() -> str:
     for section, field in RunConfig.model_fields.items():
         model: Any = field.annotation
         for key, setting in model.model_fields.items():
-            default = "" if setting.default is PydanticUndefined else f"`{shown(setting.default)}`"
+            value = setting.get_default(call_default_factory=True)
+            default = "" if value is PydanticUndefined else f"`{shown(value)}`"
             text = (setting.description or "").replace("|", "\\|")
             lines.append(f"| `{section}.{key}` | {default} | {text} |")
     return "\n".join(lines)
 
 
 def shown(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return "{" + ", ".join(f"{key}: {shown(inner)}" for key, inner in value) + "}"
     return (
         "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     )

@@ -46,6 +46,10 @@ class Model(Protocol):
     def first_block(self) -> str:
         """Version of Keel's first block, v1 or v2."""
 
+    @property
+    def base_blocks(self) -> int:
+        """Blocks of the model whose settings CompleteP transfers to this depth."""
+
 
 @dataclass(frozen=True)
 class SubLayer:
@@ -63,7 +67,7 @@ class SubLayer:
     """Norms of query, key and value within attention."""
 
 
-SETTINGS: dict[str, str] = {"alpha": "auto", "first_block": "v2"}
+SETTINGS: dict[str, str | int] = {"alpha": "auto", "first_block": "v2", "base_blocks": 2}
 """Settings of the section `model` that change some rules only, and their defaults."""
 
 
@@ -79,6 +83,8 @@ class Rule:
     """p of `model.alpha: auto`, which is L^p."""
     branch_init_exponent: float = 0.0
     """p of the factor L^p of the initial value, output and FFN weights."""
+    epsilon_factor: Callable[[Model], float] | None = None
+    """Factor of AdamW's epsilon for the blocks' parameters; None: 1."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,26 @@ def scaled_post_ln_beta(_l: int, model: Model) -> SubLayer:
     return SubLayer(alpha=alpha(model), inner="vector", outer_norm=True)
 
 
+def complete_p(_l: int, model: Model) -> SubLayer:
+    """CompleteP (Dey et al. 2025, arXiv 2505.01618): x_{l+1} = x_l + F_l(N_in(x_l)) / m.
+
+    m = blocks / base_blocks, m_L in the paper, whose Table 1 at alpha = 1 and at the width of the
+    base model (m_N = 1) corrects with depth:
+
+    - the branch: 1 / m_L^alpha = 1 / m;
+    - AdamW's epsilon of the blocks' parameters: 1 / (m_N m_L^alpha) = 1 / m. Gradients there are
+      smaller by 1 / m, and so remain as far above epsilon as in the base model. Embedding, final
+      norm and head keep it;
+    - the learning rate of the blocks' parameters, norms included: m_L^(alpha - 1) / m_N = 1;
+    - weight decay (m_N) and initial weights (1 / m_N): 1. No weight starts smaller in a deeper
+      model.
+
+    So only branch and epsilon depend on the depth; embeddings and head have no factor either at
+    fixed width.
+    """
+    return SubLayer(branch_factor=1.0 / depth_ratio(model), inner="norm")
+
+
 RULES: dict[str, Rule] = {
     "keel": Rule(keel, settings=("alpha", "first_block"), alpha_exponent=1.0),
     "pre_ln": Rule(pre_ln),
@@ -195,6 +221,11 @@ RULES: dict[str, Rule] = {
     "mix_ln": Rule(mix_ln),
     "scaled_post_ln": Rule(scaled_post_ln, settings=("alpha",), alpha_exponent=1.0),
     "scaled_post_ln_beta": Rule(scaled_post_ln_beta, settings=("alpha",), alpha_exponent=1.0),
+    "complete_p": Rule(
+        complete_p,
+        settings=("base_blocks",),
+        epsilon_factor=lambda model: 1.0 / depth_ratio(model),
+    ),
 }
 """By name, which is what `model.residual` says."""
 
@@ -206,6 +237,11 @@ def alpha(model: Model) -> float:
     return float(2 * model.blocks) ** RULES[model.residual].alpha_exponent
 
 
+def depth_ratio(model: Model) -> float:
+    """Blocks / `model.base_blocks`: m of CompleteP."""
+    return model.blocks / model.base_blocks
+
+
 def rules_with(setting: str) -> list[str]:
     """Names of the rules that use a setting of `SETTINGS`."""
     return [name for name, rule in RULES.items() if setting in rule.settings]
@@ -214,3 +250,9 @@ def rules_with(setting: str) -> list[str]:
 def branch_init_scale(model: Model) -> float:
     """Factor of the initial value, output and FFN weights under `model.residual`."""
     return math.pow(2 * model.blocks, RULES[model.residual].branch_init_exponent)
+
+
+def epsilon_scale(model: Model) -> float:
+    """Factor of AdamW's epsilon for the blocks' parameters under `model.residual`."""
+    factor = RULES[model.residual].epsilon_factor
+    return 1.0 if factor is None else factor(model)

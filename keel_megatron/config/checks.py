@@ -8,6 +8,7 @@ from contextlib import suppress
 from keel_megatron.architecture.residual import RULES, SETTINGS, rules_with
 from keel_megatron.config.engine_checks import ENGINE_CHECKS
 from keel_megatron.config.kernel_checks import KERNEL_CHECKS
+from keel_megatron.config.optimizer_checks import OPTIMIZER_CHECKS
 from keel_megatron.config.run import RunConfig
 from keel_megatron.config.tracking_checks import credentials, known_store
 
@@ -300,6 +301,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _fp8,
     *ENGINE_CHECKS,
     *KERNEL_CHECKS,
+    *OPTIMIZER_CHECKS,
 )
 """One check each, so that an invalid setting skips as few checks as possible."""
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from keel_megatron.config.data import SourceConfig
+from keel_megatron.config.optimizer import DepthRateConfig, RatesConfig
 from keel_megatron.config.run import RunConfig
 from keel_megatron.config.yaml_text import read_yaml, shown
 from keel_megatron.errors import Problem
@@ -43,8 +44,18 @@ _KINDS = {
 }
 _MAY_HOLD_SECRETS = ("tracking.uri",)
 """Settings whose values are not shown."""
-_SOURCES = ["data", "sources"]
-"""The setting whose entries have settings of their own: data.sources.NUMBER.KEY."""
+_INNER: dict[tuple[str, ...], tuple[type[BaseModel], int]] = {
+    ("data", "sources"): (SourceConfig, 4),
+    ("optimizer", "rates"): (RatesConfig, 3),
+    ("optimizer", "depth_rates"): (DepthRateConfig, 4),
+}
+"""Settings with settings of their own, and the parts of their paths: data.sources.NUMBER.KEY."""
+_LISTS = {
+    "data.sources": "sources, each with a path, such as [{path: web}, {path: books}]",
+    "optimizer.depth_rates": (
+        "ranges of blocks, each with a factor, such as [{blocks: [0, 7], factor: 0.5}]"
+    ),
+}
 _BOUNDS = {
     "greater_than": ("gt", "must be greater than"),
     "greater_than_equal": ("ge", "must be at least"),
@@ -96,11 +107,11 @@ def _translate(error: ErrorDetails) -> Problem:
     location, kind, value = [str(part) for part in error["loc"]], error["type"], error["input"]
     if kind == "invalid_key":  # such as `on`, which is true in YAML; the input is the key
         location[-1] = shown(value)
-    is_source = location[:2] == _SOURCES and len(location) > 3
-    path = ".".join(location[:4] if location[:2] == _SOURCES else location[:2])
+    inner, parts = _INNER.get(tuple(location[:2]), (None, 2))
+    path = ".".join(location[:parts])
     if kind in ("extra_forbidden", "invalid_key"):
-        if is_source:
-            near = _source_suggestion(location[3])
+        if inner is not None and len(location) >= parts:
+            near = _inner_suggestion(inner, location[parts - 1])
         else:
             near = suggestion(*location[:2]) if len(location) > 1 else section_suggestion(path)
         return Problem(path, f"is unknown{near}")
@@ -114,8 +125,8 @@ def _translate(error: ErrorDetails) -> Problem:
     words = _KINDS.get(kind, error["msg"].removeprefix("Value error, "))
     if kind == "value_error" and isinstance(value, dict):  # several settings do not fit together
         return Problem(path, words)
-    if kind == "tuple_type" and path == ".".join(_SOURCES):
-        words = "is not a list of sources, each with a path, such as [{path: web}, {path: books}]"
+    if kind == "tuple_type" and path in _LISTS:
+        words = f"is not a list of {_LISTS[path]}"
     if words == _INTEGER and isinstance(value, float) and value.is_integer():
         words += f" (write {value:.0f})"
     if words == _TEXT and value is not None:
@@ -177,22 +188,28 @@ def _known(model: type[BaseModel]) -> str:
     return f"; known are {', '.join(model.model_fields)}"
 
 
-def _source_suggestion(key: str) -> str:
-    """A suggestion for an unknown key of an entry of data.sources."""
-    near = _nearest(key, {name: name for name in SourceConfig.model_fields}, 0.6)
-    return f"; did you mean {near}?" if near else _known(SourceConfig)
+def _inner_suggestion(inner: type[BaseModel], key: str) -> str:
+    """A suggestion for an unknown key within a setting that has settings of its own."""
+    near = _nearest(key, {name: name for name in inner.model_fields}, 0.6)
+    return f"; did you mean {near}?" if near else _known(inner)
+
+
+def _described(location: list[str]) -> tuple[type[BaseModel] | None, str]:
+    """The model that has a setting, and its key there."""
+    inner, parts = _INNER.get(tuple(location[:2]), (None, 2))
+    if inner is not None and len(location) >= parts:
+        return inner, location[parts - 1]
+    return _section(location[0]), location[1]
 
 
 def _description(location: list[str]) -> str:
-    section = _section(location[0])
-    return str(section.model_fields[location[1]].description) if section else ""
+    section, key = _described(location)
+    return str(section.model_fields[key].description) if section else ""
 
 
 def _choices(location: list[str]) -> str:
     """The choices of a setting, from its annotation."""
-    section, key = _section(location[0]), location[1]
-    if location[:2] == _SOURCES and len(location) > 3:
-        section, key = SourceConfig, location[3]
+    section, key = _described(location)
     annotation = section.model_fields[key].annotation if section else None
     words = [str(choice) for choice in _literals(annotation)]
     return " or ".join(words) if len(words) < 3 else f"one of {', '.join(words)}"

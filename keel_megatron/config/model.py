@@ -76,6 +76,15 @@ class ModelConfig(Section):
             f"{_exponents()}. Other rules accept only auto."
         ),
     )
+    base_blocks: int = Field(
+        default=2,
+        gt=0,
+        description=(
+            "Blocks of the model whose learning rate and epsilon are transferred to this depth: "
+            "branches are divided by m = blocks / base_blocks, and so is AdamW's epsilon for the "
+            f"blocks' parameters. Applies to residual: {', '.join(rules_with('base_blocks'))}."
+        ),
+    )
     stream: Stream = Field(
         default="fp32",
         description=(

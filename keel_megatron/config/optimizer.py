@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from keel_megatron.config.section import Section
+
+
+class RatesConfig(Section):
+    """`optimizer.rates`: factors of the learning rate, one per kind of parameter."""
+
+    matrices: float = Field(default=1.0, ge=0.0, description="Weight matrices of the blocks.")
+    embeddings: float = Field(
+        default=1.0, ge=0.0, description="The embedding, also where the output layer shares it."
+    )
+    head: float = Field(default=1.0, ge=0.0, description="The output layer's matrix.")
+    norms: float = Field(default=1.0, ge=0.0, description="Norm weights and other vectors.")
+
+
+class DepthRateConfig(Section):
+    """An entry of `optimizer.depth_rates`: a range of blocks and its factor of the rate."""
+
+    blocks: Annotated[tuple[int, ...], Field(min_length=2, max_length=2)] = Field(
+        description="First and last block of the range, counted from 0."
+    )
+    factor: float = Field(ge=0.0, description="Factor of the learning rate.")
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """Accept a list."""
+        return tuple(value) if isinstance(value, list) else value
 
 
 class OptimizerConfig(Section):
@@ -26,7 +52,30 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(
         default=0.01,
         ge=0.0,
-        description="Decoupled weight decay of matrices. Norm weights are not decayed.",
+        description=(
+            "Decoupled weight decay of matrices; norm weights are decayed with decay_norms only. A "
+            "step takes learning rate x weight_decay of a weight, so a factor of the rate is one "
+            "of the decay too."
+        ),
+    )
+    decay_norms: bool = Field(
+        default=False, description="Decay norm weights and other vectors as well."
+    )
+    rates: RatesConfig = Field(
+        default_factory=RatesConfig,
+        description=(
+            "Factors of the learning rate, for example {embeddings: 2.0, norms: 0.5}: matrices "
+            "(of the blocks), embeddings (shared ones too), head (the output layer) and norms "
+            "(and other vectors). Each is 1 by default; 0: not updated."
+        ),
+    )
+    depth_rates: tuple[DepthRateConfig, ...] = Field(
+        default=(),
+        description=(
+            "Factors of the learning rate of ranges of blocks, on top of rates, for example "
+            "[{blocks: [0, 7], factor: 0.5}]: first and last block, counted from 0. Blocks in no "
+            "range keep 1."
+        ),
     )
     clip_grad: float = Field(
         default=1.0, ge=0.0, description="Maximum global gradient norm. 0: no clipping."
@@ -58,6 +107,12 @@ class OptimizerConfig(Section):
             "about the size of AdamW's, so its learning rate and weight decay carry over."
         ),
     )
+
+    @field_validator("depth_rates", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """Accept a list."""
+        return tuple(value) if isinstance(value, list) else value
 
 
 class ScheduleConfig(Section):

@@ -68,6 +68,7 @@ def _rule(model: ModelConfig) -> dict[str, Any]:
         "residual": model.residual,
         "alpha": alpha(model),
         "first_block": model.first_block,
+        "base_blocks": model.base_blocks,
         "final_norm": model.final_norm,
     }
 
@@ -122,8 +123,9 @@ def _from_rule(content: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         problems.append(f"residual: {rule!r} is not one of {', '.join(RULES)}")
         return {}
     found = {"residual": rule, "final_norm": content.get("final_norm", True)}
-    if "first_block" in RULES[rule].settings:
-        found["first_block"] = content.get("first_block", SETTINGS["first_block"])
+    for name in ("first_block", "base_blocks"):
+        if name in RULES[rule].settings:
+            found[name] = content.get(name, SETTINGS[name])
     if "alpha" not in RULES[rule].settings:
         return found
     value, blocks = content.get("alpha"), content.get("num_hidden_layers")

@@ -16,7 +16,7 @@ from torch import Tensor
 from keel_megatron.architecture.residual import Reader, SubLayer
 from keel_megatron.config.model import ModelConfig
 
-EXPORT = Reader("an exported model", ("alpha", "inner", "outer_norm", "qkv_norm"))
+EXPORT = Reader("an exported model", ("alpha", "branch_factor", "inner", "outer_norm", "qkv_norm"))
 
 
 @dataclass(frozen=True)

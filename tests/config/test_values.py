@@ -113,3 +113,34 @@ def test_an_error_in_a_source_names_the_entry_and_its_key(
     with pytest.raises(ConfigError) as caught:
         load_config(config_file, [f"data.sources={sources}"])
     assert [str(problem)[: len(message)] for problem in caught.value.problems] == [message]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rates={matrix: 2.0}", "rates.matrix: is unknown; did you mean matrices?"),
+        ("rates={norms: -1}", "rates.norms: -1 must be at least 0"),
+        ("rates=2.0", "rates: 2.0 is not a section of key: value lines"),
+        ("depth_rates=0.5", "depth_rates: 0.5 is not a list of ranges of blocks, each with a "),
+        ("depth_rates=[{blocks: [0, 1]}]", "depth_rates.0.factor: is missing: Factor of the le"),
+        ("depth_rates=[{blocks: [0, 99], factor: 1}]", "depth_rates.0.blocks: [0, 99] must be "),
+        ("depth_rates=[{blocks: [1, 0], factor: 1}]", "depth_rates.0.blocks: [1, 0] must be "),
+        (
+            "depth_rates=[{blocks: [0, 1], factor: 1}, {blocks: [1, 2], factor: 2}]",
+            "depth_rates.1.blocks: [1, 2] overlaps with optimizer.depth_rates.0",
+        ),
+    ],
+)
+def test_an_error_in_a_factor_of_the_rate_names_it(
+    config_file: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file, [f"optimizer.{override}"])
+    (problem,) = caught.value.problems
+    assert str(problem).startswith(f"optimizer.{message}")
+
+
+def test_a_shared_matrix_has_the_embeddings_rate(config_file: Path) -> None:
+    overrides = ["model.tie_embeddings=true", "optimizer.rates={head: 0.5}"]
+    with pytest.raises(ConfigError, match=r"optimizer\.rates\.head: 0\.5 has nothing to apply to"):
+        load_config(config_file, overrides)

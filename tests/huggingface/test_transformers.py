@@ -40,10 +40,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "keel v1, tied": {"first_block": "v1", "tie_embeddings": True},
     "no final norm": {"final_norm": False},
     "alpha 3": {"alpha": 3.0, "norm_epsilon": 1e-3, "rope_theta": 500.0},
+    "complete_p of 3 blocks": {"residual": "complete_p", "base_blocks": 3},
     "Llama, tied": {"residual": "pre_ln", "tie_embeddings": True},
     "pre_ln without final norm": {"residual": "pre_ln", "final_norm": False},
 }
-COLUMNS = ("alpha", "inner", "outer_norm", "qkv_norm")
+COLUMNS = ("alpha", "branch_factor", "inner", "outer_norm", "qkv_norm")
 
 
 def columns(row: Any) -> dict[str, Any]:
@@ -54,21 +55,25 @@ def columns(row: Any) -> dict[str, Any]:
 def test_the_exported_code_has_every_rule_of_the_table(rule: str) -> None:
     from keel_megatron.huggingface.remote.configuration_keel import KeelConfig, sub_layer
 
-    assert set(COLUMNS) | {"branch_factor"} == set(SubLayer.__dataclass_fields__)
+    assert set(COLUMNS) == set(SubLayer.__dataclass_fields__)
     for blocks in (1, 2, 3, 4, 5, 8, 13):
         for first_block in ("v1", "v2"):
             model = SimpleNamespace(
-                residual=rule, blocks=blocks, alpha="auto", first_block=first_block
+                residual=rule,
+                blocks=blocks,
+                alpha="auto",
+                first_block=first_block,
+                base_blocks=3,
             )
             exported = KeelConfig(
                 residual=rule,
                 num_hidden_layers=blocks,
                 first_block=first_block,
+                base_blocks=3,
                 alpha=alpha_of(model),
             )
             for l in range(2 * blocks):
                 row = RULES[rule].sub_layer(l, model)
-                assert row.branch_factor == 1.0
                 assert columns(row) == columns(sub_layer(l, exported)), l
 
 
@@ -76,10 +81,10 @@ def test_a_rule_that_the_exported_code_does_not_know_is_refused() -> None:
     from keel_megatron.huggingface.remote.configuration_keel import KeelConfig
 
     with added_rules():
+        config = small_config(model__residual=GATED)
+        with pytest.raises(UserError, match="which an exported model cannot honour"):
+            list(parameters(config.model, 512))
         for rule in (HALF, GATED):
-            config = small_config(model__residual=rule)
-            with pytest.raises(UserError, match="which an exported model cannot honour"):
-                list(parameters(config.model, 512))
             with pytest.raises(ValueError, match="is not a rule of this model's code"):
                 KeelConfig(residual=rule)
 

@@ -38,6 +38,7 @@ def shape_of(config: RunConfig) -> Shape:
         vocab_size=config.data.vocab_size,
         residual=model.residual,
         first_block=model.first_block,
+        base_blocks=model.base_blocks,
         final_norm=model.final_norm,
         alpha=None if model.alpha == "auto" else float(model.alpha),
     )

@@ -28,10 +28,17 @@ QUICK = (
     "TP 2 + SP x PP 2 x VPP 2",
 )
 
-# Every rule, and tied embeddings, at the hardest layout.
+# Every rule, tied embeddings, and many groups of parameters, at the hardest layout.
 MODELS: dict[str, dict[str, Any]] = {
     **{rule: {"model__residual": rule, **BATCH} for rule in RULES},
     "keel-v1-tied": {"model__first_block": "v1", "model__tie_embeddings": True, **BATCH},
+    "keel-rates": {
+        "optimizer__rates": {"matrices": 0.5, "embeddings": 2.0, "head": 0.25, "norms": 4.0},
+        "optimizer__depth_rates": [{"blocks": [1, 4], "factor": 0.5}],
+        "optimizer__decay_norms": True,
+        "optimizer__weight_decay": 1.0,
+        **BATCH,
+    },
 }
 
 

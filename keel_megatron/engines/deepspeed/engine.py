@@ -29,6 +29,7 @@ from keel_megatron.engines.base import (
 )
 from keel_megatron.engines.deepspeed.checkpoint_state import ZeroState
 from keel_megatron.engines.deepspeed.zero_shards import ZeroShards
+from keel_megatron.engines.parameter_groups import groups_of
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.distributed import Runtime
 
@@ -91,7 +92,7 @@ class DeepSpeedEngine:
             depth.before_update()
         result = StepResult(*self._mean(total, count, self._shards.gradient_norm(), stop()))
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_mult"]
         accepted = accept(result) and result.finite
         with nullcontext() if accepted else deepspeed_engine.refusing(self._optimizer):
             model.step()
@@ -264,20 +265,21 @@ def _initialize(config: RunConfig, runtime: Runtime, model: nn.Module) -> Any:
 
 
 def _adam(config: RunConfig, model: nn.Module, device: torch.device) -> Any:
-    """AdamW on the device of its state; no decay of norm weights, as Megatron-core groups them."""
+    """AdamW on the device of its state, in the groups of `parameter_groups`."""
     settings = config.optimizer
-    parameters = list(model.parameters())
     groups = [
         {
-            "params": [p for p in parameters if p.dim() > 1],
-            "weight_decay": settings.weight_decay,
-        },
-        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+            "params": parameters,
+            "lr_mult": factors.rate,
+            "lr": settings.learning_rate * factors.rate,
+            "weight_decay": settings.weight_decay * factors.decay,
+            "eps": settings.epsilon * factors.epsilon,
+        }
+        for factors, parameters in groups_of([model], config).items()
     ]
     common: dict[str, Any] = {
         "lr": settings.learning_rate,
         "betas": (settings.beta1, settings.beta2),
-        "eps": settings.epsilon,
     }
     if config.deepspeed.offload_optimizer and device.type == "cuda":
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import ParamKey, ParamPredicate, get_megatron_optimizer
 from torch import nn
 
 from keel_megatron.compat import adamw, clipping, data_parallel, masters
@@ -17,6 +18,7 @@ from keel_megatron.engines.megatron.overlap import (
     overlaps_grad_reduce,
     overlaps_param_gather,
 )
+from keel_megatron.engines.parameter_groups import ParameterGroup, groups_of
 from keel_megatron.runtime.distributed import Runtime
 
 BUCKET_SIZE: int | None = None
@@ -41,7 +43,7 @@ def wrap_data_parallel(config: RunConfig, chunks: list[nn.Module], runtime: Runt
 
 
 def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> Any:
-    """AdamW over the wrapped chunks; fp32 masters under bf16; no decay of norm weights.
+    """AdamW over the wrapped chunks, in the groups of `parameter_groups`; fp32 masters under bf16.
 
     Its moments are allocated here, so memory runs out now or never, and a checkpoint finds where
     to go.
@@ -63,6 +65,7 @@ def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> A
             overlap_param_gather=overlaps_param_gather(config, runtime),
         ),
         chunks,
+        config_overrides=_overrides(config, chunks),
         use_gloo_process_groups=False,
     )
     for inner in optimizer.chained_optimizers:
@@ -72,7 +75,33 @@ def build_optimizer(config: RunConfig, chunks: list[Any], runtime: Runtime) -> A
 
 
 def set_learning_rate(optimizer: Any, config: RunConfig, value: float) -> None:
-    """Give every parameter group this learning rate, and its decay (none for norm weights)."""
+    """Give every parameter group its share of this learning rate, and its decay and epsilon."""
     for group in optimizer.param_groups:
         group["lr"] = value * group["lr_mult"]
         group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
+        group["eps"] = config.optimizer.epsilon * group.get("eps_mult", 1.0)
+
+
+def _overrides(config: RunConfig, chunks: list[Any]) -> dict[ParamKey, Any]:
+    """The factors that are not all 1, as Megatron-core's entries of its parameter groups.
+
+    It makes one group of the parameters with the same factors, and the same groups on every rank;
+    first the one without entries.
+    """
+    overrides = {}
+    groups = groups_of([chunk.module for chunk in chunks], config)
+    for number, (factors, parameters) in enumerate(groups.items()):
+        if factors == ParameterGroup():
+            continue
+        members = frozenset(map(id, parameters))
+        key = ParamKey(predicate=ParamPredicate(f"group {number}", _is_in(members)))
+        overrides[key] = {
+            "lr_mult": factors.rate,
+            "wd_mult": factors.decay,
+            "eps_mult": factors.epsilon,
+        }
+    return overrides
+
+
+def _is_in(members: frozenset[int]) -> Callable[[nn.Parameter], bool]:
+    return lambda parameter: id(parameter) in members

@@ -10,10 +10,12 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class SubLayer:
-    """One sub-layer, attention or FFN: x' = N_out(alpha x + F(G(x)))."""
+    """One sub-layer, attention or FFN: x' = N_out(alpha x + c F(G(x)))."""
 
     alpha: float = 1.0
     """Scale of the skip path."""
+    branch_factor: float = 1.0
+    """c, factor of the branch's output."""
     inner: str = "none"
     """G, in front of the branch F: `norm` (N_in), `vector` (learned), or `none`."""
     outer_norm: bool = False
@@ -43,6 +45,9 @@ def sub_layer(l: int, config: Any) -> SubLayer:
             return SubLayer(outer_norm=True, qkv_norm=True) if l % 2 == 0 else SubLayer()
         case "mix_ln":
             return post_norm if block < config.num_hidden_layers // 4 else pre_norm
+        case "complete_p":
+            ratio = config.num_hidden_layers / config.base_blocks
+            return SubLayer(branch_factor=1.0 / ratio, inner="norm")
     raise ValueError(f"residual: {config.residual!r} is not a rule of this model's code")
 
 
@@ -55,6 +60,7 @@ class KeelConfig(PreTrainedConfig):
         alpha: scale of the skip path; None: L.
         first_block: norms of Keel's first block. v2: its attention has no outer norm; v1: neither
             its attention nor its FFN has.
+        base_blocks: blocks of the model that CompleteP scales to this depth.
         final_norm: an RMSNorm between the last block and the output layer.
     """
 
@@ -86,6 +92,7 @@ class KeelConfig(PreTrainedConfig):
         residual: str = "keel",
         alpha: float | None = None,
         first_block: str = "v2",
+        base_blocks: int = 2,
         final_norm: bool = True,
         max_position_embeddings: int = 4096,
         rope_theta: float = 10000.0,
@@ -106,6 +113,7 @@ class KeelConfig(PreTrainedConfig):
         self.residual = residual
         self.alpha = float(2 * num_hidden_layers if alpha is None else alpha)
         self.first_block = first_block
+        self.base_blocks = base_blocks
         self.final_norm = final_norm
         self.hidden_act = "silu"
         self.max_position_embeddings = max_position_embeddings

@@ -185,6 +185,7 @@ class KeelDecoderLayer(GradientCheckpointingLayer):
         attention = sub_layer(2 * layer_idx, config)
         ffn = sub_layer(2 * layer_idx + 1, config)
         self.attention_alpha, self.feedforward_alpha = attention.alpha, ffn.alpha
+        self.attention_factor, self.feedforward_factor = attention.branch_factor, ffn.branch_factor
         self.attention_layernorm = _inner(attention.inner, config)
         self.self_attn = KeelAttention(config, layer_idx, attention.qkv_norm)
         self.post_attention_layernorm = _outer(attention.outer_norm, config)
@@ -196,9 +197,15 @@ class KeelDecoderLayer(GradientCheckpointingLayer):
         """The fp32 stream [batch, tokens, h] after both sub-layers."""
         x, dtype = hidden_states, self.mlp.down_proj.weight.dtype
         branch, _weights = self.self_attn(self.attention_layernorm(x).to(dtype), **kwargs)
+        branch = _scaled(branch, self.attention_factor)
         x = self.post_attention_layernorm(self.attention_alpha * x + branch)
         branch = self.mlp(self.feedforward_layernorm(x).to(dtype))
+        branch = _scaled(branch, self.feedforward_factor)
         return self.post_feedforward_layernorm(self.feedforward_alpha * x + branch)
+
+
+def _scaled(branch: Tensor, factor: float) -> Tensor:
+    return branch if factor == 1.0 else branch * factor
 
 
 def _inner(kind: str, config: KeelConfig) -> nn.Module:
