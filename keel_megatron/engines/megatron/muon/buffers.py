@@ -16,22 +16,26 @@ from torch import Tensor, nn
 
 from keel_megatron.layout.matrix_owners import OwnedStack, Regions
 
-Weights = Mapping[tuple[str, int], nn.Parameter]
-"""(name of a block's weight, number of the block on the stage) -> this rank's shard of it."""
+Key = tuple[str, int]
+"""The name of a block's weight, and the block's number on the stage."""
 
 
 class FlatBuffers:
     """The weights of the passes, which become views, and fp32 sums of their gradients.
 
     Args:
-        weights: all of the stage.
+        weights: all of the stage, this rank's shards.
         regions: where they lie.
         group: the replicas.
         tensor: the tensor-parallel size.
     """
 
     def __init__(
-        self, weights: Weights, regions: Regions, group: dist.ProcessGroup, tensor: int
+        self,
+        weights: Mapping[Key, nn.Parameter],
+        regions: Regions,
+        group: dist.ProcessGroup,
+        tensor: int,
     ) -> None:
         self._group = group
         self._tensor = tensor

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from keel_megatron.architecture.block_weights import block_weights
 from keel_megatron.checkpoint.parameters import MASTER, MOMENTUM
 from keel_megatron.config.run import RunConfig
-from keel_megatron.engines.megatron.muon.buffers import FlatBuffers
+from keel_megatron.engines.megatron.muon.buffers import FlatBuffers, Key
 from keel_megatron.engines.megatron.muon.orthogonalize import working_dtype
 from keel_megatron.engines.megatron.muon.update import Settings, Stack, update
+from keel_megatron.engines.parameter_groups import ParameterGroup, block_of, parameter_group
 from keel_megatron.layout.matrix_owners import OwnedStack, regions
+from keel_megatron.model.initialization import global_parameters
 from keel_megatron.runtime.distributed import Runtime
 
 
@@ -36,7 +38,8 @@ class Muon:
         self._config = config
         self._tensor_group = parallel_state.get_tensor_model_parallel_group()
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        weights = _weights(config, chunks)
+        named = _weights(config, chunks)
+        weights = {key: parameter for key, (_name, parameter) in named.items()}
         self._parameters = set(weights.values())
         kinds, tensor = block_weights(config.model), runtime.tensor_size
         placed = regions(kinds, len(weights) // len(kinds), group.size(), tensor)
@@ -47,12 +50,14 @@ class Muon:
         self._states: dict[nn.Parameter, dict[str, Tensor]] = {}
         self._stacks: list[Stack] = []
         for owned in placed.owners[group.rank()]:
-            stack = self._stack(owned)
+            keys = [(owned.weight.name, block) for block in owned.blocks]
+            names, parameters = zip(*(named[key] for key in keys), strict=True)
+            stack = self._stack(owned, [parameter_group(name, 2, config) for name in names])
             self._stacks.append(stack)
-            for number, block in enumerate(owned.blocks):
+            for number, parameter in enumerate(parameters):
                 states = {MASTER: stack.masters[number], MOMENTUM: stack.momenta[number]}
                 flat = {name: values.view(-1) for name, values in states.items()}
-                self._states[weights[owned.weight.name, block]] = flat
+                self._states[parameter] = flat
 
     def __contains__(self, parameter: nn.Parameter) -> bool:
         """Whether Muon updates a parameter, on this replica or another."""
@@ -122,29 +127,29 @@ class Muon:
             self._buffers.own_weights.copy_(self._masters)
         self._buffers.gather()
 
-    def _stack(self, owned: OwnedStack) -> Stack:
-        """What this replica owns of one kind of weight."""
+    def _stack(self, owned: OwnedStack, groups: list[ParameterGroup]) -> Stack:
+        """What this replica owns of one kind of weight, with the factors of each block."""
         buffers, device = self._buffers, self._masters.device
-        ones = torch.ones(len(owned.blocks), device=device)
         return Stack(
             owned.weight,
             masters=buffers.stack(self._masters, owned),
             gradients=buffers.stack(buffers.own_gradients, owned),
             momenta=buffers.stack(self._momenta, owned),
-            rates=ones,
-            decays=ones,
+            rates=torch.tensor([group.rate for group in groups], device=device),
+            decays=torch.tensor([group.decay for group in groups], device=device),
         )
 
 
-def _weights(config: RunConfig, chunks: list[nn.Module]) -> dict[tuple[str, int], nn.Parameter]:
-    """The matrices of this rank's blocks, by the name of their linear layer and their block."""
-    names = {weight.name for weight in block_weights(config.model)}
-    layers = [layer for chunk in chunks for layer in chunk.decoder.layers]  # type: ignore[union-attr]
+def _weights(config: RunConfig, chunks: list[nn.Module]) -> dict[Key, tuple[str, nn.Parameter]]:
+    """The matrices of this rank's blocks, each with its name in the whole model."""
+    kinds = {weight.name for weight in block_weights(config.model)}
+    numbers: dict[int, int] = {}  # block of the model -> block of the stage
     found = {}
-    for block, layer in enumerate(layers):
-        for path, parameter in layer.named_parameters():
-            *_modules, name, kind = path.split(".")
-            if name in names and kind == "weight":
-                found[name, block] = parameter
-    assert len(found) == len(names) * len(layers), "a block lacks one of its matrices"
+    for chunk in chunks:
+        for name, parameter in global_parameters(chunk, tied=config.model.tie_embeddings):
+            block, (*_modules, kind, values) = block_of(name), name.split(".")
+            if block is not None and kind in kinds and values == "weight":
+                number = numbers.setdefault(block, len(numbers))
+                found[kind, number] = name, parameter
+    assert len(found) == len(kinds) * len(numbers), "a block lacks one of its matrices"
     return found
