@@ -7,7 +7,8 @@ rotations, one function a residual rule, sub-layer by sub-layer.
 Conventions that the papers leave open: RMSNorm has epsilon inside the root and a gain, no bias;
 SwiGLU is silu(gate) * up; RoPE turns the pairs (i, i + d/2) (the "rotate half" form); QKV-norm
 (HybridNorm) is an RMSNorm over each head, before RoPE, one gain of width d for all query heads, one
-for keys, one for values; Mix-LN has blocks // 4 post-norm blocks.
+for keys, one for values; QK-norm is the same of queries and keys; Mix-LN has blocks // 4 post-norm
+blocks.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ class Shape:
     residual: str = "keel"
     first_block: str = "v2"
     alpha: float | None = None
+    embedding_norm: bool = False
     base_blocks: int = 2
     final_norm: bool = True
     norm_epsilon: float = 1e-5
     rope_theta: float = 10000.0
+    qk_norm: bool = False
 
     @property
     def L(self) -> int:  # noqa: N802
@@ -69,12 +72,14 @@ class Attention(nn.Module):
         self.wk = nn.Parameter(torch.empty(shape.num_query_groups * d, h))
         self.wv = nn.Parameter(torch.empty(shape.num_query_groups * d, h))
         self.wo = nn.Parameter(torch.empty(h, shape.num_attention_heads * d))
-        if shape.residual == "hybrid_norm":
+        if shape.residual == "hybrid_norm" or shape.qk_norm:
             self.q_norm = Norm(d, shape.norm_epsilon)
             self.k_norm = Norm(d, shape.norm_epsilon)
+        if shape.residual == "hybrid_norm":
             self.v_norm = Norm(d, shape.norm_epsilon)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value as the scores see them, [b, s, heads, d]."""
         shape = self.shape
         b, s, _h = x.shape
         d = shape.head_dim
@@ -83,7 +88,13 @@ class Attention(nn.Module):
         v = (x @ self.wv.T).view(b, s, -1, d)
         if shape.residual == "hybrid_norm":
             q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
-        q, k = rotate(q, shape.rope_theta), rotate(k, shape.rope_theta)
+        elif shape.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, shape.rope_theta), rotate(k, shape.rope_theta), v
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape, s, d = self.shape, x.size(1), self.shape.head_dim
+        q, k, v = self.heads(x)
         shared = shape.num_attention_heads // shape.num_query_groups
         heads = []
         for head in range(shape.num_attention_heads):
@@ -129,8 +140,11 @@ class SubLayerReference(nn.Module):
         self.F = Attention(shape) if l % 2 == 0 else FeedForward(shape)
         rule, first = shape.residual, l < 2
         post = rule == "mix_ln" and l // 2 < shape.blocks // 4
-        if rule in ("keel", "pre_ln", "complete_p") or (rule == "mix_ln" and not post):
+        inside = ("keel", "pre_ln", "layer_norm_scaling", "peri_ln", "complete_p")
+        if rule in inside or (rule == "mix_ln" and not post):
             self.N_in = Norm(shape.hidden_size, shape.norm_epsilon)
+        if rule == "peri_ln":
+            self.N_branch = Norm(shape.hidden_size, shape.norm_epsilon)
         plain = rule == "keel" and (l == 0 or (first and shape.first_block == "v1"))
         scaled = rule in ("keel", "post_ln", "deepnorm", "scaled_post_ln", "scaled_post_ln_beta")
         if (scaled and not plain) or post or (rule == "hybrid_norm" and l % 2 == 1):
@@ -184,6 +198,15 @@ def mix_ln(m: SubLayerReference, x: Tensor) -> Tensor:
     return post_ln(m, x) if m.l // 2 < m.shape.blocks // 4 else pre_ln(m, x)
 
 
+def layer_norm_scaling(m: SubLayerReference, x: Tensor) -> Tensor:
+    """x + F(N(x) / sqrt(k)), block k from 1."""
+    return x + m.F(m.N_in(x) / (1 + m.l // 2) ** 0.5)
+
+
+def peri_ln(m: SubLayerReference, x: Tensor) -> Tensor:
+    return x + m.N_branch(m.F(m.N_in(x)))
+
+
 def complete_p(m: SubLayerReference, x: Tensor) -> Tensor:
     """CompleteP at alpha = 1: m_L^-1 in front of the branch, m_L = blocks / base_blocks."""
     return x + m.shape.base_blocks / m.shape.blocks * m.F(m.N_in(x))
@@ -198,6 +221,8 @@ EQUATIONS: dict[str, Callable[[SubLayerReference, Tensor], Tensor]] = {
     "mix_ln": mix_ln,
     "scaled_post_ln": scaled_post_ln,
     "scaled_post_ln_beta": scaled_post_ln_beta,
+    "layer_norm_scaling": layer_norm_scaling,
+    "peri_ln": peri_ln,
     "complete_p": complete_p,
 }
 
@@ -209,6 +234,8 @@ class ReferenceModel(nn.Module):
         super().__init__()
         self.shape = shape
         self.embedding = nn.Parameter(torch.empty(shape.vocab_size, shape.hidden_size))
+        if shape.embedding_norm:
+            self.embedding_norm = Norm(shape.hidden_size, shape.norm_epsilon)
         self.sub_layers = nn.ModuleList(SubLayerReference(shape, l) for l in range(shape.L))
         if shape.final_norm:
             self.final_norm = Norm(shape.hidden_size, shape.norm_epsilon)
@@ -216,6 +243,8 @@ class ReferenceModel(nn.Module):
 
     def logits(self, tokens: Tensor) -> Tensor:
         x = self.embedding[tokens]
+        if self.shape.embedding_norm:
+            x = self.embedding_norm(x)
         for sub_layer in self.sub_layers:
             x = sub_layer(x)
         if self.shape.final_norm:
@@ -223,5 +252,11 @@ class ReferenceModel(nn.Module):
         return x @ self.head.T
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        log_p = torch.log_softmax(self.logits(tokens), dim=-1)
-        return -log_p.gather(-1, labels[..., None]).mean()
+        return self.losses(tokens, labels)[0]
+
+    def losses(self, tokens: Tensor, labels: Tensor, z: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The mean cross entropy, and that plus z times the mean of (log sum_j exp(logit_j))^2."""
+        logits = self.logits(tokens)
+        log_z = logits.exp().sum(-1).log()
+        loss = (log_z - logits.gather(-1, labels[..., None]).squeeze(-1)).mean()
+        return loss, loss + z * log_z.square().mean()

@@ -147,7 +147,7 @@ def rows(results: dict[str, Any]) -> list[str]:
 
 def page(results: dict[str, Any]) -> str:
     sys.path.insert(0, str(ROOT))  # not before: a trace may be of another checkout
-    from tools.bench.peers import cpu_name
+    from keel_megatron.runtime.machines import cpu_name
 
     day = datetime.date.today().isoformat()
     table = "\n".join(rows(results))

@@ -31,7 +31,7 @@ from keel_megatron.layout.devices import device_named
 from keel_megatron.planner.plan import make_plan
 from keel_megatron.planner.report import layout_words
 from keel_megatron.runtime.cores import available_cores
-from tools.bench.peers import cpu_name
+from keel_megatron.runtime.machines import cpu_name
 
 RECIPES = ("keel_64", "keel_128", "keel_512", "keel_1024")
 GPUS = (1, 8, 64, 1024)

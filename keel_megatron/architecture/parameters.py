@@ -8,7 +8,16 @@ from keel_megatron.architecture.residual import Reader, SubLayer
 from keel_megatron.architecture.shape import ModelShape
 
 COUNTS = Reader(
-    "the count of parameters", ("alpha", "branch_factor", "inner", "outer_norm", "qkv_norm")
+    "the count of parameters",
+    (
+        "alpha",
+        "branch_factor",
+        "branch_norm",
+        "inner",
+        "inner_factor",
+        "outer_norm",
+        "head_norms",
+    ),
 )
 
 
@@ -19,8 +28,8 @@ def parameter_count(model: ModelShape, vocab_size: int) -> int:
     matrices = attention + 3 * h * model.ffn_hidden_size
     embeddings = vocab_size * h * (1 if model.tie_embeddings else 2)
     vectors = vector_parameters(model, range(model.blocks))
-    final = h if model.final_norm else 0
-    return model.blocks * matrices + embeddings + vectors + final
+    ends = h * (int(model.embedding_norm) + int(model.final_norm))
+    return model.blocks * matrices + embeddings + vectors + ends
 
 
 def vector_parameters(model: ModelShape, blocks: Iterable[int]) -> int:
@@ -31,5 +40,5 @@ def vector_parameters(model: ModelShape, blocks: Iterable[int]) -> int:
 
 def row_parameters(row: SubLayer, model: ModelShape) -> int:
     """The same of a sub-layer with these columns."""
-    whole = int(row.inner != "none") + int(row.outer_norm)
-    return whole * model.hidden_size + (3 * model.head_dim if row.qkv_norm else 0)
+    whole = int(row.inner != "none") + int(row.branch_norm) + int(row.outer_norm)
+    return whole * model.hidden_size + len(row.head_norms) * model.head_dim

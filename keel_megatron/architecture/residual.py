@@ -3,13 +3,13 @@
 Sub-layers are numbered l = 0 .. L-1 over the whole model (even: attention, odd: FFN), L = 2 x
 blocks. N is an RMSNorm with learned weights and no bias. Every rule is an instance of
 
-    x_{l+1} = N_out(alpha * x_l + c * F_l(G(x_l)))
+    x_{l+1} = N_out(alpha * x_l + c * N_b(F_l(d * G(x_l))))
 
-where N_out may be absent, G is a norm N_in, a learned vector or nothing, and c is a factor of the
-branch. So a rule is the table of what each sub-layer has, and a new rule is one more row of
-`RULES`: the choices of `model.residual` and the settings that go with it, the model and its initial
-weights, the compiled blocks, the planner's costs and the parameter counts all read the table
-(tests/architecture/test_new_rule.py adds one).
+where N_out and N_b may be absent, G is a norm N_in, a learned vector or nothing, and c and d are
+factors of the branch's output and input. So a rule is the table of what each sub-layer has, and a
+new rule is one more row of `RULES`: the choices of `model.residual` and the settings that go with
+it, the model and its initial weights, the compiled blocks, the planner's costs and the parameter
+counts all read the table (tests/architecture/test_new_rule.py adds one).
 
 They read it through a `Reader`, which lists the columns that its code honours. A sub-layer that
 needs another column is refused there: no code can ignore a column it does not know.
@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Literal, Protocol
 
 from keel_megatron.errors import UserError
 
 Inner = Literal["norm", "vector", "none"]
+NormedParts = Literal["", "qk", "qkv"]
 
 
 class Model(Protocol):
@@ -47,6 +48,10 @@ class Model(Protocol):
         """Version of Keel's first block, v1 or v2."""
 
     @property
+    def qk_norm(self) -> bool:
+        """Whether query and key are normalised."""
+
+    @property
     def base_blocks(self) -> int:
         """Blocks of the model whose settings CompleteP transfers to this depth."""
 
@@ -58,16 +63,25 @@ class SubLayer:
     alpha: float = 1.0
     """Scale of the skip path."""
     branch_factor: float = 1.0
-    """c, factor of the branch's output."""
+    """c, factor of the branch's output, after N_b."""
+    branch_norm: bool = False
+    """N_b, of the branch's output before the addition."""
     inner: Inner = "none"
     """G, in front of the branch: N_in, a learned vector (from 1), or nothing."""
+    inner_factor: float = 1.0
+    """d, factor of G's output; only where G is a norm or a vector, whose weights it multiplies."""
     outer_norm: bool = False
     """N_out, after the addition."""
-    qkv_norm: bool = False
-    """Norms of query, key and value within attention."""
+    head_norms: NormedParts = ""
+    """Which of query, key and value are normalised within attention, each head by itself."""
 
 
-SETTINGS: dict[str, str | int] = {"alpha": "auto", "first_block": "v2", "base_blocks": 2}
+SETTINGS: dict[str, str | int] = {
+    "alpha": "auto",
+    "first_block": "v2",
+    "base_blocks": 2,
+    "embedding_norm": False,
+}
 """Settings of the section `model` that change some rules only, and their defaults."""
 
 
@@ -104,10 +118,14 @@ class Reader:
     def sub_layer(self, l: int, model: Model) -> SubLayer:
         """The columns of sub-layer l (from 0, over the whole model) under `model.residual`.
 
+        With `model.qk_norm` attention has the norms of query and key, whatever the rule is.
+
         Raises:
             UserError: the sub-layer needs a column, or a value of `inner`, that is not honoured.
         """
         row = RULES[model.residual].sub_layer(l, model)
+        if model.qk_norm and l % 2 == 0 and not row.head_norms:
+            row = replace(row, head_norms="qk")
         for field in fields(row):
             value = getattr(row, field.name)
             if field.default is not MISSING and value == field.default:
@@ -119,9 +137,14 @@ class Reader:
                     f"{l}, which {self.path} cannot honour; choose another rule, or add the column "
                     "there (architecture/residual.py)"
                 )
-        if row.qkv_norm and l % 2:
+        if row.inner_factor != 1.0 and row.inner == "none":
             raise UserError(
-                f"model.residual: {model.residual} sets qkv_norm in sub-layer {l}, an FFN; only "
+                f"model.residual: {model.residual} sets inner_factor in sub-layer {l}, which has "
+                "no inner norm or vector; scale the branch with branch_factor instead"
+            )
+        if row.head_norms and l % 2:
+            raise UserError(
+                f"model.residual: {model.residual} sets head_norms in sub-layer {l}, an FFN; only "
                 "attention (even sub-layers) has a query, a key and a value"
             )
         return row
@@ -169,7 +192,7 @@ def hybrid_norm(l: int, _model: Model) -> SubLayer:
 
     N(Y) is what both paths of the FFN start from: the outer norm of the attention sub-layer.
     """
-    return SubLayer(outer_norm=True, qkv_norm=True) if l % 2 == 0 else SubLayer()
+    return SubLayer(outer_norm=True, head_norms="qkv") if l % 2 == 0 else SubLayer()
 
 
 def mix_ln(l: int, model: Model) -> SubLayer:
@@ -188,6 +211,24 @@ def scaled_post_ln(_l: int, model: Model) -> SubLayer:
 def scaled_post_ln_beta(_l: int, model: Model) -> SubLayer:
     """Its second: x_{l+1} = N_out(alpha x_l + F_l(beta * x_l)), beta a learned vector from 1."""
     return SubLayer(alpha=alpha(model), inner="vector", outer_norm=True)
+
+
+def layer_norm_scaling(l: int, _model: Model) -> SubLayer:
+    """LayerNorm scaling (Sun et al. 2025, arXiv 2502.05795): x_{l+1} = x_l + F_l(N_in(x_l) / s).
+
+    s = sqrt(k) with k the block's number from 1, the same for its attention and its FFN, as in the
+    authors' code (lmsdss/LayerNorm-Scaling, `layer_index + 1`): the paper's layer is a block.
+    """
+    return SubLayer(inner="norm", inner_factor=(l // 2 + 1) ** -0.5)
+
+
+def peri_ln(_l: int, _model: Model) -> SubLayer:
+    """Peri-LN (Kim et al. 2025, arXiv 2502.02732): x_{l+1} = x_l + N_b(F_l(N_in(x_l))).
+
+    Known as sandwich norm, too (Gemma 2 and 3). The paper has a norm after the last block
+    (`model.final_norm`), and an optional one of the embedding (`model.embedding_norm`).
+    """
+    return SubLayer(inner="norm", branch_norm=True)
 
 
 def complete_p(_l: int, model: Model) -> SubLayer:
@@ -221,6 +262,8 @@ RULES: dict[str, Rule] = {
     "mix_ln": Rule(mix_ln),
     "scaled_post_ln": Rule(scaled_post_ln, settings=("alpha",), alpha_exponent=1.0),
     "scaled_post_ln_beta": Rule(scaled_post_ln_beta, settings=("alpha",), alpha_exponent=1.0),
+    "layer_norm_scaling": Rule(layer_norm_scaling),
+    "peri_ln": Rule(peri_ln, settings=("embedding_norm",)),
     "complete_p": Rule(
         complete_p,
         settings=("base_blocks",),
@@ -235,6 +278,12 @@ def alpha(model: Model) -> float:
     if model.alpha != "auto":
         return float(model.alpha)
     return float(2 * model.blocks) ** RULES[model.residual].alpha_exponent
+
+
+def has_head_norms(model: Model) -> bool:
+    """Whether the rule itself normalises query and key, so that it refuses `model.qk_norm`."""
+    rule = RULES[model.residual]
+    return any(rule.sub_layer(2 * block, model).head_norms for block in range(model.blocks))
 
 
 def depth_ratio(model: Model) -> float:

@@ -34,6 +34,10 @@ class ModelShape(Model, Protocol):
         """Width of one attention head."""
 
     @property
+    def embedding_norm(self) -> bool:
+        """Whether a norm follows the embedding."""
+
+    @property
     def final_norm(self) -> bool:
         """Whether a norm lies between the last block and the output head."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from keel_megatron.errors import UserError
 from keel_megatron.model.language_model import COMPUTE_DTYPES
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
+from keel_megatron.runtime.machines import cpu_name
 from keel_megatron.runtime.versions import package_versions
 from keel_megatron.training.dataset import ready_dataset
 
@@ -138,7 +138,7 @@ def _where(runtime: Runtime, config: RunConfig) -> str:
     if runtime.device.type == "cuda":
         device = torch.cuda.get_device_name(runtime.device)
     else:
-        device = f"{_cpu()}, {runtime.threads} thread(s) per process"
+        device = f"{cpu_name()}, {runtime.threads} thread(s) per process"
     return (
         f"{runtime.launch.world_size} process(es) on {device}; TP {runtime.tensor_size} x PP "
         f"{runtime.pipeline_size} x VPP {config.parallel.virtual_pipeline} x DP "
@@ -146,12 +146,3 @@ def _where(runtime: Runtime, config: RunConfig) -> str:
         f"{config.model.hidden_size}, sequence {config.data.seq_length}, "
         f"{config.training.precision}"
     )
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

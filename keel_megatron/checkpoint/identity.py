@@ -43,10 +43,12 @@ CHANGEABLE = (
     "data.text",  # likewise
     "data.build",
     "data.tokenizer",  # likewise
+    "data.chat_template",  # likewise
     "data.allow_lossy_tokenizer",
     "training.name",
     "training.runs_dir",
     "training.steps",
+    "training.z_loss",
     "training.micro_batch_size",
     "training.device",
     "training.deterministic",
@@ -63,7 +65,7 @@ CHANGEABLE = (
 FIXED = ("optimizer.name",)
 
 _ARCHITECTURE = ("model.", "data.vocab_size")
-_PLACES = ("data.dataset", "data.sources", "data.text", "data.tokenizer")
+_PLACES = ("data.dataset", "data.sources", "data.text", "data.tokenizer", "data.chat_template")
 
 
 def claim(config: RunConfig) -> None:

@@ -29,6 +29,7 @@ from keel_megatron.config.reading import (
     read_small_text,
 )
 from keel_megatron.config.yaml_text import read_yaml
+from keel_megatron.data.chat.templates import FILE as TEMPLATE
 
 if TYPE_CHECKING:
     from safetensors import safe_open
@@ -39,6 +40,8 @@ STATE = "state.json"
 INDEX = "index.json"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 """One of them; earlier versions' checkpoints have none."""
+COPIED = (*TOKENIZERS, TEMPLATE)
+"""Files of the dataset that checkpoints and runs keep."""
 BACKEND = "metadata.json"  # Megatron-core's own mark of a distributed checkpoint
 FORMAT = 2
 BACKEND_MARK = {"sharded_backend": "keel_safetensors", "sharded_backend_version": FORMAT}
@@ -192,7 +195,7 @@ def check_file(folder: Path, name: str, record: FileRecord) -> None:
     elif name == STATE:
         content = read_json(path)
         _check_step(folder, STATE, content.get("step") if isinstance(content, dict) else None)
-    elif name not in TOKENIZERS:
+    elif name not in COPIED:
         read_json(path)
 
 
@@ -270,7 +273,7 @@ def _check_yaml(path: Path) -> None:
 
 
 def _belongs(name: str) -> bool:
-    known = (MANIFEST, CONFIG, STATE, INDEX, BACKEND, *TOKENIZERS)
+    known = (MANIFEST, CONFIG, STATE, INDEX, BACKEND, *COPIED)
     return name in known or rank_of(name) is not None
 
 

@@ -99,7 +99,7 @@ class Saver:
         data: what the run is trained on (`data.dataset.Dataset.identity`).
         damaged: steps of damaged checkpoints, which retention neither counts nor removes.
         progress: called while a save is pending, for the watchdog.
-        tokenizer: the file that each checkpoint keeps a copy of, on rank 0.
+        copied: files that each checkpoint keeps a copy of, on rank 0.
         anomaly_step: the step at which training went wrong lately, or None; see `folder.prune`.
     """
 
@@ -112,7 +112,7 @@ class Saver:
         data: dict[str, Any],
         damaged: Collection[int] = (),
         progress: Callable[[str], None] = lambda _what: None,
-        tokenizer: Path | None = None,
+        copied: Collection[Path] = (),
         anomaly_step: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._config = config
@@ -121,7 +121,7 @@ class Saver:
         self._data = data
         self._damaged = set(damaged)
         self._progress = progress
-        self._tokenizer = None if tokenizer is None else (tokenizer.name, tokenizer.read_bytes())
+        self._copied = {path.name: path.read_bytes() for path in copied}
         self._anomaly_step = anomaly_step
         self._pending: _Pending | None = None
         self.failure: str | None = None
@@ -287,9 +287,8 @@ class Saver:
         text = dump_config(self._config).encode()
         written = {name: record for name, record in files.items() if record is not None}
         written[manifest.CONFIG] = manifest.write_checked(partial / manifest.CONFIG, [text])
-        if self._tokenizer:
-            name, tokenizer = self._tokenizer
-            written[name] = manifest.write_checked(partial / name, [tokenizer])
+        for name, copy in self._copied.items():
+            written[name] = manifest.write_checked(partial / name, [copy])
         for name, value in (
             (manifest.STATE, content.run_state),
             (manifest.INDEX, index(places)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,7 +81,7 @@ def write_weights(
     run_folder: Path,
     config: RunConfig,
     weights: Iterable[Weight],
-    tokenizer: tuple[str, bytes],
+    copied: Mapping[str, bytes],
     origin: dict[str, Any],
 ) -> Path:
     """Write a checkpoint of step 0 that has weights and no optimizer state.
@@ -91,7 +91,7 @@ def write_weights(
         config: the run.
         weights: all parameters of its model, by their names in checkpoints; one is in memory at a
             time.
-        tokenizer: name and content of its file.
+        copied: content of the tokenizer and of the chat template, by name.
         origin: where the weights are from; kept in state.json.
 
     Returns:
@@ -110,7 +110,7 @@ def write_weights(
         files[shards] = manifest.write_checked(place / shards, stream)
     except NotFiniteError as error:
         raise UserError(f"{error} is not finite: such weights cannot be used") from None
-    for name, content in ((manifest.CONFIG, dump_config(config).encode()), tokenizer):
+    for name, content in {manifest.CONFIG: dump_config(config).encode(), **copied}.items():
         files[name] = manifest.write_checked(place / name, [content])
     for name, value in (
         (manifest.STATE, _state(origin)),

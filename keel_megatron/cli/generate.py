@@ -66,6 +66,14 @@ _Graphs = Annotated[
         "yet run on one.",
     ),
 ]
+_Chat = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="Each prompt is a user's message, which the model answers, with the chat template "
+        "that it was trained with.",
+    ),
+]
 
 
 def generate(
@@ -87,6 +95,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts continued at a time.")] = 8,
     processes: _Processes = 1,
     cuda_graphs: _Graphs = False,
+    chat: _Chat = False,
 ) -> None:
     """Generate text from a run's newest checkpoint, another one, or a Hugging Face folder."""
     from keel_megatron.inference.prompts import check_out, read_prompts
@@ -120,6 +129,7 @@ def generate(
             batch_size=batch_size,
             processes=processes,
             cuda_graphs=cuda_graphs,
+            chat=chat,
             say=partial(print, end="", flush=True) if streams else None,
             done=done.__setitem__,
         )

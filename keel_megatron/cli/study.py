@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from keel_megatron.cli.studies.alpha import alpha
+from keel_megatron.cli.studies.coordinate_check import coordinate_check
 from keel_megatron.cli.studies.deep_versus_wide import deep_versus_wide
 from keel_megatron.cli.studies.depth_scaling import depth_scaling
 from keel_megatron.cli.studies.depth_tasks import depth_tasks
@@ -25,6 +26,7 @@ add_study(app, "depth-tasks", depth_tasks)
 app.command("gradient-flow")(gradient_flow)
 app.command("redundancy")(redundancy)
 add_study(app, "stream-precision", stream_precision)
+add_study(app, "coordinate-check", coordinate_check)
 
 
 @app.callback()

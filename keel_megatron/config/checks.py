@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from keel_megatron.architecture.residual import RULES, SETTINGS, rules_with
 from keel_megatron.config.engine_checks import ENGINE_CHECKS
 from keel_megatron.config.kernel_checks import KERNEL_CHECKS
+from keel_megatron.config.model_checks import MODEL_CHECKS
 from keel_megatron.config.optimizer_checks import OPTIMIZER_CHECKS
 from keel_megatron.config.run import RunConfig
 from keel_megatron.config.tracking_checks import credentials, known_store
@@ -45,48 +45,6 @@ def known_problems(partial: RunConfig, world_size: int | None = None) -> Iterato
 def fits(config: RunConfig, world_size: int) -> bool:
     """Whether the layout and the batch of a valid configuration divide among the processes."""
     return not any(_world(config, world_size))
-
-
-def _heads(config: RunConfig) -> Iterator[tuple[str, str]]:
-    model = config.model
-    if model.hidden_size % model.num_attention_heads:
-        yield (
-            "model.num_attention_heads",
-            f"{model.num_attention_heads} must divide model.hidden_size = {model.hidden_size}",
-        )
-    elif model.head_dim % 2:
-        yield (
-            "model.num_attention_heads",
-            f"hidden_size / heads = {model.head_dim} must be even for the rotary embedding",
-        )
-
-
-def _query_groups(config: RunConfig) -> Iterator[tuple[str, str]]:
-    model = config.model
-    if model.num_attention_heads % model.query_groups:
-        yield (
-            "model.num_query_groups",
-            f"{model.query_groups} must divide model.num_attention_heads = "
-            f"{model.num_attention_heads}",
-        )
-
-
-def _alpha(config: RunConfig) -> Iterator[tuple[str, str]]:
-    alpha = config.model.alpha
-    if alpha != "auto" and alpha <= 0:
-        yield "model.alpha", f"{alpha} must be auto or a positive number"
-
-
-def _rule_settings(config: RunConfig) -> Iterator[tuple[str, str]]:
-    model = config.model
-    for name, default in SETTINGS.items():
-        value = getattr(model, name)
-        if value != default and name not in RULES[model.residual].settings:
-            yield (
-                f"model.{name}",
-                f"{value} is not supported by residual: {model.residual}; leave it at {default}, "
-                f"or choose one of {', '.join(rules_with(name))}",
-            )
 
 
 def _multiple_of_tensor(
@@ -273,10 +231,7 @@ def _fp8(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
-    _heads,
-    _query_groups,
-    _alpha,
-    _rule_settings,
+    *MODEL_CHECKS,
     _multiple_of_tensor("model.num_attention_heads", lambda run: run.model.num_attention_heads),
     _multiple_of_tensor("model.num_query_groups", lambda run: run.model.query_groups),
     _multiple_of_tensor("model.ffn_hidden_size", lambda run: run.model.ffn_hidden_size),

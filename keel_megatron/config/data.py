@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from keel_megatron.config.section import Section, TextPath, one_or_many
 
-Format = Literal["auto", "text", "jsonl", "parquet", "huggingface", "megatron"]
+Format = Literal["auto", "text", "jsonl", "parquet", "huggingface", "megatron", "chat"]
 
 
 class SourceConfig(Section):
@@ -36,12 +36,18 @@ class SourceConfig(Section):
         default="auto",
         description=(
             "text, jsonl, parquet, huggingface (a data set folder on disk) or megatron (prefix of "
-            "a .bin and .idx pair, used in place). auto: by suffix and content. Text and jsonl may "
-            "be compressed (.gz, .zst)."
+            "a .bin and .idx pair, used in place), chat (JSON lines of conversations, for "
+            "supervised fine-tuning). auto: by suffix and content, never chat. Text, jsonl and "
+            "chat may be compressed (.gz, .zst)."
         ),
     )
     text_key: str = Field(
-        default="text", min_length=1, description="Key or column of the text in a record."
+        default="text",
+        min_length=1,
+        description=(
+            "Key or column of the text in a record. Default of chat: messages, the key of the list "
+            "of messages."
+        ),
     )
     validation: tuple[TextPath, ...] | None = Field(
         default=None,
@@ -52,6 +58,14 @@ class SourceConfig(Section):
     )
 
     _paths = field_validator("path", "validation", mode="before")(one_or_many)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _key_of_messages(cls, value: Any) -> Any:
+        """The default of `text_key` for chat."""
+        if isinstance(value, dict) and value.get("format") == "chat":
+            return {"text_key": "messages", **value}
+        return value
 
 
 class DataConfig(Section):
@@ -110,6 +124,14 @@ class DataConfig(Section):
             "null: train a SentencePiece model on the training data."
         ),
     )
+    chat_template: TextPath | None = Field(
+        default=None,
+        description=(
+            "Jinja template of the conversations of chat sources: a file. null: that beside "
+            "data.tokenizer (chat_template.jinja, or chat_template in tokenizer_config.json), else "
+            "Tulu 3's, whose role names are plain text."
+        ),
+    )
     allow_lossy_tokenizer: bool = Field(
         default=False,
         description=(
@@ -150,6 +172,16 @@ class DataConfig(Section):
         if len({source.weight is None for source in sources}) > 1:
             raise ValueError("give every entry of data.sources a weight, or none")
         return self
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether a source has conversations; a dataset says so itself (`Dataset.has_masks`)."""
+        return any(source.format == "chat" for source in self.sources or ())
+
+    @property
+    def has_loss_mask(self) -> bool:
+        """Whether some tokens do not count in the loss, as far as the settings say."""
+        return self.masks_eod_loss or self.has_chat
 
     @property
     def masks_eod_loss(self) -> bool:

@@ -95,6 +95,13 @@ class ModelConfig(Section):
             "kernels.cuda_graphs and keel export."
         ),
     )
+    embedding_norm: bool = Field(
+        default=False,
+        description=(
+            "Apply an RMSNorm to the embedding's output. Applies to residual: "
+            f"{', '.join(rules_with('embedding_norm'))}."
+        ),
+    )
     final_norm: bool = Field(
         default=True, description="Apply an RMSNorm between the last block and the output layer."
     )
@@ -115,6 +122,14 @@ class ModelConfig(Section):
     )
     rope_theta: float = Field(
         default=10000.0, gt=0.0, description="Base of the rotary position embedding."
+    )
+    qk_norm: bool = Field(
+        default=False,
+        description=(
+            "Normalize each query and key head with an RMSNorm before the rotary embedding "
+            "(QK-norm), with one learned weight per block for queries and one for keys. Bounds "
+            "attention's logits. Not supported by residual: hybrid_norm, which has such norms."
+        ),
     )
 
     @property

@@ -33,6 +33,16 @@ class TrainingConfig(Section):
         default="bf16",
         description="Data type of matrix products. The residual stream is fp32 in both.",
     )
+    z_loss: float = Field(
+        default=0.0,
+        ge=0.0,
+        description=(
+            "Coefficient of the z-loss: z_loss x log(Z)^2 of every token is added to the training "
+            "loss, where Z is the softmax's denominator over the vocabulary. Keeps the logits from "
+            "drifting; PaLM used 1e-4. Reported losses, of training and validation, do not include "
+            "it. 0: none."
+        ),
+    )
     seed: int = Field(
         default=1234, ge=0, description="Random seed of weights, data order and dropout."
     )

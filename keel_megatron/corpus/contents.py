@@ -14,6 +14,7 @@ from keel_megatron.config.reading import LARGE, parse_json, read_small
 from keel_megatron.corpus.documents import Source, SourceFile
 from keel_megatron.corpus.find import Listing
 from keel_megatron.corpus.readers.streams import opened, unreadable
+from keel_megatron.data.chat.templates import find_template
 from keel_megatron.data.manifest import FORMAT
 from keel_megatron.data.tokenizer import open_tokenizer
 from keel_megatron.runtime.cores import available_cores
@@ -66,7 +67,7 @@ def fingerprint_of(data: DataConfig, sources: Iterable[Source], contents: Conten
     Raises:
         UserError: data.tokenizer cannot be read.
     """
-    parts = {
+    parts: dict[str, Any] = {
         "format": FORMAT,
         "sources": [
             {
@@ -82,7 +83,19 @@ def fingerprint_of(data: DataConfig, sources: Iterable[Source], contents: Conten
         "validation_fraction": data.validation_fraction,
         "on_bad_record": data.on_bad_record,
     }
+    parts |= _of_chat(data)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _of_chat(data: DataConfig) -> dict[str, str]:
+    """What determines the tokens of conversations; nothing without any.
+
+    Raises:
+        UserError: the chat template cannot be read.
+    """
+    if not data.has_chat:
+        return {}
+    return {"chat_template": find_template(data.chat_template, data.tokenizer).sha256}
 
 
 def given_tokenizer(data: DataConfig) -> str | None:
@@ -123,6 +136,7 @@ def _memo(data: DataConfig, listing: Listing) -> Any:
         "validation_fraction": data.validation_fraction,
         "on_bad_record": data.on_bad_record,
         "format": FORMAT,
+        **_of_chat(data),
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return data.cache_dir / _LISTINGS / key[:32]

@@ -9,7 +9,7 @@ from typing import Literal
 
 from keel_megatron.data.manifest import Skipped
 
-Kind = Literal["text", "jsonl", "parquet", "huggingface", "megatron"]
+Kind = Literal["text", "jsonl", "parquet", "huggingface", "megatron", "chat"]
 Compression = Literal["", "gzip", "zstd"]
 
 
@@ -74,9 +74,9 @@ class Source:
 class Unit:
     """A part of a file that one worker reads: all of it, or a range.
 
-    jsonl: the lines that begin in the bytes [start, stop). text: the bytes [start, stop) of the
-    only document. parquet, huggingface: the row groups or record batches [start, stop). Compressed
-    files: all.
+    jsonl, chat: the lines that begin in the bytes [start, stop). text: the bytes [start, stop) of
+    the only document. parquet, huggingface: the row groups or record batches [start, stop).
+    Compressed files: all.
     """
 
     file: SourceFile

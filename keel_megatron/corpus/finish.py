@@ -61,6 +61,11 @@ class _Built:
         """Whether its tokens are used in place."""
         return self.jobs[0].kind == "tokens"
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether its documents are conversations."""
+        return self.jobs[0].kind == "conversations"
+
 
 def unfinished(folder: Path, plan: Plan) -> list[Job]:
     """The jobs that are not complete."""
@@ -101,6 +106,7 @@ def finish(
     manifest = Manifest(
         fingerprint=plan.fingerprint,
         tokenizer=plan.tokenizer,
+        chat_template=plan.chat_template,
         validation_fraction=fraction,
         unigram_entropy=entropy(counts),
         sources=tuple(records),
@@ -229,13 +235,17 @@ def _counts_of(folder: Path, plan: Plan, shard: _Built, document: int) -> NDArra
     path = path_of(folder, job, "bin")
     path = path if path.exists() else folder / SHARDS / f"{job.shard}.bin"
     tokens = np.fromfile(path, dtype, count, offset=start * dtype.itemsize)
+    if shard.is_chat:
+        path = path_of(folder, job, "mask")
+        path = path if path.exists() else folder / SHARDS / f"{job.shard}.mask"
+        tokens = tokens[np.fromfile(path, np.uint8, count, offset=start) == 1]
     return np.bincount(tokens.astype(np.int64), minlength=plan.tokenizer.vocab_size)
 
 
 def _write(folder: Path, plan: Plan, shard: _Built, names: set[str]) -> Shard:
     """Write a shard's files, and describe it."""
     first = shard.jobs[0]
-    files: dict[Literal["bin", "idx", "npy"], FileRecord] = {}
+    files: dict[Literal["bin", "idx", "npy", "mask"], FileRecord] = {}
     if shard.is_ready:
         name = _free_name(_prefix_name(folder, first), names)
         ready = shard.results[0].files
@@ -247,6 +257,11 @@ def _write(folder: Path, plan: Plan, shard: _Built, names: set[str]) -> Shard:
         files["bin"] = _record(Path(f"{prefix}.bin"), digest)
         write_index(Path(f"{prefix}.idx"), shard.lengths, token_type(plan.tokenizer.vocab_size))
         files["idx"] = _record(Path(f"{prefix}.idx"))
+        if shard.is_chat:
+            mask = path_of(folder, first, "mask")
+            if mask.exists():
+                mask.replace(f"{prefix}.mask")
+            files["mask"] = _record(Path(f"{prefix}.mask"), shard.results[0].mask_sha256)
     if len(shard.held):
         save_array(folder / SHARDS / f"{name}.npy", shard.held)
         files["npy"] = _record(folder / SHARDS / f"{name}.npy")
@@ -258,6 +273,7 @@ def _write(folder: Path, plan: Plan, shard: _Built, names: set[str]) -> Shard:
         tokens=int(shard.lengths.sum(dtype=np.int64)),
         held_out_documents=len(shard.held),
         held_out_tokens=int(shard.lengths[shard.held].sum(dtype=np.int64)),
+        loss_tokens=shard.results[0].loss_tokens if shard.is_chat else None,
         files=files,
     )
 

@@ -142,8 +142,9 @@ def _text_kind(content: bytes, suffix: str, wanted: Format, text_key: str, *, na
     """
     if wanted == "text":
         return "text"
-    if suffix in JSON_LINES or (wanted == "jsonl" and (named or suffix == ".json")):
-        return "jsonl"
+    lines: Kind = "chat" if wanted == "chat" else "jsonl"
+    if suffix in JSON_LINES or (wanted == lines and (named or suffix == ".json")):
+        return lines
     if suffix == ".json" and _is_json_lines(content, text_key):
         return "jsonl"
     if suffix in (*PARQUET, *ARROW):

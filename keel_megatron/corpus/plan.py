@@ -18,7 +18,7 @@ from keel_megatron.config.reading import LARGE, lines_of, open_regular, parse_js
 from keel_megatron.config.section import Section
 from keel_megatron.corpus import readers
 from keel_megatron.corpus.cuts import Cuts, first_safe
-from keel_megatron.corpus.documents import Source, SourceFile, Unit
+from keel_megatron.corpus.documents import Kind, Source, SourceFile, Unit
 from keel_megatron.corpus.readers.streams import blocks
 from keel_megatron.corpus.split import is_single_text, key_hash, split_offset
 from keel_megatron.data.manifest import TokenizerRecord
@@ -34,6 +34,10 @@ COST_OF_FILE: Final = 1 << 14
 """Bytes that take as long as opening a file."""
 MOST_JOBS: Final = 1024
 """Jobs of one source, about."""
+_KINDS: Final[dict[Kind, Literal["tokens", "conversations"]]] = {
+    "megatron": "tokens",
+    "chat": "conversations",
+}
 _WINDOW: Final = 1 << 20
 """A safe place to cut a large text is looked for in this many bytes."""
 
@@ -46,7 +50,7 @@ class Job(Section):
     """Number of its source."""
     shard: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name of the shard that it belongs to; only parts of a text share one."""
-    kind: Literal["documents", "part", "tokens"]
+    kind: Literal["documents", "part", "tokens", "conversations"]
     """documents: whole documents. part: a range of one text. tokens: ready ones, used in place."""
     ends: bool = True
     """Of a part: whether its document ends with it."""
@@ -74,6 +78,8 @@ class Plan(Section):
 
     fingerprint: str
     tokenizer: TokenizerRecord
+    chat_template: str | None = None
+    """SHA-256 of chat_template.jinja in the folder."""
     encoder: str
     """What encodes: `encoders.Choice.name`."""
     proven_cuts: bool
@@ -155,7 +161,7 @@ class Planner:
             name=shard,
             source=number,
             shard=shard,
-            kind="tokens" if file.kind == "megatron" else "documents",
+            kind=_KINDS.get(file.kind, "documents"),
             validation=file.part == "validation",
             bytes=group.bytes,
             cost=group.cost,

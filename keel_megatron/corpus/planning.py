@@ -16,9 +16,11 @@ from keel_megatron.corpus.readers import Tally
 from keel_megatron.corpus.sample import Sampled, training_text
 from keel_megatron.corpus.skips import megabytes
 from keel_megatron.corpus.split import is_single_text, key_hash, limit_of, split_offset
+from keel_megatron.data.chat.templates import FILE, find_template
+from keel_megatron.data.chat.tokens import ChatTokenizer
 from keel_megatron.data.huggingface import FILE as HUGGING_FACE
 from keel_megatron.data.huggingface import HuggingFaceTokenizer
-from keel_megatron.data.manifest import TokenizerRecord
+from keel_megatron.data.manifest import CHAT, TokenizerRecord
 from keel_megatron.data.tokenizer import (
     MODEL,
     SAMPLE_CHARACTERS,
@@ -66,6 +68,7 @@ def make_plan(
     tokenizer = _tokenizer(data, sampled, tally, partial, say)
     texts = ["".join(chunks) for chunks in training_text(sampled, _TRIED_ON)]
     lost = _lost(data, tokenizer, texts, say)
+    template = _chat_template(data, sources, tokenizer, partial, say)
     choice = choose(tokenizer, texts, say)
     say(f"tokenizing with {choice.description}")
     cuts = cuts_of(tokenizer, texts)
@@ -83,6 +86,7 @@ def make_plan(
             encoder=choice.description,
             lost=lost,
         ),
+        chat_template=template,
         encoder=choice.name,
         proven_cuts=cuts.is_proven,
         on_bad_record=data.on_bad_record,
@@ -148,6 +152,28 @@ def _tokenizer(
     name = _name_of(given)
     write_whole(partial / name, given.file_content())
     return open_tokenizer(partial / name)
+
+
+def _chat_template(
+    data: DataConfig,
+    sources: Sequence[Source],
+    tokenizer: AnyTokenizer,
+    partial: Path,
+    say: Say,
+) -> str | None:
+    """The template of the chat sources, in the folder; returns its SHA-256, or None without any.
+
+    Raises:
+        UserError: it cannot be read, is not a template, or cannot be used with the tokenizer.
+    """
+    if all(source.kind != CHAT for source in sources):
+        return None
+    template = find_template(data.chat_template, data.tokenizer)
+    with ChatTokenizer(tokenizer, template.text, template.origin) as chat:
+        ends = ", ".join(tokenizer.name_of(token) for token in chat.ends())
+    say(f"chat template: {template.origin}; an answer ends with {ends}")
+    write_whole(partial / FILE, template.text)
+    return template.sha256
 
 
 def _name_of(tokenizer: AnyTokenizer) -> Literal["tokenizer.model", "tokenizer.json"]:

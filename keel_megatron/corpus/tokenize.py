@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +29,10 @@ from keel_megatron.corpus.readers import Tally
 from keel_megatron.corpus.readers.streams import blocks
 from keel_megatron.corpus.split import key_hash
 from keel_megatron.corpus.writer import TokenWriter
+from keel_megatron.data.chat.rendering import Messages
+from keel_megatron.data.chat.tokens import ChatTokenizer, open_chat
+from keel_megatron.data.huggingface import HuggingFaceTokenizer
+from keel_megatron.data.tokenizer import Tokenizer
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.files import write_whole
 
@@ -63,8 +68,12 @@ class JobResult(Section):
     """Smallest hash of all documents."""
     highest: Extreme | None = None
     """Largest hash of the held-out documents."""
+    loss_tokens: int = 0
+    """Of conversations: tokens that count in the loss."""
     sha256: str = ""
     """Of its .bin file."""
+    mask_sha256: str = ""
+    """Of its .mask file; empty: it has none."""
     bad: Rejected = Rejected()
     blank: Rejected = Rejected()
     unsafe_cuts: int = 0
@@ -89,7 +98,7 @@ Report = Callable[[Done], None]
 
 
 def path_of(folder: Path, job: Job, end: str) -> Path:
-    """A file that a job writes: bin, lengths.npy, counts.npy, held.npy or json."""
+    """A file that a job writes: bin, mask, lengths.npy, counts.npy, held.npy or json."""
     return folder / JOBS / f"{job.name}.{end}"
 
 
@@ -139,8 +148,9 @@ class Tokenizing:
 
             result = count_tokens(self._folder, self._plan, job, report)
         else:
-            writing = _Writing(self._folder, self._plan, job, self._encode, Pieces(self._cuts))
-            result = writing.run(self._tokenizer.eod, report)
+            pieces = Pieces(self._cuts)
+            writing = _Writing(self._folder, self._plan, job, self._tokenizer, self._encode, pieces)
+            result = writing.run(report)
         result = result.model_copy(
             update={"seconds": time.monotonic() - started, "peak_memory": peak_memory()}
         )
@@ -151,8 +161,17 @@ class Tokenizing:
 class _Writing:
     """One job while it runs."""
 
-    def __init__(self, folder: Path, plan: Plan, job: Job, encode: Encode, pieces: Pieces) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        job: Job,
+        tokenizer: Tokenizer | HuggingFaceTokenizer,
+        encode: Encode,
+        pieces: Pieces,
+    ) -> None:
         self._folder = folder
+        self._tokenizer = tokenizer
         self._job = job
         self._limit = plan.sources[job.source].limit if not job.validation else 0
         self._vocab_size = plan.tokenizer.vocab_size
@@ -164,28 +183,59 @@ class _Writing:
         self._lowest: Extreme | None = None
         self._highest: Extreme | None = None
 
-    def run(self, eod: int, report: Report) -> JobResult:
+    def run(self, report: Report) -> JobResult:
         """Write all tokens, then the result."""
-        path = path_of(self._folder, self._job, "bin")
-        # Two processes may do the same job, on different machines: each writes a file of its own.
-        partial = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}")
+        is_chat = self._job.kind == "conversations"
+        paths = [path_of(self._folder, self._job, end) for end in ("bin", "mask")][: 1 + is_chat]
+        # Two processes may do the same job, on different machines: each writes files of its own.
+        own = f"{os.uname().nodename}.{os.getpid()}"
+        new_paths = [path.with_name(f"{path.name}.{own}") for path in paths]
         try:
-            with TokenWriter(partial, self._vocab_size) as writer:
-                self._write(writer, eod, _Reporter(report))
+            with TokenWriter(new_paths[0], self._vocab_size, *new_paths[1:]) as writer:
+                write = self._write_conversations if is_chat else self._write
+                write(writer, _Reporter(report))
             self._save("lengths", np.array(writer.lengths, dtype=np.int32))
             self._save("counts", writer.counts)
             self._save("held", np.array(self._held, dtype=np.int64))
-            partial.replace(path)
+            for new, path in zip(new_paths, paths, strict=True):
+                new.replace(path)
         finally:
             with suppress(OSError):
-                partial.unlink(missing_ok=True)
+                for new in new_paths:
+                    new.unlink(missing_ok=True)
         return self._result(writer)
 
     def _save(self, name: str, values: NDArray[Any]) -> None:
         save_array(path_of(self._folder, self._job, f"{name}.npy"), values)
 
-    def _write(self, writer: TokenWriter, eod: int, reporter: _Reporter) -> None:
-        end = np.array([eod], dtype=np.int64)
+    def _write_conversations(self, writer: TokenWriter, reporter: _Reporter) -> None:
+        """Write the tokens of conversations, and which of them count in the loss."""
+        with open_chat(self._tokenizer, self._folder) as chat:
+            for unit in read_units(self._folder, self._job):
+                encode = partial(self._encoded, chat)
+                for key, (tokens, counts) in readers.read_chat(unit, self._tally, encode):
+                    position = key_hash(key)
+                    writer.begin_document(counted=not self._is_held(position))
+                    writer.add_conversation(tokens, counts)
+                    self._record(position, len(writer.lengths) - 1, len(tokens))
+                    reporter.add(0, 1, writer.tokens_added)
+                reporter.add(unit.stop - unit.start, 0, writer.tokens_added)
+        reporter.finish(self._job.bytes)
+
+    def _encoded(
+        self, chat: ChatTokenizer, messages: Messages
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """The tokens of a conversation, and which of them count.
+
+        Raises:
+            ValueError: it cannot be encoded.
+        """
+        encoded = chat.encode(messages)
+        self._characters += sum(len(message["content"]) for message in messages)
+        return encoded
+
+    def _write(self, writer: TokenWriter, reporter: _Reporter) -> None:
+        end = np.array([self._tokenizer.eod], dtype=np.int64)
         for unit in read_units(self._folder, self._job):
             before = self._characters
             is_plain = unit.file.kind in ("text", "jsonl") and not unit.file.compression
@@ -236,10 +286,12 @@ class _Writing:
         return JobResult(
             documents=len(writer.lengths) if self._job.ends else 0,
             tokens=writer.tokens_added,
+            loss_tokens=writer.loss_tokens,
             characters=self._characters,
             lowest=self._lowest,
             highest=self._highest,
             sha256=writer.sha256.hexdigest(),
+            mask_sha256=writer.mask_sha256.hexdigest() if writer.loss_tokens else "",
             bad=_rejected(tally.bad, tally.bad_bytes, tally.first_bad),
             blank=_rejected(tally.blank, tally.blank_bytes, tally.first_blank),
             unsafe_cuts=self._pieces.unsafe,

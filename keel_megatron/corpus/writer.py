@@ -32,26 +32,31 @@ class TokenWriter:
     Args:
         path: the .bin file.
         vocab_size: size of the vocabulary.
+        mask: the .mask file; None: every token counts in the loss.
 
     Attributes:
         lengths: tokens of each finished document.
-        counts: int64 [vocab_size]: how often each token occurs among those that are counted;
-            complete after `close`.
+        counts: int64 [vocab_size]: how often each token occurs among those that are counted, and
+            count in the loss; complete after `close`.
         tokens_added: number of all tokens.
+        loss_tokens: number of tokens that count in the loss.
         sha256: of the file's content; complete after `close`.
+        mask_sha256: of the .mask file's content.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, vocab_size: int) -> None:
+    def __init__(self, path: Path, vocab_size: int, mask: Path | None = None) -> None:
         self.lengths = array("i")
         self.counts: NDArray[np.int64] = np.zeros(vocab_size, dtype=np.int64)
-        self.tokens_added = 0
-        self.sha256 = hashlib.sha256()
+        self.tokens_added = self.loss_tokens = 0
+        self.sha256, self.mask_sha256 = hashlib.sha256(), hashlib.sha256()
         self._type = token_type(vocab_size)
         self._file = path.open("wb")
+        self._mask = None if mask is None else mask.open("wb")
         self._waiting: list[NDArray[Any]] = []
+        self._masks: list[NDArray[np.bool_]] = []
         self._size = 0
         self._length = 0
         self._is_counted = True
@@ -71,6 +76,13 @@ class TokenWriter:
             tokens = tokens[rest:]
         self._add(tokens)
 
+    def add_conversation(self, tokens: NDArray[Any], counts: NDArray[np.bool_]) -> None:
+        """Add a document of which some tokens count in the loss; both [tokens]."""
+        self._masks.append(counts)
+        self.loss_tokens += int(counts.sum())
+        self._add(tokens)
+        self.end_document()
+
     def end_document(self) -> None:
         """End the current document, which has at least one token."""
         self.lengths.append(self._length)
@@ -79,9 +91,13 @@ class TokenWriter:
     def close(self) -> None:
         """Write everything and close the file, safe against a crash of the machine."""
         self._write()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        for file in self._files():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+    def _files(self) -> list[BinaryIO]:
+        return [self._file] if self._mask is None else [self._file, self._mask]
 
     def _add(self, tokens: NDArray[Any]) -> None:
         self._waiting.append(tokens)
@@ -96,11 +112,18 @@ class TokenWriter:
             return
         tokens = np.concatenate(self._waiting)
         self._waiting, self._size = [], 0
+        mask = np.concatenate(self._masks) if self._masks else None
+        self._masks = []
         if self._is_counted:
-            self.counts += np.bincount(tokens.astype(np.int64), minlength=len(self.counts))
+            counted = tokens if mask is None else tokens[mask]
+            self.counts += np.bincount(counted.astype(np.int64), minlength=len(self.counts))
         content = tokens.astype(self._type).data
         self.sha256.update(content)
         self._file.write(content)
+        if mask is not None and self._mask is not None:
+            content = mask.astype(np.uint8).data
+            self.mask_sha256.update(content)
+            self._mask.write(content)
 
     def __enter__(self) -> TokenWriter:
         return self
@@ -114,7 +137,8 @@ class TokenWriter:
         if kind is None:
             self.close()
         else:
-            self._file.close()
+            for file in self._files():
+                file.close()
 
 
 def write_index(path: Path, lengths: NDArray[np.int32], dtype: np.dtype[Any]) -> None:

@@ -90,6 +90,8 @@ class Uses:
     """Attention stays within a document (data.document_masks)."""
     loss_mask: bool = False
     """The first token of a document that follows another does not count (data.eod_mask_loss)."""
+    counts: bool = False
+    """The dataset says of some tokens that they do not count (chat sources)."""
     sequences: bool = False
     """The numbers of the sequences (model.stream: bf16_stochastic)."""
 
@@ -104,7 +106,9 @@ class Uses:
         wanted = self.tokens or self.labels
         if not wanted and not self.documents:
             return Batch(sequences=sequences)
-        batch = collate(read(wanted), documents=self.documents, loss_mask=self.loss_mask)
+        batch = collate(
+            read(wanted), documents=self.documents, loss_mask=self.loss_mask, counts=self.counts
+        )
         return replace(batch.only(tokens=self.tokens, labels=self.labels), sequences=sequences)
 
 
@@ -207,7 +211,11 @@ def validation_batches(
 
 
 def collate(
-    sequences: list[Sequence], *, documents: bool = False, loss_mask: bool = False
+    sequences: list[Sequence],
+    *,
+    documents: bool = False,
+    loss_mask: bool = False,
+    counts: bool = False,
 ) -> Batch:
     """A micro-batch of sequences, each with its next token.
 
@@ -215,20 +223,31 @@ def collate(
         sequences: with tokens or, for a stage without use of them, without.
         documents: number the documents of each sequence.
         loss_mask: leave out labels that are the first token of the sequence's next document.
+        counts: leave out labels that do not count by the dataset's loss mask.
     """
     tokens = labels = mask = None
     read = [sequence.tokens for sequence in sequences if sequence.tokens is not None]
     if read:
         rows = torch.from_numpy(np.stack(read))
         tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    if counts and read:
+        mask = torch.from_numpy(np.stack([_counts(sequence) for sequence in sequences])).float()
     if not documents and not loss_mask:
-        return Batch(tokens, labels)
+        return Batch(tokens, labels, mask)
     numbers = torch.from_numpy(np.stack([_documents(sequence) for sequence in sequences]))
     if loss_mask:
-        mask = (numbers[:, 1:] == numbers[:, :-1]).float()
+        same = (numbers[:, 1:] == numbers[:, :-1]).float()
+        mask = same if mask is None else mask * same
     return Batch(
         tokens, labels, mask, documents=numbers[:, :-1].contiguous() if documents else None
     )
+
+
+def _counts(sequence: Sequence) -> NDArray[np.bool_]:
+    """Bool [s]: which labels of a sequence count by the dataset's loss mask."""
+    if sequence.counts is None:
+        return np.ones(sum(sequence.lengths) - 1, dtype=np.bool_)
+    return sequence.counts[1:]
 
 
 def _documents(sequence: Sequence) -> NDArray[np.int32]:

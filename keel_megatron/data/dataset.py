@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from keel_megatron.config.data import DataConfig, SourceConfig
 from keel_megatron.config.reading import LARGE, parse_json, read_small
 from keel_megatron.data.blend import quotas
+from keel_megatron.data.chat.templates import FILE as TEMPLATE
 from keel_megatron.data.earlier import earlier_dataset
 from keel_megatron.data.in_place import find_prefix
 from keel_megatron.data.manifest import (
@@ -50,7 +51,7 @@ class PlacedShard:
         return {self.path(end): file for end, file in self.record.files.items()}
 
     def path(self, end: str) -> Path:
-        """Its .bin, .idx or .npy file."""
+        """Its .bin, .idx, .npy or .mask file."""
         return with_suffix(self.home / self.record.name if end == "npy" else self.prefix, end)
 
 
@@ -87,6 +88,22 @@ class Dataset:
     def tokenizer_path(self) -> Path:
         """tokenizer.model or tokenizer.json."""
         return self.folder / self.manifest.tokenizer.file
+
+    @property
+    def chat_template_path(self) -> Path | None:
+        """chat_template.jinja; None: there is no chat source."""
+        return None if self.manifest.chat_template is None else self.folder / TEMPLATE
+
+    @property
+    def kept_files(self) -> tuple[Path, ...]:
+        """What a run keeps of it: the tokenizer and the chat template."""
+        template = self.chat_template_path
+        return (self.tokenizer_path,) if template is None else (self.tokenizer_path, template)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether it says of some tokens that they do not count in the loss."""
+        return any(source.record.is_chat for source in self.sources)
 
     @property
     def fingerprint(self) -> str:
@@ -186,11 +203,15 @@ def dataset_files(dataset: Dataset) -> dict[Path, FileRecord]:
 def check_lengths(dataset: Dataset, seq_length: int) -> None:
     """Check that every source has seq_length + 1 tokens in each part, enough for one sequence.
 
+    Conversations are not checked: they are padded.
+
     Raises:
         UserError: one has not.
     """
     needed = seq_length + 1
     for source in dataset.sources:
+        if source.record.is_chat:
+            continue
         where = f"data.sources: {source.name}" if len(dataset.sources) > 1 else "data.text"
         # With two documents, one is held out for any fraction.
         two = source.record.documents("train") + source.record.documents("validation") == 2
@@ -264,6 +285,11 @@ def _source(
             raise UserError(
                 f"data.dataset: {folder / MANIFEST} is damaged: {shard.name} has no files"
             )
+        if ("mask" in shard.files) != record.is_chat or (record.is_chat and shard.external):
+            raise UserError(
+                f"data.dataset: {folder / MANIFEST} is damaged: {shard.name} has a loss mask and "
+                "is no conversations, or the other way round"
+            )
         prefix = home / shard.name
         if shard.external:
             prefix = find_prefix(paths, record.name, shard, folder)
@@ -295,11 +321,12 @@ def _weights(manifest: Manifest, entries: dict[str, SourceConfig]) -> dict[str, 
 def _check_files(dataset: Dataset) -> None:
     """Check that all files are there, no links, and as large as they were."""
     folder = dataset.folder
-    for place in (folder / SHARDS, dataset.tokenizer_path):
+    for place in (folder / SHARDS, *dataset.kept_files):
         if place.is_symlink():
             raise UserError(f"data.dataset: {place} is a link, which is not followed")
-    if not dataset.tokenizer_path.is_file():
-        raise UserError(f"data.dataset: {dataset.tokenizer_path} is missing; {REMEDY}")
+    for path in dataset.kept_files:
+        if not path.is_file():
+            raise UserError(f"data.dataset: {path} is missing; {REMEDY}")
     for source in dataset.sources:
         for shard in source.shards:
             for path, file in shard.files.items():

@@ -32,7 +32,9 @@ class HuggingFaceTokenizer(RoundTrip):
         vocab_size: largest token id plus one.
         eod: the token that ends each document: the eos token of tokenizer_config.json or
             special_tokens_map.json beside the file, else one with a usual name.
+        eod_name: its name.
         special: ids of all special tokens.
+        special_names: the same tokens by name.
 
     Raises:
         UserError: the file is missing or no tokenizer, it has no end-of-text token, or the package
@@ -49,10 +51,11 @@ class HuggingFaceTokenizer(RoundTrip):
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         added = self._tokenizer.get_added_tokens_decoder()
         self._names = {n: token.content for n, token in added.items() if token.special}
-        self._eod_name = self._find_eod(vocabulary)
-        self.eod = vocabulary[self._eod_name]
-        self._names.setdefault(self.eod, self._eod_name)
+        self.eod_name = self._find_eod(vocabulary)
+        self.eod = vocabulary[self.eod_name]
+        self._names.setdefault(self.eod, self.eod_name)
         self.special = frozenset(self._names)
+        self.special_names = {name: number for number, name in self._names.items()}
         unknown = getattr(self._tokenizer.model, "unk_token", None)
         self.unknown = vocabulary.get(unknown, -1) if isinstance(unknown, str) else -1
 
@@ -62,6 +65,18 @@ class HuggingFaceTokenizer(RoundTrip):
         if self.special.isdisjoint(tokens):
             return tokens
         return [token for part in self.apart(text) for token in self._encode(part)]
+
+    def encode_special(self, text: str) -> list[int]:
+        """Encode a text in which the name of a special token is that token."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self._encode(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
+    def name_of(self, token: int) -> str:
+        """A token's name in the vocabulary."""
+        return str(self._tokenizer.id_to_token(token))
 
     def apart(self, text: str) -> list[str]:
         """The text cut inside of every name of a special token.
@@ -82,8 +97,8 @@ class HuggingFaceTokenizer(RoundTrip):
     def file_content(self) -> bytes:
         """The tokenizer.json with which a folder without the other files has the same `eod`."""
         content = read_small(self.path, LARGE)
-        if self._given_eod is None and self._eod_name != _usual_eod(self._tokenizer):
-            return json.dumps({**parse_json(content), EOD_KEY: self._eod_name}).encode()
+        if self._given_eod is None and self.eod_name != _usual_eod(self._tokenizer):
+            return json.dumps({**parse_json(content), EOD_KEY: self.eod_name}).encode()
         return content
 
     def _encode(self, text: str) -> list[int]:

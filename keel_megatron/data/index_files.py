@@ -17,21 +17,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from keel_megatron.config.reading import open_regular, parse_json, read_small
 from keel_megatron.data.dataset import Dataset, Part, Source
+from keel_megatron.data.packing import PackedIndex, PackedSequences, build_packing
 from keel_megatron.data.sequences import Documents, Index, SequenceDataset, build_index
 from keel_megatron.data.shards import map_array
 
 Say = Callable[[str], None]
+AnyIndex = TypeVar("AnyIndex", Index, PackedIndex)
 
 FOLDER = "index"
 _VERSION = 1
 _RECORD = "index.json"
-_ARRAYS = tuple(field.name for field in fields(Index))
 _LOCK = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _BLOCK = 1 << 22
 
@@ -64,23 +65,37 @@ def open_sequences(
     """
     documents = Documents(source, part)
     folder = cache / FOLDER / _name(dataset, source, part, seq_length, seed)
+    tokenizer = dataset.manifest.tokenizer
+    common = (seq_length, tokenizer.vocab_size, source.name)
+    if source.record.is_chat:
 
-    def make() -> Index:
+        def pack() -> PackedIndex:
+            return build_packing(documents, seq_length, seed)
+
+        packing = _opened(PackedIndex, pack, folder, say, check=check)
+        return PackedSequences(documents, packing, *common, padding=tokenizer.eod)
+
+    def order() -> Index:
         return build_index(documents, seq_length, seed)
 
-    index = _read(folder, check=check)
+    return SequenceDataset(documents, _opened(Index, order, folder, say, check=check), *common)
+
+
+def _opened(
+    kind: type[AnyIndex], make: Callable[[], AnyIndex], folder: Path, say: Say, *, check: bool
+) -> AnyIndex:
+    """An index in a folder, made if it is missing."""
+    index = _read(kind, folder, check=check)
     if index is None:
         try:
-            index = _made(folder, make, say)
+            index = _made(kind, folder, make, say)
         except OSError as error:
             say(
                 f"data.cache_dir: cannot write {error.filename or folder}: {error.strerror}; "
                 "every process computes the order of the documents in its own memory"
             )
             index = make()
-    return SequenceDataset(
-        documents, index, seq_length, dataset.manifest.tokenizer.vocab_size, source.name
-    )
+    return index
 
 
 def _name(dataset: Dataset, source: Source, part: Part, seq_length: int, seed: int) -> str:
@@ -101,14 +116,14 @@ def _name(dataset: Dataset, source: Source, part: Part, seq_length: int, seed: i
     return f"{dataset.fingerprint[:16]}-{source.name}-{part}-{seq_length}-{digest}"
 
 
-def _made(folder: Path, make: Callable[[], Index], say: Say) -> Index:
+def _made(kind: type[AnyIndex], folder: Path, make: Callable[[], AnyIndex], say: Say) -> AnyIndex:
     """Make an index's files, or wait for the process that makes them.
 
     Raises:
         OSError: they cannot be written.
     """
     with _locked(folder, say):
-        index = _read(folder, check=True)
+        index = _read(kind, folder, check=True)
         if index is not None:
             return index
         if folder.is_symlink():
@@ -127,7 +142,7 @@ def _made(folder: Path, make: Callable[[], Index], say: Say) -> Index:
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return _read(folder, check=False) or index
+    return _read(kind, folder, check=False) or index
 
 
 @contextmanager
@@ -145,10 +160,10 @@ def _locked(folder: Path, say: Say) -> Iterator[None]:
         yield
 
 
-def _write(folder: Path, index: Index) -> None:
+def _write(folder: Path, index: Index | PackedIndex) -> None:
     """Write an index's files and sync them."""
     records = {}
-    for name in _ARRAYS:
+    for name in _arrays(type(index)):
         path = folder / f"{name}.npy"
         with path.open("wb") as stream:
             np.lib.format.write_array(stream, getattr(index, name), version=(1, 0))
@@ -161,19 +176,25 @@ def _write(folder: Path, index: Index) -> None:
         os.fsync(text.fileno())
 
 
-def _read(folder: Path, *, check: bool) -> Index | None:
+def _read(kind: type[AnyIndex], folder: Path, *, check: bool) -> AnyIndex | None:
     """An index's arrays, mapped into memory; None if they are missing or damaged."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         if folder.is_symlink():
             return None
         record = parse_json(read_small(folder / _RECORD))
-        if record["version"] != _VERSION or set(record["files"]) != {f"{n}.npy" for n in _ARRAYS}:
+        names = _arrays(kind)
+        if record["version"] != _VERSION or set(record["files"]) != {f"{n}.npy" for n in names}:
             return None
-        arrays = {name: _mapped(folder, name, record, check=check) for name in _ARRAYS}
-        index = Index(**arrays)
-        if len(index.ends) == len(index.documents) and len(index.ends) > 0:
+        arrays = {name: _mapped(folder, name, record, check=check) for name in names}
+        index = kind(**arrays)
+        if index.is_consistent():
             return index
     return None
+
+
+def _arrays(kind: type[Index] | type[PackedIndex]) -> tuple[str, ...]:
+    """The names of an index's arrays."""
+    return tuple(field.name for field in fields(kind))
 
 
 def _mapped(folder: Path, name: str, record: dict[str, Any], *, check: bool) -> Any:

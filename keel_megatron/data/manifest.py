@@ -8,6 +8,11 @@ A dataset folder is complete, does not depend on its place, and is never changed
     shards/SOURCE-00000.bin      Megatron-core's indexed tokens; every document ends with `eod`
     shards/SOURCE-00000.idx
     shards/SOURCE-00000.npy      int64: the shard's documents held out for validation, ascending
+
+of chat sources also:
+
+    chat_template.jinja          the template of their conversations
+    shards/SOURCE-00000.mask     uint8: for each token 1 if it counts in the loss, else 0
 """
 
 from __future__ import annotations
@@ -22,6 +27,8 @@ FORMAT: Final = 3
 MANIFEST = "data.json"
 SOURCES = "sources.json"
 SHARDS = "shards"
+CHAT: Final = "chat"
+"""`SourceRecord.format` of conversations."""
 
 
 class FileRecord(Section):
@@ -61,7 +68,9 @@ class Shard(Section):
     tokens: int = Field(ge=0)
     held_out_documents: int = Field(default=0, ge=0)
     held_out_tokens: int = Field(default=0, ge=0)
-    files: dict[Literal["bin", "idx", "npy"], FileRecord]
+    loss_tokens: int | None = Field(default=None, ge=0)
+    """Of a chat source: tokens that count in the loss, those of held-out documents included."""
+    files: dict[Literal["bin", "idx", "npy", "mask"], FileRecord]
 
 
 class Skipped(Section):
@@ -95,6 +104,11 @@ class SourceRecord(Section):
     skipped: tuple[Skipped, ...] = ()
     bad_records: Skipped | None = None
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether its documents are conversations, of which some tokens count in the loss."""
+        return self.format == CHAT
+
     def documents(self, part: Literal["train", "validation"]) -> int:
         """Number of documents of a part."""
         return self._count(part, "documents")
@@ -122,9 +136,11 @@ class Manifest(Section):
     """SHA-256 of everything that determines the tokens: the sources' content, the tokenizer, the
     split; not of paths, times or weights."""
     tokenizer: TokenizerRecord
+    chat_template: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of chat_template.jinja; None: there is no chat source."""
     validation_fraction: float
     unigram_entropy: float
-    """Of the training tokens of all sources, nats per token."""
+    """Of the training tokens of all sources that count in the loss, nats per token."""
     sources: tuple[SourceRecord, ...] = Field(min_length=1)
     versions: dict[str, str]
     """Packages that built it."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from keel_megatron.data.dataset import Dataset
 from keel_megatron.data.manifest import Manifest, Skipped
 from keel_megatron.data.samples import Samples
+from keel_megatron.data.sequences import Sequence
 from keel_megatron.runtime.tables import count, table_lines
 
 
@@ -44,6 +47,7 @@ def describe(manifest: Manifest, folder: Path, weights: dict[str, float]) -> lis
             (*columns, "held-out documents", "held-out tokens", "share"), rows, left={0, 1}
         ),
         "",
+        *_loss_tokens(manifest),
         f"{total:,} training tokens; unigram entropy {manifest.unigram_entropy:.3f} nats per token",
         f"tokenizer: {tokenizer.file}, {origin}, "
         f"{tokenizer.vocab_size:,} tokens, end of a document {tokenizer.eod}; encoded by "
@@ -91,10 +95,38 @@ def sample_lines(
             piece = tokens[at : at + length]
             if at and piece:
                 yield "<<< next document >>>"
+            for counts, text in _spans(piece, at, sequence):
+                if counts:
+                    yield "<<< counts in the loss: >>>"
+                yield decode([token for token in text if token != end])
+                if counts:
+                    yield "<<< until here >>>"
             at += length
-            yield decode([token for token in piece if token != end])
             if piece and piece[-1] == end:
                 yield "<<< end of document >>>"
+
+
+def _spans(piece: list[int], at: int, sequence: Sequence) -> Iterator[tuple[bool, list[int]]]:
+    """The tokens of a document that begins at `at`, cut where those begin or end that count.
+
+    Without a loss mask all of them together, and not said to count.
+    """
+    if sequence.counts is None:
+        yield False, piece
+        return
+    pairs = zip(sequence.counts[at : at + len(piece)].tolist(), piece, strict=True)
+    for counts, group in groupby(pairs, key=itemgetter(0)):
+        yield counts, [token for _, token in group]
+
+
+def _loss_tokens(manifest: Manifest) -> Iterator[str]:
+    """How many tokens of conversations count in the loss."""
+    for source in manifest.sources:
+        if source.is_chat:
+            counted = sum(shard.loss_tokens or 0 for shard in source.shards)
+            tokens = sum(shard.tokens for shard in source.shards)
+            share = counted / max(1, tokens)
+            yield f"{source.name}: {counted:,} of {tokens:,} tokens count in the loss ({share:.1%})"
 
 
 def _megabytes(size: int) -> str:

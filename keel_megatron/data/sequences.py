@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keel_megatron.data.dataset import Part, PlacedShard, Source
-from keel_megatron.data.shards import TokenShard, read_held_out
+from keel_megatron.data.shards import TokenShard, map_mask, read_held_out
 from keel_megatron.errors import UserError
 
 
@@ -26,6 +26,10 @@ class Index:
     order: NDArray[Any]
     """uint32 or int64 [sequences]: the shuffled sequences, by their number in the stream."""
 
+    def is_consistent(self) -> bool:
+        """Whether the arrays belong together; of files, which may be damaged."""
+        return len(self.ends) == len(self.documents) > 0
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -35,6 +39,8 @@ class Sequence:
     """int64 [seq_length + 1], or None if they were not asked for."""
     lengths: tuple[int, ...]
     """Tokens of each document in it, in order; their sum is seq_length + 1."""
+    counts: NDArray[np.bool_] | None = None
+    """bool [seq_length + 1]: which tokens count in the loss; None: all of them."""
 
 
 class Documents:
@@ -52,6 +58,10 @@ class Documents:
         self._part = part
         self._placed = source.of(part)
         self.shards = [TokenShard(shard.prefix) for shard in self._placed]
+        self._masks = [
+            map_mask(placed.path("mask"), len(shard.tokens)) if source.record.is_chat else None
+            for placed, shard in zip(self._placed, self.shards, strict=True)
+        ]
         self.offsets = np.cumsum([0, *map(len, self.shards)])
 
     @cached_property
@@ -66,16 +76,32 @@ class Documents:
 
     def lengths(self) -> NDArray[np.int32]:
         """int32 [documents]: tokens of each."""
+        lengths: NDArray[np.int32] = self.all_lengths()[self.numbers]
+        return lengths
+
+    def all_lengths(self) -> NDArray[np.int32]:
+        """int32: tokens of all documents of the source, by their number in it."""
         if not self.shards:
             return np.empty(0, np.int32)
-        everything = np.concatenate([shard.lengths for shard in self.shards])
-        lengths: NDArray[np.int32] = everything[self.numbers]
-        return lengths
+        return np.concatenate([shard.lengths for shard in self.shards])
 
     def read(self, number: int, offset: int, length: int) -> NDArray[Any]:
         """`length` tokens of a document of the source from `offset` on."""
+        shard, document = self._place(number)
+        return self.shards[shard].read(document, offset, length)
+
+    def read_counts(self, number: int, length: int) -> NDArray[np.bool_]:
+        """Which of the first `length` tokens of a conversation count in the loss."""
+        shard, document = self._place(number)
+        mask, start = self._masks[shard], self.shards[shard].place(document)
+        assert mask is not None
+        counts: NDArray[np.bool_] = mask[start : start + length] == 1
+        return counts
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """The shard of a document of the source, and its number there."""
         shard = int(np.searchsorted(self.offsets, number, side="right")) - 1
-        return self.shards[shard].read(number - int(self.offsets[shard]), offset, length)
+        return shard, number - int(self.offsets[shard])
 
 
 def _chosen(shard: PlacedShard, documents: int, part: Part) -> NDArray[np.int64]:
@@ -148,11 +174,7 @@ class SequenceDataset:
         if not tokens:
             return Sequence(None, lengths)
         read = np.concatenate([self._documents.read(*piece) for piece in pieces], dtype=np.int64)
-        if read.view(np.uint64).max() >= self._vocab_size:
-            raise UserError(
-                f"data.dataset: source {self.name} has a token {read.max()}, outside of the "
-                f"vocabulary of {self._vocab_size}; check it with keel data verify"
-            )
+        check_tokens(read, self._vocab_size, self.name)
         return Sequence(read, lengths)
 
     def _pieces(self, number: int) -> Iterator[tuple[int, int, int]]:
@@ -167,3 +189,16 @@ class SequenceDataset:
             length = min(stop, end) - start
             yield int(index.documents[place]), start - begin, length
             start, begin, place = start + length, end, place + 1
+
+
+def check_tokens(tokens: NDArray[np.int64], vocab_size: int, source: str) -> None:
+    """Check that tokens of a source are in the vocabulary.
+
+    Raises:
+        UserError: one is not.
+    """
+    if tokens.view(np.uint64).max() >= vocab_size:
+        raise UserError(
+            f"data.dataset: source {source} has a token {tokens.max()}, outside of the "
+            f"vocabulary of {vocab_size}; check it with keel data verify"
+        )

@@ -69,8 +69,12 @@ class TokenShard:
 
     def read(self, document: int, offset: int, length: int) -> NDArray[Any]:
         """`length` tokens of a document from `offset` on."""
-        start = int(self._starts[document]) // self.tokens.itemsize + offset
+        start = self.place(document) + offset
         return self.tokens[start : start + length]
+
+    def place(self, document: int) -> int:
+        """Number of a document's first token in the file."""
+        return int(self._starts[document]) // self.tokens.itemsize
 
     def last_tokens(self) -> NDArray[Any]:
         """The last token of every document."""
@@ -123,6 +127,25 @@ def read_held_out(path: Path, documents: int) -> NDArray[np.int64]:
             f"data.dataset: {path} does not list held-out documents ({error})"
         ) from error
     return numbers
+
+
+def map_mask(path: Path, tokens: int) -> NDArray[np.uint8]:
+    """A .mask file, mapped into memory: uint8 [tokens], 1 where a token counts in the loss.
+
+    Raises:
+        UserError: it cannot be read, or has not one byte for each token.
+    """
+    try:
+        with open_regular(path) as stream:
+            size = stream.seek(0, 2)
+        if size != tokens:
+            raise ValueError(f"{size:,} bytes for {tokens:,} tokens")
+        return _mapped(path, np.uint8, tokens, 0)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"data.dataset: {path} is not the loss mask of its tokens "
+            f"({getattr(error, 'strerror', None) or error})"
+        ) from error
 
 
 def _header(index: Path) -> tuple[int, int]:

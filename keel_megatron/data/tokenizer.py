@@ -148,6 +148,8 @@ class Tokenizer(RoundTrip):
         path: the file.
         vocab_size: number of pieces.
         eod: the token that ends each document: the model's end-of-sentence token.
+        eod_name: its name.
+        special_names: the control pieces: tokens by name.
 
     Raises:
         UserError: the file is missing or not a SentencePiece model.
@@ -172,6 +174,9 @@ class Tokenizer(RoundTrip):
                 f"data.tokenizer: {path} has no end-of-sentence token, which ends each document; "
                 "train it with eos_id set"
             )
+        self.eod_name = self.name_of(self.eod)
+        pieces = range(self.vocab_size)
+        self.special_names = {self.name_of(n): n for n in pieces if self._model.is_control(n)}
         self.unknown = int(self._model.unk_id())
         self._space_mark = [
             int(self._model.piece_to_id(f"<0x{byte:02X}>")) for byte in SPACE_MARK.encode()
@@ -184,6 +189,19 @@ class Tokenizer(RoundTrip):
         for part in parts[1:]:
             tokens += self._space_mark + part
         return tokens
+
+    def encode_special(self, text: str) -> list[int]:
+        """Encode a text in which the name of a special token is that token."""
+        names = sorted(self.special_names, key=len, reverse=True)
+        tokens: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, names))})", text):
+            name = self.special_names.get(part)
+            tokens += self.encode(part) if name is None else [name]
+        return tokens
+
+    def name_of(self, token: int) -> str:
+        """A token's piece."""
+        return str(self._model.id_to_piece(token))
 
     def decode(self, tokens: list[int]) -> str:
         """Decode tokens; the end of a document is empty."""

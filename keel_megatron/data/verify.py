@@ -10,7 +10,7 @@ import numpy as np
 
 from keel_megatron.data.dataset import Dataset, PlacedShard
 from keel_megatron.data.file_checks import sha256
-from keel_megatron.data.shards import TokenShard, read_held_out
+from keel_megatron.data.shards import TokenShard, map_mask, read_held_out
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.cores import available_cores
 
@@ -30,7 +30,7 @@ def verify(dataset: Dataset, say: Callable[[str], None]) -> list[str]:
     Returns:
         What is wrong; empty if nothing is.
     """
-    found = list(_tokenizer(dataset))
+    found = list(_small_files(dataset))
     shards = [(source.name, shard) for source in dataset.sources for shard in source.shards]
     with ThreadPoolExecutor(available_cores()) as threads:
         checks = threads.map(lambda one: list(_shard(dataset, one[1])), shards)
@@ -42,16 +42,22 @@ def verify(dataset: Dataset, say: Callable[[str], None]) -> list[str]:
     return found
 
 
-def _tokenizer(dataset: Dataset) -> Iterator[str]:
-    """What is wrong with the tokenizer."""
-    path, record = dataset.tokenizer_path, dataset.manifest.tokenizer
-    try:
-        if path.is_symlink():
-            yield f"{path} is a link, which is not followed"
-        elif sha256(path) != record.sha256:
-            yield f"{path} was changed since the dataset was built"
-    except OSError as error:
-        yield f"{path} cannot be read: {error.strerror}"
+def _small_files(dataset: Dataset) -> Iterator[str]:
+    """What is wrong with the tokenizer and the chat template."""
+    manifest = dataset.manifest
+    for path, digest in (
+        (dataset.tokenizer_path, manifest.tokenizer.sha256),
+        (dataset.chat_template_path, manifest.chat_template),
+    ):
+        if path is None:
+            continue
+        try:
+            if path.is_symlink():
+                yield f"{path} is a link, which is not followed"
+            elif sha256(path) != digest:
+                yield f"{path} was changed since the dataset was built"
+        except OSError as error:
+            yield f"{path} cannot be read: {error.strerror}"
 
 
 def _shard(dataset: Dataset, shard: PlacedShard) -> Iterator[str]:
@@ -65,6 +71,7 @@ def _shard(dataset: Dataset, shard: PlacedShard) -> Iterator[str]:
         held_out = np.empty(0, np.int64)
         if "npy" in shard.record.files:
             held_out = read_held_out(shard.path("npy"), len(tokens))
+        yield from _mask(shard, len(tokens.tokens))
     except UserError as error:
         yield str(error).removeprefix("data.dataset: ")
         return
@@ -88,6 +95,25 @@ def _shard(dataset: Dataset, shard: PlacedShard) -> Iterator[str]:
     whole = lengths < _LONGEST
     if not record.external and (tokens.last_tokens()[whole] != tokenizer.eod).any():
         yield f"{shard.prefix} has a document without a token at its end ({tokenizer.eod})"
+
+
+def _mask(shard: PlacedShard, tokens: int) -> Iterator[str]:
+    """What is wrong with a shard's loss mask.
+
+    Raises:
+        UserError: it is none of these tokens.
+    """
+    if "mask" not in shard.record.files:
+        return
+    mask = map_mask(shard.path("mask"), tokens)
+    if mask.max() > 1:
+        yield f"{shard.path('mask')} has other values than 0 and 1"
+    counted = int(mask.sum(dtype=np.int64))
+    if counted != shard.record.loss_tokens:
+        yield (
+            f"{shard.path('mask')} has {counted:,} tokens that count in the loss, and "
+            f"{shard.record.loss_tokens} in data.json"
+        )
 
 
 def _files(shard: PlacedShard) -> Iterator[str]:

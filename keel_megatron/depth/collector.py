@@ -32,18 +32,21 @@ from keel_megatron.model.join import COLUMNS, weight_of
 from keel_megatron.model.layer import KeelLayer
 from keel_megatron.runtime.distributed import Runtime
 
-PROFILE = Reader("a depth profile (tracking.depth_every)", (*COLUMNS, "qkv_norm"))
+PROFILE = Reader("a depth profile (tracking.depth_every)", (*COLUMNS, "head_norms"))
 
 _SUMS = {
     name: column
     for column, name in enumerate(
-        ("stream", "branch", "cosine", "size", "kept", "gradient", "weight", "weights", "update")
+        (
+            *("stream", "branch", "cosine", "size", "kept"),  # the order of `_joined`
+            *("gradient", "matrix_gradient", "weight", "weights", "update"),
+        )
     )
 }
 _LOGIT = 0
-_NORMS = {"outer": 1, "inner": 4}
+_NORMS = {"outer": 1, "inner": 4, "branch": 7}
 """First of three columns of the maxima: mean, -minimum, maximum."""
-_MAXIMA = 7
+_MAXIMA = 10
 _QUERIES = 512
 _TOGETHER = 4
 """Matrices, a block's worth, whose updates are compared at once."""
@@ -123,6 +126,8 @@ class DepthCollector:
         """
         pieces = list(self._pieces())
         self._add("gradient", [(l, gradient) for l, gradient, _weight in pieces])
+        of_matrices = [(l, gradient) for l, gradient, weight in pieces if weight is not None]
+        self._add("matrix_gradient", of_matrices)
         matrices = [(l, weight) for l, _gradient, weight in pieces if weight is not None]
         self._add("weight", matrices)
         for l, weight in matrices:
@@ -153,6 +158,7 @@ class DepthCollector:
         with np.errstate(all="ignore"):
             found = {
                 "gradient_norm": np.sqrt(sums["gradient"]),
+                "gradient_rms": np.sqrt(sums["matrix_gradient"] / sums["weights"]),
                 "stream_rms": np.sqrt(sums["stream"] / elements),
                 "branch_rms": np.sqrt(sums["branch"] / elements),
                 "update_cosine": sums["cosine"] / tokens,
@@ -239,6 +245,7 @@ class DepthCollector:
         return {
             "outer_gain": [not rule.outer_norm for rule in rules],
             "inner_gain": [rule.inner == "none" for rule in rules],
+            "branch_gain": [not rule.branch_norm for rule in rules],
             "update_kept": [model.stream == "fp32"] * model.sub_layers,
             "attention_logit": [l % 2 == 1 for l in range(model.sub_layers)],
         }
@@ -288,10 +295,12 @@ def _first_sub_layer(layer: KeelLayer) -> int:
 
 
 def _norms(layer: KeelLayer, which: str) -> Iterator[tuple[int, nn.Module]]:
-    """(l, module) of the block's two outer or inner norms, or of what stands in their place."""
+    """(l, module) of a block's two outer, inner or branch norms, or of what is in their place."""
     l = _first_sub_layer(layer)
     if which == "outer":
         modules = (layer.attention_outer_norm, layer.mlp_outer_norm)
+    elif which == "branch":
+        modules = (layer.attention_branch_norm, layer.mlp_branch_norm)
     else:
         modules = (layer.input_layernorm, layer.pre_mlp_layernorm)
     for number, module in enumerate(modules):
@@ -300,12 +309,13 @@ def _norms(layer: KeelLayer, which: str) -> Iterator[tuple[int, nn.Module]]:
 
 
 def _parameters(layer: KeelLayer) -> Iterator[tuple[int, nn.Parameter]]:
-    """(l, parameter) of the block: a sub-layer is its branch and its inner and outer norm."""
+    """(l, parameter) of the block: a sub-layer is its branch and its norms."""
     l = _first_sub_layer(layer)
     parts = [
         *_norms(layer, "inner"),
         (l, layer.self_attention),
         (l + 1, layer.mlp),
+        *_norms(layer, "branch"),
         *_norms(layer, "outer"),
     ]
     for number, module in parts:

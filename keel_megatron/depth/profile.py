@@ -28,6 +28,7 @@ class Quantity:
 
 QUANTITIES: dict[str, Quantity] = {
     "gradient_norm": Quantity("gradient norm"),
+    "gradient_rms": Quantity("RMS of the gradient of matrices", optional=True),
     "stream_rms": Quantity("RMS of the stream"),
     "branch_rms": Quantity("RMS of the branch"),
     "update_cosine": Quantity("cosine of branch and stream", "linear"),
@@ -41,20 +42,26 @@ QUANTITIES: dict[str, Quantity] = {
     "inner_gain_mean": Quantity("inner norm weight, mean", "linear"),
     "inner_gain_min": Quantity("inner norm weight, minimum", "linear"),
     "inner_gain_max": Quantity("inner norm weight, maximum", "linear"),
+    "branch_gain_mean": Quantity("branch norm weight, mean", "linear", optional=True),
+    "branch_gain_min": Quantity("branch norm weight, minimum", "linear", optional=True),
+    "branch_gain_max": Quantity("branch norm weight, maximum", "linear", optional=True),
     "attention_logit_max": Quantity("largest attention logit", "linear"),
 }
 """With x the stream [s, b, h] before sub-layer l, F its branch's output, x' the stream after it:
 
-- gradient_norm: L2 norm of the gradient of the sub-layer's parameters (the branch's, N_in's and
-  N_out's), before clipping;
-- stream_rms, branch_rms: of x' and of F over all elements of the global batch;
+- gradient_norm: L2 norm of the gradient of the sub-layer's parameters (the branch's and its
+  norms'), before clipping;
+- gradient_rms: of the elements of the matrices' gradient, before clipping: what AdamW's epsilon
+  has to be small against; runs of earlier versions have none;
+- stream_rms, branch_rms: of x' and of F, as it is added, over all elements of the global batch;
 - update_cosine, update_size: cos(x, F) and |F| / |alpha x| in the sum alpha x + F, means over the
   tokens of the global batch;
 - update_kept: cos(x' - x, e - x) with e what x' would be in fp32, mean over the tokens; only with a
   bf16 stream (model.stream);
 - weight_rms: of the matrices before the update (norm weights have their own statistics);
 - update_to_weight: |W_after - W| / |W| of the matrices, in fp32;
-- outer_gain, inner_gain: of the weights of N_out and N_in (or N_in's learned vector);
+- outer_gain, inner_gain: of the weights of N_out and N_in (or N_in's learned vector), without the
+  rule's constant factor of N_in; branch_gain: of N_b's, for rules that have one;
 - attention_logit_max: the largest q k / sqrt(d) that a softmax of the global batch saw.
 """
 

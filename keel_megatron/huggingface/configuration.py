@@ -68,8 +68,10 @@ def _rule(model: ModelConfig) -> dict[str, Any]:
         "residual": model.residual,
         "alpha": alpha(model),
         "first_block": model.first_block,
+        "embedding_norm": model.embedding_norm,
         "base_blocks": model.base_blocks,
         "final_norm": model.final_norm,
+        "qk_norm": model.qk_norm,
     }
 
 
@@ -122,8 +124,12 @@ def _from_rule(content: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     if not isinstance(rule, str) or rule not in RULES:
         problems.append(f"residual: {rule!r} is not one of {', '.join(RULES)}")
         return {}
-    found = {"residual": rule, "final_norm": content.get("final_norm", True)}
-    for name in ("first_block", "base_blocks"):
+    found = {
+        "residual": rule,
+        "final_norm": content.get("final_norm", True),
+        "qk_norm": content.get("qk_norm", False),
+    }
+    for name in ("first_block", "base_blocks", "embedding_norm"):
         if name in RULES[rule].settings:
             found[name] = content.get(name, SETTINGS[name])
     if "alpha" not in RULES[rule].settings:

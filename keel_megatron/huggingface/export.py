@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -44,7 +44,7 @@ def write_folder(
     out: Path,
     origin: Origin,
     tokenizer: Files,
-    eod: int,
+    ends: Sequence[int],
     dtype: DType,
     say: Callable[[str], None],
 ) -> None:
@@ -54,7 +54,7 @@ def write_folder(
         out: the folder.
         origin: what is exported.
         tokenizer: its tokenizer's files.
-        eod: the token that ends a document.
+        ends: the token that ends a document; then others at which generation ends.
         dtype: of the weights; norm weights are fp32 in any case.
         say: called with progress messages.
 
@@ -69,18 +69,19 @@ def write_folder(
     with new_folder(out) as partial:
         require_space(partial, out, size)
         say(f"writing {count:,} parameters ({size / 1e9:.3g} GB) to {out}")
-        for name, content in (_small_files(origin, eod, dtype) | tokenizer.content).items():
+        for name, content in (_small_files(origin, ends, dtype) | tokenizer.content).items():
             (partial / name).write_bytes(content)
         read = Weights(origin.checkpoint).read
         write_weights(partial, rows, read, DTYPES[dtype], progress=_reporter(size, say))
 
 
-def _small_files(origin: Origin, eod: int, dtype: DType) -> dict[str, bytes]:
+def _small_files(origin: Origin, ends: Sequence[int], dtype: DType) -> dict[str, bytes]:
     """All files but the weights and the tokenizer's, by name."""
     config = origin.config
     metrics = iterate_metrics(origin.metrics)
     packages = origin.state.get("packages", {})
-    generation = {"eos_token_id": eod, "pad_token_id": eod}
+    eod = ends[0]
+    generation = {"eos_token_id": [*ends] if len(ends) > 1 else eod, "pad_token_id": eod}
     files = {
         CONFIG: _json(to_json(config, _NAMES[dtype], eod)),
         "generation_config.json": _json(generation),

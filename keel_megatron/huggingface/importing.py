@@ -13,6 +13,8 @@ from keel_megatron.checkpoint.weights import Weight, write_weights
 from keel_megatron.config.load import dump_config, parse_config
 from keel_megatron.config.reading import LARGE, read_small
 from keel_megatron.config.run import RunConfig
+from keel_megatron.data.chat.templates import FILE as TEMPLATE
+from keel_megatron.data.chat.templates import template_beside
 from keel_megatron.data.huggingface import FILE as JSON
 from keel_megatron.data.tokenizer import MODEL, open_tokenizer
 from keel_megatron.errors import ConfigError, UserError
@@ -43,6 +45,15 @@ class Opened:
     weights: SavedWeights
     tokenizer: tuple[str, bytes]
     """Name and content of its file."""
+    template: str | None
+    """Its chat template, if it has one."""
+
+    @property
+    def copied(self) -> dict[str, bytes]:
+        """The tokenizer's file and the chat template's, by name."""
+        name, content = self.tokenizer
+        template = {} if self.template is None else {TEMPLATE: self.template.encode()}
+        return {name: content, **template}
 
     def reader(self) -> FolderReader:
         """Reads the weights in place of a checkpoint's."""
@@ -62,7 +73,7 @@ def import_folder(folder: Path, run: Path, say: Callable[[str], None]) -> None:
             such reasons are reported together.
     """
     opened = open_folder(folder, run)
-    config, tokenizer = opened.config, opened.tokenizer
+    config, copied = opened.config, opened.copied
     count = parameter_count(config.model, config.data.vocab_size)
     with new_folder(run) as place:
         require_space(place, run, 4 * count)
@@ -71,9 +82,10 @@ def import_folder(folder: Path, run: Path, say: Callable[[str], None]) -> None:
             Weight(row.name, row.shape, partial(opened.weights.read, row)) for row in opened.rows
         ]
         origin = {"imported_from": str(folder.resolve())}
-        write_weights(place, config, weights, tokenizer, origin)
+        write_weights(place, config, weights, copied, origin)
         write_whole(place / "config.yaml", dump_config(config))
-        write_whole(place / tokenizer[0], tokenizer[1])
+        for name, text in copied.items():
+            write_whole(place / name, text)
     say(
         f"imported {folder} as {config.model.residual}, {config.model.sub_layers} sub-layers, to "
         f"{run}"
@@ -109,7 +121,9 @@ def open_folder(folder: Path, run: Path = Path("unnamed")) -> Opened:
     problems = saved.problems(rows, tied=config.model.tie_embeddings)
     if problems:
         raise _refused(folder, problems)
-    return Opened(config, rows, saved, _tokenizer(folder, config))
+    template = template_beside(folder)
+    text = None if template is None else template.text
+    return Opened(config, rows, saved, _tokenizer(folder, config), text)
 
 
 def _config(folder: Path, run: Path, content: dict[str, Any], found: Found) -> RunConfig:

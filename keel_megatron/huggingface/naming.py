@@ -16,7 +16,10 @@ from torch import Tensor
 from keel_megatron.architecture.residual import Reader, SubLayer
 from keel_megatron.config.model import ModelConfig
 
-EXPORT = Reader("an exported model", ("alpha", "branch_factor", "inner", "outer_norm", "qkv_norm"))
+EXPORT = Reader(
+    "an exported model",
+    ("alpha", "branch_factor", "branch_norm", "inner", "inner_factor", "outer_norm", "head_norms"),
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Fused:
 
 def is_llama(model: ModelConfig) -> bool:
     """Whether a model is a Llama, and exported as one: pre-norm with a final norm."""
-    return model.residual == "pre_ln" and model.final_norm
+    return model.residual == "pre_ln" and model.final_norm and not model.qk_norm
 
 
 def parameters(model: ModelConfig, vocab_size: int) -> Iterator[Fused]:
@@ -52,6 +55,8 @@ def parameters(model: ModelConfig, vocab_size: int) -> Iterator[Fused]:
     """
     h, llama = model.hidden_size, is_llama(model)
     yield _same("embedding.word_embeddings.weight", "model.embed_tokens.weight", (vocab_size, h))
+    if model.embedding_norm:
+        yield _same("embedding_norm.weight", "model.embedding_norm.weight", (h,))
     for block in range(model.blocks):
         yield from _block(model, block, llama)
     if model.final_norm:
@@ -69,16 +74,13 @@ def _block(model: ModelConfig, block: int, llama: bool) -> Iterator[Fused]:
         names = ("attention_layernorm", "feedforward_layernorm")
     yield from _inner(attention, f"{ours}.input_layernorm", f"{theirs}.{names[0]}", h)
     yield _qkv(model, f"{ours}.self_attention.linear_qkv.weight", f"{theirs}.self_attn")
-    if attention.qkv_norm:
-        for part in "qkv":
-            norm = f"{ours}.self_attention.{part}_layernorm.weight"
-            yield _same(norm, f"{theirs}.self_attn.{part}_norm.weight", (model.head_dim,))
+    for part in attention.head_norms:
+        norm = f"{ours}.self_attention.{part}_layernorm.weight"
+        yield _same(norm, f"{theirs}.self_attn.{part}_norm.weight", (model.head_dim,))
     yield _same(
         f"{ours}.self_attention.linear_proj.weight", f"{theirs}.self_attn.o_proj.weight", (h, h)
     )
-    yield from _outer(
-        attention, f"{ours}.attention_outer_norm", f"{theirs}.post_attention_layernorm", h
-    )
+    yield from _outer(attention, f"{ours}.attention", f"{theirs}.{{}}attention_layernorm", h)
     yield from _inner(mlp, f"{ours}.pre_mlp_layernorm", f"{theirs}.{names[1]}", h)
     yield Fused(
         f"{ours}.mlp.linear_fc1.weight",
@@ -88,7 +90,7 @@ def _block(model: ModelConfig, block: int, llama: bool) -> Iterator[Fused]:
         torch.cat,
     )
     yield _same(f"{ours}.mlp.linear_fc2.weight", f"{theirs}.mlp.down_proj.weight", (h, ffn))
-    yield from _outer(mlp, f"{ours}.mlp_outer_norm", f"{theirs}.post_feedforward_layernorm", h)
+    yield from _outer(mlp, f"{ours}.mlp", f"{theirs}.{{}}feedforward_layernorm", h)
 
 
 def _same(ours: str, theirs: str, shape: tuple[int, ...]) -> Fused:
@@ -101,8 +103,11 @@ def _inner(rule: SubLayer, ours: str, theirs: str, h: int) -> Iterator[Fused]:
 
 
 def _outer(rule: SubLayer, ours: str, theirs: str, h: int) -> Iterator[Fused]:
+    """The norms after the branch, N_b and N_out; their prefix goes into `theirs`."""
+    if rule.branch_norm:
+        yield _same(f"{ours}_branch_norm.weight", f"{theirs.format('branch_')}.weight", (h,))
     if rule.outer_norm:
-        yield _same(f"{ours}.weight", f"{theirs}.weight", (h,))
+        yield _same(f"{ours}_outer_norm.weight", f"{theirs.format('post_')}.weight", (h,))
 
 
 def _qkv(model: ModelConfig, ours: str, theirs: str) -> Fused:

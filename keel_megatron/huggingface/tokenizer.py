@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from keel_megatron.data.chat.templates import FILE as TEMPLATE
 from keel_megatron.data.huggingface import FILE as JSON
 from keel_megatron.data.huggingface import HuggingFaceTokenizer
 from keel_megatron.data.tokenizer import MODEL, SPACE_MARK, Tokenizer
@@ -33,18 +34,30 @@ class Files:
     """What a user should know of them."""
 
 
-def tokenizer_files(tokenizer: Tokenizer | HuggingFaceTokenizer, context: int) -> Files:
+def tokenizer_files(
+    tokenizer: Tokenizer | HuggingFaceTokenizer, context: int, template: str | None = None
+) -> Files:
     """tokenizer.json and tokenizer_config.json; of a SentencePiece model also the model itself.
 
     Encoding adds no token, and a special token's name in a text is encoded as text, as in training.
+    With a chat template it is the token, because other programs encode what the template renders.
 
     Args:
         tokenizer: the run's.
         context: tokens that the model sees.
+        template: of its conversations, if it was trained on them.
     """
+    files = _files(tokenizer, context, special=template is not None)
+    if template is not None:
+        files.content[TEMPLATE] = template.encode()
+    return files
+
+
+def _files(tokenizer: Tokenizer | HuggingFaceTokenizer, context: int, *, special: bool) -> Files:
+    """The files without the template; `special`: whether names of special tokens are found."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         content, remarks = _copied(tokenizer)
-        return Files(_named(content, tokenizer.eod, context), remarks)
+        return Files(_named(content, tokenizer.eod, context, special=special), remarks)
     model = {MODEL: tokenizer.file_content()}
     try:
         converted = _with_plain_spaces(json.loads(to_tokenizer_json(model[MODEL])))
@@ -56,11 +69,14 @@ def tokenizer_files(tokenizer: Tokenizer | HuggingFaceTokenizer, context: int) -
                 f"{MODEL} is",
             ),
         )
-    return Files({**_named(converted, tokenizer.eod, context), **model})
+    return Files({**_named(converted, tokenizer.eod, context, special=special), **model})
 
 
 def proven_files(
-    tokenizer: Tokenizer | HuggingFaceTokenizer, context: int, texts: Iterable[str]
+    tokenizer: Tokenizer | HuggingFaceTokenizer,
+    context: int,
+    texts: Iterable[str],
+    template: str | None = None,
 ) -> Files:
     """The files, of which tokenizer.json encodes and decodes these texts as the run's tokenizer.
 
@@ -69,7 +85,7 @@ def proven_files(
     Raises:
         UserError: a copied tokenizer.json encodes a text differently.
     """
-    files = tokenizer_files(tokenizer, context)
+    files = tokenizer_files(tokenizer, context, template)
     try:
         difference = _difference(tokenizer, files, texts)
     except ImportError:
@@ -80,7 +96,8 @@ def proven_files(
     if MODEL not in files.content:
         raise UserError(f"{tokenizer.path}: {difference}")
     remark = f"WARNING: {JSON} is not written, because {difference}; {MODEL} is"
-    return Files({MODEL: files.content[MODEL]}, (*files.remarks, remark))
+    kept = {name: files.content[name] for name in (MODEL, TEMPLATE) if name in files.content}
+    return Files(kept, (*files.remarks, remark))
 
 
 def _difference(
@@ -140,7 +157,7 @@ def _copied(tokenizer: HuggingFaceTokenizer) -> tuple[dict[str, Any], tuple[str,
     return {**content, "post_processor": None}, (remark,)
 
 
-def _named(content: dict[str, Any], eod: int, context: int) -> dict[str, bytes]:
+def _named(content: dict[str, Any], eod: int, context: int, *, special: bool) -> dict[str, bytes]:
     """tokenizer.json, and tokenizer_config.json that says what its tokens mean."""
     names = {entry["id"]: entry["content"] for entry in content.get("added_tokens") or []}
     if eod not in names:
@@ -156,7 +173,7 @@ def _named(content: dict[str, Any], eod: int, context: int) -> dict[str, bytes]:
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
-        "split_special_tokens": True,
+        "split_special_tokens": not special,
     }
     return {JSON: _text(content), CONFIG: _text(config)}
 

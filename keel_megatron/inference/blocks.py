@@ -11,19 +11,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from keel_megatron.architecture.residual import Reader
 from keel_megatron.inference.cache import Columns
-from keel_megatron.kernels import scaled_add_norm
-from keel_megatron.kernels.fused import ScaledAddNorm
+from keel_megatron.kernels import rms_norm, scaled_add_norm
+from keel_megatron.kernels.fused import RmsNorm, ScaledAddNorm
+from keel_megatron.kernels.head_norms import HeadNorms, Weights
 from keel_megatron.kernels.swiglu import Swiglu, swiglu
 from keel_megatron.model.attention import causal_attention
 from keel_megatron.model.join import COLUMNS, join, weight_of
 from keel_megatron.model.stream import storing
 
-GENERATION = Reader("generation", (*COLUMNS, "qkv_norm"))
+OuterWeights = tuple[Tensor | None, Tensor | None]
+GENERATION = Reader("generation", (*COLUMNS, "head_norms"))
 
 
 class Block:
@@ -42,17 +44,15 @@ class Block:
         self.groups = attention.num_query_groups_per_partition
         self.head_dim = attention.hidden_size_per_attention_head
         self.qkv, self.projection = attention.linear_qkv.weight, attention.linear_proj.weight
-        self.norms: tuple[nn.Module, ...] | None = None
-        if GENERATION.sub_layer(2 * block, layer.model).qkv_norm:
-            self.norms = (attention.q_layernorm, attention.k_layernorm, attention.v_layernorm)
+        self.norms: Weights | None = attention.norm_weights
         self.gate_up, self.down = mlp.linear_fc1.weight, mlp.linear_fc2.weight
         self.group = mlp.linear_fc2.tp_group
         self.split = self.group.size() > 1
         self.epsilon, self.dtype = layer.config.layernorm_epsilon, layer.config.params_dtype
         self.attention_rule = GENERATION.sub_layer(2 * block, layer.model)
         self.mlp_rule = GENERATION.sub_layer(2 * block + 1, layer.model)
-        self.attention_outer = weight_of(layer.attention_outer_norm)
-        self.mlp_outer = weight_of(layer.mlp_outer_norm)
+        self.attention_outer: OuterWeights = layer.outer_weights("attention")
+        self.mlp_outer: OuterWeights = layer.outer_weights("mlp")
         self.mlp_front = (self.mlp_rule.inner, weight_of(layer.pre_mlp_layernorm))
         after = layer.following[0] if layer.following else None
         self.next_front = None
@@ -87,10 +87,11 @@ class Block:
             self.attention_rule,
             x,
             branch,
-            self.attention_outer,
+            *self.attention_outer,
             self.mlp_front,
             self.epsilon,
             self.dtype,
+            norm=_rms_norm,
         )
         assert inside is not None
         product = _swiglu(functional.linear(inside, self.gate_up))
@@ -99,10 +100,11 @@ class Block:
             self.mlp_rule,
             x,
             self._summed(functional.linear(product, self.down)),
-            self.mlp_outer,
+            *self.mlp_outer,
             self.next_front,
             self.epsilon,
             self.dtype,
+            norm=_rms_norm,
         )
 
     def _attend(
@@ -115,12 +117,10 @@ class Block:
         """Attention's output [s, b, heads x d] of linear_qkv's."""
         s, b = mixed.shape[:2]
         cos, sin = rotation
+        if self.norms is not None:
+            mixed = HeadNorms.forward(_NoRecord(), mixed, *self.norms, self.groups, self.epsilon)
         parts = mixed.view(s, b, self.groups, -1, self.head_dim)
         rotated, value = parts[..., :-1, :], parts[..., -1, :]
-        if self.norms is not None:
-            q_norm, k_norm, v_norm = self.norms
-            query, key = q_norm(rotated[..., :-1, :]), k_norm(rotated[..., -1:, :])
-            rotated, value = torch.cat((query, key), dim=-2), v_norm(value)
         # The halves of a head are exchanged by turning it by half of its length.
         swapped = rotated.roll(self.head_dim // 2, -1)
         rotated = torch.addcmul(rotated * cos, swapped, sin)
@@ -149,6 +149,11 @@ class _NoRecord:
 def _scaled_add_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
     """`kernels.scaled_add_norm`; on a CPU without autograd, a third of its time at one column."""
     return scaled_add_norm(x, *rest) if x.is_cuda else ScaledAddNorm.forward(_NoRecord(), x, *rest)
+
+
+def _rms_norm(x: Tensor, *rest: Any) -> Tensor:
+    """`kernels.rms_norm`, in the same way."""
+    return rms_norm(x, *rest) if x.is_cuda else RmsNorm.forward(_NoRecord(), x, *rest)
 
 
 def _swiglu(x: Tensor) -> Tensor:

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from keel_megatron.config.kernels import KernelsConfig
 from keel_megatron.config.run import RunConfig
-from keel_megatron.data.tokenizer import open_tokenizer
+from keel_megatron.data.chat.templates import TemplateFile, template_beside
+from keel_megatron.data.chat.tokens import ChatTokenizer
+from keel_megatron.data.huggingface import HuggingFaceTokenizer
+from keel_megatron.data.tokenizer import Tokenizer, open_tokenizer
 from keel_megatron.errors import UserError
 from keel_megatron.huggingface.export import DTYPES, DType, Origin, write_folder
 from keel_megatron.huggingface.new_folder import check_new
@@ -61,14 +64,16 @@ def export_run(
         assert found.path is not None
         for remark in found.remarks:
             say(remark)
-        tokenizer = open_tokenizer(tokenizer_path(run, found.path, found, config))
+        place = tokenizer_path(run, found.path, found, config)
+        tokenizer, template = open_tokenizer(place), template_beside(place.parent)
         text, what = sample_text(config, found.state, tokenizer)
-        files = proven_files(tokenizer, config.data.seq_length, [*DIFFICULT, text])
+        context, template_text = config.data.seq_length, template and template.text
+        files = proven_files(tokenizer, context, [*DIFFICULT, text], template_text)
         for remark in files.remarks:
             say(remark)
         home = found.path.parent.parent if is_checkpoint(run) else run
         origin = Origin(config, found.path, found.state, home / "metrics.jsonl")
-        write_folder(out, origin, files, tokenizer.eod, dtype, say)
+        write_folder(out, origin, files, _ends(tokenizer, template), dtype, say)
         say(f"exported step {found.state['step']} to {out}")
         if not check:
             return True
@@ -76,6 +81,14 @@ def export_run(
         say(f"comparing the logits on {len(rows)} x {rows.shape[1]} tokens of {what}")
         compared = _compared_by_block if by_block else _compared
         return compared(found.path, out, config, rows, runtime, dtype, say)
+
+
+def _ends(tokenizer: Tokenizer | HuggingFaceTokenizer, template: TemplateFile | None) -> list[int]:
+    """The token that ends a document; then that which ends an answer, if it is another one."""
+    if template is None:
+        return [tokenizer.eod]
+    with ChatTokenizer(tokenizer, template.text, template.origin) as chat:
+        return chat.ends()
 
 
 def _require_exportable(config: RunConfig) -> None:

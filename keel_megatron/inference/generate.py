@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from keel_megatron.data.chat.tokens import ChatTokenizer
 from keel_megatron.errors import UserError
 from keel_megatron.inference.decoder import Decoder
 from keel_megatron.inference.generation import Generation, Reason, Sequence, Speed
@@ -43,6 +44,7 @@ def generate_prompts(
     batch_size: int = BATCH_SIZE,
     processes: int = 1,
     cuda_graphs: bool = False,
+    chat: bool = False,
     say: Callable[[str], None] | None = None,
     done: Callable[[int, Completion], None] = lambda _number, _completion: None,
 ) -> tuple[list[Completion], Speed]:
@@ -56,13 +58,15 @@ def generate_prompts(
         batch_size: prompts that are continued at a time.
         processes: ranks that share the model; with more than one, this is one of them.
         cuda_graphs: decode with one CUDA graph a token; in one process only.
-        say: called on rank 0 with a single prompt, then with its continuation, piece by piece.
+        chat: each prompt is a user's message, which the model answers.
+        say: called on rank 0 with a single prompt, but for an answer, then with its continuation,
+            piece by piece.
         done: called with a prompt's number and continuation, at the end of each batch.
 
     Raises:
         UserError: the folder holds no run or no such checkpoint, a prompt does not fit, the model
             cannot be split over the processes, its logits are not finite, or the device has no
-            CUDA graphs.
+            CUDA graphs, or the model no chat template.
     """
     with opened(run, step=step, processes=processes, model_processes=processes) as (
         source,
@@ -71,15 +75,18 @@ def generate_prompts(
         config = source.config
         if cuda_graphs and runtime.device.type != "cuda":
             raise UserError("--cuda-graphs: needs a CUDA device, and the model runs on the CPU")
-        tokens = {
-            number: source.tokenizer.encode(prompt) or [source.tokenizer.eod]
-            for number, prompt in enumerate(prompts)
-        }
+        if chat:
+            encoded, ends = _asked(source, prompts, is_main=runtime.is_main)
+        else:
+            eod = source.tokenizer.eod
+            encoded, ends = [source.tokenizer.encode(text) or [eod] for text in prompts], None
+        tokens = dict(enumerate(encoded))
         _check_lengths(tokens, source, sampling, is_main=runtime.is_main)
         decoder = Decoder(source.model, config.model, runtime, static=cuda_graphs)
-        generation = Generation(decoder, source.tokenizer, config.data.seq_length, sampling)
+        context = config.data.seq_length
+        generation = Generation(decoder, source.tokenizer, context, sampling, ends)
         streams = say if runtime.is_main and len(prompts) == 1 else None
-        if streams is not None:
+        if streams is not None and not chat:
             streams(prompts[0])
         found: dict[int, Completion] = {}
         # Prompts of similar lengths together: less padding.
@@ -90,6 +97,31 @@ def generate_prompts(
                 found[row.number] = _completion(prompts[row.number], row)
                 done(row.number, found[row.number])
         return [found[number] for number in range(len(prompts))], generation.speed
+
+
+def _asked(
+    source: Source, prompts: list[str], *, is_main: bool
+) -> tuple[list[list[int]], dict[int, Reason]]:
+    """The tokens of messages to answer, and those that end an answer.
+
+    Raises:
+        UserError: the model has no chat template, or it refuses a message.
+    """
+    template = source.template
+    if template is None:
+        raise UserError(
+            "--chat: the model has no chat template; train it on conversations (data.sources with "
+            "format: chat)",
+            reported=not is_main,
+        )
+    found = []
+    with ChatTokenizer(source.tokenizer, template.text, template.origin) as chat:
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                found.append(chat.prompt([{"role": "user", "content": prompt}]))
+            except ValueError as error:
+                raise UserError(f"prompt {number}: {error}", reported=not is_main) from error
+        return found, dict.fromkeys(chat.ends(), "end of answer")
 
 
 def _completion(prompt: str, row: Sequence) -> Completion:

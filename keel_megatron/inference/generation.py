@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +14,9 @@ from keel_megatron.inference.continuation import Continuation, Decodes
 from keel_megatron.inference.decoder import Decoder
 from keel_megatron.inference.sampling import Sampling, choose, not_finite
 
-Reason = Literal["end of document", "stop text", "maximum of new tokens", "end of context"]
+Reason = Literal[
+    "end of document", "end of answer", "stop text", "maximum of new tokens", "end of context"
+]
 """Why a continuation ended."""
 _DIVERGED = -1
 
@@ -65,11 +67,20 @@ class Generation:
         tokenizer: the model's; its `eod` ends a document.
         context: the model's context in tokens, data.seq_length.
         sampling: the settings.
+        ends: tokens that end a continuation; None: the end of a document.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Any, context: int, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Any,
+        context: int,
+        sampling: Sampling,
+        ends: Mapping[int, Reason] | None = None,
+    ) -> None:
         self.decoder, self.tokenizer, self.context = decoder, tokenizer, context
         self.sampling = sampling
+        self.ends = {tokenizer.eod: "end of document"} if ends is None else ends
         self.speed = Speed()
 
     def run(
@@ -113,7 +124,7 @@ class Generation:
         begin = time.perf_counter()
         while True:
             for row, token in zip(rows, tokens, strict=True):
-                row.add(token, self.tokenizer.eod, self.context)
+                row.add(token, self.ends, self.context)
             running = [row for row in rows if row.sequence.ended is None]
             if not running or any(len(row.sequence.seen) >= self.context for row in running):
                 break
@@ -156,13 +167,13 @@ class _Row:
         """Keep the newest half of the context."""
         self.sequence.seen = self.sequence.seen[-max(1, context // 2) :]
 
-    def add(self, token: int, eod: int, context: int) -> None:
+    def add(self, token: int, ends: Mapping[int, Reason], context: int) -> None:
         """Append a token, and end the continuation where it ends."""
         sequence = self.sequence
         if sequence.ended is not None:
             return
-        if token == eod:
-            self._end("end of document")
+        if token in ends:
+            self._end(ends[token])
             return
         sequence.seen.append(token)
         sequence.new.append(token)

@@ -23,6 +23,7 @@ from keel_megatron.config.load import load_config
 from keel_megatron.config.parallel import ParallelConfig
 from keel_megatron.config.reading import LARGE, read_small
 from keel_megatron.config.run import RunConfig
+from keel_megatron.data.chat.templates import TemplateFile, template_beside
 from keel_megatron.data.huggingface import HuggingFaceTokenizer
 from keel_megatron.data.tokenizer import Tokenizer, open_tokenizer
 from keel_megatron.errors import UserError
@@ -48,6 +49,8 @@ class Source:
     """Skipped checkpoints, with reasons."""
     step: int | None = None
     """Of the checkpoint; None: a Hugging Face folder."""
+    template: TemplateFile | None = None
+    """The chat template beside the tokenizer, if there is one."""
 
 
 @contextmanager
@@ -152,7 +155,8 @@ def load(path: Path, config: RunConfig, runtime: Runtime, step: int | None = Non
         try:
             found = find_checkpoint(path, step, runtime)
             assert found.path is not None
-            tokenizer = open_tokenizer(tokenizer_path(path, found.path, found, config))
+            place = tokenizer_path(path, found.path, found, config)
+            tokenizer, template = open_tokenizer(place), template_beside(place.parent)
             if model is None:
                 (model,) = build_model(config, runtime)
             state.load_weights(found.path, runtime, [model])
@@ -162,7 +166,8 @@ def load(path: Path, config: RunConfig, runtime: Runtime, step: int | None = Non
             if runtime.launch.world_size > 1 or folder.steps(path) == before:
                 raise
             continue
-        return Source(config, model.eval(), tokenizer, found.remarks, found.state["step"])
+        step = found.state["step"]
+        return Source(config, model.eval(), tokenizer, found.remarks, step, template)
 
 
 def _load_folder(path: Path, config: RunConfig, runtime: Runtime, step: int | None) -> Source:
@@ -182,7 +187,7 @@ def _load_folder(path: Path, config: RunConfig, runtime: Runtime, step: int | No
         )
     (model,) = build_model(config, runtime)
     state.load_weights_from(path, folder.reader(), runtime, [model])
-    return Source(config, model.eval(), tokenizer, ())
+    return Source(config, model.eval(), tokenizer, (), template=template_beside(path))
 
 
 def find_checkpoint(path: Path, step: int | None, runtime: Runtime) -> ResumePoint:

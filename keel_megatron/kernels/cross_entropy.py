@@ -14,6 +14,13 @@ log-sum-exp s; with S that of the whole vocabulary p = q exp(s - S). So only one
 reduced, in one message for all rows. megatron-core's `vocab_parallel_cross_entropy` gives the same
 losses.
 
+The z-loss c S^2 of a row (PaLM, arXiv 2204.02311, section 5) keeps its log-sum-exp S near 0. It is
+in the gradients alone: the losses stay those of the cross entropy, and
+
+    dz = d (p (1 + 2 c S) - 1[label]),
+
+one more factor of the row, at no cost to the logits.
+
 On CUDA the softmax is two Triton kernels (`triton_cross_entropy.py`): the logits stay in the
 product's type, and their gradient replaces them. All rows at once then keep 2 bytes a logit under
 bf16 in place of 4, and move 6 between the products in place of 36. torch's operators take the
@@ -51,6 +58,7 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     rows: int,
+    z_loss: float = 0.0,
     split: Split | None = None,
     accumulate: bool = False,
     backend: Backend = "auto",
@@ -64,6 +72,8 @@ def linear_cross_entropy(
         weight: [v, h], or [v / TP, h].
         labels: [n], integers below v, the same on all ranks of the group.
         rows: maximum rows whose logits are in memory at once.
+        z_loss: c; the gradients are those of the cross entropy + c S^2 of every row, where S is the
+            log-sum-exp of its logits. The result is without.
         split: the ranks that share the vocabulary; None: this process has all of it.
         accumulate: add the weight's gradient to `weight.main_grad` instead of returning it.
         backend: of the softmax. `auto`: the Triton kernels on CUDA for fp32 and bf16, where
@@ -72,7 +82,7 @@ def linear_cross_entropy(
     operation: Any = _LinearCrossEntropy
     fits = x.dtype in (torch.float32, torch.bfloat16)
     in_place = use_triton("cross_entropy", x, backend, fits=fits)
-    result: Tensor = operation.apply(x, weight, labels, rows, split, accumulate, in_place)
+    result: Tensor = operation.apply(x, weight, labels, rows, z_loss, split, accumulate, in_place)
     return result
 
 
@@ -86,6 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         rows: int,
+        z_loss: float,
         split: Split | None,
         accumulate: bool,
         in_place: bool,
@@ -96,9 +107,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         whole = _gathered(x, split)
         kept, found = None, []
         softmax = _triton_softmax if in_place else _softmax
+        with_scores = split is not None or z_loss > 0.0
         for piece in _pieces(whole, rows):
             values, *numbers = softmax(
-                _rows(whole, piece), weight, _rows(places, piece), scores=split is not None
+                _rows(whole, piece), weight, _rows(places, piece), scores=with_scores
             )
             found.append(numbers)
             if piece is None:
@@ -106,9 +118,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del values  # before the next piece has its own
         result, log_sums, scores = (_joined(parts) for parts in zip(*found, strict=True))
         scale = None
-        if split is not None and foreign is not None:
+        if with_scores:
             own = scores - result if log_sums is None else log_sums.clone()
-            result, scale = _over_ranks(own, scores, foreign, split.group)
+            if split is not None and foreign is not None:
+                result, own, scale = _over_ranks(own, scores, foreign, split.group)
+            if z_loss:
+                scale = _with_z_loss(own, z_loss, scale)
         ctx.save_for_backward(x, weight, places, foreign, scale, kept, log_sums)
         return result.neg().squeeze(1)
 
@@ -122,6 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         at_label = d.neg()
         if foreign is not None:
             at_label.masked_fill_(foreign, 0.0)
+        if scale is not None:
             d = d * scale
         dx = torch.empty_like(whole) if ctx.needs_input_grad[0] else None
         sums = weight.main_grad if ctx.accumulate else None
@@ -142,7 +158,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight.grad_added_to_main_grad, d_weight = True, placeholder(weight)
         else:
             d_weight = None if sums is None else sums.to(weight.dtype)
-        return None if dx is None else _scattered(dx, ctx.split), d_weight, *[None] * 5
+        return None if dx is None else _scattered(dx, ctx.split), d_weight, *[None] * 6
 
 
 def _pieces(x: Tensor, rows: int) -> list[slice] | list[None]:
@@ -254,10 +270,24 @@ def _places(labels: Tensor, own: int, split: Split | None) -> tuple[Tensor, Tens
     return places.masked_fill_(foreign, 0), foreign
 
 
+def _with_z_loss(log_sums: Tensor, z_loss: float, share: Tensor | None) -> Tensor:
+    """Factor of each row's softmax in the gradient, [n, 1]; both tensors are overwritten.
+
+    Args:
+        log_sums: log-sum-exp of every row, over the whole vocabulary.
+        z_loss: its coefficient.
+        share: this rank's of the row's probability; None: all of it.
+    """
+    factor = log_sums.mul_(2.0 * z_loss).add_(1.0)
+    return factor if share is None else share.mul_(factor)
+
+
 def _over_ranks(
     own: Tensor, scores: Tensor, foreign: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the labels, and this rank's share of each row's probability: [n, 1].
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row, [n, 1], over the ranks.
+
+    Log-probabilities of the labels, log-sum-exp, and this rank's share of the probability.
 
     Args:
         own: log-sum-exp of this rank's logits; overwritten, as scores.
@@ -270,7 +300,7 @@ def _over_ranks(
     both = torch.stack([own.sub(largest).exp_(), scores.masked_fill_(foreign, 0.0)])
     dist.all_reduce(both, group=group)
     whole = both[0].log_().add_(largest)
-    return both[1] - whole, own.sub_(whole).exp_()
+    return both[1] - whole, whole, own.sub_(whole).exp_()
 
 
 def _gathered(x: Tensor, split: Split | None) -> Tensor:

@@ -44,10 +44,10 @@ class ScaledAddNorm(torch.autograd.Function):
         u = x_new = torch.add(f, x, alpha=alpha)
         outer_rstd = inner_rstd = z = None
         if outer_weight is not None:
-            outer_rstd = _rstd(u, eps)
+            outer_rstd = row_rstd(u, eps)
             x_new = (u * outer_rstd).mul_(outer_weight)
         if inner_weight is not None:
-            inner_rstd = _rstd(x_new, eps)
+            inner_rstd = row_rstd(x_new, eps)
             z = (x_new * inner_rstd).mul_(inner_weight).to(z_dtype)
         # A norm keeps its input; without one the sum itself is not needed again.
         kept = (
@@ -87,7 +87,7 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
         """See `kernels.reference.rms_norm`."""
-        rstd = _rstd(x, eps)
+        rstd = row_rstd(x, eps)
         ctx.save_for_backward(x, weight, rstd)
         return (x * rstd).mul_(weight).to(out_dtype)
 
@@ -113,7 +113,7 @@ def _normalised(u: Tensor, weight: Tensor, rstd: Tensor, out: Tensor) -> None:
         out.copy_((u * rstd).mul_(weight))
 
 
-def _rstd(u: Tensor, eps: float) -> Tensor:
+def row_rstd(u: Tensor, eps: float) -> Tensor:
     """(mean(u^2) + eps)^-1/2 of every row: [..., 1]."""
     norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
     if u.is_cuda:  # addcmul's kernel there refuses a scalar of the host's

@@ -7,6 +7,7 @@ symbols are those of costs.py.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 from keel_megatron.architecture.flops import attention_score_flops, block_forward_flops
@@ -17,14 +18,27 @@ from keel_megatron.layout import kernel_counts
 from keel_megatron.layout.kernel_counts import Rows
 from keel_megatron.layout.work import STREAM_BYTES, Cost, Execution, Kernel, Shape, Work
 
-COSTS = Reader("the planner's costs", ("alpha", "branch_factor", "inner", "outer_norm", "qkv_norm"))
+COSTS = Reader(
+    "the planner's costs",
+    (
+        "alpha",
+        "branch_factor",
+        "branch_norm",
+        "inner",
+        "inner_factor",
+        "outer_norm",
+        "head_norms",
+    ),
+)
+_ANY_FACTOR = 0.5
 
 
 def typical_rows(model: ModelConfig) -> Rows:
     """The columns of the most common kind of block; on a tie, of that with the most norms.
 
     A block's kind is its attention, its FFN, and the attention of the next block. Where blocks
-    differ, the plan treats all of them as the most common kind, except for parameter counts.
+    differ, the plan treats all of them as the most common kind, except for parameter counts. What
+    an `inner_factor` is does not change a cost, only that there is one.
     """
     return _typical_rows(RULES[model.residual], model)
 
@@ -32,6 +46,9 @@ def typical_rows(model: ModelConfig) -> Rows:
 @cache
 def _typical_rows(_rule: Rule, model: ModelConfig) -> Rows:
     rows = [COSTS.sub_layer(l, model) for l in range(model.sub_layers)]
+    rows = [
+        row if row.inner_factor == 1.0 else replace(row, inner_factor=_ANY_FACTOR) for row in rows
+    ]
     kinds = Counter(
         # The last block counts as if an identical block followed.
         (rows[l], rows[l + 1], rows[l + 2] if l + 2 < len(rows) else rows[l])
@@ -79,7 +96,7 @@ def _passes(
     flops = block_forward_flops(model, shape.seq_length) * t / tp
     operands = t * c * (4 * h + 2 * a + 2 * g + 3 * f) + c * parameters
     moved = _moved(shape, rows, kernel, execution)
-    strided = t * _strided(shape, rows, execution)
+    strided = t * _strided(shape, execution)
     casts = _fp8_casts(shape, parameters) if execution.fp8 else (0, 0, 0, 0)
     # A product adds its weight's gradient to the fp32 sum, which it reads and writes after its own
     # work, in one wave of tiles; or it writes the gradient, and DDP adds it.
@@ -124,7 +141,7 @@ def _kernels(rows: Rows, kernel: Kernel, execution: Execution, direct: bool) -> 
             rows,
             compiled=execution.compiled,
             fused=kernel == "triton",
-            rotary=_fused_rotary(rows, execution),
+            rotary=_fused_rotary(execution),
             swiglu=_fused_swiglu(execution),
             direct=direct,
         )
@@ -175,22 +192,38 @@ def _join_kept(shape: Shape, kernel: Kernel, row: SubLayer, following: SubLayer)
     t, h, c = shape.tokens, shape.h, shape.c
     # In fp32 without a norm in between, the next branch's input is the stream itself.
     copied = c != STREAM_BYTES or following.inner != "none"
+    # N_b keeps the branch, in fp32.
+    branch = row.branch_norm * (t * STREAM_BYTES * h + shape.statistic_bytes())
+    # The weight of the next norm or vector times its factor, which is a tensor of its own.
+    scaled = STREAM_BYTES * shape.model.hidden_size * (following.inner_factor != 1.0)
     if kernel == "triton":  # x, f, z; both statistics
-        return t * (STREAM_BYTES + c + c * copied) * h + 2 * shape.statistic_bytes()
+        joined = t * (STREAM_BYTES + c + c * copied) * h + 2 * shape.statistic_bytes()
+        return joined + branch + scaled
     # Every norm keeps its input; with two norms, the inner one's input is the outer one's output.
     norms = int(row.outer_norm) + int(following.inner == "norm")
     inputs = norms + int(following.inner == "vector")
-    return inputs * t * STREAM_BYTES * h + norms * shape.statistic_bytes() + t * c * h
+    joined = inputs * t * STREAM_BYTES * h + norms * shape.statistic_bytes() + t * c * h
+    return joined + branch + scaled
 
 
 def _head_norms_bytes(shape: Shape, rows: Rows) -> int:
-    """Bytes per token kept by the query, key and value norms: fp32 inputs and statistics."""
-    if not any(row.qkv_norm for row in rows[:2]):
+    """Bytes per token kept by the norms of heads: linear_qkv's output, and a number a head."""
+    if not (normed := rows[0].head_norms):
         return 0
     a, g, groups = shape.attention, shape.groups, shape.groups // shape.model.head_dim
-    # Under fp32 key's and value's inputs are views of linear_qkv's output, and query's is a copy.
-    views = STREAM_BYTES * a if shape.c == STREAM_BYTES else 0
-    return STREAM_BYTES * (a + 2 * g) + views + 4 * (shape.heads + 2 * groups)
+    return shape.c * (a + 2 * g) + STREAM_BYTES * (shape.heads + (len(normed) - 1) * groups)
+
+
+def _head_norms_moved(shape: Shape, rows: Rows) -> tuple[int, int]:
+    """Bytes per token that the norms of heads move in torch's operators (kernels/head_norms.py)."""
+    if not (normed := rows[0].head_norms):
+        return 0, 0
+    c, elements = shape.c, shape.attention + (len(normed) - 1) * shape.groups
+    copied = 2 * c * shape.groups if normed == "qk" else 0
+    # Forward: read by the cast, the statistics and two products, and copied back. Backward: both
+    # casts, the normalised heads, and nine operators.
+    forward = (2 * c + 7 * STREAM_BYTES) * elements + copied
+    return forward, (3 * c + 18 * STREAM_BYTES) * elements + copied
 
 
 def _dropout_bytes(shape: Shape, kernel: Kernel) -> int:
@@ -216,14 +249,11 @@ def _moved(shape: Shape, rows: Rows, kernel: Kernel, execution: Execution) -> tu
         # Rotary in one pass each; the gradients of norm weights read their operands again.
         forward += 2 * c * (a + g)
         backward += 2 * c * (a + 2 * g) + 2 * 3 * STREAM_BYTES * shape.h
-    elif _fused_rotary(rows, execution):  # every element read and written once
+    elif _fused_rotary(execution):  # every element read and written once
         forward += 2 * c * (a + 2 * g)
         backward += 2 * c * (a + 2 * g)
-    if any(row.qkv_norm for row in rows[:2]):  # to fp32, normalised, back
-        forward += (2 * c + 4 * STREAM_BYTES) * (a + 2 * g)
-        backward += (2 * c + 6 * STREAM_BYTES) * (a + 2 * g)
-    swiglu = _swiglu_moved(shape, execution)
-    return forward + swiglu[0], backward + swiglu[1]
+    swiglu, heads = _swiglu_moved(shape, execution), _head_norms_moved(shape, rows)
+    return forward + swiglu[0] + heads[0], backward + swiglu[1] + heads[1]
 
 
 def _swiglu_moved(shape: Shape, execution: Execution) -> tuple[int, int]:
@@ -237,20 +267,19 @@ def _fused_swiglu(execution: Execution) -> bool:
     return "swiglu" in execution.triton or execution.compiled
 
 
-def _strided(shape: Shape, rows: Rows, execution: Execution) -> int:
+def _strided(shape: Shape, execution: Execution) -> int:
     """Bytes per token of the rotary embedding in torch's operators, in each pass.
 
     A product, and two halves added to it; value is copied.
     """
-    if execution.compiled or _fused_rotary(rows, execution):
+    if execution.compiled or _fused_rotary(execution):
         return 0
     return shape.c * (5 * (shape.attention + shape.groups) + 2 * shape.groups)
 
 
-def _fused_rotary(rows: Rows, execution: Execution) -> bool:
+def _fused_rotary(execution: Execution) -> bool:
     """Whether split and rotation are one kernel each way."""
-    fits = kernel_counts.rotary_fits(rows)
-    return "rotary" in execution.triton and fits and not execution.compiled
+    return "rotary" in execution.triton and not execution.compiled
 
 
 def _join_moved(shape: Shape, pair: tuple[SubLayer, SubLayer], fused: bool) -> tuple[float, float]:
@@ -270,6 +299,10 @@ def _join_moved(shape: Shape, pair: tuple[SubLayer, SubLayer], fused: bool) -> t
         vector = 2 * STREAM_BYTES if following.inner == "vector" else 0
         forward += (STREAM_BYTES + vector) * h
         backward += (3 * STREAM_BYTES + 2 * vector) * h
+    if row.branch_norm:  # to fp32, normalised, back
+        norm = (4, 6) if fused else (9, 16)
+        forward += (2 * c + norm[0] * STREAM_BYTES) * h
+        backward += (2 * c + norm[1] * STREAM_BYTES) * h
     if row.branch_factor != 1.0:
         forward, backward = forward + 2 * c * h, backward + 2 * c * h
     return forward, backward

@@ -75,7 +75,7 @@ def head_pieces(config: RunConfig) -> int:
 
 
 def _embedding(shape: Shape, kernel: Kernel) -> Cost:
-    """Lookup in the embedding table, a cast to fp32, and dropout; the gradient is dense."""
+    """Lookup in the embedding table, a cast to fp32, dropout, norm; the gradient is dense."""
     t, c, h = shape.tokens, shape.c, shape.model.hidden_size
     parameters = shape.vocabulary * h
     reduce = shape.collective_bytes() * STREAM_BYTES / c
@@ -83,18 +83,22 @@ def _embedding(shape: Shape, kernel: Kernel) -> Cost:
     kept = t * (1 + 8) if shape.tp > 1 else 0
     if shape.model.dropout:  # its mask; a CPU keeps the noise in the stream's type
         kept += t * shape.h * (1 if kernel == "triton" else STREAM_BYTES)
+    norm = int(shape.model.embedding_norm)  # of the fp32 stream, which it keeps
+    kept += norm * (t * STREAM_BYTES * shape.h + shape.statistic_bytes())
+    moved += norm * 3 * STREAM_BYTES * t * shape.h
     return Cost(
         forward=Work(
             other_bytes=moved,
             communication_bytes=reduce,
             collectives=int(shape.tp > 1),
-            kernels=EMBEDDING_KERNELS,
+            kernels=EMBEDDING_KERNELS + norm,
         ),
         backward=Work(
-            other_bytes=moved + shape.gradient_bytes(parameters), kernels=EMBEDDING_KERNELS
+            other_bytes=moved + shape.gradient_bytes(parameters),
+            kernels=EMBEDDING_KERNELS + 3 * norm,
         ),
         parameters=parameters,
-        vector_parameters=0,
+        vector_parameters=norm * h,
         activation_bytes=kept,
         recompute_bytes=kept,
         working_bytes=parameters * c + t * c * h,
@@ -174,10 +178,11 @@ def _loss_bytes(shape: Shape, kernel: Kernel, in_place: bool) -> tuple[int, int]
 def _head_kept(shape: Shape, in_place: bool) -> int:
     """Bytes per token kept by the loss.
 
-    Labels; under TP which are here, and this rank's share of a row; of one piece the log-softmax,
-    or in place the logits, and then every row's log-sum-exp.
+    Labels; under TP which are here; under TP or with a z-loss a factor of every row; of one piece
+    the log-softmax, or in place the logits, and then every row's log-sum-exp.
     """
-    numbers = 8 + (5 if shape.tp > 1 else 0) + (STREAM_BYTES if in_place else 0)
+    factor = STREAM_BYTES if shape.tp > 1 or shape.z_loss else 0
+    numbers = 8 + int(shape.tp > 1) + factor + (STREAM_BYTES if in_place else 0)
     each = shape.c if in_place else STREAM_BYTES
     return numbers + (each * shape.vocabulary if shape.pieces == 1 else 0)
 

@@ -33,6 +33,8 @@ class Calibration:
     date: str
     blocks: dict[str, PassTimes]
     """Per block of each residual rule."""
+    qk_norm: PassTimes
+    """What `model.qk_norm` adds to a block of the default rule."""
     compiled: PassTimes
     """Per compiled block (`kernels.compile`) of the default rule."""
     chunk: PassTimes
@@ -40,9 +42,11 @@ class Calibration:
     ends: PassTimes
     """Embedding, head and loss together."""
 
-    def block(self, rule: str, *, compiled: bool) -> PassTimes:
+    def block(self, rule: str, *, compiled: bool, qk_norm: bool = False) -> PassTimes:
         """Per block of a rule; a compiled one scales like that of the default rule."""
-        eager = self.blocks.get(rule, self.blocks[_DEFAULT_RULE])
+        eager, more = self.blocks.get(rule, self.blocks[_DEFAULT_RULE]), self.qk_norm
+        if qk_norm:
+            eager = PassTimes(eager.forward + more.forward, eager.backward + more.backward)
         if not compiled:
             return eager
         default = self.blocks[_DEFAULT_RULE]
@@ -67,6 +71,7 @@ def calibration() -> Calibration:
         found["machine"],
         found["date"],
         {rule: _times(one) for rule, one in found["blocks"].items()},
+        _times(found["qk_norm"]),
         _times(found["compiled_block"]),
         _times(found["chunk"]),
         _times(found["ends"]),

@@ -34,7 +34,8 @@ def joins(rows: Rows) -> tuple[tuple[SubLayer, SubLayer], ...]:
 def weights(rows: Rows) -> int:
     """Number of norm weights and learned vectors of a block."""
     return sum(
-        int(row.inner != "none") + int(row.outer_norm) + 3 * int(row.qkv_norm) for row in rows[:2]
+        int(row.inner != "none") + int(row.branch_norm) + int(row.outer_norm) + len(row.head_norms)
+        for row in rows[:2]
     )
 
 
@@ -58,14 +59,8 @@ def block(
         direct: whether products add to the sums of the weights' gradients; None: unless compiled.
     """
     direct = not compiled if direct is None else direct
-    rotary = rotary and rotary_fits(rows)
     swiglu = swiglu or compiled
     return tuple(_parts(rows, compiled, fused or compiled, rotary, swiglu, direct))
-
-
-def rotary_fits(rows: Rows) -> bool:
-    """Whether nothing stands between the split and the rotation, so that they can be one kernel."""
-    return not any(row.qkv_norm for row in rows[:2])
 
 
 def _parts(
@@ -82,9 +77,14 @@ def _parts(
         yield KernelCount(
             "rotary", 7, 7, "query and key a product and two halves each; value copied"
         )
-    if any(row.qkv_norm for row in rows[:2]):
+    if normed := rows[0].head_norms:
+        copied = int(normed == "qk")
         yield KernelCount(
-            "query, key and value norms", 10, 15, "each cast to fp32, normalised, cast"
+            "norms of heads",
+            10 + copied,
+            13 + copied,
+            "the weights joined, a cast, the statistics in five operators, two products, back; "
+            "backward the same again, and sums for the weights",
         )
     yield KernelCount(
         "attention",
@@ -119,6 +119,22 @@ def _parts(
 
 
 def _join(row: SubLayer, following: SubLayer, compiled: bool, fused: bool) -> tuple[int, int]:
+    forward, backward = _sum_and_norms(row, following, compiled, fused)
+    scaled = int(following.inner_factor != 1.0)  # the next norm's weight times its factor
+    if row.branch_norm:
+        norm = (1, 3) if compiled else _branch_norm(fused)
+        forward, backward = forward + norm[0], backward + norm[1]
+    return forward + scaled, backward + scaled
+
+
+def _branch_norm(fused: bool) -> tuple[int, int]:
+    """N_b, cast to fp32 and back: torch's kernel on CUDA, or seven and eight operators."""
+    return (3, 5) if fused else (9, 10)
+
+
+def _sum_and_norms(
+    row: SubLayer, following: SubLayer, compiled: bool, fused: bool
+) -> tuple[int, int]:
     if compiled:
         return 1, 4
     norms = int(row.outer_norm) + int(following.inner == "norm")

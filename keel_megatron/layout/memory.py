@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from keel_megatron.config.run import RunConfig
+from keel_megatron.layout import kernel_counts
+from keel_megatron.layout.block_costs import typical_rows
 from keel_megatron.layout.muon import MuonLoad, muon_load
 from keel_megatron.layout.recomputation import Recomputation, least
 from keel_megatron.layout.work import STREAM_BYTES, Cost, Costs
@@ -271,7 +273,7 @@ class MemoryModel:
         config = self.config
         last = stage == config.parallel.pipeline - 1
         a_token = 8 * (int(stage == 0) + int(last))
-        a_token += 4 * config.data.document_masks + 4 * (config.data.masks_eod_loss and last)
+        a_token += 4 * config.data.document_masks + 4 * (config.data.has_loss_mask and last)
         tokens = self.micro_batches * config.training.micro_batch_size * config.data.seq_length
         size = 2 if config.training.precision == "bf16" else 4
         table = 2 * size * config.data.seq_length * config.model.head_dim
@@ -279,11 +281,11 @@ class MemoryModel:
 
     def _numbers(self, blocks: Sequence[int], *, head: bool) -> int:
         """Bytes of tensors of one number: each weight's count of updates, and the losses."""
-        block, hidden = self.costs.block, self.config.model.hidden_size
         # A block's four matrices and its norms; the embedding, the head and its norm. Muon counts
         # no updates, and has factors of rate and decay for each kind of matrix.
         matrices = 0 if self.config.optimizer.name == "muon" else 4
-        weights = sum(blocks) * (matrices + -(-block.vector_parameters // hidden)) + 3
+        vectors = kernel_counts.weights(typical_rows(self.config.model))
+        weights = sum(blocks) * (matrices + vectors) + 3
         if self.config.parallel.distributed_optimizer:
             weights = -(-weights // self.data_parallel)
         return _LEAST * (weights + (self.micro_batches if head else 0) + _FEW)

@@ -188,7 +188,7 @@ def host_times(costs: Costs, device: Device) -> HostTimes:
     """
     block, execution, found = costs.block, costs.block.execution, calibration()
     launch, scale = device.kernel_launch_us * 1e-6, device.python_scale
-    python = found.block(execution.rule, compiled=execution.compiled)
+    python = found.block(execution.rule, compiled=execution.compiled, qk_norm=execution.qk_norm)
     if execution.graphed:
         own, light = Times(0.0, 0.0), 0.0
     else:

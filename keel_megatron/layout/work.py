@@ -54,6 +54,8 @@ class Execution:
     fp8: bool = False
     rule: str = "keel"
     """The residual rule, on which the host's time depends."""
+    qk_norm: bool = False
+    """Whether it has QK-norm besides, as the host's time does."""
     triton: tuple[str, ...] = ()
     """Operations that are Triton kernels."""
 
@@ -68,6 +70,7 @@ class Execution:
             attention=_attention(config),
             fp8=kernels.fp8 != "none",
             rule=config.model.residual,
+            qk_norm=config.model.qk_norm,
         )
 
 
@@ -158,6 +161,8 @@ class Shape:
     """Whether weight gradients are returned by the backward pass, as in the DeepSpeed engine."""
     zero_3: bool
     """Whether DeepSpeed shards the weights."""
+    z_loss: bool
+    """Whether there is a z-loss."""
 
     @classmethod
     def of(cls, config: RunConfig) -> Shape:
@@ -182,6 +187,7 @@ class Shape:
             rows=min(tokens, config.kernels.rows_at_once(vocabulary)),
             returned=config.training.engine == "deepspeed",
             zero_3=config.training.engine == "deepspeed" and config.deepspeed.zero_stage == 3,
+            z_loss=config.training.z_loss > 0.0,
         )
 
     @property

@@ -13,10 +13,12 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 from torch.nn import functional
 
+from keel_megatron.architecture.residual import NormedParts
+from keel_megatron.kernels.head_norms import Weights, head_norms
 from keel_megatron.model.attention_kernel import expands_groups
 from keel_megatron.model.documents import Documents, Packed
 from keel_megatron.model.recompute import free_until_backward
-from keel_megatron.model.rotary import apply_rotary, split_rotary
+from keel_megatron.model.rotary import split_rotary
 
 
 class SdpaAttention(nn.Module):
@@ -115,8 +117,14 @@ class SelfAttention(MegatronSelfAttention):
     """Megatron-core's self-attention with a forward pass for training only.
 
     The modules (linear_qkv, core_attention, linear_proj) and their sharding are Megatron-core's;
-    inference engines, packed sequences and offloading are not supported. With q_layernorm and
-    k_layernorm in its submodules, value is normalised too (HybridNorm).
+    inference engines, packed sequences and offloading are not supported.
+
+    Args:
+        config: Megatron-core's TransformerConfig.
+        submodules: Megatron-core's; q_layernorm is the class of all norms of heads.
+        layer_number: number within the stage's chunk, from 1.
+        norms: of the heads, as `SubLayer.head_norms` has them.
+        kwargs: further arguments of Megatron-core's layer.
 
     Attributes:
         light: free linear_qkv's input until the backward pass (model/recompute.py).
@@ -124,14 +132,21 @@ class SelfAttention(MegatronSelfAttention):
 
     light = False
 
-    def __init__(self, config: Any, submodules: Any, layer_number: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        submodules: Any,
+        layer_number: int,
+        norms: NormedParts = "",
+        **kwargs: Any,
+    ) -> None:
         # Built here: megatron-core 0.18 refuses them where its qk_layernorm is off, and with it on
         # would sum their gradients over the tensor group a second time.
         plain = replace(submodules, q_layernorm=None, k_layernorm=None)
         super().__init__(config, plain, layer_number, **kwargs)
-        for name in ("q_layernorm", "k_layernorm", "v_layernorm"):
-            norm = submodules.k_layernorm if name == "k_layernorm" else submodules.q_layernorm
-            setattr(self, name, None if norm is None else self._norm(norm))
+        for part in "qkv":
+            norm = self._norm(submodules.q_layernorm) if part in norms else None
+            setattr(self, f"{part}_layernorm", norm)
 
     def _norm(self, kind: Any) -> nn.Module:
         return build_module(
@@ -140,6 +155,14 @@ class SelfAttention(MegatronSelfAttention):
             config=self.config,
             eps=self.config.layernorm_epsilon,
         )
+
+    @property
+    def norm_weights(self) -> Weights | None:
+        """Weights of the norms of query, key and value; None: there are none."""
+        if self.q_layernorm is None:
+            return None
+        value = None if self.v_layernorm is None else self.v_layernorm.shared_weight
+        return self.q_layernorm.shared_weight, self.k_layernorm.shared_weight, value
 
     def forward(
         self,
@@ -160,30 +183,14 @@ class SelfAttention(MegatronSelfAttention):
         Returns:
             The branch's output, shaped like the input, and its bias (None).
         """
-        groups = self.num_query_groups_per_partition
+        groups, weights = self.num_query_groups_per_partition, self.norm_weights
         mixed, _bias = self.linear_qkv(hidden_states)
         if self.light:
             free_until_backward(hidden_states, mixed)
-        if self.v_layernorm is None:
-            query, key, value = split_rotary(mixed, rotary_pos_emb, groups)
-        else:
-            query, key, value = self._split_and_norm(mixed)
-            query = apply_rotary(query, rotary_pos_emb)
-            key = apply_rotary(key, rotary_pos_emb)
+        if weights is not None:
+            mixed = head_norms(mixed, weights, groups, self.config.layernorm_epsilon)
+        query, key, value = split_rotary(mixed, rotary_pos_emb, groups)
         context = self.core_attention(
             query, key, value, attention_bias, attn_mask_type=self.attn_mask_type
         )
         return self.linear_proj(context)
-
-    def _split_and_norm(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value from linear_qkv's output, each normalised per head."""
-        assert self.v_layernorm is not None
-        groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        s, b = mixed.shape[:2]
-        parts = mixed.view(s, b, groups, -1, d)
-        query, key, value = torch.split(parts, [parts.size(3) - 2, 1, 1], dim=3)
-        return (
-            self.q_layernorm(query.reshape(s, b, -1, d)),
-            self.k_layernorm(key.squeeze(3)),
-            self.v_layernorm(value.squeeze(3)),
-        )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,19 @@ from keel_megatron.architecture.residual import Inner, Reader, SubLayer
 from keel_megatron.compat import compile_cache
 from keel_megatron.errors import UserError
 from keel_megatron.kernels import reference, triton_is_installed
+from keel_megatron.kernels.head_norms import Weights
 from keel_megatron.model.attention import causal_attention
 from keel_megatron.model.documents import Documents, Packed
-from keel_megatron.model.join import COLUMNS, join
+from keel_megatron.model.join import COLUMNS, join, weight_of
 from keel_megatron.model.layer import KeelLayer
 from keel_megatron.model.rotary import apply_rotary
 
 KINDS = 32
 """Maximum number of compiled graphs: block structures, with and without gradients."""
 
-COMPILED = Reader("kernels.compile", (*COLUMNS, "qkv_norm"))
+COMPILED = Reader("kernels.compile", (*COLUMNS, "head_norms"))
 
-NormWeights = tuple[Tensor, Tensor, Tensor]
+OuterWeights = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Structure:
     groups: int
     epsilon: float
     attention: SubLayer
+    """Without `inner_factor`, which differs from block to block: it is part of the weights."""
     mlp: SubLayer
     following: Inner | None
     """In front of the next block's attention; None: unknown."""
@@ -58,9 +60,9 @@ def block(
     z: Tensor,
     table: Tensor,
     products: tuple[Tensor, Tensor, Tensor, Tensor],
-    outer: tuple[Tensor | None, Tensor | None],
+    outer: tuple[OuterWeights, OuterWeights],
     inner: tuple[Tensor | None, Tensor | None],
-    heads: NormWeights | None,
+    heads: Weights | None,
     within: Tensor | Packed | None,
 ) -> tuple[Tensor, Tensor | None]:
     """`KeelLayer.forward` as a function.
@@ -71,9 +73,10 @@ def block(
         z: the attention's input [s, b, h], in the compute type.
         table: the rotary table [2, s, 1, 1, d].
         products: weights of linear_qkv, linear_proj, linear_fc1 and linear_fc2.
-        outer: weights of the outer norms of attention and FFN, or None.
-        inner: norm weights or vectors in front of the FFN and of the next attention, or None.
-        heads: weights of the query, key and value norms, or None.
+        outer: weights of N_b and of N_out of attention and FFN, or None.
+        inner: norm weights or vectors in front of the FFN and of the next attention, times their
+            factors (`model.join.weight_of`), or None.
+        heads: weights of the norms of query, key and value, or None.
         within: of the micro-batch's documents (`Documents.within`), or None.
 
     Returns:
@@ -95,27 +98,28 @@ def _join(
     rule: SubLayer,
     x: Tensor,
     branch: Tensor,
-    outer: Tensor | None,
+    outer: OuterWeights,
     inner: Inner | None,
     weight: Tensor | None,
 ) -> tuple[Tensor, Any]:
-    """`model.join` with the reference operation, which torch compiles."""
+    """`model.join` with the reference operations, which torch compiles."""
     return join(
         reference.scaled_add_norm,
         rule,
         x,
         branch,
-        outer,
+        *outer,
         None if inner is None else (inner, weight),
         structure.epsilon,
         branch.dtype,
+        norm=reference.rms_norm,
     )
 
 
 def _query_key_value(
-    mixed: Tensor, table: Tensor, structure: Structure, weights: NormWeights | None
+    mixed: Tensor, table: Tensor, structure: Structure, weights: Weights | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`split_rotary`, or with norm weights HybridNorm's norms and then the rotation."""
+    """`head_norms` where there are weights, and `split_rotary`."""
     s, b = mixed.shape[:2]
     d = table.size(-1)
     parts = mixed.view(s, b, structure.groups, -1, d)
@@ -124,7 +128,11 @@ def _query_key_value(
     if weights is not None:
         stream = torch.promote_types(mixed.dtype, torch.float32)
         query, key, value = (
-            reference.rms_norm(one.to(stream), weight.to(stream), structure.epsilon, mixed.dtype)
+            one
+            if weight is None
+            else reference.rms_norm(
+                one.to(stream), weight.to(stream), structure.epsilon, mixed.dtype
+            )
             for one, weight in zip((query, key, value), weights, strict=True)
         )
     return apply_rotary(query, table), apply_rotary(key, table), value
@@ -192,8 +200,8 @@ class CompiledBlock:
         self._structure = Structure(
             groups=attention.num_query_groups_per_partition,
             epsilon=layer.config.layernorm_epsilon,
-            attention=rules[0],
-            mlp=rules[1],
+            attention=replace(rules[0], inner_factor=1.0),
+            mlp=replace(rules[1], inner_factor=1.0),
             following=following,
         )
         self._products = tuple(
@@ -205,12 +213,14 @@ class CompiledBlock:
                 mlp.linear_fc2,
             )
         )
-        norms = (layer.attention_outer_norm, layer.mlp_outer_norm)
-        self._outer = tuple(map(_weight, norms))
+        self._outer = (
+            (_weight(layer.attention_branch_norm), _weight(layer.attention_outer_norm)),
+            (_weight(layer.mlp_branch_norm), _weight(layer.mlp_outer_norm)),
+        )
         after = layer.following[0].input_layernorm if layer.following else None
-        self._inner = (_weight(layer.pre_mlp_layernorm), _weight(after))
+        self._inner = (layer.pre_mlp_layernorm, after)
         heads = (attention.q_layernorm, attention.k_layernorm, attention.v_layernorm)
-        self._heads = tuple(map(_weight, heads)) if rules[0].qkv_norm else None
+        self._heads = tuple(map(_weight, heads)) if rules[0].head_norms else None
 
     def __call__(
         self, x: Tensor, z: Tensor, table: Tensor, documents: Documents | None
@@ -223,7 +233,7 @@ class CompiledBlock:
             table,
             self._products,
             self._outer,
-            self._inner,
+            tuple(map(weight_of, self._inner)),
             self._heads,
             None if documents is None else _within(documents, z, table),
         )

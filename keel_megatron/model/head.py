@@ -20,6 +20,8 @@ class OutputLayer(ColumnParallelLinear):
 
     rows: int
     """Maximum tokens whose logits are in memory at once."""
+    z_loss: float = 0.0
+    """Coefficient of the z-loss, which is in the gradients and not in the losses."""
 
     def forward(
         self,
@@ -48,6 +50,7 @@ class OutputLayer(ColumnParallelLinear):
             matrix,
             labels.t().flatten(),
             rows=self.rows,
+            z_loss=self.z_loss,
             split=Split(self.tp_group, self.sequence_parallel) if parallel else None,
             accumulate=gradient_sums(matrix) is not None,
         )

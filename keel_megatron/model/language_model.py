@@ -23,7 +23,7 @@ from keel_megatron.model.head import OutputLayer
 from keel_megatron.model.initialization import initialize
 from keel_megatron.model.layer import link
 from keel_megatron.model.micro_batch import MicroBatch
-from keel_megatron.model.norm import stream_dtype
+from keel_megatron.model.norm import RMSNorm, stream_dtype
 from keel_megatron.model.rotary import RotaryTable
 from keel_megatron.model.specs import chunk_spec
 from keel_megatron.model.stream import Noise
@@ -144,11 +144,18 @@ class LanguageModel(GPTModel):
             **kwargs,
         )
         self._run = run
+        if self.pre_process and model.embedding_norm:
+            self.embedding_norm = RMSNorm(
+                config, model.hidden_size, model.norm_epsilon, output="stream"
+            )
+            # Whoever asks for x_0 asks the embedding.
+            self.embedding.register_forward_hook(lambda _module, _in, x: self.embedding_norm(x))
         self.rotary_pos_emb = RotaryTable(
             model.head_dim, model.rope_theta, run.data.seq_length, config.params_dtype
         )
         if self.post_process:
             head = replace_output_layer(self, OutputLayer)
+            head.z_loss = run.training.z_loss
             head.rows = run.kernels.rows_at_once(head.output_size_per_partition)
 
     def forward(

@@ -14,7 +14,6 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 from torch import Tensor, nn
-from torch.nn import functional
 
 from keel_megatron.architecture.residual import Reader, SubLayer
 from keel_megatron.config.model import ModelConfig
@@ -24,7 +23,7 @@ from keel_megatron.model.join import COLUMNS, join, weight_of
 from keel_megatron.model.micro_batch import MicroBatch
 from keel_megatron.model.stream import Noise, stored, storing
 
-BLOCKS = Reader("a block of the model", (*COLUMNS, "qkv_norm"))
+BLOCKS = Reader("a block of the model", (*COLUMNS, "head_norms"))
 
 Observer = Callable[[int, Tensor, Tensor, float, Tensor], None]
 """Called with (l, x, F, alpha, x') for each sub-layer: its global number from 0, the stream before
@@ -38,9 +37,10 @@ Compiled = Callable[[Tensor, Tensor, Tensor, Documents | None], tuple[Tensor, Te
 
 @dataclass
 class KeelLayerSubmodules(TransformerLayerSubmodules):
-    """Megatron-core's submodules, the outer norms, and replacements of missing inner norms."""
+    """Megatron-core's submodules, the other norms, and replacements of missing inner norms."""
 
     outer_norm: ModuleSpec | type = IdentityOp
+    branch_norm: ModuleSpec | type = IdentityOp
     inner_vector: ModuleSpec | type = IdentityOp
     no_inner: ModuleSpec | type = IdentityOp
 
@@ -83,6 +83,9 @@ class KeelLayer(TransformerLayer):
             self.input_layernorm = self._build(instead[self.attention_rule.inner])
         if self.mlp_rule.inner != "norm":
             self.pre_mlp_layernorm = self._build(instead[self.mlp_rule.inner])
+        for rule, module in (self.inner("attention"), self.inner("mlp")):
+            if rule.inner != "none":
+                module.factor = rule.inner_factor  # type: ignore[assignment]
         self.following: tuple[KeelLayer, ...] = ()
         self.observer: Observer | None = None
         self.compiled: Compiled | None = None
@@ -91,6 +94,12 @@ class KeelLayer(TransformerLayer):
         )
         self.mlp_outer_norm = (
             self._build(submodules.outer_norm) if self.mlp_rule.outer_norm else None
+        )
+        self.attention_branch_norm = (
+            self._build(submodules.branch_norm) if self.attention_rule.branch_norm else None
+        )
+        self.mlp_branch_norm = (
+            self._build(submodules.branch_norm) if self.mlp_rule.branch_norm else None
         )
 
     def _build(self, spec: ModuleSpec | type) -> nn.Module:
@@ -135,20 +144,10 @@ class KeelLayer(TransformerLayer):
         branch, _bias = self.self_attention(
             z, attention_mask, rotary_pos_emb=rotary_pos_emb, attention_bias=batch.documents
         )
-        x, z = self._join(
-            l, x, branch, self.attention_rule, self.attention_outer_norm, (self, "mlp"), noise
-        )
+        x, z = self._join(l, x, branch, (self, "mlp"), noise)
         branch, _bias = self.mlp(z)
         after = self.following[0] if self.following else None
-        return self._join(
-            l + 1,
-            x,
-            branch,
-            self.mlp_rule,
-            self.mlp_outer_norm,
-            None if after is None else (after, "attention"),
-            noise,
-        )
+        return self._join(l + 1, x, branch, None if after is None else (after, "attention"), noise)
 
     def inner(self, which: SubLayerName) -> tuple[SubLayer, nn.Module]:
         """The columns of a sub-layer of this block, and the module in front of its branch."""
@@ -156,13 +155,17 @@ class KeelLayer(TransformerLayer):
             return self.attention_rule, self.input_layernorm
         return self.mlp_rule, self.pre_mlp_layernorm
 
+    def outer_weights(self, which: SubLayerName) -> tuple[Tensor | None, Tensor | None]:
+        """The weights [h] of N_b and N_out of a sub-layer of this block, or None."""
+        if which == "attention":
+            return weight_of(self.attention_branch_norm), weight_of(self.attention_outer_norm)
+        return weight_of(self.mlp_branch_norm), weight_of(self.mlp_outer_norm)
+
     def _join(
         self,
         l: int,
         x: Tensor,
         branch: Tensor,
-        rule: SubLayer,
-        outer_norm: nn.Module | None,
         following: tuple[KeelLayer, SubLayerName] | None,
         noise: Noise | None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -174,13 +177,11 @@ class KeelLayer(TransformerLayer):
             l: the sub-layer's global number.
             x: the stream before it.
             branch: F, in the compute type.
-            rule: the sub-layer's columns.
-            outer_norm: N_out, or None.
             following: the block and sub-layer that the stream enters next; None: unknown.
             noise: rounds the stream stochastically.
         """
-        if self.hidden_dropout and self.training:
-            branch = functional.dropout(branch, self.hidden_dropout)
+        which: SubLayerName = "mlp" if l % 2 else "attention"
+        rule, _module = self.inner(which)
         front = None
         if following is not None:
             next_rule, module = following[0].inner(following[1])
@@ -191,11 +192,12 @@ class KeelLayer(TransformerLayer):
             rule,
             x,
             branch,
-            weight_of(outer_norm),
+            *self.outer_weights(which),
             front,
             self.config.layernorm_epsilon,
             self.config.params_dtype,
             observer,
+            dropout=self.hidden_dropout if self.training else 0.0,
         )
 
     def _observed(self, l: int, rule: SubLayer) -> Callable[[Tensor, Tensor, Tensor], None]:

@@ -49,7 +49,7 @@ def transformer_engine() -> Family:
 
 def layer_spec(model: ModelConfig, family: Family, block: int) -> ModuleSpec:
     """The spec of block number `block` (from 0) under the residual rule."""
-    head_norm = HeadNorm if BLOCKS.sub_layer(2 * block, model).qkv_norm else None
+    norms = BLOCKS.sub_layer(2 * block, model).head_norms
     return ModuleSpec(
         module=KeelLayer,
         params={"model": model},
@@ -57,13 +57,12 @@ def layer_spec(model: ModelConfig, family: Family, block: int) -> ModuleSpec:
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
+                params={"attn_mask_type": AttnMaskType.causal, "norms": norms},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=family.column_linear,
                     core_attention=family.core_attention,
                     linear_proj=family.row_linear,
-                    q_layernorm=head_norm,
-                    k_layernorm=head_norm,
+                    q_layernorm=HeadNorm,
                 ),
             ),
             pre_mlp_layernorm=RMSNorm,
@@ -74,6 +73,7 @@ def layer_spec(model: ModelConfig, family: Family, block: int) -> ModuleSpec:
                 ),
             ),
             outer_norm=ModuleSpec(module=RMSNorm, params={"output": "stream"}),
+            branch_norm=RMSNorm,
             inner_vector=BranchVector,
             no_inner=BranchCast,
         ),

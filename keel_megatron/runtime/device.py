@@ -93,6 +93,11 @@ def choose_device(preference: Literal["auto", "cuda", "cpu"], local_rank: int) -
     return torch.device("cuda", local_rank)
 
 
+def gpu_name(device: torch.device) -> str | None:
+    """Name of a CUDA device; None for the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
 def set_cuda_numerics(*, deterministic: bool) -> None:
     """Set how torch's CUDA kernels compute, for this process.
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from keel_megatron.errors import UserError
 from keel_megatron.runtime import exit_codes, ownership
-from keel_megatron.runtime.files import LineFile
 from keel_megatron.studies.cost import cost_of
 from keel_megatron.studies.grid import Grid, GridRun, Row
 from keel_megatron.studies.parent import reported
@@ -24,6 +22,7 @@ from keel_megatron.studies.results import (
 )
 from keel_megatron.studies.runner import Ended, LocalRunner
 from keel_megatron.studies.slurm import run_on_slurm
+from keel_megatron.tracking.screen import Screen
 
 LOG = "study.log"
 Say = Callable[[str], None]
@@ -40,14 +39,15 @@ def run_here(grid: Grid, parallel: int, *, measure: bool = True) -> int:
     Raises:
         UserError: another process works in the study's folder, or it cannot be written.
     """
-    with ownership.take(grid.out, ownership.STUDIED), saying(grid.out) as say:
+    with ownership.take(grid.out, ownership.STUDIED), closing(Screen(grid.out / LOG)) as screen:
+        say = screen.say
         rows, seconds = Rows(grid), dict[str, float]()
         if measure and not all(map(has_result, grid.runs)):
             cost = cost_of(grid, parallel, say=say)
             say("\n".join(cost.summary()))
             seconds = cost.seconds
         with reported(grid, say) as report:
-            ended = LocalRunner(grid, parallel, say, rows.add, seconds).run()
+            ended = LocalRunner(grid, parallel, screen, rows.add, seconds).run()
             rows.conclude(say)
             code = _end(grid, ended, say)
             if ended.signal is not None:
@@ -70,9 +70,10 @@ def run_on_cluster(grid: Grid, parallel: int, options: Sequence[str]) -> int:
     """
     with (
         ownership.take(grid.out, ownership.STUDIED),
-        saying(grid.out) as say,
-        reported(grid, say) as report,
+        closing(Screen(grid.out / LOG)) as screen,
+        reported(grid, screen.say) as report,
     ):
+        say = screen.say
         left = run_on_slurm(grid, parallel, options, say)
         Rows(grid).conclude(say)
         report.status = "KILLED" if left else "FINISHED"
@@ -120,23 +121,6 @@ class Rows:
         missing = [run.name for run in self._grid.runs if run.name not in self._rows]
         with _writing(self._grid.out):
             write_results(self._grid.study.name, self._grid.out, self._ordered(), missing)
-
-
-@contextmanager
-def saying(out: Path) -> Iterator[Say]:
-    """A function that shows a message and appends it to the study's log."""
-    lines = LineFile(out / LOG)
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        for line in text.splitlines():
-            lines.append(f"{now} {line}")
-
-    try:
-        yield say
-    finally:
-        lines.close()
 
 
 def _end(grid: Grid, ended: Ended, say: Say) -> int:

@@ -2,6 +2,7 @@
 
 Each run trains on one task from scratch; its accuracy on questions of each k is measured after its
 last step by `evaluation.tasks`. What a block cannot do in one step, a deeper model can do in more.
+Only the answers count in the loss, and no document sees another, as in the evaluation.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from typing import Any
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import UserError
+from keel_megatron.runtime.files import write_whole
 from keel_megatron.studies import pictures
 from keel_megatron.studies.generated_tasks import (
     LARGEST,
     TASKS,
+    TEMPLATE,
     Task,
+    longest,
     write_evaluation,
     write_tokenizer,
     write_training,
@@ -53,16 +57,20 @@ def study(
         documents: of each task's training text.
 
     Raises:
-        UserError: a task is unknown, k is too large, or a file cannot be written.
+        UserError: a task is unknown, k is too large, sequences are too short for a task's
+            documents, or a file cannot be written.
     """
     for name in tasks:
         if name not in TASKS:
             raise UserError(f"--tasks: {name} must be one of {', '.join(TASKS)}")
     if not 1 <= largest <= LARGEST:
         raise UserError(f"--largest: {largest} must be from 1 to {LARGEST}")
+    _check_lengths(config, tasks, largest)
     folder = config.data.cache_dir / FOLDER
+    template = folder / "template.jinja"
     try:
         vocabulary = write_tokenizer(folder / "tokenizer.model")
+        write_whole(template, TEMPLATE)
         files = {name: _write(folder, TASKS[name], largest, documents) for name in tasks}
     except OSError as error:
         raise UserError(
@@ -75,7 +83,10 @@ def study(
         overrides: dict[str, Any] = {
             "model.residual": rule,
             **depth(sub_layers),
-            "data.text": [str(training)],
+            "data.text": None,
+            "data.sources": [{"name": task, "text": [str(training)], "format": "chat"}],
+            "data.chat_template": str(template),
+            "data.document_masks": True,
             "data.tokenizer": str(folder / "tokenizer.model"),
             "data.vocab_size": vocabulary,
             "evaluation.every": config.training.steps,
@@ -91,6 +102,22 @@ def study(
         for rule in axes.rules or RULES
     ]
     return Study("depth-tasks", points, table, picture, lambda _point, run: row(run))
+
+
+def _check_lengths(config: RunConfig, tasks: Sequence[str], largest: int) -> None:
+    """Refuse sequences in which a document does not fit.
+
+    Raises:
+        UserError: that.
+    """
+    length = config.data.seq_length
+    for name in tasks:
+        needed = longest(TASKS[name], largest) - 1  # the last token is a label only
+        if needed > length:
+            raise UserError(
+                f"data.seq_length: {length} is too short for {name} with {largest} steps; it must "
+                f"be at least {needed}, or --largest smaller"
+            )
 
 
 def _write(folder: Path, task: Task, largest: int, documents: int) -> tuple[Path, list[Path]]:
@@ -128,7 +155,14 @@ def table(rows: Sequence[Row]) -> str:
         shown = [spread(found, f"k{k}") for k in ks]
         guess = f"{1 / len(TASKS[task].answers):.3f}"
         lines.append([task, sub_layers, rule, spread(found), *shown, guess])
-    columns = ["task", "sub-layers", "rule", "training loss", *(f"k = {k}" for k in ks), "guess"]
+    columns = [
+        "task",
+        "sub-layers",
+        "rule",
+        "loss of the answer",
+        *(f"k = {k}" for k in ks),
+        "guess",
+    ]
     return markdown(columns, lines)
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from keel_megatron.runtime.machines import this_machine
 from keel_megatron.studies.gradient_flow import FIRST, GradientFlow
 from keel_megatron.studies.results import (
     PICTURE,
@@ -45,8 +46,9 @@ def save_flows(flows: Sequence[GradientFlow], out: Path) -> list[str]:
         OSError: one of them cannot be written.
     """
     table = flow_table(flows)
-    write_results("gradient-flow", out, [asdict(flow) for flow in flows])
-    write_table(out, table)
+    rows, machine = [asdict(flow) for flow in flows], str(this_machine())
+    write_results("gradient-flow", out, rows, machine=machine)
+    write_table(out, table, rows, machine)
     plot_flows(flows, out / PICTURE)
     return [table, f"{out / RESULTS}, {out / TABLE}, {out / PICTURE}"]
 

@@ -3,6 +3,10 @@
 A document is a context and its answer, one symbol: a letter after a space. In training, k is drawn
 uniformly from 1 to the largest k; each evaluation file has one k. No document gives away an
 intermediate step. A wrong guess among n symbols is right with probability 1 / n.
+
+A context is random, so nothing can be learned of it: only the answer counts in the loss. So the
+training text is one of conversations, a question and the assistant's answer, with a chat template
+that adds nothing to them.
 """
 
 from __future__ import annotations
@@ -105,6 +109,15 @@ TASKS = {
         Task("chain", f"resolve k assignments modulo {MODULUS}", NUMBERS[:MODULUS], chain),
     )
 }
+TEMPLATE = """\
+{%- for message in messages %}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}{{ message['content'] }}{% endgeneration %}
+{%- else %}
+{{- message['content'] }}
+{%- endif %}
+{%- endfor %}
+"""
 LARGEST = POINTERS - 1
 """The largest k that all tasks have."""
 
@@ -118,13 +131,20 @@ def problems(task: Task, count: int, ks: range, seed: str) -> Iterator[tuple[int
 
 
 def write_training(path: Path, task: Task, count: int, ks: range) -> None:
-    """Write a training text as JSON lines.
+    """Write a training text as conversations in JSON lines, for `TEMPLATE`.
 
     Raises:
         OSError: it cannot be written.
     """
     lines = [
-        json.dumps({"text": text((*one.context, one.answer))})
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": text(one.context)},
+                    {"role": "assistant", "content": text((one.answer,))},
+                ]
+            }
+        )
         for _k, one in problems(task, count, ks, "training")
     ]
     write_whole(path, "\n".join(lines) + "\n")
@@ -163,6 +183,11 @@ def write_tokenizer(path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(train_tokenizer([text(symbols)] * 64, size))
     return size
+
+
+def longest(task: Task, largest: int) -> int:
+    """Tokens of the longest document of up to so many steps, its end included."""
+    return len(task.make(random.Random(0), largest).context) + 2
 
 
 def text(symbols: tuple[str, ...]) -> str:

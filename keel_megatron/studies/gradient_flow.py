@@ -30,7 +30,16 @@ from keel_megatron.runtime.distributed import start
 
 ANALYSIS = Reader(
     "the study of gradient flow",
-    ("alpha", "branch_factor", "inner", "outer_norm", "qkv_norm"),  # a fixed branch has any inside
+    # A fixed branch has any inside.
+    (
+        "alpha",
+        "branch_factor",
+        "branch_norm",
+        "inner",
+        "inner_factor",
+        "outer_norm",
+        "head_norms",
+    ),
 )
 FIRST = 2
 """The analysis starts after the first block: Keel's has fewer norms, and x_0 is the embedding."""

@@ -23,20 +23,23 @@ def rule_colour(rule: str) -> str:
     return COLOURS[list(RULES).index(rule) % len(COLOURS)]
 
 
-def new_figure(title: str, panels: int = 1, note: str = "") -> tuple[Figure, list[Axes]]:
+def new_figure(
+    title: str, panels: int = 1, note: str = "", rows: int = 1
+) -> tuple[Figure, list[Axes]]:
     """A figure with panels beside each other.
 
     Args:
         title: of the whole figure.
-        panels: number of axes.
+        panels: number of axes in a row.
         note: small text below: the size of the runs, the number of seeds.
+        rows: of axes, which are returned row by row.
     """
     from matplotlib.figure import Figure
 
     width = 8.6 if panels == 1 else 5.2 * panels + 0.8
-    figure = Figure(figsize=(width, 5.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, 5.2 * rows), dpi=150, layout="constrained")
     figure.suptitle(title, x=0.02, ha="left", **TITLE)
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    axes = list(figure.subplots(rows, panels, squeeze=False).flat)
     if note:
         figure.supxlabel(note, x=0.02, ha="left", fontsize=10, color=QUIET, parse_math=False)
     return figure, axes

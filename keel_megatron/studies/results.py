@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import shlex
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,9 +24,9 @@ from typing import Any
 
 from keel_megatron import __version__
 from keel_megatron.config.reading import read_small
-from keel_megatron.runtime import exit_codes
-from keel_megatron.runtime.cores import available_cores
+from keel_megatron.runtime import exit_codes, machines
 from keel_megatron.runtime.files import write_whole
+from keel_megatron.runtime.tables import count
 from keel_megatron.runtime.versions import package_versions
 from keel_megatron.studies.grid import Grid, GridRun, Row
 from keel_megatron.tracking.metrics import iterate_metrics
@@ -88,7 +87,8 @@ def row_of(grid: Grid, run: GridRun) -> Row:
     """One run's row: labels, and numbers from its log.
 
     `loss` is the mean training loss of the last steps and `validation_loss` that after the last
-    step, nats per token; both are None if the run diverged. `step_seconds` is the median.
+    step, nats per token; both are None if the run diverged. `step_seconds` is the median. `machine`
+    is what trained it.
     """
     records = list(iterate_metrics(run.folder / METRICS_FILE))
     steps = [m for m in records if "loss" in m]
@@ -107,6 +107,7 @@ def row_of(grid: Grid, run: GridRun) -> Row:
         "tokens": steps[-1]["consumed_tokens"] if steps else 0,
         "step_seconds": statistics.median(seconds) if seconds else None,
         "ended": _date(records[-1]["time"] / 1000) if records else None,
+        "machine": machines.named(machines.recorded(run.folder)),
     }
     return {**measured, **grid.study.row(run.point, run.folder)}
 
@@ -117,7 +118,12 @@ def collect(grid: Grid) -> list[Row]:
 
 
 def write_results(
-    name: str, out: Path, rows: Sequence[Row], missing: Sequence[str] = (), **more: Any
+    name: str,
+    out: Path,
+    rows: Sequence[Row],
+    missing: Sequence[str] = (),
+    machine: str | None = None,
+    **more: Any,
 ) -> None:
     """Write results.json: rows, and where, when and by what they were measured.
 
@@ -126,6 +132,7 @@ def write_results(
         out: its folder.
         rows: JSON objects; a number that is not finite is written as null.
         missing: names of runs without a result so far.
+        machine: what measured all rows; None: each row says it.
         more: further entries.
 
     Raises:
@@ -133,7 +140,7 @@ def write_results(
     """
     found = {
         "study": name,
-        **provenance(rows),
+        **provenance(rows, machine),
         **more,
         "missing": list(missing),
         "rows": list(rows),
@@ -141,35 +148,41 @@ def write_results(
     write_whole(out / RESULTS, json.dumps(_finite(found), indent=1, allow_nan=False) + "\n")
 
 
-def write_table(out: Path, table: str, rows: Sequence[Row] = ()) -> None:
-    """Write table.md: a study's table under the command, the machine and the date.
+def write_table(out: Path, table: str, rows: Sequence[Row], machine: str | None = None) -> None:
+    """Write table.md: a study's table under the command, the machines and the date.
 
     Args:
         out: the study's folder.
         table: Markdown.
         rows: what it shows.
+        machine: as for `write_results`.
 
     Raises:
         OSError: it cannot be written.
     """
-    origin = provenance(rows)
-    machine = origin["machine"]
+    origin = provenance(rows, machine)
     heading = (
-        f"`{origin['command']}`\n\n{machine['cpu']}, {machine['cores']} cores; "
+        f"`{origin['command']}`\n\n{_where(origin)}; "
         f"keel-megatron {origin['version']}, torch {origin['packages'].get('torch', '-')}; "
         f"{origin['date']}\n\n"
     )
     write_whole(out / TABLE, heading + table.rstrip() + "\n")
 
 
-def provenance(rows: Sequence[Row] = ()) -> dict[str, Any]:
-    """Command line, version, machine and packages of this process; when the last run ended."""
+def provenance(rows: Sequence[Row], machine: str | None = None) -> dict[str, Any]:
+    """Where results come from.
+
+    Command, version, packages and `collected_on` are this process's; `machines` are those that
+    trained or measured the rows, with the number of rows; `date` is when the last run ended.
+    """
+    names = Counter(machine or row["machine"] for row in rows)
     ended = [row["ended"] for row in rows if row.get("ended")]
     words = [Path(sys.argv[0]).name.replace("__main__.py", "keel"), *sys.argv[1:]]
     return {
         "command": shlex.join(words),
         "version": __version__,
-        "machine": {"cpu": _cpu(), "cores": available_cores(), "host_cores": os.cpu_count()},
+        "machines": dict(names),
+        "collected_on": str(machines.this_machine()),
         "date": max(ended, default=_date(time.time())),
         "packages": package_versions(),
     }
@@ -266,12 +279,12 @@ def _date(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")
 
 
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def _where(origin: Mapping[str, Any]) -> str:
+    """The machines of a study for its table's heading."""
+    names: Mapping[str, int] = origin["machines"]
+    shown = [
+        name if len(names) == 1 else f"{name} ({count(n, 'run')})" for name, n in names.items()
+    ]
+    if any(machines.NOT_RECORDED in name for name in names):
+        return f"machine: {'; '.join(shown)}; results collected on {origin['collected_on']}"
+    return "; ".join(shown)

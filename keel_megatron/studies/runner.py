@@ -25,7 +25,10 @@ from keel_megatron.runtime.parent import STARTED_BY
 from keel_megatron.runtime.processes import count_gpus
 from keel_megatron.studies.grid import Grid, GridRun, Row
 from keel_megatron.studies.results import LOGS, has_result
+from keel_megatron.studies.status import RunStatus, Status
 from keel_megatron.tracking.progress import duration
+from keel_megatron.tracking.run_log import METRICS_FILE
+from keel_megatron.tracking.screen import Screen
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.1
@@ -33,8 +36,6 @@ _BUSY_SECONDS = 2.0
 """Between looks at a folder in which a process of an earlier start still saves."""
 _SHOWN_LINES = 8
 _TAIL_BYTES = 1 << 14
-
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -48,6 +49,7 @@ class _Process:
     """Where this start's output begins in the log."""
     slot: int
     began: float
+    status: RunStatus
 
 
 @dataclass
@@ -68,7 +70,7 @@ class LocalRunner:
     Args:
         grid: the runs.
         parallel: processes at the same time (groups of them for a layout with several ranks).
-        say: called with a line of progress.
+        screen: shows progress and messages.
         finished: called after a run has ended with a result; returns its row.
         seconds: predicted seconds of each run by name, which weigh the time left.
     """
@@ -77,13 +79,14 @@ class LocalRunner:
         self,
         grid: Grid,
         parallel: int,
-        say: Say,
+        screen: Screen,
         finished: Callable[[GridRun], Row],
         seconds: Mapping[str, float] | None = None,
     ) -> None:
         self._grid = grid
         self._parallel = parallel
-        self._say = say
+        self._say = screen.say
+        self._status = Status(screen)
         self._seconds = seconds or {}
         self._finished = finished
         self._running: list[_Process] = []
@@ -106,6 +109,7 @@ class LocalRunner:
                 self._signal(signal.SIGTERM)
                 for process in self._running:
                     process.popen.wait()
+                self._status.end()
         return self._ended
 
     def _loop(self, waiting: list[GridRun]) -> None:
@@ -126,6 +130,7 @@ class LocalRunner:
                 if code is not None:
                     self._running.remove(process)
                     self._note(process, exit_codes.to_shell(code), waiting)
+            self._status.show([process.status for process in self._running])
             time.sleep(POLL_SECONDS)
 
     def _start(self, run: GridRun) -> None:
@@ -144,7 +149,8 @@ class LocalRunner:
                 process_group=0,
             )
             start = output.tell()
-        self._running.append(_Process(run, popen, log, start, slot, time.monotonic()))
+        status = RunStatus(run.name, run.folder / METRICS_FILE, run.config.training.steps)
+        self._running.append(_Process(run, popen, log, start, slot, time.monotonic(), status))
         self._say(f"{run.name}: started")
 
     def _note(self, process: _Process, code: int, waiting: list[GridRun]) -> None:

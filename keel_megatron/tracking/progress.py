@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
-import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from keel_megatron.config.terminal import printable, trusted
-from keel_megatron.runtime.files import NO_ROOM, LineFile
 from keel_megatron.tracking.records import EvaluationRecord, StepRecord, ValidationRecord
-from keel_megatron.urls import without_credentials
+from keel_megatron.tracking.screen import Screen
 
 _LINES_PER_HEADER = 20
-_SECONDS_PER_REFRESH = 0.1
 
 
 class Progress:
@@ -49,28 +42,10 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stream: TextIO | None = stream or sys.stdout
+        self._screen = Screen(log, stream)
         self._steps = steps
         self._every = log_every
         self._lock = threading.RLock()
-        self._log: LineFile | None = None
-        self._unkept: list[str] = []
-        if log is not None:
-            self.keep(log)
-        # rich's own detection would treat a file as a terminal if FORCE_COLOR is set.
-        terminal = self._stream.isatty()
-        self._console = Console(
-            file=trusted(self._stream),
-            force_terminal=terminal,
-            markup=False,
-            emoji=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-        self._is_live = terminal and not self._console.is_dumb_terminal
-        self._live: Live | None = None
-        self._shown_at = 0.0
-        self._clock = clock
         self._rate = _Rate(clock)
         self._width = max(10, 2 * len(str(steps)) + 2)
         self._lines = 0
@@ -79,32 +54,18 @@ class Progress:
 
     def keep(self, log: Path) -> None:
         """Write everything to a file from now on, earlier messages first."""
-        with self._lock:
-            self._log = LineFile(log, self._show)
-            for line in self._unkept:
-                self._log.append(line)
-            self._unkept.clear()
+        self._screen.keep(log)
 
     def say(self, text: str) -> None:
         """Show a message, above the live display if there is one, and write it to the log.
 
         Parts of URLs that may be secret are hidden.
         """
-        text = without_credentials(text)
-        with self._lock:
-            self._show(text)
-            self.note(text)
+        self._screen.say(text)
 
     def note(self, text: str) -> None:
         """Write a message to the log only."""
-        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        lines = [f"{now} {line}" for line in without_credentials(text).splitlines() or [""]]
-        with self._lock:
-            if self._log is None:
-                self._unkept += lines
-            else:
-                for line in lines:
-                    self._log.append(line)
+        self._screen.note(text)
 
     def step(self, record: StepRecord) -> None:
         """Show a finished step."""
@@ -112,13 +73,13 @@ class Progress:
             self._last = record
             left = self._rate.seconds_a_step(record) * (self._steps - record.step)
             if record.step % self._every == 0 or record.step == self._steps:
-                out = self.note if self._is_live else self.say
+                out = self.note if self._screen.is_live else self.say
                 if self._lines % _LINES_PER_HEADER == 0:
                     out(self._header())
                 self._lines += 1
                 out(self._line(record, left))
-            if self._is_live:
-                self._refresh(record, left)
+            if self._screen.is_live:
+                self._screen.draw(lambda: self._picture(record, left))
 
     def validation(self, record: ValidationRecord) -> None:
         """Show a validation."""
@@ -138,44 +99,16 @@ class Progress:
     def stop(self) -> None:
         """End the live display; later messages are text lines."""
         with self._lock:
-            live, self._live, self._is_live = self._live, None, False
-            if live is not None:
-                if self._last is not None:
-                    left = self._rate.last * (self._steps - self._last.step)
-                    live.update(self._picture(self._last, left))
-                with suppress(OSError):
-                    live.stop()
+            last = self._last
+            left = 0.0 if last is None else self._rate.last * (self._steps - last.step)
+            self._screen.stop(None if last is None else self._picture(last, left))
 
     def close(self) -> None:
         """End the live display and close the log; later messages are only shown."""
-        with self._lock:
-            try:
-                self.stop()
-            finally:
-                if self._log is not None:
-                    self._log.close()
-                    self._log = None
-
-    def _show(self, text: str) -> None:
-        if self._stream is None:
-            return
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        text = printable(text).encode(encoding, "replace").decode(encoding)
         try:
-            if self._live is not None:
-                self._console.print(text)
-            else:
-                # Not through rich, which exits the program when a pipe is closed.
-                self._stream.write(text + "\n")
-                self._stream.flush()
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                self._go_silent()
-
-    def _go_silent(self) -> None:
-        """Stop printing to a closed pipe or terminal; the log continues."""
-        self._stream = self._live = None
-        self._is_live = False
+            self.stop()
+        finally:
+            self._screen.close()
 
     def _header(self) -> str:
         return f"{'step':>{self._width}}      loss  grad norm  learning rate   tokens/s  time left"
@@ -186,21 +119,6 @@ class Progress:
             f" {record.grad_norm:>10.3f} {record.learning_rate:>14.3e}"
             f" {record.tokens_per_second:>10,.0f} {duration(left):>10}"
         )
-
-    def _refresh(self, record: StepRecord, left: float) -> None:
-        now = time.monotonic()
-        if self._live is not None and now - self._shown_at < _SECONDS_PER_REFRESH:
-            return
-        self._shown_at = now
-        picture = self._picture(record, left)
-        try:
-            if self._live is None:
-                # No refresh thread: the display changes only at steps.
-                self._live = Live(picture, console=self._console, auto_refresh=False)
-                self._live.start()
-            self._live.update(picture, refresh=True)
-        except OSError:
-            self._go_silent()
 
     def _picture(self, record: StepRecord, left: float) -> RenderableType:
         bar = Table.grid(padding=(0, 1), expand=True)

@@ -22,6 +22,7 @@ from keel_megatron.data.earlier import is_earlier
 from keel_megatron.data.file_checks import check_files
 from keel_megatron.data.identity import ANOTHER_RUN, refuse_other
 from keel_megatron.data.index_files import open_sequences
+from keel_megatron.data.packing import PackedSequences
 from keel_megatron.errors import UserError
 from keel_megatron.training.startup import check
 
@@ -61,7 +62,7 @@ def ready_dataset(config: RunConfig, say: Say, *, on_one_machine: bool) -> Path:
     check_files(dataset, config.data.cache_dir, say)
     for source in dataset.sources:
         for part in ("train", "validation"):
-            open_sequences(
+            sequences = open_sequences(
                 dataset,
                 source,
                 part,
@@ -71,6 +72,8 @@ def ready_dataset(config: RunConfig, say: Say, *, on_one_machine: bool) -> Path:
                 say,
                 check=True,
             )
+            if isinstance(sequences, PackedSequences):
+                say(f"{source.name}, {part}: {sequences.describe()}")
     return folder
 
 

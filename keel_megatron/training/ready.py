@@ -84,7 +84,7 @@ def get_ready(
         for remark in start.remarks:
             say(remark)
     batches = open_batches(config, runtime, data, say)
-    _announce(config, runtime, say, data)
+    _announce(config, runtime, say, data, batches)
     for line in [*stage_table(partition), summary(partition)]:
         say(line)
     if config.kernels.compile:
@@ -120,6 +120,7 @@ def open_batches(
         labels=runtime.pipeline_rank == runtime.pipeline_size - 1,
         documents=settings.document_masks,
         loss_mask=settings.masks_eod_loss,
+        counts=data.has_masks,
         sequences=config.model.stream == "bf16_stochastic",
     )
     train = [sequences(source, "train") for source in data.sources]
@@ -153,7 +154,9 @@ def open_batches(
     return Batches(source, validation)
 
 
-def _announce(config: RunConfig, runtime: Runtime, say: Say, data: Dataset) -> None:
+def _announce(
+    config: RunConfig, runtime: Runtime, say: Say, data: Dataset, batches: Batches
+) -> None:
     """Report model, devices and data."""
     model, parallel = config.model, config.parallel
     parameters = parameter_count(model, config.data.vocab_size)
@@ -173,3 +176,7 @@ def _announce(config: RunConfig, runtime: Runtime, say: Say, data: Dataset) -> N
     )
     if len(data.sources) > 1:
         say(f"shares of the samples: {shares(data.quotas, BLOCK)}")
+    if data.has_masks:
+        steps, size = config.training.steps, config.training.global_batch_size
+        epochs = batches.train.samples.describe(steps * size)
+        say(f"training.steps: {steps} steps of {size} sequences are {epochs}")

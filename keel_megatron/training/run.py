@@ -156,7 +156,7 @@ def _train(
 ) -> int:
     """Describe, resume, train, conclude; the exit code."""
     config, runtime = ready.config, ready.runtime
-    describe_run(tracker, runtime, ready.partition)
+    describe_run(tracker, runtime, ready.partition, resumes=ready.resume.path is not None)
     lineage.report(tracker)
     guard = Guard(config.guard, reported=not runtime.is_main)
     with Watchdog(runtime, config.training.folder, config.hang_timeout) as watchdog:
@@ -193,7 +193,6 @@ def _train(
 
 
 def _saver(ready: Ready, tracker: Tracker, guard: Guard, watchdog: Watchdog) -> Saver:
-    tokenizer = ready.data.tokenizer_path if ready.runtime.is_main else None
     return Saver(
         ready.config,
         ready.runtime,
@@ -201,6 +200,6 @@ def _saver(ready: Ready, tracker: Tracker, guard: Guard, watchdog: Watchdog) -> 
         data=ready.data.identity(),
         damaged=ready.resume.damaged,
         progress=watchdog.mark,
-        tokenizer=tokenizer,
+        copied=ready.data.kept_files if ready.runtime.is_main else (),
         anomaly_step=lambda: guard.anomaly_step,
     )

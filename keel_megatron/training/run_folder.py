@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from keel_megatron.checkpoint.identity import (
     claim,
     refuse_weights_only,
 )
-from keel_megatron.checkpoint.manifest import CONFIG, TOKENIZERS
+from keel_megatron.checkpoint.manifest import CONFIG, COPIED
 from keel_megatron.checkpoint.resume import ResumePoint, newest_good
 from keel_megatron.config.reading import LARGE, read_small
 from keel_megatron.config.run import RunConfig
@@ -88,7 +88,7 @@ def claim_folder(
         exit_codes.clear(folder)
         lineage = accept(config, resume, None if start is None else start.record)
         claim(config)
-        _keep_tokenizer(data.tokenizer_path, folder)
+        _keep(data.kept_files, folder)
     except OSError as error:
         raise UserError(
             f"training.runs_dir: cannot write {error.filename or folder}: {error.strerror}"
@@ -96,13 +96,13 @@ def claim_folder(
     return lineage
 
 
-def _keep_tokenizer(tokenizer: Path, folder: Path) -> None:
-    """Copy the tokenizer into a run's folder, so that inference needs no dataset.
+def _keep(files: Sequence[Path], folder: Path) -> None:
+    """Copy the tokenizer and the chat template into a run's folder: inference needs no dataset.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    for name in TOKENIZERS:
-        if name != tokenizer.name:
-            (folder / name).unlink(missing_ok=True)
-    write_whole(folder / tokenizer.name, read_small(tokenizer, LARGE))
+    for name in {*COPIED} - {file.name for file in files}:
+        (folder / name).unlink(missing_ok=True)
+    for file in files:
+        write_whole(folder / file.name, read_small(file, LARGE))

@@ -34,10 +34,22 @@ from keel_megatron.architecture.residual import RULES, Rule, SubLayer, alpha
 
 
 def gentle(l, model):
-    """Every column at once: two kinds of G, both norms, a scaled skip and a scaled branch."""
+    """Every column at once: two kinds of G, every norm, scaled skip, branch and input."""
     if l % 2 == 0:
-        return SubLayer(alpha=alpha(model), branch_factor=0.5, inner="vector", qkv_norm=True)
-    return SubLayer(alpha=alpha(model), inner="norm", outer_norm=True)
+        return SubLayer(
+            alpha=alpha(model),
+            branch_factor=0.5,
+            inner="vector",
+            inner_factor=0.7,
+            head_norms="qkv",
+        )
+    return SubLayer(
+        alpha=alpha(model),
+        branch_norm=True,
+        inner="norm",
+        inner_factor=1 / (l + 1),
+        outer_norm=True,
+    )
 
 
 RULES["gentle"] = Rule(gentle, settings=("alpha",), alpha_exponent=0.5, branch_init_exponent=-0.5)
@@ -97,12 +109,14 @@ def trained(path: Path) -> dict[str, Any]:
                 if way:
                     layers: Any = chunk.decoder.layers  # type: ignore[union-attr]
                     found["compiled"] = [layer.compiled is not None for layer in layers]
+                    found["graphs"] = len(layers[0].compiled._compiler.graphs)
         found["counted"] = parameter_count(config.model, config.data.vocab_size)
     return found
 
 
 def test_a_new_rule_trains_the_same_plain_and_compiled(found: dict[str, Any]) -> None:
     assert found["compiled"] == [True] * 3
+    assert found["graphs"] == 2, "the last block, and all others, whatever their factors are"
     plain, compiled = found["steps"]
     assert plain[-1] < plain[0], "it learns"
     for step, same in zip(plain, compiled, strict=True):

@@ -62,6 +62,8 @@ def sections(runs: Path, name: str, **overrides: Any) -> Sections:
         training__steps=STEPS,
         training__global_batch_size=8,
         model__blocks=4,
+        model__qk_norm=True,
+        training__z_loss=1e-3,
         checkpoint__every=SAVED,
         **overrides,
     )

@@ -55,7 +55,7 @@ def test_weights_alone_are_a_checkpoint_that_training_refuses(tmp_path: Path) ->
     config = small_config(training__name="run", training__runs_dir=str(tmp_path))
     values = torch.randn(3, 4)
     weights = [Weight("one", (3, 4), lambda: values), Weight("two", (3,), lambda: values[:, 0])]
-    path = write_weights(tmp_path / "run", config, weights, ("tokenizer.model", b"model"), {"a": 1})
+    path = write_weights(tmp_path / "run", config, weights, {"tokenizer.model": b"model"}, {"a": 1})
     assert path == folder.step_folder(tmp_path / "run", 0)
     manifest.check(path)
     read = Weights(path)
@@ -74,5 +74,5 @@ def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     config = small_config(training__name="run", training__runs_dir=str(tmp_path))
     bad = Weight("some.weight", (2,), lambda: torch.tensor([1.0, float("nan")]))
     with pytest.raises(UserError, match=r"some\.weight is not finite"):
-        write_weights(tmp_path / "run", config, [bad], ("tokenizer.model", b""), {})
+        write_weights(tmp_path / "run", config, [bad], {"tokenizer.model": b""}, {})
     assert folder.steps(tmp_path / "run") == []

@@ -51,6 +51,11 @@ def complaints(path: Path, *overrides: str, world_size: int | None = None) -> li
         ("model.residual=kel", "model.residual: 'kel' must be one of keel, pre_ln, post_ln"),
         ("model.alpha=2 model.residual=pre_ln", "2.0 is not supported by residual: pre_ln"),
         ("model.first_block=v1 model.residual=post_ln", "v1 is not supported by residual: post_ln"),
+        (
+            "model.qk_norm=true model.residual=hybrid_norm",
+            "model.qk_norm: true is not supported by residual: hybrid_norm",
+        ),
+        ("training.z_loss=-1", "training.z_loss: "),
         ("model.base_blocks=8", "8 is not supported by residual: keel; leave it at 2, or choose"),
         ("model.alpha=big", "model.alpha: 'big' must be auto or a number"),
         ('model.alpha="2"', "model.alpha: '2' must be auto or a number (remove the quotes)"),

@@ -159,6 +159,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "number": (int, float),
     "boolean": bool,
     "array": list,
+    "object": dict,
     "null": type(None),
 }
 
@@ -167,12 +168,18 @@ def accepts(schema: dict[str, Any], value: Any) -> bool:
     """Whether a setting's schema takes a value: as much of JSON schema as ours uses."""
     if "anyOf" in schema:
         return any(accepts(option, value) for option in schema["anyOf"])
+    if "$ref" in schema:
+        return accepts(json_schema()["$defs"][schema["$ref"].removeprefix("#/$defs/")], value)
     if isinstance(value, bool) != (schema["type"] == "boolean"):
         return False
     if not isinstance(value, _TYPES[schema["type"]]):
         return False
     if schema["type"] == "array" and not all(accepts(schema["items"], item) for item in value):
         return False
+    if schema["type"] == "object":
+        inner = schema["properties"]
+        known = value.keys() <= inner.keys() and value.keys() >= set(schema.get("required", ()))
+        return known and all(accepts(inner[key], one) for key, one in value.items())
     if "enum" in schema and value not in schema["enum"]:
         return False
     if "const" in schema and value != schema["const"]:
@@ -210,6 +217,13 @@ def test_the_schema_takes_what_loads(sections: dict[str, dict[str, Any]]) -> Non
         ("model", "num_query_groups", [2, None], [0, "2"]),
         ("model", "dropout", [0, 0.5], [1, -0.1]),
         ("tracking", "mlflow", [True], [1, "true"]),
+        ("optimizer", "rates", [{}, {"head": 0.5}], [0.5, {"heads": 0.5}, {"head": -1}, None]),
+        (
+            "optimizer",
+            "depth_rates",
+            [[], [{"blocks": [0, 7], "factor": 0}]],
+            [{}, [{"factor": 1}], [{"blocks": 3, "factor": 1}]],
+        ),
     ],
 )
 def test_the_schema_and_the_loader_agree(

@@ -18,7 +18,7 @@ from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import Runtime, start
 from tests.distributed import run_ranks
 from tests.model.test_exactness import pair_up, shape_of
-from tests.reference_model import Attention, ReferenceModel, rotate
+from tests.reference_model import Attention, ReferenceModel
 from tests.settings import settings, small_config
 from tests.training.ranks import made_up_batches
 
@@ -42,7 +42,13 @@ SMALLER: dict[str, Any] = {"model__blocks": 5, "data__seq_length": 16}
 MODELS: dict[str, dict[str, Any]] = {
     "keel": {**SMALLER, "model__num_query_groups": 2},
     "hybrid_norm": {**SMALLER, "model__residual": "hybrid_norm"},
-    "scaled_post_ln_beta": {**SMALLER, "model__residual": "scaled_post_ln_beta"},
+    "scaled_post_ln_beta": {
+        **SMALLER,
+        "model__residual": "scaled_post_ln_beta",
+        "model__qk_norm": True,
+        "training__z_loss": 1e-3,
+    },
+    "peri_ln": {**SMALLER, "model__residual": "peri_ln"},
 }
 
 
@@ -205,7 +211,10 @@ def test_the_largest_logit_is_that_of_the_whole_matrix(s: int, groups: int) -> N
 
 
 REFERENCE = settings(
-    model__num_query_groups=2, training__global_batch_size=2, training__micro_batch_size=2
+    model__num_query_groups=2,
+    model__qk_norm=True,
+    training__global_batch_size=2,
+    training__micro_batch_size=2,
 )
 
 
@@ -263,6 +272,10 @@ def plainly(
         cosine = torch.nn.functional.cosine_similarity(x, f, dim=-1)
         found = {
             "gradient_norm": torch.cat([p.grad.flatten() for p in parameters]).norm(),
+            "gradient_rms": torch.cat([p.grad.flatten() for p in parameters if p.dim() > 1])
+            .square()
+            .mean()
+            .sqrt(),
             "stream_rms": new.square().mean().sqrt(),
             "branch_rms": f.square().mean().sqrt(),
             "update_cosine": cosine.mean(),
@@ -270,7 +283,9 @@ def plainly(
             "weight_rms": matrices.square().mean().sqrt(),
             "attention_logit_max": largest_logit(sub.F, seen[l]["z"]) if l % 2 == 0 else None,
         }
-        for which, norm in (("outer", getattr(sub, "N_out", None)), ("inner", sub.N_in)):
+        norms = {"outer": "N_out", "inner": "N_in", "branch": "N_branch"}
+        for which, kept in norms.items():
+            norm = getattr(sub, kept, None)
             gain = None if norm is None else norm.gain
             found[f"{which}_gain_mean"] = None if gain is None else gain.mean()
             found[f"{which}_gain_min"] = None if gain is None else gain.min()
@@ -311,10 +326,8 @@ def test_what_a_bf16_stream_keeps_of_an_update() -> None:
 
 
 def largest_logit(attention: Attention, z: Tensor) -> Tensor:
-    b, s, _h = z.shape
-    d = attention.shape.head_dim
-    q = rotate((z @ attention.wq.T).view(b, s, -1, d), attention.shape.rope_theta)
-    k = rotate((z @ attention.wk.T).view(b, s, -1, d), attention.shape.rope_theta)
+    s, d = z.size(1), attention.shape.head_dim
+    q, k, _v = attention.heads(z)
     k = k.repeat_interleave(q.size(2) // k.size(2), 2)
     scores = torch.einsum("bshd,bthd->bhst", q, k) / d**0.5
     return scores.masked_fill(torch.ones(s, s, dtype=torch.bool).triu(1), -torch.inf).max()

@@ -81,6 +81,6 @@ def write_run(folder: Path, tokenizer: bytes, **overrides: Any) -> RunConfig:
             Weight(name, tuple(value.shape), partial(torch.clone, value.detach()))
             for name, value in chunk.named_parameters()
         ]
-        write_weights(folder, config, weights, ("tokenizer.model", tokenizer), {})
+        write_weights(folder, config, weights, {"tokenizer.model": tokenizer}, {})
     (folder / "config.yaml").write_text(dump_config(config))
     return config

@@ -98,8 +98,10 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
         {"model__residual": "pre_ln", "model__rope_theta": 5e5, "training__precision": "bf16"},
         {"model__residual": "hybrid_norm", "model__final_norm": False, "data__seq_length": 48},
         {"model__residual": "deepnorm", "model__init_std": 0.01, "model__norm_epsilon": 1e-6},
+        {"model__residual": "peri_ln", "model__embedding_norm": True},
+        {"model__residual": "pre_ln", "model__qk_norm": True},
     ],
-    ids=["keel", "v1 tied", "llama", "hybrid_norm", "deepnorm"],
+    ids=["keel", "v1 tied", "llama", "hybrid_norm", "deepnorm", "peri_ln", "pre_ln, QK-norm"],
 )
 def test_a_round_trip_changes_no_bit(
     overrides: dict[str, Any], tmp_path: Path, sentencepiece_model: bytes

@@ -23,7 +23,7 @@ from keel_megatron.data.tokenizer import open_tokenizer
 from keel_megatron.errors import UserError
 from keel_megatron.huggingface.configuration import to_json
 from keel_megatron.huggingface.importing import import_folder
-from keel_megatron.huggingface.naming import parameters
+from keel_megatron.huggingface.naming import EXPORT, parameters
 from keel_megatron.huggingface.tokenizer import DIFFICULT
 from keel_megatron.inference import parity
 from keel_megatron.inference.export import export_run
@@ -37,22 +37,34 @@ parity.require_transformers()  # before anything imports it: sets its variables
 
 MODELS: dict[str, dict[str, Any]] = {
     **{rule: {"residual": rule} for rule in RULES},
+    "peri_ln": {"residual": "peri_ln", "embedding_norm": True},
     "keel v1, tied": {"first_block": "v1", "tie_embeddings": True},
     "no final norm": {"final_norm": False},
     "alpha 3": {"alpha": 3.0, "norm_epsilon": 1e-3, "rope_theta": 500.0},
     "complete_p of 3 blocks": {"residual": "complete_p", "base_blocks": 3},
     "Llama, tied": {"residual": "pre_ln", "tie_embeddings": True},
     "pre_ln without final norm": {"residual": "pre_ln", "final_norm": False},
+    "pre_ln, QK-norm": {"residual": "pre_ln", "qk_norm": True},
+    "keel, QK-norm": {"qk_norm": True},
 }
-COLUMNS = ("alpha", "branch_factor", "inner", "outer_norm", "qkv_norm")
+COLUMNS = (
+    "alpha",
+    "branch_factor",
+    "branch_norm",
+    "inner",
+    "inner_factor",
+    "outer_norm",
+    "head_norms",
+)
 
 
 def columns(row: Any) -> dict[str, Any]:
     return {name: getattr(row, name) for name in COLUMNS}
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-def test_the_exported_code_has_every_rule_of_the_table(rule: str) -> None:
+def test_the_exported_code_has_every_rule_of_the_table(rule: str, qk_norm: bool) -> None:
     from keel_megatron.huggingface.remote.configuration_keel import KeelConfig, sub_layer
 
     assert set(COLUMNS) == set(SubLayer.__dataclass_fields__)
@@ -63,6 +75,7 @@ def test_the_exported_code_has_every_rule_of_the_table(rule: str) -> None:
                 blocks=blocks,
                 alpha="auto",
                 first_block=first_block,
+                qk_norm=qk_norm,
                 base_blocks=3,
             )
             exported = KeelConfig(
@@ -71,9 +84,10 @@ def test_the_exported_code_has_every_rule_of_the_table(rule: str) -> None:
                 first_block=first_block,
                 base_blocks=3,
                 alpha=alpha_of(model),
+                qk_norm=qk_norm,
             )
             for l in range(2 * blocks):
-                row = RULES[rule].sub_layer(l, model)
+                row = EXPORT.sub_layer(l, model)
                 assert columns(row) == columns(sub_layer(l, exported)), l
 
 

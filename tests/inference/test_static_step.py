@@ -11,7 +11,11 @@ from tests.inference.trace_steps import trace_steps
 MODELS: dict[str, dict[str, Any]] = {
     "keel": {"model__residual": "keel", "training__precision": "bf16"},
     "hybrid_norm": {"model__residual": "hybrid_norm", "model__num_query_groups": 2},
-    "pre_ln": {"model__residual": "pre_ln", "model__tie_embeddings": True},
+    "pre_ln": {
+        "model__residual": "pre_ln",
+        "model__tie_embeddings": True,
+        "model__qk_norm": True,
+    },
 }
 
 

@@ -9,18 +9,22 @@ from torch.nn import functional
 
 from keel_megatron.kernels.cross_entropy import linear_cross_entropy
 from tests.distributed import run_ranks
-from tests.kernels.cross_entropy_ranks import ROWS, H, N, V, drawn, split_results
+from tests.kernels.cross_entropy_ranks import ROWS, Z_LOSS, H, N, V, drawn, split_results
 from tests.memory import Watch
 
 # A few roundings in fp64 and fp32; bf16 rounds logits of up to 15 by up to 2^-5, and p as much.
 BOUNDS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-5}
 
 
-def plain(x: Tensor, weight: Tensor, labels: Tensor, gradients: Tensor) -> list[Tensor]:
-    """Losses, dx and dW in fp64 by torch's differentiation."""
+def plain(
+    x: Tensor, weight: Tensor, labels: Tensor, gradients: Tensor, z_loss: float = 0.0
+) -> list[Tensor]:
+    """Losses, and dx and dW with the z-loss, in fp64 by torch's differentiation."""
     leaves = [tensor.double().requires_grad_() for tensor in (x, weight)]
-    losses = functional.cross_entropy(leaves[0] @ leaves[1].t(), labels, reduction="none")
-    return [losses.detach(), *torch.autograd.grad(losses, leaves, gradients.double())]
+    logits = leaves[0] @ leaves[1].t()
+    losses = functional.cross_entropy(logits, labels, reduction="none")
+    trained = losses + z_loss * logits.logsumexp(1) ** 2
+    return [losses.detach(), *torch.autograd.grad(trained, leaves, gradients.double())]
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -28,16 +32,17 @@ def error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).abs().max() / exact.abs().max()).item()
 
 
+@pytest.mark.parametrize("z_loss", [0.0, Z_LOSS])
 @pytest.mark.parametrize("rows", [*ROWS, 1])
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_losses_and_gradients_are_torchs(dtype: torch.dtype, rows: int) -> None:
+def test_losses_and_gradients_are_torchs(dtype: torch.dtype, rows: int, z_loss: float) -> None:
     x, weight, labels, gradients = drawn(dtype)
     leaves = [x.requires_grad_(), weight.requires_grad_()]
-    losses = linear_cross_entropy(*leaves, labels, rows=rows)
+    losses = linear_cross_entropy(*leaves, labels, rows=rows, z_loss=z_loss)
     found = [losses.detach(), *torch.autograd.grad(losses, leaves, gradients)]
     wide = torch.promote_types(dtype, torch.float32)
     assert [one.dtype for one in found] == [wide, dtype, dtype]
-    exact = plain(x.detach(), weight.detach(), labels, gradients)
+    exact = plain(x.detach(), weight.detach(), labels, gradients, z_loss)
     for one, other in zip(found, exact, strict=True):
         assert error(one, other) < BOUNDS[dtype]
     masked = gradients == 0
@@ -128,11 +133,13 @@ def test_no_more_than_a_piece_of_the_logits_exists(dtype: torch.dtype, rows: int
 
 def test_a_vocabulary_over_two_ranks_is_one_vocabulary() -> None:
     """Logits up to 400, so the ranks' shares of a row are all or nothing; with sequence split."""
-    exact = plain(*drawn(torch.float64, scale=30.0))
+    drawings = drawn(torch.float64, scale=30.0)
+    every = {z_loss: plain(*drawings, z_loss) for z_loss in (0.0, Z_LOSS)}
     ranks = run_ranks(2, split_results)
-    assert exact[0].max() > 100
+    assert every[0.0][0].max() > 100
+    assert error(every[Z_LOSS][1], every[0.0][1]) > 0.1
     for case, (losses, dx, _dw) in ranks[0].items():
-        others = ranks[1][case]
+        others, exact = ranks[1][case], every[case[2]]
         assert torch.equal(losses, others[0]), case
         whole = torch.cat([dx, others[1]]) if case[0] else dx
         for one, other in zip((losses, whole), exact, strict=False):

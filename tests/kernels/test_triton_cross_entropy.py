@@ -16,7 +16,7 @@ from keel_megatron.kernels import triton_cross_entropy
 from keel_megatron.kernels.cross_entropy import linear_cross_entropy
 from tests.distributed import run_ranks
 from tests.kernels.cases import DEVICE, Unlaunched, error, tolerance
-from tests.kernels.cross_entropy_ranks import H, N, V, drawn, split_results_in_triton
+from tests.kernels.cross_entropy_ranks import Z_LOSS, H, N, V, drawn, split_results_in_triton
 from tests.memory import Watch
 
 BLOCK = triton_cross_entropy.BLOCK
@@ -103,17 +103,24 @@ def test_minus_infinity_is_probability_zero_and_nan_stays_nan(v: int) -> None:
     assert log_sums[1:].isnan().all()
 
 
+@pytest.mark.parametrize("z_loss", [0.0, Z_LOSS])
 @pytest.mark.parametrize("rows", [N, 10])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_and_its_gradients_are_those_of_torchs_operators(
-    dtype: torch.dtype, rows: int
+    dtype: torch.dtype, rows: int, z_loss: float
 ) -> None:
     """Both round the logits to bf16 on a CPU, so only the roundings after it differ."""
     x, weight, labels, gradients = (one.to(DEVICE) for one in drawn(dtype))
     found = []
     for backend in ("triton", "torch"):
         leaves = [one.clone().requires_grad_() for one in (x, weight)]
-        losses = linear_cross_entropy(*leaves, labels, rows=rows, backend=backend)  # type: ignore[arg-type]
+        losses = linear_cross_entropy(
+            *leaves,
+            labels,
+            rows=rows,
+            z_loss=z_loss,
+            backend=backend,  # type: ignore[arg-type]
+        )
         found.append([losses.detach(), *torch.autograd.grad(losses, leaves, gradients)])
     for one, other in zip(*found, strict=True):
         assert one.dtype == other.dtype
@@ -181,12 +188,17 @@ def test_a_vocabulary_over_two_ranks_is_one_vocabulary() -> None:
     """Logits up to 400, so the ranks' shares of a row are all or nothing; with sequence split."""
     x, weight, labels, gradients = drawn(torch.float32, scale=30.0)
     leaves = [one.double().requires_grad_() for one in (x, weight)]
-    losses = functional.cross_entropy(leaves[0] @ leaves[1].t(), labels, reduction="none")
-    exact = [losses.detach(), *torch.autograd.grad(losses, leaves, gradients.double())]
+    logits = leaves[0] @ leaves[1].t()
+    losses = functional.cross_entropy(logits, labels, reduction="none")
+    every = {}
+    for z_loss in (0.0, Z_LOSS):
+        trained = losses + z_loss * logits.logsumexp(1) ** 2
+        given = {"grad_outputs": gradients.double(), "retain_graph": True}
+        every[z_loss] = [losses.detach(), *torch.autograd.grad(trained, leaves, **given)]
     ranks = run_ranks(2, split_results_in_triton)
-    assert len(ranks[0]) == 4
+    assert len(ranks[0]) == 8
     for case, (found, dx, _dw) in ranks[0].items():
-        others = ranks[1][case]
+        others, exact = ranks[1][case], every[case[2]]
         assert torch.equal(found, others[0]), case
         whole = torch.cat([dx, others[1]]) if case[0] else dx
         for one, other in zip((found, whole), exact, strict=False):

@@ -42,6 +42,10 @@ RULE_CASES: list[dict[str, Any]] = [
     for rule in RULES
     for precision, way in (("fp32", {}), ("bf16", {}), ("bf16", {"kernel": "triton"}))
 ]
+RULE_CASES += [
+    {"training__precision": precision, "model__qk_norm": True, "model__num_query_groups": 2}
+    for precision in ("fp32", "bf16")
+]
 RULE_CASES += [{**case, "parallel__recompute": "light"} for case in RULE_CASES]
 TENSOR_CASES: list[dict[str, Any]] = [
     {"training__precision": precision, "parallel__sequence": sequence, "parallel__tensor": 2}
@@ -61,6 +65,11 @@ HEAD_CASES: list[dict[str, Any]] = [
     for precision in ("fp32", "bf16")
     for engine in ("megatron", "deepspeed")
     for mib in (512.0, 0.05 / tensor)
+]
+HEAD_CASES += [
+    {**case, "training__z_loss": 1e-4}
+    for case in HEAD_CASES
+    if case["training__engine"] == "megatron"
 ]
 # A GPU's products join the fp32 sums without a tensor of their own, which a CPU's do not.
 HEAD_CASES += [

@@ -160,9 +160,23 @@ def test_one_rotary_kernel_reads_and_writes_each_element_once() -> None:
         assert one.strided_bytes == 0 < moved < other.strided_bytes
         assert one.other_bytes - other.other_bytes == moved
         assert one.kernels == other.kernels - 6
-    # Norms stand between the split and the rotation.
-    hybrid = costs_of(**PAPER, model__residual="hybrid_norm")
-    assert hybrid.block.forward.strided_bytes == plain.block.forward.strided_bytes
+    # Norms of heads come before the split, and leave the kernel as it is.
+    assert costs_of(**PAPER, model__qk_norm=True).block.forward.strided_bytes == 0
+
+
+def test_norms_of_heads_cost_what_they_normalise() -> None:
+    """Keys are half of the queries in number, and so are values, which QK-norm copies."""
+    plain, qk = costs_of(**PAPER).block, costs_of(**PAPER, model__qk_norm=True).block
+    assert qk.vector_parameters == plain.vector_parameters + 2 * 64
+    assert qk.parameters == plain.parameters
+    kept = 4096 * (2 * (1024 + 2 * 512) + 4 * (16 + 8))
+    assert qk.activation_bytes == plain.activation_bytes + kept
+    moved = 4096 * ((2 * 2 + 7 * 4) * (1024 + 512) + 2 * 2 * 512)
+    assert qk.forward.other_bytes == plain.forward.other_bytes + moved
+    assert qk.forward.flops == plain.forward.flops
+    sums = 2  # of the weights' gradients, into DDP's
+    assert qk.forward.kernels == plain.forward.kernels + 11
+    assert qk.backward.kernels == plain.backward.kernels + 14 + sums
 
 
 @pytest.mark.parametrize(("groups", "repeated"), [(8, 1024 - 512), (16, 0)])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,14 @@ from tests.reference_model import ReferenceModel, Shape
 from tests.settings import small_config
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-CASES = [(rule, "v2", True) for rule in RULES] + [("keel", "v1", True), ("keel", "v2", False)]
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((rule, {}) for rule in RULES),
+    ("keel", {"model__first_block": "v1"}),
+    ("keel", {"model__final_norm": False}),
+    ("keel", {"model__qk_norm": True, "training__z_loss": 1e-2}),
+    ("mix_ln", {"model__qk_norm": True}),
+]
+"""Rules, and other settings."""
 
 
 def shape_of(config: RunConfig) -> Shape:
@@ -38,8 +46,10 @@ def shape_of(config: RunConfig) -> Shape:
         vocab_size=config.data.vocab_size,
         residual=model.residual,
         first_block=model.first_block,
+        embedding_norm=model.embedding_norm,
         base_blocks=model.base_blocks,
         final_norm=model.final_norm,
+        qk_norm=model.qk_norm,
         alpha=None if model.alpha == "auto" else float(model.alpha),
     )
 
@@ -53,6 +63,8 @@ def pair_up(package: nn.Module, reference: ReferenceModel) -> Iterator[tuple[str
     d, groups = shape.head_dim, shape.num_query_groups
     yield "embedding", package.embedding.word_embeddings.weight, reference.embedding
     yield "head", package.output_layer.weight, reference.head
+    if shape.embedding_norm:
+        yield "embedding_norm", package.embedding_norm.weight, reference.embedding_norm.gain
     if shape.final_norm:
         yield "final_norm", package.decoder.final_layernorm.weight, reference.final_norm.gain
     for number, layer in enumerate(package.decoder.layers):
@@ -78,6 +90,9 @@ def norms(layer: nn.Module, attention: nn.Module, ffn: nn.Module) -> Iterator[tu
             yield slot, getattr(layer, slot), sub.N_in, "gain"
         if hasattr(sub, "beta"):
             yield slot, getattr(layer, slot), sub, "beta"
+    for slot, sub in (("attention_branch_norm", attention), ("mlp_branch_norm", ffn)):
+        if hasattr(sub, "N_branch"):
+            yield slot, getattr(layer, slot), sub.N_branch, "gain"
     # HybridNorm's N(Y) belongs to the FFN in its equation and to attention's sum in the layer.
     hybrid = attention.shape.residual == "hybrid_norm"
     if layer.attention_outer_norm is not None:
@@ -85,35 +100,35 @@ def norms(layer: nn.Module, attention: nn.Module, ffn: nn.Module) -> Iterator[tu
         yield "attention_outer_norm", layer.attention_outer_norm, owner.N_out, "gain"
     if layer.mlp_outer_norm is not None:
         yield "mlp_outer_norm", layer.mlp_outer_norm, ffn.N_out, "gain"
-    if hybrid:
-        for letter in "qkv":
-            ours = getattr(layer.self_attention, f"{letter}_layernorm")
+    for letter in "qkv":
+        ours = getattr(layer.self_attention, f"{letter}_layernorm")
+        if hasattr(attention.F, f"{letter}_norm"):
             yield f"{letter}_norm", ours, getattr(attention.F, f"{letter}_norm"), "gain"
 
 
-def config_of(rule: str, first_block: str, final_norm: bool, blocks: int) -> RunConfig:
+def config_of(rule: str, blocks: int, **overrides: Any) -> RunConfig:
     return small_config(
         model__blocks=blocks,
         model__hidden_size=32,
         model__ffn_hidden_size=48,
         model__num_query_groups=2,
         model__residual=rule,
-        model__first_block=first_block,
-        model__final_norm=final_norm,
+        model__embedding_norm="embedding_norm" in RULES[rule].settings,
         data__seq_length=16,
         data__vocab_size=320,
+        **overrides,
     )
 
 
-def errors(blocks: int, dtype: torch.dtype) -> dict[tuple, dict[str, float]]:
+def errors(blocks: int, dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """For every case the loss's relative error, the largest gradient's, and a sanity count."""
     from keel_megatron.runtime.distributed import start
 
     found = {}
-    for rule, first_block, final_norm in CASES:
-        config = config_of(rule, first_block, final_norm, blocks)
+    for rule, overrides in CASES:
+        config = config_of(rule, blocks, **overrides)
         with start(config.parallel, config.training) as runtime:
-            found[rule, first_block, final_norm] = compare(config, runtime, dtype)
+            found[f"{rule} {overrides or ''}"] = compare(config, runtime, dtype)
     return found
 
 
@@ -136,9 +151,9 @@ def compare(config: RunConfig, runtime, dtype: torch.dtype) -> dict[str, float]:
     positions = torch.arange(16).expand(2, 16)
     loss = package(tokens, positions, None, labels=labels).mean()
     loss.backward()
-    expected = reference(tokens, labels)
-    expected.backward()
-    exact(tokens, labels).backward()
+    expected, trained = reference.losses(tokens, labels, config.training.z_loss)
+    trained.backward()
+    exact.losses(tokens, labels, config.training.z_loss)[1].backward()
     assert sum(p.numel() for p in package.parameters()) == sum(
         p.numel() for p in reference.parameters()
     ), "a parameter has no counterpart"
@@ -171,9 +186,7 @@ def test_losses_and_gradients_agree(blocks: int, dtype: torch.dtype) -> None:
     assert len(found) == len(CASES)
     for case, error in found.items():
         numbers = "  ".join(f"{name} {value:.1e}" for name, value in error.items())
-        print(
-            f"{str(dtype)[6:]} {2 * blocks:4d} sub-layers {'/'.join(map(str, case)):34} {numbers}"
-        )
+        print(f"{str(dtype)[6:]} {2 * blocks:4d} sub-layers {case:34} {numbers}")
         assert error["loss"] <= TOLERANCE[dtype], case
         assert error["whole gradient"] <= TOLERANCE[dtype], case
         assert error["beyond rounding"] <= 1.0, case

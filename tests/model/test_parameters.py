@@ -15,7 +15,9 @@ from tests.settings import settings
 VARIANTS: list[dict[str, Any]] = [
     *({"model__residual": rule} for rule in RULES),
     {"model__first_block": "v1"},
+    {"model__residual": "peri_ln", "model__embedding_norm": True},
     {"model__final_norm": False},
+    {"model__qk_norm": True},
     {"model__tie_embeddings": True, "model__num_query_groups": 2},
 ]
 

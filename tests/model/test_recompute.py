@@ -20,7 +20,11 @@ RULE_CASES: list[dict[str, Any]] = [
     {"model__residual": rule, "training__precision": precision, "model__num_query_groups": 2}
     for rule in RULES
     for precision in ("fp32", "bf16")
-] + [{"model__dropout": 0.1}, {"training__precision": "bf16", "kernel": "triton"}]
+] + [
+    {"model__dropout": 0.1},
+    {"model__qk_norm": True},
+    {"training__precision": "bf16", "kernel": "triton"},
+]
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor, sequence and pipeline": (
         4,

@@ -117,7 +117,7 @@ def test_losses_and_gradients_are_those_of_plain_torch(
     mode: str, rule: str, first_block: str
 ) -> None:
     """In fp64, where two implementations round to the same bf16 number."""
-    config = config_of(rule, first_block, True, 4)
+    config = config_of(rule, 4, model__first_block=first_block)
     config = config.model_copy(update={"model": config.model.model_copy(update={"stream": mode})})
     with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
         package, reference = pair(config, runtime)

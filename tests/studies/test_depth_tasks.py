@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from keel_megatron.data.chat.tokens import ChatTokenizer
 from keel_megatron.data.tokenizer import open_tokenizer
 from keel_megatron.errors import UserError
 from keel_megatron.evaluation import requests
@@ -96,7 +97,7 @@ def test_every_symbol_is_one_token(tmp_path: Path) -> None:
 
 
 def test_the_files_are_the_same_every_time_and_evaluation_reads_them(tmp_path: Path) -> None:
-    config = small_config(data__cache_dir=str(tmp_path / "cache"))
+    config = small_config(data__cache_dir=str(tmp_path / "cache"), data__seq_length=64)
     study = depth_tasks.study(config, Axes((), (8, 16)), largest=2)
     assert len(study.points) == 3 * 2 * 2
     found = {
@@ -111,11 +112,40 @@ def test_the_files_are_the_same_every_time_and_evaluation_reads_them(tmp_path: P
     assert len(documents) == depth_tasks.QUESTIONS
     assert len(documents[0].choices) == 16
     assert second.name == "hops_k2"
-    training = Path(study.points[0].overrides["data.text"][0])
-    with training.open(encoding="utf-8") as lines:
-        assert {"text"} == set(json.loads(next(lines)))
     with pytest.raises(UserError, match="--tasks: sorting must be one of hops"):
         depth_tasks.study(config, Axes((), (8,)), ("sorting",))
+
+
+def test_only_the_answer_counts_in_the_loss(tmp_path: Path) -> None:
+    config = small_config(data__cache_dir=str(tmp_path), data__seq_length=64)
+    study = depth_tasks.study(config, Axes((), (8,)), largest=3, documents=20)
+    folder = tmp_path / depth_tasks.FOLDER
+    tokenizer = open_tokenizer(folder / "tokenizer.model")
+    template = Path(study.points[0].overrides["data.chat_template"]).read_text(encoding="utf-8")
+    with ChatTokenizer(tokenizer, template, "") as chat:
+        for task in TASKS.values():
+            (source,) = next(
+                point.overrides["data.sources"]
+                for point in study.points
+                if point.labels["task"] == task.name
+            )
+            lines = Path(source["text"][0]).read_text(encoding="utf-8").splitlines()
+            made = generated_tasks.problems(task, 20, range(1, 4), "training")
+            lengths = []
+            for line, (_k, one) in zip(lines, made, strict=True):
+                tokens, counts = chat.encode(json.loads(line)["messages"])
+                whole = text((*one.context, one.answer))
+                assert [*tokenizer.encode(whole), tokenizer.eod] == tokens.tolist()
+                assert counts.tolist() == [*([False] * len(one.context)), True, False]
+                lengths.append(len(tokens))
+            assert max(lengths) == generated_tasks.longest(task, 3)
+
+
+def test_sequences_must_hold_a_document(tmp_path: Path) -> None:
+    config = small_config(data__cache_dir=str(tmp_path), data__seq_length=36)
+    with pytest.raises(UserError, match=r"seq_length: 36 is too short for hops.* at least 37"):
+        depth_tasks.study(config, Axes((), (8,)), ("permutations", "hops"), largest=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_table_and_the_picture(tmp_path: Path) -> None:

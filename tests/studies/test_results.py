@@ -18,6 +18,7 @@ from keel_megatron.studies.results import (
     paired_difference,
     spread,
     write_results,
+    write_table,
 )
 
 
@@ -92,16 +93,29 @@ def test_groups_keep_the_order() -> None:
 
 
 def test_results_are_strict_json_with_their_origin(tmp_path: Path) -> None:
-    write_results("alpha", tmp_path, [{"loss": math.nan, "more": [math.inf, 1.0]}], ["left"])
+    row = {"loss": math.nan, "more": [math.inf, 1.0]}
+    write_results("alpha", tmp_path, [row], ["left"], machine="a computer")
     text = (tmp_path / "results.json").read_text()
     found = json.loads(text, parse_constant=pytest.fail)
     assert found["rows"] == [{"loss": None, "more": [None, 1.0]}]
     assert found["missing"] == ["left"]
-    assert found["machine"]["cores"] >= 1
-    assert found["machine"]["cpu"]
+    assert found["machines"] == {"a computer": 1}
+    assert "core" in found["collected_on"]
     assert found["packages"]["torch"]
     assert found["version"]
     assert found["command"]
+
+
+def test_results_name_the_machines_that_trained(tmp_path: Path) -> None:
+    trained = [{"machine": "16 x NVIDIA H200"}] * 2
+    write_table(tmp_path, "| a |", trained)
+    heading = (tmp_path / "table.md").read_text().splitlines()[2]
+    assert heading.startswith("16 x NVIDIA H200; keel-megatron ")
+    write_table(tmp_path, "| a |", [*trained, {"machine": "not recorded"}])
+    heading = (tmp_path / "table.md").read_text().splitlines()[2]
+    assert heading.startswith(
+        "machine: 16 x NVIDIA H200 (2 runs); not recorded (1 run); results collected on "
+    )
 
 
 def test_markdown_aligns_numbers_and_keeps_bars() -> None:

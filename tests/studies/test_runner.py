@@ -16,6 +16,7 @@ import yaml
 from keel_megatron import config
 from keel_megatron.checkpoint.folder import steps
 from keel_megatron.runtime import exit_codes
+from keel_megatron.runtime.machines import this_machine
 from tests.integration.commands import Completed, keel, start
 from tests.settings import settings
 
@@ -73,9 +74,15 @@ def test_a_study_makes_results_a_table_and_a_picture(place: Path, whole: Complet
 
 
 def test_a_finished_study_repeats_nothing(place: Path, whole: Completed) -> None:
-    before = {path: path.stat().st_mtime_ns for path in place.glob("whole/*/metrics.jsonl")}
+    """Not a run of a version that recorded no machines, either."""
+    out = place / "whole"
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")}
+    here = str(this_machine())
+    assert json.loads((out / "results.json").read_text())["machines"] == {here: RUNS}
+    (out / rows(out)[0]["run"] / "machines.json").unlink()
     again = keel(place, *STUDY, "--out", "whole")
     assert again.returncode == 0
+    assert [row["machine"] for row in rows(out)] == ["not recorded", here, here]
     assert "3 of 3 runs have their results" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -113,7 +120,7 @@ def test_a_killed_grid_resumes_and_repeats_nothing(place: Path, whole: Completed
         assert (out / name / "exit_code").stat().st_mtime_ns == written
     for name in resumed:
         assert "resuming from" in (out / "logs" / f"{name}.txt").read_text()
-    timed = ("step_seconds", "ended")
+    timed = ("step_seconds", "ended", "machine")
     plain = [
         [{key: value for key, value in row.items() if key not in timed} for row in rows(one)]
         for one in (out, place / "whole")

@@ -9,6 +9,7 @@ import pytest
 
 from keel_megatron.layout.devices import DEVICES
 from keel_megatron.layout.stages import partition
+from keel_megatron.runtime import machines
 from keel_megatron.training import describe
 from keel_megatron.training.describe import describe_run, version_changes
 from tests.settings import small_config
@@ -21,10 +22,11 @@ class Split(Alone):
     tensor_size, pipeline_size, data_size = 1, 2, 1
 
 
-def described(folder: Path, runtime: Alone) -> FakeTracker:
+def described(folder: Path, runtime: Alone, *, resumes: bool = False) -> FakeTracker:
     config = small_config(parallel__pipeline=2, parallel__virtual_pipeline=2)
     tracker: Any = FakeTracker(folder)
-    describe_run(tracker, runtime, partition(config, 1, DEVICES["cpu"]))  # type: ignore[arg-type]
+    stages: Any = partition(config, 1, DEVICES["cpu"])
+    describe_run(tracker, runtime, stages, resumes=resumes)  # type: ignore[arg-type]
     return tracker
 
 
@@ -35,6 +37,15 @@ def test_the_place_is_tagged_and_the_runs_files_are_handed_over(tmp_path: Path) 
     assert tracker.tagged["device"].endswith(" CPU")
     assert [path.name for path in tracker.artifacts] == ["config.yaml", "stages.json"]
     assert tracker.said == []
+
+
+def test_the_machines_are_recorded_those_of_earlier_starts_too(tmp_path: Path) -> None:
+    earlier = machines.Machine("abacus", 1)
+    machines.record(tmp_path, [earlier])
+    described(tmp_path, Split(), resumes=True)
+    assert machines.recorded(tmp_path) == [earlier, machines.this_machine()]
+    described(tmp_path, Split())
+    assert machines.recorded(tmp_path) == [machines.this_machine()]
 
 
 def test_only_rank_0_describes(tmp_path: Path) -> None:

@@ -45,10 +45,13 @@ MUON_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "bf16, TP 2 + SP": (2, {**BF16, **MATRIX["TP 2 + SP"][1]}),
 }
 
-# Every rule, tied embeddings, and many groups of parameters, at the hardest layout.
+# Every rule, tied embeddings, stabilizers, and many groups of parameters, at the hardest layout.
 MODELS: dict[str, dict[str, Any]] = {
     **{rule: {"model__residual": rule, **BATCH} for rule in RULES},
+    "peri_ln": {"model__residual": "peri_ln", "model__embedding_norm": True, **BATCH},
     "keel-v1-tied": {"model__first_block": "v1", "model__tie_embeddings": True, **BATCH},
+    "keel, QK-norm": {"model__qk_norm": True, "model__num_query_groups": 2, **BATCH},
+    "keel, z-loss": {"training__z_loss": 1e-2, **BATCH},
     "keel-rates": {
         "optimizer__rates": {"matrices": 0.5, "embeddings": 2.0, "head": 0.25, "norms": 4.0},
         "optimizer__depth_rates": [{"blocks": [1, 4], "factor": 0.5}],
@@ -129,6 +132,13 @@ def test_every_layout_trains_like_one_process_for_twenty_steps() -> None:
 
 def test_no_two_models_are_the_same(alone: dict[str, Found]) -> None:
     assert len({tuple(found) for found in alone.values()}) == len(alone)
+
+
+def test_the_reported_loss_is_without_the_z_loss(alone: dict[str, Found]) -> None:
+    """Of the same first weights, whose gradients it changes."""
+    (loss, norm), (plain, other) = alone["keel, z-loss"][0], alone["keel"][0]
+    assert loss == plain
+    assert norm != pytest.approx(other, rel=1e-3)
 
 
 def test_bf16_trains_close_to_fp32(alone: dict[str, Found]) -> None:

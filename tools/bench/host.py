@@ -22,6 +22,8 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +46,11 @@ from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.cores import available_cores
 from keel_megatron.runtime.device import Launch
 from keel_megatron.runtime.distributed import start
+from keel_megatron.runtime.machines import cpu_name
 from keel_megatron.runtime.versions import package_versions
-from tools.bench.peers import cpu_name
 
 FEW, MANY = 2, 10
+Call = Callable[[], tuple[float, float]]
 SAMPLES = 100
 SECTIONS: dict[str, dict[str, Any]] = {
     "model": {"hidden_size": 64, "ffn_hidden_size": 64, "num_attention_heads": 1},
@@ -66,10 +69,14 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_of(rule: str, blocks: int, *, compiled: bool) -> RunConfig:
+def run_of(rule: str, blocks: int, *, compiled: bool, qk_norm: bool = False) -> RunConfig:
     """A tiny run."""
     sections = SECTIONS | {"kernels": {"compile": compiled}}
-    sections["model"] = SECTIONS["model"] | {"blocks": blocks, "residual": rule}
+    sections["model"] = SECTIONS["model"] | {
+        "blocks": blocks,
+        "residual": rule,
+        "qk_norm": qk_norm,
+    }
     return RunConfig.model_validate(sections)
 
 
@@ -117,53 +124,65 @@ def middle_passes(engine: Any, batch: Any) -> tuple[float, float]:
     return middle - begin, end - middle
 
 
+def deciles(calls: list[Call], samples: int) -> list[list[float]]:
+    """The lowest decile of both passes of each call, microseconds; the calls take turns."""
+    for call in calls * 3:
+        call()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    rows = [[call() for call in calls] for _ in range(samples)]
+    return [
+        [statistics.quantiles([row[i][way] for row in rows], n=10)[0] * 1e6 for way in (0, 1)]
+        for i in range(len(calls))
+    ]
+
+
 def measure(rule: str, *, compiled: bool, samples: int = SAMPLES) -> dict[str, Any]:
     """Microseconds of both passes per block, per chunk and of the ends. Once a process."""
-    config = run_of(rule, FEW, compiled=compiled)
-    with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
-        runs = [run_of(rule, blocks, compiled=compiled) for blocks in (FEW, MANY)]
+    runs = [run_of(rule, blocks, compiled=compiled) for blocks in (FEW, MANY)]
+    with start(runs[0].parallel, runs[0].training, Launch(0, 1, 0, 1)) as runtime:
         engines = [build_engine(run, runtime, build_model(run, runtime)) for run in runs]
-        batch = random_batch(config).to(runtime.device)
+        batch = random_batch(runs[0]).to(runtime.device)
         if not compiled:  # Inductor would compile for a device that is not there
             take_for_cuda()
-        for engine in engines * 3:
-            passes(engine, batch)
-            middle_passes(engine, batch)
-        gc.collect()
-        gc.freeze()
-        gc.disable()
-        rows = [
-            [*(passes(engine, batch) for engine in engines), middle_passes(engines[0], batch)]
-            for _ in range(samples)
-        ]
-    few, many, middle = (
-        [statistics.quantiles([row[i][way] for row in rows], n=10)[0] * 1e6 for way in (0, 1)]
-        for i in range(3)
-    )
+        calls = [*(partial(passes, one, batch) for one in engines)]
+        few, many, middle = deciles([*calls, partial(middle_passes, engines[0], batch)], samples)
     block = [(b - a) / (MANY - FEW) for a, b in zip(few, many, strict=True)]
     chunk = [max(0.0, a - FEW * one) for a, one in zip(middle, block, strict=True)]
     ends = [max(0.0, a - b) for a, b in zip(few, middle, strict=True)]
     return {"block": named(block), "chunk": named(chunk), "ends": named(ends)}
 
 
+def measure_qk_norm(rule: str, samples: int = SAMPLES) -> dict[str, float]:
+    """Microseconds of both passes that `model.qk_norm` adds to a block. Once a process."""
+    runs = [run_of(rule, MANY, compiled=False, qk_norm=norm) for norm in (False, True)]
+    with start(runs[0].parallel, runs[0].training, Launch(0, 1, 0, 1)) as runtime:
+        engines = [build_engine(run, runtime, build_model(run, runtime)) for run in runs]
+        batch = random_batch(runs[0]).to(runtime.device)
+        take_for_cuda()
+        plain, normed = deciles([partial(passes, one, batch) for one in engines], samples)
+    return named([(b - a) / MANY for a, b in zip(plain, normed, strict=True)])
+
+
 def named(pair: list[float]) -> dict[str, float]:
     return {"forward_us": round(pair[0], 1), "backward_us": round(pair[1], 1)}
 
 
-def in_process(rule: str, *, compiled: bool) -> dict[str, Any]:
+def in_process(rule: str, *options: str) -> dict[str, Any]:
     """`measure` in a process of its own, which it changes for good."""
-    command = [sys.executable, __file__, "--rule", rule, *(["--compiled"] if compiled else [])]
+    command = [sys.executable, __file__, "--rule", rule, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
         raise SystemExit(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    print(rule, "compiled" if compiled else "", found, flush=True)
+    print(rule, *options, found, flush=True)
     return found
 
 
 def calibrate() -> dict[str, Any]:
     """All figures."""
-    found = {rule: in_process(rule, compiled=False) for rule in RULES}
+    found = {rule: in_process(rule) for rule in RULES}
     packages = package_versions()
     return {
         "command": "python tools/bench/host.py",
@@ -172,7 +191,8 @@ def calibrate() -> dict[str, Any]:
         "packages": {name: packages[name] for name in ("torch", "megatron-core", "triton")}
         | {"python": platform.python_version()},
         "blocks": {rule: one["block"] for rule, one in found.items()},
-        "compiled_block": in_process("keel", compiled=True)["block"],
+        "qk_norm": in_process("keel", "--qk-norm"),
+        "compiled_block": in_process("keel", "--compiled")["block"],
         "chunk": found["keel"]["chunk"],
         "ends": found["keel"]["ends"],
     }
@@ -183,12 +203,16 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print the stored figures")
     parser.add_argument("--rule", choices=tuple(RULES), help="measure one rule, print it as JSON")
     parser.add_argument("--compiled", action="store_true", help="with kernels.compile")
+    parser.add_argument("--qk-norm", action="store_true", help="what model.qk_norm adds")
     parser.add_argument("--samples", type=int, default=SAMPLES, help=f"passes (default {SAMPLES})")
     chosen = parser.parse_args()
     if chosen.show:
         print(FIGURES.read_text(), end="")
     elif chosen.rule:
-        found = measure(chosen.rule, compiled=chosen.compiled, samples=chosen.samples)
+        if chosen.qk_norm:
+            found: Any = measure_qk_norm(chosen.rule, chosen.samples)
+        else:
+            found = measure(chosen.rule, compiled=chosen.compiled, samples=chosen.samples)
         print("\n" + json.dumps(found), flush=True)
     else:
         FIGURES.write_text(json.dumps(calibrate(), indent=1) + "\n")

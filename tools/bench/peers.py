@@ -16,7 +16,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from keel_megatron.runtime.cores import available_cores
+from keel_megatron.runtime.machines import cpu_name
 
 ENVIRONMENTS = ROOT / "build" / "peers"
 RESULTS = ROOT / "docs" / "benchmarks"
@@ -213,13 +213,6 @@ def table(shape: dict[str, int], found: dict[str, Any]) -> list[str]:
             f"{NOTES[name]} ({one['version']}) |"
         )
     return lines
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def write(results: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from keel_megatron.runtime.cores import available_cores
-from tools.bench.peers import cpu_name
+from keel_megatron.runtime.machines import cpu_name
 
 PRODUCTS = re.compile(r"aten::(mm|addmm_?|bmm|baddbmm|matmul|linear)$")
 ATTENTION = re.compile(r"scaled_dot_product|ScaledDotProduct")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import cast
+from typing import Any, TypeVar, cast
 
 from keel_megatron.corpus.documents import Document, Unit
 from keel_megatron.corpus.readers.records import LARGEST_RECORD, TOO_LONG, text_of
@@ -14,8 +14,37 @@ from keel_megatron.corpus.readers.streams import DamagedError, blocks
 _BOM = b"\xef\xbb\xbf"
 
 
+T = TypeVar("T")
+
+
+class BlankError(Exception):
+    """A record without content, which is no error."""
+
+
 def read_jsonl(unit: Unit, on_bad: Callable[[BadRecord], None]) -> Iterator[Document]:
-    """The records of the lines that begin in the unit's range; empty lines are none."""
+    """The texts of the lines that begin in the unit's range; empty lines are none."""
+
+    def text(record: Any) -> str:
+        found = text_of(record, unit.file.text_key)
+        if not found.strip():
+            raise BlankError
+        return found
+
+    for key, found in read_records(unit, on_bad, text):
+        yield Document(key, (found,))
+
+
+def read_records(
+    unit: Unit, on_bad: Callable[[BadRecord], None], convert: Callable[[Any], T]
+) -> Iterator[tuple[str, T]]:
+    """The records of the lines that begin in the unit's range, each with its `Document.key`.
+
+    Args:
+        unit: a unit of JSON lines.
+        on_bad: called with each damaged or blank record, which is then skipped.
+        convert: makes a record of its JSON; raises a ValueError for a damaged one and a BlankError
+            for a blank one.
+    """
     file = unit.file
     number = 0
 
@@ -29,23 +58,22 @@ def read_jsonl(unit: Unit, on_bad: Callable[[BadRecord], None]) -> Iterator[Docu
             if line is not None and not line.strip():
                 continue
             try:
-                text = _text_of(line, file.text_key)
+                found = convert(_parsed(line))
+            except BlankError:
+                reject(offset, "is blank", size, blank=True)
             except ValueError as error:
                 reject(offset, str(error), size)
-                continue
-            if text.strip():
-                yield Document(f"{file.name}@{offset}", (text,))
             else:
-                reject(offset, "is blank", size, blank=True)
+                yield f"{file.name}@{offset}", found
     except DamagedError as error:
         on_bad(BadRecord(file, "line", number + 1, str(error)))
 
 
-def _text_of(line: bytes | None, key: str) -> str:
-    """The text of a line.
+def _parsed(line: bytes | None) -> Any:
+    """The JSON of a line.
 
     Raises:
-        ValueError: it has none, or is too long (None); the message says why.
+        ValueError: it is none, or is too long (None); the message says why.
     """
     if line is None:
         raise ValueError(TOO_LONG)
@@ -54,12 +82,11 @@ def _text_of(line: bytes | None, key: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 (byte {error.start} of the line)") from None
     try:
-        record = json.loads(decoded)
+        return json.loads(decoded)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"is not valid JSON ({error})") from None
-    return text_of(record, key)
 
 
 def _lines_in(unit: Unit) -> Iterator[tuple[int, bytes | None, int]]:

@@ -36,7 +36,7 @@ class BadRecord:
         if self.file.compression:
             return f"{self.file.location}, byte {self.number:,}"
         line = f"{self.file.location}, line {_line_of(self.file.location, self.number):,}"
-        return line if self.file.kind == "jsonl" else f"{line}, byte {self.number:,}"
+        return line if self.file.kind in ("jsonl", "chat") else f"{line}, byte {self.number:,}"
 
 
 class Tally:

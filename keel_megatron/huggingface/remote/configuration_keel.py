@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class SubLayer:
-    """One sub-layer, attention or FFN: x' = N_out(alpha x + c F(G(x)))."""
+    """One sub-layer, attention or FFN: x' = N_out(alpha x + c N_b(F(d G(x))))."""
 
     alpha: float = 1.0
     """Scale of the skip path."""
@@ -18,14 +18,26 @@ class SubLayer:
     """c, factor of the branch's output."""
     inner: str = "none"
     """G, in front of the branch F: `norm` (N_in), `vector` (learned), or `none`."""
+    inner_factor: float = 1.0
+    """d, factor of G's output."""
     outer_norm: bool = False
     """Whether there is an N_out."""
-    qkv_norm: bool = False
-    """Norms of query, key and value."""
+    head_norms: str = ""
+    """Which of query, key and value are normalised, each head by itself: none, qk or qkv."""
+    branch_norm: bool = False
+    """Whether there is an N_b, of the branch's output."""
 
 
 def sub_layer(l: int, config: Any) -> SubLayer:
-    """Columns of sub-layer l, counted from 0 (even: attention, odd: FFN), under `residual`."""
+    """Columns of sub-layer l, counted from 0 (even: attention, odd: FFN)."""
+    row = _of_rule(l, config)
+    if config.qk_norm and l % 2 == 0 and not row.head_norms:
+        return replace(row, head_norms="qk")
+    return row
+
+
+def _of_rule(l: int, config: Any) -> SubLayer:
+    """The same under `residual` alone."""
     alpha, block = config.alpha, l // 2
     pre_norm, post_norm = SubLayer(inner="norm"), SubLayer(outer_norm=True)
     match config.residual:
@@ -42,9 +54,13 @@ def sub_layer(l: int, config: Any) -> SubLayer:
         case "scaled_post_ln_beta":
             return SubLayer(alpha=alpha, inner="vector", outer_norm=True)
         case "hybrid_norm":
-            return SubLayer(outer_norm=True, qkv_norm=True) if l % 2 == 0 else SubLayer()
+            return SubLayer(outer_norm=True, head_norms="qkv") if l % 2 == 0 else SubLayer()
         case "mix_ln":
             return post_norm if block < config.num_hidden_layers // 4 else pre_norm
+        case "peri_ln":
+            return SubLayer(inner="norm", branch_norm=True)
+        case "layer_norm_scaling":
+            return SubLayer(inner="norm", inner_factor=(block + 1) ** -0.5)
         case "complete_p":
             ratio = config.num_hidden_layers / config.base_blocks
             return SubLayer(branch_factor=1.0 / ratio, inner="norm")
@@ -60,8 +76,10 @@ class KeelConfig(PreTrainedConfig):
         alpha: scale of the skip path; None: L.
         first_block: norms of Keel's first block. v2: its attention has no outer norm; v1: neither
             its attention nor its FFN has.
+        embedding_norm: an RMSNorm of the embedding's output.
         base_blocks: blocks of the model that CompleteP scales to this depth.
         final_norm: an RMSNorm between the last block and the output layer.
+        qk_norm: an RMSNorm of every query and key head, before their rotation.
     """
 
     model_type = "keel"
@@ -92,8 +110,10 @@ class KeelConfig(PreTrainedConfig):
         residual: str = "keel",
         alpha: float | None = None,
         first_block: str = "v2",
+        embedding_norm: bool = False,
         base_blocks: int = 2,
         final_norm: bool = True,
+        qk_norm: bool = False,
         max_position_embeddings: int = 4096,
         rope_theta: float = 10000.0,
         rms_norm_eps: float = 1e-5,
@@ -113,8 +133,10 @@ class KeelConfig(PreTrainedConfig):
         self.residual = residual
         self.alpha = float(2 * num_hidden_layers if alpha is None else alpha)
         self.first_block = first_block
+        self.embedding_norm = embedding_norm
         self.base_blocks = base_blocks
         self.final_norm = final_norm
+        self.qk_norm = qk_norm
         self.hidden_act = "silu"
         self.max_position_embeddings = max_position_embeddings
         self.rope_parameters = kwargs.pop("rope_parameters", None) or {

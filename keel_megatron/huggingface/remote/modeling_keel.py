@@ -5,8 +5,8 @@
     x_{l+1} = N_out(alpha x_l + F_l(N_in(x_l)))        l >= 2, alpha = L
 
 N is an RMSNorm, F_l attention (l even) or an FFN (l odd), L the number of sub-layers, twice that of
-blocks. The other residual rules differ in which norms exist and in alpha: `sub_layer` in
-configuration_keel.py is the table.
+blocks. The other residual rules differ in which norms exist, in alpha and in factors:
+`sub_layer` in configuration_keel.py is the table.
 
 The residual stream and the norms are fp32 whatever the type of the weights is: at alpha = 1024 a
 bf16 stream would lose most of every update, and rounded norm weights compound over depth. The
@@ -104,7 +104,7 @@ def eager_attention_forward(
 class KeelAttention(nn.Module):
     """Causal attention with grouped keys and values and rotary positions."""
 
-    def __init__(self, config: KeelConfig, layer_idx: int, qkv_norm: bool) -> None:
+    def __init__(self, config: KeelConfig, layer_idx: int, head_norms: str) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -118,9 +118,10 @@ class KeelAttention(nn.Module):
         self.v_proj = nn.Linear(h, config.num_key_value_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, h, bias=False)
         self.q_norm = self.k_norm = self.v_norm = None
-        if qkv_norm:
+        if head_norms:
             self.q_norm = KeelRMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = KeelRMSNorm(config.head_dim, config.rms_norm_eps)
+        if head_norms == "qkv":
             self.v_norm = KeelRMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
@@ -185,27 +186,27 @@ class KeelDecoderLayer(GradientCheckpointingLayer):
         attention = sub_layer(2 * layer_idx, config)
         ffn = sub_layer(2 * layer_idx + 1, config)
         self.attention_alpha, self.feedforward_alpha = attention.alpha, ffn.alpha
+        self.attention_inner, self.feedforward_inner = attention.inner_factor, ffn.inner_factor
         self.attention_factor, self.feedforward_factor = attention.branch_factor, ffn.branch_factor
         self.attention_layernorm = _inner(attention.inner, config)
-        self.self_attn = KeelAttention(config, layer_idx, attention.qkv_norm)
+        self.self_attn = KeelAttention(config, layer_idx, attention.head_norms)
+        self.branch_attention_layernorm = _outer(attention.branch_norm, config)
         self.post_attention_layernorm = _outer(attention.outer_norm, config)
         self.feedforward_layernorm = _inner(ffn.inner, config)
         self.mlp = KeelMLP(config)
+        self.branch_feedforward_layernorm = _outer(ffn.branch_norm, config)
         self.post_feedforward_layernorm = _outer(ffn.outer_norm, config)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """The fp32 stream [batch, tokens, h] after both sub-layers."""
         x, dtype = hidden_states, self.mlp.down_proj.weight.dtype
-        branch, _weights = self.self_attn(self.attention_layernorm(x).to(dtype), **kwargs)
-        branch = _scaled(branch, self.attention_factor)
+        z = self.attention_inner * self.attention_layernorm(x)
+        branch, _weights = self.self_attn(z.to(dtype), **kwargs)
+        branch = self.attention_factor * self.branch_attention_layernorm(branch)
         x = self.post_attention_layernorm(self.attention_alpha * x + branch)
-        branch = self.mlp(self.feedforward_layernorm(x).to(dtype))
-        branch = _scaled(branch, self.feedforward_factor)
+        z = self.feedforward_inner * self.feedforward_layernorm(x)
+        branch = self.feedforward_factor * self.branch_feedforward_layernorm(self.mlp(z.to(dtype)))
         return self.post_feedforward_layernorm(self.feedforward_alpha * x + branch)
-
-
-def _scaled(branch: Tensor, factor: float) -> Tensor:
-    return branch if factor == 1.0 else branch * factor
 
 
 def _inner(kind: str, config: KeelConfig) -> nn.Module:
@@ -238,9 +239,12 @@ class KeelPreTrainedModel(PreTrainedModel):
     }
     _keep_in_fp32_modules_strict = (
         "attention_layernorm",
+        "branch_attention_layernorm",
         "post_attention_layernorm",
         "feedforward_layernorm",
+        "branch_feedforward_layernorm",
         "post_feedforward_layernorm",
+        "embedding_norm",
         "q_norm",
         "k_norm",
         "v_norm",
@@ -259,6 +263,7 @@ class KeelModel(KeelPreTrainedModel):
     def __init__(self, config: KeelConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embedding_norm = _outer(config.embedding_norm, config)
         self.layers = nn.ModuleList(
             KeelDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
@@ -310,7 +315,7 @@ class KeelModel(KeelPreTrainedModel):
             **{CACHE: cache},
         )
         table = rotary_table(self.config, position_ids)
-        x = inputs_embeds.float()
+        x = self.embedding_norm(inputs_embeds.float())
         for layer in self.layers[: self.config.num_hidden_layers]:
             x = layer(
                 x,

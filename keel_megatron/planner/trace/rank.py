@@ -174,7 +174,7 @@ def _batches(request: Request) -> list[Any]:
     zeros = partial(torch.zeros, (sequences, config.data.seq_length), device="cpu")
     tokens = zeros(dtype=torch.long)
     batch = Batch(tokens, tokens)
-    if config.data.masks_eod_loss:
+    if config.data.has_loss_mask:
         batch = replace(batch, loss_mask=zeros())
     if config.data.document_masks:  # two a sequence
         numbers = zeros(dtype=torch.int32)

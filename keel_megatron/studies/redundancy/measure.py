@@ -24,7 +24,8 @@ from keel_megatron.errors import UserError
 from keel_megatron.inference.source import config_of, find_checkpoint, tokenizer_path
 from keel_megatron.layout.stages import own_partition
 from keel_megatron.model.language_model import build_model
-from keel_megatron.runtime.device import Launch
+from keel_megatron.runtime import machines
+from keel_megatron.runtime.device import Launch, gpu_name
 from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.runtime.files import LineFile
 from keel_megatron.studies.redundancy import records
@@ -170,6 +171,7 @@ def _measure(task: _Task, done: NDArray[np.bool_], options: Options) -> None:
     walk = _walk(task, size)
     progress = Progress(sum(_cost(subject, batches[first], counts[first]) for first in batches))
     is_first, is_last = runtime.pipeline_rank == 0, walk.is_last
+    _record_machines(task, begun=bool(done.any()))
     file = LineFile(task.path)
 
     def record(first: int, found: Found) -> None:
@@ -190,6 +192,27 @@ def _measure(task: _Task, done: NDArray[np.bool_], options: Options) -> None:
         )
     file.close()
     runtime.barrier()
+
+
+def _record_machines(task: _Task, *, begun: bool) -> None:
+    """Record which machines measure, beside those of earlier starts; collective.
+
+    Args:
+        task: what they measure.
+        begun: a part of it was measured before.
+    """
+    runtime, folder = task.runtime, task.path.parent
+    places = runtime.gather(machines.this_place(gpu_name(runtime.device)))
+
+    def write() -> None:
+        first = not begun and set(folder.iterdir()) == {task.path}
+        earlier = [] if first else machines.recorded(folder)
+        try:
+            machines.record(folder, machines.machines(places), earlier)
+        except OSError as error:
+            raise UserError(f"--out: {folder} cannot be written: {error.strerror}") from error
+
+    runtime.from_main(write)
 
 
 def _walk(task: _Task, size: int) -> Walk:

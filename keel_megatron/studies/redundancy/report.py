@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from keel_megatron.runtime import machines
 from keel_megatron.studies.pictures import finish, new_figure, rule_colour
 from keel_megatron.studies.redundancy.outcome import CHEAP, CHEAP_LOSS, Outcome, different_texts
+from keel_megatron.studies.redundancy.records import FOLDER
 from keel_megatron.studies.results import PICTURE, markdown, write_results, write_table
 from keel_megatron.tracking.style import SLATE, TEXT
 
@@ -30,8 +32,10 @@ def write_report(found: list[Outcome], out: Path) -> str:
         OSError: a file cannot be written.
     """
     text = table(found)
-    write_results("redundancy", out, [one.row() for one in found])
-    write_table(out, text)
+    rows = [one.row() for one in found]
+    machine = machines.named(machines.recorded(out / FOLDER))
+    write_results("redundancy", out, rows, machine=machine)
+    write_table(out, text, rows, machine)
     picture(found, out / PICTURE)
     return text
 

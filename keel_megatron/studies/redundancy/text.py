@@ -144,7 +144,12 @@ def given_text(
 
 def _collated(config: RunConfig, sequences: list[Sequence]) -> Batch:
     data = config.data
-    return collate(sequences, documents=data.document_masks, loss_mask=data.masks_eod_loss)
+    return collate(
+        sequences,
+        documents=data.document_masks,
+        loss_mask=data.masks_eod_loss,
+        counts=any(sequence.counts is not None for sequence in sequences),
+    )
 
 
 def _wanted(tokens: int, length: int) -> int:

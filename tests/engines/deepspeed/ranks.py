@@ -18,8 +18,12 @@ from tests.training.ranks import made_up_batches
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed"
 )
-MEGATRON: dict[str, Any] = {"optimizer__clip_grad": 0.25}
-"""Gradient norms are about 0.55 here: every step is clipped."""
+MEGATRON: dict[str, Any] = {
+    "optimizer__clip_grad": 0.25,
+    "model__qk_norm": True,
+    "training__z_loss": 1e-3,
+}
+"""Gradient norms are about 0.55 here: every step is clipped. With norms of heads and a z-loss."""
 
 
 def zero(stage: int, *, offload: bool = False, parameters: bool = False) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def a_number_of_the_host() -> None:
         norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
         return torch.addcmul(torch.tensor(eps), norm, norm, value=1 / u.size(-1)).rsqrt_()
 
-    fused._rstd = rstd
+    fused.row_rstd = rstd
     operators = functools.partial(kernels.scaled_add_norm, backend="torch")
     _after_stand_ins(lambda: setattr(layer, "scaled_add_norm", operators))
 
@@ -73,7 +73,7 @@ def a_wait_in_the_loss() -> None:
 
 
 def a_plan_without_head_norms() -> None:
-    """The plan forgets what the norms of query, key and value keep."""
+    """The plan forgets what the norms of query and key keep."""
     from keel_megatron.layout import block_costs
 
     block_costs._head_norms_bytes = lambda *_arguments: 0  # type: ignore[assignment]

@@ -36,7 +36,9 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 """Devices, stages, overrides."""
 MODELS: dict[str, dict[str, Any]] = {
     **{rule: {"model__residual": rule} for rule in RULES},
+    "peri_ln": {"model__residual": "peri_ln", "model__embedding_norm": True},
     "keel, v1, tied": {"model__first_block": "v1", "model__tie_embeddings": True},
+    "keel, QK-norm": {"model__qk_norm": True},
 }
 HYBRID: dict[str, Any] = {"model__residual": "hybrid_norm"}
 OPTIONS: dict[str, Case] = {
@@ -76,6 +78,8 @@ QUICK: dict[str, Case] = {
     "keel, hardest, stage 1": Case(8, 1, HARDEST),
     "keel, one": Case(1, 0),
     "hybrid_norm, one": Case(1, 0, HYBRID),
+    "QK-norm, one": Case(1, 0, {"model__qk_norm": True}),
+    "z-loss": Case(1, 0, {"training__z_loss": 1e-4}),
     "keel, PP 2, stage 0": Case(4, 0, PP2),
     **OPTIONS,
 }

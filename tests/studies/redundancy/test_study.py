@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from keel_megatron.cli.main import app
+from keel_megatron.runtime.machines import this_machine
 from keel_megatron.studies.redundancy import measure
 from keel_megatron.studies.redundancy.units import passes
 from keel_megatron.tracking.metrics import read_metrics
@@ -65,6 +66,7 @@ def test_runs_are_measured_on_the_same_tokens(folder: Path, tmp_path: Path) -> N
     assert done.stdout.startswith("| run | rule | L |")
     first, second = results(tmp_path)["rows"]
     assert (first["run"], second["run"]) == ("keel", "pre_ln")
+    assert results(tmp_path)["machines"] == {str(this_machine()): 2}
     assert first["text_sha256"] == second["text_sha256"]  # in the order of the first one's seed
     assert (first["tokens"], len(first["added_loss"])) == (12 * 32, 6)
     metrics = read_metrics(Path("runs/keel/metrics.jsonl"))
@@ -76,7 +78,7 @@ def test_runs_are_measured_on_the_same_tokens(folder: Path, tmp_path: Path) -> N
 def test_an_interrupted_study_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert study("runs/keel", "--out", str(tmp_path / "whole"), "--batch-size", "8").exit_code == 0
     expected = results(tmp_path / "whole")["rows"]
-    (path,) = (tmp_path / "whole" / "measured").iterdir()
+    (path,) = (tmp_path / "whole" / "measured").glob("*.jsonl")
     lines = path.read_text().splitlines()
     assert len(lines) == 1 + 2 * 7  # two batches, of 8 and of 4 sequences
     out = tmp_path / "again"
@@ -94,6 +96,8 @@ def test_an_interrupted_study_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
     for one, other in zip(results(out)["rows"], expected, strict=True):
         for key in ("loss", "added_loss", "angular_distance"):
             assert one[key] == pytest.approx(other[key], abs=1e-6)
+    # The start that was killed is from before machines were recorded.
+    assert results(out)["machines"] == {f"not recorded and {this_machine()}": 1}
     walks.clear()
     assert study("runs/keel", "--out", str(out), "--batch-size", "3").exit_code == 0
     assert not walks, "what was finished is measured again"

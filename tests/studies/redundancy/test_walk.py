@@ -67,11 +67,9 @@ def remove(reference: ReferenceModel, l: int, removal: Removal) -> None:
         sub.F = Zero()
 
 
-@pytest.mark.parametrize(("rule", "first_block", "final_norm"), CASES)
-def test_removals_are_those_of_a_plain_model(rule: str, first_block: str, final_norm: bool) -> None:
-    config = run_config(
-        model__residual=rule, model__first_block=first_block, model__final_norm=final_norm
-    )
+@pytest.mark.parametrize(("rule", "overrides"), CASES)
+def test_removals_are_those_of_a_plain_model(rule: str, overrides: dict[str, Any]) -> None:
+    config = run_config(model__residual=rule, **overrides)
     batch = batch_of()
     with start(config.parallel, config.training, ALONE) as runtime:
         chunk = model_of(config, runtime)
