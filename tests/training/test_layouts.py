@@ -40,6 +40,7 @@ MUON: dict[str, Any] = {
 BF16 = {"training__precision": "bf16"}
 MUON_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     **{name: MATRIX[name] for name in QUICK if name.startswith(("DP", "TP"))},
+    "PP 2, the head alone": MATRIX["PP 2, the head alone"],
     "DP 2 x TP 2": (4, {"parallel__tensor": 2}),
     "bf16, DP 2": (2, BF16),
     "bf16, TP 2 + SP": (2, {**BF16, **MATRIX["TP 2 + SP"][1]}),

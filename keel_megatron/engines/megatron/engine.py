@@ -29,7 +29,7 @@ from keel_megatron.engines.base import (
     mean_loss,
     owns,
 )
-from keel_megatron.engines.megatron.muon.optimizer import Muon
+from keel_megatron.engines.megatron.muon.optimizer import build_muon
 from keel_megatron.engines.megatron.optimizer import (
     build_optimizer,
     set_learning_rate,
@@ -61,7 +61,7 @@ class MegatronEngine:
         self.config = config
         self.runtime = runtime
         self.chunks = chunks
-        self._muon = Muon(config, chunks, runtime) if config.optimizer.name == "muon" else None
+        self._muon = build_muon(config, chunks, runtime)
         with nullcontext() if self._muon is None else self._muon.left_out():
             self.model = wrap_data_parallel(config, chunks, runtime)
             self.optimizer = build_optimizer(config, self.model, runtime)

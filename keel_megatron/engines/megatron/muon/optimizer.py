@@ -6,7 +6,7 @@ gradient when they are built, and are built within `left_out`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -25,20 +25,29 @@ from keel_megatron.model.initialization import global_parameters
 from keel_megatron.runtime.distributed import Runtime
 
 
+Named = Mapping[Key, tuple[str, nn.Parameter]]
+"""Of each matrix of a stage its name in the whole model, and this rank's shard."""
+
+
+def build_muon(config: RunConfig, chunks: list[nn.Module], runtime: Runtime) -> Muon | None:
+    """Muon over this rank's blocks, which are not yet in DDP; None: there are none, or AdamW's."""
+    named = _weights(config, chunks) if config.optimizer.name == "muon" else {}
+    return Muon(config, named, runtime) if named else None
+
+
 class Muon:
     """Masters and momenta of what this replica owns, and the update; a `WholeMatrices`.
 
     Args:
         config: the run.
-        chunks: this rank's model chunks, not yet in DDP. Their matrices become views of buffers.
+        named: the matrices of this rank's blocks and their names; they become views of buffers.
         runtime: this rank's place.
     """
 
-    def __init__(self, config: RunConfig, chunks: list[nn.Module], runtime: Runtime) -> None:
+    def __init__(self, config: RunConfig, named: Named, runtime: Runtime) -> None:
         self._config = config
         self._tensor_group = parallel_state.get_tensor_model_parallel_group()
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        named = _weights(config, chunks)
         weights = {key: parameter for key, (_name, parameter) in named.items()}
         self._parameters = set(weights.values())
         kinds, tensor = block_weights(config.model), runtime.tensor_size
@@ -140,8 +149,8 @@ class Muon:
         )
 
 
-def _weights(config: RunConfig, chunks: list[nn.Module]) -> dict[Key, tuple[str, nn.Parameter]]:
-    """The matrices of this rank's blocks, each with its name in the whole model."""
+def _weights(config: RunConfig, chunks: list[nn.Module]) -> Named:
+    """The matrices of this rank's blocks."""
     kinds = {weight.name for weight in block_weights(config.model)}
     numbers: dict[int, int] = {}  # block of the model -> block of the stage
     found = {}
