@@ -32,6 +32,7 @@ from keel_megatron.training.origin import (
     locate,
     refuse,
     refuse_no_optimizer,
+    refuse_other_optimizer,
     refuse_other_tokenizer,
     tokenizer_of,
 )
@@ -122,8 +123,10 @@ def _from_checkpoint(config: RunConfig, found: ResumePoint, runtime: Runtime) ->
 
     def accepted() -> tuple[dict[str, Any], TokenizerFile | None, int | None]:
         """On rank 0: record of the origin, its tokenizer, and its count of updates if kept."""
-        refuse(config, path, config_of(path))
+        of_origin = config_of(path)
+        refuse(config, path, of_origin)
         refuse_no_optimizer(config, path, state)
+        refuse_other_optimizer(config, path, of_origin)
         digest = fingerprint(path)
         extras = state.get("extras", {})
         run = RunFile.from_json(extras.get("run"))
