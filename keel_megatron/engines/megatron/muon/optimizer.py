@@ -24,7 +24,6 @@ from keel_megatron.layout.matrix_owners import OwnedStack, regions
 from keel_megatron.model.initialization import global_parameters
 from keel_megatron.runtime.distributed import Runtime
 
-
 Named = Mapping[Key, tuple[str, nn.Parameter]]
 """Of each matrix of a stage its name in the whole model, and this rank's shard."""
 
