@@ -45,16 +45,16 @@ class OptimizerShards:
 
     def is_replicated(self, parameter: nn.Parameter) -> bool:
         """Whether every replica holds the same states of all elements."""
-        return not self.is_distributed and not self._is_muons(parameter)
+        return not self.is_distributed and self._whole(parameter) is None
 
     def names(self, parameter: nn.Parameter) -> tuple[str, ...]:
         """Of the states of a parameter, the master first."""
-        return MUON_STATES if self._is_muons(parameter) else STATES
+        return STATES if self._whole(parameter) is None else MUON_STATES
 
     def owned(self, parameter: nn.Parameter) -> slice | None:
         """Elements of the flat parameter that this rank's optimizer updates; None if none."""
-        if self._muon is not None and parameter in self._muon:
-            return self._muon.owned(parameter)
+        if (whole := self._whole(parameter)) is not None:
+            return whole.owned(parameter)
         if not self.is_distributed:
             return slice(0, parameter.numel())
         if parameter not in self._inner.model_param_gbuf_map:
@@ -64,8 +64,8 @@ class OptimizerShards:
 
     def states(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Master and moments of the elements that it owns, flat: the optimizer's own memory."""
-        if self._muon is not None and parameter in self._muon:
-            return self._muon.states(parameter)
+        if (whole := self._whole(parameter)) is not None:
+            return whole.states(parameter)
         master = self._master(parameter)
         state = self._adam.state[master]
         for name in MOMENTS:
@@ -82,8 +82,8 @@ class OptimizerShards:
             if model.ddp_config.overlap_param_gather:
                 model.start_param_sync(force_sync=True)  # one may be under way, from these weights
         for parameter in parameters:
-            owned = None if self._is_muons(parameter) else self.owned(parameter)
-            if owned is None:
+            owned = self.owned(parameter)
+            if owned is None or self._whole(parameter) is not None:
                 continue
             master = self._master(parameter).view(-1)
             weights = parameter.data.view(-1)[owned]
@@ -111,8 +111,9 @@ class OptimizerShards:
             for group in self._adam.param_groups:
                 group["step"] = count
 
-    def _is_muons(self, parameter: nn.Parameter) -> bool:
-        return self._muon is not None and parameter in self._muon
+    def _whole(self, parameter: nn.Parameter) -> WholeMatrices | None:
+        """Muon, if it updates a parameter."""
+        return self._muon if self._muon is not None and parameter in self._muon else None
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         """What Adam's groups and state know the parameter by."""
