@@ -2,6 +2,7 @@
 
 python tools/parity.py             # 20 steps of all layouts, on gloo ranks of this machine
 python tools/parity.py --steps 4 "PP 2" "TP 2"
+python tools/parity.py --optimizer muon
 """
 
 from __future__ import annotations
@@ -40,13 +41,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("layouts", nargs="*", help="names of layouts; all without any")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     arguments = parser.parse_args()
     unknown = set(arguments.layouts) - MATRIX.keys()
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(MATRIX)}")
-    chosen = {name: MATRIX[name] for name in arguments.layouts or MATRIX}
+    optimizer = {"optimizer__name": arguments.optimizer}
+    chosen = {
+        name: (MATRIX[name][0], {**MATRIX[name][1], **optimizer})
+        for name in arguments.layouts or MATRIX
+    }
     started = time.monotonic()
-    alone = trained(1, {"": {}}, arguments.steps)[""]
+    alone = trained(1, {"": optimizer}, arguments.steps)[""]
     found = spread(chosen, arguments.steps, timeout_seconds=3600.0)
     print("| layout | processes | blocks by stage | largest deviation: loss | grad norm |")
     print("|---|---|---|---|---|")
@@ -56,7 +62,8 @@ def main() -> None:
             f"| {name} | {processes} | {stages(overrides, processes)} | {apart.loss:.1e} "
             f"| {apart.grad_norm:.1e} |"
         )
-    print(f"\n{arguments.steps} steps, fp32; {time.monotonic() - started:.0f} s in all.")
+    seconds = time.monotonic() - started
+    print(f"\n{arguments.steps} steps, {arguments.optimizer}, fp32; {seconds:.0f} s in all.")
 
 
 if __name__ == "__main__":

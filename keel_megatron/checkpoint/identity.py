@@ -61,6 +61,8 @@ CHANGEABLE = (
     "training.validate_every",
     "training.validation_sequences",
 )
+# Of those beginnings, what is the run's identity all the same.
+FIXED = ("optimizer.name",)
 
 _ARCHITECTURE = ("model.", "data.vocab_size")
 _PLACES = ("data.dataset", "data.sources", "data.text", "data.tokenizer", "data.chat_template")
@@ -138,7 +140,13 @@ def refuse_weights_only(checkpoint: Path, state: Any) -> None:
 def changeable() -> str:
     """The settings that a run may change between two starts, as text."""
     notes = {path: f"{path} (the place, not the contents)" for path in _PLACES}
+    notes["optimizer."] = "optimizer.* (but name)"
     return ", ".join(notes.get(p, f"{p}*" if p.endswith(".") else p) for p in CHANGEABLE)
+
+
+def may_change(path: str) -> bool:
+    """Whether a run may change a setting between two starts."""
+    return path.startswith(CHANGEABLE) and path not in FIXED
 
 
 def _has_steps(folder: Path) -> bool:
@@ -150,7 +158,7 @@ def identity_changes(saved: RunConfig, current: RunConfig) -> Iterator[tuple[str
     """Settings that differ and may not: (path, saved value, current value)."""
     old, new = flatten(saved), flatten(current)
     for path in sorted(old.keys() | new.keys()):
-        if old.get(path) != new.get(path) and not path.startswith(CHANGEABLE):
+        if old.get(path) != new.get(path) and not may_change(path):
             yield path, old.get(path), new.get(path)
 
 

@@ -1,12 +1,13 @@
 """The Megatron engine's state: every rank's own slices of masters and moments, as they lie there.
 
 No rank gathers anything: with the distributed optimizer each replica writes the flat ranges that it
-owns, and without it an even share, so all write 12 bytes x the stage's parameters / replicas.
+owns, and without it an even share, so all write 12 bytes x the stage's parameters / replicas. Each
+of Muon's matrices is written by the replica that updates it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from keel_megatron.checkpoint.optimizer_shards import OptimizerShards
-from keel_megatron.checkpoint.parameters import MASTER, STATES, Placed, placed, updates
+from keel_megatron.checkpoint.optimizer_shards import OptimizerShards, WholeMatrices
+from keel_megatron.checkpoint.parameters import MASTER, Placed, placed, updates
 from keel_megatron.checkpoint.places import even_ranges
 from keel_megatron.checkpoint.sharding import Piece, Reader, TensorReader, ToSave
 from keel_megatron.checkpoint.staging import Staging
@@ -28,11 +29,14 @@ class MegatronState:
     Args:
         chunks: this rank's model chunks.
         optimizer: Megatron-core's, over them.
+        muon: what Muon updates of them.
     """
 
-    def __init__(self, chunks: list[nn.Module], optimizer: Any) -> None:
+    def __init__(
+        self, chunks: list[nn.Module], optimizer: Any, muon: WholeMatrices | None = None
+    ) -> None:
         self._chunks = chunks
-        self.shards = OptimizerShards(optimizer)
+        self.shards = OptimizerShards(optimizer, muon)
         self._staging: Staging | None = None  # from the first save that copies on
 
     def to_save(self, *, copy: bool) -> ToSave:
@@ -44,13 +48,17 @@ class MegatronState:
             piece
             for one, start, states in self._shares()
             if one.is_main
-            for name in STATES
-            for piece in one.pieces(name, states[name], start)
+            for name, values in states.items()
+            for piece in one.pieces(name, values, start)
         ]
         common = {"optimizer": {"updates": self.shards.updates}}
         expected = 0
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-            expected = len(STATES) * sum(one.numel for one in self._placed if one.is_main)
+            expected = sum(
+                len(self.shards.names(one.parameter)) * one.numel
+                for one in self._placed
+                if one.is_main
+            )
         device = pieces[0].values.device if pieces else torch.device("cpu")
         if not copy and device.type == "cpu":
             return ToSave(pieces, common, expected)
@@ -67,19 +75,19 @@ class MegatronState:
 
     def read(self, path: Path, index: dict[str, Any], common: dict[str, Any]) -> Any:
         """As `Trained.read`; masters and moments are filled in place."""
-        self.fill(Reader(path, index), STATES)
+        self.fill(Reader(path, index), masters_only=False)
         return updates(common)
 
-    def fill(self, reader: TensorReader, states: Sequence[str]) -> None:
+    def fill(self, reader: TensorReader, *, masters_only: bool) -> None:
         """As `Trained.fill`."""
         self.before_update()
         for one in self._placed:
             owned = self.shards.owned(one.parameter)
             if owned is None:
                 continue
-            values = self.shards.states(one.parameter)
-            for name in states:
-                one.read(reader, name, values[name], owned.start)
+            for name, values in self.shards.states(one.parameter).items():
+                if name == MASTER or not masters_only:
+                    one.read(reader, name, values, owned.start)
 
     def apply(self, loaded: Any) -> None:
         """As `Trained.apply`."""
@@ -88,18 +96,17 @@ class MegatronState:
 
     def _shares(self) -> Iterator[tuple[Placed, int, dict[str, Tensor]]]:
         """What this replica writes of each parameter: the elements from a start on."""
-        if not self.shards.is_distributed:
-            rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-            size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-            shares = even_ranges([one.numel for one in self._placed], rank, size)
-            for one, (start, stop) in zip(self._placed, shares, strict=True):
-                if start < stop:
-                    states = self.shards.states(one.parameter)
-                    yield one, start, {name: value[start:stop] for name, value in states.items()}
-            return
+        rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        alike = [one for one in self._placed if self.shards.is_replicated(one.parameter)]
+        shares = even_ranges([one.numel for one in alike], rank, size)
+        for one, (start, stop) in zip(alike, shares, strict=True):
+            if start < stop:
+                states = self.shards.states(one.parameter)
+                yield one, start, {name: value[start:stop] for name, value in states.items()}
         for one in self._placed:
             owned = self.shards.owned(one.parameter)
-            if owned is not None:
+            if owned is not None and not self.shards.is_replicated(one.parameter):
                 yield one, owned.start, self.shards.states(one.parameter)
 
     @cached_property

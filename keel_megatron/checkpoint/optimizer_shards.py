@@ -2,31 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from keel_megatron.checkpoint.parameters import MASTER, MOMENTS
+from keel_megatron.checkpoint.parameters import MASTER, MOMENTS, MUON_STATES, STATES
+
+
+class WholeMatrices(Protocol):
+    """The parameters of Muon, each of which one replica updates."""
+
+    def __contains__(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter is Muon's."""
+
+    def owned(self, parameter: nn.Parameter) -> slice | None:
+        """All elements of the parameter if this replica updates it, else None."""
+
+    def states(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Master and momentum of an owned parameter, flat: Muon's own memory."""
+
+    def spread_masters(self) -> None:
+        """Copy the masters into the weights of the passes; collective over the replicas."""
 
 
 class OptimizerShards:
-    """Masters, moments and the count of updates of a Megatron-core optimizer.
+    """Masters, moments and the count of updates of a Megatron-core optimizer, and of Muon.
 
-    With the distributed optimizer every replica holds a flat range of a parameter, without it all
-    of it.
+    With the distributed optimizer every replica holds a flat range of a parameter of AdamW's,
+    without it all of it. Of Muon's parameters one replica holds all and the others nothing.
 
     Args:
         optimizer: a chain of one Megatron-core optimizer, around any AdamW.
+        muon: what Muon updates; None: AdamW updates all.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, muon: WholeMatrices | None = None) -> None:
         (self._inner,) = optimizer.chained_optimizers
+        self._muon = muon
         self._adam = self._inner.optimizer
         self.is_distributed = hasattr(self._inner, "model_param_gbuf_map")
 
+    def is_replicated(self, parameter: nn.Parameter) -> bool:
+        """Whether every replica holds the same states of all elements."""
+        return not self.is_distributed and self._whole(parameter) is None
+
+    def names(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """Of the states of a parameter, the master first."""
+        return STATES if self._whole(parameter) is None else MUON_STATES
+
     def owned(self, parameter: nn.Parameter) -> slice | None:
         """Elements of the flat parameter that this rank's optimizer updates; None if none."""
+        if (whole := self._whole(parameter)) is not None:
+            return whole.owned(parameter)
         if not self.is_distributed:
             return slice(0, parameter.numel())
         if parameter not in self._inner.model_param_gbuf_map:
@@ -36,6 +64,8 @@ class OptimizerShards:
 
     def states(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Master and moments of the elements that it owns, flat: the optimizer's own memory."""
+        if (whole := self._whole(parameter)) is not None:
+            return whole.states(parameter)
         master = self._master(parameter)
         state = self._adam.state[master]
         for name in MOMENTS:
@@ -53,7 +83,7 @@ class OptimizerShards:
                 model.start_param_sync(force_sync=True)  # one may be under way, from these weights
         for parameter in parameters:
             owned = self.owned(parameter)
-            if owned is None:
+            if owned is None or self._whole(parameter) is not None:
                 continue
             master = self._master(parameter).view(-1)
             weights = parameter.data.view(-1)[owned]
@@ -61,6 +91,8 @@ class OptimizerShards:
                 weights.copy_(master)
         for model in models:
             model.start_param_sync(force_sync=True)
+        if self._muon is not None:
+            self._muon.spread_masters()
 
     @property
     def updates(self) -> int:
@@ -78,6 +110,10 @@ class OptimizerShards:
         else:
             for group in self._adam.param_groups:
                 group["step"] = count
+
+    def _whole(self, parameter: nn.Parameter) -> WholeMatrices | None:
+        """Muon, if it updates a parameter."""
+        return self._muon if self._muon is not None and parameter in self._muon else None
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         """What Adam's groups and state know the parameter by."""

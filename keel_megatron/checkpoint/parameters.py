@@ -1,10 +1,11 @@
 """The parameters of a model under their names in a checkpoint, which no layout or engine changes.
 
 A checkpoint has three fp32 tensors of each parameter: the master and Adam's two moments, 12 bytes a
-parameter. The weights of the passes are not written. They are the masters, cast: to bf16 in the
-update, which is the only thing that changes either, and again on load. So a save needs no weights
-that are up to date on every replica, and nothing is there twice. The tensors are called
-`optimizer.state.param.NAME`, `.exp_avg.` and `.exp_avg_sq.`, as Megatron-core would name them.
+parameter; of Muon's matrices two, the master and the momentum. The weights of the passes are not
+written. They are the masters, cast: to bf16 in the update, which is the only thing that changes
+either, and again on load. So a save needs no weights that are up to date on every replica, and
+nothing is there twice. The tensors are called `optimizer.state.param.NAME`, `.exp_avg.` and
+`.exp_avg_sq.`, as Megatron-core would name them, and `.momentum_buffer.`, as torch.optim.Muon does.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from keel_megatron.checkpoint.sharding import Piece, TensorReader
 MASTER = "param"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATES = (MASTER, *MOMENTS)
+"""Of a parameter of AdamW's."""
+MOMENTUM = "momentum_buffer"
+MUON_STATES = (MASTER, MOMENTUM)
+"""Of a parameter of Muon's."""
 MASTER_PREFIX = f"optimizer.state.{MASTER}."
 """Of the name of a master in a checkpoint; the parameter's own name follows."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,8 +104,8 @@ class Trained(Protocol):
             DamagedError: after all collectives, if something is missing or not as it should be.
         """
 
-    def fill(self, reader: TensorReader, states: Sequence[str]) -> None:
-        """Read masters or moments alone (`parameters.STATES`); not collective.
+    def fill(self, reader: TensorReader, *, masters_only: bool) -> None:
+        """Read the masters, and unless `masters_only` the moments; not collective.
 
         Raises:
             DamagedError: as `read`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
+from keel_megatron.config.engine_checks import ENGINE_CHECKS
 from keel_megatron.config.kernel_checks import KERNEL_CHECKS
 from keel_megatron.config.model_checks import MODEL_CHECKS
 from keel_megatron.config.optimizer_checks import OPTIMIZER_CHECKS
@@ -218,18 +219,6 @@ def _keep_every(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
-def _not_with_deepspeed(
-    path: str, is_set: Callable[[RunConfig], bool], reason: str
-) -> Callable[[RunConfig], Iterator[tuple[str, str]]]:
-    """The check that a setting which the DeepSpeed engine does not support is not set."""
-
-    def check(config: RunConfig) -> Iterator[tuple[str, str]]:
-        if config.training.engine == "deepspeed" and is_set(config):
-            yield path, f"is not supported with training.engine: deepspeed: {reason}"
-
-    return check
-
-
 def _fp8(config: RunConfig) -> Iterator[tuple[str, str]]:
     kernels, training = config.kernels, config.training
     if kernels.fp8 != "none" and (
@@ -238,24 +227,6 @@ def _fp8(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield (
             "kernels.fp8",
             f"{kernels.fp8} needs kernels.backend: transformer_engine and training.precision: bf16",
-        )
-
-
-def _overlap_param_gather(config: RunConfig) -> Iterator[tuple[str, str]]:
-    parallel = config.parallel
-    if parallel.overlap_param_gather and not parallel.distributed_optimizer:
-        yield (
-            "parallel.overlap_param_gather",
-            "true needs parallel.distributed_optimizer: true; without it no weights are gathered",
-        )
-
-
-def _offload_parameters(config: RunConfig) -> Iterator[tuple[str, str]]:
-    own = config.deepspeed
-    if own.offload_parameters and (own.zero_stage < 3 or not own.offload_optimizer):
-        yield (
-            "deepspeed.offload_parameters",
-            "true needs deepspeed.zero_stage: 3 and deepspeed.offload_optimizer: true",
         )
 
 
@@ -282,40 +253,8 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _keep_every,
     credentials,
     known_store,
-    _not_with_deepspeed(
-        "parallel.pipeline",
-        lambda run: run.parallel.pipeline > 1,
-        "under a pipeline schedule, ZeRO keeps only the last micro-batch's gradients; set it to 1",
-    ),
-    _not_with_deepspeed(
-        "parallel.virtual_pipeline",
-        lambda run: run.parallel.virtual_pipeline > 1,
-        "there is only one pipeline stage; set it to 1",
-    ),
-    _not_with_deepspeed(
-        "parallel.sequence",
-        lambda run: run.parallel.sequence,
-        "ZeRO does not reduce the gradients of norm weights over the tensor-parallel group; set it "
-        "to false",
-    ),
-    _not_with_deepspeed(
-        "parallel.distributed_optimizer",
-        lambda run: not run.parallel.distributed_optimizer,
-        "every ZeRO stage shards the optimizer state; set it to true",
-    ),
-    _not_with_deepspeed(
-        "parallel.overlap_grad_reduce",
-        lambda run: run.parallel.overlap_grad_reduce,
-        "ZeRO reduces gradients in its own way; set it to false",
-    ),
-    _not_with_deepspeed(
-        "parallel.overlap_param_gather",
-        lambda run: run.parallel.overlap_param_gather,
-        "ZeRO gathers weights in its own way; set it to false",
-    ),
-    _overlap_param_gather,
-    _offload_parameters,
     _fp8,
+    *ENGINE_CHECKS,
     *KERNEL_CHECKS,
     *OPTIMIZER_CHECKS,
 )

@@ -1,4 +1,4 @@
-"""`optimizer` and `schedule`: AdamW and its learning rate schedule."""
+"""`optimizer` and `schedule`: AdamW or Muon, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -36,8 +36,18 @@ class DepthRateConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW; the defaults are the paper's."""
+    """AdamW, or Muon with AdamW; AdamW's defaults are the paper's."""
 
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description=(
+            "adamw: AdamW for all weights. muon: Muon (orthogonalised momentum) for the matrices "
+            "of the blocks, AdamW for embeddings, output layer and norm weights. Each matrix is "
+            "updated by one replica, also without parallel.distributed_optimizer, and under tensor "
+            "parallelism it is orthogonalised as a whole; query, key and value, and gate and up, "
+            "are matrices of their own. A resume cannot change it."
+        ),
+    )
     learning_rate: float = Field(gt=0.0, description="Peak learning rate.")
     weight_decay: float = Field(
         default=0.01,
@@ -77,6 +87,26 @@ class OptimizerConfig(Section):
         default=0.95, ge=0.0, lt=1.0, description="Decay rate of Adam's second moment."
     )
     epsilon: float = Field(default=1e-8, gt=0.0, description="Adam's epsilon.")
+    momentum: float = Field(
+        default=0.95, ge=0.0, lt=1.0, description="Decay rate of Muon's momentum."
+    )
+    nesterov: bool = Field(
+        default=True, description="Nesterov momentum. Applies to name: muon only."
+    )
+    ns_steps: int = Field(
+        default=5,
+        ge=1,
+        le=99,
+        description="Newton-Schulz iterations of Muon; in bf16 on CUDA, in fp32 on a CPU.",
+    )
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = Field(
+        default="match_rms_adamw",
+        description=(
+            "Factor of Muon's learning rate for a matrix of m rows and n columns. original: "
+            "sqrt(max(1, m / n)). match_rms_adamw: 0.2 sqrt(max(m, n)), which gives updates of "
+            "about the size of AdamW's, so its learning rate and weight decay carry over."
+        ),
+    )
 
     @field_validator("depth_rates", mode="before")
     @classmethod

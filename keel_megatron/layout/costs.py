@@ -56,6 +56,7 @@ def model_costs(config: RunConfig, kernel: Kernel = "triton") -> Costs:
         embedding=_embedding(shape, kernel),
         block=with_documents(block, config, kernel),
         head=_head(shape, kernel, in_place="cross_entropy" in execution.triton),
+        muon_bytes=2 if kernel == "triton" else 4,
     )
 
 

@@ -20,6 +20,7 @@ from functools import cache
 from keel_megatron.config.run import RunConfig
 from keel_megatron.layout import kernel_counts
 from keel_megatron.layout.block_costs import typical_rows
+from keel_megatron.layout.muon import MuonLoad, muon_load
 from keel_megatron.layout.recomputation import Recomputation, least
 from keel_megatron.layout.work import STREAM_BYTES, Cost, Costs
 from keel_megatron.layout.zero_memory import Sizes, ZeroMemory, zero_memory
@@ -39,7 +40,7 @@ class StageMemory:
     gradients: int
     """fp32 gradients, in Megatron-core's or ZeRO's buffers."""
     optimizer: int
-    """AdamW's moments, and fp32 master weights in bf16."""
+    """AdamW's or Muon's moments, and fp32 master weights in bf16."""
     activations: int
     """Activations of the micro-batches in flight, after recomputation; without the logits."""
     logits: int
@@ -53,7 +54,8 @@ class StageMemory:
     the gradient buffers of CUDA graphs."""
     working: int
     """Temporary memory in the backward pass of a block, with the recomputed activations, or of the
-    embedding. 0 if the head needs more."""
+    embedding; 0 if the head needs more. And what Muon's update needs beyond the activations, which
+    are free then."""
     host: int = 0
     """Host memory that ZeRO offloads to, for this device; not part of the total."""
 
@@ -165,9 +167,11 @@ class MemoryModel:
         pieces += [(costs.head, 1)] if head else []
         weights = sum(cost.parameters * count for cost, count in pieces)
         norm_weights = sum(cost.vector_parameters * count for cost, count in pieces)
-        states = self._states(weights, norm_weights)
+        muon = muon_load(self.config, sum(blocks), self.data_parallel, costs.muon_bytes)
+        states = self._states(weights, norm_weights, costs.block.parameters * sum(blocks), muon)
         light = light or (0,) * len(blocks)
         activations, logits, working = self._fullest(stage, blocks, recomputed, light)
+        working += max(0, muon.temporary_bytes - activations - logits - working)
         return StageMemory(
             parameters=states.parameters,
             gradients=states.gradients,
@@ -199,10 +203,17 @@ class MemoryModel:
             lambda chosen: limit is None or self.stage(stage, blocks, *chosen).total <= limit,
         )
 
-    def _states(self, weights: int, norm_weights: int) -> ZeroMemory:
+    def _states(self, weights: int, norm_weights: int, matrices: int, muon: MuonLoad) -> ZeroMemory:
         """Bytes of parameters, gradients and optimizer state.
 
-        Under Megatron-core, norm weights and gradient buffers are fp32 in any precision.
+        Under Megatron-core, norm weights and gradient buffers are fp32 in any precision. Muon's
+        matrices are not in its buffers, and have one moment; fp32 weights are their own masters.
+
+        Args:
+            weights: without norm weights.
+            norm_weights: and learned vectors.
+            matrices: of the blocks, part of `weights`.
+            muon: Muon's share; nothing under AdamW.
         """
         if self.config.training.engine == "deepspeed":
             model, tensor = self.config.model, self.config.parallel.tensor
@@ -211,13 +222,18 @@ class MemoryModel:
             return zero_memory(
                 self.config, Sizes(weights, norm_weights, largest), self.data_parallel
             )
-        masters = 4 * weights if self.config.training.precision == "bf16" else 0
-        size = 2 if self.config.training.precision == "bf16" else 4
-        optimizer = masters + 8 * (weights + norm_weights)
+        size, master = (2, 4) if self.config.training.precision == "bf16" else (4, 0)
+        if muon.buffer:
+            weights -= matrices
+        optimizer = master * weights + 8 * (weights + norm_weights)
         if self.config.parallel.distributed_optimizer:
             optimizer = -(-optimizer // self.data_parallel)
         return ZeroMemory(
-            size * weights + 4 * norm_weights, 4 * (weights + norm_weights), optimizer, 0, 0
+            size * (weights + muon.buffer) + 4 * norm_weights,
+            4 * (weights + norm_weights + muon.buffer),
+            optimizer + (master + 4) * muon.own,
+            0,
+            0,
         )
 
     def _fullest(
@@ -265,9 +281,11 @@ class MemoryModel:
 
     def _numbers(self, blocks: Sequence[int], *, head: bool) -> int:
         """Bytes of tensors of one number: each weight's count of updates, and the losses."""
-        # A block's four matrices and its norms; the embedding, the head and its norm.
+        # A block's four matrices and its norms; the embedding, the head and its norm. Muon counts
+        # no updates, and has factors of rate and decay for each kind of matrix.
+        matrices = 0 if self.config.optimizer.name == "muon" else 4
         vectors = kernel_counts.weights(typical_rows(self.config.model))
-        weights = sum(blocks) * (4 + vectors) + 3
+        weights = sum(blocks) * (matrices + vectors) + 3
         if self.config.parallel.distributed_optimizer:
             weights = -(-weights // self.data_parallel)
         return _LEAST * (weights + (self.micro_batches if head else 0) + _FEW)

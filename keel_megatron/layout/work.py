@@ -131,6 +131,8 @@ class Costs:
     """A typical block; Keel's first block, with one norm fewer, counts as one."""
     head: Cost
     """Final norm, output layer and loss."""
+    muon_bytes: int = 2
+    """Bytes of an element in Muon's products: bf16 on CUDA, fp32 on a CPU."""
 
 
 @dataclass(frozen=True)

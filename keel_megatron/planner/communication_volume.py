@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from keel_megatron.config.run import RunConfig
 from keel_megatron.layout.devices import Device
+from keel_megatron.layout.muon import MuonLoad, muon_load
 from keel_megatron.layout.stages import Partition
-from keel_megatron.layout.work import STREAM_BYTES
+from keel_megatron.layout.times import Times, time_parts
+from keel_megatron.layout.work import STREAM_BYTES, Execution
 
 _UPDATE_BYTES = 4 + 4 + 8 + 8 + 16
 """Bytes per parameter and update: gradient zeroed, read for the norm, scaled in place; moments and
 master weight (or the weight itself) read and written."""
 _COPY_BYTES = 4 + 2
 """Additional bytes in bf16: the master weight copied to the weight."""
-
+_ZERO_BYTES = 4
+"""Bytes per element of Muon's gradients, of all owners, that are zeroed."""
 
 _LEAST_BUCKET, _BUCKET_OF_REPLICA = 40e6, 1e6
 """Parameters of a bucket that overlaps: Megatron-core's choice, by the number of replicas."""
@@ -58,6 +62,7 @@ def gradient_seconds(
     data_parallel: int,
     parameters: int,
     *,
+    sharded: bool,
     backward: float = 0.0,
     forward: float = 0.0,
 ) -> float:
@@ -71,6 +76,7 @@ def gradient_seconds(
         device: the device type.
         data_parallel: number of replicas d.
         parameters: on one device.
+        sharded: whether each replica updates a part of them, and so needs those gradients only.
         backward: a stage's backward pass of a micro-batch, seconds, with which the reduction
             overlaps under `parallel.overlap_grad_reduce`.
         forward: its forward pass, with which the gather overlaps under
@@ -80,7 +86,7 @@ def gradient_seconds(
         return 0.0
     parallel = config.parallel
     weight = 2 if config.training.precision == "bf16" else 4
-    reduced, gathered = (4, weight) if parallel.distributed_optimizer else (2 * 4, 0)
+    reduced, gathered = (4, weight) if sharded else (2 * 4, 0)
     if parallel.tensor * data_parallel <= device.devices_per_node:
         bandwidth, latency = device.intra_node_gb, device.intra_node_latency_us
     else:
@@ -107,12 +113,65 @@ def update_seconds(config: RunConfig, device: Device, data_parallel: int, parame
     return share * (_UPDATE_BYTES + copied) / bandwidth
 
 
+def muon_seconds(config: RunConfig, device: Device, muon: MuonLoad) -> float:
+    """Time of Muon's update of what its busiest owner has.
+
+    Orthogonalisation at the rate of matrix products; a device that runs ahead of its host takes
+    the longer of both times.
+    """
+    work = muon.update
+    on_device = sum(time_parts(work, device, Execution()).values())
+    if device.asynchronous:
+        on_device = max(on_device, work.kernels * device.kernel_launch_us * 1e-6)
+    copied = _COPY_BYTES if config.training.precision == "bf16" else 0
+    bandwidth = device.memory_bandwidth_gb * 1e9 * device.bandwidth_fraction
+    return on_device + (copied * muon.own + _ZERO_BYTES * muon.buffer) / bandwidth
+
+
+def stage_closing_seconds(
+    config: RunConfig,
+    device: Device,
+    data_parallel: int,
+    parameters: int,
+    muon: MuonLoad,
+    *,
+    passes: Times,
+    update: float | None = None,
+) -> float:
+    """Time between a stage's last backward pass and the next step.
+
+    Args:
+        config: the run.
+        device: the device type.
+        data_parallel: number of replicas.
+        parameters: that AdamW updates, on one device.
+        muon: Muon's share of the stage.
+        passes: of a micro-batch through a chunk, with which communication may overlap.
+        update: measured time of the update, seconds, or None.
+    """
+    seconds = gradient_seconds(
+        config,
+        device,
+        data_parallel,
+        parameters,
+        sharded=config.parallel.distributed_optimizer,
+        backward=passes.backward,
+        forward=passes.forward,
+    )
+    if muon.buffer:
+        seconds += gradient_seconds(config, device, data_parallel, muon.buffer, sharded=True)
+    if update is not None:
+        return seconds + update
+    seconds += update_seconds(config, device, data_parallel, parameters)
+    return seconds + (muon_seconds(config, device, muon) if muon.buffer else 0.0)
+
+
 def closing_seconds(
     config: RunConfig,
     device: Device,
     data_parallel: int,
     partition: Partition,
-    update: float | None = None,
+    updates: Sequence[float] | None = None,
 ) -> float:
     """Time between the last backward pass and the next step that no computation covers.
 
@@ -121,22 +180,30 @@ def closing_seconds(
         device: the device type.
         data_parallel: number of replicas.
         partition: the stages.
-        update: measured time of the update on one replica, seconds, or None.
+        updates: measured time of each stage's update, seconds, or None.
     """
-    parameters = max(stage.parameters for stage in partition.stages)
+    costs = partition.costs
     # The first stage is the last to finish and the first to begin.
     first = partition.stages[0]
-    seconds = gradient_seconds(
-        config,
-        device,
-        data_parallel,
-        parameters,
-        backward=first.backward_seconds / len(first.chunks),
-        forward=first.forward_seconds / len(first.chunks),
-    )
+    chunks = len(first.chunks)
+    passes = Times(first.forward_seconds / chunks, first.backward_seconds / chunks)
+    found = []
+    for stage in partition.stages:
+        muon = muon_load(config, stage.blocks, data_parallel, costs.muon_bytes)
+        matrices = stage.blocks * costs.block.parameters if muon.buffer else 0
+        found.append(
+            stage_closing_seconds(
+                config,
+                device,
+                data_parallel,
+                stage.parameters - matrices,
+                muon,
+                passes=passes,
+                update=None if updates is None else updates[stage.number],
+            )
+        )
+    seconds = max(found)
     if config.model.tie_embeddings and config.parallel.pipeline > 1:
         shared = config.data.vocab_size * config.model.hidden_size // config.parallel.tensor
         seconds += 4 * shared / (device.inter_node_gb * 1e9)
-    if update is None:
-        return seconds + update_seconds(config, device, data_parallel, parameters)
-    return seconds + update / (data_parallel if config.parallel.distributed_optimizer else 1)
+    return seconds

@@ -193,7 +193,9 @@ def make_plan(
     times = measured.times if measured else None
     parts = partition(config, replicas, device, times=times, kernel=kernel)
     links = link_seconds(config, device, replicas)
-    closing = closing_seconds(config, device, replicas, parts, _update(parts, measured))
+    closing = closing_seconds(
+        config, device, replicas, parts, _updates(config, replicas, parts, measured)
+    )
     return Plan(config, gpus, device, parts, _pass_times(parts, links), closing, bool(measured))
 
 
@@ -217,15 +219,20 @@ def _pass_times(parts: Partition, links: tuple[float, ...]) -> PipelineTimes:
     return PipelineTimes(pipeline, tuple(forward), tuple(backward), links)
 
 
-def _update(parts: Partition, measured: Measured | None) -> float | None:
-    """Measured update time of the slowest stage, with unsharded optimizer state."""
+def _updates(
+    config: RunConfig, replicas: int, parts: Partition, measured: Measured | None
+) -> list[float] | None:
+    """Measured update time of each stage; a replica updates its share of what is sharded."""
     if measured is None:
         return None
-    return max(
-        stage.blocks * measured.update_block
-        + (stage.embedding + stage.head) * measured.update_embedding
+    sharded = config.parallel.distributed_optimizer
+    ends = replicas if sharded else 1
+    blocks = replicas if sharded or config.optimizer.name == "muon" else 1
+    return [
+        stage.blocks * measured.update_block / blocks
+        + (stage.embedding + stage.head) * measured.update_embedding / ends
         for stage in parts.stages
-    )
+    ]
 
 
 def _trace(plan: Plan, stage: Stage) -> MemoryTrace:

@@ -17,14 +17,11 @@ from keel_megatron.errors import UserError
 from keel_megatron.layout.costs import model_costs
 from keel_megatron.layout.devices import Device
 from keel_megatron.layout.memory import MemoryModel
+from keel_megatron.layout.muon import muon_load
 from keel_megatron.layout.stages import memory_limit
-from keel_megatron.layout.times import UnitTimes, predicted_times
+from keel_megatron.layout.times import Times, UnitTimes, predicted_times
 from keel_megatron.layout.work import Costs, Kernel
-from keel_megatron.planner.communication_volume import (
-    gradient_seconds,
-    link_seconds,
-    update_seconds,
-)
+from keel_megatron.planner.communication_volume import link_seconds, stage_closing_seconds
 from keel_megatron.planner.plan import Plan, make_plan
 from keel_megatron.planner.simulate import PipelineTimes, simulate
 
@@ -291,20 +288,22 @@ class _Bound:
 
     def _closing(self, blocks: int) -> float:
         costs, pipeline = self.layout.costs, self.parallel.pipeline
-        block = costs.block.parameters + costs.block.vector_parameters
+        muon = muon_load(self.config, blocks // pipeline, self.replicas, costs.muon_bytes)
+        block = costs.block.vector_parameters + (0 if muon.buffer else costs.block.parameters)
         parameters = max(
             (blocks * block + costs.embedding.parameters + costs.head.parameters) // pipeline,
             costs.embedding.parameters,
         )
-        arguments = (self.config, self.device, self.replicas, parameters)
         chunks = pipeline * self.parallel.virtual_pipeline
         unit = self.times.block
-        reduced = gradient_seconds(
-            *arguments,
-            backward=blocks * unit.backward / chunks,
-            forward=blocks * unit.forward / chunks,
+        return stage_closing_seconds(
+            self.config,
+            self.device,
+            self.replicas,
+            parameters,
+            muon,
+            passes=Times(blocks * unit.forward / chunks, blocks * unit.backward / chunks),
         )
-        return reduced + update_seconds(*arguments)
 
 
 def _pipeline_seconds(times: PipelineTimes, micro_batches: int) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 from keel_megatron.checkpoint import manifest
 from keel_megatron.checkpoint.json_codec import from_json
 from keel_megatron.checkpoint.manifest import DamagedError, read_json
-from keel_megatron.checkpoint.parameters import MASTER, STATES, updates
+from keel_megatron.checkpoint.parameters import updates
 from keel_megatron.checkpoint.resume import ResumePoint, checked, newest_good
 from keel_megatron.checkpoint.sharding import Reader, TensorReader
 from keel_megatron.checkpoint.state import Trained, agree
@@ -32,6 +32,7 @@ from keel_megatron.training.origin import (
     locate,
     refuse,
     refuse_no_optimizer,
+    refuse_other_optimizer,
     refuse_other_tokenizer,
     tokenizer_of,
 )
@@ -76,7 +77,7 @@ class Start:
         """
         problem = None
         try:
-            trained.fill(self.reader(), (MASTER,) if self.updates is None else STATES)
+            trained.fill(self.reader(), masters_only=self.updates is None)
         except (DamagedError, UserError) as error:
             problem = f"{SETTING}: {self.record['path']} cannot be loaded: {error}"
         agree(runtime, problem)
@@ -122,8 +123,10 @@ def _from_checkpoint(config: RunConfig, found: ResumePoint, runtime: Runtime) ->
 
     def accepted() -> tuple[dict[str, Any], TokenizerFile | None, int | None]:
         """On rank 0: record of the origin, its tokenizer, and its count of updates if kept."""
-        refuse(config, path, config_of(path))
+        of_origin = config_of(path)
+        refuse(config, path, of_origin)
         refuse_no_optimizer(config, path, state)
+        refuse_other_optimizer(config, path, of_origin)
         digest = fingerprint(path)
         extras = state.get("extras", {})
         run = RunFile.from_json(extras.get("run"))

@@ -106,6 +106,7 @@ def check_origin(config: RunConfig) -> None:
     of_origin = config_of(newest)
     refuse(config, newest, of_origin)
     refuse_no_optimizer(config, newest, state)
+    refuse_other_optimizer(config, newest, of_origin)
     tokenizer = tokenizer_of(newest, state)
     if tokenizer is not None:
         _refuse_other_data(config, tokenizer, of_origin)
@@ -153,6 +154,20 @@ def refuse_no_optimizer(config: RunConfig, origin: Path, state: Any) -> None:
     if config.training.keep_optimizer and weights_only:
         raise UserError(
             f"training.keep_optimizer: {origin} has weights and no optimizer state; set it to false"
+        )
+
+
+def refuse_other_optimizer(config: RunConfig, origin: Path, of_origin: RunConfig) -> None:
+    """Refuse `training.keep_optimizer` with the state of another optimizer.
+
+    Raises:
+        UserError: it is another's.
+    """
+    there, here = of_origin.optimizer.name, config.optimizer.name
+    if config.training.keep_optimizer and there != here:
+        raise UserError(
+            f"training.keep_optimizer: {origin} has the state of optimizer.name: {there}, and this "
+            f"run's is {here}; set it to false, or optimizer.name to {there}"
         )
 
 

@@ -326,4 +326,10 @@ def digest(engine: Any) -> str:
                 take(f"master {number}", parameter)
                 for name, value in sorted(inner.optimizer.state[parameter].items()):
                     take(name, torch.as_tensor(value).reshape(-1))
+    shards = engine.state.shards
+    for chunk in engine.chunks:
+        for parameter in chunk.parameters():
+            if "momentum_buffer" in shards.names(parameter) and shards.owned(parameter) is not None:
+                for name, value in shards.states(parameter).items():  # Muon's
+                    take(name, value)
     return found.hexdigest()

@@ -116,6 +116,13 @@ def test_what_a_run_may_change(tmp_path: Path) -> None:
     assert list(identity_changes(run, changed)) == []
 
 
+def test_the_optimizer_is_not_changed(tmp_path: Path) -> None:
+    """Neither has what the other keeps."""
+    run = small_config(training__runs_dir=str(tmp_path))
+    muon = small_config(training__runs_dir=str(tmp_path), optimizer__name="muon")
+    assert list(identity_changes(run, muon)) == [("optimizer.name", "adamw", "muon")]
+
+
 def test_a_checkpoint_alone_still_knows_its_configuration(tmp_path: Path) -> None:
     run = small_config(training__runs_dir=str(tmp_path))
     claim(run)

@@ -44,6 +44,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2-vpp2-dp2": (4, VPP2),
     "tp2-pp2": (4, {**TP2, **PP2}),
 }
+MUON = {"optimizer__name": "muon"}
+MUON_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "muon-one": (1, MUON),
+    "muon-dp3-fp32": (3, {**MUON, **FP32}),
+    "muon-dp2-replicated-optimizer": (2, {**MUON, **WHOLE}),
+    "muon-tp2-dp2": (4, {**MUON, **TP2}),
+    "muon-pp2-vpp2-dp2": (4, {**MUON, **VPP2}),
+}
 TIED_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, TIED),
     "tp2": (2, {**TP2, **TIED}),
@@ -70,7 +78,7 @@ def sections(runs: Path, name: str, **overrides: Any) -> Sections:
 
 
 def matrix(runs: Path, layouts: dict[str, tuple[int, dict[str, Any]]]) -> Differences:
-    """What differs on any rank, by the layouts that saved and loaded."""
+    """What differs on any rank, by the layouts of one optimizer that saved and loaded."""
     configs = {name: sections(runs, name, **o) for name, (_size, o) in layouts.items()}
     seeds = {name: number for number, name in enumerate(layouts, start=1)}
     sizes = sorted({size for size, _overrides in layouts.values()})
@@ -83,15 +91,16 @@ def matrix(runs: Path, layouts: dict[str, tuple[int, dict[str, Any]]]) -> Differ
         for rank in run_ranks(size, load_all, [configs[n] for n in names], saved):
             for pair, differences in rank.items():
                 found.setdefault(pair, []).extend(differences)
-    assert len(found) == len(layouts) ** 2
+    muons = sum(name.startswith("muon") for name in layouts)
+    assert len(found) == muons**2 + (len(layouts) - muons) ** 2
     return found
 
 
 def test_every_layout_loads_what_every_other_saved(tmp_path: Path) -> None:
     """Masters, moments and weights of all ranks, all elements, to the last bit."""
-    found = matrix(tmp_path, LAYOUTS)
+    found = matrix(tmp_path, {**LAYOUTS, **MUON_LAYOUTS})
     assert {pair: wrong for pair, wrong in found.items() if wrong} == {}
-    for name in LAYOUTS:
+    for name in (*LAYOUTS, *MUON_LAYOUTS):
         manifest.check(folder.step_folder(tmp_path / name, 1))
 
 

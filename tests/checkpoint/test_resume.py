@@ -13,6 +13,7 @@ from tests.checkpoint.ranks import Ran, Sections, asked_to_stop, run_in_turn
 from tests.settings import settings
 
 STEPS, SAVED = 4, 2
+MUON = {"optimizer__name": "muon", "optimizer__weight_decay": 1.0}
 # Name -> (processes, overrides); all with dropout.
 SAME: dict[str, tuple[int, dict[str, Any]]] = {
     "fp32-dp2": (2, {}),
@@ -33,6 +34,8 @@ SAME: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {"training__precision": "bf16", "parallel__tensor": 2, "parallel__sequence": True},
     ),
+    "muon-bf16-dp2": (2, {**MUON, "training__precision": "bf16"}),
+    "muon-fp32-tp2-sp": (2, {**MUON, "parallel__tensor": 2, "parallel__sequence": True}),
 }
 # Name -> (processes, overrides) of the layouts that go on from one of two stages.
 OTHER: dict[str, tuple[int, dict[str, Any]]] = {
@@ -47,6 +50,8 @@ OTHER: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "dp2": (2, {"parallel__pipeline": 1}),
     "tp2-pp2-vpp2": (4, {"parallel__tensor": 2, "parallel__virtual_pipeline": 2}),
+    "muon-dp2": (2, {"parallel__pipeline": 1}),
+    "muon-tp2-dp2": (4, {"parallel__tensor": 2, "parallel__pipeline": 1}),
 }
 
 
@@ -142,18 +147,23 @@ def test_the_stall_is_measured(same: dict[str, tuple[list[Ran], list[Ran]]]) -> 
 
 @pytest.fixture(scope="module")
 def elsewhere(runs: Path) -> dict[str, Ran]:
-    """Rank 0's runs of every other layout, each from its own copy of one checkpoint."""
-    ((whole, _other),) = run_in_turn(2, [sections(runs, "origin", parallel__pipeline=2)])
-    forget_the_end(runs / "origin")
-    found = {"origin": whole}
+    """Rank 0's runs of every other layout, each from its own copy of its optimizer's checkpoint."""
+    origins = {"adamw": {}, "muon": MUON}
+    configs = [sections(runs, n, parallel__pipeline=2, **o) for n, o in origins.items()]
+    whole = run_in_turn(2, configs)
+    found = {name: ranks[0] for name, ranks in zip(origins, whole, strict=True)}
+    for name in origins:
+        forget_the_end(runs / name)
     for size in sorted({size for size, _overrides in OTHER.values()}):
-        names = [name for name, (wanted, _overrides) in OTHER.items() if wanted == size]
-        configs = []
-        for name in names:
-            shutil.copytree(runs / "origin", runs / f"from-{name}")
-            overrides = {"parallel__pipeline": 2, **OTHER[name][1]}
-            configs.append(sections(runs, f"from-{name}", **overrides))
-        found |= {n: ranks[0] for n, ranks in zip(names, run_in_turn(size, configs), strict=True)}
+        again = {}
+        for name, (wanted, overrides) in OTHER.items():
+            if wanted == size:
+                origin = "muon" if name.startswith("muon") else "adamw"
+                shutil.copytree(runs / origin, runs / f"from-{name}")
+                given = {**origins[origin], "parallel__pipeline": 2, **overrides}
+                again[name] = sections(runs, f"from-{name}", **given)
+        ran = run_in_turn(size, list(again.values()))
+        found |= {name: ranks[0] for name, ranks in zip(again, ran, strict=True)}
     return found
 
 
@@ -161,5 +171,6 @@ def elsewhere(runs: Path) -> dict[str, Ran]:
 def test_another_layout_goes_on(name: str, elsewhere: dict[str, Ran]) -> None:
     assert elsewhere[name].error is None
     assert elsewhere[name].resumed == f"step_{SAVED:08d}"
-    for here, there in zip(elsewhere[name].losses, elsewhere["origin"].losses[SAVED:], strict=True):
+    whole = elsewhere["muon" if name.startswith("muon") else "adamw"]
+    for here, there in zip(elsewhere[name].losses, whole.losses[SAVED:], strict=True):
         assert here == pytest.approx(there, rel=1e-5)

@@ -68,7 +68,7 @@ def complaints(path: Path, *overrides: str, world_size: int | None = None) -> li
         ("model.block=3", "model.block: is unknown; did you mean model.blocks?"),
         ("training.dropout=0.1", "training.dropout: is unknown; did you mean model.dropout?"),
         ("training.learning_rte=1", "is unknown; did you mean optimizer.learning_rate?"),
-        ("optimizer.lr=1", "optimizer.lr: is unknown; known are learning_rate, weight_decay"),
+        ("optimizer.lr=1", "optimizer.lr: is unknown; known are name, learning_rate"),
         ("data.on=1", "data.on: is unknown; known are text"),
         ("network.blocks=3", "network: is unknown; known are model, parallel"),
         ("mode.blocks=3", "mode: is unknown; did you mean the section model?"),
@@ -83,6 +83,18 @@ def complaints(path: Path, *overrides: str, world_size: int | None = None) -> li
         (
             "parallel.overlap_grad_reduce=true training.engine=deepspeed",
             "parallel.overlap_grad_reduce: is not supported with training.engine: deepspeed",
+        ),
+        (
+            "optimizer.name=muon training.engine=deepspeed",
+            "optimizer.name: is not supported with training.engine: deepspeed",
+        ),
+        (
+            "optimizer.name=muon parallel.overlap_grad_reduce=true",
+            "parallel.overlap_grad_reduce: is not supported with optimizer.name: muon",
+        ),
+        (
+            "optimizer.name=muon parallel.overlap_param_gather=true",
+            "parallel.overlap_param_gather: is not supported with optimizer.name: muon",
         ),
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline: 2 needs parallel.pipeline > 1"),
         ("parallel.pipeline=11", "need at least 9 blocks; model.blocks = 8"),

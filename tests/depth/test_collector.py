@@ -37,6 +37,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-sp-pp2-vpp2": {**SPLIT, **PIPELINED},
     "pp2-vpp2-dp2-recompute": {**PIPELINED, **RECOMPUTE},
 }
+MUON: dict[str, Any] = {"optimizer__name": "muon"}
 SMALLER: dict[str, Any] = {"model__blocks": 5, "data__seq_length": 16}
 MODELS: dict[str, dict[str, Any]] = {
     "keel": {**SMALLER, "model__num_query_groups": 2},
@@ -112,6 +113,7 @@ def alone() -> dict[str, list[DepthProfile]]:
     runs = {name: settings(**model) for name, model in MODELS.items()}
     runs["recompute"] = settings(**MODELS["keel"], **RECOMPUTE)
     runs["bf16"] = settings(**MODELS["keel"], training__precision="bf16")
+    runs["muon"] = settings(**MODELS["keel"], **MUON)
     return launched(1, runs, False)[0]
 
 
@@ -122,6 +124,7 @@ def spread() -> dict[str, list[list[DepthProfile]]]:
     hardest = {**SPLIT, **PIPELINED, **RECOMPUTE}
     runs |= {name: settings(**model, **hardest) for name, model in MODELS.items()}
     runs["bf16"] = settings(**MODELS["keel"], training__precision="bf16", parallel__pipeline=2)
+    runs["muon"] = settings(**MODELS["keel"], **MUON, parallel__tensor=2)
     runs["poisoned"] = settings(**MODELS["keel"], **SPLIT, **PIPELINED)
     ranks = launched(4, runs, True)
     return {name: [found[name] for found in ranks] for name in runs}
@@ -157,6 +160,15 @@ def test_every_model_has_one_process_s_profile_at_the_hardest_layout(
     model: str, spread: dict[str, list[list[DepthProfile]]], alone: dict[str, list[DepthProfile]]
 ) -> None:
     agree(spread[model][0], alone[model], 1e-5)
+
+
+def test_muons_matrices_are_counted_by_their_owners(
+    spread: dict[str, list[list[DepthProfile]]], alone: dict[str, list[DepthProfile]]
+) -> None:
+    for rank in spread["muon"]:
+        agree(rank, alone["muon"], 1e-5)
+    ours, adamws = (alone[name][0].values["update_to_weight"] for name in ("muon", "keel"))
+    assert (np.abs(ours / adamws - 1.0) > 0.01).all()
 
 
 def test_a_recomputed_pass_counts_once(alone: dict[str, list[DepthProfile]]) -> None:

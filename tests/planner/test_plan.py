@@ -169,8 +169,10 @@ def test_sequence_parallelism_sends_its_share() -> None:
 
 def test_gradients_of_one_replica_go_nowhere() -> None:
     config = deep()
-    assert gradient_seconds(config, H200, 1, 10**9) == 0.0
-    inside, outside = (gradient_seconds(config, H200, size, 10**9) for size in (2, 16))
+    assert gradient_seconds(config, H200, 1, 10**9, sharded=True) == 0.0
+    inside, outside = (
+        gradient_seconds(config, H200, size, 10**9, sharded=True) for size in (2, 16)
+    )
     # (d - 1) / d of 4 bytes out and 2 back, over NVLink.
     assert inside == pytest.approx(1e9 * 6 / 2 / 450e9, rel=0.01)
     assert outside == pytest.approx(1e9 * 6 * 15 / 16 / 400e9, rel=0.05)
@@ -180,10 +182,10 @@ def test_overlapped_gradients_take_what_the_passes_do_not_cover() -> None:
     """A bucket of 40 M parameters of 1 G is ready last and needed first."""
     config = deep("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
     out, back = 4e9 * 15 / 16 / 400e9, 2e9 * 15 / 16 / 400e9
-    hops = gradient_seconds(deep(), H200, 16, 10**9) - out - back
+    hops = gradient_seconds(deep(), H200, 16, 10**9, sharded=True) - out - back
 
     def found(backward: float, forward: float) -> float:
-        both = {"backward": backward, "forward": forward}
+        both = {"sharded": True, "backward": backward, "forward": forward}
         return gradient_seconds(config, H200, 16, 10**9, **both) - hops
 
     assert found(0.0, 0.0) == pytest.approx(out + back)

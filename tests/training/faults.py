@@ -95,6 +95,12 @@ def digest(engine: MegatronEngine) -> str:
                 total.update(parameter.detach().float().numpy().tobytes())
                 for _key, value in sorted(inner.optimizer.state[parameter].items()):
                     total.update(torch.as_tensor(value).float().numpy().tobytes())
+    if engine.config.optimizer.name == "muon":
+        for chunk in engine.chunks:
+            for parameter in chunk.parameters():
+                if engine.state.shards.owned(parameter) is not None:
+                    for value in engine.state.shards.states(parameter).values():
+                        total.update(value.float().numpy().tobytes())
     return total.hexdigest()
 
 

@@ -71,8 +71,10 @@ def test_weights_and_moments_are_the_origins_to_the_last_bit(tmp_path: Path) -> 
                 "training__keep_optimizer": keep,
             }
             runs.append(sections(tmp_path, f"{name}-{source}", **layout, **given))
+    muon = {"optimizer__name": "muon", "training__initialize_from": str(tmp_path / "origin")}
+    runs.append(sections(tmp_path, "muon-fresh", **muon))
     for rank in run_ranks(2, started, runs, SEED):
-        assert len(rank) == 2 * len(LAYOUTS) + 1
+        assert len(rank) == 2 * len(LAYOUTS) + 2
         assert {name: wrong for name, wrong in rank.items() if wrong} == {}
 
 

@@ -102,6 +102,14 @@ def test_moments_are_kept_only_where_there_are_some(tmp_path: Path) -> None:
         check_origin(start_from(tmp_path, "imported", **plain, training__keep_optimizer=True))
 
 
+def test_moments_of_another_optimizer_are_not_kept(tmp_path: Path) -> None:
+    origin_run(tmp_path)
+    check_origin(start_from(tmp_path, "first", optimizer__name="muon"))
+    kept = start_from(tmp_path, "first", optimizer__name="muon", training__keep_optimizer=True)
+    with pytest.raises(UserError, match=r"training\.keep_optimizer: .*optimizer\.name: adamw"):
+        check_origin(kept)
+
+
 def test_a_run_with_a_checkpoint_does_not_look_at_its_origin(tmp_path: Path) -> None:
     config = start_from(tmp_path, "absent")
     claim(config)

@@ -8,7 +8,7 @@ does not: a rank reads the elements of its own shards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from keel_megatron.checkpoint.parameters import STATES, Placed, updates
+from keel_megatron.checkpoint.parameters import MASTER, STATES, Placed, updates
 from keel_megatron.checkpoint.sharding import Piece, Reader, TensorReader, ToSave
 from keel_megatron.engines.deepspeed.zero_shards import ZeroShards
 
@@ -65,13 +65,13 @@ class ZeroState:
 
     def read(self, path: Path, index: dict[str, Any], common: dict[str, Any]) -> Any:
         """As `Trained.read`; this replica's shards are filled in place."""
-        self.fill(Reader(path, index), STATES)
+        self.fill(Reader(path, index), masters_only=False)
         return updates(common)
 
-    def fill(self, reader: TensorReader, states: Sequence[str]) -> None:
+    def fill(self, reader: TensorReader, *, masters_only: bool) -> None:
         """As `Trained.fill`."""
         for one in self._parameters:
-            for name in states:
+            for name in (MASTER,) if masters_only else STATES:
                 shard = self._shards.state(one.parameter, name)
                 if shard is not None:
                     one.read(reader, name, shard.values, shard.start)

@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from keel_megatron.checkpoint.megatron_state import MegatronState
+from keel_megatron.checkpoint.parameters import MASTER
 from keel_megatron.compat import clipping
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import Batch
@@ -28,6 +29,7 @@ from keel_megatron.engines.base import (
     mean_loss,
     owns,
 )
+from keel_megatron.engines.megatron.muon.optimizer import build_muon
 from keel_megatron.engines.megatron.optimizer import (
     build_optimizer,
     set_learning_rate,
@@ -59,16 +61,18 @@ class MegatronEngine:
         self.config = config
         self.runtime = runtime
         self.chunks = chunks
-        self.model = wrap_data_parallel(config, chunks, runtime)
-        self.optimizer = build_optimizer(config, self.model, runtime)
+        self._muon = build_muon(config, chunks, runtime)
+        with nullcontext() if self._muon is None else self._muon.left_out():
+            self.model = wrap_data_parallel(config, chunks, runtime)
+            self.optimizer = build_optimizer(config, self.model, runtime)
         self._gather: ParameterGather | None = None
         if overlaps_param_gather(config, runtime):
             self._gather = ParameterGather(self.model, whole=config.kernels.cuda_graphs)
-        self._state = MegatronState(chunks, self.optimizer)
+        self._state = MegatronState(chunks, self.optimizer, self._muon)
         self._schedule: Callable[..., list[Tensor]] = get_forward_backward_func()
         megatron_config: Any = chunks[0].config
         megatron_config.grad_scale_func = self.optimizer.scale_loss
-        megatron_config.finalize_model_grads_func = finalize_model_grads
+        megatron_config.finalize_model_grads_func = self._finalize
         if overlaps_grad_reduce(config, runtime):
             syncs = [chunk.no_sync for chunk in self.model]
             megatron_config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
@@ -93,8 +97,7 @@ class MegatronEngine:
         for chunk in self.model:
             if not chunk.training:  # it walks through all modules
                 chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self._zero_grad()
         with nullcontext() if depth is None else depth.watching():
             loss = self._run(micro_batches, count, forward_only=False)
         if depth is not None:
@@ -107,17 +110,42 @@ class MegatronEngine:
             depth.after_update()
         return result
 
+    def update(self, learning_rate: float) -> None:
+        """What a step does beside its passes, with the gradients that are there; to measure it."""
+        self._finalize(self.model)
+        self.optimizer.prepare_grads()
+        nothing = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        self._update(self._result(nothing, 1, stop=False).grad_norm, learning_rate)
+        self._zero_grad()
+
+    def _zero_grad(self) -> None:
+        """Start the sums of a step's gradients."""
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        if self._muon is not None:
+            self._muon.zero_grad()
+
+    def _finalize(self, *args: Any, **kwargs: Any) -> None:
+        """What a schedule calls after its passes: average the gradients over the replicas."""
+        finalize_model_grads(*args, **kwargs)
+        if self._muon is not None:
+            self._muon.reduce()
+
     def _update(self, grad_norm: float, learning_rate: float) -> None:
         """Clip and step: the second half of Megatron-core's `optimizer.step`, in its own calls."""
         set_learning_rate(self.optimizer, self.config, learning_rate)
         self._state.before_update()
-        if self.config.optimizer.clip_grad > 0.0:
+        limit = self.config.optimizer.clip_grad
+        if limit > 0.0:
             for inner in self.optimizer.chained_optimizers:
                 if parameters := inner.get_parameters():
-                    clip_grad_by_total_norm_fp32(
-                        parameters, self.config.optimizer.clip_grad, grad_norm
-                    )
+                    clip_grad_by_total_norm_fp32(parameters, limit, grad_norm)
         self.optimizer.step_with_ready_grads()
+        if self._muon is not None:
+            if limit > 0.0:
+                self._muon.clip(limit, grad_norm)
+            self._muon.step(learning_rate)
         if self._gather is not None:
             self._gather.start()
 
@@ -145,7 +173,7 @@ class MegatronEngine:
         the replicas: everywhere without the distributed optimizer (replica 0 owns it), but with it
         only in the shard of the buffer that the rank's optimizer owns, because gradients are
         reduce-scattered and the rest of the buffer keeps the replica's own. Shards may end
-        within a parameter.
+        within a parameter. Of Muon's matrices one replica has the whole averaged gradient.
         """
         own = self._own(parameter) if owns(parameter, self.runtime) else None
         return None if own is None else parameter.main_grad.view(-1)[own]  # type: ignore[attr-defined]
@@ -154,6 +182,8 @@ class MegatronEngine:
         """As `Engine.own_weight`."""
         own = self._own(parameter)
         assert own is not None
+        if self._muon is not None and parameter in self._muon:
+            return self._muon.states(parameter)[MASTER]
         main: Tensor | None = getattr(parameter, "main_param", None)
         if main is None:
             return parameter.detach().view(-1)[own]
@@ -162,7 +192,7 @@ class MegatronEngine:
 
     def _own(self, parameter: nn.Parameter) -> slice | None:
         """Elements of the flat parameter whose reduced gradient this rank owns; None if none."""
-        if not self.config.parallel.distributed_optimizer:
+        if self._state.shards.is_replicated(parameter):
             return slice(None) if self.runtime.data_rank == 0 else None
         return self._state.shards.owned(parameter)
 
@@ -175,6 +205,8 @@ class MegatronEngine:
         # replica has the same.
         if self.config.parallel.distributed_optimizer or self.runtime.data_rank == 0:
             sums[1] = self._squared_norm()
+        if self._muon is not None:
+            sums[1] += self._muon.squared_norm()
         sums[2].fill_(stop)
         dist.all_reduce(sums)
         total, squared, asked = sums.tolist()
@@ -183,7 +215,7 @@ class MegatronEngine:
         return StepResult(total / (count * self.runtime.data_size), grad_norm, asked > 0)
 
     def _squared_norm(self) -> Tensor:
-        """Square of the norm of the gradients that this rank's optimizers hold, fp32."""
+        """Square of the norm of the gradients that Megatron-core's optimizers hold, fp32."""
         gradients = [
             gradient
             for inner in self.optimizer.chained_optimizers

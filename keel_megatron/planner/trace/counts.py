@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-PRODUCTS = {"aten.mm": (0, 1), "aten.bmm": (0, 1), "aten.addmm": (1, 2), "aten.addmm_": (1, 2)}
+PRODUCTS = {
+    "aten.mm": (0, 1),
+    "aten.bmm": (0, 1),
+    "aten.addmm": (1, 2),
+    "aten.addmm_": (1, 2),
+    "aten.baddbmm": (1, 2),
+}
 """Matrix products, and which of their arguments the factors are."""
 
 FORWARD_ATTENTION = {

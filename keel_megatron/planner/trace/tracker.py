@@ -67,6 +67,12 @@ class Phase:
     """Most bytes of tensors without data that stood for the host's."""
 
 
+_ONLY_WORK = {
+    f"c10d.{name}" for name in ("send", "recv_", "barrier", "reduce_", "gather_", "alltoall_base_")
+}
+"""Messages that return no tensors."""
+
+
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within it operators on a device that is not there are counted, not run.
 
@@ -302,8 +308,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "c10d.allgather_":
             self._take_workspace(max(sizes))  # NCCL gathers into one tensor, and copies from it
         work = FakeWork().boxed()
-        alone = ("c10d.send", "c10d.recv_", "c10d.barrier", "c10d.reduce_", "c10d.gather_")
-        return work if "coalesced" in name or name in alone else (args[0], work)
+        return work if "coalesced" in name or name in _ONLY_WORK else (args[0], work)
 
     def _group(self, argument: Any) -> str | None:
         try:

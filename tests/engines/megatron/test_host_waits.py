@@ -73,8 +73,9 @@ def waits(sections: dict[str, Any]) -> list[str]:
         (1, {}),
         (2, {"parallel__pipeline": 2, "optimizer__clip_grad": 1e-3}),
         (2, {"training__precision": "bf16", "parallel__distributed_optimizer": False}),
+        (2, {"optimizer__name": "muon", "optimizer__clip_grad": 1e-3}),
     ],
-    ids=["alone", "two stages", "two replicas"],
+    ids=["alone", "two stages", "two replicas", "two replicas, Muon"],
 )
 def test_a_step_waits_for_its_device_once(size: int, overrides: dict[str, Any]) -> None:
     """Loss, gradient norm and the request to stop are read together."""

@@ -40,6 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "keel, v1, tied": {"model__first_block": "v1", "model__tie_embeddings": True},
     "keel, QK-norm": {"model__qk_norm": True},
 }
+MUON: dict[str, Any] = {"optimizer__name": "muon"}
 HYBRID: dict[str, Any] = {"model__residual": "hybrid_norm"}
 OPTIONS: dict[str, Case] = {
     "dropout": Case(1, 0, {"model__dropout": 0.1}),
@@ -67,6 +68,8 @@ OPTIONS: dict[str, Case] = {
         0,
         {**PP2, "parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True},
     ),
+    "Muon": Case(8, 1, {**HARDEST, **MUON}),
+    "Muon's update is the fullest": Case(2, 0, {**MUON, "data__seq_length": 128}),
     "documents": Case(4, 1, {**PP2, "data__document_masks": True, "training__micro_batch_size": 2}),
 }
 QUICK: dict[str, Case] = {

@@ -1,0 +1,1 @@
+"""Muon: orthogonalised momentum for the blocks' weight matrices."""
