@@ -33,6 +33,7 @@ class Shape:
     residual: str = "keel"
     first_block: str = "v2"
     alpha: float | None = None
+    expansion_rate: int = 4
     embedding_norm: bool = False
     base_blocks: int = 2
     final_norm: bool = True
@@ -140,9 +141,21 @@ class SubLayerReference(nn.Module):
         self.F = Attention(shape) if l % 2 == 0 else FeedForward(shape)
         rule, first = shape.residual, l < 2
         post = rule == "mix_ln" and l // 2 < shape.blocks // 4
-        inside = ("keel", "pre_ln", "layer_norm_scaling", "peri_ln", "complete_p")
+        inside = (
+            "keel",
+            "pre_ln",
+            "layer_norm_scaling",
+            "peri_ln",
+            "complete_p",
+            "hyper_connections",
+        )
         if rule in inside or (rule == "mix_ln" and not post):
             self.N_in = Norm(shape.hidden_size, shape.norm_epsilon)
+        if rule == "hyper_connections":
+            n = shape.expansion_rate
+            self.A_m = nn.Parameter(torch.empty(n))
+            self.B = nn.Parameter(torch.empty(n))
+            self.A_r = nn.Parameter(torch.empty(n, n))
         if rule == "peri_ln":
             self.N_branch = Norm(shape.hidden_size, shape.norm_epsilon)
         plain = rule == "keel" and (l == 0 or (first and shape.first_block == "v1"))
@@ -212,6 +225,16 @@ def complete_p(m: SubLayerReference, x: Tensor) -> Tensor:
     return x + m.shape.base_blocks / m.shape.blocks * m.F(m.N_in(x))
 
 
+def hyper_connections(m: SubLayerReference, streams: Tensor) -> Tensor:
+    """Of H [n, b, s, h], one row a stream: A_r^T H + B^T F(N(A_m^T H))."""
+    n = m.shape.expansion_rate
+    x = sum(m.A_m[j] * streams[j] for j in range(n))
+    branch = m.F(m.N_in(x))
+    return torch.stack(
+        [sum(m.A_r[j, k] * streams[j] for j in range(n)) + m.B[k] * branch for k in range(n)]
+    )
+
+
 EQUATIONS: dict[str, Callable[[SubLayerReference, Tensor], Tensor]] = {
     "keel": keel,
     "pre_ln": pre_ln,
@@ -224,6 +247,7 @@ EQUATIONS: dict[str, Callable[[SubLayerReference, Tensor], Tensor]] = {
     "layer_norm_scaling": layer_norm_scaling,
     "peri_ln": peri_ln,
     "complete_p": complete_p,
+    "hyper_connections": hyper_connections,
 }
 
 
@@ -245,8 +269,12 @@ class ReferenceModel(nn.Module):
         x = self.embedding[tokens]
         if self.shape.embedding_norm:
             x = self.embedding_norm(x)
+        if self.shape.residual == "hyper_connections":
+            x = x.expand(self.shape.expansion_rate, *x.shape)
         for sub_layer in self.sub_layers:
             x = sub_layer(x)
+        if self.shape.residual == "hyper_connections":
+            x = x.sum(0)
         if self.shape.final_norm:
             x = self.final_norm(x)
         return x @ self.head.T

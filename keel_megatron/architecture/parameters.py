@@ -17,6 +17,7 @@ COUNTS = Reader(
         "inner_factor",
         "outer_norm",
         "head_norms",
+        "streams",
     ),
 )
 
@@ -41,4 +42,5 @@ def vector_parameters(model: ModelShape, blocks: Iterable[int]) -> int:
 def row_parameters(row: SubLayer, model: ModelShape) -> int:
     """The same of a sub-layer with these columns."""
     whole = int(row.inner != "none") + int(row.branch_norm) + int(row.outer_norm)
-    return whole * model.hidden_size + len(row.head_norms) * model.head_dim
+    mix = row.streams * (row.streams + 2) if row.streams > 1 else 0
+    return whole * model.hidden_size + len(row.head_norms) * model.head_dim + mix

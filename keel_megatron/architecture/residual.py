@@ -6,10 +6,12 @@ blocks. N is an RMSNorm with learned weights and no bias. Every rule is an insta
     x_{l+1} = N_out(alpha * x_l + c * N_b(F_l(d * G(x_l))))
 
 where N_out and N_b may be absent, G is a norm N_in, a learned vector or nothing, and c and d are
-factors of the branch's output and input. So a rule is the table of what each sub-layer has, and a
-new rule is one more row of `RULES`: the choices of `model.residual` and the settings that go with
-it, the model and its initial weights, the compiled blocks, the planner's costs and the parameter
-counts all read the table (tests/architecture/test_new_rule.py adds one).
+factors of the branch's output and input. Hyper-connections have n streams in the place of x_l: G
+reads a learned mix of them, and the sum is one of each (kernels/streams.py). So a rule is the table
+of what each sub-layer has, and a new rule is one more row of `RULES`: the choices of
+`model.residual` and the settings that go with it, the model and its initial weights, the compiled
+blocks, the planner's costs and the parameter counts all read the table
+(tests/architecture/test_new_rule.py adds one).
 
 They read it through a `Reader`, which lists the columns that its code honours. A sub-layer that
 needs another column is refused there: no code can ignore a column it does not know.
@@ -55,6 +57,10 @@ class Model(Protocol):
     def base_blocks(self) -> int:
         """Blocks of the model whose settings CompleteP transfers to this depth."""
 
+    @property
+    def expansion_rate(self) -> int:
+        """Number of residual streams of hyper-connections."""
+
 
 @dataclass(frozen=True)
 class SubLayer:
@@ -74,13 +80,16 @@ class SubLayer:
     """N_out, after the addition."""
     head_norms: NormedParts = ""
     """Which of query, key and value are normalised within attention, each head by itself."""
+    streams: int = 1
+    """n, number of residual streams, the same in all sub-layers."""
 
 
-SETTINGS: dict[str, str | int] = {
+SETTINGS: dict[str, str | bool | int] = {
     "alpha": "auto",
     "first_block": "v2",
     "base_blocks": 2,
     "embedding_norm": False,
+    "expansion_rate": 4,
 }
 """Settings of the section `model` that change some rules only, and their defaults."""
 
@@ -141,6 +150,11 @@ class Reader:
             raise UserError(
                 f"model.residual: {model.residual} sets inner_factor in sub-layer {l}, which has "
                 "no inner norm or vector; scale the branch with branch_factor instead"
+            )
+        if row.streams > 1 and (row.outer_norm or row.alpha != 1.0):
+            raise UserError(
+                f"model.residual: {model.residual} sets outer_norm or alpha in sub-layer {l}, "
+                f"which has {row.streams} streams; their sums have neither"
             )
         if row.head_norms and l % 2:
             raise UserError(
@@ -251,6 +265,18 @@ def complete_p(_l: int, model: Model) -> SubLayer:
     return SubLayer(branch_factor=1.0 / depth_ratio(model), inner="norm")
 
 
+def hyper_connections(_l: int, model: Model) -> SubLayer:
+    """Static hyper-connections (Zhu et al. 2024, arXiv 2409.19606), n = `model.expansion_rate`.
+
+    x^k_{l+1} = sum_j A_jk x^j_l + b_k F_l(N_in(sum_j a_j x^j_l))       streams j, k = 1 .. n
+
+    a, b and A are learned in every sub-layer and depend on no token. All streams start as the
+    embedding, and the final norm is of their sum. At first A is the identity, b is 1 and a picks
+    stream l mod n, so that every stream is pre-norm's.
+    """
+    return SubLayer(inner="norm", streams=model.expansion_rate)
+
+
 RULES: dict[str, Rule] = {
     "keel": Rule(keel, settings=("alpha", "first_block"), alpha_exponent=1.0),
     "pre_ln": Rule(pre_ln),
@@ -269,6 +295,7 @@ RULES: dict[str, Rule] = {
         settings=("base_blocks",),
         epsilon_factor=lambda model: 1.0 / depth_ratio(model),
     ),
+    "hyper_connections": Rule(hyper_connections, settings=("expansion_rate",)),
 }
 """By name, which is what `model.residual` says."""
 
@@ -289,6 +316,11 @@ def has_head_norms(model: Model) -> bool:
 def depth_ratio(model: Model) -> float:
     """Blocks / `model.base_blocks`: m of CompleteP."""
     return model.blocks / model.base_blocks
+
+
+def streams(model: Model) -> int:
+    """Number of residual streams under `model.residual`."""
+    return RULES[model.residual].sub_layer(0, model).streams
 
 
 def rules_with(setting: str) -> list[str]:

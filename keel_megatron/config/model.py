@@ -95,6 +95,15 @@ class ModelConfig(Section):
             "kernels.cuda_graphs and keel export."
         ),
     )
+    expansion_rate: int = Field(
+        default=4,
+        ge=2,
+        le=16,
+        description=(
+            "Number of residual streams. Applies to residual: "
+            f"{', '.join(rules_with('expansion_rate'))}."
+        ),
+    )
     embedding_norm: bool = Field(
         default=False,
         description=(

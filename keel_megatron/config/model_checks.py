@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from keel_megatron.architecture.residual import RULES, SETTINGS, has_head_norms, rules_with
+from keel_megatron.architecture.residual import (
+    RULES,
+    SETTINGS,
+    has_head_norms,
+    rules_with,
+    streams,
+)
 from keel_megatron.config.run import RunConfig
 
 
@@ -45,9 +51,23 @@ def _rule_settings(config: RunConfig) -> Iterator[tuple[str, str]]:
         if value != default and name not in RULES[model.residual].settings:
             yield (
                 f"model.{name}",
-                f"{value} is not supported by residual: {model.residual}; leave it at {default}, "
-                f"or choose one of {', '.join(rules_with(name))}",
+                f"{_yaml(value)} is not supported by residual: {model.residual}; leave it at "
+                f"{_yaml(default)}, or choose one of {', '.join(rules_with(name))}",
             )
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _stream(config: RunConfig) -> Iterator[tuple[str, str]]:
+    model = config.model
+    if model.stream != "fp32" and streams(model) > 1:
+        yield (
+            "model.stream",
+            f"{model.stream} is not supported by residual: {model.residual}, which has several "
+            "streams; set it to fp32, or choose another rule",
+        )
 
 
 def _qk_norm(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -65,6 +85,7 @@ MODEL_CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _query_groups,
     _alpha,
     _rule_settings,
+    _stream,
     _qk_norm,
 )
 """One check each, as in `checks.py`."""

@@ -295,12 +295,17 @@ def _first_sub_layer(layer: KeelLayer) -> int:
 
 
 def _norms(layer: KeelLayer, which: str) -> Iterator[tuple[int, nn.Module]]:
-    """(l, module) of a block's two outer, inner or branch norms, or of what is in their place."""
+    """(l, module) of a block's two outer, inner or branch norms, or mixes of streams.
+
+    Of inner norms, what is in their place.
+    """
     l = _first_sub_layer(layer)
     if which == "outer":
         modules = (layer.attention_outer_norm, layer.mlp_outer_norm)
     elif which == "branch":
         modules = (layer.attention_branch_norm, layer.mlp_branch_norm)
+    elif which == "streams":
+        modules = (layer.attention_streams, layer.mlp_streams)
     else:
         modules = (layer.input_layernorm, layer.pre_mlp_layernorm)
     for number, module in enumerate(modules):
@@ -316,6 +321,7 @@ def _parameters(layer: KeelLayer) -> Iterator[tuple[int, nn.Parameter]]:
         (l, layer.self_attention),
         (l + 1, layer.mlp),
         *_norms(layer, "branch"),
+        *_norms(layer, "streams"),
         *_norms(layer, "outer"),
     ]
     for number, module in parts:

@@ -47,7 +47,8 @@ QUANTITIES: dict[str, Quantity] = {
     "branch_gain_max": Quantity("branch norm weight, maximum", "linear", optional=True),
     "attention_logit_max": Quantity("largest attention logit", "linear"),
 }
-"""With x the stream [s, b, h] before sub-layer l, F its branch's output, x' the stream after it:
+"""With x the stream [s, b, h] before sub-layer l, F its branch's output, x' the stream after it
+(of several streams, x and x' are their means):
 
 - gradient_norm: L2 norm of the gradient of the sub-layer's parameters (the branch's and its
   norms'), before clipping;

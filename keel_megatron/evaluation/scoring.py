@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from keel_megatron.architecture.residual import streams
 from keel_megatron.evaluation.rows import Row, Score
 from keel_megatron.inference.sampling import not_finite
 from keel_megatron.inference.source import Source
@@ -42,6 +43,7 @@ class Scorer:
         self.context = source.config.data.seq_length
         """Tokens that the model sees at most; a row has one more."""
         self._hidden_size = source.config.model.hidden_size
+        self._streams = streams(source.config.model)
         self._slice = source.config.kernels.rows_at_once(source.config.data.vocab_size)
         self._chunk: Any = source.model.eval()
         self._is_first = runtime.pipeline_rank == 0
@@ -125,7 +127,7 @@ class Scorer:
         if self._is_first:
             x = chunk.embedding(input_ids=tokens, position_ids=None)
         else:
-            x = torch.empty((s, b, self._hidden_size), device=tokens.device)
+            x = torch.empty((s, self._streams * b, self._hidden_size), device=tokens.device)
             dist.recv(x, self.runtime.on_stage(self.runtime.pipeline_rank - 1))
             chunk.decoder.set_input_tensor(x)
         x = chunk.decoder(

@@ -12,7 +12,7 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.huggingface.naming import is_llama
 
 CONFIG: Final = "config.json"
-REMOTE: Final = ("configuration_keel.py", "modeling_keel.py")
+REMOTE: Final = ("configuration_keel.py", "layers_keel.py", "modeling_keel.py")
 """The code of an exported model that is no Llama; transformers runs it with trust_remote_code."""
 _AUTO_MAP = {
     "AutoConfig": "configuration_keel.KeelConfig",
@@ -70,6 +70,7 @@ def _rule(model: ModelConfig) -> dict[str, Any]:
         "first_block": model.first_block,
         "embedding_norm": model.embedding_norm,
         "base_blocks": model.base_blocks,
+        "expansion_rate": model.expansion_rate,
         "final_norm": model.final_norm,
         "qk_norm": model.qk_norm,
     }
@@ -129,7 +130,7 @@ def _from_rule(content: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         "final_norm": content.get("final_norm", True),
         "qk_norm": content.get("qk_norm", False),
     }
-    for name in ("first_block", "base_blocks", "embedding_norm"):
+    for name in ("first_block", "base_blocks", "embedding_norm", "expansion_rate"):
         if name in RULES[rule].settings:
             found[name] = content.get(name, SETTINGS[name])
     if "alpha" not in RULES[rule].settings:

@@ -18,7 +18,16 @@ from keel_megatron.config.model import ModelConfig
 
 EXPORT = Reader(
     "an exported model",
-    ("alpha", "branch_factor", "branch_norm", "inner", "inner_factor", "outer_norm", "head_norms"),
+    (
+        "alpha",
+        "branch_factor",
+        "branch_norm",
+        "inner",
+        "inner_factor",
+        "outer_norm",
+        "head_norms",
+        "streams",
+    ),
 )
 
 
@@ -81,6 +90,7 @@ def _block(model: ModelConfig, block: int, llama: bool) -> Iterator[Fused]:
         f"{ours}.self_attention.linear_proj.weight", f"{theirs}.self_attn.o_proj.weight", (h, h)
     )
     yield from _outer(attention, f"{ours}.attention", f"{theirs}.{{}}attention_layernorm", h)
+    yield from _mix(attention, f"{ours}.attention", f"{theirs}.attention")
     yield from _inner(mlp, f"{ours}.pre_mlp_layernorm", f"{theirs}.{names[1]}", h)
     yield Fused(
         f"{ours}.mlp.linear_fc1.weight",
@@ -91,6 +101,7 @@ def _block(model: ModelConfig, block: int, llama: bool) -> Iterator[Fused]:
     )
     yield _same(f"{ours}.mlp.linear_fc2.weight", f"{theirs}.mlp.down_proj.weight", (h, ffn))
     yield from _outer(mlp, f"{ours}.mlp", f"{theirs}.{{}}feedforward_layernorm", h)
+    yield from _mix(mlp, f"{ours}.mlp", f"{theirs}.feedforward")
 
 
 def _same(ours: str, theirs: str, shape: tuple[int, ...]) -> Fused:
@@ -103,11 +114,17 @@ def _inner(rule: SubLayer, ours: str, theirs: str, h: int) -> Iterator[Fused]:
 
 
 def _outer(rule: SubLayer, ours: str, theirs: str, h: int) -> Iterator[Fused]:
-    """The norms after the branch, N_b and N_out; their prefix goes into `theirs`."""
+    """The norms after the branch, N_b and N_out, whose prefix goes into `theirs`."""
     if rule.branch_norm:
         yield _same(f"{ours}_branch_norm.weight", f"{theirs.format('branch_')}.weight", (h,))
     if rule.outer_norm:
         yield _same(f"{ours}_outer_norm.weight", f"{theirs.format('post_')}.weight", (h,))
+
+
+def _mix(rule: SubLayer, ours: str, theirs: str) -> Iterator[Fused]:
+    """The mix of several streams."""
+    if (n := rule.streams) > 1:
+        yield _same(f"{ours}_streams.weight", f"{theirs}_streams.weight", (n * (n + 2),))
 
 
 def _qkv(model: ModelConfig, ours: str, theirs: str) -> Fused:

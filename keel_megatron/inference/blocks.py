@@ -21,10 +21,10 @@ from keel_megatron.kernels.fused import RmsNorm, ScaledAddNorm
 from keel_megatron.kernels.head_norms import HeadNorms, Weights
 from keel_megatron.kernels.swiglu import Swiglu, swiglu
 from keel_megatron.model.attention import causal_attention
-from keel_megatron.model.join import COLUMNS, join, weight_of
+from keel_megatron.model.join import COLUMNS, Front, join
+from keel_megatron.model.layer import AfterWeights
 from keel_megatron.model.stream import storing
 
-OuterWeights = tuple[Tensor | None, Tensor | None]
 GENERATION = Reader("generation", (*COLUMNS, "head_norms"))
 
 
@@ -51,14 +51,11 @@ class Block:
         self.epsilon, self.dtype = layer.config.layernorm_epsilon, layer.config.params_dtype
         self.attention_rule = GENERATION.sub_layer(2 * block, layer.model)
         self.mlp_rule = GENERATION.sub_layer(2 * block + 1, layer.model)
-        self.attention_outer: OuterWeights = layer.outer_weights("attention")
-        self.mlp_outer: OuterWeights = layer.outer_weights("mlp")
-        self.mlp_front = (self.mlp_rule.inner, weight_of(layer.pre_mlp_layernorm))
-        after = layer.following[0] if layer.following else None
-        self.next_front = None
-        if after is not None:
-            rule, module = after.inner("attention")
-            self.next_front = (rule.inner, weight_of(module))
+        self.after_attention: AfterWeights = layer.after_weights("attention")
+        self.after_mlp: AfterWeights = layer.after_weights("mlp")
+        self.mlp_front: Front = layer.front("mlp")
+        following = layer.following[0] if layer.following else None
+        self.next_front: Front | None = following and following.front("attention")
 
     def forward(
         self,
@@ -87,7 +84,7 @@ class Block:
             self.attention_rule,
             x,
             branch,
-            *self.attention_outer,
+            *self.after_attention,
             self.mlp_front,
             self.epsilon,
             self.dtype,
@@ -100,7 +97,7 @@ class Block:
             self.mlp_rule,
             x,
             self._summed(functional.linear(product, self.down)),
-            *self.mlp_outer,
+            *self.after_mlp,
             self.next_front,
             self.epsilon,
             self.dtype,

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from keel_megatron.architecture.residual import streams
 from keel_megatron.config.model import ModelConfig
 from keel_megatron.errors import UserError
 from keel_megatron.inference.blocks import Block
@@ -135,10 +136,11 @@ class Decoder:
             embedded = self.chunk.embedding(input_ids=tokens, position_ids=None)
             x = stored(self.model.stream, embedded.to(torch.float32))
         else:
-            x = torch.empty((s, b, self.model.hidden_size), device=tokens.device)
+            shape = (s, streams(self.model) * b, self.model.hidden_size)
+            x = torch.empty(shape, device=tokens.device)
             dist.recv(x, self.runtime.on_stage(self.runtime.pipeline_rank - 1))
         rotation, bias = columns.rotation(table, s), columns.bias(s)
-        z = self.layers[0].input_layernorm(x) if self.layers else None
+        z = self.layers[0].attention_input(x) if self.layers else None
         for block in self.blocks:
             assert z is not None
             x, z = block.forward(x, z, rotation, columns, bias)
@@ -148,7 +150,7 @@ class Decoder:
         return self._head(x[-1:])
 
     def _head(self, x: Tensor) -> Tensor:
-        """Logits [b, vocabulary], fp32, of the stream [1, b, h]."""
+        """Logits [b, vocabulary], fp32, of the stream [1, b, h], or of n streams [1, n b, h]."""
         chunk = self.chunk
         z = chunk.decoder.final_layernorm(x)
         tied = chunk.share_embeddings_and_output_weights

@@ -14,7 +14,14 @@ MAX_TRITON_HIDDEN_SIZE = 16384
 
 Backend = Literal["auto", "torch", "triton", "reference"]
 
-__all__ = ["Backend", "bytes_per_token", "rms_norm", "scaled_add_norm", "triton_is_installed"]
+__all__ = [
+    "Backend",
+    "bytes_per_token",
+    "recomputable_rms_norm",
+    "rms_norm",
+    "scaled_add_norm",
+    "triton_is_installed",
+]
 
 
 def scaled_add_norm(
@@ -76,6 +83,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> T
     """
     if x.is_cuda:
         return torch.rms_norm(x, (x.size(-1),), weight, eps).to(out_dtype)
+    return recomputable_rms_norm(x, weight, eps, out_dtype)
+
+
+def recomputable_rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    """`rms_norm` whose result `model/recompute.py` can free on every device: `fused.py`'s."""
     operation: Any = fused.RmsNorm
     result: Tensor = operation.apply(x, weight, eps, out_dtype)
     return result

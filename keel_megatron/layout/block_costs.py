@@ -28,6 +28,7 @@ COSTS = Reader(
         "inner_factor",
         "outer_norm",
         "head_norms",
+        "streams",
     ),
 )
 _ANY_FACTOR = 0.5
@@ -80,8 +81,8 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
         light_bytes=activations - freed,
         light=light,
         boundary_bytes=t * c * shape.h if rows[0].inner == "norm" else 0,
-        recompute_bytes=t * (STREAM_BYTES + c) * shape.h,
-        working_bytes=t * (2 * STREAM_BYTES * h + 3 * c * shape.ffn),
+        recompute_bytes=t * (rows[0].streams * STREAM_BYTES + c) * shape.h,
+        working_bytes=t * (2 * rows[0].streams * STREAM_BYTES * h + 3 * c * shape.ffn),
         execution=execution,
     )
 
@@ -196,6 +197,9 @@ def _join_kept(shape: Shape, kernel: Kernel, row: SubLayer, following: SubLayer)
     branch = row.branch_norm * (t * STREAM_BYTES * h + shape.statistic_bytes())
     # The weight of the next norm or vector times its factor, which is a tensor of its own.
     scaled = STREAM_BYTES * shape.model.hidden_size * (following.inner_factor != 1.0)
+    if row.streams > 1:  # the streams, the branch, what is read of them, the norm of that
+        joined = t * ((row.streams + 1) * STREAM_BYTES + 2 * c) * h + shape.statistic_bytes()
+        return joined + branch + scaled
     if kernel == "triton":  # x, f, z; both statistics
         joined = t * (STREAM_BYTES + c + c * copied) * h + 2 * shape.statistic_bytes()
         return joined + branch + scaled
@@ -291,6 +295,8 @@ def _join_moved(shape: Shape, pair: tuple[SubLayer, SubLayer], fused: bool) -> t
     """
     row, following = pair
     h, c = shape.h, shape.c
+    if row.streams > 1:  # operators: the sums of all streams, what is read of them, its norm
+        return (20 * row.streams + 44) * h, (40 * row.streams + 80) * h
     norms = int(row.outer_norm) + int(following.inner == "norm")
     forward, backward = join_bytes(h, c)
     if not fused:

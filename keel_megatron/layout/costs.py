@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from keel_megatron.architecture.flops import head_forward_flops
+from keel_megatron.architecture.residual import streams
 from keel_megatron.config.run import RunConfig
 from keel_megatron.layout.block_costs import block_cost
 from keel_megatron.layout.document_costs import with_documents
@@ -86,16 +87,19 @@ def _embedding(shape: Shape, kernel: Kernel) -> Cost:
     norm = int(shape.model.embedding_norm)  # of the fp32 stream, which it keeps
     kept += norm * (t * STREAM_BYTES * shape.h + shape.statistic_bytes())
     moved += norm * 3 * STREAM_BYTES * t * shape.h
+    copies = streams(shape.model)
+    if copies > 1:
+        moved += (1 + copies) * STREAM_BYTES * t * shape.h
     return Cost(
         forward=Work(
             other_bytes=moved,
             communication_bytes=reduce,
             collectives=int(shape.tp > 1),
-            kernels=EMBEDDING_KERNELS + norm,
+            kernels=EMBEDDING_KERNELS + norm + int(copies > 1),
         ),
         backward=Work(
             other_bytes=moved + shape.gradient_bytes(parameters),
-            kernels=EMBEDDING_KERNELS + 3 * norm,
+            kernels=EMBEDDING_KERNELS + 3 * norm + int(copies > 1),
         ),
         parameters=parameters,
         vector_parameters=norm * h,

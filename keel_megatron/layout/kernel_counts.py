@@ -34,7 +34,11 @@ def joins(rows: Rows) -> tuple[tuple[SubLayer, SubLayer], ...]:
 def weights(rows: Rows) -> int:
     """Number of norm weights and learned vectors of a block."""
     return sum(
-        int(row.inner != "none") + int(row.branch_norm) + int(row.outer_norm) + len(row.head_norms)
+        int(row.inner != "none")
+        + int(row.streams > 1)
+        + int(row.branch_norm)
+        + int(row.outer_norm)
+        + len(row.head_norms)
         for row in rows[:2]
     )
 
@@ -135,6 +139,8 @@ def _branch_norm(fused: bool) -> tuple[int, int]:
 def _sum_and_norms(
     row: SubLayer, following: SubLayer, compiled: bool, fused: bool
 ) -> tuple[int, int]:
+    if row.streams > 1:  # operators: two products, the branch added; the norm
+        return (4, 10) if compiled else (12, 20)
     if compiled:
         return 1, 4
     norms = int(row.outer_norm) + int(following.inner == "norm")

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from keel_megatron.architecture.residual import streams
 from keel_megatron.config.run import RunConfig
 from keel_megatron.layout import kernel_counts
 from keel_megatron.layout.block_costs import typical_rows
@@ -295,7 +296,8 @@ class MemoryModel:
         tokens = config.data.seq_length * config.training.micro_batch_size
         whole = tokens * config.model.hidden_size
         collected = whole * (2 if config.training.precision == "bf16" else 4)
-        stream = STREAM_BYTES * whole // (parallel.tensor if parallel.sequence else 1)
+        stream = STREAM_BYTES * streams(config.model) * whole
+        stream //= parallel.tensor if parallel.sequence else 1
         # Receive and send buffers, forward and backward; interleaving has two of each.
         messages = 0 if parallel.pipeline == 1 else 4 * min(parallel.virtual_pipeline, 2)
         return messages * stream + (collected if parallel.sequence else 0)

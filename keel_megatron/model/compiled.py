@@ -25,12 +25,12 @@ from torch.nn import functional
 from keel_megatron.architecture.residual import Inner, Reader, SubLayer
 from keel_megatron.compat import compile_cache
 from keel_megatron.errors import UserError
-from keel_megatron.kernels import reference, triton_is_installed
+from keel_megatron.kernels import reference, streams, triton_is_installed
 from keel_megatron.kernels.head_norms import Weights
 from keel_megatron.model.attention import causal_attention
 from keel_megatron.model.documents import Documents, Packed
-from keel_megatron.model.join import COLUMNS, join, weight_of
-from keel_megatron.model.layer import KeelLayer
+from keel_megatron.model.join import COLUMNS, join
+from keel_megatron.model.layer import AfterWeights, KeelLayer
 from keel_megatron.model.rotary import apply_rotary
 
 KINDS = 32
@@ -38,7 +38,7 @@ KINDS = 32
 
 COMPILED = Reader("kernels.compile", (*COLUMNS, "head_norms"))
 
-OuterWeights = tuple[Tensor | None, Tensor | None]
+FrontWeights = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def block(
     z: Tensor,
     table: Tensor,
     products: tuple[Tensor, Tensor, Tensor, Tensor],
-    outer: tuple[OuterWeights, OuterWeights],
-    inner: tuple[Tensor | None, Tensor | None],
+    after: tuple[AfterWeights, AfterWeights],
+    inner: tuple[FrontWeights, FrontWeights],
     heads: Weights | None,
     within: Tensor | Packed | None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -73,9 +73,9 @@ def block(
         z: the attention's input [s, b, h], in the compute type.
         table: the rotary table [2, s, 1, 1, d].
         products: weights of linear_qkv, linear_proj, linear_fc1 and linear_fc2.
-        outer: weights of N_b and of N_out of attention and FFN, or None.
+        after: weights of N_b, N_out and the streams' mix of attention and FFN, or None.
         inner: norm weights or vectors in front of the FFN and of the next attention, times their
-            factors (`model.join.weight_of`), or None.
+            factors (`model.join.weight_of`), and the mix that these read; or None.
         heads: weights of the norms of query, key and value, or None.
         within: of the micro-batch's documents (`Documents.within`), or None.
 
@@ -87,10 +87,10 @@ def block(
     query, key, value = _query_key_value(mixed, table, structure, heads)
     context = causal_attention(query, key, value, within=within)
     branch = functional.linear(context, proj)
-    x, z = _join(structure, structure.attention, x, branch, outer[0], structure.mlp.inner, inner[0])
+    x, z = _join(structure, structure.attention, x, branch, after[0], structure.mlp.inner, inner[0])
     gate, up = functional.linear(z, fc1).chunk(2, dim=-1)
     branch = functional.linear(functional.silu(gate) * up, fc2)
-    return _join(structure, structure.mlp, x, branch, outer[1], structure.following, inner[1])
+    return _join(structure, structure.mlp, x, branch, after[1], structure.following, inner[1])
 
 
 def _join(
@@ -98,9 +98,9 @@ def _join(
     rule: SubLayer,
     x: Tensor,
     branch: Tensor,
-    outer: OuterWeights,
+    after: AfterWeights,
     inner: Inner | None,
-    weight: Tensor | None,
+    weights: FrontWeights,
 ) -> tuple[Tensor, Any]:
     """`model.join` with the reference operations, which torch compiles."""
     return join(
@@ -108,11 +108,12 @@ def _join(
         rule,
         x,
         branch,
-        *outer,
-        None if inner is None else (inner, weight),
+        *after,
+        None if inner is None else (inner, *weights),
         structure.epsilon,
         branch.dtype,
         norm=reference.rms_norm,
+        write=streams.reference_write,
     )
 
 
@@ -213,12 +214,10 @@ class CompiledBlock:
                 mlp.linear_fc2,
             )
         )
-        self._outer = (
-            (_weight(layer.attention_branch_norm), _weight(layer.attention_outer_norm)),
-            (_weight(layer.mlp_branch_norm), _weight(layer.mlp_outer_norm)),
+        self._after = tuple(
+            tuple(map(_weight, layer.after(which))) for which in ("attention", "mlp")
         )
-        after = layer.following[0].input_layernorm if layer.following else None
-        self._inner = (layer.pre_mlp_layernorm, after)
+        self._layer = layer
         heads = (attention.q_layernorm, attention.k_layernorm, attention.v_layernorm)
         self._heads = tuple(map(_weight, heads)) if rules[0].head_norms else None
 
@@ -232,11 +231,18 @@ class CompiledBlock:
             z,
             table,
             self._products,
-            self._outer,
-            tuple(map(weight_of, self._inner)),
+            self._after,
+            self._fronts(),
             self._heads,
             None if documents is None else _within(documents, z, table),
         )
+
+    def _fronts(self) -> tuple[FrontWeights, FrontWeights]:
+        """What the FFN and the next attention read with; without the next one, None."""
+        _inner, weight, mix = self._layer.front("mlp")
+        if not self._layer.following:
+            return (weight, mix), (None, None)
+        return (weight, mix), self._layer.following[0].front("attention")[1:]
 
 
 def _weight(module: nn.Module | None) -> Tensor | None:

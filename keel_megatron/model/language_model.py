@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
+from keel_megatron.architecture.residual import streams
 from keel_megatron.compat.modules import replace_output_layer
 from keel_megatron.config.run import RunConfig
 from keel_megatron.kernels import selection
@@ -27,6 +28,7 @@ from keel_megatron.model.norm import RMSNorm, stream_dtype
 from keel_megatron.model.rotary import RotaryTable
 from keel_megatron.model.specs import chunk_spec
 from keel_megatron.model.stream import Noise
+from keel_megatron.model.streams import spread
 from keel_megatron.runtime.distributed import Runtime
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -144,12 +146,14 @@ class LanguageModel(GPTModel):
             **kwargs,
         )
         self._run = run
-        if self.pre_process and model.embedding_norm:
-            self.embedding_norm = RMSNorm(
-                config, model.hidden_size, model.norm_epsilon, output="stream"
-            )
-            # Whoever asks for x_0 asks the embedding.
-            self.embedding.register_forward_hook(lambda _module, _in, x: self.embedding_norm(x))
+        if self.pre_process:
+            if model.embedding_norm:
+                self.embedding_norm = RMSNorm(
+                    config, model.hidden_size, model.norm_epsilon, output="stream"
+                )
+            if model.embedding_norm or streams(model) > 1:
+                # Whoever asks for x_0 asks the embedding.
+                self.embedding.register_forward_hook(lambda _module, _in, x: self._begun(x))
         self.rotary_pos_emb = RotaryTable(
             model.head_dim, model.rope_theta, run.data.seq_length, config.params_dtype
         )
@@ -157,6 +161,12 @@ class LanguageModel(GPTModel):
             head = replace_output_layer(self, OutputLayer)
             head.z_loss = run.training.z_loss
             head.rows = run.kernels.rows_at_once(head.output_size_per_partition)
+
+    def _begun(self, x: Tensor) -> Tensor:
+        """x_0 of the embedding's output [s, b, h]: its norm, and the copies of several streams."""
+        if self._run.model.embedding_norm:
+            x = self.embedding_norm(x)
+        return spread(x, streams(self._run.model))
 
     def forward(
         self,

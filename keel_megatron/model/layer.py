@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from keel_megatron.architecture.residual import Reader, SubLayer
 from keel_megatron.config.model import ModelConfig
-from keel_megatron.kernels import scaled_add_norm
+from keel_megatron.kernels import recomputable_rms_norm, rms_norm, scaled_add_norm, streams
 from keel_megatron.model.documents import Documents
-from keel_megatron.model.join import COLUMNS, join, weight_of
+from keel_megatron.model.join import COLUMNS, Front, join, weight_of
 from keel_megatron.model.micro_batch import MicroBatch
 from keel_megatron.model.stream import Noise, stored, storing
+from keel_megatron.model.streams import StreamMix
 
 BLOCKS = Reader("a block of the model", (*COLUMNS, "head_norms"))
 
@@ -30,6 +31,7 @@ Observer = Callable[[int, Tensor, Tensor, float, Tensor], None]
 it, its branch's output as it is added, the scale of the skip path and the stream after it."""
 
 SubLayerName = Literal["attention", "mlp"]
+AfterWeights = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 Compiled = Callable[[Tensor, Tensor, Tensor, Documents | None], tuple[Tensor, Tensor | None]]
 """(stream, attention input, rotary table, documents) to what `KeelLayer.forward` returns."""
@@ -102,6 +104,12 @@ class KeelLayer(TransformerLayer):
             self._build(submodules.branch_norm) if self.mlp_rule.branch_norm else None
         )
 
+        self.attention_streams = self._mix(self.attention_rule, 2 * block)
+        self.mlp_streams = self._mix(self.mlp_rule, 2 * block + 1)
+
+    def _mix(self, rule: SubLayer, l: int) -> StreamMix | None:
+        return StreamMix(self.config, rule.streams, l) if rule.streams > 1 else None
+
     def _build(self, spec: ModuleSpec | type) -> nn.Module:
         return build_module(
             spec,
@@ -122,7 +130,8 @@ class KeelLayer(TransformerLayer):
         """The stream after both sub-layers.
 
         Args:
-            hidden_states: the stream x, fp32 [s, b, h] ([s/TP, b, h] under sequence parallelism).
+            hidden_states: the stream x, fp32 [s, b, h] ([s/TP, b, h] under sequence parallelism);
+                n streams are [s, n b, h].
             attention_mask: unused; attention is causal.
             rotary_pos_emb: the table of model/rotary.py.
             context: this block's attention input, if the previous block has computed it together
@@ -138,14 +147,14 @@ class KeelLayer(TransformerLayer):
         x, l = hidden_states, 2 * (self.layer_number - 1)
         if l == 0:
             x = stored(self.model.stream, x, _bits(noise, -1, x))
-        z = self.input_layernorm(x) if context is None else context
+        z = self.attention_input(x) if context is None else context
         if self.compiled is not None and self.training and self.observer is None:
             return self.compiled(x, z, rotary_pos_emb, batch.documents)
         branch, _bias = self.self_attention(
             z, attention_mask, rotary_pos_emb=rotary_pos_emb, attention_bias=batch.documents
         )
-        x, z = self._join(l, x, branch, (self, "mlp"), noise)
-        branch, _bias = self.mlp(z)
+        x, inside = self._join(l, x, branch, (self, "mlp"), noise)
+        branch, _bias = self.mlp(inside)
         after = self.following[0] if self.following else None
         return self._join(l + 1, x, branch, None if after is None else (after, "attention"), noise)
 
@@ -155,11 +164,29 @@ class KeelLayer(TransformerLayer):
             return self.attention_rule, self.input_layernorm
         return self.mlp_rule, self.pre_mlp_layernorm
 
-    def outer_weights(self, which: SubLayerName) -> tuple[Tensor | None, Tensor | None]:
-        """The weights [h] of N_b and N_out of a sub-layer of this block, or None."""
+    def attention_input(self, x: Tensor) -> Tensor:
+        """What the attention reads [s, b, h] of the stream, or of n streams [s, n b, h]."""
+        if self.attention_streams is not None:
+            x = streams.read(x, self.attention_streams.stream_weight)
+        z: Tensor = self.input_layernorm(x)
+        return z
+
+    def front(self, which: SubLayerName) -> Front:
+        """What is in front of a branch of this block."""
+        rule, module = self.inner(which)
+        mix = self.attention_streams if which == "attention" else self.mlp_streams
+        return rule.inner, weight_of(module), weight_of(mix)
+
+    def after(self, which: SubLayerName) -> tuple[nn.Module | None, ...]:
+        """What follows a branch of this block: N_b, N_out and the mix of the streams, or None."""
         if which == "attention":
-            return weight_of(self.attention_branch_norm), weight_of(self.attention_outer_norm)
-        return weight_of(self.mlp_branch_norm), weight_of(self.mlp_outer_norm)
+            return self.attention_branch_norm, self.attention_outer_norm, self.attention_streams
+        return self.mlp_branch_norm, self.mlp_outer_norm, self.mlp_streams
+
+    def after_weights(self, which: SubLayerName) -> AfterWeights:
+        """The weights of N_b and N_out [h] and the mix, or None."""
+        branch, outer, mix = map(weight_of, self.after(which))
+        return branch, outer, mix
 
     def _join(
         self,
@@ -182,21 +209,19 @@ class KeelLayer(TransformerLayer):
         """
         which: SubLayerName = "mlp" if l % 2 else "attention"
         rule, _module = self.inner(which)
-        front = None
-        if following is not None:
-            next_rule, module = following[0].inner(following[1])
-            front = (next_rule.inner, weight_of(module))
+        front = None if following is None else following[0].front(following[1])
         observer = None if self.observer is None else self._observed(l, rule)
         return join(
             storing(self.model.stream, scaled_add_norm, _bits(noise, l, x)),
             rule,
             x,
             branch,
-            *self.outer_weights(which),
+            *self.after_weights(which),
             front,
             self.config.layernorm_epsilon,
             self.config.params_dtype,
             observer,
+            norm=recomputable_rms_norm if rule.streams > 1 else rms_norm,
             dropout=self.hidden_dropout if self.training else 0.0,
         )
 

@@ -10,6 +10,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from keel_megatron.architecture.residual import streams
 from keel_megatron.config.model import ModelConfig
 from keel_megatron.config.run import RunConfig
 from keel_megatron.model.attention import SdpaAttention, SelfAttention
@@ -18,6 +19,7 @@ from keel_megatron.model.layer import BLOCKS, KeelLayer, KeelLayerSubmodules
 from keel_megatron.model.linear import ColumnParallelLinear, RowParallelLinear
 from keel_megatron.model.mlp import MLP
 from keel_megatron.model.norm import BranchCast, BranchVector, HeadNorm, RMSNorm
+from keel_megatron.model.streams import MergedCast, MergedNorm
 
 
 @dataclass(frozen=True)
@@ -86,5 +88,13 @@ def chunk_spec(config: RunConfig, modules: Modules, blocks: range) -> Transforme
     family = transformer_engine() if modules == "transformer_engine" else LOCAL
     return TransformerBlockSubmodules(
         layer_specs=[layer_spec(model, family, block) for block in blocks],
-        layer_norm=RMSNorm if model.final_norm else BranchCast,
+        layer_norm=_final_norm(model),
     )
+
+
+def _final_norm(model: ModelConfig) -> ModuleSpec | type:
+    """What follows the last block."""
+    n = streams(model)
+    if n == 1:
+        return RMSNorm if model.final_norm else BranchCast
+    return ModuleSpec(module=MergedNorm if model.final_norm else MergedCast, params={"streams": n})

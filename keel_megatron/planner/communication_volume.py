@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from keel_megatron.architecture.residual import streams
 from keel_megatron.config.run import RunConfig
 from keel_megatron.layout.devices import Device
 from keel_megatron.layout.muon import MuonLoad, muon_load
@@ -25,10 +26,10 @@ _LEAST_BUCKET, _BUCKET_OF_REPLICA = 40e6, 1e6
 
 
 def message_bytes(config: RunConfig) -> int:
-    """Bytes of one micro-batch's residual stream [s, b, h] in fp32; a device's share under SP."""
+    """Bytes of one micro-batch's residual streams in fp32; a device's share under SP."""
     tokens = config.data.seq_length * config.training.micro_batch_size
     share = config.parallel.tensor if config.parallel.sequence else 1
-    return tokens * config.model.hidden_size * STREAM_BYTES // share
+    return streams(config.model) * tokens * config.model.hidden_size * STREAM_BYTES // share
 
 
 def link_seconds(config: RunConfig, device: Device, data_parallel: int) -> tuple[float, ...]:

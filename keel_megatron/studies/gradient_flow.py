@@ -39,6 +39,7 @@ ANALYSIS = Reader(
         "inner_factor",
         "outer_norm",
         "head_norms",
+        "streams",
     ),
 )
 FIRST = 2

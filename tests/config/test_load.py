@@ -57,6 +57,12 @@ def complaints(path: Path, *overrides: str, world_size: int | None = None) -> li
         ),
         ("training.z_loss=-1", "training.z_loss: "),
         ("model.base_blocks=8", "8 is not supported by residual: keel; leave it at 2, or choose"),
+        ("model.embedding_norm=true", "true is not supported by residual: keel; leave it at false"),
+        ("model.expansion_rate=2", "leave it at 4, or choose one of hyper_connections"),
+        (
+            "model.residual=hyper_connections model.stream=bf16",
+            "bf16 is not supported by residual: hyper_connections",
+        ),
         ("model.alpha=big", "model.alpha: 'big' must be auto or a number"),
         ('model.alpha="2"', "model.alpha: '2' must be auto or a number (remove the quotes)"),
         ("model.alpha=.nan", "model.alpha: .nan is not a finite number"),

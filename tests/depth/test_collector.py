@@ -48,6 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "model__qk_norm": True,
         "training__z_loss": 1e-3,
     },
+    "hyper_connections": {**SMALLER, "model__residual": "hyper_connections"},
     "peri_ln": {**SMALLER, "model__residual": "peri_ln"},
 }
 

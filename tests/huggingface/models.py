@@ -20,11 +20,13 @@ from tests.settings import small_config
 
 
 def disturb(chunk: nn.Module) -> None:
-    """Move norm weights and learned vectors away from 1, so that each has a value of its own."""
+    """Move norm weights, learned vectors and mixes, so that each has a value of its own."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in chunk.parameters():
-            if parameter.dim() == 1:
+        for name, parameter in chunk.named_parameters():
+            if "streams" in name:
+                parameter.add_(0.1 * torch.rand(parameter.shape, generator=generator))
+            elif parameter.dim() == 1:
                 parameter.mul_(torch.rand(parameter.shape, generator=generator) + 0.5)
 
 

@@ -55,6 +55,7 @@ COLUMNS = (
     "inner_factor",
     "outer_norm",
     "head_norms",
+    "streams",
 )
 
 
@@ -77,12 +78,14 @@ def test_the_exported_code_has_every_rule_of_the_table(rule: str, qk_norm: bool)
                 first_block=first_block,
                 qk_norm=qk_norm,
                 base_blocks=3,
+                expansion_rate=2,
             )
             exported = KeelConfig(
                 residual=rule,
                 num_hidden_layers=blocks,
                 first_block=first_block,
                 base_blocks=3,
+                expansion_rate=2,
                 alpha=alpha_of(model),
                 qk_norm=qk_norm,
             )

@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "keel": {},
     "llama, tied": {"model__residual": "pre_ln", "model__tie_embeddings": True},
     "hybrid_norm": {"model__residual": "hybrid_norm"},
+    "hyper_connections": {"model__residual": "hyper_connections"},
 }
 
 

@@ -27,6 +27,7 @@ RULES = {
     "pre_ln": {"model__num_query_groups": 4, "model__tie_embeddings": True},
     "hybrid_norm": {"model__num_query_groups": 2},
     "layer_norm_scaling": {},
+    "hyper_connections": {"model__expansion_rate": 2},
     "peri_ln": {"model__num_query_groups": 2, "model__embedding_norm": True},
     "mix_ln": {"model__num_query_groups": 2, "model__qk_norm": True},
     "scaled_post_ln_beta": {"model__num_query_groups": 1, "model__final_norm": False},
@@ -153,7 +154,8 @@ def split_logits(rule: str, tensor: int, pipeline: int) -> list[list[list[float]
 
 
 @pytest.mark.parametrize(
-    ("rule", "tensor", "pipeline"), [("keel", 1, 3), ("hybrid_norm", 2, 2), ("mix_ln", 2, 1)]
+    ("rule", "tensor", "pipeline"),
+    [("keel", 1, 3), ("hybrid_norm", 2, 2), ("mix_ln", 2, 1), ("hyper_connections", 1, 2)],
 )
 def test_every_layout_has_the_same_logits(rule: str, tensor: int, pipeline: int) -> None:
     (expected,) = run_ranks(1, split_logits, rule, 1, 1)

@@ -46,6 +46,7 @@ def shape_of(config: RunConfig) -> Shape:
         vocab_size=config.data.vocab_size,
         residual=model.residual,
         first_block=model.first_block,
+        expansion_rate=model.expansion_rate,
         embedding_norm=model.embedding_norm,
         base_blocks=model.base_blocks,
         final_norm=model.final_norm,
@@ -79,6 +80,12 @@ def pair_up(package: nn.Module, reference: ReferenceModel) -> Iterator[tuple[str
         yield f"{at}.w_gate", gate, ffn.F.w_gate
         yield f"{at}.w_up", up, ffn.F.w_up
         yield f"{at}.w_down", layer.mlp.linear_fc2.weight, ffn.F.w_down
+        for slot, sub in (("attention_streams", attention), ("mlp_streams", ffn)):
+            if hasattr(sub, "A_m"):
+                n, mix = shape.expansion_rate, getattr(layer, slot).weight
+                yield f"{at}.{slot}.A_m", mix[:n], sub.A_m
+                yield f"{at}.{slot}.B", mix[n : 2 * n], sub.B
+                yield f"{at}.{slot}.A_r", mix[2 * n :].view(n, n), sub.A_r
         for name, norm, where, key in norms(layer, attention, ffn):
             yield f"{at}.{name}", norm.weight, getattr(where, key)
 
@@ -139,9 +146,10 @@ def compare(config: RunConfig, runtime, dtype: torch.dtype) -> dict[str, float]:
     reference = ReferenceModel(shape_of(config)).to(dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in package.parameters():
+        for name, parameter in package.named_parameters():
             if parameter.dim() == 1:  # gains of 1 would hide a gain that is not applied
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+                size = 0.02 if "streams" in name else 0.2  # mixes multiply over the depth
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
         for _name, ours, theirs in pair_up(package, reference):
             assert ours.shape == theirs.shape
             theirs.copy_(ours)

@@ -36,7 +36,7 @@ from keel_megatron import compat
 
 compat.install()  # before Megatron-core is imported
 
-from keel_megatron.architecture.residual import RULES
+from keel_megatron.architecture.residual import RULES, streams
 from keel_megatron.config.run import RunConfig
 from keel_megatron.data.batches import random_batch
 from keel_megatron.engines.base import mean_loss
@@ -110,7 +110,9 @@ def middle_passes(engine: Any, batch: Any) -> tuple[float, float]:
     """The same of the model's blocks as a middle stage has them."""
     model: Any = engine.model[0].module
     ends = [(model, "pre_process"), (model, "post_process"), (model.decoder, "pre_process")]
-    stream = torch.zeros(*batch.tokens.T.shape, model.config.hidden_size, requires_grad=True)
+    s, b = batch.tokens.T.shape
+    rows = streams(engine.config.model) * b
+    stream = torch.zeros(s, rows, model.config.hidden_size, requires_grad=True)
     for module, name in ends:
         setattr(module, name, False)
     model.decoder.input_tensor = stream

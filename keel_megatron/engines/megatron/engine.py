@@ -16,6 +16,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from keel_megatron.architecture.residual import streams
 from keel_megatron.checkpoint.megatron_state import MegatronState
 from keel_megatron.checkpoint.parameters import MASTER
 from keel_megatron.compat import clipping
@@ -247,7 +248,8 @@ class MegatronEngine:
             model=self.model,
             num_microbatches=count,
             seq_length=self.config.data.seq_length,
-            micro_batch_size=self.config.training.micro_batch_size,
+            # Of the messages between stages, in which several streams lie along the batch.
+            micro_batch_size=streams(self.config.model) * self.config.training.micro_batch_size,
             forward_only=forward_only,
         )
 

@@ -104,7 +104,12 @@ def _readers(chunk: Any, *, whole: bool) -> Iterator[tuple[nn.Module, list[Tenso
     else:
         for layer in layers:
             # The last sum of a block and the next block's norm are one kernel.
-            after = [following.input_layernorm for following in layer.following]
+            after = [
+                module
+                for following in layer.following
+                for module in (following.input_layernorm, following.attention_streams)
+                if module is not None
+            ]
             yield layer, [p for module in (layer, *after) for p in module.parameters()]
     for module in chunk.modules():
         if module not in inside:

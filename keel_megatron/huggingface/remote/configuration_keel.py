@@ -26,6 +26,8 @@ class SubLayer:
     """Which of query, key and value are normalised, each head by itself: none, qk or qkv."""
     branch_norm: bool = False
     """Whether there is an N_b, of the branch's output."""
+    streams: int = 1
+    """Number of residual streams (layers_keel.py)."""
 
 
 def sub_layer(l: int, config: Any) -> SubLayer:
@@ -57,6 +59,8 @@ def _of_rule(l: int, config: Any) -> SubLayer:
             return SubLayer(outer_norm=True, head_norms="qkv") if l % 2 == 0 else SubLayer()
         case "mix_ln":
             return post_norm if block < config.num_hidden_layers // 4 else pre_norm
+        case "hyper_connections":
+            return SubLayer(inner="norm", streams=config.expansion_rate)
         case "peri_ln":
             return SubLayer(inner="norm", branch_norm=True)
         case "layer_norm_scaling":
@@ -76,6 +80,7 @@ class KeelConfig(PreTrainedConfig):
         alpha: scale of the skip path; None: L.
         first_block: norms of Keel's first block. v2: its attention has no outer norm; v1: neither
             its attention nor its FFN has.
+        expansion_rate: number of residual streams of hyper-connections.
         embedding_norm: an RMSNorm of the embedding's output.
         base_blocks: blocks of the model that CompleteP scales to this depth.
         final_norm: an RMSNorm between the last block and the output layer.
@@ -110,6 +115,7 @@ class KeelConfig(PreTrainedConfig):
         residual: str = "keel",
         alpha: float | None = None,
         first_block: str = "v2",
+        expansion_rate: int = 4,
         embedding_norm: bool = False,
         base_blocks: int = 2,
         final_norm: bool = True,
@@ -133,6 +139,7 @@ class KeelConfig(PreTrainedConfig):
         self.residual = residual
         self.alpha = float(2 * num_hidden_layers if alpha is None else alpha)
         self.first_block = first_block
+        self.expansion_rate = expansion_rate
         self.embedding_norm = embedding_norm
         self.base_blocks = base_blocks
         self.final_norm = final_norm

@@ -31,36 +31,10 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_keel import KeelConfig, sub_layer
+from .layers_keel import KeelRMSNorm, KeelStreams, KeelVector, merged, spread
 
 # transformers 5.24 renames the argument and output `past_key_values` to `cache`.
 CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
-
-
-class KeelRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """N(x), fp32."""
-        x = x.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return x * self.weight.float()
-
-
-class KeelVector(nn.Module):
-    """A learned vector in place of an inner norm."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x, each channel scaled; fp32."""
-        return x * self.weight.float()
 
 
 def rotary_table(config: KeelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,6 +162,8 @@ class KeelDecoderLayer(GradientCheckpointingLayer):
         self.attention_alpha, self.feedforward_alpha = attention.alpha, ffn.alpha
         self.attention_inner, self.feedforward_inner = attention.inner_factor, ffn.inner_factor
         self.attention_factor, self.feedforward_factor = attention.branch_factor, ffn.branch_factor
+        self.attention_streams = KeelStreams(attention.streams)
+        self.feedforward_streams = KeelStreams(ffn.streams)
         self.attention_layernorm = _inner(attention.inner, config)
         self.self_attn = KeelAttention(config, layer_idx, attention.head_norms)
         self.branch_attention_layernorm = _outer(attention.branch_norm, config)
@@ -200,13 +176,15 @@ class KeelDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """The fp32 stream [batch, tokens, h] after both sub-layers."""
         x, dtype = hidden_states, self.mlp.down_proj.weight.dtype
-        z = self.attention_inner * self.attention_layernorm(x)
+        z = self.attention_inner * self.attention_layernorm(self.attention_streams.read(x))
         branch, _weights = self.self_attn(z.to(dtype), **kwargs)
         branch = self.attention_factor * self.branch_attention_layernorm(branch)
-        x = self.post_attention_layernorm(self.attention_alpha * x + branch)
-        z = self.feedforward_inner * self.feedforward_layernorm(x)
+        x = self.attention_streams.joined(x, self.attention_alpha, branch)
+        x = self.post_attention_layernorm(x)
+        z = self.feedforward_inner * self.feedforward_layernorm(self.feedforward_streams.read(x))
         branch = self.feedforward_factor * self.branch_feedforward_layernorm(self.mlp(z.to(dtype)))
-        return self.post_feedforward_layernorm(self.feedforward_alpha * x + branch)
+        x = self.feedforward_streams.joined(x, self.feedforward_alpha, branch)
+        return self.post_feedforward_layernorm(x)
 
 
 def _inner(kind: str, config: KeelConfig) -> nn.Module:
@@ -245,6 +223,8 @@ class KeelPreTrainedModel(PreTrainedModel):
         "branch_feedforward_layernorm",
         "post_feedforward_layernorm",
         "embedding_norm",
+        "attention_streams",
+        "feedforward_streams",
         "q_norm",
         "k_norm",
         "v_norm",
@@ -253,8 +233,9 @@ class KeelPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, KeelVector):
-            nn.init.ones_(module.weight)
+        if isinstance(module, KeelVector | KeelStreams):
+            for weight in module.parameters():
+                nn.init.ones_(weight)
 
 
 class KeelModel(KeelPreTrainedModel):
@@ -315,7 +296,8 @@ class KeelModel(KeelPreTrainedModel):
             **{CACHE: cache},
         )
         table = rotary_table(self.config, position_ids)
-        x = self.embedding_norm(inputs_embeds.float())
+        n = sub_layer(0, self.config).streams
+        x = spread(self.embedding_norm(inputs_embeds.float()), n)
         for layer in self.layers[: self.config.num_hidden_layers]:
             x = layer(
                 x,
@@ -325,7 +307,7 @@ class KeelModel(KeelPreTrainedModel):
                 cache=cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(merged(x, n)), **{CACHE: cache})
 
 
 class KeelForCausalLM(KeelPreTrainedModel, GenerationMixin):

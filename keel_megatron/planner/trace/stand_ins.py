@@ -146,13 +146,14 @@ def install(launched: Launched, which: str) -> None:
     from triton.runtime.jit import KernelInterface
 
     from keel_megatron.model import attention as attention_module
-    from keel_megatron.model import language_model, norm
+    from keel_megatron.model import language_model, layer, norm
 
     state = torch.cuda.get_rng_state()
     places: list[tuple[Any, str, Any]] = [
         (KernelInterface, "__getitem__", triton_launch(launched)),
         (torch.nn.functional, "dropout", dropout(launched)),
         (norm, "rms_norm", rms_norm(rms_norm_function(launched))),
+        (layer, "rms_norm", rms_norm(rms_norm_function(launched))),
         (attention_module, "functional", attention(which)),
         # Weights are drawn on the device, whose generator is not there.
         (language_model, "initialize", lambda *_args: None),

@@ -30,7 +30,7 @@ from keel_megatron.runtime.distributed import Runtime, start
 from keel_megatron.runtime.files import LineFile
 from keel_megatron.studies.redundancy import records
 from keel_megatron.studies.redundancy.records import Subject
-from keel_megatron.studies.redundancy.stage import Stage
+from keel_megatron.studies.redundancy.stage import STUDY, Stage
 from keel_megatron.studies.redundancy.text import Text, given_text, validation_text
 from keel_megatron.studies.redundancy.units import NOTHING, Removal, Unit, sub_layers_of
 from keel_megatron.studies.redundancy.walk import Found, Walk
@@ -72,10 +72,11 @@ def measure(run: Path, out: Path, options: Options) -> Subject:
         options: how to measure.
 
     Raises:
-        UserError: there is no such checkpoint, its validation set is not found and no text is
-            given, or the batches do not fit in memory.
+        UserError: its rule has several streams, there is no such checkpoint, its validation set is
+            not found and no text is given, or the batches do not fit in memory.
     """
     config = config_of(run, options.processes)
+    STUDY.sub_layer(0, config.model)  # refuses a rule that cannot be walked
     training = config.training.model_copy(update={"precision": "fp32"})
     config = config.model_copy(update={"training": training})
     launch = Launch.from_environment() if options.processes > 1 else Launch(0, 1, 0, 1)

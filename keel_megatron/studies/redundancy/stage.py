@@ -14,10 +14,13 @@ from keel_megatron.data.batches import Batch
 from keel_megatron.kernels import scaled_add_norm
 from keel_megatron.model.documents import Documents
 from keel_megatron.model.join import COLUMNS, join
+from keel_megatron.model.layer import AfterWeights
 from keel_megatron.model.stream import stored, storing
 from keel_megatron.studies.redundancy.units import Removal
 
-STUDY = Reader("the study of redundancy", (*COLUMNS, "head_norms"))
+STUDY = Reader(
+    "the study of redundancy", (*(name for name in COLUMNS if name != "streams"), "head_norms")
+)
 
 
 class Stage:
@@ -94,8 +97,7 @@ class Stage:
 
     def _joined(self, l: int, x: Tensor, branch: Tensor) -> Tensor:
         layer = self._layers[l - l % 2]
-        weights: tuple[Tensor | None, Tensor | None]
-        weights = layer.outer_weights("mlp" if l % 2 else "attention")
+        weights: AfterWeights = layer.after_weights("mlp" if l % 2 else "attention")
         epsilon, dtype = layer.config.layernorm_epsilon, layer.config.params_dtype
         x_new, _unknown = join(
             self._operation, self._rules[l], x, branch, *weights, None, epsilon, dtype
