@@ -40,7 +40,7 @@ SETTINGS = Settings(
     ns_steps=5,
     adjust_lr_fn="match_rms_adamw",
 )
-WIDTHS = (64, 128, 256)
+WIDTHS = (64, 128)
 Way = Callable[[], None]
 
 
@@ -182,7 +182,7 @@ temporary memory of a batch is bounded by 256 MiB (`keel_megatron/layout/newton_
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--blocks", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=PAGE)
     settings = parser.parse_args()
     torch.set_num_threads(1)
