@@ -34,10 +34,10 @@ MEASURED: Mapping[str, str] = {
     "gradient_rms": "gradient RMS",
 }
 """Quantities of a depth profile and their titles. Of the stream the last sub-layer counts, of the
-rest the median over the sub-layers after the first block. Gradients are those of the matrices,
-clipped as AdamW gets them."""
+rest the median over the blocks after the first, a block being the mean of attention and FFN, which
+differ. Gradients are those of the matrices, clipped as AdamW gets them."""
 _PLACES = 64
-"""Points of a curve over depth: means over neighbouring sub-layers where there are more."""
+"""Points of a curve over depth: blocks, or means over neighbouring ones where there are more."""
 
 
 def study(
@@ -138,19 +138,23 @@ def _typical(name: str, values: Sequence[float] | None) -> float | None:
         return None
     if name == "stream_rms":
         return values[-1] if math.isfinite(values[-1]) else None
-    finite = [value for value in values[2:] or values if math.isfinite(value)]
-    return statistics.median(finite) if finite else None
+    blocks = [mean for _place, mean in _grouped(values[2:] or values, 2) if mean is not None]
+    return statistics.median(blocks) if blocks else None
 
 
 def _thinned(values: Sequence[float]) -> list[tuple[float, float | None]]:
-    """(l / L, mean of finite values) over groups with as many attention as FFN sub-layers."""
-    total = len(values)
-    size = 1 if total <= _PLACES else 2 * math.ceil(total / _PLACES / 2)
+    """A curve over depth of at most `_PLACES` points."""
+    return _grouped(values, 2 * math.ceil(len(values) / _PLACES / 2))
+
+
+def _grouped(values: Sequence[float], size: int) -> list[tuple[float, float | None]]:
+    """(l / L, mean of the finite values) over groups of neighbouring sub-layers."""
     found: list[tuple[float, float | None]] = []
-    for start in range(0, total, size):
-        group = [value for value in values[start : start + size] if math.isfinite(value)]
-        place = (start + len(values[start : start + size]) / 2) / total
-        found.append((place, statistics.fmean(group) if group else None))
+    for start in range(0, len(values), size):
+        group = values[start : start + size]
+        finite = [value for value in group if math.isfinite(value)]
+        place = (start + len(group) / 2) / len(values)
+        found.append((place, statistics.fmean(finite) if finite else None))
     return found
 
 

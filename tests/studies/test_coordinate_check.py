@@ -66,7 +66,7 @@ def test_a_run_s_sizes_are_those_of_its_first_and_last_profile(tmp_path: Path) -
     assert measured(point, tmp_path, 1.0)["last"] == dict.fromkeys(MEASURED)
     write_run(tmp_path, 8)
     found = measured(point, tmp_path, 1.0)
-    # The last sub-layer; the median over sub-layers 2 to 7; a gradient clipped from 4 to 1.
+    # The last sub-layer; the median over blocks 1 to 3; a gradient clipped from 4 to 1.
     assert found["first"] == {
         "stream_rms": 8.0,
         "branch_rms": 5.5,
@@ -77,8 +77,8 @@ def test_a_run_s_sizes_are_those_of_its_first_and_last_profile(tmp_path: Path) -
     assert found["last"]["branch_rms"] == 11.0
     assert measured(point, tmp_path, 0.0)["last"]["gradient_rms"] == 11.0, "no clipping"
     assert found["losses"] == [4.0, 3.0]
-    assert found["places"] == [(l + 0.5) / 8 for l in range(8)]
-    assert found["over_depth"]["branch_rms"] == [2.0 * (1 + l) for l in range(8)]
+    assert found["places"] == [0.125, 0.375, 0.625, 0.875]
+    assert found["over_depth"]["branch_rms"] == [3.0, 7.0, 11.0, 15.0]
 
 
 def test_a_deep_run_has_means_over_neighbours(tmp_path: Path) -> None:
