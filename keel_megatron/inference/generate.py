@@ -75,11 +75,7 @@ def generate_prompts(
         config = source.config
         if cuda_graphs and runtime.device.type != "cuda":
             raise UserError("--cuda-graphs: needs a CUDA device, and the model runs on the CPU")
-        if chat:
-            encoded, ends = _asked(source, prompts, is_main=runtime.is_main)
-        else:
-            eod = source.tokenizer.eod
-            encoded, ends = [source.tokenizer.encode(text) or [eod] for text in prompts], None
+        encoded, ends = _encoded(source, prompts, chat=chat, is_main=runtime.is_main)
         tokens = dict(enumerate(encoded))
         _check_lengths(tokens, source, sampling, is_main=runtime.is_main)
         decoder = Decoder(source.model, config.model, runtime, static=cuda_graphs)
@@ -99,14 +95,18 @@ def generate_prompts(
         return [found[number] for number in range(len(prompts))], generation.speed
 
 
-def _asked(
-    source: Source, prompts: list[str], *, is_main: bool
+def _encoded(
+    source: Source, prompts: list[str], *, chat: bool, is_main: bool
 ) -> tuple[list[list[int]], dict[int, Reason]]:
-    """The tokens of messages to answer, and those that end an answer.
+    """The prompts' tokens, and the tokens that end a continuation or an answer.
 
     Raises:
-        UserError: the model has no chat template, or it refuses a message.
+        UserError: of a chat: the model has no template, or it refuses a message.
     """
+    if not chat:
+        eod = source.tokenizer.eod
+        tokens = [source.tokenizer.encode(prompt) or [eod] for prompt in prompts]
+        return tokens, {eod: "end of document"}
     template = source.template
     if template is None:
         raise UserError(
