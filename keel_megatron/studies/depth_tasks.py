@@ -84,7 +84,7 @@ def study(
             "model.residual": rule,
             **depth(sub_layers),
             "data.text": None,
-            "data.sources": [{"name": task, "text": [str(training)], "format": "chat"}],
+            "data.sources": [{"name": task, "path": [str(training)], "format": "chat"}],
             "data.chat_template": str(template),
             "data.document_masks": True,
             "data.tokenizer": str(folder / "tokenizer.model"),

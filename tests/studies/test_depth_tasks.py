@@ -129,7 +129,7 @@ def test_only_the_answer_counts_in_the_loss(tmp_path: Path) -> None:
                 for point in study.points
                 if point.labels["task"] == task.name
             )
-            lines = Path(source["text"][0]).read_text(encoding="utf-8").splitlines()
+            lines = Path(source["path"][0]).read_text(encoding="utf-8").splitlines()
             made = generated_tasks.problems(task, 20, range(1, 4), "training")
             lengths = []
             for line, (_k, one) in zip(lines, made, strict=True):
