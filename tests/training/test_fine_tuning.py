@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import yaml
 from keel_megatron.checkpoint import folder
 from keel_megatron.cli.main import app
+from keel_megatron.data.shards import TokenShard, map_mask
 from keel_megatron.data.tokenizer import train_tokenizer
 from keel_megatron.tracking.metrics import read_metrics
 from tests.distributed import run_ranks
@@ -55,6 +56,7 @@ def write(home: Path, name: str, **overrides: Any) -> Path:
         "training__name": name,
         "training__steps": STEPS,
         "training__global_batch_size": 4,
+        "training__micro_batch_size": 1,  # validations leave no sequence out
         "training__validation_sequences": 100,
         "training__initialize_from": "runs/base",
         "checkpoint__every": STEPS // 2,
@@ -79,7 +81,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(home / "runs" / "base", train_tokenizer([text], 350), data__vocab_size=350, **SHAPE)
     vocabulary = {"data__vocab_size": 350}
     one = write(home, "one", **vocabulary)
-    two = write(home, "two", **vocabulary, parallel__pipeline=2, training__micro_batch_size=1)
+    two = write(home, "two", **vocabulary, parallel__pipeline=2)
     assert run_ranks(1, trained, [one]) == [[None]]
     assert run_ranks(2, trained, [two]) == [[None]] * 2
     return home
@@ -106,13 +108,18 @@ def test_an_exported_model_has_the_template_the_tokens_and_the_loss(
     done = CliRunner().invoke(app, ["export", str(run), "--out", str(out)])
     assert done.exit_code == 0, done.output
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
     (held,) = (home / "data").glob("*/shards/chat-00000.npy")
+    shard = TokenShard(held.with_suffix(""))
+    masks = map_mask(held.with_suffix(".mask"), len(shard.tokens))
     total, counted = 0.0, 0
-    for number in np.load(held):
+    for number in np.load(held).tolist():
         found = tokenizer.apply_chat_template(
             conversations()[number], return_dict=True, return_assistant_tokens_mask=True
         )
+        length, start = int(shard.lengths[number]), shard.place(number)
+        assert found["input_ids"] == shard.read(number, 0, length).tolist()
+        assert found["assistant_masks"] == masks[start : start + length].tolist()
         tokens = torch.tensor(found["input_ids"])
         mask = torch.tensor(found["assistant_masks"])[1:].bool()
         if len(tokens) > 65:
