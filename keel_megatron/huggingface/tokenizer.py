@@ -96,7 +96,7 @@ def proven_files(
     if MODEL not in files.content:
         raise UserError(f"{tokenizer.path}: {difference}")
     remark = f"WARNING: {JSON} is not written, because {difference}; {MODEL} is"
-    kept = {name: files.content[name] for name in (MODEL, TEMPLATE) if name in files.content}
+    kept = {name: text for name, text in files.content.items() if name in (MODEL, TEMPLATE)}
     return Files(kept, (*files.remarks, remark))
 
 

@@ -179,4 +179,4 @@ def _announce(
     if data.has_masks:
         steps, size = config.training.steps, config.training.global_batch_size
         epochs = batches.train.samples.describe(steps * size)
-        say(f"training.steps: {steps} steps of {size} sequences are {epochs}")
+        say(f"training.steps: {steps} steps of {size} sequences: {epochs}")
