@@ -67,8 +67,8 @@ def export_run(
         place = tokenizer_path(run, found.path, found, config)
         tokenizer, template = open_tokenizer(place), template_beside(place.parent)
         text, what = sample_text(config, found.state, tokenizer)
-        context, template_text = config.data.seq_length, template and template.text
-        files = proven_files(tokenizer, context, [*DIFFICULT, text], template_text)
+        chat = None if template is None else template.text
+        files = proven_files(tokenizer, config.data.seq_length, [*DIFFICULT, text], chat)
         for remark in files.remarks:
             say(remark)
         home = found.path.parent.parent if is_checkpoint(run) else run

@@ -115,13 +115,13 @@ def _encoded(
             reported=not is_main,
         )
     found = []
-    with ChatTokenizer(source.tokenizer, template.text, template.origin) as chat:
+    with ChatTokenizer(source.tokenizer, template.text, template.origin) as conversation:
         for number, prompt in enumerate(prompts, 1):
             try:
-                found.append(chat.prompt([{"role": "user", "content": prompt}]))
+                found.append(conversation.prompt([{"role": "user", "content": prompt}]))
             except ValueError as error:
                 raise UserError(f"prompt {number}: {error}", reported=not is_main) from error
-        return found, dict.fromkeys(chat.ends(), "end of answer")
+        return found, dict.fromkeys(conversation.ends(), "end of answer")
 
 
 def _completion(prompt: str, row: Sequence) -> Completion:

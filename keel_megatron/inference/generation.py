@@ -80,7 +80,7 @@ class Generation:
     ) -> None:
         self.decoder, self.tokenizer, self.context = decoder, tokenizer, context
         self.sampling = sampling
-        self.ends = {tokenizer.eod: "end of document"} if ends is None else ends
+        self.ends: Mapping[int, Reason] = ends or {tokenizer.eod: "end of document"}
         self.speed = Speed()
 
     def run(
