@@ -35,7 +35,7 @@ RULES = ("keel", "pre_ln")
 STEPS = 6
 """The largest k, unless another is given."""
 QUESTIONS = 200
-"""Questions of each k: a standard error of at most 3.5 points."""
+"""Questions of each k, unless another number is given: a standard error of at most 3.5 points."""
 DOCUMENTS = 50_000
 FOLDER = "depth-tasks"
 
@@ -46,6 +46,7 @@ def study(
     tasks: Sequence[str] = tuple(TASKS),
     largest: int = STEPS,
     documents: int = DOCUMENTS,
+    questions: int = QUESTIONS,
 ) -> Study:
     """The study's grid. Writes the tasks into data.cache_dir, the same files every time.
 
@@ -55,6 +56,7 @@ def study(
         tasks: names, of `TASKS`.
         largest: the largest k.
         documents: of each task's training text.
+        questions: of each k.
 
     Raises:
         UserError: a task is unknown, k is too large, sequences are too short for a task's
@@ -71,7 +73,7 @@ def study(
     try:
         vocabulary = write_tokenizer(folder / "tokenizer.model")
         write_whole(template, TEMPLATE)
-        files = {name: _write(folder, TASKS[name], largest, documents) for name in tasks}
+        files = {name: _write(folder, TASKS[name], largest, documents, questions) for name in tasks}
     except OSError as error:
         raise UserError(
             f"data.cache_dir: cannot write {error.filename or folder}: {error.strerror}"
@@ -79,7 +81,7 @@ def study(
 
     def point(task: str, rule: str, sub_layers: int) -> Point:
         """One task, rule and depth."""
-        training, questions = files[task]
+        training, asked = files[task]
         overrides: dict[str, Any] = {
             "model.residual": rule,
             **depth(sub_layers),
@@ -90,7 +92,7 @@ def study(
             "data.tokenizer": str(folder / "tokenizer.model"),
             "data.vocab_size": vocabulary,
             "evaluation.every": config.training.steps,
-            "evaluation.tasks": [str(path) for path in questions],
+            "evaluation.tasks": [str(path) for path in asked],
         }
         labels: dict[str, Label] = {"task": task, "rule": rule, "sub_layers": sub_layers}
         return Point(f"{task}-{rule}-{sub_layers}", overrides, labels)
@@ -120,15 +122,19 @@ def _check_lengths(config: RunConfig, tasks: Sequence[str], largest: int) -> Non
             )
 
 
-def _write(folder: Path, task: Task, largest: int, documents: int) -> tuple[Path, list[Path]]:
-    """Write a task's training text and its questions of each k."""
+def _write(
+    folder: Path, task: Task, largest: int, documents: int, questions: int
+) -> tuple[Path, list[Path]]:
+    """Write a task's training text, and a file of questions of each k."""
     training = folder / f"{task.name}-{largest}-{documents}.jsonl"
     write_training(training, task, documents, range(1, largest + 1))
-    questions = []
+    asked = []
     for k in range(1, largest + 1):
-        questions.append(folder / f"{task.name}_k{k}.jsonl")
-        write_evaluation(questions[-1], task, QUESTIONS, k)
-    return training, questions
+        # A file's name is its task's name among the metrics.
+        asked.append(folder / f"questions-{questions}" / f"{task.name}_k{k}.jsonl")
+        asked[-1].parent.mkdir(exist_ok=True)
+        write_evaluation(asked[-1], task, questions, k)
+    return training, asked
 
 
 def row(folder: Path) -> dict[str, Any]:

@@ -100,9 +100,8 @@ def test_the_files_are_the_same_every_time_and_evaluation_reads_them(tmp_path: P
     config = small_config(data__cache_dir=str(tmp_path / "cache"), data__seq_length=64)
     study = depth_tasks.study(config, Axes((), (8, 16)), largest=2)
     assert len(study.points) == 3 * 2 * 2
-    found = {
-        path: path.read_bytes() for path in (tmp_path / "cache" / depth_tasks.FOLDER).iterdir()
-    }
+    files = (tmp_path / "cache" / depth_tasks.FOLDER).rglob("*.*")
+    found = {path: path.read_bytes() for path in files}
     depth_tasks.study(config, Axes((), (8,)), largest=2)
     assert found == {path: path.read_bytes() for path in found}
     sections = config.model_dump(mode="json")

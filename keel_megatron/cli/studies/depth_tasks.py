@@ -26,6 +26,10 @@ def depth_tasks(
     documents: Annotated[
         int, typer.Option(min=1, help="Documents of each task's training text.")
     ] = task_study.DOCUMENTS,
+    questions: Annotated[
+        int, typer.Option(min=1, help="Questions of each number of steps, after the last step.")
+    ] = task_study.QUESTIONS,
 ) -> Study:
     """Train on generated tasks that need k sequential steps: where depth should matter."""
-    return task_study.study(config, axes, listed(tasks) or tuple(TASKS), largest, documents)
+    names = listed(tasks) or tuple(TASKS)
+    return task_study.study(config, axes, names, largest, documents, questions)
