@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from keel_megatron.architecture.residual import RULES
 from keel_megatron.layout.host_times import FIGURES
 
@@ -32,3 +34,15 @@ def test_every_rule_is_calibrated_and_says_how() -> None:
     assert stored["blocks"].keys() == RULES.keys()
     assert stored["command"] == "python tools/bench/host.py"
     assert {"machine", "date", "packages"} <= stored.keys()
+
+
+def test_some_rules_are_measured_beside_keel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools.bench import host
+
+    added = {"forward_us": 10.0, "backward_us": -20.0}
+    monkeypatch.setattr(host, "in_process", lambda _rule, *_options: added)
+    stored = json.loads(FIGURES.read_text())
+    found = host.update(["peri_ln"])
+    blocks, keel = found["blocks"], stored["blocks"]["keel"]
+    assert blocks.pop("peri_ln") == {way: round(keel[way] + added[way], 1) for way in keel}
+    assert blocks == {rule: one for rule, one in stored["blocks"].items() if rule != "peri_ln"}

@@ -2,6 +2,7 @@
 
 python tools/bench/host.py            # writes keel_megatron/layout/host_times.json
 python tools/bench/host.py --show     # prints it
+python tools/bench/host.py --update peri_ln  # measures some rules, each in turn with keel
 
 The model runs as on CUDA, with Triton's kernels left out, on tensors so small that arithmetic does
 not matter. A block's time is the difference between a model of 10 blocks and one of 2. A chunk's is
@@ -156,15 +157,17 @@ def measure(rule: str, *, compiled: bool, samples: int = SAMPLES) -> dict[str, A
     return {"block": named(block), "chunk": named(chunk), "ends": named(ends)}
 
 
-def measure_qk_norm(rule: str, samples: int = SAMPLES) -> dict[str, float]:
-    """Microseconds of both passes that `model.qk_norm` adds to a block. Once a process."""
-    runs = [run_of(rule, MANY, compiled=False, qk_norm=norm) for norm in (False, True)]
+def measure_added(runs: list[RunConfig], samples: int = SAMPLES) -> dict[str, float]:
+    """Microseconds of both passes that a block of the second run adds to the first's.
+
+    Both have `MANY` blocks. Once a process.
+    """
     with start(runs[0].parallel, runs[0].training, Launch(0, 1, 0, 1)) as runtime:
         engines = [build_engine(run, runtime, build_model(run, runtime)) for run in runs]
         batch = random_batch(runs[0]).to(runtime.device)
         take_for_cuda()
-        plain, normed = deciles([partial(passes, one, batch) for one in engines], samples)
-    return named([(b - a) / MANY for a, b in zip(plain, normed, strict=True)])
+        first, second = deciles([partial(passes, one, batch) for one in engines], samples)
+    return named([(b - a) / MANY for a, b in zip(first, second, strict=True)])
 
 
 def named(pair: list[float]) -> dict[str, float]:
@@ -200,24 +203,41 @@ def calibrate() -> dict[str, Any]:
     }
 
 
+def update(rules: list[str]) -> dict[str, Any]:
+    """The stored figures with those of some rules: keel's, and what these add in turn with it."""
+    figures: dict[str, Any] = json.loads(FIGURES.read_text())
+    keel = figures["blocks"]["keel"]
+    for rule in rules:
+        added = in_process(rule, "--beside-keel")
+        figures["blocks"][rule] = {way: round(keel[way] + added[way], 1) for way in keel}
+    return figures
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--show", action="store_true", help="print the stored figures")
     parser.add_argument("--rule", choices=tuple(RULES), help="measure one rule, print it as JSON")
     parser.add_argument("--compiled", action="store_true", help="with kernels.compile")
     parser.add_argument("--qk-norm", action="store_true", help="what model.qk_norm adds")
+    parser.add_argument("--beside-keel", action="store_true", help="what it adds to keel")
+    parser.add_argument("--update", choices=tuple(RULES), nargs="+", help="measure some rules")
     parser.add_argument("--samples", type=int, default=SAMPLES, help=f"passes (default {SAMPLES})")
     chosen = parser.parse_args()
     if chosen.show:
         print(FIGURES.read_text(), end="")
     elif chosen.rule:
         if chosen.qk_norm:
-            found: Any = measure_qk_norm(chosen.rule, chosen.samples)
+            pair = [run_of(chosen.rule, MANY, compiled=False, qk_norm=n) for n in (False, True)]
+            found: Any = measure_added(pair, chosen.samples)
+        elif chosen.beside_keel:
+            pair = [run_of(rule, MANY, compiled=False) for rule in ("keel", chosen.rule)]
+            found = measure_added(pair, chosen.samples)
         else:
             found = measure(chosen.rule, compiled=chosen.compiled, samples=chosen.samples)
         print("\n" + json.dumps(found), flush=True)
     else:
-        FIGURES.write_text(json.dumps(calibrate(), indent=1) + "\n")
+        figures = update(chosen.update) if chosen.update else calibrate()
+        FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
         print(f"wrote {FIGURES}")
     return 0
 
