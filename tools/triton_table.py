@@ -39,6 +39,7 @@ from keel_megatron.kernels import (
     scaled_add_norm,
     triton_cross_entropy,
     triton_norm,
+    triton_norm_rotary,
     triton_rotary,
     triton_swiglu,
 )
@@ -113,11 +114,15 @@ def norm(h: int, outer: bool = True, inner: bool = True) -> Callable[[], Any]:
     return run
 
 
-def rotary(head_dim: int, groups: int, shared: int, dtype: torch.dtype) -> Callable[[], Any]:
+def rotary(
+    head_dim: int, groups: int, shared: int, dtype: torch.dtype, norms: str = ""
+) -> Callable[[], Any]:
     def run() -> None:
         mixed = meta(4096, 1, groups * (shared + 2) * head_dim, dtype=dtype).requires_grad_()
         table = meta(2, 4096, 1, 1, head_dim, dtype=dtype)
-        out = split_rotary(mixed, table, groups, "triton")
+        gains = [meta(head_dim, dtype=torch.float32) if part in norms else None for part in "qkv"]
+        weights: Any = tuple(gains) if norms else None
+        out = split_rotary(mixed, table, groups, "triton", norms=weights, eps=1e-5)
         torch.autograd.backward(out, [torch.empty_like(one) for one in out])
 
     return run
@@ -159,6 +164,9 @@ CASES = (
     Case(ROTARY, "head size 80, bf16", rotary(80, 3, 3, BF16), 8),
     Case(ROTARY, "head size 128, bf16", rotary(128, 8, 4, BF16), 8),
     Case(ROTARY, "head size 256, bf16", rotary(256, 1, 8, BF16), 8),
+    Case(ROTARY, "head size 64, bf16, QK-norm", rotary(64, 8, 2, BF16, "qk"), 6, quick=True),
+    Case(ROTARY, "head size 80, fp32, QKV-norm", rotary(80, 3, 3, FP32, "qkv"), 6),
+    Case(ROTARY, "head size 128, bf16, QK-norm", rotary(128, 8, 4, BF16, "qk"), 6),
     Case(SWIGLU, "f 3072, bf16", feed_forward(3072, BF16), 8, quick=True),
     Case(SWIGLU, "f 3072, fp32", feed_forward(3072, FP32), 8),
     Case(SWIGLU, "f 2752, bf16", feed_forward(2752, BF16), 8),
@@ -169,6 +177,7 @@ CASES = (
 KERNELS = (
     (triton_norm, ("_forward", "_inner_again", "_backward")),
     (triton_rotary, ("_forward", "_backward")),
+    (triton_norm_rotary, ("_forward", "_backward")),
     (triton_swiglu, ("_forward", "_backward")),
     (triton_cross_entropy, ("_row_sums", "_gradient")),
 )

@@ -2,8 +2,9 @@
 
 Every head is normalised by itself, with one weight for all query heads, one for the keys and one
 for the values. The operation leaves the heads where they are, so split and rotation
-(`model/rotary.py`) follow as without it. The statistics are in the weights' type (fp32), and each
-is kept for the backward pass besides the input; the formulas are those of `fused.py`.
+(`model/rotary.py`) follow as without it; on CUDA one Triton kernel does all of it
+(`triton_norm_rotary.py`). The statistics are in the weights' type (fp32), and each is kept for the
+backward pass besides the input; the formulas are those of `fused.py`.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def block_cost(shape: Shape, kernel: Kernel, execution: Execution) -> Cost:
     rows = typical_rows(model)
     parameters = h * (2 * shape.attention + 2 * shape.groups) + 3 * h * shape.ffn
     forward, backward = _passes(shape, kernel, execution, rows, parameters)
-    activations = _kept(shape, kernel, rows)
+    activations = _kept(shape, kernel, execution, rows)
     freed, light = _light(shape, kernel, execution, rows)
     return Cost(
         forward=forward,
@@ -149,13 +149,13 @@ def _kernels(rows: Rows, kernel: Kernel, execution: Execution, direct: bool) -> 
     )
 
 
-def _kept(shape: Shape, kernel: Kernel, rows: Rows) -> int:
+def _kept(shape: Shape, kernel: Kernel, execution: Execution, rows: Rows) -> int:
     """Bytes of activations that a block keeps for its backward pass."""
     c = shape.c
     kept = 4 * shape.heads  # attention's statistics
     kept += c * (2 * shape.attention + 2 * shape.groups)  # context, q, k, v
     kept += c * 3 * shape.ffn  # fc1's output, and fc2's input
-    kept += _head_norms_bytes(shape, rows) + _dropout_bytes(shape, kernel)
+    kept += _head_norms_bytes(shape, execution, rows) + _dropout_bytes(shape, kernel)
     joins = sum(_join_kept(shape, kernel, *one) for one in _joins(rows))
     return shape.tokens * kept + joins
 
@@ -210,19 +210,29 @@ def _join_kept(shape: Shape, kernel: Kernel, row: SubLayer, following: SubLayer)
     return joined + branch + scaled
 
 
-def _head_norms_bytes(shape: Shape, rows: Rows) -> int:
-    """Bytes per token kept by the norms of heads: linear_qkv's output, and a number a head."""
+def _head_norms_bytes(shape: Shape, execution: Execution, rows: Rows) -> int:
+    """Bytes per token kept by the norms of heads: linear_qkv's output, and a number a head.
+
+    The fused kernel computes those numbers again.
+    """
     if not (normed := rows[0].head_norms):
         return 0
     a, g, groups = shape.attention, shape.groups, shape.groups // shape.model.head_dim
-    return shape.c * (a + 2 * g) + STREAM_BYTES * (shape.heads + (len(normed) - 1) * groups)
+    numbers = 0 if _fused_rotary(execution) else shape.heads + (len(normed) - 1) * groups
+    return shape.c * (a + 2 * g) + STREAM_BYTES * numbers
 
 
-def _head_norms_moved(shape: Shape, rows: Rows) -> tuple[int, int]:
-    """Bytes per token that the norms of heads move in torch's operators (kernels/head_norms.py)."""
+def _head_norms_moved(shape: Shape, execution: Execution, rows: Rows) -> tuple[int, int]:
+    """Bytes per token that the norms of heads move besides the rotation.
+
+    The fused kernel reads linear_qkv's output again in the backward pass; torch's operators are
+    those of kernels/head_norms.py.
+    """
     if not (normed := rows[0].head_norms):
         return 0, 0
     c, elements = shape.c, shape.attention + (len(normed) - 1) * shape.groups
+    if _fused_rotary(execution):
+        return 0, c * elements
     copied = 2 * c * shape.groups if normed == "qk" else 0
     # Forward: read by the cast, the statistics and two products, and copied back. Backward: both
     # casts, the normalised heads, and nine operators.
@@ -256,7 +266,7 @@ def _moved(shape: Shape, rows: Rows, kernel: Kernel, execution: Execution) -> tu
     elif _fused_rotary(execution):  # every element read and written once
         forward += 2 * c * (a + 2 * g)
         backward += 2 * c * (a + 2 * g)
-    swiglu, heads = _swiglu_moved(shape, execution), _head_norms_moved(shape, rows)
+    swiglu, heads = _swiglu_moved(shape, execution), _head_norms_moved(shape, execution, rows)
     return forward + swiglu[0] + heads[0], backward + swiglu[1] + heads[1]
 
 

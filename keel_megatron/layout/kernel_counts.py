@@ -81,7 +81,9 @@ def _parts(
         yield KernelCount(
             "rotary", 7, 7, "query and key a product and two halves each; value copied"
         )
-    if normed := rows[0].head_norms:
+    if rows[0].head_norms and rotary and not compiled:
+        yield KernelCount("norms of heads", 0, 2, "in the rotation; sums for the weights")
+    elif normed := rows[0].head_norms:
         copied = int(normed == "qk")
         yield KernelCount(
             "norms of heads",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from keel_megatron.architecture.residual import NormedParts
-from keel_megatron.kernels.head_norms import Weights, head_norms
+from keel_megatron.kernels.head_norms import Weights
 from keel_megatron.model.attention_kernel import expands_groups
 from keel_megatron.model.documents import Documents, Packed
 from keel_megatron.model.recompute import free_until_backward
@@ -183,13 +183,17 @@ class SelfAttention(MegatronSelfAttention):
         Returns:
             The branch's output, shaped like the input, and its bias (None).
         """
-        groups, weights = self.num_query_groups_per_partition, self.norm_weights
+        groups = self.num_query_groups_per_partition
         mixed, _bias = self.linear_qkv(hidden_states)
         if self.light:
             free_until_backward(hidden_states, mixed)
-        if weights is not None:
-            mixed = head_norms(mixed, weights, groups, self.config.layernorm_epsilon)
-        query, key, value = split_rotary(mixed, rotary_pos_emb, groups)
+        query, key, value = split_rotary(
+            mixed,
+            rotary_pos_emb,
+            groups,
+            norms=self.norm_weights,
+            eps=self.config.layernorm_epsilon,
+        )
         context = self.core_attention(
             query, key, value, attention_bias, attn_mask_type=self.attn_mask_type
         )

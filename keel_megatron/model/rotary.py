@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from keel_megatron.kernels.head_norms import Weights, head_norms
 from keel_megatron.kernels.selection import Backend, use_triton
 
 
@@ -54,19 +55,27 @@ class RotaryTable(nn.Module):
 
 
 def split_rotary(
-    mixed: Tensor, table: Tensor, groups: int, backend: Backend = "auto"
+    mixed: Tensor,
+    table: Tensor,
+    groups: int,
+    backend: Backend = "auto",
+    *,
+    norms: Weights | None = None,
+    eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of linear_qkv's output, query and key rotated.
 
     `auto`: one Triton kernel each for the forward and backward pass on CUDA
-    (`kernels/triton_rotary.py`); otherwise, and on CUDA for fp64 or where `selection.use_triton`
-    refuses, as `torch`: torch's operators.
+    (`kernels/triton_rotary.py`, with norms `kernels/triton_norm_rotary.py`); otherwise, and on CUDA
+    for fp64 or where `selection.use_triton` refuses, as `torch`: torch's operators.
 
     Args:
         mixed: [s, b, groups x (queries of a group + 2) x d], Megatron-core's order.
         table: RotaryTable's, [2, s, 1, 1, d].
         groups: key/value heads on this rank.
         backend: the implementation; see above.
+        norms: weights of the norms of heads (`kernels.head_norms`) that come before; None: none.
+        eps: their epsilon.
 
     Returns:
         query [s, b, heads, d], key and value [s, b, groups, d].
@@ -78,11 +87,18 @@ def split_rotary(
     fits = mixed.dtype in (torch.float32, torch.bfloat16)
     if use_triton("rotary", mixed, backend, fits=fits):
         # Imported late: importing Triton takes a second, and a CPU run does not need it.
-        from keel_megatron.kernels import triton_rotary
+        from keel_megatron.kernels import triton_norm_rotary, triton_rotary
 
+        if norms is not None:
+            operation = triton_norm_rotary.SplitNormRotary
+            normed: tuple[Tensor, Tensor, Tensor] = operation.apply(
+                mixed, table, *norms, groups, eps
+            )
+            return normed
         operation = triton_rotary.SplitRotary
     else:
         operation = _SplitRotary
+        mixed = mixed if norms is None else head_norms(mixed, norms, groups, eps)
     result: tuple[Tensor, Tensor, Tensor] = operation.apply(mixed, table, groups)
     return result
 

@@ -56,10 +56,11 @@ def test_fp64_goes_another_way() -> None:
     assert all(error(one, other) < 1e-13 for one, other in zip(found, exact, strict=True))
 
 
+@pytest.mark.parametrize("norms", ["", "qk", "qkv"])
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize(("head_dim", "shared"), [(64, 2), (80, 3), (128, 4)])
-def test_the_rotary_kernels_agree(head_dim: int, shared: int, swapped: bool) -> None:
-    case = Split(512, 2, 4, shared, head_dim, torch.bfloat16, swapped)
+def test_the_rotary_kernels_agree(head_dim: int, shared: int, swapped: bool, norms: str) -> None:
+    case = Split(512, 2, 4, shared, head_dim, torch.bfloat16, swapped, norms)
     found = run_split(case, "triton")
     assert not disagreement(found, run_split(case, "exact"))
     assert all(torch.equal(a, b) for a, b in zip(found, run_split(case, "auto"), strict=True))

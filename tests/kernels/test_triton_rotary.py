@@ -6,7 +6,8 @@ In Triton's interpreter where no GPU is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from itertools import zip_longest
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from keel_megatron.kernels import reference
 from keel_megatron.model.rotary import RotaryTable, apply_rotary, split_rotary
 from tests.kernels.cases import DEVICE, disagreement
+
+EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -30,16 +34,21 @@ class Split:
     dtype: torch.dtype = torch.float32
     swapped: bool = False
     """Whether attention's gradients are [b, heads, s, d] in memory."""
+    norms: str = ""
+    """Which of query, key and value are normalised before."""
 
     @property
     def width(self) -> int:
         return self.groups * (self.shared + 2) * self.head_dim
 
 
-def plain(mixed: Tensor, table: Tensor, groups: int) -> tuple[Tensor, ...]:
+def plain(mixed: Tensor, table: Tensor, groups: int, weights: list[Tensor]) -> tuple[Tensor, ...]:
     s, b = mixed.shape[:2]
     parts = mixed.view(s, b, groups, -1, table.size(-1))
-    query, key, value = parts.split([parts.size(3) - 2, 1, 1], dim=3)
+    query, key, value = (
+        part if weight is None else reference.rms_norm(part, weight, EPS, part.dtype)
+        for part, weight in zip_longest(parts.split([parts.size(3) - 2, 1, 1], dim=3), weights)
+    )
     query = query.reshape(s, b, -1, table.size(-1))
     return apply_rotary(query, table), apply_rotary(key.squeeze(3), table), value.squeeze(3)
 
@@ -60,22 +69,30 @@ def drawn(case: Split) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 
 def run(case: Split, backend: Literal["exact", "auto", "torch", "triton"]) -> list[Tensor]:
-    """Query, key, value and the gradient of the fused tensor; `exact` is plain, in fp64."""
+    """Query, key, value, and the gradients of the fused tensor and of the norms' weights.
+
+    `exact` is plain, in fp64.
+    """
     mixed, table, gradients = drawn(case)
     if backend == "exact":
         mixed, table, gradients = mixed.double(), table.double(), [g.double() for g in gradients]
+    wide = torch.promote_types(mixed.dtype, torch.float32)
+    weights = [0.5 + torch.arange(case.head_dim, dtype=wide, device=DEVICE) / case.head_dim]
+    weights = [one.clone().requires_grad_() for one in weights * len(case.norms)]
     mixed.requires_grad_()
     if backend == "exact":
-        results = plain(mixed, table, case.groups)
+        results = plain(mixed, table, case.groups, weights)
     else:
-        results = split_rotary(mixed, table, case.groups, backend)
-    (d_mixed,) = torch.autograd.grad(results, mixed, gradients)
-    return [*(result.detach() for result in results), d_mixed]
+        norms: Any = (*weights, None)[:3] if weights else None
+        results = split_rotary(mixed, table, case.groups, backend, norms=norms, eps=EPS)
+    found = torch.autograd.grad(results, [mixed, *weights], gradients)
+    return [*(result.detach() for result in results), *found]
 
 
 def agree(case: Split) -> None:
     found = run(case, "triton")
-    assert {one.dtype for one in found} == {case.dtype}
+    assert {one.dtype for one in found[:4]} == {case.dtype}
+    assert {one.dtype for one in found[4:]} <= {torch.float32}
     assert not disagreement(found, run(case, "exact")), case
 
 
@@ -87,6 +104,7 @@ any_split = given(
     head_dim=st.sampled_from([2, 4, 6, 16, 24, 64, 80, 96, 128]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     swapped=st.booleans(),
+    norms=st.sampled_from(["", "qk", "qkv"]),
 )
 
 
@@ -110,6 +128,9 @@ def test_the_widest_heads_agree(head_dim: int) -> None:
 
 def test_no_tokens_are_no_work() -> None:
     assert all(one.numel() == 0 for one in run(Split(0), "triton"))
+    *empty, d_query, d_key = run(Split(0, norms="qk"), "triton")
+    assert all(one.numel() == 0 for one in empty)
+    assert not torch.cat((d_query, d_key)).any()
 
 
 def test_strides_of_the_fused_tensor_do_not_matter() -> None:

@@ -43,8 +43,13 @@ RULE_CASES: list[dict[str, Any]] = [
     for precision, way in (("fp32", {}), ("bf16", {}), ("bf16", {"kernel": "triton"}))
 ]
 RULE_CASES += [
-    {"training__precision": precision, "model__qk_norm": True, "model__num_query_groups": 2}
-    for precision in ("fp32", "bf16")
+    {
+        "training__precision": "bf16",
+        "model__qk_norm": True,
+        "model__num_query_groups": 2,
+        **way,
+    }
+    for way in ({}, {"kernel": "triton"})
 ]
 RULE_CASES += [{**case, "parallel__recompute": "light"} for case in RULE_CASES]
 TENSOR_CASES: list[dict[str, Any]] = [
@@ -110,7 +115,8 @@ def measure(cases: list[dict[str, Any]], first: int = 2) -> list[list[int]]:
     """For every case the bytes that models of `first` blocks, one more and two more keep."""
     from keel_megatron.config.run import RunConfig
     from keel_megatron.kernels import scaled_add_norm
-    from keel_megatron.model import layer
+    from keel_megatron.model import attention, layer
+    from keel_megatron.model.rotary import split_rotary
     from keel_megatron.runtime.distributed import start
 
     found = []
@@ -118,6 +124,7 @@ def measure(cases: list[dict[str, Any]], first: int = 2) -> list[list[int]]:
         overrides = {**SHAPE, **case}
         backend = overrides.pop("kernel", "auto")
         layer.scaled_add_norm = functools.partial(scaled_add_norm, backend=backend)
+        attention.split_rotary = functools.partial(split_rotary, backend=backend)
         config = RunConfig.model_validate(settings(**overrides))
         with start(config.parallel, config.training) as runtime:
             found.append(

@@ -166,7 +166,8 @@ def test_one_rotary_kernel_reads_and_writes_each_element_once() -> None:
 
 def test_norms_of_heads_cost_what_they_normalise() -> None:
     """Keys are half of the queries in number, and so are values, which QK-norm copies."""
-    plain, qk = costs_of(**PAPER).block, costs_of(**PAPER, model__qk_norm=True).block
+    operators = {**PAPER, "kernels__triton": ["norm", "swiglu", "cross_entropy"]}
+    plain, qk = costs_of(**operators).block, costs_of(**operators, model__qk_norm=True).block
     assert qk.vector_parameters == plain.vector_parameters + 2 * 64
     assert qk.parameters == plain.parameters
     kept = 4096 * (2 * (1024 + 2 * 512) + 4 * (16 + 8))
@@ -177,6 +178,11 @@ def test_norms_of_heads_cost_what_they_normalise() -> None:
     sums = 2  # of the weights' gradients, into DDP's
     assert qk.forward.kernels == plain.forward.kernels + 11
     assert qk.backward.kernels == plain.backward.kernels + 14 + sums
+    fused, without = costs_of(**PAPER, model__qk_norm=True).block, costs_of(**PAPER).block
+    assert fused.activation_bytes == without.activation_bytes + 4096 * 2 * (1024 + 2 * 512)
+    assert fused.forward == without.forward
+    assert fused.backward.kernels == without.backward.kernels + 2 + sums
+    assert fused.backward.other_bytes > without.backward.other_bytes
 
 
 @pytest.mark.parametrize(("groups", "repeated"), [(8, 1024 - 512), (16, 0)])
