@@ -127,7 +127,7 @@ def test_a_batch_size_ramp_up_by_hand() -> None:
     assert plan.run_seconds == pytest.approx(3 * (2 + 1) * 6.0 + (4 + 1) * 6.0)
     assert plan.as_object()["tokens"] == 20 * 32
     text = describe(plan)
-    assert "Run: 4 steps, 640 tokens: 1m 24s." in text
+    assert "Run: 4 steps, 640 tokens: 1.4 minutes." in text
     assert "Batch: from 4 sequences to 8 over the first 4 steps (640 tokens)" in text
     assert plan.as_object()["days"] == pytest.approx(84 / 86400)
 
