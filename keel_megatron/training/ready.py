@@ -182,6 +182,7 @@ def _announce(
     if len(data.sources) > 1:
         say(f"shares of the samples: {shares(data.quotas, BLOCK)}")
     if data.has_masks:
-        steps, size = config.training.steps, config.training.global_batch_size
-        epochs = batches.train.samples.describe(steps * size)
-        say(f"training.steps: {steps} steps of {size} sequences are {epochs}")
+        steps = config.training.steps
+        samples = config.batch_sizes.samples_of(steps)
+        epochs = batches.train.samples.describe(samples)
+        say(f"training.steps: {steps} steps of {samples} sequences in all are {epochs}")

@@ -102,6 +102,17 @@ def test_what_does_not_divide_is_refused(
     assert [problem.path for problem in caught.value.problems][:1] == [path]
 
 
+def test_errors_name_the_ramp_ups_own_settings() -> None:
+    wrong = {"start": 0, "increments": 4, "samples": 1.5}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(settings(schedule__rampup_batch_size=wrong), "test")
+    found = {problem.path: problem.message for problem in caught.value.problems}
+    where = "schedule.rampup_batch_size"
+    assert found.keys() == {f"{where}.{k}" for k in ("start", "increment", "increments", "samples")}
+    assert found[f"{where}.increments"] == "is unknown; did you mean increment?"
+    assert found[f"{where}.increment"] == "is missing: Sequences that each increment adds."
+
+
 def test_every_steps_batch_divides_among_replicas_and_stages() -> None:
     """The full batch divides in all cases."""
     assert fits(ramped(), 2)
