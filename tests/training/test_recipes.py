@@ -104,8 +104,10 @@ def values(home: Path, name: str, field: str) -> list[float]:
 def test_the_recipes_models_are_the_demos() -> None:
     """docs/recipes.md starts them from runs of the demo."""
     demo = load_config(ROOT / "yaml" / "demo.yaml")
-    for name in RECIPES:
-        config = load_config(ROOT / "yaml" / "recipes" / f"{name}.yaml")
+    recipes = sorted((ROOT / "yaml" / "recipes").glob("*.yaml"))
+    assert {*RECIPES} <= {path.stem for path in recipes}
+    for path in recipes:
+        config = load_config(path)
         assert config.model == demo.model
         assert (config.data.seq_length, config.data.vocab_size) == (
             demo.data.seq_length,
@@ -125,7 +127,7 @@ def test_only_what_a_resume_refuses_is_refused(home: Path) -> None:
 
 
 def test_continued_pretraining_learns_the_new_text_and_starts_its_schedule(home: Path) -> None:
-    name = "continued"
+    name = "adapted"
     losses = values(home, name, "validation/new/loss")
     assert losses[-1] < losses[0]
     assert values(home, name, "validation/replay/loss")[-1] < values(home, "stable", "loss")[0]
