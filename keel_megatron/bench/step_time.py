@@ -227,7 +227,9 @@ class _Run:
         batch_size = config.training.global_batch_size
         self._position = Position(position.step + 1, position.consumed_samples + batch_size)
         seconds = trained - begin
-        self._tracker.step(step_record(config, self.runtime, self._position, result, rate, seconds))
+        self._tracker.step(
+            step_record(config, self.runtime, self._position, result, rate, seconds, batch_size)
+        )
         end = self._now()
         self.last = end - begin
         if not counted:

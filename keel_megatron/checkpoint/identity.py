@@ -49,6 +49,7 @@ CHANGEABLE = (
     "training.runs_dir",
     "training.steps",
     "training.z_loss",
+    "training.global_batch_size",
     "training.micro_batch_size",
     "training.device",
     "training.deterministic",
@@ -58,6 +59,7 @@ CHANGEABLE = (
     "training.hang_timeout",
     "training.initialize_from",  # of a start without a checkpoint
     "training.keep_optimizer",  # likewise
+    "training.keep_position",  # likewise
     "training.validate_every",
     "training.validation_sequences",
 )

@@ -172,7 +172,10 @@ def _description(path: Path, files: int, state: dict[str, Any]) -> list[str]:
 
 def _start(origin: dict[str, Any] | None) -> list[str]:
     """What the run started from, if it was another's weights."""
-    return [] if origin is None else [f"started     from the weights of {origin['path']}"]
+    if origin is None:
+        return []
+    how = "as a continuation of" if origin.get("position") else "from the weights of"
+    return [f"started     {how} {origin['path']}"]
 
 
 def _size(path: Path) -> int:

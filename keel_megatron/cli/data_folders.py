@@ -87,8 +87,8 @@ def sample(
         for source in dataset.sources
     ]
     order = Samples(sources, list(dataset.quotas.values()), seed)
-    size = settings.training.global_batch_size
-    numbers = range((step - 1) * size, (step - 1) * size + min(samples, size))
+    first = settings.batch_sizes.samples_of(step - 1)
+    numbers = range(first, first + min(samples, settings.batch_sizes.at(first)))
     decode = open_tokenizer(dataset.tokenizer_path).decode
     for line in sample_lines(dataset, order, numbers, decode):
         print(line)

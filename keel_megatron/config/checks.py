@@ -10,6 +10,7 @@ from keel_megatron.config.kernel_checks import KERNEL_CHECKS
 from keel_megatron.config.model_checks import MODEL_CHECKS
 from keel_megatron.config.optimizer_checks import OPTIMIZER_CHECKS
 from keel_megatron.config.run import RunConfig
+from keel_megatron.config.schedule_checks import SCHEDULE_CHECKS, batch_problems
 from keel_megatron.config.tracking_checks import credentials, known_store
 
 
@@ -124,49 +125,17 @@ def _layout(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
-def _micro_batch(config: RunConfig) -> Iterator[tuple[str, str]]:
-    training = config.training
-    if training.global_batch_size % training.micro_batch_size:
-        yield (
-            "training.global_batch_size",
-            f"{training.global_batch_size} must be a multiple of training.micro_batch_size = "
-            f"{training.micro_batch_size}",
-        )
-
-
 def _keep_optimizer(config: RunConfig) -> Iterator[tuple[str, str]]:
-    if config.training.keep_optimizer and config.training.initialize_from is None:
+    training = config.training
+    if training.keep_optimizer and training.initialize_from is None:
         yield (
             "training.keep_optimizer",
             "true needs training.initialize_from, whose optimizer state is kept",
         )
-
-
-def _warmup(config: RunConfig) -> Iterator[tuple[str, str]]:
-    warmup, steps = config.schedule.warmup_steps, config.training.steps
-    if warmup >= steps and warmup:
-        yield "schedule.warmup_steps", f"{warmup} must be smaller than training.steps = {steps}"
-
-
-def _decay_after_warmup(config: RunConfig) -> Iterator[tuple[str, str]]:
-    schedule, steps = config.schedule, config.training.steps
-    if schedule.decay != "wsd" or schedule.warmup_steps >= steps:
-        return
-    if round(steps * (1.0 - schedule.decay_fraction)) < schedule.warmup_steps:
+    if training.keep_position and not training.keep_optimizer:
         yield (
-            "schedule.decay_fraction",
-            f"{schedule.decay_fraction} overlaps with schedule.warmup_steps = "
-            f"{schedule.warmup_steps}; with training.steps = {steps} it must be at most "
-            f"{1.0 - schedule.warmup_steps / steps:.4g}",
-        )
-
-
-def _lowest_rate(config: RunConfig) -> Iterator[tuple[str, str]]:
-    low, peak = config.schedule.min_learning_rate, config.optimizer.learning_rate
-    if low > peak and config.schedule.decay != "constant":
-        yield (
-            "schedule.min_learning_rate",
-            f"{low} must not exceed optimizer.learning_rate = {peak}",
+            "training.keep_position",
+            "true needs training.keep_optimizer: true; a run continues with its optimizer state",
         )
 
 
@@ -241,11 +210,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     _virtual_pipeline,
     _chunks,
     _layout,
-    _micro_batch,
     _keep_optimizer,
-    _warmup,
-    _decay_after_warmup,
-    _lowest_rate,
     _hang_timeout,
     _attention,
     _deterministic,
@@ -255,6 +220,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
     known_store,
     _fp8,
     *ENGINE_CHECKS,
+    *SCHEDULE_CHECKS,
     *KERNEL_CHECKS,
     *OPTIMIZER_CHECKS,
 )
@@ -262,7 +228,7 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[tuple[str, str]]], ...] = (
 
 
 def _world(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
-    parallel, training = config.parallel, config.training
+    parallel = config.parallel
     replica = parallel.model_parallel_size
     if world_size % replica:
         yield (
@@ -272,20 +238,4 @@ def _world(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
             f"(keel train --processes {replica}; torchrun --nproc-per-node), or change the layout",
         )
         return
-    replicas = world_size // replica
-    batch = training.micro_batch_size * replicas
-    if training.global_batch_size % batch:
-        yield (
-            "training.global_batch_size",
-            f"{training.global_batch_size} must be a multiple of micro_batch_size x replicas = "
-            f"{training.micro_batch_size} x {replicas} = {batch}; replicas are processes "
-            f"(--processes) / {replica}",
-        )
-        return
-    micro_batches = training.global_batch_size // batch
-    if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
-        yield (
-            "training.global_batch_size",
-            f"{training.global_batch_size} gives {micro_batches} micro-batches per replica; "
-            f"interleaving needs a multiple of parallel.pipeline = {parallel.pipeline}",
-        )
+    yield from batch_problems(config, world_size // replica)

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from keel_megatron.config.data import SourceConfig
-from keel_megatron.config.optimizer import DepthRateConfig, RatesConfig
+from keel_megatron.config.optimizer import DepthRateConfig, RampupConfig, RatesConfig
 from keel_megatron.config.run import RunConfig
 from keel_megatron.config.yaml_text import read_yaml, shown
 from keel_megatron.errors import Problem
@@ -48,6 +48,7 @@ _INNER: dict[tuple[str, ...], tuple[type[BaseModel], int]] = {
     ("data", "sources"): (SourceConfig, 4),
     ("optimizer", "rates"): (RatesConfig, 3),
     ("optimizer", "depth_rates"): (DepthRateConfig, 4),
+    ("schedule", "rampup_batch_size"): (RampupConfig, 3),
 }
 """Settings with settings of their own, and the parts of their paths: data.sources.NUMBER.KEY."""
 _LISTS = {

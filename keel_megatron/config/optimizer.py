@@ -115,16 +115,25 @@ class OptimizerConfig(Section):
         return tuple(value) if isinstance(value, list) else value
 
 
+class RampupConfig(Section):
+    """`schedule.rampup_batch_size`."""
+
+    start: int = Field(gt=0, description="Sequences of the first step.")
+    increment: int = Field(gt=0, description="Sequences that each increment adds.")
+    samples: int = Field(
+        gt=0, description="Samples after which the batch has training.global_batch_size sequences."
+    )
+
+
 class ScheduleConfig(Section):
-    """Learning rate schedule: linear warm-up, then decay over the remaining steps."""
+    """Learning rate and batch size over the steps: warm-up, then decay over the remaining steps."""
 
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up from 0.")
     decay: Literal["cosine", "wsd", "constant"] = Field(
         default="cosine",
         description=(
-            "Shape of the decay after the warm-up. cosine: cosine to min_learning_rate. wsd: "
-            "stable, then linear to min_learning_rate over the last decay_fraction. constant: "
-            "no decay."
+            "Decay after the warm-up. cosine: cosine to min_learning_rate. wsd: stable, then "
+            "decay_shape to min_learning_rate over the last decay_fraction. constant: no decay."
         ),
     )
     decay_fraction: float = Field(
@@ -135,8 +144,25 @@ class ScheduleConfig(Section):
             "Fraction of the steps, at the end of the run, that decay. Applies to decay: wsd only."
         ),
     )
+    decay_shape: Literal["linear", "cosine", "sqrt", "exponential"] = Field(
+        default="linear",
+        description=(
+            "Shape of the decay of decay: wsd, with p the decayed share of its steps, from 0 to 1. "
+            "linear: 1 - p. cosine: (1 + cos(pi p)) / 2. sqrt: 1 - sqrt(p). exponential: the same "
+            "factor at every step, which needs min_learning_rate > 0."
+        ),
+    )
     min_learning_rate: float = Field(
         default=1e-7,
         ge=0.0,
         description="Learning rate at the last step. Does not apply to decay: constant.",
+    )
+    rampup_batch_size: RampupConfig | None = Field(
+        default=None,
+        description=(
+            "Batch size ramp-up as in Megatron-LM, {start: S, increment: I, samples: N}: the "
+            "global batch grows from S to training.global_batch_size in equal increments of I "
+            "sequences, over the first N samples. Steps of any size count in training.steps and "
+            "warmup_steps. null: no ramp-up."
+        ),
     )

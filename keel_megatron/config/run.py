@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from keel_megatron.config.batch_sizes import BatchSizes
 from keel_megatron.config.data import DataConfig
 from keel_megatron.config.deepspeed import DeepSpeedConfig
 from keel_megatron.config.evaluation import EvaluationConfig
@@ -32,7 +33,7 @@ class RunConfig(Section):
     data: DataConfig = Field(description="Training data, tokenizer and sequences.")
     optimizer: OptimizerConfig = Field(description="AdamW settings.")
     schedule: ScheduleConfig = Field(
-        default_factory=ScheduleConfig, description="Learning rate schedule."
+        default_factory=ScheduleConfig, description="Schedules of learning rate and batch size."
     )
     training: TrainingConfig = Field(
         description="Length, batch size, precision and device of the run."
@@ -54,6 +55,15 @@ class RunConfig(Section):
     def data_parallel_size(self, world_size: int) -> int:
         """Number of replicas among `world_size` processes, once `problems` reports nothing."""
         return world_size // self.parallel.model_parallel_size
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Sequences of each step, with `schedule.rampup_batch_size`."""
+        full, ramp = self.training.global_batch_size, self.schedule.rampup_batch_size
+        if ramp is None:
+            return BatchSizes(full)
+        increments = (full - ramp.start) // ramp.increment
+        return BatchSizes(full, ramp.start, increments, ramp.samples)
 
     @property
     def hang_timeout(self) -> float:

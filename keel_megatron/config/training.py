@@ -114,7 +114,15 @@ class TrainingConfig(Section):
         default=False,
         description=(
             "Also start from the optimizer state of training.initialize_from: Adam's moments and "
-            "its count of updates. The schedule starts at step 1 in any case."
+            "its count of updates. Without keep_position the schedule starts at step 1."
+        ),
+    )
+    keep_position: bool = Field(
+        default=False,
+        description=(
+            "Continue training.initialize_from as a resume of it would, under this run's name: "
+            "also keep its step, its place in the data, its generators and the guard's statistics. "
+            "Needs keep_optimizer, and refuses what a resume refuses, such as other data."
         ),
     )
     runs_dir: TextPath = Field(

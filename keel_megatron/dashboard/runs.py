@@ -30,6 +30,7 @@ from keel_megatron.checkpoint.manifest import DamagedError, read_manifest
 from keel_megatron.config.reading import open_regular, parse_json, read_small
 from keel_megatron.config.yaml_text import shown
 from keel_megatron.dashboard.folders import read_settings
+from keel_megatron.dashboard.time_left import seconds_left
 from keel_megatron.runtime import exit_codes
 from keel_megatron.tracking.progress import duration
 
@@ -128,7 +129,7 @@ def _look_safely(run: Path, held: set[Path], now: float) -> RunStatus:
 
 
 def _look(run: Path, is_held: bool, now: float) -> RunStatus:
-    settings, wrong = _numeric_settings(run)
+    saved, settings, wrong = _settings(run)
     records, bad_record = _last_records(run / "metrics.jsonl")
     wrong += bad_record
     recent = [record for record in records if "loss" in record][-_STEPS_AVERAGED:]
@@ -141,7 +142,6 @@ def _look(run: Path, is_held: bool, now: float) -> RunStatus:
     log = _log_tail(run / "log.txt")
     told = _told(run, log, step, steps, checkpoint)
     state, detail, cause = told or _guessed(settings, step, seconds, silent, is_held)
-    pace = sum(seconds) / len(seconds) if seconds else None
     alive = state in ("running", "silent")
     return RunStatus(
         name=run.resolve().name,
@@ -153,7 +153,7 @@ def _look(run: Path, is_held: bool, now: float) -> RunStatus:
         loss=last.get("loss"),
         validation_loss=validation,
         tokens_per_second=_mean_speed(recent),
-        seconds_left=pace * (steps - step) if alive and pace and steps else None,
+        seconds_left=seconds_left(recent, steps, saved) if alive else None,
         checkpoint=checkpoint,
         checkpoint_age=_age(run, checkpoint, now),
         seconds_silent=silent,
@@ -206,8 +206,8 @@ def _guessed(
     return "lost", "", f"no sign for {wait}: it was killed; the same command resumes it"
 
 
-def _numeric_settings(run: Path) -> tuple[dict[str, Any], list[str]]:
-    """The numeric settings of config.yaml that are used here, and problems with them."""
+def _settings(run: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """config.yaml, its numeric settings that are used here, and problems with them."""
     saved, found, wrong = {}, {}, []
     try:
         saved = read_settings(run)
@@ -219,7 +219,7 @@ def _numeric_settings(run: Path) -> tuple[dict[str, Any], list[str]]:
             found[name] = value
         elif value is not None:
             wrong.append(f"config.yaml: {section}.{name} must be a number, not {shown(value)}")
-    return found, wrong
+    return saved, found, wrong
 
 
 def _is_number(value: Any) -> bool:

@@ -36,13 +36,13 @@ class Prefetcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch", **start)
         self._ahead: tuple[tuple[int, int], Future[list[Batch]]] | None = None
 
-    def take(self, consumed: int, size: int, *, last: bool) -> list[Batch]:
+    def take(self, consumed: int, size: int, following: int) -> list[Batch]:
         """The step's micro-batches; begins to read the next step's.
 
         Args:
             consumed: samples before the step.
             size: its global batch size.
-            last: whether no step follows.
+            following: that of the next step; 0: no step follows.
 
         Raises:
             Exception: whatever reading has raised.
@@ -53,8 +53,8 @@ class Prefetcher:
         assert self._ahead is not None
         future, self._ahead = self._ahead[1], None
         batches = future.result()
-        if not last:
-            self._begin((consumed + size, size))
+        if following:
+            self._begin((consumed + size, following))
         return batches
 
     def close(self) -> None:

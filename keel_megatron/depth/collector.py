@@ -81,10 +81,12 @@ class DepthCollector:
 
     Args:
         engine: runs the step.
+        batch_size: the step's sequences; None: training.global_batch_size.
     """
 
-    def __init__(self, engine: Profiled) -> None:
+    def __init__(self, engine: Profiled, batch_size: int | None = None) -> None:
         config, runtime = engine.config, engine.runtime
+        self._batch_size = batch_size or config.training.global_batch_size
         self._config = config
         self._runtime = runtime
         self._engine = engine
@@ -153,7 +155,7 @@ class DepthCollector:
         dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX)
         sums = dict(zip(_SUMS, self._sums.cpu().numpy().T, strict=True))
         maxima = self._maxima.cpu().numpy().T
-        tokens = self._config.training.global_batch_size * self._config.data.seq_length
+        tokens = self._batch_size * self._config.data.seq_length
         elements = tokens * self._config.model.hidden_size
         with np.errstate(all="ignore"):
             found = {

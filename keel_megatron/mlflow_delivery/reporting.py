@@ -119,7 +119,9 @@ def open_progress(config: RunConfig, stream: TextIO | None = None) -> Progress:
         config: the run.
         stream: where progress is shown; standard output if None.
     """
-    return Progress(config.training.steps, None, config.tracking.log_every, stream)
+    return Progress(
+        config.training.steps, None, config.tracking.log_every, stream, sizes=config.batch_sizes
+    )
 
 
 def check_records(folder: Path) -> None:

@@ -52,8 +52,10 @@ class Plan:
     @property
     def micro_batches(self) -> int:
         """Micro-batches per replica and step."""
-        training = self.config.training
-        return training.global_batch_size // (training.micro_batch_size * self.data_parallel)
+        return self._micro_batches(self.config.training.global_batch_size)
+
+    def _micro_batches(self, batch_size: int) -> int:
+        return batch_size // (self.config.training.micro_batch_size * self.data_parallel)
 
     @cached_property
     def timeline(self) -> Timeline:
@@ -92,6 +94,26 @@ class Plan:
         return self.timeline.bubble
 
     @property
+    def run_tokens(self) -> int:
+        """Tokens of all steps."""
+        config = self.config
+        return config.batch_sizes.samples_of(config.training.steps) * config.data.seq_length
+
+    @cached_property
+    def run_seconds(self) -> float:
+        """Duration of all steps, seconds; those of a batch size ramp-up are shorter."""
+        steps, sizes = self.config.training.steps, self.config.batch_sizes
+        if not sizes.increments:
+            return steps * self.step_seconds
+        # The passes' time is linear in the micro-batches, with the filling of the pipeline.
+        first = simulate(self.times, self._micro_batches(sizes.start)).seconds
+        rate = (self.timeline.seconds - first) / (sizes.full - sizes.start)
+        return sum(
+            phase.steps * (first + (phase.size - sizes.start) * rate + self.closing_seconds)
+            for phase in sizes.phases(steps)
+        )
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens per global batch."""
         return self.config.training.global_batch_size * self.config.data.seq_length
@@ -122,7 +144,7 @@ class Plan:
     @property
     def days(self) -> float:
         """Duration of all steps, days."""
-        return self.config.training.steps * self.step_seconds / 86400.0
+        return self.run_seconds / 86400.0
 
     @property
     def parameters(self) -> int:
@@ -166,7 +188,7 @@ class Plan:
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
             "share_of_measured_products": self.product_share,
-            "tokens": self.tokens_per_step * self.config.training.steps,
+            "tokens": self.run_tokens,
             "days": self.days,
             "memory_limit_gb": (self.partition.limit_bytes or 0.0) / GB or None,
             "fits": self.fits,

@@ -66,7 +66,6 @@ def _pieces(plan: Plan) -> str:
 
 
 def _prediction(plan: Plan) -> list[str]:
-    tokens = plan.tokens_per_step * plan.config.training.steps
     low, high = plan.spread.low, plan.spread.high
     lines = [
         *_device_and_host(plan),
@@ -76,13 +75,28 @@ def _prediction(plan: Plan) -> list[str]:
         f"Speed: {si(plan.tokens_per_second)} tokens/s, {plan.mfu:.1%} MFU of "
         f"{plan.device.tflops:g} TFLOP/s ({plan.mfu / high:.0%} to {plan.mfu / low:.0%})"
         f"{_products(plan)}.",
-        f"Run: {count(plan.config.training.steps, 'step')}, {si(tokens)} tokens: "
-        f"{duration(plan.config.training.steps * plan.step_seconds)}.",
+        f"Run: {count(plan.config.training.steps, 'step')}, {si(plan.run_tokens)} tokens: "
+        f"{duration(plan.run_seconds)}.",
+        *_rampup(plan),
     ]
     lines.append(_memory(plan))
     if plan.config.training.engine == "deepspeed":
         lines.append(_zero(plan))
     return lines
+
+
+def _rampup(plan: Plan) -> list[str]:
+    """How the batch grows; nothing where it does not. The step above has the full batch."""
+    sizes, steps = plan.config.batch_sizes, plan.config.training.steps
+    if not sizes.increments:
+        return []
+    phases = list(sizes.phases(steps))
+    growing = sum(phase.steps for phase in phases if phase.size < sizes.full)
+    return [
+        f"Batch: from {count(sizes.start, 'sequence')} to {phases[-1].size:,} over the first "
+        f"{count(growing, 'step')} ({si(sizes.samples_of(growing) * plan.config.data.seq_length)} "
+        "tokens); the step above has the full batch."
+    ]
 
 
 def _products(plan: Plan) -> str:

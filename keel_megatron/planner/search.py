@@ -175,7 +175,7 @@ class _Layout:
 
 def _layouts(config: RunConfig, gpus: int, device: Device) -> Iterator[_Layout]:
     """All layouts that the configuration's checks accept, with recompute: auto."""
-    batch = config.training.global_batch_size
+    batch = config.batch_sizes.unit
     tensors = [size for size in (1, 2, 4, 8) if size <= min(gpus, device.devices_per_node)]
     kernel: Kernel = "torch" if device.name == "cpu" else "triton"
     for tensor in tensors:

@@ -69,7 +69,9 @@ class Times:
         every = training.validate_every
         validations = 1 + (training.steps // every if every else 0)
         batches = training.validation_sequences / training.global_batch_size
-        steps = training.steps + validations * batches * _FORWARD_SHARE
+        # Of the full batch; a smaller one of a ramp-up counts by its sequences.
+        full = run.config.batch_sizes.samples_of(training.steps) / training.global_batch_size
+        steps = full + validations * batches * _FORWARD_SHARE
         return self.startup_seconds + steps * self.step_seconds
 
 

@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from keel_megatron.config.batch_sizes import BatchSizes
 from keel_megatron.tracking.records import EvaluationRecord, StepRecord, ValidationRecord
 from keel_megatron.tracking.screen import Screen
 
@@ -32,6 +33,7 @@ class Progress:
         log_every: steps between text lines.
         stream: output stream; None: standard output.
         clock: a monotonic clock in seconds, for the time left.
+        sizes: sequences of each step, in proportion to which steps take time; None: all alike.
     """
 
     def __init__(
@@ -41,12 +43,13 @@ class Progress:
         log_every: int,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        sizes: BatchSizes | None = None,
     ) -> None:
         self._screen = Screen(log, stream)
         self._steps = steps
         self._every = log_every
         self._lock = threading.RLock()
-        self._rate = _Rate(clock)
+        self._left = _TimeLeft(steps, clock, sizes)
         self._width = max(10, 2 * len(str(steps)) + 2)
         self._lines = 0
         self._last: StepRecord | None = None
@@ -71,7 +74,7 @@ class Progress:
         """Show a finished step."""
         with self._lock:
             self._last = record
-            left = self._rate.seconds_a_step(record) * (self._steps - record.step)
+            left = self._left.after(record)
             if record.step % self._every == 0 or record.step == self._steps:
                 out = self.note if self._screen.is_live else self.say
                 if self._lines % _LINES_PER_HEADER == 0:
@@ -100,8 +103,7 @@ class Progress:
         """End the live display; later messages are text lines."""
         with self._lock:
             last = self._last
-            left = 0.0 if last is None else self._rate.last * (self._steps - last.step)
-            self._screen.stop(None if last is None else self._picture(last, left))
+            self._screen.stop(None if last is None else self._picture(last, self._left.last))
 
     def close(self) -> None:
         """End the live display and close the log; later messages are only shown."""
@@ -145,25 +147,38 @@ class Progress:
         return Group(bar, line)
 
 
-class _Rate:
-    """Wall-clock seconds per step, validations and saves included."""
+class _TimeLeft:
+    """Wall-clock seconds to the end of the run, validations and saves included.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    The time is measured per sequence, so that the small batches of a ramp-up count less. Without
+    `sizes` a step counts as one sequence.
+    """
+
+    def __init__(
+        self, steps: int, clock: Callable[[], float], sizes: BatchSizes | None = None
+    ) -> None:
+        self._steps = steps
         self._clock = clock
+        self._sizes = sizes
         self._first: tuple[float, int] | None = None
+        self._rate = 0.0
         self.last = 0.0
+        """Of the last record."""
 
-    def seconds_a_step(self, record: StepRecord) -> float:
-        """Mean so far, without the first step."""
+    def after(self, record: StepRecord) -> float:
+        """After a step: from the mean so far, without the first step."""
         now = self._clock()
+        sizes = self._sizes or BatchSizes(1)
+        consumed = record.step if self._sizes is None else record.consumed_samples
         if self._first is None:
             # The first step includes compilation and allocation, so the measurement starts after
             # it.
-            self._first = (now, record.step)
-            self.last = record.seconds
-        elif record.step > self._first[1]:
-            start, step = self._first
-            self.last = (now - start) / (record.step - step)
+            self._first = (now, consumed)
+            self._rate = record.seconds / sizes.at(consumed)
+        elif consumed > self._first[1]:
+            start, before = self._first
+            self._rate = (now - start) / (consumed - before)
+        self.last = self._rate * sizes.samples_of(self._steps - record.step, consumed)
         return self.last
 
 

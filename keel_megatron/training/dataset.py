@@ -24,6 +24,7 @@ from keel_megatron.data.identity import ANOTHER_RUN, refuse_other
 from keel_megatron.data.index_files import open_sequences
 from keel_megatron.data.packing import PackedSequences
 from keel_megatron.errors import UserError
+from keel_megatron.training.origin import data_of_position, on_data_of_position
 from keel_megatron.training.startup import check
 
 if TYPE_CHECKING:
@@ -53,11 +54,13 @@ def ready_dataset(config: RunConfig, say: Say, *, on_one_machine: bool) -> Path:
             is not the one of the run's checkpoints.
     """
     say = _tolerant(say)
-    expected = trained_on(config.training.folder)
-    folder = find_dataset(config, say, expected, may_build=on_one_machine)
-    dataset = open_dataset(folder, config.data)
-    if expected is not None:
-        refuse_other(expected, dataset)
+    own = trained_on(config.training.folder)
+    expected = data_of_position(config) if own is None else own
+    with on_data_of_position(kept=own is None and expected is not None):
+        folder = find_dataset(config, say, expected, may_build=on_one_machine)
+        dataset = open_dataset(folder, config.data)
+        if expected is not None:
+            refuse_other(expected, dataset)
     check_lengths(dataset, config.data.seq_length)
     check_files(dataset, config.data.cache_dir, say)
     for source in dataset.sources:

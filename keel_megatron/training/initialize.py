@@ -34,6 +34,7 @@ from keel_megatron.training.origin import (
     refuse_no_optimizer,
     refuse_other_optimizer,
     refuse_other_tokenizer,
+    refuse_position,
     tokenizer_of,
 )
 
@@ -44,7 +45,8 @@ class Start:
 
     record: dict[str, Any]
     """What checkpoints and the MLflow run keep of it: the folder's path, the run's id, step and
-    MLflow run's id, the fingerprint of the weights, and whether the optimizer state was kept.
+    MLflow run's id, the fingerprint of the weights, and whether optimizer state and position were
+    kept.
 
     The fingerprint is the SHA-256 of a checkpoint's manifest.json, which has the size and the
     checksum of every file, or of the SHA-256 of config.json and each file with weights.
@@ -55,6 +57,8 @@ class Start:
     """Opens the weights."""
     updates: int | None = None
     """Updates that the kept optimizer state has counted; None: a fresh optimizer."""
+    continues: ResumePoint | None = None
+    """The checkpoint that the run continues from its position; None: the run starts at step 1."""
     remarks: tuple[str, ...] = ()
     """Checkpoints of the origin that were skipped, and why."""
     check_same: Callable[[], None] = lambda: None
@@ -87,6 +91,8 @@ class Start:
     def line(self) -> str:
         """The message for the user."""
         step, count = self.record["step"], self.updates
+        if self.continues is not None:
+            return f"continuing {self.record['path']} after step {step}, as another run"
         of_step = "" if step is None else f" of step {step}"
         optimizer = "a fresh optimizer" if count is None else f"its optimizer of {count} updates"
         return f"starting from the weights{of_step} in {self.record['path']}, with {optimizer}"
@@ -127,6 +133,7 @@ def _from_checkpoint(config: RunConfig, found: ResumePoint, runtime: Runtime) ->
         refuse(config, path, of_origin)
         refuse_no_optimizer(config, path, state)
         refuse_other_optimizer(config, path, of_origin)
+        refuse_position(config, path, of_origin)
         digest = fingerprint(path)
         extras = state.get("extras", {})
         run = RunFile.from_json(extras.get("run"))
@@ -137,6 +144,7 @@ def _from_checkpoint(config: RunConfig, found: ResumePoint, runtime: Runtime) ->
             "step": state["step"],
             "fingerprint": digest,
             "optimizer": config.training.keep_optimizer,
+            "position": config.training.keep_position,
         }
         count = _updates(path, state) if config.training.keep_optimizer else None
         return record, tokenizer_of(path, state), count
@@ -147,7 +155,8 @@ def _from_checkpoint(config: RunConfig, found: ResumePoint, runtime: Runtime) ->
         return Reader(path, read_json(path / manifest.INDEX))
 
     same = partial(check_same, path, record)
-    return Start(record, tokenizer, reader, count, found.remarks, same)
+    continues = found if config.training.keep_position else None
+    return Start(record, tokenizer, reader, count, continues, found.remarks, same)
 
 
 def check_same(path: Path, record: dict[str, Any]) -> None:
@@ -214,6 +223,7 @@ def _from_folder(config: RunConfig, path: Path, runtime: Runtime) -> Start:
         "step": None,
         "fingerprint": runtime.from_main(of_files),
         "optimizer": False,
+        "position": False,
     }
 
     def reader() -> TensorReader:

@@ -19,6 +19,7 @@ from keel_megatron.mlflow_delivery.run_file import RunFile, take_run_file
 from keel_megatron.mlflow_delivery.target import remember_run_id, remembered_run_id
 from keel_megatron.tracking.tracker import Tracker
 from keel_megatron.training.learning_rate import learning_rate
+from keel_megatron.training.origin import config_of
 from keel_megatron.training.run_state import Stateful
 
 RUN, CHANGES, MLFLOW_RUN_ID = "run", "changes", "mlflow_run_id"
@@ -26,6 +27,9 @@ RUN, CHANGES, MLFLOW_RUN_ID = "run", "changes", "mlflow_run_id"
 INITIALIZED_FROM = "initialized_from"
 """Name in a checkpoint, and prefix of the tags, of what the run started from."""
 _JUMP = 2.0
+_OF_A_CONTINUATION = tuple(
+    f"training.{name}" for name in ("name", "initialize_from", "keep_optimizer", "keep_position")
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ def accept(config: RunConfig, resume: ResumePoint, start: dict[str, Any] | None 
     folder = config.training.folder
     if resume.path is None:
         run, lines = take_run_file(folder)
+        if start is not None and start.get("position"):
+            lines += _since_origin(config, start)
         return Lineage(run, [], lines, initialized_from=start)
     step = step_of(resume.path)
     extras = from_json(resume.state["extras"])
@@ -124,6 +130,15 @@ def accept(config: RunConfig, resume: ResumePoint, start: dict[str, Any] | None 
         lines.append("training.initialize_from has no effect: the run has a checkpoint of its own")
     lines += learning_rate_lines(saved, config, step)
     return Lineage(run, changes, lines, True, extras.get(INITIALIZED_FROM))
+
+
+def _since_origin(config: RunConfig, start: dict[str, Any]) -> list[str]:
+    """What a run that continues another changes, beside the places of its files."""
+    saved, step = config_of(Path(start["path"])), start["step"]
+    new = differences(step, flatten(saved), flatten(config))
+    found = [change for change in new if change.setting not in _OF_A_CONTINUATION]
+    lines = [f"since step {step} of {start['path']}: {change}" for change in found]
+    return [*lines, *learning_rate_lines(saved, config, step)]
 
 
 def learning_rate_lines(saved: RunConfig, config: RunConfig, step: int) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 from keel_megatron.checkpoint.state import Position
-from keel_megatron.data.batches import Batches
+from keel_megatron.data.batches import Batch, Batches
 from keel_megatron.data.prefetch import Prefetcher
 from keel_megatron.depth.collector import DepthCollector
 from keel_megatron.engines.base import Engine
@@ -33,9 +33,10 @@ BeforeStep = Callable[[Position, Engine], None]
 class Loop:
     """Steps from a position to the end of the run.
 
-    Each step trains on the next `global_batch_size` sequences at the step's learning rate, unless
-    the guard skips the update, and is reported. Validations, evaluations and checkpoints follow at
-    their intervals. A request to stop ends the loop after the step, with a checkpoint.
+    Each step trains on the next sequences, as many as its global batch size, at the step's learning
+    rate, unless the guard skips the update, and is reported. Validations, evaluations and
+    checkpoints follow at their intervals. A request to stop ends the loop after the step, with a
+    checkpoint.
 
     Args:
         engine: runs the training steps.
@@ -73,6 +74,7 @@ class Loop:
         self._mark = mark
         self._before_step = before_step
         self._asked = False
+        self._size = self._config.training.global_batch_size
         self._prefetcher = Prefetcher(batches.train.micro_batches, self._runtime.device)
         self._garbage = GarbageCollection(self._config.training.gc_every)
         self.validation_loss = math.nan
@@ -96,8 +98,8 @@ class Loop:
     def _run(self, stop: StopRequest) -> int:
         state, steps = self._state, self._config.training.steps
         stopping = exit_codes.DONE
-        if self._guard.action == "rollback" and state.position.step == 0:
-            self._state.save()  # for a rollback before the first checkpoint
+        if self._guard.action == "rollback" and not state.is_saved:
+            state.save()  # for a rollback before the first checkpoint
         while state.position.step < steps:
             if not self._step(stop):
                 continue
@@ -142,15 +144,12 @@ class Loop:
         config, engine, position = self._config, self._engine, self._state.position
         if self._before_step is not None:
             self._before_step(position, engine)
-        step, batch_size = position.step + 1, config.training.global_batch_size
-        started = time.perf_counter()
+        step, started = position.step + 1, time.perf_counter()
         rate = learning_rate(step, config.training.steps, config.optimizer, config.schedule)
-        batches = self._prefetcher.take(
-            position.consumed_samples, batch_size, last=step == config.training.steps
-        )
+        batches, batch_size = self._batch(position)
         waited = time.perf_counter() - started
         inspection = Inspection(self._guard, engine, self._tracker, batches, step)
-        depth = self._depth_collector(step)
+        depth = self._depth_collector(step, batch_size)
         result = engine.train_step(batches, len(batches), rate, inspection, depth, stop.__bool__)
         self._asked = result.stop
         profile = None if depth is None else depth.profile(step)
@@ -168,18 +167,31 @@ class Loop:
             self._tracker.say(compiled)
         skipped = self._guard.skipped
         self._tracker.step(
-            step_record(config, self._runtime, position, result, rate, seconds, skipped, waited)
+            step_record(
+                config, self._runtime, position, result, rate, seconds, batch_size, skipped, waited
+            )
         )
         if profile is not None:
             self._tracker.depth(profile)
         return True
 
-    def _depth_collector(self, step: int) -> DepthCollector | None:
+    def _batch(self, position: Position) -> tuple[list[Batch], int]:
+        """The micro-batches of the step after a position, and its global batch size."""
+        sizes, consumed = self._config.batch_sizes, position.consumed_samples
+        size = sizes.at(consumed)
+        if size != self._size:
+            self._tracker.say(f"step {position.step + 1}: the global batch size is {size:,}")
+        self._size = size
+        is_last = position.step + 1 == self._config.training.steps
+        following = 0 if is_last else sizes.at(consumed + size)
+        return self._prefetcher.take(consumed, size, following), size
+
+    def _depth_collector(self, step: int, batch_size: int) -> DepthCollector | None:
         """Collector of the step's depth profile, at step 1 and every `depth_every` steps."""
         every = self._config.tracking.depth_every
         if every == 0 or (step != 1 and step % every):
             return None
-        return DepthCollector(self._engine)
+        return DepthCollector(self._engine, batch_size)
 
     def _validate(self) -> None:
         sets = self._batches.validation

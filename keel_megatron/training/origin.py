@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from keel_megatron.architecture.residual import RULES, alpha
 from keel_megatron.checkpoint import folder, manifest
-from keel_megatron.checkpoint.identity import saved_config
+from keel_megatron.checkpoint.identity import identity_changes, saved_config
 from keel_megatron.config.load import load_config
 from keel_megatron.config.reading import LARGE, read_small
 from keel_megatron.config.run import RunConfig
@@ -25,7 +26,7 @@ from keel_megatron.errors import UserError
 if TYPE_CHECKING:
     from keel_megatron.data.dataset import Dataset
 
-SETTING = "training.initialize_from"
+SETTING, POSITION = "training.initialize_from", "training.keep_position"
 _STEP = re.compile(r"(?P<run>.+)@(?P<step>[0-9]+)")
 _FREE = ("model.init_std", "model.dropout")
 """Settings of the model that its weights and what they compute do not depend on."""
@@ -107,6 +108,7 @@ def check_origin(config: RunConfig) -> None:
     refuse(config, newest, of_origin)
     refuse_no_optimizer(config, newest, state)
     refuse_other_optimizer(config, newest, of_origin)
+    refuse_position(config, newest, of_origin)
     tokenizer = tokenizer_of(newest, state)
     if tokenizer is not None:
         _refuse_other_data(config, tokenizer, of_origin)
@@ -169,6 +171,72 @@ def refuse_other_optimizer(config: RunConfig, origin: Path, of_origin: RunConfig
             f"training.keep_optimizer: {origin} has the state of optimizer.name: {there}, and this "
             f"run's is {here}; set it to false, or optimizer.name to {there}"
         )
+
+
+def refuse_position(config: RunConfig, origin: Path, of_origin: RunConfig) -> None:
+    """Refuse `training.keep_position` where the run could not resume from the origin.
+
+    Args:
+        config: the run.
+        origin: a checkpoint.
+        of_origin: its configuration.
+
+    Raises:
+        UserError: a setting that no resume may change differs, or no step is left.
+    """
+    if not config.training.keep_position:
+        return
+    changes = list(identity_changes(of_origin, config))
+    if changes:
+        lines = "\n".join(f"  {path}: {old} there, {new} here" for path, old, new in changes)
+        raise UserError(
+            f"{POSITION}: {origin} is of a run with other settings than this one:\n{lines}\n"
+            "set these as they are there, or training.keep_position to false"
+        )
+    step, steps = folder.step_of(origin), config.training.steps
+    if step >= steps:
+        raise UserError(
+            f"training.steps: {steps} leaves nothing to train after step {step} of {origin}; with "
+            "training.keep_position it counts the steps of the origin too"
+        )
+
+
+def data_of_position(config: RunConfig) -> dict[str, Any] | None:
+    """The identity of the data on which a run continues another; None if it does not.
+
+    Raises:
+        UserError: the origin is not there, or cannot be read.
+    """
+    given = config.training.initialize_from
+    if given is None or not config.training.keep_position:
+        return None
+    place = locate(given)
+    path = folder.latest(place.path) if place.kind == "run" else place.path
+    assert path is not None
+    try:
+        found = manifest.read_json(path / manifest.STATE).get("data")
+    except (manifest.DamagedError, AttributeError):
+        return None  # the ranks look for an earlier one
+    return found if isinstance(found, dict) else None
+
+
+@contextmanager
+def on_data_of_position(*, kept: bool) -> Iterator[None]:
+    """Context in which other data is refused: because of `training.keep_position`, if it is kept.
+
+    Raises:
+        UserError: what is raised within, with the setting's name.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not kept:
+            raise
+        raise UserError(
+            f"{POSITION}: true continues on the data of training.initialize_from, and false starts "
+            f"on any: {error}",
+            reported=error.reported,
+        ) from None
 
 
 def refuse_other_tokenizer(tokenizer: TokenizerFile, dataset: Dataset) -> None:

@@ -31,6 +31,7 @@ from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime
 from keel_megatron.training.dataset import opened, ready_dataset
 from keel_megatron.training.initialize import Start, open_start
+from keel_megatron.training.origin import on_data_of_position
 
 Say = Callable[[str], None]
 
@@ -78,7 +79,11 @@ def get_ready(
         local = launch.world_size == launch.local_world_size
         folder = runtime.from_main(lambda: ready_dataset(config, say, on_one_machine=local))
     start = open_start(config, runtime, resume)
-    data = runtime.from_main(lambda: opened(config, folder, expected))
+    continues = None if start is None else start.continues
+    if continues is not None:
+        expected = continues.state.get("data")
+    with on_data_of_position(kept=continues is not None):
+        data = runtime.from_main(lambda: opened(config, folder, expected))
     if start is not None:
         start.check_tokenizer(data)
         for remark in start.remarks:
@@ -177,6 +182,7 @@ def _announce(
     if len(data.sources) > 1:
         say(f"shares of the samples: {shares(data.quotas, BLOCK)}")
     if data.has_masks:
-        steps, size = config.training.steps, config.training.global_batch_size
-        epochs = batches.train.samples.describe(steps * size)
-        say(f"training.steps: {steps} steps of {size} sequences: {epochs}")
+        steps = config.training.steps
+        samples = config.batch_sizes.samples_of(steps)
+        epochs = batches.train.samples.describe(samples)
+        say(f"training.steps: {steps} steps of {samples} sequences in all: {epochs}")

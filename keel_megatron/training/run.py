@@ -25,6 +25,7 @@ from keel_megatron.training.conclude import conclude
 from keel_megatron.training.dataset import dataset_of_rank, tell_shares
 from keel_megatron.training.describe import describe_run, version_changes
 from keel_megatron.training.guard import Guard
+from keel_megatron.training.initialize import Start
 from keel_megatron.training.lineage import Lineage
 from keel_megatron.training.loop import BeforeStep, Loop
 from keel_megatron.training.process_group import process_group
@@ -178,7 +179,7 @@ def _train(
             for line in version_changes(ready.resume.state["packages"], package_versions()):
                 tracker.say(line)
         elif ready.start is not None:
-            ready.start.load(ready.engine.state, runtime)
+            _begin(ready.start, state, ready)
             tracker.say(ready.start.line())
         if runtime.any(stop.signal is not None):  # since the run was accepted
             tracker.say(f"stopped before step {state.position.step + 1}: nothing new to save")
@@ -190,6 +191,16 @@ def _train(
         step, entropy = state.position.step, ready.data.manifest.unigram_entropy
         conclude(config, tracker, step, loop.validation_loss, entropy)
     return code
+
+
+def _begin(start: Start, state: RunState, ready: Ready) -> None:
+    """Take over what a new run starts from another; collective."""
+    if start.continues is None:
+        start.load(ready.engine.state, ready.runtime)
+        return
+    assert start.continues.path is not None
+    state.continue_from(start.continues.path)
+    ready.runtime.from_main(start.check_same)
 
 
 def _saver(ready: Ready, tracker: Tracker, guard: Guard, watchdog: Watchdog) -> Saver:

@@ -47,10 +47,24 @@ class RunState:
         Raises:
             UserError, DivergedError: as `Saver.save`.
         """
-        if self._saved_step != self.position.step:
+        if not self.is_saved:
             extras = {name: part.state() for name, part in self._stateful.items()}
             self.saver.save(self._engine.state, self.position, extras)
             self._saved_step = self.position.step
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the run has a checkpoint of the current position."""
+        return self._saved_step == self.position.step
+
+    def continue_from(self, checkpoint: Path) -> None:
+        """As `restore`, from a checkpoint of another run: this one has none yet; collective.
+
+        Raises:
+            UserError: as `restore`.
+        """
+        self.restore(checkpoint)
+        self._saved_step = None
 
     def restore(self, checkpoint: Path) -> None:
         """Return to a checkpoint, with all of its state; collective.

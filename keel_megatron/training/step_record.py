@@ -22,6 +22,7 @@ def step_record(
     result: StepResult,
     rate: float,
     seconds: float,
+    batch_size: int,
     skipped: int = 0,
     data_seconds: float = 0.0,
 ) -> StepRecord:
@@ -34,11 +35,12 @@ def step_record(
         result: result of the step.
         rate: its learning rate.
         seconds: its duration.
+        batch_size: its global batch size.
         skipped: number of skipped updates so far.
         data_seconds: part of the duration for which it waited for its batches.
     """
     seq_length = config.data.seq_length
-    tokens_per_second = config.training.global_batch_size * seq_length / seconds
+    tokens_per_second = batch_size * seq_length / seconds
     flops = training_flops_per_token(config.model, seq_length, config.data.vocab_size)
     return StepRecord(
         step=position.step,

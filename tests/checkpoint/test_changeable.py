@@ -54,6 +54,10 @@ def rates(ran: Ran, _run: Path) -> Any:
     return [record.learning_rate for record in ran.records if isinstance(record, StepRecord)]
 
 
+def samples(ran: Ran, _run: Path) -> Any:
+    return [record.consumed_samples for record in ran.records if isinstance(record, StepRecord)]
+
+
 def kept(_ran: Ran, run: Path) -> Any:
     return folder.steps(run)
 
@@ -95,9 +99,12 @@ SEEN: dict[str, Seen] = {
     "schedule.warmup_steps": Seen(20, rates),
     "schedule.decay": Seen("constant", rates),
     "schedule.decay_fraction": Seen(0.9, rates, {"schedule__decay": "wsd"}),
+    "schedule.decay_shape": Seen("sqrt", rates, {"schedule__decay": "wsd"}),
     "schedule.min_learning_rate": Seen(1e-3, rates),
+    "schedule.rampup_batch_size": Seen({"start": 2, "increment": 2, "samples": 60}, samples),
     "training.steps": Seen(STEPS + 1, rates),
     "training.z_loss": Seen(0.1, weights),
+    "training.global_batch_size": Seen(8, samples),
     "training.validate_every": Seen(2, validations),
     "checkpoint.every": Seen(1, kept),
     "checkpoint.keep": Seen(3, kept, EVERY),
@@ -162,6 +169,7 @@ ELSEWHERE = {
     "training.hang_timeout": START,
     "training.initialize_from": START,
     "training.keep_optimizer": START,
+    "training.keep_position": START,
     "training.validation_sequences": "of every start anew: tests/data/test_batches.py",
     "evaluation.every": EVALUATES,
     "evaluation.tasks": EVALUATES,

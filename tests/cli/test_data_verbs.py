@@ -180,6 +180,14 @@ def test_samples_are_decoded_with_borders(config: Path) -> None:
     assert keel("sample", config, "--step", "2", "--samples", "3").stdout == shown.stdout
 
 
+def test_samples_are_those_of_a_growing_batch(config: Path) -> None:
+    """Four, four, four and eight."""
+    ramp = "schedule.rampup_batch_size={start: 4, increment: 4, samples: 32}"
+    shown = keel("sample", config, ramp, "--step", "4", "--samples", "9")
+    heads = [line for line in shown.stdout.splitlines() if line.startswith("--- ")]
+    assert [head.split(":")[0] for head in heads] == [f"--- sample {n}" for n in range(12, 20)]
+
+
 def test_settings_need_a_configuration(folder: Path) -> None:
     refused = keel("show", folder, "data.seq_length=8")
     assert "need a configuration" in str(refused.exception)

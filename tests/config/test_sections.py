@@ -224,6 +224,12 @@ def test_the_schema_takes_what_loads(sections: dict[str, dict[str, Any]]) -> Non
             [[], [{"blocks": [0, 7], "factor": 0}]],
             [{}, [{"factor": 1}], [{"blocks": 3, "factor": 1}]],
         ),
+        (
+            "schedule",
+            "rampup_batch_size",
+            [None, {"start": 2, "increment": 2, "samples": 9}],
+            [2, {"start": 2, "increment": 2}, {"start": 0, "increment": 2, "samples": 9}],
+        ),
     ],
 )
 def test_the_schema_and_the_loader_agree(

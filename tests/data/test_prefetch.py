@@ -39,12 +39,12 @@ def numbers(batches: list[Batch]) -> list[Any]:
 def test_a_step_is_read_while_the_one_before_it_trains() -> None:
     source = Source()
     with closing(Prefetcher(source.micro_batches, CPU)) as prefetcher:
-        assert numbers(prefetcher.take(0, 4, last=False)) == [[[0, 4]]]
+        assert numbers(prefetcher.take(0, 4, 4)) == [[[0, 4]]]
         ahead = prefetcher._ahead
         assert ahead is not None
         ahead[1].result(timeout=60)  # nobody has asked for it yet
         assert source.read == [0, 4]
-        assert numbers(prefetcher.take(4, 4, last=True)) == [[[4, 4]]]
+        assert numbers(prefetcher.take(4, 4, 0)) == [[[4, 4]]]
     assert source.read == [0, 4]
     assert threading.current_thread().name not in source.threads
 
@@ -52,22 +52,22 @@ def test_a_step_is_read_while_the_one_before_it_trains() -> None:
 def test_another_step_than_the_expected_one_is_read_anew() -> None:
     """After a rollback, say."""
     with closing(Prefetcher(Source().micro_batches, CPU)) as prefetcher:
-        prefetcher.take(0, 4, last=False)
-        assert numbers(prefetcher.take(40, 4, last=False)) == [[[40, 4]]]
-        assert numbers(prefetcher.take(44, 8, last=True)) == [[[44, 8]]]
+        prefetcher.take(0, 4, 4)
+        assert numbers(prefetcher.take(40, 4, 8)) == [[[40, 4]]]
+        assert numbers(prefetcher.take(44, 8, 0)) == [[[44, 8]]]
 
 
 def test_an_error_is_raised_at_the_step_that_it_concerns() -> None:
     with closing(Prefetcher(Source(missing=4).micro_batches, CPU)) as prefetcher:
-        prefetcher.take(0, 4, last=False)
+        prefetcher.take(0, 4, 4)
         with pytest.raises(OSError, match="the disk is gone"):
-            prefetcher.take(4, 4, last=False)
+            prefetcher.take(4, 4, 4)
 
 
 def test_the_thread_ends() -> None:
     before = set(threading.enumerate())
     prefetcher = Prefetcher(Source().micro_batches, CPU)
-    prefetcher.take(0, 4, last=False)
+    prefetcher.take(0, 4, 4)
     (thread,) = set(threading.enumerate()) - before
     prefetcher.close()
     assert not thread.is_alive()

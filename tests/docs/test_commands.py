@@ -69,6 +69,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, values in SMALL.items():
         sections.setdefault(name, {}).update(values)
     demo.write_text(yaml.safe_dump(sections))
+    for recipe in (home / "yaml" / "recipes").glob("*.yaml"):
+        make_small(recipe)
     for name, text in ENVIRONMENT.items():
         program = home / ".venv" / "bin" / name
         program.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +80,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (home / name).parent.mkdir(exist_ok=True)
         (home / name).touch()  # newer than what they are made of
     return home
+
+
+def make_small(recipe: Path) -> None:
+    """A recipe that starts from the small demo; settings that it does not have stay absent."""
+    sections = yaml.safe_load(recipe.read_text())
+    for name, values in SMALL.items():
+        found = sections[name]
+        found.update({key: value for key, value in values.items() if key in found})
+    sections["tracking"].update(SMALL["tracking"])
+    recipe.write_text(yaml.safe_dump(sections))
 
 
 def a_shell(home: Path) -> dict[str, str]:

@@ -117,9 +117,25 @@ def test_a_plan_by_hand() -> None:
     assert plan.days == pytest.approx(4 * 54.0 / 86400)
 
 
-def small_plan_config(**parallel: Any) -> RunConfig:
-    overrides = {f"parallel__{key}": value for key, value in parallel.items()}
-    return small_config(model__blocks=4, **{"parallel__pipeline": 2, **overrides})
+def test_a_batch_size_ramp_up_by_hand() -> None:
+    """Three steps of 2 micro-batches and one of 4, of two even stages."""
+    ramp = {"start": 4, "increment": 4, "samples": 32}
+    config = small_plan_config(schedule__rampup_batch_size=ramp)
+    free = device_named("cpu", intra_node_gb=1e30, intra_node_latency_us=1e-30)
+    plan = make_plan(config, 2, free, measured(block=3.0))
+    assert plan.step_seconds == pytest.approx((8 + 1) * 6.0)
+    assert plan.run_seconds == pytest.approx(3 * (2 + 1) * 6.0 + (4 + 1) * 6.0)
+    assert plan.as_object()["tokens"] == 20 * 32
+    text = describe(plan)
+    assert "Run: 4 steps, 640 tokens: 1.4 minutes." in text
+    assert "Batch: from 4 sequences to 8 over the first 4 steps (640 tokens)" in text
+    assert plan.as_object()["days"] == pytest.approx(84 / 86400)
+
+
+def small_plan_config(**overrides: Any) -> RunConfig:
+    """Overrides without a section are of `parallel`."""
+    named = {key if "__" in key else f"parallel__{key}": overrides[key] for key in overrides}
+    return small_config(model__blocks=4, **{"parallel__pipeline": 2, **named})
 
 
 def test_recomputation_takes_one_more_forward_pass() -> None:

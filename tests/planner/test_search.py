@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from keel_megatron.config import load_config
+from keel_megatron.config.checks import problems
 from keel_megatron.errors import UserError
 from keel_megatron.layout.devices import device_named
 from keel_megatron.planner.plan import make_plan
@@ -62,6 +63,14 @@ def test_ten_thousand_devices_take_few_calls() -> None:
     assert "faster than 2" in words
     assert re.search(r"Memory per device: [\d.]+ GB with 1, [\d.]+ GB with 2\.", words)
     assert f"leaves {10_000 - found.best[0].plan.gpus:,} devices idle" in words
+
+
+def test_every_batch_of_a_ramp_up_divides_among_the_replicas() -> None:
+    ramp = {"start": 4, "increment": 4, "samples": 100}
+    config = small_config(schedule__rampup_batch_size=ramp)
+    for layout in _layouts(config, 16, H200):
+        assert not list(problems(layout.config, layout.gpus))
+        assert layout.config.data_parallel_size(layout.gpus) <= 4
 
 
 def test_nothing_that_fits_is_said() -> None:

@@ -57,6 +57,13 @@ def test_a_shape_is_measured_once(grid: Grid, monkeypatch: pytest.MonkeyPatch) -
     assert found.describe().count("(x 2 seeds)") == 1
 
 
+def test_the_steps_of_a_ramp_up_count_by_their_sequences(tmp_path: Path) -> None:
+    """Of 4, 4, 4 and 8 sequences: 20 of the 64; and the validation of the test above."""
+    ramp = "schedule.rampup_batch_size={start: 4, increment: 4, samples: 32}"
+    (run,) = make_grid(study(Point("a", {}, {})), write(tmp_path), [ramp], tmp_path, 1).runs
+    assert Times(0.0, 1.0).seconds(run) == pytest.approx(20 / 16 + 4 / 3)
+
+
 def test_a_prediction_is_in_gpu_hours(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     planner = Planner(monkeypatch, {"step_seconds": 3600.0}, {"step_seconds": 3600.0})
     found = cost_of(grid, 2, "h200")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from keel_megatron.config.batch_sizes import BatchSizes
 from keel_megatron.tracking.progress import Progress, duration
 from keel_megatron.tracking.records import ValidationRecord
 from tests.disk import Disk
@@ -61,6 +62,19 @@ def test_plain_lines_without_a_terminal(tmp_path: Path, monkeypatch: pytest.Monk
     log = (tmp_path / "log.txt").read_text().splitlines()
     assert [line.split(" ", 1)[1] for line in log] == GOLDEN.splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ", line) for line in log)
+
+
+def test_the_time_left_counts_the_sequences_of_a_ramp_up(tmp_path: Path) -> None:
+    """A second for each; after 3 steps of 4 come 8, 8, 12 and two of 16."""
+    stream, clock = io.StringIO(), Clock()
+    sizes = BatchSizes(full=16, start=4, increments=3, samples=32)
+    progress = Progress(8, tmp_path / "log.txt", 1, stream, clock, sizes)
+    for step in (1, 2, 3):
+        clock.now = 4.0 * step
+        progress.step(record(step, consumed_samples=4 * step, seconds=4.0))
+    progress.close()
+    left = [line.split()[-2:] for line in stream.getvalue().splitlines()[1:]]
+    assert left == [["1m", "08s"], ["1m", "04s"], ["1m", "00s"]]
 
 
 def test_a_header_comes_now_and_then_and_columns_stay_in_line(tmp_path: Path) -> None:

@@ -71,13 +71,15 @@ class FakeEngine:
 
 
 class FakeBatches:
-    """Batch k is the number k."""
+    """Batch k is the number k, where all have the same size."""
 
     def __init__(self) -> None:
         self.read: list[int] = []
+        self.samples: list[range] = []
 
     def micro_batches(self, consumed_samples: int, global_batch_size: int) -> Iterator[int]:
         self.read.append(consumed_samples // global_batch_size)
+        self.samples.append(range(consumed_samples, consumed_samples + global_batch_size))
         yield self.read[-1]
 
 

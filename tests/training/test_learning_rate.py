@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 
+from keel_megatron.config.checks import problems
 from keel_megatron.config.optimizer import OptimizerConfig, ScheduleConfig
 from keel_megatron.training.learning_rate import learning_rate
+from tests.settings import small_config
 
 PEAK = 1e-2
 OPTIMIZER = OptimizerConfig(learning_rate=PEAK)
@@ -42,3 +45,43 @@ def test_wsd_is_stable_then_falls_linearly() -> None:
 def test_constant_stays_and_no_warmup_starts_at_the_peak() -> None:
     assert path(5, decay="constant") == [PEAK] * 5
     assert path(5, decay="cosine")[0] < PEAK
+
+
+@pytest.mark.parametrize(
+    ("shape", "quarter", "half"),
+    [
+        ("linear", 0.75, 0.5),
+        ("cosine", (2 + math.sqrt(2)) / 4, 0.5),
+        ("sqrt", 0.5, 1 - 1 / math.sqrt(2)),
+    ],
+)
+def test_a_decay_has_its_shape(shape: str, quarter: float, half: float) -> None:
+    low = 1e-3
+    rates = path(120, decay="wsd", decay_fraction=1 / 3, decay_shape=shape, min_learning_rate=low)
+    assert rates[:80] == [PEAK] * 80
+    assert rates[89] == pytest.approx(low + (PEAK - low) * quarter)
+    assert rates[99] == pytest.approx(low + (PEAK - low) * half)
+    assert rates[-1] == pytest.approx(low)
+
+
+def test_an_exponential_decay_has_one_factor() -> None:
+    rates = path(100, decay="wsd", decay_shape="exponential", min_learning_rate=PEAK / 100)
+    factors = [b / a for a, b in itertools.pairwise(rates[79:])]
+    assert factors == pytest.approx([100 ** (-1 / 20)] * 20)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "setting"),
+    [
+        ({"decay": "cosine", "decay_shape": "sqrt"}, "schedule.decay_shape"),
+        (
+            {"decay": "wsd", "decay_shape": "exponential", "min_learning_rate": 0.0},
+            "schedule.min_learning_rate",
+        ),
+    ],
+)
+def test_a_shape_that_has_no_effect_or_no_end_is_refused(
+    schedule: dict[str, Any], setting: str
+) -> None:
+    config = small_config(**{f"schedule__{key}": value for key, value in schedule.items()})
+    assert [path for path, _why in problems(config)] == [setting]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from typing import Any
 
 import pytest
 
+from keel_megatron.checkpoint.state import Position
 from keel_megatron.data.batches import Batches, ValidationSet
 from keel_megatron.errors import DivergedError, UserError
 from keel_megatron.runtime import exit_codes
@@ -173,3 +175,35 @@ def test_however_it_ends_no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(OSError, match="batch 0 cannot be read"):
         Bench(training__steps=3).loop.run(StopRequest())
     assert threading.active_count() == before
+
+
+def test_the_batch_grows_with_the_samples_consumed() -> None:
+    """Whatever the step: a rollback skips samples, and a resume begins in the middle."""
+    ramp = {"start": 4, "increment": 4, "samples": 32}
+    bench = Bench(training__steps=6, schedule__rampup_batch_size=ramp)
+    bench.loop.run(StopRequest())
+    ends = [0, 4, 8, 12, 20, 28, 40]
+    assert bench.source.samples == [range(a, b) for a, b in itertools.pairwise(ends)]
+    steps = [record for record in bench.tracker.records if isinstance(record, StepRecord)]
+    assert [record.consumed_samples for record in steps] == ends[1:]
+    tokens = [record.tokens_per_second * record.seconds for record in steps]
+    assert tokens == pytest.approx([32 * (b - a) for a, b in itertools.pairwise(ends)])
+    assert bench.tracker.said == [
+        "step 1: the global batch size is 4",
+        "step 4: the global batch size is 8",
+        "step 6: the global batch size is 12",
+    ]
+
+    resumed = Bench(training__steps=6, schedule__rampup_batch_size=ramp)
+    resumed.state.position = Position(3, 21)
+    resumed.loop.run(StopRequest())
+    assert resumed.source.samples == [range(21, 29), range(29, 41), range(41, 57)]
+
+
+def test_a_run_that_continues_another_has_a_checkpoint_to_roll_back_to() -> None:
+    for step, is_saved, expected in ((0, False, [0, 5]), (3, True, [5]), (3, False, [3, 5])):
+        bench = Bench(training__steps=5, guard__action="rollback")
+        bench.state.position = Position(step, 16 * step)
+        bench.state._saved_step = step if is_saved else None
+        bench.loop.run(StopRequest())
+        assert bench.saved == expected

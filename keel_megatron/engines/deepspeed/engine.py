@@ -74,13 +74,17 @@ class DeepSpeedEngine:
     ) -> StepResult:
         """As `Engine.train_step`."""
         model = self._model
-        assert count == model.gradient_accumulation_steps(), count
+        model.set_train_batch_size(  # its gradients are divided by its number of micro-batches
+            count * self.config.training.micro_batch_size * self.runtime.data_size
+        )
         model.train()
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         batches, counted = self._on_device(micro_batches)
         watching = nullcontext() if depth is None else depth.watching()
         with watching, self._span("forward-backward"):
             for number, batch in enumerate(batches, start=1):
+                # Its own count of micro-batches supposes that all steps have the same number.
+                model.set_gradient_accumulation_boundary(number == count)
                 with self._span("forward-compute"):
                     loss = self._loss(batch, counted)
                 total += loss.detach().double()
