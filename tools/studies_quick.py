@@ -37,7 +37,7 @@ def commands(out: Path) -> Iterator[list[str]]:
     yield grid("depth-tasks", "data.seq_length=64", "--rules", "keel", *tasks)
     streams = ("--streams", "bf16_stochastic", "--alphas", "auto")
     yield grid("stream-precision", text, "--rules", "keel", *streams)
-    sizes = ("--rules", "keel,complete_p", "--depths", "4,8", "--steps", "2", "--epsilons", "1,1/L")
+    sizes = ("--rules", "complete_p", "--depths", "4,8", "--steps", "2")
     yield grid("coordinate-check", text, *sizes)
     place = ["--out", str(out / "gradient-flow")]
     yield ["gradient-flow", *place, "--depths", "8", "--rules", "keel,post_ln"]

@@ -27,6 +27,7 @@ RULES = {
     "pre_ln": {"model__num_query_groups": 4, "model__tie_embeddings": True},
     "hybrid_norm": {"model__num_query_groups": 2},
     "layer_norm_scaling": {},
+    "complete_p": {"model__base_blocks": 1},
     "hyper_connections": {"model__expansion_rate": 2},
     "peri_ln": {"model__num_query_groups": 2, "model__embedding_norm": True},
     "mix_ln": {"model__num_query_groups": 2, "model__qk_norm": True},
