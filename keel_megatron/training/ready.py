@@ -185,4 +185,4 @@ def _announce(
         steps = config.training.steps
         samples = config.batch_sizes.samples_of(steps)
         epochs = batches.train.samples.describe(samples)
-        say(f"training.steps: {steps} steps of {samples} sequences in all: {epochs}")
+        say(f"training.steps: {steps} steps, {samples} sequences: {epochs}")
