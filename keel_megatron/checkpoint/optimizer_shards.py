@@ -96,7 +96,11 @@ class OptimizerShards:
 
     @property
     def updates(self) -> int:
-        """Updates that Adam has counted; the same for all parameters."""
+        """Updates that Adam has counted; the same for all parameters.
+
+        0 on a rank that has none of AdamW's: a middle stage with Muon has only norm weights, fewer
+        than some replicas' ranges. Rank 0, whose count is saved, has some of the embedding.
+        """
         for state in self._adam.state.values():
             if "step" in state:
                 return int(state["step"])
