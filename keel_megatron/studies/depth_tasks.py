@@ -68,32 +68,12 @@ def study(
     if not 1 <= largest <= LARGEST:
         raise UserError(f"--largest: {largest} must be from 1 to {LARGEST}")
     _check_lengths(config, tasks, largest)
-    folder = config.data.cache_dir / FOLDER
-    template = folder / "template.jinja"
-    try:
-        vocabulary = write_tokenizer(folder / "tokenizer.model")
-        write_whole(template, TEMPLATE)
-        files = {name: _write(folder, TASKS[name], largest, documents, questions) for name in tasks}
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir: cannot write {error.filename or folder}: {error.strerror}"
-        ) from error
+    written = _write(config, tasks, largest, documents, questions)
 
     def point(task: str, rule: str, sub_layers: int) -> Point:
         """One task, rule and depth."""
-        training, asked = files[task]
-        overrides: dict[str, Any] = {
-            "model.residual": rule,
-            **depth(sub_layers),
-            "data.text": None,
-            "data.sources": [{"name": task, "path": [str(training)], "format": "chat"}],
-            "data.chat_template": str(template),
-            "data.document_masks": True,
-            "data.tokenizer": str(folder / "tokenizer.model"),
-            "data.vocab_size": vocabulary,
-            "evaluation.every": config.training.steps,
-            "evaluation.tasks": [str(path) for path in asked],
-        }
+        overrides: dict[str, Any] = {"model.residual": rule, **depth(sub_layers), **written[task]}
+        overrides["evaluation.every"] = config.training.steps
         labels: dict[str, Label] = {"task": task, "rule": rule, "sub_layers": sub_layers}
         return Point(f"{task}-{rule}-{sub_layers}", overrides, labels)
 
@@ -123,6 +103,40 @@ def _check_lengths(config: RunConfig, tasks: Sequence[str], largest: int) -> Non
 
 
 def _write(
+    config: RunConfig, tasks: Sequence[str], largest: int, documents: int, questions: int
+) -> dict[str, dict[str, Any]]:
+    """Write the tasks' files; for each task the settings with which a run uses them.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    folder = config.data.cache_dir / FOLDER
+    template = folder / "template.jinja"
+    try:
+        vocabulary = write_tokenizer(folder / "tokenizer.model")
+        write_whole(template, TEMPLATE)
+        files = {
+            name: _write_task(folder, TASKS[name], largest, documents, questions) for name in tasks
+        }
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: cannot write {error.filename or folder}: {error.strerror}"
+        ) from error
+    return {
+        name: {
+            "data.text": None,
+            "data.sources": [{"name": name, "path": [str(training)], "format": "chat"}],
+            "data.tokenizer": str(folder / "tokenizer.model"),
+            "data.chat_template": str(template),
+            "data.document_masks": True,
+            "data.vocab_size": vocabulary,
+            "evaluation.tasks": [str(path) for path in asked],
+        }
+        for name, (training, asked) in files.items()
+    }
+
+
+def _write_task(
     folder: Path, task: Task, largest: int, documents: int, questions: int
 ) -> tuple[Path, list[Path]]:
     """Write a task's training text, and a file of questions of each k."""

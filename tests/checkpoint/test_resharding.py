@@ -57,6 +57,11 @@ TIED_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {**TP2, **TIED}),
     "pp2-dp2": (4, {**PP2, **TIED}),
 }
+STREAMS = {"model__residual": "hyper_connections"}
+STREAMS_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, STREAMS),
+    "tp2-pp2": (4, {**TP2, **PP2, "parallel__sequence": True, **STREAMS}),
+}
 Differences = dict[tuple[str, str], list[str]]
 
 
@@ -102,6 +107,11 @@ def test_every_layout_loads_what_every_other_saved(tmp_path: Path) -> None:
     assert {pair: wrong for pair, wrong in found.items() if wrong} == {}
     for name in (*LAYOUTS, *MUON_LAYOUTS):
         manifest.check(folder.step_folder(tmp_path / name, 1))
+
+
+def test_mixes_of_streams_are_read_at_another_layout(tmp_path: Path) -> None:
+    found = matrix(tmp_path, STREAMS_LAYOUTS)
+    assert {pair: wrong for pair, wrong in found.items() if wrong} == {}
 
 
 def test_tied_embeddings_are_written_once_and_read_twice(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def data_in(folder: Path) -> Any:
     """Prepared data of which only the tokenizer is there."""
     path = folder / "tokenizer.json"
     path.write_bytes(b"model")
-    return SimpleNamespace(tokenizer_path=path)
+    return SimpleNamespace(kept_files=(path,))
 
 
 def test_a_claimed_folder_has_configuration_and_tokenizer_and_no_earlier_code(
@@ -31,13 +31,15 @@ def test_a_claimed_folder_has_configuration_and_tokenizer_and_no_earlier_code(
     folder = config.training.folder
     folder.mkdir()
     exit_codes.write(folder, exit_codes.SAVED)
-    (folder / "tokenizer.model").write_bytes(b"of an earlier start")
+    for name in ("tokenizer.model", "chat_template.jinja"):
+        (folder / name).write_bytes(b"of an earlier start")
     lineage = claim_folder(config, ResumePoint(), data_in(tmp_path))
     assert not lineage.resumes
     assert not (folder / exit_codes.FILE).exists()
     assert (folder / "config.yaml").is_file()
     assert (folder / "tokenizer.json").read_bytes() == b"model"
     assert not (folder / "tokenizer.model").exists()
+    assert not (folder / "chat_template.jinja").exists()
 
 
 def test_a_folder_that_cannot_be_written_names_its_setting(tmp_path: Path) -> None:

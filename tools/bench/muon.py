@@ -1,7 +1,9 @@
 """Measure Muon's update of all matrices of a deep model on a CPU, beside torch.optim.Muon.
 
-python tools/bench/muon.py                     # writes docs/benchmarks/muon.md
-python tools/bench/muon.py --blocks 8 --rounds 1 --out /tmp/muon.md
+python tools/bench/muon.py                                  # a deep, narrow model
+python tools/bench/muon.py --blocks 32 --widths 128 256     # wider ones
+
+Prints rows of the table in docs/benchmarks/muon.md.
 
 The same gradients in every way. CPU time of one thread in alternating rounds, of which the fastest
 counts: other load only adds to it.
@@ -10,7 +12,6 @@ counts: other load only adds to it.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +32,6 @@ from keel_megatron.engines.megatron.muon.orthogonalize import split
 from keel_megatron.engines.megatron.muon.update import Settings, Stack, update
 from tools.bench.peers import cpu_name
 
-PAGE = ROOT / "docs" / "benchmarks" / "muon.md"
 SETTINGS = Settings(
     learning_rate=1e-3,
     weight_decay=0.1,
@@ -40,7 +40,6 @@ SETTINGS = Settings(
     ns_steps=5,
     adjust_lr_fn="match_rms_adamw",
 )
-WIDTHS = (64, 128)
 Way = Callable[[], None]
 
 
@@ -144,54 +143,28 @@ def measured(ways: dict[str, Way], rounds: int) -> dict[str, Figures]:
     return {name: Figures(min(seconds[name]), operators[name]) for name in ways}
 
 
-def rows(width: int, found: dict[str, Figures]) -> list[str]:
+def rows(width: int, blocks: int, found: dict[str, Figures]) -> list[str]:
     base = found["batched (ours)"].seconds
     return [
-        f"| {width} | {name} | {one.operators:,} | {one.seconds * 1e3:,.0f} | "
+        f"| {blocks} | {width} | {name} | {one.operators:,} | {one.seconds * 1e3:,.0f} | "
         f"{one.seconds / base:.1f} x |"
         for name, one in found.items()
     ]
 
 
-def page(settings: argparse.Namespace, lines: list[str]) -> str:
-    today = datetime.now(UTC).date()
-    return f"""# Cost of Muon's update
-
-<!-- test: skip, takes minutes -->
-```
-python tools/bench/muon.py
-```
-
-One update of all matrices of {settings.blocks} blocks (4 heads, 2 key/value heads, FFN 3 h):
-momentum, weight decay, {SETTINGS.ns_steps} steps of Newton-Schulz. `keel train` orthogonalises the
-matrices of many blocks together, in fp32 on a CPU; "one matrix at a time" is the same program
-without that. torch.optim.Muon goes through the separate matrices and multiplies in bf16. CPU time
-of one thread, the fastest of {settings.rounds} alternating rounds, on a machine that other programs
-loaded. {cpu_name()}, torch {torch.__version__}, Python {platform.python_version()}, {today}.
-
-| h | way | torch operators | ms | of batched |
-|-:|---|-:|-:|-:|
-{chr(10).join(lines)}
-
-On CUDA the products are bf16, and a launch takes about as long as an operator's overhead here. The
-temporary memory of a batch is bounded by 256 MiB (`keel_megatron/layout/newton_schulz.py`), which
-`keel plan` counts.
-"""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--blocks", type=int, default=512)
+    parser.add_argument("--widths", type=int, nargs="+", default=[64])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=PAGE)
     settings = parser.parse_args()
     torch.set_num_threads(1)
-    lines = []
-    for width in WIDTHS:
+    print(f"{cpu_name()}, torch {torch.__version__}, {datetime.now(UTC).date()}\n")
+    print("| blocks | h | way | torch operators | ms | of batched |")
+    print("|-:|-:|---|-:|-:|-:|")
+    for width in settings.widths:
         found = measured(ways_of(model_of(width, settings.blocks)), settings.rounds)
-        lines += rows(width, found)
-        print("\n".join(lines[-len(found) :]), flush=True)
-    settings.out.write_text(page(settings, lines), encoding="utf-8")
+        print("\n".join(rows(width, settings.blocks, found)), flush=True)
 
 
 if __name__ == "__main__":
