@@ -37,25 +37,13 @@ def _rstd(one, two, eps, HALF: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens"])
 def _forward(
-    mixed_ptr,  # as in triton_rotary.py
-    table_ptr,
-    query_gain_ptr,  # [2 HALF], as the following
-    key_gain_ptr,
-    value_gain_ptr,  # not read without VALUE
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    tokens,
-    batch,
-    sine_at,
-    eps,
-    GROUPS: tl.constexpr,
-    SHARED: tl.constexpr,
-    HALF: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
+    mixed_ptr, table_ptr,  # as in triton_rotary.py
+    query_gain_ptr, key_gain_ptr, value_gain_ptr,  # [2 HALF]; the value's is not read without VALUE
+    query_ptr, key_ptr, value_ptr,
+    tokens, batch, sine_at, eps,
+    GROUPS: tl.constexpr, SHARED: tl.constexpr, HALF: tl.constexpr, VALUE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
     HEADS: tl.constexpr = GROUPS * (SHARED + 2)
     head = tl.program_id(0) % HEADS
     group = head // (SHARED + 2)
@@ -111,36 +99,14 @@ def _norm_backward(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _backward(
-    d_query_ptr,  # as in triton_rotary.py
-    d_key_ptr,
-    d_value_ptr,
-    mixed_ptr,
-    table_ptr,
-    query_gain_ptr,
-    key_gain_ptr,
-    value_gain_ptr,
-    d_mixed_ptr,
-    sums_ptr,  # [programs, 2 HALF], fp32
-    tokens,
-    batch,
-    sine_at,
-    eps,
-    query_s,
-    query_b,
-    query_head,
-    key_s,
-    key_b,
-    key_head,
-    value_s,
-    value_b,
-    value_head,
-    GROUPS: tl.constexpr,
-    SHARED: tl.constexpr,
-    HALF: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
+    d_query_ptr, d_key_ptr, d_value_ptr,  # as in triton_rotary.py
+    mixed_ptr, table_ptr, query_gain_ptr, key_gain_ptr, value_gain_ptr,
+    d_mixed_ptr, sums_ptr,  # [programs, 2 HALF], fp32
+    tokens, batch, sine_at, eps,
+    query_s, query_b, query_head, key_s, key_b, key_head, value_s, value_b, value_head,
+    GROUPS: tl.constexpr, SHARED: tl.constexpr, HALF: tl.constexpr, VALUE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
     HEADS: tl.constexpr = GROUPS * (SHARED + 2)
     head = tl.program_id(0) % HEADS
     group = (head // (SHARED + 2)).to(tl.int64)
