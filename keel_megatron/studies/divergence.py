@@ -7,7 +7,8 @@ m(t), at the drop D(t) = s(1) - m(t), and at the reference R(t): the largest D(t
 saw the same batches at the same learning rates.
 
 unrecovered spike
-    From this step to the end, s(t) stays above m(t) by more than `SPIKE` x D(t).
+    From this step to the end, and for at least `WINDOW` of the steps, s(t) stays above m(t) by
+    more than `SPIKE` x D(t). Behind a later one too little of the run is left to recover in.
 early plateau
     From this step to the end, and for at least `EARLY` of the steps, m(t) falls by less than
     `FLAT` x R(end), although D(end) < `BEHIND` x R(end): other rules learned more.
@@ -114,7 +115,7 @@ def divergence(curve: Curve, drops: Sequence[float]) -> Divergence | None:
 
 def _spike(curve: Curve) -> Divergence | None:
     rows = zip(curve.losses, curve.minima, curve.drops, strict=True)
-    return _since(curve, [loss > low + SPIKE * drop for loss, low, drop in rows], "spike", 0.0)
+    return _since(curve, [loss > low + SPIKE * drop for loss, low, drop in rows], "spike", WINDOW)
 
 
 def _plateau(curve: Curve, drops: Sequence[float]) -> Divergence | None:

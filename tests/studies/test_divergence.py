@@ -47,6 +47,12 @@ def test_a_spike_that_recovers_is_no_divergence() -> None:
     assert verdict(losses, falling(seed=1)) is None
 
 
+def test_a_spike_at_the_very_end_may_still_have_recovered() -> None:
+    losses = falling()
+    losses[970:] = [6.5] * 30
+    assert verdict(losses, falling(seed=1)) is None
+
+
 def test_a_slow_rise_without_end_is_a_spike_without_recovery() -> None:
     """A ramp's usual end: the rate is too high, and the loss creeps up."""
     losses = [loss + max(0, n - 500) * 0.004 for n, loss in enumerate(falling())]
