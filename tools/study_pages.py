@@ -25,8 +25,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from keel_megatron.studies.results import PICTURE, RESULTS, TABLE
-
 PAGES = ROOT / "docs" / "studies"
 NUMBERS = PAGES / "results"
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
@@ -65,6 +63,8 @@ def publish(folder: Path, name: str) -> None:
     Raises:
         SystemExit: runs are missing.
     """
+    from keel_megatron.studies.results import PICTURE, RESULTS, TABLE
+
     found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     if found["missing"]:
         sys.exit(f"{folder}: {len(found['missing'])} runs have no result yet")
