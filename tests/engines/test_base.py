@@ -10,7 +10,7 @@ import torch
 
 from keel_megatron.engines.base import mean_counted, mean_loss
 from tests.distributed import run_ranks
-from tests.engines.deepspeed.ranks import ENGINES, Watched, watched_runs
+from tests.engines.deepspeed.ranks import Watched, watched_runs, zero
 from tests.settings import settings
 from tests.training.ranks import made_up_batches
 
@@ -38,8 +38,8 @@ TWO: dict[str, dict[str, Any]] = {
     "TP 2 + SP": {"parallel__tensor": 2, "parallel__sequence": True},
 }
 if importlib.util.find_spec("deepspeed") is not None:
-    ALONE["ZeRO 2, micro-batches of 4"] = {**ENGINES["ZeRO 2"], "training__micro_batch_size": 4}
-    TWO["ZeRO 3, DP 2"] = {**ENGINES["ZeRO 3"], "training__micro_batch_size": 1}
+    ALONE["ZeRO 2, micro-batches of 4"] = {**zero(2), "training__micro_batch_size": 4}
+    TWO["ZeRO 3, DP 2"] = {**zero(3), "training__micro_batch_size": 1}
 EXPECTED = "one micro-batch"
 
 
