@@ -24,6 +24,7 @@ from keel_megatron.kernels.triton_rotary import (
     DTYPES,
     _angles,
     _load_pair,
+    _place,
     _store_pair,
     tile_of,
 )
@@ -44,16 +45,11 @@ def _forward(
     GROUPS: tl.constexpr, SHARED: tl.constexpr, HALF: tl.constexpr, VALUE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    HEADS: tl.constexpr = GROUPS * (SHARED + 2)
-    head = tl.program_id(0) % HEADS
-    group = head // (SHARED + 2)
-    member = head % (SHARED + 2)
-    token = (tl.program_id(0) // HEADS) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None].to(tl.int64)
-    in_token = token < tokens
-    column = tl.arange(0, BLOCK_HALF)[None, :]
-    in_column = column < HALF
+    group, member, token, column, in_token, in_column, to = _place(
+        tokens, GROUPS, SHARED, HALF, BLOCK_T, BLOCK_HALF
+    )
     mask = in_token & in_column
-    one, two = _load_pair(mixed_ptr, (token * HEADS + head) * (2 * HALF) + column, mask, HALF)
+    one, two = _load_pair(mixed_ptr, to, mask, HALF)
     at_group = (token * GROUPS + group) * (2 * HALF) + column
     if member == SHARED + 1:
         if VALUE:
@@ -107,18 +103,12 @@ def _backward(
     GROUPS: tl.constexpr, SHARED: tl.constexpr, HALF: tl.constexpr, VALUE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    HEADS: tl.constexpr = GROUPS * (SHARED + 2)
-    head = tl.program_id(0) % HEADS
-    group = (head // (SHARED + 2)).to(tl.int64)
-    member = head % (SHARED + 2)
-    token = (tl.program_id(0) // HEADS) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None].to(tl.int64)
-    in_token = token < tokens
-    column = tl.arange(0, BLOCK_HALF)[None, :]
-    in_column = column < HALF
+    group, member, token, column, in_token, in_column, to = _place(
+        tokens, GROUPS, SHARED, HALF, BLOCK_T, BLOCK_HALF
+    )
     mask = in_token & in_column
     position = token // batch
     sequence = token % batch
-    to = (token * HEADS + head) * (2 * HALF) + column
     if member == SHARED + 1:
         at = position * value_s + sequence * value_b + group * value_head + column
         one, two = _load_pair(d_value_ptr, at, mask, HALF)

@@ -48,6 +48,29 @@ def _angles(table_ptr, position, in_token, column, in_column, HALF: tl.constexpr
 
 
 @triton.jit
+def _place(
+    tokens,
+    GROUPS: tl.constexpr,
+    SHARED: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """What a program works on: one head, as a member of its group, of some tokens.
+
+    The last result is where in [tokens, GROUPS, SHARED + 2, 2 HALF] the first halves are.
+    """
+    HEADS: tl.constexpr = GROUPS * (SHARED + 2)
+    head = tl.program_id(0) % HEADS  # neighbours share the lines of a token
+    group = (head // (SHARED + 2)).to(tl.int64)
+    member = head % (SHARED + 2)
+    token = (tl.program_id(0) // HEADS) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None].to(tl.int64)
+    column = tl.arange(0, BLOCK_HALF)[None, :]
+    to = (token * HEADS + head) * (2 * HALF) + column
+    return group, member, token, column, token < tokens, column < HALF, to
+
+
+@triton.jit
 def _load_pair(ptr, at, mask, HALF: tl.constexpr):
     one = tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
     two = tl.load(ptr + at + HALF, mask=mask, other=0.0).to(tl.float32)
@@ -76,16 +99,11 @@ def _forward(
     BLOCK_T: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    HEADS: tl.constexpr = GROUPS * (SHARED + 2)
-    head = tl.program_id(0) % HEADS  # neighbours share the lines of a token
-    group = head // (SHARED + 2)
-    member = head % (SHARED + 2)
-    token = (tl.program_id(0) // HEADS) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None].to(tl.int64)
-    in_token = token < tokens
-    column = tl.arange(0, BLOCK_HALF)[None, :]
-    in_column = column < HALF
+    group, member, token, column, in_token, in_column, to = _place(
+        tokens, GROUPS, SHARED, HALF, BLOCK_T, BLOCK_HALF
+    )
     mask = in_token & in_column
-    one, two = _load_pair(mixed_ptr, (token * HEADS + head) * (2 * HALF) + column, mask, HALF)
+    one, two = _load_pair(mixed_ptr, to, mask, HALF)
     at_group = (token * GROUPS + group) * (2 * HALF) + column
     if member == SHARED + 1:
         _store_pair(value_ptr, at_group, one, two, mask, HALF)
@@ -126,18 +144,12 @@ def _backward(
     BLOCK_T: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    HEADS: tl.constexpr = GROUPS * (SHARED + 2)
-    head = tl.program_id(0) % HEADS
-    group = (head // (SHARED + 2)).to(tl.int64)
-    member = head % (SHARED + 2)
-    token = (tl.program_id(0) // HEADS) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None].to(tl.int64)
-    in_token = token < tokens
-    column = tl.arange(0, BLOCK_HALF)[None, :]
-    in_column = column < HALF
+    group, member, token, column, in_token, in_column, to = _place(
+        tokens, GROUPS, SHARED, HALF, BLOCK_T, BLOCK_HALF
+    )
     mask = in_token & in_column
     position = token // batch
     sequence = token % batch
-    to = (token * HEADS + head) * (2 * HALF) + column
     if member == SHARED + 1:
         at = position * value_s + sequence * value_b + group * value_head + column
         one, two = _load_pair(d_value_ptr, at, mask, HALF)
