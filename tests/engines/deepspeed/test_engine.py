@@ -21,7 +21,6 @@ from tests.engines.deepspeed.ranks import (
     needs_deepspeed,
     own_reads,
     watched_runs,
-    zero,
 )
 from tests.settings import settings, small_config
 from tests.training import faults
@@ -100,7 +99,7 @@ def test_every_step_was_clipped(alone: dict[str, Watched]) -> None:
 
 def test_lost_gradients_would_be_caught(alone: dict[str, Watched]) -> None:
     """With the last micro-batch's gradients alone the figures are far outside the bound."""
-    sections = settings(**SMALL, **zero(2))
+    sections = settings(**SMALL, **ENGINES["ZeRO 2"])
     (lost,) = run_ranks(1, forgetful, sections, STEPS)
     kept = alone["megatron"].steps[:STEPS]
     assert lost[0][0] == pytest.approx(kept[0][0], rel=1e-6)  # nothing learned yet
