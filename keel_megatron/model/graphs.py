@@ -16,7 +16,8 @@ Not yet run on a GPU.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,6 +56,30 @@ def record_blocks(chunks: list[nn.Module], device: torch.device) -> None:
         for parameter in chunk.decoder.parameters():  # type: ignore[union-attr]
             return_gradient(parameter)
         replace_forward(chunk.decoder, GraphedForward(chunk.decoder))
+
+
+@contextmanager
+def capturable_hooks(wanted: bool) -> Iterator[None]:
+    """DDP's gradient hooks, made here, lie on a stream that a capture of a backward pass may join.
+
+    Autograd runs a parameter's hook on the stream on which its accumulator was made, and makes that
+    stream wait for the gradient. CUDA refuses that of the default stream while another is captured
+    ("operation would make the legacy stream depend on a capturing blocking stream").
+
+    Args:
+        wanted: `kernels.cuda_graphs`; without it nothing happens.
+    """
+    if not wanted:
+        yield
+        return
+    quiet = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+    if quiet is not None:  # since torch 2.10; here the streams differ on purpose
+        quiet(False)
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 class GraphedForward:

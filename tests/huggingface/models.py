@@ -25,9 +25,13 @@ def disturb(chunk: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in chunk.named_parameters():
             if "streams" in name:
-                parameter.add_(0.1 * torch.rand(parameter.shape, generator=generator))
+                parameter.add_(
+                    0.1 * torch.rand(parameter.shape, generator=generator).to(parameter.device)
+                )
             elif parameter.dim() == 1:
-                parameter.mul_(torch.rand(parameter.shape, generator=generator) + 0.5)
+                parameter.mul_(
+                    torch.rand(parameter.shape, generator=generator).to(parameter.device) + 0.5
+                )
 
 
 def split_weights(weights: dict[str, Tensor], config: RunConfig) -> dict[str, Tensor]:

@@ -63,7 +63,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "docs" / "benchmarks"
 PAPER = {128: ROOT / "yaml/paper/keel_128.yaml", 1024: ROOT / "yaml/paper/keel_1024.yaml"}
 COMMON = ("tracking.mlflow=false", "parallel.pipeline=1", "parallel.virtual_pipeline=1")
-OPTION_RUN = (*COMMON, "parallel.recompute=none", "training.global_batch_size=8")
+OPTION_RUN = (
+    *COMMON,
+    "parallel.recompute=none",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=4",
+)
 DEEP_RUN = (*COMMON, "parallel.recompute=auto", "training.global_batch_size=4")
 OFFLOAD = (
     "training.engine=deepspeed",
@@ -76,9 +81,9 @@ DEEP: dict[str, tuple[str, ...]] = {
     "DeepSpeed, offloaded": OFFLOAD,
 }
 """How 1024 sub-layers may fit."""
-WARMUP, STEPS = 3, 8
+WARMUP, STEPS = 2, 5
 PART_SECONDS = 580
-SHALLOW = ("base: Keel", "Pre-LN", "compile", "CUDA graphs", "compile and CUDA graphs")
+SHALLOW = ("base: Keel", "Pre-LN", "micro-batch 1", "micro-batch 1, CUDA graphs", "compile")
 """Options that 32 blocks are measured with, too."""
 BEST = "best safe combination"
 PARTS = ("options-64", "options-32", "deep", "kernel")
@@ -163,23 +168,38 @@ def predictions(device: Device) -> dict[str, Any]:
     return found | {"deep": predicted_deep(device), "kernel": {"aim": 0.85}}
 
 
+_waiting: list[subprocess.Popen[str]] = []
+"""The next variant's process: it imports while the one before it measures."""
+
+
+def worker() -> subprocess.Popen[str]:
+    """A process of gpu_worker.py that waits for its order; it ends if none comes."""
+    command = [sys.executable, str(Path(__file__).with_name("gpu_worker.py"))]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+
+
 def work(config: Path, settings: list[str], seconds: float, **order: Any) -> dict[str, Any]:
-    """What a worker found, or why it found nothing."""
+    """What a worker found, or why it found nothing (the end of its output then goes to stderr)."""
     order |= {"config": str(config), "settings": settings}
     order = {"warmup": WARMUP, "steps": STEPS} | order
-    command = [sys.executable, str(Path(__file__).with_name("gpu_worker.py")), json.dumps(order)]
+    process = _waiting.pop() if _waiting else worker()
+    _waiting.append(worker())
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, check=False, cwd=ROOT
-        )
+        out, err = process.communicate(json.dumps(order) + "\n", timeout=seconds)
     except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
         return {"failed": f"not done after {seconds:.0f} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        answer: dict[str, Any] = json.loads(lines[-1])
-        return answer
-    words = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
-    return {"failed": words[-1][:300]}
+    lines, words = out.strip().splitlines(), err.strip().splitlines()
+    answer: dict[str, Any] = {}
+    if process.returncode == 0 and lines:
+        answer = json.loads(lines[-1])
+    else:
+        answer["failed"] = (words or [f"ended with {process.returncode}"])[-1][:300]
+    if "failed" in answer:
+        print(*words[-30:], sep="\n", file=sys.stderr, flush=True)
+    return answer
 
 
 def available(name: str) -> bool:
@@ -199,7 +219,7 @@ def run_options(part: str, result: dict[str, Any], ends: float) -> None:
         if not available(option.needs):
             found: dict[str, Any] = {"failed": f"{option.needs.partition('.')[0]} is not installed"}
         elif left < 20:
-            found = {"failed": "the part's ten minutes were up"}
+            found = {"failed": "the part's time was up"}
         else:
             settings = [*OPTION_RUN, f"model.blocks={blocks}", "training.device=cuda"]
             found = work(
@@ -221,7 +241,7 @@ def run_deep(result: dict[str, Any], ends: float) -> None:
         if settings == OFFLOAD and not available("deepspeed"):
             found: dict[str, Any] = {"failed": "deepspeed is not installed"}
         else:
-            left = min(ends - time.monotonic(), PART_SECONDS / len(DEEP))
+            left = ends - time.monotonic()
             wanted = [*DEEP_RUN, "training.device=cuda", *settings]
             found = work(PAPER[1024], wanted, left, warmup=1, steps=3)
         keep(result, rows[name], found, f"deep, {name}")
@@ -306,6 +326,9 @@ def main() -> int:
         "--part", choices=("checks", *PARTS), action="append", help="measure these parts alone"
     )
     parser.add_argument("--gpu", default="h200", help="what is predicted for (default h200)")
+    parser.add_argument(
+        "--seconds", type=float, default=PART_SECONDS, help="after which a part begins no more"
+    )
     chosen = parser.parse_args()
     device = device_named(chosen.gpu)
     result: dict[str, Any] = {"gpu": chosen.gpu, "assumptions": assumptions(device)}
@@ -321,7 +344,7 @@ def main() -> int:
         print("torch sees no CUDA device: nothing is measured (--predict writes what is expected)")
         return UNABLE
     for part in chosen.part or ("checks", *PARTS):
-        ends = time.monotonic() + PART_SECONDS
+        ends = time.monotonic() + chosen.seconds
         if part == "checks":
             run_checks(result, ends)
         elif part == "deep":

@@ -18,6 +18,7 @@ import json
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
@@ -261,6 +262,7 @@ def run_checks(device: str) -> dict[str, Result]:
         try:
             result = check(device)
         except Exception as error:  # the next check may work
+            traceback.print_exc()
             words = " ".join(str(error).split())[:300]
             result = Result(False, f"{type(error).__name__}: {words}")
         found[name] = result

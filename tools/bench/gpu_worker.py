@@ -1,8 +1,10 @@
-"""One variant of `tools/bench/gpu.py` in a separate process: times its steps, prints them as JSON.
+r"""One variant of `tools/bench/gpu.py` in a separate process: times its steps, prints them as JSON.
 
-python tools/bench/gpu_worker.py '{"config": ..., "settings": [...], "warmup": 3, "steps": 8}'
+echo '{"config": ..., "settings": [...], "warmup": 3, "steps": 8}' | \
+    python tools/bench/gpu_worker.py
 
-Needs torch, megatron-core, pydantic and PyYAML alone. On a CPU it works too, to see that it does.
+It has imported everything when it reads its order. Needs torch, megatron-core, pydantic and PyYAML
+alone. On a CPU it works too, to see that it does.
 """
 
 from __future__ import annotations
@@ -105,7 +107,10 @@ def measure(order: dict[str, Any], runtime: Runtime, config: Any) -> dict[str, A
 
 
 def main() -> None:
-    order = json.loads(sys.argv[1])
+    line = sys.stdin.readline()
+    if not line:  # nobody wants it any more
+        return
+    order = json.loads(line)
     try:
         config = load_config(Path(order["config"]), tuple(order["settings"]), world_size=1)
         with start(config.parallel, config.training) as runtime:

@@ -19,6 +19,7 @@ from keel_megatron.engines.megatron.overlap import (
     overlaps_param_gather,
 )
 from keel_megatron.engines.parameter_groups import ParameterGroup, groups_of
+from keel_megatron.model.graphs import capturable_hooks
 from keel_megatron.runtime.distributed import Runtime
 
 BUCKET_SIZE: int | None = None
@@ -36,7 +37,8 @@ def wrap_data_parallel(config: RunConfig, chunks: list[nn.Module], runtime: Runt
     )
     # Every type of parameter is a bucket group of its own, on later chunks too (`disable_bucketing`
     # would make them one): gloo mixes up an all-gather of bf16 and fp32 parameters in one batch.
-    wrapped = [OverlappedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
+    with capturable_hooks(config.kernels.cuda_graphs and runtime.device.type == "cuda"):
+        wrapped = [OverlappedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
     for chunk in wrapped:
         data_parallel.leave_out_collectives_of_one(chunk)
     return wrapped
