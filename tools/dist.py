@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import io
 import os
 import shlex
@@ -39,14 +40,15 @@ TRIAL = (
     "keel --version",
     "keel --help",
     "keel config list",
-    "keel plan demo",
-    "keel plan paper/keel_1024 --processes 8",
     "keel config copy demo mine.yaml",
-    "keel train mine.yaml --processes 2 training.name=mine training.steps=0 --dry-run",
+    "keel config show mine.yaml training.name=mine",
+    "keel plan demo",
+    "keel plan paper/keel_1024",
     "keel train demo --processes 2 training.steps=4 training.validate_every=4",
     "keel runs",
-    "keel generate runs/demo --tokens 8",
+    "keel generate runs/demo --prompt 'def ' --max-new-tokens 8",
 )
+"""Run in an empty folder, in this order."""
 
 
 def committed(target: Path, epoch: int, root: Path = ROOT) -> None:
@@ -77,8 +79,7 @@ def hook(name: str, source: Path, out: Path, epoch: int, **environment: str) -> 
         [sys.executable, "-c", code, name, str(out)],
         cwd=source,
         env=kept | {"SOURCE_DATE_EPOCH": str(epoch)} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
     if done.returncode:
@@ -106,7 +107,9 @@ def normalise(archive: Path, epoch: int) -> None:
         packed.write(data.getvalue())
 
 
-def build(source: Path, out: Path, epoch: int, umask: int = 0o022, **environment: str) -> list[Path]:
+def build(
+    source: Path, out: Path, epoch: int, umask: int = 0o022, **environment: str
+) -> list[Path]:
     """Build both archives from a folder of source files; the wheel from the sdist's."""
     out.mkdir(parents=True, exist_ok=True)
     before = os.umask(umask)
@@ -161,17 +164,100 @@ def changelog_problems(version: str, text: str) -> list[str]:
     return [] if f"## [{version}] - 20" in text else [f"CHANGELOG.md: no section [{version}]"]
 
 
-def check(archives: Sequence[Path]) -> None:
-    """Compare with a second build, look into the wheel, run twine."""
+def report(archives: Sequence[Path]) -> None:
+    for path in archives:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        print(f"{path.name}  {path.stat().st_size:,} bytes  sha256 {digest}", flush=True)
+
+
+def build_twice(out: Path) -> list[Path]:
+    """Build the last commit in two ways; returns the archives, whose bytes are equal.
+
+    Raises:
+        SystemExit: they differ.
+    """
+    epoch = commit_time()
+    with tempfile.TemporaryDirectory(prefix="dist-") as folder:
+        first, second = Path(folder, "source"), Path(folder, "another place", "source")
+        committed(first, epoch)
+        committed(second, epoch + 3601)
+        archives = build(first, out, epoch)
+        again = build(second, Path(folder, "again"), epoch, 0o077, TZ="Asia/Tokyo", LC_ALL="C")
+        for one, other in zip(archives, again, strict=True):
+            if one.read_bytes() != other.read_bytes():
+                raise SystemExit(f"{one.name}: a second build has other bytes")
+    return archives
 
 
 def trial(wheel: Path, pip_args: Sequence[str]) -> None:
-    """Install the wheel into a clean environment and run it there."""
+    """Install the wheel into a clean environment and run it there.
+
+    Raises:
+        SystemExit: too little disk is free, or a command fails.
+    """
+    free = shutil.disk_usage(tempfile.gettempdir()).free / 1e9
+    print(f"free disk: {free:.1f} GB (needed: {NEEDED_GB:.0f} GB)", flush=True)
+    if free < NEEDED_GB:
+        raise SystemExit(f"the trial needs {NEEDED_GB:.0f} GB in {tempfile.gettempdir()}")
+    with tempfile.TemporaryDirectory(prefix="keel-trial-") as folder:
+        place, home = Path(folder, "an empty folder"), Path(folder, "home")
+        place.mkdir()
+        home.mkdir()
+        venv = Path(folder, "venv")
+        dropped = ("PYTHONPATH", "VIRTUAL_ENV", "KEEL_CACHE")
+        environment = {key: value for key, value in os.environ.items() if key not in dropped}
+        environment |= {"HOME": str(home), "PATH": f"{venv / 'bin'}:{environment['PATH']}"}
+        pins = ["--quiet", "--constraint", str(ROOT / "constraints.txt"), *pip_args]
+        pip = [str(venv / "bin" / "python"), "-m", "pip", "install"]
+        for command in (
+            [sys.executable, "-m", "venv", str(venv)],
+            [*pip, *pins, "torch"],  # first: another package would bring CUDA's
+            [*pip, *pins, str(wheel)],
+            *(shlex.split(line) for line in TRIAL),
+        ):
+            run(command, place, environment)
+
+
+def run(command: Sequence[str], folder: Path, environment: dict[str, str]) -> None:
+    """Run one command of the trial, with its time; its output is shown if it fails."""
+    start = time.monotonic()
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    print(f"{time.monotonic() - start:6.1f} s  {shlex.join(command)}", flush=True)
+    if done.returncode:
+        raise SystemExit(f"{done.stdout}\nexit code {done.returncode}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
+    parser.add_argument("--twine", type=Path, default=ROOT / ".venv" / "validators" / "bin/python")
+    parser.add_argument("--pip-args", default="", help="further arguments of pip in the trial")
+    parser.add_argument("--no-trial", action="store_true", help="do not install and run the wheel")
+    options = parser.parse_args()
+    changed = subprocess.run(
+        ["git", "status", "--porcelain"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    if changed:
+        print(f"not committed, and left out:\n{changed}", end="", flush=True)
+    shutil.rmtree(options.out, ignore_errors=True)
+    archives = build_twice(options.out)
+    report(archives)
+    problems = content_problems(archives[1])
+    problems += changelog_problems(__version__, (ROOT / "CHANGELOG.md").read_text("utf-8"))
+    if problems:
+        raise SystemExit("\n".join(problems))
+    twine = [str(options.twine), "-m", "twine", "check", "--strict", *map(str, archives)]
+    subprocess.run(twine, check=True)
+    if not options.no_trial:
+        trial(archives[1].resolve(), shlex.split(options.pip_args))
 
 
 if __name__ == "__main__":
