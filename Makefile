@@ -9,6 +9,8 @@ PIP_ARGS ?=
 PROCESSES ?= 2
 # Test processes; each runs whole files. More than one per core is not faster.
 TEST_WORKERS ?= 2
+# Which tests `make test` runs; all of them without it: make test TESTS=tests/config
+TESTS ?=
 PYTEST := $(BIN)/python -m pytest --durations=25 --numprocesses $(TEST_WORKERS) \
 	--dist loadfile --no-loadscope-reorder
 
@@ -49,7 +51,7 @@ train: setup ## Train the demo: 128 Keel sub-layers on real text, two pipeline s
 	$(BIN)/keel train yaml/demo.yaml --processes $(PROCESSES)
 
 test: setup validators ## Run the tests (the quick ones: about 12 minutes on 2 cores).
-	$(PYTEST) -m 'not slow and not gpu'
+	$(PYTEST) -m 'not slow and not gpu' $(TESTS)
 
 test-all: setup validators ## Run every test that needs no GPU.
 	$(PYTEST) -m 'not gpu'
