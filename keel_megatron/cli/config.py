@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from keel_megatron.cli.arguments import ConfigPath, Overrides
 from keel_megatron.cli.console import print_path
+from keel_megatron.config.bundled import FOLDER, bundled_names
+from keel_megatron.errors import UserError
 
-app = typer.Typer(help="Show configurations.", no_args_is_help=True)
+app = typer.Typer(help="Show configurations, and copy bundled ones.", no_args_is_help=True)
 
 
 @app.command("show")
@@ -34,3 +38,29 @@ def schema() -> None:
     from keel_megatron.config.schema import json_schema
 
     print(json.dumps(json_schema(), indent=2))
+
+
+@app.command("list")
+def list_() -> None:
+    """List the bundled configurations. Each is a CONFIG: keel train demo."""
+    for name in bundled_names():
+        print(name)
+
+
+@app.command("copy")
+def copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name of `keel config list`.")],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Default: NAME.yaml in this folder.")
+    ] = None,
+) -> None:
+    """Copy a bundled configuration to a file, to be changed."""
+    if name not in bundled_names():
+        raise UserError(f"NAME: {name!r} is none of {', '.join(bundled_names())}")
+    file = file or Path(f"{Path(name).name}.yaml")
+    try:
+        with file.open("xb") as stream:  # an existing file is kept
+            stream.write((FOLDER / f"{name}.yaml").read_bytes())
+    except OSError as error:
+        raise UserError(f"FILE: {file} cannot be written: {error.strerror}") from error
+    print_path(file)

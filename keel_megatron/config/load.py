@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from keel_megatron.config.bundled import locate
 from keel_megatron.config.checks import known_problems, problems
 from keel_megatron.config.error_messages import section_suggestion, translate
 from keel_megatron.config.reading import read_small_text
@@ -24,7 +25,7 @@ def load_config(
     """Read a configuration.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a bundled configuration (`bundled_names`).
         overrides: `section.key=value` each, the value in YAML, null written out; the last one wins.
         world_size: number of processes, to check the layout against; None skips this check.
 
@@ -71,9 +72,11 @@ def _read(path: Path) -> dict[str, Any]:
     """The file's mapping of sections."""
     source = str(path)
     try:
-        content = read_yaml(read_small_text(path))
+        content = read_yaml(read_small_text(locate(path)))
     except OSError as error:
-        raise ConfigError(source, [Problem("file", f"cannot be read: {error.strerror}")]) from error
+        listed = "" if path.suffix else "; `keel config list` shows the bundled configurations"
+        problem = Problem("file", f"cannot be read: {error.strerror}{listed}")
+        raise ConfigError(source, [problem]) from error
     except UnicodeDecodeError as error:
         raise ConfigError(source, [Problem("file", "is not UTF-8 text")]) from error
     except ValueError as error:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from keel_megatron.config.bundled import locate
 from keel_megatron.config.reading import read_small_text
 from keel_megatron.config.yaml_text import read_yaml
 from keel_megatron.errors import Problem
@@ -52,7 +53,7 @@ def notices(path: Path | None, overrides: Sequence[str] = ()) -> Iterator[str]:
     A file that cannot be read has none; loading it reports the error.
     """
     try:
-        content = read_yaml(read_small_text(path)) if path is not None else {}
+        content = read_yaml(read_small_text(locate(path))) if path is not None else {}
     except (OSError, ValueError):
         content = {}
     sections = content if isinstance(content, dict) else {}

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from keel_megatron import __version__
 from keel_megatron.config import dump_config, load_config
+from keel_megatron.config.bundled import bundled_names
 from keel_megatron.config.schema import json_schema
 from tests.integration.commands import environment, keel
 from tests.settings import settings
@@ -40,6 +41,22 @@ def test_schema_prints_json(tmp_path: Path) -> None:
     done = keel(tmp_path, "config", "schema")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == json_schema()
+
+
+def test_bundled_configurations_are_listed_and_copied(tmp_path: Path) -> None:
+    listed = keel(tmp_path, "config", "list")
+    assert listed.stdout.splitlines() == bundled_names()
+    copied = keel(tmp_path, "config", "copy", "paper/keel_64")
+    assert (copied.returncode, copied.stdout) == (0, "keel_64.yaml\n")
+    shown = keel(tmp_path, "config", "show", "keel_64.yaml").stdout
+    assert shown == keel(tmp_path, "config", "show", "paper/keel_64").stdout
+    for arguments, expected in (
+        (("paper/keel_64",), "FILE: keel_64.yaml cannot be written: File exists"),
+        (("keel_64",), "NAME: 'keel_64' is none of demo, "),
+    ):
+        refused = keel(tmp_path, "config", "copy", *arguments)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(f"error: {expected}")
 
 
 def test_wrong_settings_are_one_message(tmp_path: Path, config_file: Path) -> None:
