@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest --durations=25 --numprocesses $(TEST_WORKERS) 
 	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock validators train test test-all test-security test-trace test-next test-gpu check format bench-kernel bench-gpu bench-peers studies-quick chaos check-images clean
+.PHONY: help setup lock validators docs train test test-all test-security test-trace test-next test-gpu check format bench-kernel bench-gpu bench-peers studies-quick chaos check-images clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -43,6 +43,9 @@ $(VENV)/validators/.installed: constraints.txt | $(VENV)/.installed
 	$(VENV)/validators/bin/python -m pip install --quiet --constraint constraints.txt \
 		kubernetes-validate kubeflow-training
 	touch $@
+
+docs: setup ## Build the documentation site into build/site; a broken link is an error.
+	$(BIN)/python tools/docs_site.py
 
 train: setup ## Train the demo: 128 Keel sub-layers on real text, two pipeline stages.
 	$(BIN)/keel train yaml/demo.yaml --processes $(PROCESSES)
