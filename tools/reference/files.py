@@ -74,8 +74,8 @@ def exit_code_page() -> str:
     """The page docs/reference/exit-codes.md."""
     return (
         "# Exit codes\n\n`keel train` exits with these codes. Other commands exit with 0; with 1 "
-        "if a check fails (`keel checkpoint verify`, `keel data verify`, `keel export`); and with 2 "
-        "for a configuration or usage error.\n\n"
+        "if a check fails (`keel checkpoint verify`, `keel data verify`, `keel export`); and with "
+        "2 for a configuration or usage error.\n\n"
         f"{source.text('runtime.exit_codes', skip_first=True)}\n"
     )
 
@@ -197,7 +197,7 @@ def _dataset() -> list[str]:
         "### Indexed tokens\n",
         source.text("data.shards") + " The header of an index is 9 bytes, `MMIDIDX` and two "
         "zeros, then little-endian the version (uint64, 1), the type of the tokens (uint8) and the "
-        "numbers of sequences and of documents (uint64 each). After it: lengths of the sequences (int32), "
-        "their byte offsets in the .bin file (int64), and where documents begin (int64).\n",
+        "numbers of sequences and of documents (uint64 each). After it: lengths of the sequences "
+        "(int32), their byte offsets in the .bin file (int64) and where documents begin.\n",
         source.table(["code", "type of the tokens"], types),
     ]
