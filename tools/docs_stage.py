@@ -19,6 +19,7 @@ PROJECT = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 SOURCES = "source"
 """Folder of the pages that show files."""
 _LINK = re.compile(r"(\]\(|(?:src|href)=\")([^)\"\s#]+)(#[^)\"\s]*)?(?=[)\"])")
+_LIST = re.compile(r"(?:[-*+]|\d+\.) ")
 _HIDDEN = "---\nsearch:\n  exclude: true\n---\n\n"
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".sbatch": "bash", ".json": "json"}
 
@@ -30,7 +31,8 @@ def stage(out: Path) -> None:
     for page in sorted([*DOCS.rglob("*.md"), *(ROOT / name for name in PROJECT)]):
         at = _place(page)
         text = page.read_text(encoding="utf-8")
-        (out / at).write_text(_with_links(text, page.parent, at.parent, shown), encoding="utf-8")
+        text = with_lists(_with_links(text, page.parent, at.parent, shown))
+        (out / at).write_text(text, encoding="utf-8")
     while shown:
         path = shown.pop()
         at = out / _place(path)
@@ -56,12 +58,28 @@ def _with_links(text: str, folder: Path, at: Path, shown: set[Path]) -> str:
         if ":" in url or not path.exists() or not path.is_relative_to(ROOT) or path == ROOT:
             return match[0]
         place = _place(path)
+        if path == ROOT / "README.md":
+            place, fragment = Path("index.md"), ""  # the site's own first page
         if place.parts[0] == SOURCES:
             shown.add(path)
             fragment = ""  # a line of the file
         return f"{before}{os.path.relpath(place, at)}{fragment}"
 
     return _LINK.sub(new, text)
+
+
+def with_lists(text: str) -> str:
+    """A page with a blank line between a paragraph and a list, which GitHub does not need."""
+    lines: list[str] = []
+    fenced = False
+    for line in text.split("\n"):
+        fenced ^= line.startswith("```")
+        before = lines[-1] if lines else ""
+        words = before[:1].strip() and not _LIST.match(before)
+        if not fenced and _LIST.match(line) and words:
+            lines.append("")
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _shown(path: Path, shown: set[Path]) -> str:
