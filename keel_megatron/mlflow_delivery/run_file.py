@@ -4,10 +4,10 @@ The file contains the run's id, and the folder's path at the last accepted start
 a folder is
 
 - the same run if its path is unchanged, or if no run at the recorded path has this id: it was
-moved; - a copy if the run at the recorded path still has the id. A copy becomes a new run: it gets
-a new id,
-  and the original's id is recorded as its origin. The copied database, artifacts, MLflow run id and
-  undelivered reports are moved to `origin/ID/`; the original delivers them itself.
+  moved;
+- a copy if the run at the recorded path still has the id. A copy becomes a new run: it gets a new
+  id, and the original's id is recorded as its origin. The copied database, artifacts, MLflow run id
+  and undelivered reports are moved to `origin/ID/`; the original delivers them itself.
 
 A copy whose original was moved, renamed or deleted before the copy's first start cannot be
 distinguished from a moved run.
@@ -42,11 +42,13 @@ class Origin:
     """The original of a copied run."""
 
     id: str
+    """The original's id."""
     place: str
     """The original's folder when the copy was first started."""
     step: int
     """Step of the checkpoint that the copy resumed from; 0 = none."""
     mlflow_run_id: str | None = None
+    """Id of the original's MLflow run."""
 
     def tags(self) -> dict[str, str]:
         """Tags of the copy's MLflow run."""
@@ -58,6 +60,7 @@ class RunFile:
     """A run's identity."""
 
     id: str
+    """Random, 32 hexadecimal digits."""
     place: str
     """The folder, absolute and without links, at the last accepted start."""
     origin: Origin | None = None

@@ -1,0 +1,82 @@
+"""The page of commands, from the command line's own parsers."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+
+from keel_megatron.cli.main import app
+
+HEAD = """\
+# Commands
+
+`keel COMMAND --help` prints the same. `[SECTION.KEY=VALUE]...` are settings that replace those of
+the configuration file: [Settings](settings.md). Exit codes: [Exit codes](exit-codes.md).
+"""
+
+
+def page() -> str:
+    """The page docs/reference/commands.md."""
+    root = typer.main.get_command(app)
+    described = [_described(command, words) for words, command in commands(root)]
+    return "\n".join([HEAD, _index(root), *described])
+
+
+def commands(root: Any, words: tuple[str, ...] = ("keel",)) -> Iterator[tuple[str, Any]]:
+    """The commands without those that only group others, with what one types to call them."""
+    for name, command in root.commands.items():
+        if command.hidden:
+            continue
+        if hasattr(command, "commands"):
+            yield from commands(command, (*words, name))
+        else:
+            yield " ".join((*words, name)), command
+
+
+def _index(root: Any) -> str:
+    lines = ["| command | |", "|---|---|"]
+    for words, command in commands(root):
+        lines.append(f"| [`{words}`](#{words.replace(' ', '-')}) | {_first(command)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _first(command: Any) -> str:
+    """The first sentence of a command's help."""
+    return " ".join(inspect.cleandoc(command.help or "").partition("\n\n")[0].split())
+
+
+def _described(command: Any, words: str) -> str:
+    """A command's usage, its help and its parameters."""
+    context = command.make_context(command.name, [], resilient_parsing=True)
+    usage = " ".join([words, *map(_usage, command.collect_usage_pieces(context))])
+    parts = [f"## {words}\n", f"<!-- test: output -->\n```\n{usage}\n```\n"]
+    parts += [f"{_text(text)}\n" for text in (command.help, command.epilog) if text]
+    records = [one.get_help_record(context) for one in command.params if "--help" not in one.opts]
+    rows = [f"| `{_cell(_name(names))}` | {_cell(text)} |" for names, text in filter(None, records)]
+    if rows:
+        parts.append("\n".join(["| | |", "|---|---|", *rows]) + "\n")
+    return "\n".join(parts)
+
+
+def _text(text: str) -> str:
+    """Help as Markdown: its paragraphs; what is indented is code there as well."""
+    lines = inspect.cleandoc(text.replace("\b\n", "")).splitlines()
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _name(names: str) -> str:
+    """The names of a parameter: a placeholder needs no type, and an option's is short."""
+    names = re.sub(r" <(list\[\w+\]|path)>$", "", names) if not names.startswith("-") else names
+    return names.replace(" range>", ">")
+
+
+def _usage(piece: str) -> str:
+    return re.sub(r"^\[(\[.*\](\.\.\.)?)\](\.\.\.)?$", r"\1", piece.strip("{}"))
