@@ -142,7 +142,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     content = read_json(folder / MANIFEST)
     try:
         if _sealed(content) != read_small(folder / MANIFEST, _LIMITS[MANIFEST]):
-            raise DamagedError(f"{MANIFEST} is not as it was written")
+            raise DamagedError(f"{MANIFEST} has changed since it was written")
         known, step = content["format"] in _READ_FORMATS, content["step"]
         files = {
             str(name): FileRecord(int(entry["bytes"]), str(entry["crc32"]))
@@ -157,7 +157,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     _check_step(folder, MANIFEST, step)
     strangers = [name for name in (*files, *_names(folder)) if not _belongs(name)]
     if strangers:
-        raise DamagedError(f"{strangers[0]} is no part of a checkpoint: it is not read")
+        raise DamagedError(f"{strangers[0]} is not part of a checkpoint, so it is not read")
     for name in (CONFIG, STATE, INDEX, BACKEND):
         if name not in files:
             raise DamagedError(f"{MANIFEST} does not list {name}")

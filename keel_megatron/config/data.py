@@ -119,7 +119,7 @@ class DataConfig(Section):
     )
     vocab_size: int = Field(
         ge=320,
-        description="Size of the vocabulary. In a SentencePiece model, it includes 256 byte tokens.",
+        description="Vocabulary size. In a SentencePiece model, it includes 256 byte tokens.",
     )
     tokenizer: TextPath | None = Field(
         default=None,
