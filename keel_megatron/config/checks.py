@@ -154,8 +154,8 @@ def _attention(config: RunConfig) -> Iterator[tuple[str, str]]:
     if chosen != "auto" and config.kernels.backend == "transformer_engine":
         yield (
             "kernels.attention",
-            f"{chosen} has no effect on Transformer Engine, which has its own attention; remove it, "
-            "or set kernels.backend to torch",
+            f"{chosen} has no effect on Transformer Engine, which has its own attention; remove "
+            "it, or set kernels.backend to torch",
         )
     if chosen == "cudnn" and config.training.deterministic:
         yield (
