@@ -1,10 +1,10 @@
 """What a complete checkpoint holds, file by file, and whether it still does. No torch here.
 
-`manifest.json` is written last, with the size and the CRC-32 of every other file. It finds damage,
-not malice: whoever can change a file can change the manifest. Malice finds nothing to work with,
-because no file of a checkpoint is code or a pickle, and files of any other kind are refused.
+`manifest.json` is written last, with the size and the CRC-32 of every other file. It detects
+damage, not tampering: whoever can change a file can also change the manifest. A changed file cannot
+execute code, because no file of a checkpoint is code or a pickle, and other files are refused.
 
-CRC-32 and not SHA-256: it misses one damage in 4e9 and no burst of up to 32 bits, and is computed
+CRC-32 is used instead of SHA-256: it misses one error in 4e9 and no burst of up to 32 bits, and is
 about three times as fast, so that a rank that writes or reads gigabytes does not wait for it.
 """
 
