@@ -2,8 +2,8 @@
 
 A checkpoint contains the optimizer (fp32 masters, of which the weights are casts, and moments), the
 random generators of every rank, the position in the data, the state of other parts of the run, the
-identity of the data, the resolved configuration and the versions of the packages. The schedule has no state:
-its position is the step. Tensors have names and places that do not depend on the layout
+identity of the data, the resolved configuration and the versions of the packages. The schedule has
+no state: its position is the step. Tensors have names and places that do not depend on the layout
 (`parameters`), so a run may resume at any layout.
 """
 
