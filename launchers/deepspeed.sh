@@ -10,7 +10,7 @@
 # The repository and its environment must lie at the same path on all hosts. It starts nothing again:
 # --max-restarts is torchrun's. Nor does it hand signals on: after Ctrl-C DeepSpeed gives the processes
 # 30 s to save; SIGTERM to the launcher alone does not reach them. For the DeepSpeed engine itself see
-# the README; this launcher starts either engine.
+# docs/deepspeed.md; this launcher starts either engine.
 #
 # MLFLOW_*, AWS_*, AZURE_*, GOOGLE_*, DATABRICKS_*, PGPASSWORD and MYSQL_PWD reach rank 0 alone, which
 # reports: through ssh's standard input into a file of the first host's, its owner's alone, that rank 0
@@ -99,7 +99,7 @@ if ((DRY_RUN)); then
     exit 0
 fi
 "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("deepspeed"))' ||
-    die "DeepSpeed is not installed for $PYTHON (README.md, extra deepspeed)"
+    die "DeepSpeed is not installed for $PYTHON (docs/deepspeed.md)"
 find_run_folder
 if [[ ${hosts[*]} == localhost ]]; then
     check_devices "${slots[0]}"

@@ -4,7 +4,7 @@
 #   launchers/local.sh [--dry-run] [--doctor] [--max-restarts N] N CONFIG [section.key=value ...]
 #
 # N processes; as many as GPUs, or on a CPU as many as the layout has. Ctrl-C, SIGTERM and SIGUSR1
-# save and end the run. Ends with keel's own exit codes (README.md).
+# save and end the run. Ends with keel's own exit codes (docs/reference/exit-codes.md).
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launchers/lib.sh

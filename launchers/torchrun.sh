@@ -17,7 +17,7 @@
 #   WAIT_SECONDS    how long to wait for the first node (default 300)
 #
 # SIGUSR1 (save, end with 75) and SIGTERM (save, end with 143) are handed to the trainers. Ends with
-# keel's own exit codes (README.md), which torchrun hides.
+# keel's own exit codes (docs/reference/exit-codes.md), which torchrun hides.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launchers/lib.sh

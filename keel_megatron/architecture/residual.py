@@ -143,8 +143,8 @@ class Reader:
             if not allowed or (field.name == "inner" and value not in self.inner):
                 raise UserError(
                     f"model.residual: {model.residual} sets {field.name} = {value} in sub-layer "
-                    f"{l}, which {self.path} cannot honour; choose another rule, or add the column "
-                    "there (architecture/residual.py)"
+                    f"{l}, which {self.path} does not support; choose another rule, or add the "
+                    "column there (architecture/residual.py)"
                 )
         if row.inner_factor != 1.0 and row.inner == "none":
             raise UserError(

@@ -115,9 +115,9 @@ def check_identity(saved: Path, config: RunConfig) -> None:
         same_model = not any(path.startswith(_ARCHITECTURE) for path, *_ in changes)
         start = ", and training.initialize_from to start from its weights" if same_model else ""
         raise UserError(
-            f"{saved.parent} holds a run of another configuration:\n{lines}\n"
-            f"give this one another training.name{start}, or move that folder away\n"
-            f"(a run may change: {changeable()})"
+            f"{saved.parent} contains a run of another configuration:\n{lines}\n"
+            f"set another training.name{start}, or move that folder away\n"
+            f"(settings that may change: {changeable()})"
         )
 
 
@@ -176,5 +176,5 @@ def saved_config(folder: Path) -> RunConfig:
         saved = newest / CONFIG_FILE
     if not saved.is_file():
         why = f"there is no {CONFIG_FILE} in it" if folder.is_dir() else "it does not exist"
-        raise UserError(f"{folder} holds no run: {why}; a run's folder is runs/NAME")
+        raise UserError(f"{folder} contains no run: {why}; a run's folder is runs/NAME")
     return load_config(saved)

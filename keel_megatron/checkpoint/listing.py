@@ -61,7 +61,7 @@ def entries(run_folder: Path, *, read_all: bool) -> list[Entry]:
     """
     if not folder.root(run_folder).is_dir():
         raise UserError(
-            f"{run_folder} holds no checkpoints: there is no {folder.root(run_folder)}; a run's "
+            f"{run_folder} contains no checkpoints: there is no {folder.root(run_folder)}; a run's "
             "folder is runs/NAME"
         )
     look: Callable[[Path], Any] = check if read_all else read_manifest
@@ -96,7 +96,7 @@ def describe(run_folder: Path, step: int | None) -> list[str]:
         if entry.step is not None and entry.problem is None
     ]
     if step is None and not good:
-        raise UserError(f"{run_folder} has no good checkpoint")
+        raise UserError(f"{run_folder} has no valid checkpoint")
     path = folder.step_folder(run_folder, good[-1] if step is None else step)
     if not path.is_dir():
         there = ", ".join(map(str, folder.steps(run_folder))) or "none"

@@ -1,10 +1,10 @@
 """What a complete checkpoint holds, file by file, and whether it still does. No torch here.
 
-`manifest.json` is written last, with the size and the CRC-32 of every other file. It finds damage,
-not malice: whoever can change a file can change the manifest. Malice finds nothing to work with,
-because no file of a checkpoint is code or a pickle, and files of any other kind are refused.
+`manifest.json` is written last, with the size and the CRC-32 of every other file. It detects
+damage, not tampering: whoever can change a file can also change the manifest. A changed file cannot
+execute code, because no file of a checkpoint is code or a pickle, and other files are refused.
 
-CRC-32 and not SHA-256: it misses one damage in 4e9 and no burst of up to 32 bits, and is computed
+CRC-32 is used instead of SHA-256: it misses one error in 4e9 and no burst of up to 32 bits, and is
 about three times as fast, so that a rank that writes or reads gigabytes does not wait for it.
 """
 
@@ -142,7 +142,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     content = read_json(folder / MANIFEST)
     try:
         if _sealed(content) != read_small(folder / MANIFEST, _LIMITS[MANIFEST]):
-            raise DamagedError(f"{MANIFEST} is not as it was written")
+            raise DamagedError(f"{MANIFEST} has changed since it was written")
         known, step = content["format"] in _READ_FORMATS, content["step"]
         files = {
             str(name): FileRecord(int(entry["bytes"]), str(entry["crc32"]))
@@ -157,7 +157,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     _check_step(folder, MANIFEST, step)
     strangers = [name for name in (*files, *_names(folder)) if not _belongs(name)]
     if strangers:
-        raise DamagedError(f"{strangers[0]} is no part of a checkpoint: it is not read")
+        raise DamagedError(f"{strangers[0]} is not part of a checkpoint, so it is not read")
     for name in (CONFIG, STATE, INDEX, BACKEND):
         if name not in files:
             raise DamagedError(f"{MANIFEST} does not list {name}")

@@ -70,7 +70,7 @@ def newest_good(run_folder: Path, runtime: Runtime, multiple_of: int = 1) -> Res
     if damaged:
         raise UserError(
             "\n".join(remarks)
-            + f"\nno checkpoint of {run_folder} is good; to start the run from step 0, move that "
+            + f"\nno checkpoint of {run_folder} is valid; to start the run from step 0, move that "
             "folder away or change training.name",
             reported=not runtime.is_main,
         )
@@ -138,4 +138,4 @@ def _check_identity(path: Path, run_folder: Path) -> None:
     changes = list(identity_changes(saved, own))
     if changes:
         name, there, here = changes[0]
-        raise DamagedError(f"it is another run's: {name} is {there} in it, {here} in the run")
+        raise DamagedError(f"it belongs to another run: {name} is {there} in it, {here} in the run")

@@ -2,10 +2,10 @@
 
 The file is a little-endian uint64 with the header's length, a JSON header, then the tensors' bytes
 (github.com/huggingface/safetensors, "Format"). The library's writer is not used, for four reasons:
-it gives no checksum of what it writes other than from a second copy of the whole state (512 MB on
-2 cores of an Intel Xeon: 4.8 s and 1,024 MB more memory, here 2.9 s and 9 MB more); it wants every
-tensor in the host's memory at once; it reports a full disk without its error number; and two files
-of equal content differ. No torch here.
+a checksum of what it writes needs a second copy of the whole state (512 MB on 2 cores of an Intel
+Xeon: 4.8 s and 1,024 MB more memory, here 2.9 s and 9 MB more); it needs every tensor in host
+memory at once; it reports a full disk without its error number; and two files of equal content
+differ. No torch here.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The whole state of a run as a snapshot to write, and back.
+"""Saves the whole state of a run as a snapshot, and restores it.
 
-A checkpoint holds the optimizer (fp32 masters, of which the weights are casts, and moments), the
-generators of every rank, the position in the data, the state of other parts of the run, what the
-data was, the resolved configuration and the versions of the packages. The schedule has no state:
-its position is the step. Tensors have names and places that do not depend on the layout
-(`parameters`), so a run may resume at any.
+A checkpoint contains the optimizer (fp32 masters, of which the weights are casts, and moments), the
+random generators of every rank, the position in the data, the state of other parts of the run, the
+identity of the data, the resolved configuration and the versions of the packages. The schedule has
+no state: its position is the step. Tensors have names and places that do not depend on the layout
+(`parameters`), so a run may resume at any layout.
 """
 
 from __future__ import annotations

@@ -106,9 +106,9 @@ def _check(folder: Path, *, ours: bool) -> None:
         problem = "can be written by its group"
     if problem is not None:
         raise UserError(
-            f"{CACHE}: {folder} {problem}. What torch has compiled is executed from there, so it "
-            f"must be yours alone: remove it or `chmod 700` it if all in it is yours, or name "
-            f"another folder in the environment variable {CACHE}"
+            f"{CACHE}: {folder} {problem}. torch executes the compiled code in it, so nobody else "
+            "may have access: remove it, `chmod 700` it if everything in it is yours, or set the "
+            f"environment variable {CACHE} to another folder"
         )
 
 

@@ -154,8 +154,8 @@ def _attention(config: RunConfig) -> Iterator[tuple[str, str]]:
     if chosen != "auto" and config.kernels.backend == "transformer_engine":
         yield (
             "kernels.attention",
-            f"{chosen} does not reach Transformer Engine, which has its own attention; remove it, "
-            "or set kernels.backend to torch",
+            f"{chosen} has no effect on Transformer Engine, which has its own attention; remove "
+            "it, or set kernels.backend to torch",
         )
     if chosen == "cudnn" and config.training.deterministic:
         yield (
@@ -169,7 +169,7 @@ def _deterministic(config: RunConfig) -> Iterator[tuple[str, str]]:
     if config.training.deterministic and config.kernels.backend == "transformer_engine":
         yield (
             "training.deterministic",
-            "true does not reach Transformer Engine's kernels; set kernels.backend to torch",
+            "true has no effect on Transformer Engine's kernels; set kernels.backend to torch",
         )
 
 

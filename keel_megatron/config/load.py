@@ -84,7 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         found = "empty" if content is None else f"not a mapping: {shown(content)}"
         wanted = ", ".join(RunConfig.model_fields)
-        raise ConfigError(source, [Problem("file", f"is {found}; wanted are sections: {wanted}")])
+        raise ConfigError(source, [Problem("file", f"is {found}; expected sections: {wanted}")])
     return {
         name: dict(section) if isinstance(section, dict) else section
         for name, section in content.items()
@@ -98,7 +98,7 @@ def _apply(mapping: dict[str, Any], override: str) -> Problem | None:
     if not equals or not dot or not section or not key or "." in key:
         near = section_suggestion(section) if equals and section and not dot else ""
         near = near if "." in near else ""
-        return Problem(override, f"an override is written section.key=value{near}")
+        return Problem(override, f"an override must be section.key=value{near}")
     try:
         value = read_inline(text)
     except ValueError as error:

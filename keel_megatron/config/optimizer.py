@@ -45,7 +45,7 @@ class OptimizerConfig(Section):
             "of the blocks, AdamW for embeddings, output layer and norm weights. Each matrix is "
             "updated by one replica, also without parallel.distributed_optimizer, and under tensor "
             "parallelism it is orthogonalised as a whole; query, key and value, and gate and up, "
-            "are matrices of their own. A resume cannot change it."
+            "are separate matrices. Cannot change when a run resumes."
         ),
     )
     learning_rate: float = Field(gt=0.0, description="Peak learning rate.")
@@ -53,9 +53,9 @@ class OptimizerConfig(Section):
         default=0.01,
         ge=0.0,
         description=(
-            "Decoupled weight decay of matrices; norm weights are decayed with decay_norms only. A "
-            "step takes learning rate x weight_decay of a weight, so a factor of the rate is one "
-            "of the decay too."
+            "Decoupled weight decay of matrices; norm weights are decayed only with decay_norms. "
+            "Each step subtracts learning rate x weight_decay x weight, so a factor of the "
+            "learning rate also scales the decay."
         ),
     )
     decay_norms: bool = Field(
@@ -65,7 +65,7 @@ class OptimizerConfig(Section):
         default_factory=RatesConfig,
         description=(
             "Factors of the learning rate, for example {embeddings: 2.0, norms: 0.5}: matrices "
-            "(of the blocks), embeddings (shared ones too), head (the output layer) and norms "
+            "(of the blocks), embeddings (tied ones too), head (the output layer) and norms "
             "(and other vectors). Each is 1 by default; 0: not updated."
         ),
     )
@@ -147,9 +147,9 @@ class ScheduleConfig(Section):
     decay_shape: Literal["linear", "cosine", "sqrt", "exponential"] = Field(
         default="linear",
         description=(
-            "Shape of the decay of decay: wsd, with p the decayed share of its steps, from 0 to 1. "
-            "linear: 1 - p. cosine: (1 + cos(pi p)) / 2. sqrt: 1 - sqrt(p). exponential: the same "
-            "factor at every step, which needs min_learning_rate > 0."
+            "Shape of the decay with decay: wsd, where p is the completed fraction of the decay, "
+            "from 0 to 1. linear: 1 - p. cosine: (1 + cos(pi p)) / 2. sqrt: 1 - sqrt(p). "
+            "exponential: the same factor at every step, which needs min_learning_rate > 0."
         ),
     )
     min_learning_rate: float = Field(

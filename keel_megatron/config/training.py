@@ -53,9 +53,9 @@ class TrainingConfig(Section):
     deterministic: bool = Field(
         default=False,
         description=(
-            "Use only CUDA kernels whose results are the same at every repetition: no cuDNN "
-            "attention, ordered sums in FlashAttention's backward pass, a fixed cuBLAS "
-            "workspace. Costs speed. Changes nothing on a CPU, where runs always repeat exactly. "
+            "Use only deterministic CUDA kernels: no cuDNN attention, ordered sums in "
+            "FlashAttention's backward pass, a fixed cuBLAS workspace. Reduces speed. Has no "
+            "effect on a CPU, where runs are always deterministic. "
             "Not supported with kernels.backend: transformer_engine."
         ),
     )
@@ -104,7 +104,7 @@ class TrainingConfig(Section):
     initialize_from: TextPath | None = Field(
         default=None,
         description=(
-            "Start a new run from the weights of another: RUN (its newest good checkpoint), "
+            "Start a new run from the weights of another: RUN (its newest valid checkpoint), "
             "RUN@STEP, a checkpoint's folder or a Hugging Face folder. Architecture and tokenizer "
             "must be the same; layout, engine, data and everything else may differ. Ignored by a "
             "run that has a checkpoint of its own."
@@ -121,8 +121,8 @@ class TrainingConfig(Section):
         default=False,
         description=(
             "Continue training.initialize_from as a resume of it would, under this run's name: "
-            "also keep its step, its place in the data, its generators and the guard's statistics. "
-            "Needs keep_optimizer, and refuses what a resume refuses, such as other data."
+            "also keep its step, position in the data, random generators and guard statistics. "
+            "Needs keep_optimizer. Changes that a resume refuses, such as other data, are refused."
         ),
     )
     runs_dir: TextPath = Field(
@@ -159,9 +159,9 @@ class CheckpointConfig(Section):
     async_save: bool = Field(
         default=True,
         description=(
-            "Write checkpoint files in the background while training continues. Keeps host "
-            "memory for a copy of what each rank writes: 12 bytes x its parameters / replicas; "
-            "a GPU run also with false."
+            "Write checkpoint files in the background while training continues. Uses host "
+            "memory for a copy of what each rank writes: 12 bytes x its parameters / replicas. "
+            "A GPU run uses this memory with false too."
         ),
     )
     on_error: Literal["stop", "continue"] = Field(
@@ -181,7 +181,7 @@ class TrackingConfig(Section):
     uri: str | None = Field(
         default=None,
         description=(
-            "MLflow tracking URI. Must not hold a user, a password or any other secret; "
+            "MLflow tracking URI. Must not contain a user, a password or any other secret; "
             "credentials come from MLflow's environment variables. null: the SQLite "
             "database runs_dir/mlflow.db, which all runs of the folder share."
         ),

@@ -155,8 +155,8 @@ def _opened(
     if again.fingerprint != found.fingerprint:
         # A file was changed, and its old size and modification time restored.
         raise UserError(
-            f"data.cache_dir: what is remembered of the source files in {data.cache_dir} is not "
-            "true any more; start again"
+            f"data.cache_dir: the list of source files cached in {data.cache_dir} is out of date; "
+            "start again"
         )
     return again.sources or (), again.contents or {}
 

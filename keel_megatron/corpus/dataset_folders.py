@@ -66,7 +66,7 @@ def _saved_split(setting: str, given: Given, folder: str) -> list[Entry]:
     state = f"{folder}/{_STATE}"
     if _list_in(setting, state, "_indices_data_files", optional=True):
         raise UserError(
-            f"{setting}: {folder} is a selection of rows kept as indices; save it again with "
+            f"{setting}: {folder} stores a selection of rows as indices; save it again with "
             "flatten_indices()"
         )
     found = []
@@ -105,7 +105,7 @@ def _list_in(setting: str, path: str, key: str, *, optional: bool = False) -> li
 def _plain(setting: str, path: str, name: object) -> str:
     """A name in a description, which must not lead out of its folder."""
     if not isinstance(name, str) or not name or "/" in name or "\0" in name or name in (".", ".."):
-        raise UserError(f"{setting}: {path} is damaged: {name!r} is no file name")
+        raise UserError(f"{setting}: {path} is damaged: {name!r} is not a file name")
     return name
 
 

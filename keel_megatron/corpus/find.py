@@ -211,7 +211,7 @@ def _entries_of(
                 yield from pair(given, prefix)
             elif wanted == "megatron" and not os.path.isdir(location):
                 raise UserError(
-                    f"{setting}: {printable(location)} is no prefix of a .bin and .idx pair of "
+                    f"{setting}: {printable(location)} is not a prefix of a .bin and .idx pair of "
                     "Megatron-core"
                 )
             elif not is_folder(setting, location):
@@ -296,8 +296,8 @@ def _examined(part: _Listed, say: Say) -> Source:
     if "megatron" in kinds and len(kinds) > 1:
         first = next(file for file in files if file.kind == "megatron")
         raise UserError(
-            f"{part.setting}: {part.description} holds .bin and .idx pairs, such as "
-            f"{first.location}, beside other files; give them as a source of their own in "
+            f"{part.setting}: {part.description} contains .bin and .idx pairs, such as "
+            f"{first.location}, and other files; make the pairs a separate source in "
             "data.sources"
         )
     if kinds & {"parquet", "huggingface"}:

@@ -201,9 +201,9 @@ def _hold_out(
         return 0
     if documents == 1:
         raise UserError(
-            f"{source.setting}: {source.description} has one document, and at least one is held "
-            "out; add documents, or give files of its own to validate with (data.sources: "
-            "validation)"
+            f"{source.setting}: {source.description} has only one document, and at least one is "
+            "held out for validation; add documents, or give separate validation files "
+            "(data.sources: validation)"
         )
     if held == 0:
         shard, found = _extreme(own, lambda result: result.lowest, -1)
@@ -297,7 +297,7 @@ def _record(path: Path, digest: str | None = None) -> FileRecord:
 
 
 def _prefix_name(folder: Path, job: Job) -> str:
-    """Name of ready tokens: that of their prefix, in the characters that names may have."""
+    """Name of pre-tokenized data: that of their prefix, in the characters that names may have."""
     (unit,) = read_units(folder, job)
     name = Path(unit.file.location).name.removesuffix(".bin")
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip("._-") or job.shard

@@ -251,7 +251,9 @@ def read_units(folder: Path, job: Job) -> Iterator[Unit]:
                 start, stop = content.pop("start"), content.pop("stop")
                 yield Unit(SourceFile(**content), start, stop)
     except (OSError, ValueError, TypeError, KeyError, ValidationError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove {folder} to build it anew") from error
+        raise UserError(
+            f"{path} is damaged ({error}); remove {folder} to build it again"
+        ) from error
 
 
 def _units(source: Source, size: int) -> Iterator[tuple[Unit, int]]:

@@ -131,7 +131,8 @@ def _tokenizer(
     if data.tokenizer is None:
         if all(item.source.kind == "megatron" for item in sampled):
             raise UserError(
-                "data.tokenizer: ready tokens need the tokenizer that made them; give its path"
+                "data.tokenizer: pre-tokenized data needs the tokenizer that encoded it; give its "
+                "path"
             )
         say(f"training a tokenizer of {data.vocab_size} pieces")
         try:

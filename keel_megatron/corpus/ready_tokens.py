@@ -33,7 +33,7 @@ def count_tokens(folder: Path, plan: Plan, job: Job, report: Report) -> JobResul
             raise UserError(
                 f"{plan.sources[job.source].setting}: {prefix}.bin has the token "
                 f"{max(block.max(), -int(block.min()))}, outside of the vocabulary of "
-                f"{vocab_size}; give the tokenizer that made it as data.tokenizer"
+                f"{vocab_size}; set data.tokenizer to the tokenizer that encoded it"
             )
         counts += np.bincount(block.astype(np.int64), minlength=vocab_size)
         report(Done(bytes=block.nbytes, tokens=len(block)))
@@ -72,8 +72,8 @@ def _check_ends(shard: TokenShard, plan: Plan, job: Job) -> None:
     if share < 0.5:
         raise UserError(
             f"{plan.sources[job.source].setting}: only {share:.1%} of the documents of "
-            f"{shard.prefix} end with token {plan.tokenizer.eod}, the end of document of "
-            "data.tokenizer; give the tokenizer that made it, and prepare it with --append-eod"
+            f"{shard.prefix} end with token {plan.tokenizer.eod}, the end-of-document token of "
+            "data.tokenizer; use the tokenizer that encoded it, and prepare it with --append-eod"
         )
 
 

@@ -81,7 +81,7 @@ class JobResult(Section):
     peak_memory: int = 0
     """Of the process, bytes."""
     files: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Of ready tokens: records of .bin and .idx."""
+    """Of pre-tokenized data: records of .bin and .idx."""
 
 
 @dataclass
@@ -355,7 +355,9 @@ def text_of(unit: Unit) -> Iterator[str]:
             "it to UTF-8"
         ) from None
     if passed != unit.stop:
-        raise UserError(f"{unit.file.location} changed while it was read; restart when it is whole")
+        raise UserError(
+            f"{unit.file.location} changed while it was read; restart when it is complete"
+        )
 
 
 def save_array(path: Path, values: NDArray[Any]) -> None:

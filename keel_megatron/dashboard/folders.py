@@ -40,7 +40,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
             what = "is no folder" if path.exists() else "does not exist"
             raise UserError(f"{path} {what}: give a run's folder, or the folder of runs")
         if not inside:
-            raise UserError(f"{path} holds no runs: `keel train CONFIG` makes one in runs/")
+            raise UserError(f"{path} contains no runs: `keel train CONFIG` creates one in runs/")
         found |= {folder.resolve(): folder for folder in inside}
     return list(found.values())
 

@@ -217,7 +217,7 @@ class Gate:
             return None
         edits = self._edit and path in _EDIT
         if method != "POST" or not (path in _SEARCH or path == _GRAPHQL or edits):
-            raise RefusedError(403, "the dashboard does not do this")
+            raise RefusedError(403, "the dashboard does not support this")
         body = await _read(receive)
         if path in _SEARCH:
             return body
@@ -228,7 +228,7 @@ class Gate:
         if path == _GRAPHQL:
             names = re.findall(r"\bmlflow\w*", str(fields.get("query", "")))
             if not set(names) <= _GRAPHQL_FIELDS:
-                raise RefusedError(403, "the dashboard does not do this")
+                raise RefusedError(403, "the dashboard does not support this")
         return json.dumps(fields).encode()
 
     async def _forward(

@@ -126,7 +126,7 @@ def _copy(database: Path, folder: Path) -> Path:
             raise UserError(
                 f"{database} is another user's and is copied to {folder.parent}: "
                 f"{(size + _RESERVE) / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free: set "
-                "TMPDIR to a folder with more room"
+                "TMPDIR to a folder with more space"
             )
         copy_foreign(database, copy)
     except (OSError, DatabaseError) as error:

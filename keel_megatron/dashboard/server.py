@@ -59,8 +59,8 @@ def listen(port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise UserError(
-            f"--port: {port} on {HOST} cannot be had ({error.strerror}); give another one, "
-            "or 0 for any that is free"
+            f"--port: {port} on {HOST} is not available ({error.strerror}); give another port, "
+            "or 0 for any free one"
         ) from None
     return listener
 

@@ -41,9 +41,9 @@ def quotas(weights: Mapping[str, float]) -> dict[str, int]:
         if quota == 0:
             least = (total - weights[name]) / (BLOCK - 1)
             raise UserError(
-                f"data.sources: the weight of {name}, {weights[name]:g}, is too small beside the "
-                f"others' {total - weights[name]:g}: shares are multiples of 1/{BLOCK}. Give it a "
-                f"weight of at least {least:.3g}, or remove it"
+                f"data.sources: the weight of {name}, {weights[name]:g}, is too small compared "
+                f"with the others' {total - weights[name]:g}: shares are multiples of 1/{BLOCK}. "
+                f"Give it a weight of at least {least:.3g}, or remove it"
             )
     return found
 

@@ -164,10 +164,10 @@ def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any] | None]:
     """
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise UserError(f"data.dataset: {folder} does not exist, or is no folder")
+        raise UserError(f"data.dataset: {folder} does not exist, or is not a folder")
     if not path.exists():
         raise UserError(
-            f"data.dataset: {folder} is no dataset: it has no {MANIFEST}; build one: keel data "
+            f"data.dataset: {folder} is not a dataset: it has no {MANIFEST}; build one: keel data "
             "build CONFIG"
         )
     try:
@@ -287,8 +287,8 @@ def _source(
             )
         if ("mask" in shard.files) != record.is_chat or (record.is_chat and shard.external):
             raise UserError(
-                f"data.dataset: {folder / MANIFEST} is damaged: {shard.name} has a loss mask and "
-                "is no conversations, or the other way round"
+                f"data.dataset: {folder / MANIFEST} is damaged: {shard.name} must have a loss mask "
+                "if, and only if, it contains conversations"
             )
         prefix = home / shard.name
         if shard.external:

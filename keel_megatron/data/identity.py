@@ -47,9 +47,8 @@ def refuse_other(expected: Mapping[str, Any], dataset: Dataset) -> None:
             f"now. Restore them, or {ANOTHER_RUN}"
         )
     raise UserError(
-        f"data.tokenizer: that of {dataset.folder} is not the one that the run was trained with, "
-        "and its weights know no other: restore it, or train under another training.name, which "
-        "starts with new weights"
+        f"data.tokenizer: the tokenizer of {dataset.folder} is not the run's, which its weights "
+        "require: restore it, or train under another training.name, which starts with new weights"
     )
 
 
@@ -63,7 +62,7 @@ def _refuse_other_files(
             raise UserError(
                 f"data.dataset: {name} of {dataset.folder} is not what the run was trained on: "
                 f"{_file_text(then)} then, {_file_text(now)} now, from the same sources; other "
-                "versions of the tokenizer's library may encode them otherwise. Restore that "
+                "versions of the tokenizer's library may encode them differently. Restore that "
                 f"folder or those versions, or {ANOTHER_RUN}"
             )
 

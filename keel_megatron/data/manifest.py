@@ -50,7 +50,7 @@ class TokenizerRecord(Section):
     vocab_size: int = Field(gt=0)
     eod: int = Field(ge=0)
     encoder: str
-    """What encoded the text, with its version and the sample on which it was proven equal."""
+    """What encoded the text, with its version and the sample on which its tokens were equal."""
     lost: float = Field(ge=0.0, le=1.0)
     """Share of a sample's characters that it loses."""
 

@@ -154,7 +154,7 @@ def read(task: Task, limit: int = 0) -> list[Document]:
     if len({len(document.choices) > 1 for document in documents}) > 1:
         raise UserError(
             f"{SETTING}: {task.path} has documents with choices and documents with one "
-            "continuation; put them into a file each"
+            "continuation; put them into separate files"
         )
     return documents
 
@@ -264,7 +264,7 @@ def _local_documents(records: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[
         if not isinstance(choices, list) or len(choices) < 2:
             raise ValueError(
                 f"line {number}: needs `context` and either `continuation` or `choices` (at least "
-                "two) with `answer`, the number of the right one from 0 on"
+                "two) with `answer`, the number of the right one, counted from 0"
             )
         texts = [_text({"choices": one}, "choices", number) for one in choices]
         if type(answer) is not int or not 0 <= answer < len(texts):

@@ -91,7 +91,7 @@ def import_folder(folder: Path, run: Path, say: Callable[[str], None]) -> None:
         f"{run}"
     )
     values = ", ".join(f"{name}={value:g}" for name, value in _PLACEHOLDERS.items())
-    say(f"the folder says nothing of training: {values} are placeholders, the rest is default")
+    say(f"the folder has no training settings: {values} are placeholders, all others defaults")
     say(
         "it has no optimizer state: train another run from its weights with "
         f"training.initialize_from={run}"

@@ -22,8 +22,8 @@ def check_new(out: Path) -> None:
         raise UserError(f"--out: {out} exists and is not an empty folder; name another")
     if os.path.lexists(_partial(out)):
         raise UserError(
-            f"--out: {_partial(out)} exists, left by a command that was killed or is at work; "
-            "remove it, or name another folder"
+            f"--out: {_partial(out)} exists, left by a command that was killed or is still "
+            "running; remove it, or name another folder"
         )
 
 

@@ -59,7 +59,7 @@ class SavedWeights:
             names = list(files.values()) if isinstance(files, dict) else []
             for name in names:
                 if not isinstance(name, str) or Path(name).name != name or "\0" in name:
-                    raise UserError(f"{self._folder}: {INDEX} names {name!r}, which is no file")
+                    raise UserError(f"{self._folder}: {INDEX} names {name!r}, which is not a file")
             return sorted({*names})
         if (self._folder / WEIGHTS).is_file():
             return [WEIGHTS]

@@ -102,7 +102,7 @@ class Decoder:
         if needed > free:
             raise UserError(
                 f"--batch-size: keys and values of the prompts need {needed / 1e9:.3g} GB, and "
-                f"{free / 1e9:.3g} GB are free; continue fewer prompts at a time, or give more "
+                f"{free / 1e9:.3g} GB are free; use a smaller batch size, or more "
                 "--processes"
             )
 

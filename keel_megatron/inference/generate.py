@@ -144,12 +144,12 @@ def _check_lengths(
         if not sampling.slide:
             raise UserError(
                 f"prompt {number + 1} has {len(prompt)} tokens and the context {context} "
-                "(data.seq_length): nothing can follow; shorten it, or add --slide",
+                "(data.seq_length): no new token fits; shorten it, or add --slide",
                 reported=not is_main,
             )
         if is_main:
             print(
-                f"of the {len(prompt)} tokens of prompt {number + 1} the model sees the last "
-                f"{max(1, context // 2)}: the context has {context} (data.seq_length)",
+                f"prompt {number + 1} has {len(prompt)} tokens and the context {context} "
+                f"(data.seq_length): only its last {max(1, context // 2)} tokens are used",
                 file=sys.stderr,
             )

@@ -39,7 +39,7 @@ def read_prompts(path: Path) -> list[str]:
     else:
         found = [line for _n, line in numbered]
     if not found:
-        raise UserError(f"--prompts: {path} has no prompts; write one a line")
+        raise UserError(f"--prompts: {path} has no prompts; write one per line")
     return found
 
 

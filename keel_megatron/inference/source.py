@@ -203,7 +203,7 @@ def find_checkpoint(path: Path, step: int | None, runtime: Runtime) -> ResumePoi
     """
     if is_hugging_face(path):
         raise UserError(
-            f"{path} is a Hugging Face folder, not a run; `keel import` makes a run of it",
+            f"{path} is a Hugging Face folder, not a run; create a run from it with `keel import`",
             reported=not runtime.is_main,
         )
     if step is None:

@@ -49,7 +49,7 @@ def sync(run: Path, to: Collection[str] = (), *, rebuild: bool = False) -> list[
         raise UserError(f"{run / FOLDER} cannot be read: {error}") from error
     if newest is None:
         if not (run / "config.yaml").is_file():
-            raise UserError(f"{run} holds no run: there is no config.yaml in it")
+            raise UserError(f"{run} contains no run: there is no config.yaml in it")
         return done or [f"{run}: nothing to deliver; the run does not report to MLflow"]
     original = original_of(run)
     if original is not None:
@@ -141,7 +141,7 @@ def _deliver(run: Path, confirmed: Collection[str], rebuild: bool) -> list[str]:
         if not delivery.deliver():
             raise UserError(
                 f"MLflow ({delivery.shown_uri}) {delivery.problem}; "
-                f"{Waiting.of(run)} still wait in {run}"
+                f"{Waiting.of(run)} not delivered yet, kept in {run}"
             )
         done = list(remarks)
         if rebuild:

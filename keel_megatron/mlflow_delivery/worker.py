@@ -64,8 +64,8 @@ def follow(
     network = _network(run)
     if network is not None:
         say(
-            f"{run.parent} is on a network file system ({network}): MLflow's database there is "
-            "brought up to date by `keel dashboard` and `keel track sync`"
+            f"{run.parent} is on a network file system ({network}): `keel dashboard` and "
+            "`keel track sync` update MLflow's database there"
         )
     with nullcontext() if network else the_only_one(run, wait=True):
         delivery = Delivery(run, say, confirmed=confirmed)

@@ -57,7 +57,7 @@ def _step_time(
         if not plan.fits:
             raise UserError(
                 f"{config.model.sub_layers} sub-layers do not fit on {run['processes']} x "
-                f"{device.name}; keel plan says what would"
+                f"{device.name}; keel plan shows what would"
             )
     except UserError as error:
         return {"problem": str(error)}

@@ -78,7 +78,7 @@ def launch(
             if code in exit_codes.FINAL or forward.asked is not None or restart == max_restarts:
                 return code
             print(
-                f"rank {rank} ended with code {code}: starting all {processes} process(es) again "
+                f"rank {rank} ended with code {code}: restarting all {processes} process(es) "
                 f"({restart + 1} of {max_restarts})",
                 file=sys.stderr,
                 flush=True,

@@ -133,7 +133,7 @@ def _end(grid: Grid, ended: Ended, say: Say) -> int:
         return exit_codes.DONE
     say(
         f"{len(ended.failed)} of {total} runs have no result: {', '.join(ended.failed)}; the same "
-        "command tries them again"
+        "command retries them"
     )
     return exit_codes.FAILED
 

@@ -61,7 +61,7 @@ def reported(grid: Grid, say: Callable[[str], None]) -> Iterator[Report]:
         try:
             log.end(report.status, [path for path in files if path.is_file()])
         except OSError as error:
-            say(f"MLflow does not get the results: {error.filename}: {error.strerror}")
+            say(f"the results are not reported to MLflow: {error.filename}: {error.strerror}")
         _deliver(log.folder, uri, say)
 
 
@@ -77,4 +77,4 @@ def _deliver(folder: Path, uri: str | None, say: Callable[[str], None]) -> None:
             output.seek(0)
             lines = output.read().decode("utf-8", "replace").splitlines()
             why = lines[-1] if lines else "it failed"
-            say(f"MLflow does not know of the study yet: {why} ({sync_command(folder, uri)})")
+            say(f"the study is not in MLflow yet: {why} ({sync_command(folder, uri)})")

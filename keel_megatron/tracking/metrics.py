@@ -135,7 +135,7 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 if not line.endswith(b"\n"):
                     return
                 raise UserError(
-                    f"{path}, line {number}: no record of a step; "
+                    f"{path}, line {number}: not the record of a step; "
                     "remove the line, or move the file away"
                 ) from error
             yield line.rstrip(b"\n"), record

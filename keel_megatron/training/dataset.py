@@ -166,10 +166,10 @@ def find_dataset(
         folder = data.cache_dir / str(expected["fingerprint"])[:16]
         if not (folder / "data.json").is_file():
             raise UserError(
-                f"data.cache_dir: an earlier version began this run on {folder}, which does not "
-                f"exist; restore that folder, or {ANOTHER_RUN}"
+                f"data.cache_dir: an earlier version started this run with {folder}, which does "
+                f"not exist; restore that folder, or {ANOTHER_RUN}"
             )
-        say(f"using {folder}, on which an earlier version began this run")
+        say(f"using {folder}, with which an earlier version started this run")
         return folder
     return ensure_dataset(config, say, expected, may_build=may_build)
 

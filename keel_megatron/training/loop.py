@@ -122,7 +122,8 @@ class Loop:
         state.saver.finish()
         if state.saver.failure is not None:
             raise UserError(
-                f"the run ends unsaved: {state.saver.failure}", reported=not self._runtime.is_main
+                f"the run ends without a checkpoint: {state.saver.failure}",
+                reported=not self._runtime.is_main,
             )
         return stopping
 
@@ -229,7 +230,7 @@ class Loop:
         results = self._evaluation.run(self._engine, stop.__bool__, self._mark)
         self._mark(f"the evaluation after step {step}")
         if results is None:
-            self._tracker.say(f"the evaluation after step {step} is left out: a stop is requested")
+            self._tracker.say(f"the evaluation after step {step} is skipped: a stop is requested")
             return False
         self._tracker.step(EvaluationRecord(step, results, time.perf_counter() - started))
         return True

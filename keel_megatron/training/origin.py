@@ -142,7 +142,7 @@ def refuse(config: RunConfig, origin: Path, of_origin: RunConfig) -> None:
         )
         raise UserError(
             f"{SETTING}: {origin} has weights of another model:\n{lines}\n"
-            "set these as they are there"
+            "set these to the values there"
         )
 
 
@@ -190,8 +190,8 @@ def refuse_position(config: RunConfig, origin: Path, of_origin: RunConfig) -> No
     if changes:
         lines = "\n".join(f"  {path}: {old} there, {new} here" for path, old, new in changes)
         raise UserError(
-            f"{POSITION}: {origin} is of a run with other settings than this one:\n{lines}\n"
-            "set these as they are there, or training.keep_position to false"
+            f"{POSITION}: {origin} belongs to a run with other settings than this one:\n{lines}\n"
+            "set these to the values there, or training.keep_position to false"
         )
     step, steps = folder.step_of(origin), config.training.steps
     if step >= steps:

@@ -99,7 +99,7 @@ def test_a_folder_of_another_run_is_refused_with_the_difference(tmp_path: Path) 
     assert "model.blocks: 8 there, 4 now" in message
     assert "training.seed: 1234 there, 5 now" in message
     assert "training.steps: " not in message
-    assert "a run may change: parallel.tensor" in message
+    assert "settings that may change: parallel.tensor" in message
     assert saved_config(run.training.folder) == run
 
 
@@ -133,7 +133,7 @@ def test_a_checkpoint_alone_still_knows_its_configuration(tmp_path: Path) -> Non
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no run: there is no config.yaml"):
+    with pytest.raises(UserError, match=r"contains no run: there is no config.yaml"):
         saved_config(tmp_path)
 
 

@@ -78,7 +78,7 @@ def test_show_says_what_is_not_there(run: Path, tmp_path: Path) -> None:
         describe(run, 11)
     with pytest.raises(UserError, match=r"step_00000050 is damaged: state\.json"):
         describe(run, 50)
-    with pytest.raises(UserError, match="holds no checkpoints"):
+    with pytest.raises(UserError, match="contains no checkpoints"):
         entries(tmp_path, read_all=False)
 
 

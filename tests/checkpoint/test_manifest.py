@@ -166,7 +166,7 @@ def test_a_file_outside_is_not_reached(checkpoint: Path, tmp_path: Path) -> None
     files = read_manifest_files(checkpoint)
     files["../outside"] = files.pop("state.json")
     manifest.write_manifest(checkpoint, 5, files)
-    with pytest.raises(DamagedError, match="is no part of a checkpoint"):
+    with pytest.raises(DamagedError, match="is not part of a checkpoint"):
         check(checkpoint)
 
 
@@ -216,7 +216,7 @@ def test_what_is_no_regular_file_is_not_waited_for(checkpoint: Path, name: str) 
 def test_a_strange_rank_is_no_part_of_a_checkpoint(checkpoint: Path) -> None:
     (checkpoint / f"rank_{'1' * 200}.safetensors").touch()
     assert manifest.rank_of(f"rank_{'1' * 5000}.safetensors") is None
-    with pytest.raises(DamagedError, match="is no part of a checkpoint"):
+    with pytest.raises(DamagedError, match="is not part of a checkpoint"):
         read_manifest(checkpoint)
 
 

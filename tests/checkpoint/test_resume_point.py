@@ -33,5 +33,5 @@ def test_another_runs_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
     save_of(model__blocks=config.model.blocks * 2)
     problem = resume._outline(path, run)[0]
     assert problem is not None
-    assert problem.startswith("it is another run's: model.blocks is ")
+    assert problem.startswith("it belongs to another run: model.blocks is ")
     assert folder.steps(run) == [10]

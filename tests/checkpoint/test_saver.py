@@ -124,7 +124,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(small_disks: list[Path]) -
     assert "the run stops (checkpoint.on_error: stop" in str(late.error)
     assert len(late.losses) == 2
     assert len(going_on.losses) == STEPS
-    assert str(going_on.error).startswith("the run ends unsaved: the checkpoint of step 3")
+    assert str(going_on.error).startswith(
+        "the run ends without a checkpoint: the checkpoint of step 3"
+    )
 
 
 def flip(path: Path) -> None:
@@ -170,7 +172,7 @@ def test_damage_a_kill_and_a_folder_that_cannot_be_written(tmp_path: Path) -> No
     ]
     assert pickled.resumed == "step_00000001"
     assert "state.json is not JSON" in pickled.remarks[0]
-    assert "common.pt is no part of a checkpoint" in pickled.remarks[1]
+    assert "common.pt is not part of a checkpoint" in pickled.remarks[1]
     assert not marker.exists()
     assert killed.resumed == "step_00000001"
     assert "step_00000002.partial is not complete" in killed.remarks[0]

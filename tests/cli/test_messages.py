@@ -25,11 +25,11 @@ def config(tmp_path: Path) -> str:
     [
         (
             ["generate", "nowhere", "--prompt", "x"],
-            "nowhere holds no run: it does not exist",
+            "nowhere contains no run: it does not exist",
         ),
         (
             ["generate", ".", "--prompt", "x"],
-            "holds no run: there is no config.yaml in it",
+            "contains no run: there is no config.yaml in it",
         ),
         (["checkpoint", "list", "nowhere"], "no nowhere/checkpoints; a run's folder is runs/NAME"),
         (

@@ -12,7 +12,7 @@ from tests.tracking.samples import config
 def test_a_run_s_log_is_delivered_and_other_folders_are_named(tmp_path: Path) -> None:
     refused = keel(tmp_path, "track", "sync", ".")
     assert refused.returncode == 2
-    assert refused.stderr == "error: . holds no run: there is no config.yaml in it\n"
+    assert refused.stderr == "error: . contains no run: there is no config.yaml in it\n"
     run = config(tmp_path)
     Session(run, "a", host="elsewhere").losses({1: 5.0})
     done = keel(tmp_path, "track", "sync", "test")

@@ -143,7 +143,7 @@ def test_a_hung_rank_is_named_and_the_group_starts_again(
     )
     assert done.returncode == 0, done.stderr
     assert named in done.stderr
-    assert "starting all 2 process(es) again (1 of 1)" in done.stderr
+    assert "restarting all 2 process(es) (1 of 1)" in done.stderr
     (hang,) = (tmp_path / "run" / "hangs").iterdir()
     assert named in (hang / "verdict.txt").read_text()
     stacks = {path.name: path.read_text() for path in hang.glob("rank_*.txt")}

@@ -120,11 +120,11 @@ def complaints(path: Path, *overrides: str, world_size: int | None = None) -> li
         ("data.tokenizer=3", "data.tokenizer: 3 is not a path"),
         ("data.text=3", "data.text: 3 is not a path or a list of paths"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate: .inf is not a finite number"),
-        ("blocks=3", "an override is written section.key=value; did you mean model.blocks?"),
-        ("=3", "=3: an override is written section.key=value"),
-        ("model.=3", "model.=3: an override is written section.key=value"),
-        ("model.a.b=3", "model.a.b=3: an override is written section.key=value"),
-        ("model.blocks", "model.blocks: an override is written section.key=value"),
+        ("blocks=3", "an override must be section.key=value; did you mean model.blocks?"),
+        ("=3", "=3: an override must be section.key=value"),
+        ("model.=3", "model.=3: an override must be section.key=value"),
+        ("model.a.b=3", "model.a.b=3: an override must be section.key=value"),
+        ("model.blocks", "model.blocks: an override must be section.key=value"),
         ("model.blocks=[1", "is not valid YAML"),
     ],
 )
@@ -240,8 +240,8 @@ def test_a_missing_setting_is_described(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "is empty; wanted are sections: model"),
-        (b"- 1\n- 2\n", "is not a mapping: [1, 2]; wanted are sections"),
+        (b"", "is empty; expected sections: model"),
+        (b"- 1\n- 2\n", "is not a mapping: [1, 2]; expected sections"),
         (b"model: {blocks: 1\ndata: [", "is not valid YAML: while parsing a flow mapping"),
         (b"model:\n\tblocks: 1", "(line 2, column 1)"),
         (b"model: 1\nx: '\x07'", "the character #x0007 is not allowed (line 2)"),

@@ -174,7 +174,7 @@ def test_one_record_cannot_be_split(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n')
     config = data(text=str(path), tokenizer=str(write_sentencepiece(tmp_path)), vocab_size=400)
-    with pytest.raises(UserError, match=r"data.text: .*a.jsonl has one document"):
+    with pytest.raises(UserError, match=r"data.text: .*a.jsonl has only one document"):
         built(config, tmp_path / "d")
 
 

@@ -67,9 +67,9 @@ def test_a_dictionary_without_a_training_split(tmp_path: Path) -> None:
     [
         ("{", "state.json is damaged"),
         ("[]", "has no list '_data_files'"),
-        ({"_data_files": [{"filename": "../../etc/passwd"}]}, "is no file name"),
+        ({"_data_files": [{"filename": "../../etc/passwd"}]}, "is not a file name"),
         ({"_data_files": [{"filename": "no.arrow"}]}, "no.arrow: No such file"),
-        ({"_data_files": [3]}, "None is no file name"),
+        ({"_data_files": [3]}, "None is not a file name"),
         ({"_data_files": [], "_indices_data_files": [{}]}, r"flatten_indices\(\)"),
         ("[" * 100_000, "nested too deeply"),
     ],
@@ -109,7 +109,7 @@ def test_a_pair_by_any_of_its_names(tmp_path: Path, given: str) -> None:
 def test_a_pair_that_is_none(tmp_path: Path) -> None:
     prefix = indexed(tmp_path / "a")
     Path(f"{prefix}.idx").write_bytes(b"IIDXMM")
-    with pytest.raises(UserError, match=r"data.sources.0: .*/a is no prefix of a .bin and"):
+    with pytest.raises(UserError, match=r"data.sources.0: .*/a is not a prefix of a .bin and"):
         found(prefix, format="megatron")
     with pytest.raises(UserError, match=r"data.text: .*/a.bin is not text"):
         found(Path(f"{prefix}.bin"))

@@ -81,7 +81,7 @@ def test_they_are_counted_and_split_but_not_copied(tmp_path: Path, tokenizer: To
 
 def test_a_tokenizer_must_be_given(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_two(tmp_path / "ready", tokenizer, 3)
-    with pytest.raises(UserError, match=r"data.tokenizer: ready tokens need the tokenizer"):
+    with pytest.raises(UserError, match=r"data.tokenizer: pre-tokenized data needs the tokenizer"):
         built(data(text=str(tmp_path / "ready"), vocab_size=400), tmp_path / "d")
 
 
@@ -102,5 +102,5 @@ def test_documents_with_another_end(tmp_path: Path, tokenizer: Tokenizer) -> Non
 def test_a_single_document_needs_validation_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_tokens(tmp_path / "one", [[5, 6, 7, 0]])
     config = config_of(tokenizer, {"path": str(tmp_path / "one")})
-    with pytest.raises(UserError, match=r"has one document"):
+    with pytest.raises(UserError, match=r"has only one document"):
         built(config, tmp_path / "d")

@@ -207,7 +207,7 @@ def test_runs_are_found_and_what_is_none_is_refused(tmp_path: Path) -> None:
     first, second = make_run(tmp_path, "a"), make_run(tmp_path, "b")
     (tmp_path / "notes").mkdir()
     assert find_runs([tmp_path, first]) == [first, second]
-    with pytest.raises(UserError, match="holds no runs"):
+    with pytest.raises(UserError, match="contains no runs"):
         find_runs([tmp_path / "notes"])
     with pytest.raises(UserError, match="does not exist"):
         find_runs([tmp_path / "nowhere"])

@@ -23,7 +23,7 @@ def test_a_taken_port_is_refused() -> None:
     with reserved_port() as port:
         with (
             socket.create_server(("127.0.0.1", port)),
-            pytest.raises(UserError, match=f"--port: {port} on 127.0.0.1 cannot be had"),
+            pytest.raises(UserError, match=f"--port: {port} on 127.0.0.1 is not available"),
         ):
             listen(port)
         with listen(port) as listener:

@@ -140,7 +140,7 @@ def test_another_dataset_is_refused_with_what_differs(folder: Path, tmp_path: Pa
     with pytest.raises(UserError, match=r"books/books-00000\.bin of .*other is not what the run"):
         refuse_other(before, opened(other))
     changed(folder, lambda content: content["tokenizer"].update(sha256="1" * 64))
-    with pytest.raises(UserError, match=r"^data\.tokenizer: that of .* is not the one"):
+    with pytest.raises(UserError, match=r"^data\.tokenizer: the tokenizer of .* is not the run's"):
         refuse_other(before, opened(folder))
 
 
@@ -188,5 +188,7 @@ def test_tokens_used_in_place_that_are_not_there(tmp_path: Path) -> None:
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^data\.dataset: .*nowhere does not exist"):
         opened(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"is no dataset: it has no data\.json; build one: keel d"):
+    with pytest.raises(
+        UserError, match=r"is not a dataset: it has no data\.json; build one: keel d"
+    ):
         opened(tmp_path)

@@ -114,7 +114,7 @@ GOOD = {"context": "a", "choices": [" b", " c"], "answer": 1}
         ([{**GOOD, "choices": [" b", ""]}], "`choices` must be text, and not empty"),
         ([{"context": 1, "continuation": "b"}], "`context` must be text"),
         (['{"context": "\\ud800", "continuation": "b"}'], "half of a surrogate pair"),
-        ([GOOD, {"context": "a", "continuation": "b"}], "put them into a file each"),
+        ([GOOD, {"context": "a", "continuation": "b"}], "put them into separate files"),
         ([], "has no documents"),
         (["[" * 100_000], "line 1: is not JSON"),
     ],

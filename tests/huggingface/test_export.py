@@ -133,7 +133,7 @@ def test_nothing_of_the_run_is_written(run: Path, tmp_path: Path) -> None:
 
 def test_of_two_exports_to_one_folder_the_second_is_refused(run: Path, tmp_path: Path) -> None:
     with new_folder(tmp_path / "out") as partial:
-        with pytest.raises(UserError, match=r"out\.partial exists, left .* or is at work"):
+        with pytest.raises(UserError, match=r"out\.partial exists, left .* or is still running"):
             exported(run, tmp_path / "out")
         (partial / "file").write_text("first")
     assert (tmp_path / "out" / "file").read_text() == "first"

@@ -99,7 +99,7 @@ def test_a_rule_that_the_exported_code_does_not_know_is_refused() -> None:
 
     with added_rules():
         config = small_config(model__residual=GATED)
-        with pytest.raises(UserError, match="which an exported model cannot honour"):
+        with pytest.raises(UserError, match="which an exported model does not support"):
             list(parameters(config.model, 512))
         for rule in (HALF, GATED):
             with pytest.raises(ValueError, match="is not a rule of this model's code"):

@@ -81,7 +81,7 @@ def test_of_a_longer_prompt_the_end_counts(run: Path, capsys: pytest.CaptureFixt
     text = text_of(run, long)
     assert text.startswith(long)
     said = capsys.readouterr().err
-    assert "the model sees the last 16: the context has 32 (data.seq_length)" in said
+    assert "the context 32 (data.seq_length): only its last 16 tokens are used" in said
     with pytest.raises(UserError, match=r"prompt 1 has \d+ tokens and the context 32 .* --slide"):
         generate_from_run(run, long, Sampling(3))
 

@@ -217,12 +217,12 @@ def test_a_run_of_an_earlier_version_is_resumed_exactly(tmp_path: Path) -> None:
     text.write_text("other")
     resumed = keel(tmp_path, "train", "run.yaml", *quick)
     assert resumed.returncode == 0, resumed.stderr
-    said = f"using {prepared.relative_to(tmp_path)}, on which an earlier version began this run"
+    said = f"using {prepared.relative_to(tmp_path)}, with which an earlier version started this run"
     assert said in resumed.stdout
     assert losses_of(run / "metrics.jsonl") == expected
     shutil.rmtree(prepared)
     missing = keel(tmp_path, "train", "run.yaml", *quick, "training.steps=7")
     assert missing.returncode == 2
-    assert "an earlier version began this run on data/2222222222222222, which does not" in (
+    assert "an earlier version started this run with data/2222222222222222, which does not" in (
         missing.stderr
     )

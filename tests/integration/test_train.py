@@ -195,7 +195,7 @@ def test_another_configuration_is_refused_and_nothing_is_lost(finished: Path) ->
     wrong = keel(finished, "train", "run.yaml", "model.alpha=3", "--processes", "2")
     assert wrong.returncode == 2
     assert "model.alpha: auto there, 3.0 now" in wrong.stderr
-    assert wrong.stderr.count("holds a run of another configuration") == 1
+    assert wrong.stderr.count("contains a run of another configuration") == 1
     assert "Traceback" not in wrong.stderr
     assert contents(finished) == before
 

@@ -62,6 +62,6 @@ def test_a_request_and_then_ctrl_c_twice(launcher: str, tmp_path: Path) -> None:
         assert process.poll() is None
         assert end(process, signal.SIGINT) == 130
     assert said.read_text().count("stopping after this step") == 1
-    assert "starting all" not in said.read_text()
+    assert "restarting all" not in said.read_text()
     if launcher == "torchrun.sh":
         assert (tmp_path / "started").read_text() == "x"

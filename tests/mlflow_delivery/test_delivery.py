@@ -273,7 +273,7 @@ def test_a_place_that_is_gone_holds_up_no_other(
 
 def test_sync_delivers_and_tells_the_end_of_a_process_that_is_gone(tmp_path: Path) -> None:
     run = config(tmp_path)
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="contains no run"):
         sync(tmp_path)
     session = Session(run, "a", pid=os.getpid())  # lives, but was born at another time
     session.losses({1: 5.0})
@@ -299,7 +299,9 @@ def test_sync_with_a_server_that_is_down_is_one_message(
     run = config(tmp_path, tracking__uri="http://127.0.0.1:9")
     session = Session(run, "a")
     session.losses({1: 5.0})
-    with pytest.raises(UserError, match=r"does not answer: .*1 point\(s\) still wait in"):
+    with pytest.raises(
+        UserError, match=r"does not answer: .*1 point\(s\) not delivered yet, kept in"
+    ):
         sync(session.folder, ["http://127.0.0.1:9"])
 
 

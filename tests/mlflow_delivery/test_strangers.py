@@ -113,12 +113,12 @@ def test_no_address_of_a_folder_is_asked_before_the_user_confirms_it(
     worker = Delivery(folder, [].append)
     assert not worker.deliver()
     assert recorder.asked == []
-    with pytest.raises(UserError, match="still wait in"):
+    with pytest.raises(UserError, match="not delivered yet, kept in"):
         sync(folder, [recorder.uri + "/"])
     confirmed = len(recorder.asked)
     assert "Authorization: Basic " in recorder.asked[0]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", recorder.uri)
-    with pytest.raises(UserError, match="still wait in"):
+    with pytest.raises(UserError, match="not delivered yet, kept in"):
         sync(folder)
     assert len(recorder.asked) > confirmed
     assert not any("the key" in asked or asked.startswith("PUT") for asked in recorder.asked)

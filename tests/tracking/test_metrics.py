@@ -173,7 +173,7 @@ def test_a_spoilt_middle_is_an_error_and_nothing_is_dropped(tmp_path: Path, line
     path = tmp_path / "metrics.jsonl"
     text = f'{{"step": 1}}\n{line}\n{{"step": 3}}\n'
     path.write_text(text)
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: no record of a step"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not the record of a step"):
         read_metrics(path)
     with MetricsFile(path) as metrics, pytest.raises(UserError, match="line 2"):
         metrics.rewind(1)

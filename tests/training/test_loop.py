@@ -158,7 +158,7 @@ def test_a_last_validation_that_is_not_finite_is_no_end() -> None:
 def test_a_run_whose_last_save_failed_says_so() -> None:
     bench = Bench(training__steps=1)
     bench.saver.failure = "the disk is full"
-    with pytest.raises(UserError, match="the run ends unsaved: the disk is full"):
+    with pytest.raises(UserError, match="the run ends without a checkpoint: the disk is full"):
         bench.loop.run(StopRequest())
 
 

@@ -31,7 +31,7 @@ def messages_of(record: Any, key: str) -> Messages:
         raise ValueError(f"has no key {key!r} (its keys: {keys}); text_key names the key")
     found = check_messages(record[key], key)
     if all(message["role"] != ASSISTANT for message in found):
-        raise ValueError(f"{key!r} has no message of the assistant, so there is nothing to learn")
+        raise ValueError(f"{key!r} has no message of the assistant, so no token would count")
     return found
 
 
@@ -71,7 +71,7 @@ def _message(message: Any, which: str) -> dict[str, str]:
         raise ValueError(f"{which} has {_any(sorted(extra))}; only role and content are supported")
     content = given.get("content")
     if not isinstance(content, str):
-        raise ValueError(f"{which} has no content that is text")
+        raise ValueError(f"{which} has no text as its content")
     try:
         content.encode()
     except UnicodeEncodeError as error:

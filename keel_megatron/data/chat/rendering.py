@@ -86,7 +86,7 @@ class Template:
             elif part.text:
                 joined.append(part)
         if not any(part.counts for part in joined):
-            raise UnrenderableError("the template renders nothing of what the assistant says")
+            raise UnrenderableError("the template renders none of the assistant's text")
         return joined
 
     def prompt(self, messages: Messages) -> list[Part]:

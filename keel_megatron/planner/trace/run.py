@@ -117,7 +117,7 @@ def trace_plan(plan: Plan, micro_batches: int | None = None) -> Trace:
             ranks = tuple(pool.map(trace_rank, requests))
         except BrokenProcessPool:
             raise UserError(
-                "--trace: a tracing process was ended from outside, most likely for memory; trace "
+                "--trace: a tracing process was killed, most likely for lack of memory; trace "
                 "fewer stages at a time by running with fewer cores (taskset)"
             ) from None
     return Trace(ranks, like)

@@ -274,7 +274,7 @@ def _require_memory(needed: int, runtime: Runtime) -> None:
     if needed > free:
         raise UserError(
             f"--batch-size: the streams need {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are "
-            "free; take fewer sequences at a time",
+            "free; use fewer sequences per batch",
             reported=not runtime.is_main,
         )
 

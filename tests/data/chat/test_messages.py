@@ -27,8 +27,8 @@ def test_null_keys_are_none() -> None:
         ({"m": [QUESTION, "hi"]}, "message 2 of 'm' is not an object with role and content"),
         ({"m": [{"role": "tool", "content": "x"}]}, "message 1 of 'm' has the role 'tool', not"),
         ({"m": [{"role": ["user"], "content": "x"}]}, "message 1 of 'm' has the role ['user']"),
-        ({"m": [{"role": "user"}]}, "message 1 of 'm' has no content that is text"),
-        ({"m": [{"role": "user", "content": [{}]}]}, "message 1 of 'm' has no content that is"),
+        ({"m": [{"role": "user"}]}, "message 1 of 'm' has no text as its content"),
+        ({"m": [{"role": "user", "content": [{}]}]}, "message 1 of 'm' has no text as its content"),
         ({"m": [{"role": "user", "content": "\ud800"}]}, "half a surrogate pair (U+D800)"),
         (
             {"m": [QUESTION, {**ANSWER, "tool_calls": [1]}]},

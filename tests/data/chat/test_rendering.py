@@ -80,7 +80,7 @@ LAST_ONLY = "{% for m in messages %}{{ m.content if loop.last else m.content[:3]
         (LAST_ONLY, "the template changes earlier messages when one is added"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[9].content }}", "has no element 9"),
-        ("{{ messages[0]['content'] }}", "renders nothing of what the assistant says"),
+        ("{{ messages[0]['content'] }}", "renders none of the assistant's text"),
         ("{{ ''.__class__.__mro__ }}", "'__class__' of 'str' object is unsafe"),
         ("{{ messages.append(1) }}", "'append' of 'list' object is unsafe"),
         ("{% set n = namespace(__class__=1) %}", "cannot have the attribute '__class__'"),
