@@ -46,7 +46,13 @@ def new_figure(
 
 
 def curve(
-    axes: Axes, x: Sequence[float], y: Sequence[Spread], label: str, colour: str, marker: str = "o"
+    axes: Axes,
+    x: Sequence[float],
+    y: Sequence[Spread],
+    label: str,
+    colour: str,
+    marker: str = "o",
+    style: str = "-",
 ) -> None:
     """A line over means, with bars of one standard deviation where there are several seeds."""
     known = [(at, one) for at, one in zip(x, y, strict=True) if one.n]
@@ -57,6 +63,7 @@ def curve(
         label=label,
         color=colour,
         marker=marker,
+        linestyle=style,
         markersize=6,
         linewidth=2.2,
         elinewidth=1.2,
