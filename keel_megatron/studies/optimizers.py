@@ -162,8 +162,7 @@ def picture(rows: Sequence[Row], out: Path) -> None:
                 if one is not None:
                     _draw_growth(over_steps, over_depth, one)
         loss.set_title(f"{sub_layers} sub-layers: loss", loc="left")
-        loss.set_xscale("log")
-        loss.set_xlabel("learning rate")
+        pictures.rate_axis(loss, {row["rate"] for row in rows})
         loss.set_ylabel(f"{loss_key(rows).replace('_', ' ')}, nats per token")
         over_steps.set_title("Weights / initial weights, median over depth", loc="left")
         over_steps.set_xlabel("step")

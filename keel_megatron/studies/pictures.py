@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,14 @@ def curve(
         elinewidth=1.2,
         capsize=3,
     )
+
+
+def rate_axis(axes: Axes, rates: Collection[float]) -> None:
+    """Make the x axis one of learning rates, with a tick at each rate of a sweep."""
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)])
+    axes.minorticks_off()
+    axes.set_xlabel("learning rate")
 
 
 def finish(figure: Figure, out: Path, *, legend: bool = True) -> None:
