@@ -28,6 +28,7 @@ _PROFILES = 8
 """Depth profiles of a run, after that of its first step."""
 _STYLES = dict(zip(OPTIMIZERS, (("o", "-"), ("s", "--")), strict=True))
 """Marker and line of each optimizer; the colour is the rule's."""
+_TICKS = (0.2, 0.5, 0.8, 0.9, 1, 1.1, 1.2, 1.4, 1.6, 1.8, 2, 3, 4, 5, 7, 10, 20, 50)
 
 
 def study(
@@ -122,22 +123,43 @@ def table(rows: Sequence[Row]) -> str:
     columns = ["sub-layers", "rule", "optimizer", "best rate", key.replace("_", " ")]
     columns += [f"against {_BASELINE}", "weights, last / first", "over the depth"]
     columns += ["growth per 1000 steps", "in the second half"]
-    return f"{markdown(columns, lines)}\n\n{EDGE}"
+    return "\n\n".join([markdown(columns, lines), EDGE, _factors(rows)])
+
+
+def _factors(rows: Sequence[Row]) -> str:
+    """The factor of the weights at every rate, not only at the best."""
+    rates = sorted({row["rate"] for row in rows})
+    lines = []
+    for cell, found in groups(rows, "sub_layers", "rule", "optimizer").items():
+        by_rate = groups(found, "rate")
+        known = [_known(by_rate.get((rate,), [])) for rate in rates]
+        lines.append([*cell, *(f"{_factor(some):.2f}" if some else "-" for some in known)])
+    columns = ["sub-layers", "rule", "optimizer", *(f"rate {rate:g}" for rate in rates)]
+    return f"Weights, last / first, at each rate:\n\n{markdown(columns, lines)}"
+
+
+def _known(rows: Sequence[Row]) -> list[Row]:
+    """The runs that have depth profiles at two steps at least."""
+    return [row for row in rows if len(row["weights"]) > 1]
+
+
+def _factor(rows: Sequence[Row]) -> float:
+    """The last size of the weights over the first, mean over runs."""
+    return statistics.fmean(row["weights"][-1] / row["weights"][0] for row in rows)
 
 
 def _growths(one: Best) -> list[str]:
     """Of a design at its best rate: factor of its weights, its range over depth, growth."""
-    known = [row for row in one.rows if len(row["weights"]) > 1]
+    known = _known(one.rows)
     if not known:
         return ["-"] * 4
-    factor = statistics.fmean(row["weights"][-1] / row["weights"][0] for row in known)
     ratios = mean_curve([row["over_depth"] for row in known])
     growths = [spread(known, name) for name in ("growth", "late_growth")]
     shown = [
         f"{found.mean:+.1f} %" if found.n < 2 else f"{found.mean:+.1f} ± {found.deviation:.1f} %"
         for found in growths
     ]
-    return [f"{factor:.3f}", f"{min(ratios):.3f} to {max(ratios):.3f}", *shown]
+    return [f"{_factor(known):.3f}", f"{min(ratios):.3f} to {max(ratios):.3f}", *shown]
 
 
 def picture(rows: Sequence[Row], out: Path) -> None:
@@ -168,14 +190,26 @@ def picture(rows: Sequence[Row], out: Path) -> None:
         over_steps.set_xlabel("step")
         over_depth.set_title("The same at the last step, over depth", loc="left")
         over_depth.set_xlabel("l / L")
+        for axes in (over_steps, over_depth):
+            _factor_axis(axes)
     figure.legend(
         *panels[0].get_legend_handles_labels(),
         loc="outside lower right",
         ncols=4,
         frameon=False,
+        handlelength=3.5,
         fontsize=11,
     )
     pictures.finish(figure, out, legend=False)
+
+
+def _factor_axis(axes: Any) -> None:
+    """Make the y axis one of factors: logarithmic, with ticks at round numbers."""
+    low, high = axes.get_ylim()
+    axes.set_yscale("log")
+    ticks = [tick for tick in _TICKS if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
 
 
 def _draw_losses(axes: Any, rows: Sequence[Row], key: str) -> None:
@@ -190,7 +224,7 @@ def _draw_losses(axes: Any, rows: Sequence[Row], key: str) -> None:
 
 def _draw_growth(over_steps: Any, over_depth: Any, one: Best) -> None:
     """The weights of one rule and optimizer at its best rate."""
-    known = [row for row in one.rows if len(row["weights"]) > 1]
+    known = _known(one.rows)
     if not known:
         return
     colour = pictures.rule_colour(known[0]["rule"])

@@ -100,6 +100,7 @@ def test_the_table_compares_best_rates_and_has_growth() -> None:
         "| +12.0 ± 0.0 % | +3.0 ± 0.0 % |"
     ) in text
     assert "| 64 | keel | muon | 0.003 | 4.050 ± 0.071 | -0.500 | 1.100 |" in text
+    assert "| 64 | keel | muon | 1.10 | 1.10 | 1.10 |" in text, "at every rate"
     assert "| 64 | post_ln | adamw | - | diverged at every rate | - | - | - | - | - |" in text
 
 
