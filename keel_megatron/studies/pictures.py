@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = (BLUE, ORANGE, "#2f855a", "#805ad5", "#b83280", SLATE, "#0f766e", "#a16207")
+COLOURS = (
+    *(BLUE, ORANGE, "#2f855a", "#805ad5", "#b83280", SLATE, "#0f766e", "#a16207"),
+    *("#0ea5c6", "#c53030", "#65a30d", TEXT),
+)
 MARKERS = "osD^vPXh"
 
 
