@@ -33,6 +33,7 @@ def commands(out: Path) -> Iterator[list[str]]:
     yield grid("depth-scaling", text, "--rules", "keel", "--rates", "1e-3,1e-2")
     shapes = ("--depths", "4,8", "--rates", "1e-3")
     yield grid("deep-versus-wide", text, "--rules", "keel", *shapes)
+    yield grid("optimizers", text, "--rules", "keel", "--rates", "1e-3")
     tasks = ("--tasks", "hops", "--largest", "2", "--documents", "2000", "--questions", "10")
     yield grid("depth-tasks", "data.seq_length=64", "--rules", "keel", *tasks)
     streams = ("--streams", "bf16_stochastic", "--alphas", "auto")

@@ -20,6 +20,7 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import UserError
 from keel_megatron.studies import pictures
 from keel_megatron.studies.grid import Axes, Label, Point, Row, Study, depth
+from keel_megatron.studies.over_depth import grouped, mean_curve, thinned
 from keel_megatron.studies.results import Spread, groups, markdown, paired_difference, spread
 from keel_megatron.tracking.metrics import iterate_metrics
 from keel_megatron.tracking.run_log import METRICS_FILE
@@ -36,8 +37,6 @@ MEASURED: Mapping[str, str] = {
 """Quantities of a depth profile and their titles. Of the stream the last sub-layer counts, of the
 rest the median over the blocks after the first, a block being the mean of attention and FFN, which
 differ. Gradients are those of the matrices, clipped as AdamW gets them."""
-_PLACES = 64
-"""Points of a curve over depth: blocks, or means over neighbouring ones where there are more."""
 
 
 def study(
@@ -117,7 +116,7 @@ def measured(_point: Point, folder: Path, clip: float) -> dict[str, Any]:
         sizes = _sizes(profile[0], norms, clip) if profile else {}
         found[which] = {name: _typical(name, sizes.get(name)) for name in MEASURED}
     last = _sizes(profiles[-1], norms, clip) if profiles else {}
-    curves = {name: _thinned(values) for name, values in last.items()}
+    curves = {name: thinned(values) for name, values in last.items()}
     found["over_depth"] = {name: [size for _place, size in curve] for name, curve in curves.items()}
     found["places"] = [place for place, _size in curves.get("stream_rms", [])]
     return found
@@ -138,24 +137,8 @@ def _typical(name: str, values: Sequence[float] | None) -> float | None:
         return None
     if name == "stream_rms":
         return values[-1] if math.isfinite(values[-1]) else None
-    blocks = [mean for _place, mean in _grouped(values[2:] or values, 2) if mean is not None]
+    blocks = [mean for _place, mean in grouped(values[2:] or values, 2) if mean is not None]
     return statistics.median(blocks) if blocks else None
-
-
-def _thinned(values: Sequence[float]) -> list[tuple[float, float | None]]:
-    """A curve over depth of at most `_PLACES` points."""
-    return _grouped(values, 2 * math.ceil(len(values) / _PLACES / 2))
-
-
-def _grouped(values: Sequence[float], size: int) -> list[tuple[float, float | None]]:
-    """(l / L, mean of the finite values) over groups of neighbouring sub-layers."""
-    found: list[tuple[float, float | None]] = []
-    for start in range(0, len(values), size):
-        group = values[start : start + size]
-        finite = [value for value in group if math.isfinite(value)]
-        place = (start + len(group) / 2) / len(values)
-        found.append((place, statistics.fmean(finite) if finite else None))
-    return found
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -286,8 +269,5 @@ def _draw_depth(axes: Any, rows: Sequence[Row], name: str, rule: str) -> None:
     curves = [row["over_depth"].get(name) for row in rows if row["places"]]
     if not curves:
         return
-    means = []
-    for sizes in zip(*curves, strict=True):
-        known = [size for size in sizes if size is not None]
-        means.append(statistics.fmean(known) if known else math.nan)
-    axes.plot(rows[0]["places"], means, color=pictures.rule_colour(rule), linewidth=2.0)
+    colour = pictures.rule_colour(rule)
+    axes.plot(rows[0]["places"], mean_curve(curves), color=colour, linewidth=2.0)

@@ -25,6 +25,8 @@ from keel_megatron.studies.results import markdown, paired_difference
 TOLERANCE = 0.01
 _FFN_STEP = 4
 """FFN sizes are multiples of it."""
+_SWEEPS = 3
+"""Rules whose sweeps are drawn."""
 
 
 @dataclass(frozen=True)
@@ -156,25 +158,35 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def picture(rows: Sequence[Row], out: Path) -> None:
-    """Loss over depth at equal parameters, one line per rule, its optimum marked; the sweeps."""
-    key = loss_key(rows)
-    figure, (left, right) = pictures.new_figure(
-        "Equal parameters from wide to deep, at the best rate of each", 2
-    )
-    best = best_rates(rows, "rule", "sub_layers")
-    for rule in dict.fromkeys(row["rule"] for row in rows):
+    """Loss over depth at equal parameters, one line per rule, its optimum marked.
+
+    Beside it the sweeps, of as many rules as can be told apart there.
+    """
+    rules = list(dict.fromkeys(row["rule"] for row in rows))
+    panels = 2 if len(rules) <= _SWEEPS else 1
+    title = "Equal parameters from wide to deep, at the best rate of each"
+    figure, axes = pictures.new_figure(title, panels)
+    _over_depth(axes[0], rows, rules)
+    if panels > 1:
+        sweep(axes[1], rows, "sub_layers", lambda at: f"L = {at}")
+        axes[1].legend(frameon=False, fontsize=8)
+    pictures.finish(figure, out)
+
+
+def _over_depth(axes: Any, rows: Sequence[Row], rules: Sequence[str]) -> None:
+    """Loss over depth, one line per rule, a star at its optimum."""
+    key, best = loss_key(rows), best_rates(rows, "rule", "sub_layers")
+    for number, rule in enumerate(rules):
         known = {at: one.loss(key) for (name, at), one in best.items() if name == rule and one}
         if not known:
             continue
         colour = pictures.rule_colour(rule)
+        marker = pictures.MARKERS[number % len(pictures.MARKERS)]
         depths = sorted(known)
-        pictures.curve(left, depths, [known[at] for at in depths], rule, colour)
+        pictures.curve(axes, depths, [known[at] for at in depths], rule, colour, marker)
         lowest = min(known, key=lambda at: known[at].mean)
-        left.plot(lowest, known[lowest].mean, marker="*", markersize=18, color=colour)
-    sweep(right, rows, "sub_layers", lambda at: f"L = {at}")
-    left.set_xscale("log", base=2)
-    left.xaxis.set_major_formatter(lambda value, _position: f"{value:g}")
-    left.set_xlabel("sub-layers L (narrower to the right)")
-    left.set_ylabel(f"{key.replace('_', ' ')}, nats per token")
-    right.legend(frameon=False, fontsize=8)
-    pictures.finish(figure, out)
+        axes.plot(lowest, known[lowest].mean, marker="*", markersize=18, color=colour)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _position: f"{value:g}")
+    axes.set_xlabel("sub-layers L (narrower to the right)")
+    axes.set_ylabel(f"{key.replace('_', ' ')}, nats per token")

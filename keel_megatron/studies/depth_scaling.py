@@ -9,7 +9,7 @@ from typing import Any
 from keel_megatron.studies import pictures
 from keel_megatron.studies.best_rate import EDGE, best_rates, check_rates, loss_key
 from keel_megatron.studies.grid import Axes, Label, Point, Row, Study, depth
-from keel_megatron.studies.results import Spread, markdown, paired_difference, spread
+from keel_megatron.studies.results import Spread, groups, markdown, paired_difference, spread
 from keel_megatron.tracking.metrics import iterate_metrics
 from keel_megatron.tracking.records import EVALUATION
 from keel_megatron.tracking.run_log import METRICS_FILE
@@ -81,28 +81,30 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def picture(rows: Sequence[Row], out: Path) -> None:
-    """Loss over depth, one line per rule at its best rates; beside it, loss over rate."""
-    key = loss_key(rows)
-    figure, (left, right) = pictures.new_figure("Loss over depth, at each rule's best rate", 2)
-    best = best_rates(rows, "rule", "sub_layers")
-    for rule in dict.fromkeys(row["rule"] for row in rows):
-        known = [
-            (depth, one) for (name, depth), one in best.items() if name == rule and one is not None
-        ]
-        pictures.curve(
-            left,
-            [sub_layers for sub_layers, _one in known],
-            [one.loss(key) for _depth, one in known],
-            rule,
-            pictures.rule_colour(rule),
-        )
-    sweep(right, rows, "sub_layers", lambda depth: f"L = {depth}")
-    left.set_xscale("log", base=2)
-    left.xaxis.set_major_formatter(lambda value, _position: f"{value:g}")
-    left.set_xlabel("sub-layers L")
-    left.set_ylabel(f"{key.replace('_', ' ')}, nats per token")
-    right.legend(frameon=False, fontsize=9)
+    """Loss over depth, one line per rule at its best rates; beside it, or alone, loss over rate."""
+    depths = groups(rows, "sub_layers")
+    panels = 2 if len(depths) > 1 else 1
+    title = "Loss over depth, at each rule's best rate" if panels > 1 else "Loss over learning rate"
+    figure, axes = pictures.new_figure(title, panels)
+    if panels > 1:
+        _over_depth(axes[0], rows)
+    sweep(axes[-1], rows, "sub_layers", lambda depth: f"L = {depth}")
+    axes[0].set_ylabel(f"{loss_key(rows).replace('_', ' ')}, nats per token")
+    axes[-1].legend(frameon=False, fontsize=9)
     pictures.finish(figure, out)
+
+
+def _over_depth(axes: Any, rows: Sequence[Row]) -> None:
+    """Loss over depth, one line per rule at its best rates."""
+    key, best = loss_key(rows), best_rates(rows, "rule", "sub_layers")
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        known = [(at, one) for (name, at), one in best.items() if name == rule and one is not None]
+        losses = [one.loss(key) for _at, one in known]
+        colour = pictures.rule_colour(rule)
+        pictures.curve(axes, [at for at, _one in known], losses, rule, colour)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _position: f"{value:g}")
+    axes.set_xlabel("sub-layers L")
 
 
 def sweep(axes: Any, rows: Sequence[Row], shape: str, name: Callable[[Any], str]) -> None:
@@ -128,5 +130,4 @@ def sweep(axes: Any, rows: Sequence[Row], shape: str, name: Callable[[Any], str]
                 colour = pictures.rule_colour(rule)
                 label = f"{rule}, {name(one)}"
                 pictures.curve(axes, list(by_rate), list(by_rate.values()), label, colour, marker)
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
+    pictures.rate_axis(axes, {row["rate"] for row in rows})

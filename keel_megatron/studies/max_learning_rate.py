@@ -200,4 +200,6 @@ def _draw(axes: Any, row: Row, verdict: Divergence | None, colour: str) -> None:
     if verdict is not None and curve.steps:
         at = min(range(len(curve.steps)), key=lambda n: abs(curve.steps[n] - verdict.step))
         place = (curve.steps[at] * per_step, curve.losses[at])
-        axes.plot(*place, marker="X", color=colour, markersize=11, markeredgecolor="white")
+        axes.plot(
+            *place, marker="X", color=colour, markersize=11, markeredgecolor="white", zorder=5
+        )

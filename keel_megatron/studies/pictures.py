@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = (BLUE, ORANGE, "#2f855a", "#805ad5", "#b83280", SLATE, "#0f766e", "#a16207")
+COLOURS = (
+    *(BLUE, ORANGE, "#2f855a", "#805ad5", "#b83280", SLATE, "#0f766e", "#a16207"),
+    *("#0ea5c6", "#c53030", "#65a30d", TEXT),
+)
 MARKERS = "osD^vPXh"
 
 
@@ -46,7 +49,13 @@ def new_figure(
 
 
 def curve(
-    axes: Axes, x: Sequence[float], y: Sequence[Spread], label: str, colour: str, marker: str = "o"
+    axes: Axes,
+    x: Sequence[float],
+    y: Sequence[Spread],
+    label: str,
+    colour: str,
+    marker: str = "o",
+    style: str = "-",
 ) -> None:
     """A line over means, with bars of one standard deviation where there are several seeds."""
     known = [(at, one) for at, one in zip(x, y, strict=True) if one.n]
@@ -57,11 +66,20 @@ def curve(
         label=label,
         color=colour,
         marker=marker,
+        linestyle=style,
         markersize=6,
         linewidth=2.2,
         elinewidth=1.2,
         capsize=3,
     )
+
+
+def rate_axis(axes: Axes, rates: Collection[float]) -> None:
+    """Make the x axis one of learning rates, with a tick at each rate of a sweep."""
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)])
+    axes.minorticks_off()
+    axes.set_xlabel("learning rate")
 
 
 def finish(figure: Figure, out: Path, *, legend: bool = True) -> None:
