@@ -11,7 +11,6 @@ nothing is loaded from another server, and the navigation lists every page once.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
 import subprocess
@@ -21,7 +20,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +29,7 @@ from tools.docs_stage import DOCS, PROJECT, stage
 
 CONFIG = ROOT / "mkdocs.yml"
 _ITEM = re.compile(r"^ +- (?:[^:#\n]+: )?(\S+\.md)$", re.MULTILINE)
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LOADED = re.compile(r"url\(\s*[\"']?((?:https?:)?//[^)\"']+)|@import\s+[\"']?((?:https?:)?//\S+)")
 
 
@@ -74,7 +73,6 @@ def build(site: Path) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "zensical", "build", "--strict"],
             cwd=home,
-            env=os.environ | {"NO_COLOR": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -83,9 +81,10 @@ def build(site: Path) -> str:
             shutil.rmtree(site, ignore_errors=True)
             site.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(home / "build" / "site", site)
+    said = _COLOUR.sub("", done.stdout).partition("Traceback")[0].strip()
     if done.returncode:
-        raise SystemExit(done.stdout)
-    return done.stdout
+        raise SystemExit(said)
+    return said
 
 
 def problems(site: Path) -> list[str]:
@@ -135,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "site")
     site: Path = parser.parse_args().out.absolute()
-    wrong: Any = unlisted()
+    wrong = unlisted()
     build(site)
     wrong += problems(site)
     if wrong:
