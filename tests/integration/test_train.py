@@ -17,6 +17,7 @@ from keel_megatron.depth.profile import read_profiles
 from keel_megatron.tracking.metrics import read_metrics
 from tests.hosts import await_that
 from tests.integration.commands import keel, start, write_config
+from tools.reference.files import is_known
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,8 @@ def test_a_run_leaves_its_folder_complete(finished: Path) -> None:
     assert [step for step, _loss, _norm in losses(finished)] == [1, 2, 3, 4, 5, 6]
     held_out = [m["step"] for m in read_metrics(run / "metrics.jsonl") if "validation_loss" in m]
     assert held_out == [3, 6]
+    files = [str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()]
+    assert [name for name in files if not is_known(name)] == [], "docs/reference/run-folder.md"
 
 
 def test_a_finished_run_is_left_as_it_is(finished: Path) -> None:

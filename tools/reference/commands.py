@@ -14,8 +14,9 @@ from keel_megatron.cli.main import app
 HEAD = """\
 # Commands
 
-`keel COMMAND --help` prints the same. `[SECTION.KEY=VALUE]...` are settings that replace those of
-the configuration file: [Settings](settings.md). Exit codes: [Exit codes](exit-codes.md).
+With `--help`, each command prints its part of this page. `[SECTION.KEY=VALUE]...` are settings that
+replace those of the configuration file: [Settings](settings.md). See also
+[Exit codes](exit-codes.md).
 """
 
 

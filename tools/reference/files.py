@@ -22,6 +22,8 @@ HEAT_MAPS = source.constant("depth.pictures", "HEAT_MAPS")
 LATEST = source.constant("depth.pictures", "LATEST")
 ARTIFACTS = source.constant("mlflow_delivery.database", "ARTIFACTS")
 DATABASE = source.constant("mlflow_delivery.database", "NAME")
+DELIVERED = source.constant("mlflow_delivery.outbox_reader", "_NOTE")
+SPOOL = source.constant("mlflow_delivery.earlier_spool", "FOLDER")
 RUN_ID_FILE = source.constant("mlflow_delivery.target", "RUN_ID_FILE")
 CHECKPOINT = "checkpoints/step_NNNNNNNN"
 RUN = {
@@ -47,6 +49,9 @@ RUN = {
     f"{outbox.FOLDER}/{outbox.EVENTS_FILE}": f"Events that belong to no step: "
     f"[format]({FORMATS}#outbox).",
     f"{outbox.FOLDER}/{outbox.SYSTEM}HOST.TIME.jsonl": "A node's measurements of itself.",
+    f"{outbox.FOLDER}/{DELIVERED}": "How much of the log MLflow has received.",
+    f"{outbox.FOLDER}/lock": "Held by the process that delivers the log to MLflow.",
+    f"{outbox.FOLDER}/alive": "Touched by that process while it runs.",
     RUN_ID_FILE: "Id of the run's MLflow run.",
     f"{ARTIFACTS}/": f"What MLflow shows as the run's artifacts, with the database "
     f"`runs/{DATABASE}`.",
@@ -55,6 +60,8 @@ RUN = {
     "([Exit codes](exit-codes.md): 70).",
     f"{run_file.ORIGIN_FOLDER}/ID/": "In a copied run: the original's reports; may be deleted.",
     EARLIER_DEPTH_FILE: "Depth profiles of a run of an earlier version.",
+    f"{SPOOL}/": "Undelivered reports of a run of an earlier version.",
+    f"{DATABASE}*": "MLflow database of a run of an earlier version.",
 }
 """Files of a run's folder, and what is in them."""
 CHECKPOINT_FILES = {
