@@ -3,18 +3,18 @@
 #
 #   HOSTFILE=FILE launchers/deepspeed.sh [--dry-run] [--doctor] CONFIG [section.key=value ...]
 #
-#   HOSTFILE     lines of "HOST slots=N": N processes there (default ./hostfile)
-#   MASTER_ADDR  address of the first host, where its name does not lead to it
+#   HOSTFILE     file with lines "HOST slots=N": N processes on HOST (default ./hostfile)
+#   MASTER_ADDR  address of the first host, if its name does not resolve to it
 #   MASTER_PORT  (default 29500)
 #
-# The repository and its environment must lie at the same path on all hosts. It starts nothing again:
-# --max-restarts is torchrun's. Nor does it hand signals on: after Ctrl-C DeepSpeed gives the processes
-# 30 s to save; SIGTERM to the launcher alone does not reach them. For the DeepSpeed engine itself see
-# docs/deepspeed.md; this launcher starts either engine.
+# The repository and its environment must be at the same path on all hosts. The launcher does not
+# restart processes: --max-restarts is torchrun's. It does not forward signals: after Ctrl-C DeepSpeed
+# gives the processes 30 s to save; SIGTERM to the launcher alone does not reach them. This launcher
+# starts either engine; the DeepSpeed engine is described in docs/deepspeed.md.
 #
-# MLFLOW_*, AWS_*, AZURE_*, GOOGLE_*, DATABRICKS_*, PGPASSWORD and MYSQL_PWD reach rank 0 alone, which
-# reports: through ssh's standard input into a file of the first host's, its owner's alone, that rank 0
-# removes. No log and no `ps` has them.
+# MLFLOW_*, AWS_*, AZURE_*, GOOGLE_*, DATABRICKS_*, PGPASSWORD and MYSQL_PWD are passed to rank 0 only,
+# which reports: through ssh's standard input into a private file on the first host, which rank 0
+# removes. They appear in no log and no process list.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launchers/lib.sh
@@ -28,7 +28,7 @@ SECRET='^((MLFLOW|AWS_|AZURE_|GOOGLE_|DATABRICKS_).*|PGPASSWORD|MYSQL_PWD)$'
 
 # plain WHAT VALUE: DeepSpeed writes it into the hosts' command line without quotes.
 plain() {
-    [[ $2 =~ ^[A-Za-z0-9_@+=:,./-]+$ ]] || die "$1 is $2: DeepSpeed hands it to the hosts' shells as it" \
+    [[ $2 =~ ^[A-Za-z0-9_@+=:,./-]+$ ]] || die "$1 is $2: DeepSpeed passes it to the hosts' shells as it" \
         "is, so it may have letters, digits and _@+=:,./- only"
 }
 
@@ -40,7 +40,7 @@ check_route() {
     plain "the interpreter" "$("$PYTHON" -c 'import sys; print(sys.executable)')"
     for name in $(compgen -e); do # what it exports, in double quotes
         [[ $name =~ ^(PYTHON|MV2|UCX|NCCL) && ${!name} == *[\"\$\`\\%]* ]] &&
-            die "$name: DeepSpeed hands it to the hosts' shells, and it has one of \" \$ \` \\ %"
+            die "$name: DeepSpeed passes it to the hosts' shells, and it contains one of \" \$ \` \\ %"
     done
     return 0
 }
@@ -54,7 +54,7 @@ move_secrets() {
     SECRETS=$(
         for name in "${names[@]}"; do printf '%s=%s\0' "$name" "${!name}"; done |
             "${SSH[@]}" -- "${hosts[0]}" 'umask 077; f=$(mktemp) && cat >"$f" && echo "$f"'
-    ) || die "${hosts[0]}: no file for passwords could be made there"
+    ) || die "${hosts[0]}: cannot create a file for passwords"
     SECRETS=${SECRETS##*$'\n'} # after what a login may say
     plain "mktemp of ${hosts[0]}" "$SECRETS"
     unset "${names[@]}"
@@ -74,9 +74,9 @@ while read -r host rest || [[ -n ${host:-} ]]; do
     hosts+=("$host")
 done <"$hostfile"
 ((${#hosts[@]})) || die "$hostfile names no host"
-is_positive "${MASTER_PORT:=29500}" || die "MASTER_PORT=$MASTER_PORT is no port"
+is_positive "${MASTER_PORT:=29500}" || die "MASTER_PORT=$MASTER_PORT must be a port number"
 [[ -z ${MASTER_ADDR:-} || $MASTER_ADDR =~ ^[A-Za-z0-9:][A-Za-z0-9._:-]*$ ]] ||
-    die "MASTER_ADDR=$MASTER_ADDR is no address"
+    die "MASTER_ADDR=$MASTER_ADDR is not an address"
 
 runner=("$PYTHON" -m deepspeed.launcher.runner)
 options=(--no_local_rank --master_port "$MASTER_PORT")

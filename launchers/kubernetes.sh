@@ -3,19 +3,19 @@
 #
 #   [VARIABLES] launchers/kubernetes.sh [options] CONFIG [section.key=value ...]
 #
-#   options: --dry-run (shows the manifest), --doctor, --max-restarts N
+#   options: --dry-run (show the manifest), --doctor, --max-restarts N
 #
 #   KIND           job (default) or pytorchjob: the manifests in launchers/kubernetes/
-#   NAME           of the job (default keel)
+#   NAME           name of the job (default keel)
 #   IMAGE          container image, from docker/ (default keel-megatron)
-#   NNODES         pods (default 2)
-#   GPUS_PER_NODE  GPUs of each (default 8; 0 = a CPU)
+#   NNODES         number of pods (default 2)
+#   GPUS_PER_NODE  GPUs per pod (default 8; 0: train on the CPU)
 #   CLAIM          volume claim that all pods can write, for runs/ and data/ (default keel)
-#   SECRET         with MLFLOW_TRACKING_USERNAME and its like, if there is one (default keel-mlflow)
-#   NAMESPACE      (default: kubectl's own)
+#   SECRET         optional Secret with MLFLOW_TRACKING_USERNAME and others (default keel-mlflow)
+#   NAMESPACE      namespace (default: kubectl's current one)
 #
-# CONFIG is a file here; it travels as a ConfigMap. The same call with --dry-run and
-# `| grep -v '^+ ' | kubectl delete -f -` ends the run.
+# CONFIG is a local file, which is sent as a ConfigMap. To end the run, repeat the command with --dry-run
+# and append `| grep -v '^+ ' | kubectl delete -f -`.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launchers/lib.sh
@@ -25,8 +25,8 @@ parse_arguments "$@"
 find_python
 kind=${KIND:-job} name=${NAME:-keel} nodes=${NNODES:-2} gpus=${GPUS_PER_NODE:-8} claim=${CLAIM:-keel}
 [[ $kind == job || $kind == pytorchjob ]] || die "KIND=$kind must be job or pytorchjob"
-is_positive "$nodes" || die "NNODES=$nodes is no positive number"
-is_number "$gpus" || die "GPUS_PER_NODE=$gpus is no number"
+is_positive "$nodes" || die "NNODES=$nodes must be a positive number"
+is_number "$gpus" || die "GPUS_PER_NODE=$gpus must be a number"
 # A service's name: it becomes part of the pods' host names.
 [[ $name =~ ^[a-z]([-a-z0-9]{0,50}[a-z0-9])?$ ]] ||
     die "NAME=$name must be lower-case letters, digits and '-', 52 at most"

@@ -2,9 +2,9 @@
 # What the launchers share: arguments, checks, and how a command is shown and run. Sourced.
 #
 # Every launcher takes   [options] CONFIG [section.key=value ...]
-#   --dry-run         show the command and what would be checked, run nothing
-#   --doctor          compare and probe the nodes (keel doctor) instead of training
-#   --max-restarts N  start a group that fails again, so often (default 3)
+#   --dry-run         show the command and the checks; run nothing
+#   --doctor          compare and test the nodes (keel doctor) instead of training
+#   --max-restarts N  restart the process group up to N times after a failure (default 3)
 #   --help
 
 DRY_RUN=0 VERB=train MAX_RESTARTS=3 CONFIG="" OVERRIDES=()
@@ -63,7 +63,7 @@ split_endpoint() {
     [[ $2 =~ ^\[(.+)\](:([^:]*))?$ || $2 =~ ^([^:]+)(:([^:]*))?$ || $2 =~ ^(.+)()()$ ]] ||
         die "$1=$2 must be HOST or HOST:PORT"
     HOST=${BASH_REMATCH[1]} PORT=${BASH_REMATCH[3]:-29500}
-    is_port "$PORT" || die "$1=$2: $PORT is no port, a number from 1 to 65535"
+    is_port "$PORT" || die "$1=$2: $PORT must be a port, from 1 to 65535"
 }
 
 # need NAME WHY: the variable must be set.
@@ -96,12 +96,12 @@ count_gpus() {
 
 # check_devices WANTED: so many processes have a device each (CPUs can be shared).
 check_devices() {
-    is_positive "$1" || die "processes on this node: $1 is no positive number"
+    is_positive "$1" || die "processes on this node: $1 must be a positive number"
     local gpus
     gpus=$(count_gpus)
     [[ " ${OVERRIDES[*]:-} " == *" training.device=cpu "* ]] && return
     if ((gpus && $1 > gpus)); then
-        die "$(hostname) has $gpus GPU(s), fewer than the $1 processes asked for"
+        die "$(hostname) has $gpus GPU(s), fewer than the $1 requested processes"
     fi
     if ((!gpus)) && [[ " ${OVERRIDES[*]:-} " == *" training.device=cuda "* ]]; then
         die "training.device=cuda, but $(hostname) has no GPU that nvidia-smi lists"
@@ -169,7 +169,7 @@ wait_for() {
     until timeout 2 bash -c ': <>"/dev/tcp/$0/$1"' "$1" "$2" 2>/dev/null; do
         ((SECONDS < end)) ||
             die "no answer from $1 port $2 in $3 s, seen from $(hostname): is the first node" \
-                "started, is the name right, does a firewall stand between them?"
+                "started, is the name right, does a firewall block the port?"
         sleep 1
     done
 }

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Train with several processes of this machine.
+# Train with several processes on this machine.
 #
 #   launchers/local.sh [--dry-run] [--doctor] [--max-restarts N] N CONFIG [section.key=value ...]
 #
-# N processes; as many as GPUs, or on a CPU as many as the layout has. Ctrl-C, SIGTERM and SIGUSR1
-# save and end the run. Ends with keel's own exit codes (docs/reference/exit-codes.md).
+# N is the number of processes: a multiple of the layout's, and at most the number of GPUs if there are any.
+# Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end the run. Exits with keel's own exit codes
+# (docs/reference/exit-codes.md).
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launchers/lib.sh

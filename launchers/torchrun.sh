@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Train on this node as one of several; start it on every node.
+# Train on several nodes; start it on every node.
 #
 #   [VARIABLES] launchers/torchrun.sh [options] CONFIG [section.key=value ...]
 #
 #   options: --dry-run, --doctor, --max-restarts N
 #
-#   NNODES          nodes (default 1: as launchers/local.sh, nothing listens beyond loopback)
-#   NPROC_PER_NODE  processes of this node (default: its GPUs; without any 1)
-#   MASTER_ADDR     the first node: a static rendezvous, with NODE_RANK on every node
+#   NNODES          number of nodes (default 1: as launchers/local.sh, nothing listens beyond loopback)
+#   NPROC_PER_NODE  processes on this node (default: its number of GPUs, or 1 without GPUs)
+#   MASTER_ADDR     address of the first node: a static rendezvous, with NODE_RANK on every node
 #   MASTER_PORT     its port (default 29500)
-#   RDZV_ENDPOINT   HOST[:PORT] of the first node: a c10d rendezvous, which gives out the ranks;
+#   RDZV_ENDPOINT   HOST[:PORT] of the first node: a c10d rendezvous, which assigns the ranks;
 #                   an IPv6 address with a port is written [ADDRESS]:PORT
-#   RDZV_ID         the job's name there: random, the same on every node (docs/cluster.md, 5)
-#   NODE_RANK       this node's number, from 0; 0 is the first node
-#   LOCAL_ADDR      this node's address, where its host name does not lead to it
+#   RDZV_ID         the rendezvous' name: random, the same on every node (docs/cluster.md, 5)
+#   NODE_RANK       this node's number, counted from 0; 0 is the first node
+#   LOCAL_ADDR      this node's address, if its host name does not resolve to it
 #   WAIT_SECONDS    how long to wait for the first node (default 300)
 #
-# SIGUSR1 (save, end with 75) and SIGTERM (save, end with 143) are handed to the trainers. Ends with
+# SIGUSR1 (save, exit with 75) and SIGTERM (save, exit with 143) are forwarded to the ranks. Exits with
 # keel's own exit codes (docs/reference/exit-codes.md), which torchrun hides.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -33,12 +33,12 @@ port=${MASTER_PORT:-${PET_MASTER_PORT:-29500}}
 endpoint=${RDZV_ENDPOINT:-}
 gpus=$(count_gpus)
 processes=${NPROC_PER_NODE:-${PET_NPROC_PER_NODE:-$((gpus ? gpus : 1))}}
-is_positive "$nodes" || die "NNODES=$nodes is no positive number"
+is_positive "$nodes" || die "NNODES=$nodes must be a positive number"
 if [[ -n $node_rank ]]; then
-    is_number "$node_rank" || die "NODE_RANK=$node_rank is no number"
+    is_number "$node_rank" || die "NODE_RANK=$node_rank must be a number"
     ((node_rank < nodes)) || die "NODE_RANK=$node_rank must be below NNODES=$nodes"
 fi
-is_number "${WAIT_SECONDS:=300}" || die "WAIT_SECONDS=$WAIT_SECONDS is no whole number"
+is_number "${WAIT_SECONDS:=300}" || die "WAIT_SECONDS=$WAIT_SECONDS must be a whole number"
 check_devices "$processes"
 if ((nodes == 1)); then
     options=(--max-restarts "$MAX_RESTARTS")
@@ -67,7 +67,7 @@ else
     [[ -n $node_rank ]] ||
         die "NODE_RANK is not set: this node's number, 0 to $((nodes - 1)), 0 on $address"
     address=${address#[} address=${address%]}
-    is_port "$port" || die "MASTER_PORT=$port is no port, a number from 1 to 65535"
+    is_port "$port" || die "MASTER_PORT=$port must be a port, from 1 to 65535"
     command+=(--node-rank "$node_rank" --master-addr "$address" --master-port "$port")
     first=("$address" "$port")
 fi

@@ -54,7 +54,7 @@ def copy(
         Path | None, typer.Argument(metavar="[FILE]", help="Default: NAME.yaml in this folder.")
     ] = None,
 ) -> None:
-    """Copy a bundled configuration to a file, to be changed."""
+    """Copy a bundled configuration to a file, to edit it."""
     if name not in bundled_names():
         raise UserError(f"NAME: {name!r} is none of {', '.join(bundled_names())}")
     file = file or Path(f"{Path(name).name}.yaml")

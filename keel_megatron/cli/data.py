@@ -45,7 +45,7 @@ def build(
         ),
     ] = Executor.LOCAL,
     workers: Workers = 0,
-    tasks: Annotated[int, typer.Option(min=0, help="Tasks of a cluster. 0: up to 64.")] = 0,
+    tasks: Annotated[int, typer.Option(min=0, help="Tasks on a cluster. 0: up to 64.")] = 0,
     sbatch: Annotated[
         str, typer.Option(help="Further options of sbatch, such as '--partition=cpu'.")
     ] = "",
@@ -73,11 +73,11 @@ def task(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="The .partial folder of a build.")
     ],
-    task: Annotated[int, typer.Option(help="Number of the task, from 0.")],
-    tasks: Annotated[int, typer.Option(min=1, help="Number of all tasks.")],
+    task: Annotated[int, typer.Option(help="Number of the task, counted from 0.")],
+    tasks: Annotated[int, typer.Option(min=1, help="Total number of tasks.")],
     workers: Workers = 0,
 ) -> None:
-    """Do one task of a build; `keel data build --executor slurm` submits these."""
+    """Run one task of a build; `keel data build --executor slurm` submits these."""
     from keel_megatron.corpus.cluster import run_task
     from keel_megatron.runtime.cores import available_cores
 

@@ -40,12 +40,12 @@ _IncludePath = Annotated[
 ]
 _Limit = Annotated[
     float | None,
-    typer.Option(metavar="N", help="Documents of each task; below 1, a share. To try something."),
+    typer.Option(metavar="N", help="Documents per task; below 1, a fraction. For quick trials."),
 ]
 _Shots = Annotated[
     int | None,
     typer.Option(
-        min=0, metavar="N", help="Examples before each question. Default: the task's own number."
+        min=0, metavar="N", help="Few-shot examples per question. Default: the task's own number."
     ),
 ]
 _Seed = Annotated[
@@ -64,8 +64,7 @@ _Text = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="PATH",
-        help="File, folder or glob of text, of the formats that `keel data build` reads; "
-        "repeatable.",
+        help="File, folder or glob of text, in a format that `keel data build` reads; repeatable.",
     ),
 ]
 _TextKey = Annotated[
@@ -83,19 +82,19 @@ _Out = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="--text: write a line of JSON a document to this file. --tasks: write all as JSON.",
+        help="File for the results. --text: one line of JSON per document. --tasks: JSON.",
     ),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 _BatchTokens = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Tokens of a batch, padding included.")
+    int, typer.Option(min=1, metavar="N", help="Tokens per batch, including padding.")
 ]
 _Processes = Annotated[
     int | None,
     typer.Option(
         min=1,
         metavar="N",
-        help="Processes of this machine, which share the work. Default: --model-processes.",
+        help="Processes on this machine that share the work. Default: --model-processes.",
     ),
 ]
 _ModelProcesses = Annotated[
@@ -103,8 +102,8 @@ _ModelProcesses = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        help="Processes that share one model: pipeline stages, of the run's tensor-parallel size "
-        "if it divides them. For a model that does not fit one device.",
+        help="Processes that share one model, as pipeline stages (with the run's tensor-parallel "
+        "size if it divides them). For a model that does not fit on one device.",
     ),
 ]
 

@@ -27,51 +27,49 @@ _Prompts = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help='Texts to continue, one a line; in a .jsonl file strings or {"prompt": TEXT}. '
+        help='Texts to continue: one per line, or a .jsonl file of strings or {"prompt": TEXT}. '
         "The output is JSON lines.",
     ),
 ]
 _Out = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE", help="Write JSON lines to this file, in the place of its content."
-    ),
+    typer.Option(metavar="FILE", help="File for the output, as JSON lines; replaced if it exists."),
 ]
 _Step = Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")]
 _Stop = Annotated[
     list[str] | None,
-    typer.Option(metavar="TEXT", help="Text before which a continuation ends; repeatable."),
+    typer.Option(metavar="TEXT", help="End the continuation before this text; repeatable."),
 ]
 _Slide = Annotated[
     bool,
     typer.Option(
         "--slide",
-        help="At the end of the context continue with its newest half, read again. Otherwise the "
-        "continuation ends there.",
+        help="At the end of the context, continue with its newest half, which is read again. "
+        "Otherwise the continuation ends there.",
     ),
 ]
 _Processes = Annotated[
     int,
     typer.Option(
         min=1,
-        help="Processes that share the model: pipeline stages, of the run's tensor-parallel size "
-        "if it divides them. For a model that does not fit one device.",
+        help="Processes that share the model, as pipeline stages (with the run's tensor-parallel "
+        "size if it divides them). For a model that does not fit on one device.",
     ),
 ]
 _Graphs = Annotated[
     bool,
     typer.Option(
         "--cuda-graphs",
-        help="Decode with one CUDA graph a token, for deep models. One process on a GPU. Not "
-        "yet run on one.",
+        help="Replay one CUDA graph per token, for deep models. Needs a GPU, and one process. Not "
+        "yet run on a GPU.",
     ),
 ]
 _Chat = Annotated[
     bool,
     typer.Option(
         "--chat",
-        help="Each prompt is a user's message, which the model answers, with the chat template "
-        "that it was trained with.",
+        help="Treat each prompt as a user's message, and answer it with the chat template that "
+        "the model was trained with.",
     ),
 ]
 
@@ -92,7 +90,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Random seed of the sampling.")] = 0,
     stop: _Stop = None,
     slide: _Slide = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts continued at a time.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
     processes: _Processes = 1,
     cuda_graphs: _Graphs = False,
     chat: _Chat = False,

@@ -23,8 +23,8 @@ def sync(
         list[str] | None,
         typer.Option(
             metavar="URI",
-            help="Confirms the tracking URI of the run: its folder may come from someone else, so "
-            "its address is not trusted. MLFLOW_TRACKING_URI confirms it too. Not needed for a "
+            help="Confirm the run's tracking URI: its folder may come from someone else, so the "
+            "address in it is not trusted. MLFLOW_TRACKING_URI confirms it too. Not needed for a "
             "local store.",
         ),
     ] = None,
@@ -32,7 +32,7 @@ def sync(
         bool,
         typer.Option(
             "--rebuild",
-            help="Deliver the whole run again, from its log. What MLflow has of it stays.",
+            help="Upload the whole run again, from its log. Tags and notes in MLflow are kept.",
         ),
     ] = False,
 ) -> None:

@@ -187,19 +187,19 @@ def test_a_dry_run_of_deepspeed_shows_the_exact_command(tmp_path: Path) -> None:
             "torchrun.sh",
             [DEMO],
             {"NNODES": "9", "MASTER_ADDR": "a", "NODE_RANK": "08"},
-            "NODE_RANK=08 is no number",
+            "NODE_RANK=08 must be a number",
         ),
         (
             "torchrun.sh",
             [DEMO],
             {"NNODES": "2", "RDZV_ENDPOINT": "[::1]:x"},
-            "RDZV_ENDPOINT=[::1]:x: x is no port, a number from 1 to 65535",
+            "RDZV_ENDPOINT=[::1]:x: x must be a port, from 1 to 65535",
         ),
         (
             "torchrun.sh",
             [DEMO],
             {"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "0", "MASTER_PORT": "65536"},
-            "MASTER_PORT=65536 is no port",
+            "MASTER_PORT=65536 must be a port",
         ),
         (
             "slurm.sbatch",
@@ -331,9 +331,9 @@ def test_more_processes_than_gpus_are_refused(tmp_path: Path) -> None:
     assert "--processes 2 " in done.stdout  # its GPUs
     done = launch("torchrun.sh", DEMO, path=tmp_path, NPROC_PER_NODE="3")
     assert done.returncode == 2
-    assert "has 2 GPU(s), fewer than the 3 processes asked for" in done.stderr
+    assert "has 2 GPU(s), fewer than the 3 requested processes" in done.stderr
     done = launch("local.sh", "3", DEMO, path=tmp_path, CUDA_VISIBLE_DEVICES="0")
-    assert "has 1 GPU(s), fewer than the 3 processes asked for" in done.stderr
+    assert "has 1 GPU(s), fewer than the 3 requested processes" in done.stderr
     cpu = ["--dry-run", "3", DEMO, "training.device=cpu"]
     assert launch("local.sh", *cpu, path=tmp_path).returncode == 0
 

@@ -22,8 +22,8 @@ def coordinate_check(
         list[str] | None,
         typer.Option(
             metavar="FACTOR,...",
-            help="Factors of optimizer.epsilon, such as 1, 100 or, over sub-layers, 1/L. "
-            "Table and picture have the first one's sizes. Default: 1.",
+            help="Factors of optimizer.epsilon, such as 1, 100 or 1/L (L: sub-layers). Table and "
+            "picture show the first one. Default: 1.",
         ),
     ] = None,
 ) -> Study:

@@ -26,7 +26,7 @@ def depth_scaling(
     ] = None,
     rate: Annotated[
         list[str] | None,
-        typer.Option(metavar="RULE=RATE,...", help="Rules that have this rate, not the sweep."),
+        typer.Option(metavar="RULE=RATE,...", help="Train a rule at this rate only."),
     ] = None,
 ) -> Study:
     """Compare rules over depth at fixed width, each at its own best learning rate (Table 3)."""

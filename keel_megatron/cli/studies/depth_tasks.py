@@ -21,15 +21,15 @@ def depth_tasks(
         typer.Option(metavar="TASK,...", help=f"Of {', '.join(TASKS)}. Default: all."),
     ] = None,
     largest: Annotated[
-        int, typer.Option(min=1, max=LARGEST, help="Questions need up to so many steps.")
+        int, typer.Option(min=1, max=LARGEST, help="Maximum number of steps of a question.")
     ] = task_study.STEPS,
     documents: Annotated[
-        int, typer.Option(min=1, help="Documents of each task's training text.")
+        int, typer.Option(min=1, help="Documents in each task's training text.")
     ] = task_study.DOCUMENTS,
     questions: Annotated[
-        int, typer.Option(min=1, help="Questions of each number of steps, after the last step.")
+        int, typer.Option(min=1, help="Test questions per number of steps, after training.")
     ] = task_study.QUESTIONS,
 ) -> Study:
-    """Train on generated tasks that need k sequential steps: where depth should matter."""
+    """Train on generated tasks that need k sequential steps, where depth should help."""
     names = listed(tasks) or tuple(TASKS)
     return task_study.study(config, axes, names, largest, documents, questions)

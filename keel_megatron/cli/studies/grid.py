@@ -57,7 +57,7 @@ def _shared(
     out: Annotated[
         Path | None, typer.Option(help="The study's folder. Default: runs/studies/NAME.")
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Show the grid and its cost only.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only show the grid and its cost.")] = False,
     gpu: Annotated[
         str | None,
         typer.Option(help="With --plan: predict for this device type, as keel plan --gpu does."),

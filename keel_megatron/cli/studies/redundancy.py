@@ -22,12 +22,12 @@ RUN = "KEEL_STUDY_RUN"
 _Runs = Annotated[
     list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or of checkpoints.")
 ]
-_Unit = Annotated[Literal["sub-layer", "block"], typer.Option(help="What is removed.")]
+_Unit = Annotated[Literal["sub-layer", "block"], typer.Option(help="Unit to remove.")]
 _Removal = Annotated[
     Literal["sub-layer", "branch"],
     typer.Option(
-        help="What removing leaves: sub-layer: x' = x, skipped with its norm, as pruning does; "
-        "branch: x' = N_out(alpha x), the branch at zero. The same for pre_ln."
+        help="How to remove it. sub-layer: x' = x, without its norm, as in pruning. branch: x' = "
+        "N_out(alpha x), with a zero branch. The same for pre_ln."
     ),
 ]
 _Tokens = Annotated[
@@ -36,21 +36,19 @@ _Tokens = Annotated[
 ]
 _Text = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="A text instead of the runs' validation sets."),
+    typer.Option(metavar="FILE", help="Text to use instead of the validation sets."),
 ]
 _BatchSize = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="Sequences that run together, all removals counted. Default: 8,192 tokens."
-    ),
+    typer.Option(min=1, help="Sequences per batch, counting all removals. Default: 8,192 tokens."),
 ]
 _Step = Annotated[int | None, typer.Option(help="Step of the checkpoints. Default: the newest.")]
 _Processes = Annotated[
     int,
     typer.Option(
         min=1,
-        help="Processes that share a model: pipeline stages, of the run's tensor-parallel size "
-        "if it divides them.",
+        help="Processes that share a model, as pipeline stages (with the run's tensor-parallel "
+        "size if it divides them).",
     ),
 ]
 
@@ -68,7 +66,7 @@ def redundancy(
         "runs/studies/redundancy"
     ),
 ) -> None:
-    """Measure what each sub-layer, or block, of trained runs is worth: the loss without it."""
+    """Measure the loss of trained runs without each sub-layer or block."""
     from keel_megatron.inference.source import config_of
     from keel_megatron.studies.redundancy.measure import Options, measure
 

@@ -31,7 +31,7 @@ def stream_precision(
         ),
     ] = None,
 ) -> Study:
-    """Train with the residual stream in bf16: what it costs, and Keel's advantage over Pre-LN."""
+    """Measure the cost of a residual stream in bf16, and Keel's advantage over Pre-LN."""
     return stream_study.study(
         config,
         axes,
