@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keel_megatron.cli.arguments import ModelFolder, writing
+from keel_megatron.cli.arguments import Json, ModelFolder, writing
 from keel_megatron.errors import UserError
 from keel_megatron.evaluation.tasks import Choice, load_tasks
 from keel_megatron.runtime.local_launch import launch
@@ -86,7 +86,6 @@ _Out = Annotated[
         help="--text: write a line of JSON a document to this file. --tasks: write all as JSON.",
     ),
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 _BatchTokens = Annotated[
     int, typer.Option(min=1, metavar="N", help="Tokens of a batch, padding included.")
 ]
@@ -123,12 +122,15 @@ def evaluate(
     stride: _Stride = None,
     step: _Step = None,
     out: _Out = None,
-    as_json: _Json = False,
+    as_json: Json = False,
     batch_tokens: _BatchTokens = 8192,
     processes: _Processes = None,
     model_processes: _ModelProcesses = 1,
 ) -> None:
-    """Evaluate a model: benchmarks of lm-eval, or perplexity and bits per byte of texts."""
+    """Evaluate a model: lm-eval's benchmarks, or perplexity of texts.
+
+    Of texts also bits per byte, which compare models with different tokenizers.
+    """
     names = tuple(filter(None, map(str.strip, (tasks or "").split(","))))
     if bool(text) == bool(names):
         raise UserError("give --tasks NAME,... or --text PATH: what the model is evaluated on")
