@@ -37,8 +37,8 @@ class Command(TyperCommand):
         """Arguments by their names, options with a word for their value."""
         for title, kind in (("Arguments", "argument"), ("Options", "option")):
             of_kind = [one for one in self.get_params(ctx) if one.param_type_name == kind]
-            records = [one.get_help_record(ctx) for one in of_kind]
-            found = [_plain(*record) for record in records if record is not None]
+            records = [help_record(one, ctx) for one in of_kind]
+            found = [record for record in records if record is not None]
             if found:
                 with formatter.section(title):
                     formatter.write_dl(found)
@@ -89,8 +89,12 @@ def _path(ctx: Any) -> str:
     return " ".join(words)
 
 
-def _plain(name: str, text: str) -> tuple[str, str]:
-    """A parameter's name and help without the parser's notation."""
+def help_record(parameter: Any, ctx: Any) -> tuple[str, str] | None:
+    """A parameter's name and help without the parser's notation; None: it is hidden."""
+    record = parameter.get_help_record(ctx)
+    if record is None:
+        return None
+    name, text = record
     name = re.sub(r" <list\[.*\]>$|(?<=^[A-Z]) <.*>$", "", name)
     if not name.startswith("-"):
         name = re.sub(r" <[\w ]+>$", "", name)
