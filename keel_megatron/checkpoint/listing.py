@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from keel_megatron.checkpoint import folder
 from keel_megatron.checkpoint.identity import changeable
@@ -21,6 +21,7 @@ from keel_megatron.checkpoint.manifest import (
 )
 from keel_megatron.errors import UserError
 
+T = TypeVar("T")
 _LAYOUT = (
     ("TP", "tensor"),
     ("PP", "pipeline"),
@@ -39,6 +40,11 @@ class Entry:
     bytes: int
     problem: str | None
     """What is wrong with it; None if nothing is, as far as was looked."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as a JSON object; the time is that of `modified`, seconds since 1970."""
+        modified = self.path.stat().st_mtime
+        return asdict(self) | {"path": str(self.path), "modified": modified}
 
     def line(self) -> str:
         """Name, size, time and condition."""
@@ -90,6 +96,20 @@ def describe(run_folder: Path, step: int | None) -> list[str]:
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
     """
+    return _read(run_folder, step, lambda *found: list(_description(*found)))
+
+
+def as_object(run_folder: Path, step: int | None) -> dict[str, Any]:
+    """The same as a JSON object.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged.
+    """
+    return _read(run_folder, step, _object)
+
+
+def _read(run_folder: Path, step: int | None, of: Callable[[Path, int, dict[str, Any]], T]) -> T:
+    """What `of` makes of a checkpoint's folder, number of files and state."""
     good = [
         entry.step
         for entry in entries(run_folder, read_all=False)
@@ -103,7 +123,7 @@ def describe(run_folder: Path, step: int | None) -> list[str]:
         raise UserError(f"--step: there is no {path}; there are: {there}")
     try:
         files, state = read_manifest(path), read_json(path / STATE)
-        return list(_description(path, len(files), state))
+        return of(path, len(files), state)
     except DamagedError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     except (TypeError, KeyError, AttributeError):
@@ -149,6 +169,19 @@ def _anomaly(run_folder: Path, spare: set[int]) -> int | None:
     except (DamagedError, TypeError, KeyError, AttributeError):
         return None
     return anomaly if type(anomaly) is int else None
+
+
+def _object(path: Path, files: int, state: dict[str, Any]) -> dict[str, Any]:
+    kept = ("step", "consumed_samples", "layout", "device", "packages")
+    origin = state["extras"].get("initialized_from")
+    return {
+        "path": str(path),
+        **{name: state[name] for name in kept},
+        "files": files + 1,
+        "bytes": _size(path),
+        "data_fingerprint": state["data"].get("fingerprint"),
+        "initialized_from": None if origin is None else origin["path"],
+    }
 
 
 def _description(path: Path, files: int, state: dict[str, Any]) -> list[str]:

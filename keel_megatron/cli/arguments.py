@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from keel_megatron.cli.completion import settings
 from keel_megatron.config.renamed import notices
 from keel_megatron.errors import UserError
+from keel_megatron.runtime.json_text import json_text
 
 
 def show_old_names(context: typer.Context, path: Path | None) -> Path | None:
@@ -29,6 +31,8 @@ def _show_old_overrides(context: typer.Context, overrides: list[str] | None) -> 
 
 def _print_notices(context: typer.Context, path: Path | None, overrides: Sequence[str]) -> None:
     # Once per run: not by the processes that `keel train` starts, nor by ranks other than 0.
+    if context.resilient_parsing:  # a shell completes the command
+        return
     if "KEEL_LAUNCHER_PID" in os.environ or os.environ.get("RANK", "0") != "0":
         return
     printed = context.meta.setdefault("keel_megatron.notices", set())
@@ -49,9 +53,10 @@ ConfigPath = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[SECTION.KEY=VALUE]...",
+        metavar="SECTION.KEY=VALUE",
         help="Settings that replace those of the file.",
         callback=_show_old_overrides,
+        autocompletion=settings,
     ),
 ]
 ModelFolder = Annotated[
@@ -61,7 +66,26 @@ ModelFolder = Annotated[
         help="Folder of a run, runs/NAME, or of a checkpoint; or a Hugging Face folder.",
     ),
 ]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON value instead of text; messages go to stderr."),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run: runs/NAME.")]
+
+
+@contextmanager
+def only_json(as_json: bool) -> Iterator[None]:
+    """Context in which everything that is printed goes to stderr, if `as_json`."""
+    if not as_json:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def print_json(value: Any) -> None:
+    """Print the JSON of a command's `--json`."""
+    print(json_text(value), flush=True)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -10,8 +9,16 @@ from typing import Annotated
 
 import typer
 
-from keel_megatron.cli.arguments import ConfigPath, Overrides, writing
+from keel_megatron.cli.arguments import (
+    ConfigPath,
+    Json,
+    Overrides,
+    only_json,
+    print_json,
+    writing,
+)
 from keel_megatron.errors import UserError
+from keel_megatron.runtime.json_text import json_text
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.runtime.processes import is_rank, with_processes
 
@@ -34,18 +41,22 @@ def bench(
     profile: Annotated[
         Path | None, typer.Option(help="File for a torch trace of one step (.json or .json.gz).")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="File for the results.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File for the results, as JSON.")
+    ] = None,
+    as_json: Json = False,
     processes: Annotated[
         int,
         typer.Option(min=0, help="Number of processes to start on this machine. 0: as keel train."),
     ] = 0,
 ) -> None:
-    """Time the parts of a training step, and compare them with this device's roofline.
+    """Time the parts of a training step.
 
-    Nothing is saved. Several processes: --processes N on this machine, or
-    torchrun ... -m keel_megatron bench CONFIG on one or many machines.
+    Each part is compared with the device's roofline. Nothing is saved. Several processes:
+    --processes N on this machine, or torchrun ... -m keel_megatron bench CONFIG on one or many
+    machines.
     """
-    for option, path in (("--json", output), ("--profile", profile)):
+    for option, path in (("--out", out), ("--profile", profile)):
         if path is not None and not os.access(path.parent, os.W_OK):
             raise UserError(
                 f"{option}: {path} cannot be written: its folder does not exist or is not writable"
@@ -55,26 +66,30 @@ def bench(
         _, processes = with_processes(config, tuple(settings), processes)
     if processes > 1:
         options = _options(steps=steps, warmup=warmup, compare=compare, profile=profile)
-        options += _options(json=output, random_tokens=random_tokens)
+        options += _options(out=out, json=as_json, random_tokens=random_tokens)
         command = ["-m", "keel_megatron", "bench", str(config), *settings, *options]
         sys.exit(launch(processes, command))
     from keel_megatron.bench.step_bench import run_bench
 
-    result = run_bench(
-        config,
-        settings,
-        compare,
-        warmup=warmup,
-        steps=steps,
-        random_tokens=random_tokens,
-        profile=profile,
-    )
+    with only_json(as_json):
+        result = run_bench(
+            config,
+            settings,
+            compare,
+            warmup=warmup,
+            steps=steps,
+            random_tokens=random_tokens,
+            profile=profile,
+        )
     if result is None:
         return
-    print("\n".join(result.lines))
-    if output is not None:
-        with writing("--json", output):
-            output.write_text(json.dumps(result.figures, indent=1) + "\n")
+    if as_json:
+        print_json(result.figures)
+    else:
+        print("\n".join(result.lines))
+    if out is not None:
+        with writing("--out", out):
+            out.write_text(json_text(result.figures) + "\n")
 
 
 def _options(**given: object) -> list[str]:

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from keel_megatron.cli.arguments import RunFolder
+from keel_megatron.cli.arguments import Json, RunFolder, print_json
+from keel_megatron.cli.help import App
+
+if TYPE_CHECKING:
+    from keel_megatron.checkpoint.listing import Entry
 
 DAMAGED = 1
 
-app = typer.Typer(help="Manage a run's checkpoints.", no_args_is_help=True)
+app = App(help="Manage a run's checkpoints.")
 
 
 @app.command("list")
-def list_(run: RunFolder) -> None:
+def list_(run: RunFolder, as_json: Json = False) -> None:
     """List a run's checkpoints; checks only file names and sizes."""
     from keel_megatron.checkpoint.listing import entries
 
-    for entry in entries(run, read_all=False):
-        print(entry.line())
+    _show(entries(run, read_all=False), as_json=as_json)
 
 
 @app.command("verify")
-def verify(run: RunFolder) -> None:
+def verify(run: RunFolder, as_json: Json = False) -> None:
     """Read every file of every checkpoint; exit with 1 if one is damaged."""
     from keel_megatron.checkpoint.listing import entries
 
     found = entries(run, read_all=True)
-    for entry in found:
-        print(entry.line())
+    _show(found, as_json=as_json)
     if any(entry.step is not None and entry.problem for entry in found):
         raise typer.Exit(DAMAGED)
 
@@ -40,10 +42,14 @@ def show(
     step: Annotated[
         int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Show a checkpoint's contents and the settings that a resumed run may change."""
-    from keel_megatron.checkpoint.listing import describe
+    from keel_megatron.checkpoint.listing import as_object, describe
 
+    if as_json:
+        print_json(as_object(run, step))
+        return
     for line in describe(run, step):
         print(line)
 
@@ -83,3 +89,11 @@ def prune(
         print(f"removed {path}")
     if not removed:
         print("nothing to remove")
+
+
+def _show(found: list[Entry], *, as_json: bool) -> None:
+    if as_json:
+        print_json([entry.to_json() for entry in found])
+        return
+    for entry in found:
+        print(entry.line())

@@ -10,10 +10,11 @@ import typer
 
 from keel_megatron.cli.arguments import ConfigPath, Overrides
 from keel_megatron.cli.console import print_path
+from keel_megatron.cli.help import App
 from keel_megatron.config.bundled import FOLDER, bundled_names
 from keel_megatron.errors import UserError
 
-app = typer.Typer(help="Show configurations, and copy bundled ones.", no_args_is_help=True)
+app = App(help="Show configurations, and copy bundled ones.")
 
 
 @app.command("show")
@@ -51,7 +52,7 @@ def list_() -> None:
 def copy(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name of `keel config list`.")],
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="Default: NAME.yaml in this folder.")
+        Path | None, typer.Argument(metavar="FILE", help="Default: NAME.yaml in this folder.")
     ] = None,
 ) -> None:
     """Copy a bundled configuration to a file, to edit it."""

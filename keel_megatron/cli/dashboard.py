@@ -12,7 +12,7 @@ def dashboard(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[RUNS]...",
+            metavar="RUNS",
             help="Folders of runs, or folders that contain runs. Default: runs/.",
         ),
     ] = None,
@@ -30,7 +30,7 @@ def dashboard(
         ),
     ] = None,
 ) -> None:
-    """Open MLflow's pages over local runs, those in runs/ if none is given; Ctrl-C ends it.
+    """Open MLflow's pages over local runs; Ctrl-C ends it.
 
     It is `mlflow server` on the runs' database, runs/mlflow.db, for users who have the address that
     is printed: it holds a token, a new one each time. Notes, tags and names can be changed and are

@@ -10,11 +10,12 @@ import typer
 
 from keel_megatron.cli import data_folders
 from keel_megatron.cli.arguments import ConfigPath, Overrides
+from keel_megatron.cli.help import App
 
 if TYPE_CHECKING:
     from keel_megatron.corpus.build import Execute
 
-app = typer.Typer(help="Build datasets and show them.", no_args_is_help=True)
+app = App(help="Build datasets and show them.")
 
 
 class Executor(StrEnum):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from keel_megatron.cli.arguments import ConfigPath, Overrides
+from keel_megatron.cli.arguments import ConfigPath, Json, Overrides, print_json
 from keel_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,16 +26,19 @@ Place = Annotated[
 def show(
     place: Place,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print data.json's content.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Show a dataset's sources, counts, shares and tokenizer, and what was skipped."""
+    """Show a dataset's sources, counts, shares and tokenizer, and what was skipped.
+
+    --json prints the content of data.json.
+    """
     from keel_megatron.data.dataset import read_manifest, weights_of
     from keel_megatron.data.report import describe
 
     folder, config = _find(place, overrides)
     manifest, _earlier = read_manifest(folder)
     if as_json:
-        print(json.dumps(manifest.model_dump(mode="json"), indent=2))
+        print_json(manifest.model_dump(mode="json"))
     else:
         weights = weights_of(manifest, folder, None if config is None else config.data)
         print("\n".join(describe(manifest, folder, weights)))

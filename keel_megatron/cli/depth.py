@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from keel_megatron.cli.arguments import RunFolder
+from keel_megatron.cli.arguments import Json, RunFolder, only_json, print_json
 
 
 def depth(
@@ -21,16 +21,24 @@ def depth(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the pictures. Default: the run's folder.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Show per-layer statistics of a run: a table, and pictures over depth and steps."""
+    """Show statistics of every sub-layer: a table and pictures.
+
+    The pictures show them over depth and steps.
+    """
     from keel_megatron.depth.profile import not_recorded, read_profiles
-    from keel_megatron.depth.table import draw, select, table
+    from keel_megatron.depth.table import as_object, draw, select, table
 
     profiles = read_profiles(run)
     shown = select(profiles, quantity, step)
-    print(table(profiles[0], shown, quantity))
-    gap = not_recorded(profiles)
-    if gap is not None:
-        print(gap)
-    for picture in draw(profiles, shown, quantity, run.resolve().name, out or run):
-        print(picture)
+    with only_json(as_json):
+        print(table(profiles[0], shown, quantity))
+        gap = not_recorded(profiles)
+        if gap is not None:
+            print(gap)
+        pictures = draw(profiles, shown, quantity, run.resolve().name, out or run)
+        for picture in pictures:
+            print(picture)
+    if as_json:
+        print_json(as_object(profiles[0], shown, quantity) | {"pictures": [*map(str, pictures)]})

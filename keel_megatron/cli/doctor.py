@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from keel_megatron.cli.arguments import Overrides, show_old_names
+from keel_megatron.cli.arguments import (
+    Json,
+    Overrides,
+    only_json,
+    print_json,
+    show_old_names,
+)
 
 if TYPE_CHECKING:
     from keel_megatron.cluster.doctor import Component
@@ -21,7 +28,7 @@ def doctor(
     config: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[CONFIG]",
+            metavar="CONFIG",
             help="YAML file of the run's configuration.",
             callback=show_old_names,
         ),
@@ -30,8 +37,11 @@ def doctor(
     processes: Annotated[
         int, typer.Option(min=0, help="Test CONFIG with this number of processes on this machine.")
     ] = 0,
+    as_json: Json = False,
 ) -> None:
-    """Show the installed libraries and what a run would use; with CONFIG, also test the nodes.
+    """Show what is installed here; with CONFIG, also test the nodes.
+
+    Of each library and device: its version, and whether a run would use it.
 
     On the nodes of a run: torchrun ... -m keel_megatron doctor CONFIG, or a launcher of launchers/
     with --doctor.
@@ -40,7 +50,8 @@ def doctor(
     from keel_megatron.runtime.device import Launch
 
     if processes:
-        sys.exit(_on_this_machine(config, tuple(overrides or ()), processes))
+        more = ["--json"] if as_json else []
+        sys.exit(_on_this_machine(config, tuple(overrides or ()), processes, more))
     launch = Launch.from_environment()
     run = None
     if config is not None:
@@ -48,12 +59,15 @@ def doctor(
         size = launch.world_size if "RANK" in os.environ else None
         run = load_config(config, tuple(overrides or ()), world_size=size)
     if launch.rank == 0:
-        _show(run)
+        _show(run, as_json=as_json)
     if run is not None and "RANK" in os.environ:
-        _preflight(run, launch)
+        with only_json(as_json):
+            _preflight(run, launch)
 
 
-def _on_this_machine(config: Path | None, overrides: tuple[str, ...], processes: int) -> int:
+def _on_this_machine(
+    config: Path | None, overrides: tuple[str, ...], processes: int, more: list[str]
+) -> int:
     from keel_megatron.config.load import load_config
     from keel_megatron.errors import UserError
     from keel_megatron.runtime.local_launch import launch
@@ -61,14 +75,18 @@ def _on_this_machine(config: Path | None, overrides: tuple[str, ...], processes:
     if config is None:
         raise UserError("--processes needs CONFIG: the configuration to test")
     load_config(config, overrides, world_size=processes)
-    return launch(processes, ["-m", "keel_megatron", "doctor", str(config), *overrides])
+    return launch(processes, ["-m", "keel_megatron", "doctor", str(config), *overrides, *more])
 
 
-def _show(run: RunConfig | None) -> None:
+def _show(run: RunConfig | None, *, as_json: bool) -> None:
     from keel_megatron.cluster import doctor
 
-    print(doctor.describe_machine())
     found, used = doctor.installed(), [*doctor.used(run), *_kernels(run)]
+    if as_json:
+        parts = {"found": list(map(asdict, found)), "used": list(map(asdict, used))}
+        print_json({"machine": doctor.describe_machine(), **parts})
+        return
+    print(doctor.describe_machine())
     width = max(len(component.name) for component in [*found, *used])
     for title, components in (("found", found), ("used", used)):
         print(title)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keel_megatron.cli.arguments import ModelFolder, writing
+from keel_megatron.cli.arguments import Json, ModelFolder, writing
 from keel_megatron.errors import UserError
 from keel_megatron.evaluation.tasks import Choice, load_tasks
 from keel_megatron.runtime.local_launch import launch
@@ -85,7 +85,6 @@ _Out = Annotated[
         help="File for the results. --text: one line of JSON per document. --tasks: JSON.",
     ),
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 _BatchTokens = Annotated[
     int, typer.Option(min=1, metavar="N", help="Tokens per batch, including padding.")
 ]
@@ -122,12 +121,15 @@ def evaluate(
     stride: _Stride = None,
     step: _Step = None,
     out: _Out = None,
-    as_json: _Json = False,
+    as_json: Json = False,
     batch_tokens: _BatchTokens = 8192,
     processes: _Processes = None,
     model_processes: _ModelProcesses = 1,
 ) -> None:
-    """Evaluate a model: benchmarks of lm-eval, or perplexity and bits per byte of texts."""
+    """Evaluate a model: lm-eval's benchmarks, or perplexity of texts.
+
+    Of texts also bits per byte, which compare models with different tokenizers.
+    """
     names = tuple(filter(None, map(str.strip, (tasks or "").split(","))))
     if bool(text) == bool(names):
         raise UserError("give --tasks NAME,... or --text PATH: what the model is evaluated on")

@@ -42,7 +42,10 @@ def export(
         ),
     ] = True,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder; exit with 1 if its logits differ."""
+    """Write a checkpoint as a Hugging Face folder.
+
+    Exits with 1 if the logits of the exported model differ from the run's.
+    """
     from keel_megatron.inference.export import export_run
 
     target = Path(os.path.abspath(out))

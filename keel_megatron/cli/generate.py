@@ -95,7 +95,7 @@ def generate(
     cuda_graphs: _Graphs = False,
     chat: _Chat = False,
 ) -> None:
-    """Generate text from a run's newest checkpoint, another one, or a Hugging Face folder."""
+    """Generate text with a run, a checkpoint or a Hugging Face folder."""
     from keel_megatron.inference.prompts import check_out, read_prompts
 
     is_main = processes == 1 or os.environ.get("RANK", "0") == "0"

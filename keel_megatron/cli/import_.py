@@ -21,7 +21,10 @@ def import_(
         typer.Option(metavar="RUN", help="Run folder to write; must not exist, or be empty."),
     ],
 ) -> None:
-    """Write a run's folder with the weights of a Hugging Face folder, as its step 0."""
+    """Make a run's folder from a Hugging Face folder.
+
+    The weights are those of the run's step 0, from which it trains on.
+    """
     from keel_megatron.huggingface.importing import import_folder
 
     import_folder(folder, Path(os.path.abspath(out)), print)

@@ -14,7 +14,7 @@ SETTINGS: Final = {
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-eval's own command line, which knows --model keel --model_args run=RUN."""
+    """Run lm-eval's own command line with --model keel."""
     from keel_megatron.evaluation.tasks import require_harness
 
     require_harness()

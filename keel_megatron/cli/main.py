@@ -7,12 +7,12 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from keel_megatron import __version__, compat
 from keel_megatron.cli import (
     bench,
     checkpoint,
+    completion,
     config,
     dashboard,
     data,
@@ -30,11 +30,12 @@ from keel_megatron.cli import (
     train,
 )
 from keel_megatron.cli.console import tolerate_consoles
+from keel_megatron.cli.help import DATA, MACHINE, SAVED, STUDIES, TRAIN, USE, WATCH, App, Group
 from keel_megatron.errors import ConfigError, DivergedError, UserError
 from keel_megatron.runtime import exit_codes
 
 
-class _Root(TyperGroup):
+class _Root(Group):
     """The commands; Ctrl-C ends any of them with one line."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -47,32 +48,38 @@ class _Root(TyperGroup):
             raise typer.Exit(exit_codes.INTERRUPTED) from None
 
 
-app = typer.Typer(
+app = App(
     name="keel",
     cls=_Root,
     help="Train extremely deep (Keel) language models on Megatron-core.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("train")(train.train)
-app.command("plan")(plan.plan)
-app.command("bench")(bench.bench)
-app.command("depth")(depth.depth)
-app.command("runs")(runs.runs)
-app.command("dashboard")(dashboard.dashboard)
-app.command("doctor")(doctor.doctor)
-app.command("generate")(generate.generate)
-app.command("evaluate")(evaluate.evaluate)
-app.command("lm-eval", context_settings=lm_eval.SETTINGS)(lm_eval.lm_eval)
-app.command("export")(export.export)
-app.command("import")(import_.import_)
-app.add_typer(checkpoint.app, name="checkpoint")
-app.add_typer(config.app, name="config")
-app.add_typer(data.app, name="data")
-app.add_typer(study.app, name="study")
-app.add_typer(track.app, name="track")
+for name, function, group in (
+    ("train", train.train, TRAIN),
+    ("plan", plan.plan, TRAIN),
+    ("bench", bench.bench, TRAIN),
+    ("runs", runs.runs, WATCH),
+    ("depth", depth.depth, WATCH),
+    ("dashboard", dashboard.dashboard, WATCH),
+    ("generate", generate.generate, USE),
+    ("evaluate", evaluate.evaluate, USE),
+    ("export", export.export, USE),
+    ("import", import_.import_, USE),
+    ("doctor", doctor.doctor, MACHINE),
+    ("completion", completion.completion, MACHINE),
+):
+    app.command(name, rich_help_panel=group)(function)
+app.command("lm-eval", rich_help_panel=USE, context_settings=lm_eval.SETTINGS)(lm_eval.lm_eval)
+for name, commands, group in (
+    ("track", track.app, WATCH),
+    ("data", data.app, DATA),
+    ("checkpoint", checkpoint.app, SAVED),
+    ("config", config.app, SAVED),
+    ("study", study.app, STUDIES),
+):
+    app.add_typer(commands, name=name, rich_help_panel=group)
 
 
 def _print_version(wanted: bool) -> None:
@@ -96,6 +103,7 @@ def main() -> None:
 
     Training that has diverged exits the same way, with 65.
     """
+    completion.answer(app)
     tolerate_consoles()
     compat.install()
     if exit_codes.is_mistake():  # torchrun restarts the process nevertheless

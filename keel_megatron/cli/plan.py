@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from keel_megatron.cli.arguments import ConfigPath, Overrides
+from keel_megatron.cli.arguments import ConfigPath, Json, Overrides, only_json, print_json
 
 if TYPE_CHECKING:
     from keel_megatron.config.run import RunConfig
@@ -40,7 +39,7 @@ def plan(
             metavar="NAME=NUMBER", help="Replace a property of --gpu, e.g. inter_node_gb=25."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE.png", help="File for a plot of the schedule and the memory."),
@@ -60,7 +59,7 @@ def plan(
         bool, typer.Option("--search", help="Find the fastest layout for --gpus devices.")
     ] = False,
 ) -> None:
-    """Estimate stages, memory, speed and duration of a run; needs no GPU.
+    """Predict a run's memory, speed and duration; needs no GPU.
 
     --search compares layouts, micro-batch sizes and recomputation; it prints the best as overrides.
     --trace counts memory, kernels, messages and host waits by running the program without a GPU.
@@ -126,7 +125,8 @@ def _plan(
     if measure:
         from keel_megatron.planner.measure import measure_pieces
 
-        measured = measure_pieces(run)
+        with only_json(as_json):
+            measured = measure_pieces(run)
     made = make_plan(run, gpus, device, measured)
     change = None if made.fits else smallest_change(made, more_gpus=more_gpus)
     if plot is not None:
@@ -135,7 +135,7 @@ def _plan(
     if as_json:
         advice = {"change": change[0] if change else None}
         more = {} if found is None else {"trace": found.as_object()}
-        print(json.dumps({**made.as_object(), **advice, **more}, indent=2))
+        print_json({**made.as_object(), **advice, **more})
         return
     print(describe(made))
     if not made.fits:
@@ -214,7 +214,7 @@ def _search(
 
     found = search(run, gpus, device)
     if as_json:
-        print(json.dumps(search_object(found), indent=2))
+        print_json(search_object(found))
         return
     print(describe_search(found, gpus))
     best = found.best[0]

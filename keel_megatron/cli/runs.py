@@ -7,28 +7,29 @@ from typing import Annotated
 
 import typer
 
+from keel_megatron.cli.arguments import Json, print_json
+
 
 def runs(
     folders: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[RUNS]...",
+            metavar="RUNS",
             help="Folders of runs, or folders that contain runs. Default: runs/.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """List runs: state, step, loss, speed, time left, last checkpoint, and problems."""
-    import json
+    """List runs: state, step, loss, speed, time left and problems."""
     import sys
 
-    from keel_megatron.config.terminal import trusted
+    from keel_megatron.config.terminal import has_colours, trusted
     from keel_megatron.dashboard.folders import find_runs
     from keel_megatron.dashboard.runs import look
 
     found = look(find_runs(folders or [Path("runs")]))
     if as_json:
-        print(json.dumps([run.to_json() for run in found], indent=1))
+        print_json([run.to_json() for run in found])
         return
     from rich.console import Console
 
@@ -37,5 +38,12 @@ def runs(
 
     # A pipe has no width: a line a run, to grep in.
     width = None if sys.stdout.isatty() else UNLIMITED
-    console = Console(file=trusted(sys.stdout), highlight=False, width=width)
+    coloured = has_colours(sys.stdout)
+    console = Console(
+        file=trusted(sys.stdout),
+        highlight=False,
+        width=width,
+        force_terminal=coloured,
+        color_system="auto" if coloured else None,
+    )
     console.print(runs_table(found))

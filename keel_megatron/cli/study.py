@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import typer
-
+from keel_megatron.cli.help import App
 from keel_megatron.cli.studies.alpha import alpha
 from keel_megatron.cli.studies.coordinate_check import coordinate_check
 from keel_megatron.cli.studies.deep_versus_wide import deep_versus_wide
@@ -16,7 +15,7 @@ from keel_megatron.cli.studies.optimizers import optimizers
 from keel_megatron.cli.studies.redundancy import redundancy
 from keel_megatron.cli.studies.stream_precision import stream_precision
 
-app = typer.Typer(help="Reproduce the paper's studies.", no_args_is_help=True)
+app = App(help="Reproduce the paper's studies.")
 
 
 add_study(app, "alpha", alpha)

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from keel_megatron.cli.arguments import RunFolder
+from keel_megatron.cli.help import App
 
-app = typer.Typer(help="Deliver a run's metrics to MLflow.", no_args_is_help=True)
+app = App(help="Deliver a run's metrics to MLflow.")
 
 
 @app.callback()

@@ -20,25 +20,30 @@ from keel_megatron.errors import ConfigError, Problem
 
 
 def load_config(
-    path: Path | str, overrides: Sequence[str] = (), world_size: int | None = None
+    source: Path | str | Mapping[str, Any] | RunConfig,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    world_size: int | None = None,
 ) -> RunConfig:
-    """Read a configuration.
+    """Read, or build, a configuration.
 
     Args:
-        path: the YAML file, or the name of a bundled configuration (`bundled_names`).
-        overrides: `section.key=value` each, the value in YAML, null written out; the last one wins.
+        source: a YAML file; the name of a bundled configuration (`bundled_names`); its content as a
+            mapping, {"model": {"blocks": 8, ...}, ...}; or a configuration to change.
+        overrides: settings that replace those of the source: `section.key=value` each, the value in
+            YAML, null written out; or a mapping {"section.key": value}. The last one wins.
         world_size: number of processes, to check the layout against; None skips this check.
 
     Raises:
         ConfigError: the configuration has errors; it lists all of them.
     """
-    source = str(path)
-    mapping, wrong = rename(_read(Path(path)))
-    for override in overrides:
-        problem = _apply(mapping, override)
-        if problem is not None:
-            wrong.append(problem)
-    return _parse(mapping, source, world_size, wrong)
+    name, sections = _sections(source)
+    mapping, wrong = rename(sections)
+    if isinstance(overrides, Mapping):
+        found = [_assign(mapping, path, value) for path, value in overrides.items()]
+    else:
+        found = [_apply(mapping, override) for override in overrides]
+    wrong += [problem for problem in found if problem is not None]
+    return _parse(mapping, name, world_size, wrong)
 
 
 def parse_config(
@@ -51,6 +56,22 @@ def parse_config(
     """
     renamed, wrong = rename(mapping)
     return _parse(renamed, source, world_size, wrong)
+
+
+def require_valid(config: RunConfig, source: str, world_size: int) -> None:
+    """Check a configuration against a number of processes.
+
+    Args:
+        config: a configuration whose single values are valid.
+        source: its name in errors.
+        world_size: the number of processes.
+
+    Raises:
+        ConfigError: it does not fit; it lists all errors.
+    """
+    wrong = [Problem(path, message) for path, message in problems(config, world_size)]
+    if wrong:
+        raise ConfigError(source, wrong)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -91,24 +112,58 @@ def _read(path: Path) -> dict[str, Any]:
     }
 
 
+def _sections(source: Path | str | Mapping[str, Any] | RunConfig) -> tuple[str, dict[str, Any]]:
+    """The source's name in errors, and its sections as a new mapping."""
+    if isinstance(source, RunConfig):
+        # Without what was not set: a default may depend on a setting that changes.
+        return "configuration", source.model_dump(mode="json", exclude_unset=True)
+    if not isinstance(source, Mapping):
+        return str(source), _read(Path(source))
+    return "configuration", {
+        name: dict(section) if isinstance(section, Mapping) else section
+        for name, section in source.items()
+    }
+
+
 def _apply(mapping: dict[str, Any], override: str) -> Problem | None:
     """Apply one override in place; the problem with it, if there is one."""
     path, equals, text = override.partition("=")
-    section, dot, key = path.partition(".")
-    if not equals or not dot or not section or not key or "." in key:
-        near = section_suggestion(section) if equals and section and not dot else ""
+    place = _place(path) if equals else None
+    if place is None:
+        near = section_suggestion(path) if equals and path and "." not in path else ""
         near = near if "." in near else ""
         return Problem(override, f"an override must be section.key=value{near}")
     try:
-        value = read_inline(text)
+        _set(mapping, place, read_inline(text))
     except ValueError as error:
         return Problem(path, f"{shown(text)} {error}")
+    return None
+
+
+def _assign(mapping: dict[str, Any], path: str, value: Any) -> Problem | None:
+    """The same for a setting of a mapping of overrides."""
+    place = _place(path)
+    if place is None:
+        near = section_suggestion(path) if "." not in path else ""
+        return Problem(path, f"a setting must be section.key{near if '.' in near else ''}")
+    _set(mapping, place, value)
+    return None
+
+
+def _place(path: str) -> tuple[str, str] | None:
+    """Section and key of a dotted path; None: it is none."""
+    section, _dot, key = path.partition(".")
+    return (section, key) if section and key and "." not in key else None
+
+
+def _set(mapping: dict[str, Any], place: tuple[str, str], value: Any) -> None:
+    """Set a setting in place."""
+    section, key = place
     if mapping.get(section) is None:
         mapping[section] = {}
     # A section that is not a mapping is left for validation to report.
     if isinstance(mapping[section], dict):
         mapping[section][current_key(section, key)] = value
-    return None
 
 
 def _parse(

@@ -1,7 +1,8 @@
-"""Untrusted text on a terminal: control sequences are escaped."""
+"""Text on a terminal: untrusted text is escaped; when there are colours and live lines."""
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -30,6 +31,21 @@ def printable(text: str, *, one_line: bool = False) -> str:
 def trusted(stream: Any) -> Any:
     """The stream for the program's own control sequences."""
     return getattr(stream, "trusted", stream)
+
+
+def is_live(stream: Any) -> bool:
+    """Whether a stream is a terminal on which a line can be replaced."""
+    return bool(stream.isatty()) and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def has_colours(stream: Any) -> bool:
+    """Whether output has colours and styles.
+
+    Not with NO_COLOR (https://no-color.org), always with FORCE_COLOR, otherwise on a terminal.
+    """
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or is_live(stream)
 
 
 def _escape(match: re.Match[str]) -> str:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, TextIO
 
-from keel_megatron.config.terminal import printable, trusted
+from keel_megatron.config.terminal import is_live, printable, trusted
 from keel_megatron.corpus.tokenize import Done
 from keel_megatron.runtime.files import LineFile
 from keel_megatron.tracking.progress import duration
@@ -41,7 +41,7 @@ class BuildProgress:
         self._say = say
         self._log = LineFile(log)
         self._stream = stream or sys.stdout
-        self._is_live = self._stream is not None and self._stream.isatty()
+        self._is_live = self._stream is not None and is_live(self._stream)
         self._clock = clock
         self._lock = threading.Lock()
         self._total = 0

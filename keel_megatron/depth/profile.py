@@ -196,18 +196,19 @@ def first_nonfinite(values: Values) -> int | None:
     return int(bad[0]) if bad.size else None
 
 
-def read_profiles(run_folder: Path, *, may_lack: bool = False) -> list[DepthProfile]:
+def read_profiles(run: Path | str, *, may_lack: bool = False) -> list[DepthProfile]:
     """The profiles of a run, in the order of their steps.
 
     They are records of metrics.jsonl; those that an earlier version wrote are in depth.jsonl.
 
     Args:
-        run_folder: the run's folder.
+        run: the run's folder.
         may_lack: return an empty list for a run without profiles instead of raising.
 
     Raises:
         UserError: the run has none, or a line of its files is not a valid record.
     """
+    run_folder = Path(run)
     if not run_folder.is_dir():
         raise UserError(f"{run_folder} is not a run's folder")
     path, earlier = run_folder / METRICS_FILE, run_folder / EARLIER_DEPTH_FILE

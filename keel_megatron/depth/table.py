@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -78,6 +79,37 @@ def table(first: DepthProfile, shown: DepthProfile, quantity: str | None) -> str
         )
     title = f"{quantity}: {QUANTITIES[quantity].label}, {head}"
     return _text(title, ["sub-layers", *columns], rows)
+
+
+def as_object(first: DepthProfile, shown: DepthProfile, quantity: str | None) -> dict[str, Any]:
+    """A profile as a JSON object: each quantity's values by sub-layer, and its figures.
+
+    Args:
+        first: the run's first profile, for comparison.
+        shown: the profile.
+        quantity: the quantity to show; None shows all.
+    """
+    lists = shown.to_json()["depth"]
+    found = {}
+    for name in [quantity] if quantity else lists:
+        values = shown.values[name]
+        if not values.count():
+            continue
+        finite, before = finite_values(values), finite_values(first.values[name])
+        found[name] = {
+            "minimum": float(finite.min()) if finite.size else None,
+            "median": float(np.median(finite)) if finite.size else None,
+            "maximum": float(finite.max()) if finite.size else None,
+            "median_first_step": float(np.median(before)) if before.size else None,
+            "first_nonfinite": first_nonfinite(values),
+            "values": lists[name],
+        }
+    return {
+        "step": shown.step,
+        "first_step": first.step,
+        "sub_layers": shown.sub_layers,
+        "quantities": found,
+    }
 
 
 def draw(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import sys
@@ -19,6 +18,7 @@ from keel_megatron.evaluation.serving import Served
 from keel_megatron.evaluation.tasks import Choice, load_tasks
 from keel_megatron.inference.source import Source
 from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.runtime.json_text import json_text
 from keel_megatron.runtime.versions import package_versions
 
 BOOTSTRAP_DRAWS = 1000
@@ -82,7 +82,7 @@ class Evaluation:
             "figures": [asdict(figure) for figure in self.figures],
             "lm_eval": self.details,
         }
-        return json.dumps(content, indent=2, ensure_ascii=False, default=handle_non_serializable)
+        return json_text(content, default=handle_non_serializable)
 
 
 def evaluate_benchmarks(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keel_megatron.config.terminal import is_live
 from keel_megatron.errors import UserError
 
 EXTRA = "pip install 'keel-megatron[evaluate]'"
@@ -15,6 +18,9 @@ OFFLINE = (
     "Load it once on a machine that reaches https://huggingface.co, copy the cache (HF_HOME) here "
     "and set HF_DATASETS_OFFLINE=1, or name task files with local data, --include-path DIR"
 )
+
+_BARS = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
+"""Variables that leave out the progress bars of lm-eval and of what loads its data."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,9 @@ def require_harness() -> None:
     Raises:
         UserError: it is not.
     """
+    if not is_live(sys.stderr):
+        for name in _BARS:  # in a log file each refresh of a bar would be a line
+            os.environ.setdefault(name, "1")
     try:
         import lm_eval  # noqa: F401  # takes 0.03 s: it imports its parts when they are used
     except ImportError as error:

@@ -14,6 +14,7 @@ from keel_megatron.evaluation.perplexity import DocumentScore, Total, total
 from keel_megatron.evaluation.text import Texts, evaluate_texts, stride_of
 from keel_megatron.inference.source import Source
 from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.runtime.json_text import json_text
 from keel_megatron.runtime.tables import table_lines
 
 _COLUMNS = ("text", "documents", "bytes", "tokens", "perplexity", "±", "bits per byte", "±")
@@ -48,7 +49,7 @@ class Report:
         by_path, everything = self._totals()
         texts = [{"text": str(path), **asdict(found)} for path, found in by_path.items()]
         content = {**self.about, "texts": texts, "total": asdict(everything)}
-        return json.dumps(content, indent=2, ensure_ascii=False)
+        return json_text(content)
 
     def _totals(self) -> tuple[dict[Path, Total], Total]:
         """Of each path, and of all documents."""

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from keel_megatron.data.chat.tokens import ChatTokenizer
 from keel_megatron.errors import UserError
@@ -13,6 +14,7 @@ from keel_megatron.inference.decoder import Decoder
 from keel_megatron.inference.generation import Generation, Reason, Sequence, Speed
 from keel_megatron.inference.sampling import Sampling
 from keel_megatron.inference.source import Source, opened
+from keel_megatron.runtime.distributed import Runtime
 
 BATCH_SIZE = 8
 
@@ -41,12 +43,8 @@ def generate_prompts(
     sampling: Sampling,
     *,
     step: int | None = None,
-    batch_size: int = BATCH_SIZE,
     processes: int = 1,
-    cuda_graphs: bool = False,
-    chat: bool = False,
-    say: Callable[[str], None] | None = None,
-    done: Callable[[int, Completion], None] = lambda _number, _completion: None,
+    **options: Any,
 ) -> tuple[list[Completion], Speed]:
     """Continue prompts with a run's model; on every rank the same.
 
@@ -55,8 +53,38 @@ def generate_prompts(
         prompts: the texts to continue.
         sampling: the settings.
         step: of the checkpoint; None: the newest.
-        batch_size: prompts that are continued at a time.
         processes: ranks that share the model; with more than one, this is one of them.
+        options: keyword arguments of `continue_prompts`.
+
+    Raises:
+        UserError: as `continue_prompts`; or the folder holds no run or no such checkpoint, or the
+            model cannot be split over the processes.
+    """
+    opening = opened(run, step=step, processes=processes, model_processes=processes)
+    with opening as (source, runtime):
+        return continue_prompts(source, runtime, prompts, sampling, **options)
+
+
+def continue_prompts(
+    source: Source,
+    runtime: Runtime,
+    prompts: list[str],
+    sampling: Sampling,
+    *,
+    batch_size: int = BATCH_SIZE,
+    cuda_graphs: bool = False,
+    chat: bool = False,
+    say: Callable[[str], None] | None = None,
+    done: Callable[[int, Completion], None] = lambda _number, _completion: None,
+) -> tuple[list[Completion], Speed]:
+    """Continue prompts with a loaded model; collective over its ranks, on each the same.
+
+    Args:
+        source: the model.
+        runtime: this rank's place.
+        prompts: the texts to continue.
+        sampling: the settings.
+        batch_size: prompts that are continued at a time.
         cuda_graphs: decode with one CUDA graph a token; in one process only.
         chat: each prompt is a user's message, which the model answers.
         say: called on rank 0 with a single prompt, but for an answer, then with its continuation,
@@ -64,35 +92,30 @@ def generate_prompts(
         done: called with a prompt's number and continuation, at the end of each batch.
 
     Raises:
-        UserError: the folder holds no run or no such checkpoint, a prompt does not fit, the model
-            cannot be split over the processes, its logits are not finite, or the device has no
+        UserError: a prompt does not fit, the model's logits are not finite, or the device has no
             CUDA graphs, or the model no chat template.
     """
-    with opened(run, step=step, processes=processes, model_processes=processes) as (
-        source,
-        runtime,
-    ):
-        config = source.config
-        if cuda_graphs and runtime.device.type != "cuda":
-            raise UserError("--cuda-graphs: needs a CUDA device, and the model runs on the CPU")
-        encoded, ends = _encoded(source, prompts, chat=chat, is_main=runtime.is_main)
-        tokens = dict(enumerate(encoded))
-        _check_lengths(tokens, source, sampling, is_main=runtime.is_main)
-        decoder = Decoder(source.model, config.model, runtime, static=cuda_graphs)
-        context = config.data.seq_length
-        generation = Generation(decoder, source.tokenizer, context, sampling, ends)
-        streams = say if runtime.is_main and len(prompts) == 1 else None
-        if streams is not None and not chat:
-            streams(prompts[0])
-        found: dict[int, Completion] = {}
-        # Prompts of similar lengths together: less padding.
-        order = sorted(tokens, key=lambda number: len(tokens[number]), reverse=True)
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
-            for row in generation.run({number: tokens[number] for number in batch}, streams):
-                found[row.number] = _completion(prompts[row.number], row)
-                done(row.number, found[row.number])
-        return [found[number] for number in range(len(prompts))], generation.speed
+    config = source.config
+    if cuda_graphs and runtime.device.type != "cuda":
+        raise UserError("--cuda-graphs: needs a CUDA device, and the model runs on the CPU")
+    encoded, ends = _encoded(source, prompts, chat=chat, is_main=runtime.is_main)
+    tokens = dict(enumerate(encoded))
+    _check_lengths(tokens, source, sampling, is_main=runtime.is_main)
+    decoder = Decoder(source.model, config.model, runtime, static=cuda_graphs)
+    context = config.data.seq_length
+    generation = Generation(decoder, source.tokenizer, context, sampling, ends)
+    streams = say if runtime.is_main and len(prompts) == 1 else None
+    if streams is not None and not chat:
+        streams(prompts[0])
+    found: dict[int, Completion] = {}
+    # Prompts of similar lengths together: less padding.
+    order = sorted(tokens, key=lambda number: len(tokens[number]), reverse=True)
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        for row in generation.run({number: tokens[number] for number in batch}, streams):
+            found[row.number] = _completion(prompts[row.number], row)
+            done(row.number, found[row.number])
+    return [found[number] for number in range(len(prompts))], generation.speed
 
 
 def _encoded(

@@ -141,8 +141,14 @@ def start(
     Raises:
         CollectiveTimeoutError: a rank waited longer than `parallel.timeout_seconds`; names the
             rank that waited.
-        UserError: the device is not available, or the ranks differ.
+        UserError: the device is not available, the ranks differ, or this process has process
+            groups.
     """
+    if dist.is_initialized():
+        raise UserError(
+            "this process already holds a model or trains a run; close the model first, or use "
+            "another process"
+        )
     launch = launch or Launch.from_environment()
     cuda_environment.prepare(parallel, training)
     device = choose_device(training.device, launch.local_rank)

@@ -101,6 +101,31 @@ class Cost:
         """One line per point, and the total of the runs that have no result yet."""
         return "\n".join([*self._points(), *self.summary()])
 
+    def as_object(self) -> dict[str, Any]:
+        """Every run and its predicted time, as a JSON object; a time that is not known is null."""
+        runs = [
+            {
+                "run": run.name,
+                "point": run.point.name,
+                "seed": run.config.training.seed,
+                "parameters": parameter_count(run.config.model, run.config.data.vocab_size),
+                "steps": run.config.training.steps,
+                "step_seconds": self.times[run.name].step_seconds
+                if run.name in self.times
+                else None,
+                "seconds": self.seconds.get(run.name),
+                "has_result": has_result(run),
+            }
+            for run in self.grid.runs
+        ]
+        return {
+            "study": self.grid.study.name,
+            "device": self.gpu or "this machine",
+            "parallel": self.parallel,
+            "problem": self.problem or None,
+            "runs": runs,
+        }
+
     def summary(self) -> list[str]:
         """The total."""
         left = [run for run in self.grid.runs if not has_result(run)]

@@ -18,6 +18,8 @@ from keel_megatron.errors import UserError
 from keel_megatron.runtime.files import LineFile, whole_lines
 from keel_megatron.tracking.outbox import milliseconds
 
+_IN_FOLDER = "metrics.jsonl"
+
 
 class Recordable(Protocol):
     """A record with its `step`."""
@@ -106,17 +108,27 @@ class MetricsFile:
         self.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, without an incomplete last line.
+def read_metrics(run: Path | str, *names: str) -> list[dict[str, Any]]:
+    """The records of a run, in the order in which they were written.
+
+    Args:
+        run: the run's folder, or its metrics.jsonl, which need not exist and may have an incomplete
+            last line.
+        names: only records that have all these keys, such as "loss": those of the steps.
 
     Raises:
-        UserError: a line in the middle of the file is not a record.
+        UserError: the folder has no metrics.jsonl, or a line in its middle is not a record.
     """
-    return list(iterate_metrics(path))
+    path = Path(run)
+    if path.suffix != ".jsonl":
+        path /= _IN_FOLDER
+        if not path.is_file():
+            raise UserError(f"{run} has no {_IN_FOLDER}; a run's folder is runs/NAME")
+    return [record for record in iterate_metrics(path) if all(name in record for name in names)]
 
 
 def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The same, as an iterator."""
+    """The records of a metrics file, which need not exist, as an iterator."""
     if path.is_file():
         for _line, record in _records(path):
             yield record

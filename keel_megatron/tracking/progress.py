@@ -129,7 +129,7 @@ class Progress:
         bar.add_column(no_wrap=True)
         bar.add_row(
             Text(f"step {record.step}/{self._steps}", style="bold"),
-            ProgressBar(self._steps, record.step, complete_style="cyan"),
+            ProgressBar(self._steps, record.step, complete_style="cyan", finished_style="cyan"),
             Text(f"{duration(left)} left", style="bold"),
         )
         facts = [("loss", f"{record.loss:.4f}")]

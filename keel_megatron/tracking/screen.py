@@ -14,7 +14,7 @@ from typing import TextIO
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from keel_megatron.config.terminal import printable, trusted
+from keel_megatron.config.terminal import has_colours, is_live, printable, trusted
 from keel_megatron.runtime.files import NO_ROOM, LineFile
 from keel_megatron.urls import without_credentials
 
@@ -41,15 +41,17 @@ class Screen:
             self.keep(log)
         # rich's own detection would treat a file as a terminal if FORCE_COLOR is set.
         terminal = self._stream.isatty()
+        coloured = terminal and has_colours(self._stream)
         self._console = Console(
             file=trusted(self._stream),
             force_terminal=terminal,
+            color_system="auto" if coloured else None,
             markup=False,
             emoji=False,
             highlight=False,
             soft_wrap=True,
         )
-        self.is_live = terminal and not self._console.is_dumb_terminal
+        self.is_live = is_live(self._stream)
         """Whether `draw` shows anything."""
         self._live: Live | None = None
         self._drawn_at = 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from keel_megatron.checkpoint.saver import Saver
 from keel_megatron.cluster.watchdog import Watchdog
-from keel_megatron.config.load import load_config
+from keel_megatron.config.load import load_config, require_valid
 from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import DivergedError
 from keel_megatron.mlflow_delivery.reporting import open_progress, open_tracker
@@ -58,29 +58,40 @@ def run_training(
     owned: Ownership | None = None,
     stop: StopRequest | None = None,
 ) -> Outcome:
-    """Train the run that a YAML file and overrides describe, in this process of a torchrun group.
+    """Train the run that a YAML file and overrides describe; see `train`."""
+    end_with_launcher()
+    world_size = Launch.from_environment().world_size
+    config = load_config(config_path, overrides, world_size=world_size)
+    return train(config, before_step, owned, stop)
+
+
+def train(
+    config: RunConfig,
+    before_step: BeforeStep | None = None,
+    owned: Ownership | None = None,
+    stop: StopRequest | None = None,
+) -> Outcome:
+    """Train a run in this process, alone or as one of a torchrun group.
 
     A run resumes from the newest checkpoint in its folder; a complete run is not changed. A start
     that is refused, or aborted by a signal before its first step, changes neither the run's folder
     nor its MLflow run.
 
     Args:
-        config_path: the YAML file.
-        overrides: `section.key=value`.
+        config: the run.
         before_step: called before every step; tests inject faults there.
         owned: ownership of the run's folder; None: rank 0 takes it, or its launcher has it.
         stop: requests to stop received so far; None: listen from now on.
 
     Raises:
-        ConfigError: the configuration is wrong, or does not fit the number of processes.
+        ConfigError: the configuration does not fit the number of processes.
         UserError: the text, the run's folder or the device does not match the configuration,
-            another process trains the run, or the nodes differ.
+            another process trains the run, this process holds a model, or the nodes differ.
         DivergedError: training has diverged.
         SystemExit: a signal requested a stop before the run began.
     """
-    end_with_launcher()
     launch = Launch.from_environment()
-    config = load_config(config_path, overrides, world_size=launch.world_size)
+    require_valid(config, f"run {config.training.name}", launch.world_size)
     with ExitStack() as stack:
         if stop is None:
             stop = stack.enter_context(stop_requests(starting=True))

@@ -64,7 +64,7 @@ def test_two_rules_are_timed_in_turn(path: Path, tmp_path: Path) -> None:
     out, trace = tmp_path / "bench.json", tmp_path / "trace.json"
     command = ["bench", str(path), "--processes", "2"]
     command += ["--random-tokens", "--compare", "model.residual=pre_ln,keel", "--steps", "6"]
-    command += ["--json", str(out), "--profile", str(trace), "checkpoint.every=5"]
+    command += ["--out", str(out), "--profile", str(trace), "checkpoint.every=5"]
     with socket.create_server(("127.0.0.1", 0)) as server:  # a team's: it is to hear nothing
         uri = f"http://127.0.0.1:{server.getsockname()[1]}"
         command += ["tracking.mlflow=true", f"tracking.uri={uri}"]

@@ -33,8 +33,8 @@ def config(tmp_path: Path) -> str:
         ),
         (["checkpoint", "list", "nowhere"], "no nowhere/checkpoints; a run's folder is runs/NAME"),
         (
-            ["bench", "CONFIG", "--json", "no/x.json"],
-            "--json: no/x.json cannot be written: its folder does not exist",
+            ["bench", "CONFIG", "--out", "no/x.json"],
+            "--out: no/x.json cannot be written: its folder does not exist",
         ),
         (["bench", "CONFIG", "--profile", "no/x.json"], "--profile: no/x.json cannot be written"),
         (

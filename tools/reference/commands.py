@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import typer
 
+from keel_megatron.cli.examples import EXAMPLES
+from keel_megatron.cli.help import help_record
 from keel_megatron.cli.main import app
 
 HEAD = """\
@@ -16,7 +17,7 @@ HEAD = """\
 
 With `--help`, each command prints its part of this page. `[SECTION.KEY=VALUE]...` are settings that
 replace those of the configuration file: [Settings](settings.md). See also
-[Exit codes](exit-codes.md).
+[Exit codes](exit-codes.md) and [The command line](../command-line.md): completion, JSON, colours.
 """
 
 
@@ -53,13 +54,16 @@ def _first(command: Any) -> str:
 def _described(command: Any, words: str) -> str:
     """A command's usage, its help and its parameters."""
     context = command.make_context(command.name, [], resilient_parsing=True)
-    usage = " ".join([words, *map(_usage, command.collect_usage_pieces(context))])
+    usage = " ".join([words, *command.collect_usage_pieces(context)])
     parts = [f"## {words}\n", f"<!-- test: output -->\n```\n{usage}\n```\n"]
     parts += [f"{_text(text)}\n" for text in (command.help, command.epilog) if text]
-    records = [one.get_help_record(context) for one in command.params if "--help" not in one.opts]
-    rows = [f"| `{_cell(_name(names))}` | {_cell(text)} |" for names, text in filter(None, records)]
+    found = [one for one in command.params if "--help" not in one.opts]
+    records = [help_record(one, context) for one in found]
+    rows = [f"| `{_cell(names)}` | {_cell(text)} |" for names, text in filter(None, records)]
     if rows:
         parts.append("\n".join(["| | |", "|---|---|", *rows]) + "\n")
+    examples = "\n".join(EXAMPLES[words.removeprefix("keel ")])
+    parts.append(f"Examples:\n\n<!-- test: output -->\n```\n{examples}\n```\n")
     return "\n".join(parts)
 
 
@@ -71,13 +75,3 @@ def _text(text: str) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _name(names: str) -> str:
-    """The names of a parameter: a placeholder needs no type, and an option's is short."""
-    names = re.sub(r" <(list\[\w+\]|path)>$", "", names) if not names.startswith("-") else names
-    return names.replace(" range>", ">")
-
-
-def _usage(piece: str) -> str:
-    return re.sub(r"^\[(\[.*\](\.\.\.)?)\](\.\.\.)?$", r"\1", piece.strip("{}"))

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from keel_megatron.cli.arguments import writing
-from keel_megatron.cli.studies.grid import FOLDER, listed, whole_numbers
+from keel_megatron.cli.arguments import Json, only_json, writing
+from keel_megatron.cli.studies.grid import FOLDER, listed, print_results, whole_numbers
 
 DEPTHS, RULES = (64, 256, 1024), ("keel", "post_ln", "deepnorm")
 
@@ -28,6 +28,7 @@ def gradient_flow(
     out: Annotated[
         Path, typer.Option(help="Folder for results.json, table.md and picture.png.")
     ] = FOLDER / "gradient-flow",
+    as_json: Json = False,
 ) -> None:
     """Measure Jacobian products along the skip path at initialization, and the paper's bounds."""
     sizes = whole_numbers("--depths", listed(depths)) or DEPTHS
@@ -38,6 +39,8 @@ def gradient_flow(
 
     names = listed(rules) or RULES
     flows = [study.gradient_flow(rule, depth) for depth in sizes for rule in names]
-    with writing("--out", out):
+    with writing("--out", out), only_json(as_json):
         for line in flow_report.save_flows(flows, out):
             print(line)
+    if as_json:
+        print_results(out)

@@ -14,11 +14,13 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from keel_megatron.cli.arguments import ConfigPath, Overrides
+from keel_megatron.cli.arguments import ConfigPath, Json, Overrides, only_json, print_json
 from keel_megatron.config.load import load_config
+from keel_megatron.config.reading import LARGE, parse_json, read_small
 from keel_megatron.errors import UserError
 from keel_megatron.runtime import exit_codes
 from keel_megatron.studies.grid import Axes, Study, make_grid
+from keel_megatron.studies.results import RESULTS
 
 FOLDER = Path("runs/studies")
 """Parent of the studies' folders."""
@@ -71,6 +73,7 @@ def _shared(
     sbatch: Annotated[
         str, typer.Option(help="Further options of sbatch, such as '--nodes=1 --time=4:00:00'.")
     ] = "",
+    as_json: Json = False,
 ) -> None:
     """The options of every grid study."""
 
@@ -91,6 +94,7 @@ class _Options:
     measure: bool
     executor: Executor
     sbatch: str
+    as_json: bool
 
 
 def add_study(app: typer.Typer, name: str, make: Make) -> None:
@@ -158,6 +162,12 @@ def numbers(option: str, values: Collection[str]) -> tuple[float, ...]:
     return tuple(found)
 
 
+def print_results(out: Path) -> None:
+    """Print a study's results.json; null if there is no result yet."""
+    path = out / RESULTS
+    print_json(parse_json(read_small(path, LARGE)) if path.is_file() else None)
+
+
 def _run(name: str, make: Make, options: _Options, own: dict[str, Any]) -> int:
     """Make a study's grid and run it; the exit code."""
     from keel_megatron.studies.conduct import run_here, run_on_cluster
@@ -177,10 +187,19 @@ def _run(name: str, make: Make, options: _Options, own: dict[str, Any]) -> int:
     )
     parallel = options.parallel or (1 if local else len(grid.runs))
     if options.plan:
-        print(cost_of(grid, parallel, options.gpu).describe())
+        with only_json(options.as_json):
+            cost = cost_of(grid, parallel, options.gpu)
+            print(cost.describe())
+        if options.as_json:
+            print_json(cost.as_object())
         return exit_codes.DONE
     if options.gpu is not None:
         raise UserError("--gpu: only --plan predicts for a device type")
-    if local:
-        return run_here(grid, parallel, measure=options.measure)
-    return run_on_cluster(grid, parallel, shlex.split(options.sbatch))
+    with only_json(options.as_json):
+        if local:
+            code = run_here(grid, parallel, measure=options.measure)
+        else:
+            code = run_on_cluster(grid, parallel, shlex.split(options.sbatch))
+    if options.as_json:
+        print_results(out)
+    return code

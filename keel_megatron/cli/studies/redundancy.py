@@ -6,14 +6,18 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from keel_megatron.cli.arguments import writing
+from keel_megatron.cli.arguments import Json, only_json, writing
+from keel_megatron.cli.studies.grid import print_results
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.runtime.processes import is_rank
 from keel_megatron.studies.results import PICTURE, RESULTS, TABLE
+
+if TYPE_CHECKING:
+    from keel_megatron.studies.redundancy.measure import Options
 
 RUN = "KEEL_STUDY_RUN"
 """Variable with the position of the run that a group of processes measures."""
@@ -65,29 +69,46 @@ def redundancy(
     out: Annotated[Path, typer.Option(help="The study's folder.")] = Path(
         "runs/studies/redundancy"
     ),
+    as_json: Json = False,
 ) -> None:
     """Measure the loss of trained runs without each sub-layer or block."""
     from keel_megatron.inference.source import config_of
-    from keel_megatron.studies.redundancy.measure import Options, measure
+    from keel_megatron.studies.redundancy.measure import Options
 
     seeds = [config_of(run, processes).training.seed for run in runs]
     options = Options(unit, removal, tokens, batch_size, step, text, seeds[0], processes)
-    if processes > 1 and is_rank():
+    with only_json(as_json):
+        reports = _measure(runs, out, options)
+        if reports:
+            _report(runs, out, options)
+    if reports and as_json:
+        print_results(out)
+
+
+def _measure(runs: list[Path], out: Path, options: Options) -> bool:
+    """Measure with several processes, if there are to be; whether this process reports."""
+    from keel_megatron.studies.redundancy.measure import measure
+
+    if options.processes > 1 and is_rank():
         # Of this command's own launcher, which starts a group for each run; or of torchrun.
         for run in [runs[int(os.environ[RUN])]] if RUN in os.environ else runs:
             measure(run, out, options)
-        if RUN in os.environ or os.environ["RANK"] != "0":
-            return
-    elif processes > 1:
-        for number in range(len(runs)):
-            command = ["-m", "keel_megatron", *sys.argv[1:]]
-            if code := launch(processes, command, variables={RUN: str(number)}):
-                sys.exit(code)
-    # What a group of processes has measured is found, not measured again.
-    subjects = [measure(run, out, replace(options, processes=1)) for run in runs]
+        return RUN not in os.environ and os.environ["RANK"] == "0"
+    for number in range(len(runs)) if options.processes > 1 else ():
+        command = ["-m", "keel_megatron", *sys.argv[1:]]
+        if code := launch(options.processes, command, variables={RUN: str(number)}):
+            sys.exit(code)
+    return True
+
+
+def _report(runs: list[Path], out: Path, options: Options) -> None:
+    """Measure what is not measured yet, and write and print the results."""
+    from keel_megatron.studies.redundancy.measure import measure
     from keel_megatron.studies.redundancy.outcome import outcomes
     from keel_megatron.studies.redundancy.report import write_report
 
+    # What a group of processes has measured is found, not measured again.
+    subjects = [measure(run, out, replace(options, processes=1)) for run in runs]
     with writing("--out", out):
         print(write_report(outcomes(subjects, out), out))
     print(f"\n{out / RESULTS}, {out / TABLE}, {out / PICTURE}")
