@@ -44,7 +44,7 @@ TRIAL = (
     "keel config show mine.yaml training.name=mine",
     "keel plan demo",
     "keel plan paper/keel_1024",
-    "keel train demo --processes 2 training.steps=4 training.validate_every=4",
+    "keel train demo --processes 2 training.steps=4 schedule.warmup_steps=1",
     "keel runs",
     "keel generate runs/demo --prompt 'def ' --max-new-tokens 8",
 )
@@ -232,7 +232,8 @@ def run(command: Sequence[str], folder: Path, environment: dict[str, str]) -> No
     )
     print(f"{time.monotonic() - start:6.1f} s  {shlex.join(command)}", flush=True)
     if done.returncode:
-        raise SystemExit(f"{done.stdout}\nexit code {done.returncode}")
+        print(done.stdout, flush=True)  # now: removing the environment takes its time
+        raise SystemExit(f"exit code {done.returncode}")
 
 
 def main() -> None:
