@@ -9,6 +9,7 @@ from keel_megatron.layout.costs import head_pieces
 from keel_megatron.layout.host_times import calibration
 from keel_megatron.layout.memory import GB
 from keel_megatron.layout.stage_table import stage_table
+from keel_megatron.layout.times import SLOW_HOST
 from keel_megatron.planner.plan import Plan
 from keel_megatron.planner.search import Candidate, Found
 from keel_megatron.runtime.tables import count, table_lines
@@ -114,10 +115,16 @@ def _device_and_host(plan: Plan) -> list[str]:
         return []
     calibrated = calibration()
     by = f" x {scale:g}" if scale != 1.0 else ""
+    slow = ""
+    if times.host.total < times.device.total < SLOW_HOST * times.host.total:
+        slow = (
+            f" On a host {SLOW_HOST:g} times as slow (docs/benchmarks/gpu.md) the host would; "
+            "larger micro-batches or kernels.cuda_graphs need less of it."
+        )
     return [
         f"A micro-batch takes the slowest stage's device {seconds(times.device.total)} and its "
         f"host {seconds(times.host.total)} (Python as on {calibrated.machine}, "
-        f"{calibrated.date}{by}): the {times.bound} bounds the step."
+        f"{calibrated.date}{by}): the {times.bound} bounds the step.{slow}"
     ]
 
 

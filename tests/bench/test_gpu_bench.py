@@ -51,7 +51,6 @@ def test_the_pages_figures_are_the_plans() -> None:
     """What `keel plan` prints for the command of a row is what the page expects of it."""
     kept = json.loads((ROOT / "docs/benchmarks/gpu.json").read_text())
     page = (ROOT / "docs/benchmarks/gpu.md").read_text()
-    assert "Nothing here is measured on a GPU yet" in page
     for part, blocks in (("options-64", 64), ("options-32", 32)):
         for name, row in kept["parts"][part]["rows"].items():
             settings = [*gpu.OPTION_RUN, f"model.blocks={blocks}", *row["settings"]]
@@ -70,7 +69,68 @@ def test_the_pages_figures_are_the_plans() -> None:
         assert source in page
 
 
-def test_the_aims_are_met() -> None:
+def test_the_measured_steps_are_in_their_ranges() -> None:
+    """What a GPU took is what the plan holds possible; the page names the only exception."""
+    parts = json.loads((ROOT / "docs/benchmarks/gpu.json").read_text())["parts"]
+    rows = parts["options-64"]["rows"]
+    took = {name: row["measured"] for name, row in rows.items() if gpu_table._known(row)}
+    assert len(took) == 17
+    outside = {
+        name: found["step_seconds"] / rows[name]["predicted"]["step_seconds_range"][1]
+        for name, found in took.items()
+        if gpu_table._excess(rows[name])
+    }
+    assert outside == {"SwiGLU in torch's operators": pytest.approx(1.014, abs=0.01)}
+    for name in ("Megatron-core's engine", "the same, the loss in pieces"):
+        found = parts["deep"]["rows"][name]["measured"]
+        config = load_config(gpu.PAPER[1024], [*gpu.DEEP_RUN, *gpu.DEEP[name]])
+        low, high = make_plan(config, 1, DEVICES["h200"]).step_range
+        assert low < found["step_seconds"] < high
+        assert found["planned_memory_gb"] == pytest.approx(found["peak_memory_gb"], rel=2e-3)
+    for name, found in took.items():
+        graphed = name in ("CUDA graphs", "micro-batch 1, CUDA graphs", "compile")
+        wide = 0.03 if graphed else 3e-3
+        assert found["planned_memory_gb"] == pytest.approx(found["peak_memory_gb"], rel=wide)
+
+
+def test_the_page_says_which_aims_the_measurements_meet() -> None:
+    page = (ROOT / "docs/benchmarks/gpu.md").read_text()
+    assert "Not run yet: `--part options-32`, `--part kernel`.\n" in page
+    lines = page.splitlines()
+    (base,) = (line for line in lines if line.startswith("| 128 sub-layers, base"))
+    assert base.endswith("| 41.8% | 52.1% | met |")
+    (other,) = (line for line in lines if line.startswith("| 64 sub-layers, base"))
+    assert other.endswith("| not run | not run |  |")
+    assert "Keel / Pre-LN, 128 sub-layers: expected 1.001, measured 1.026: **not met**." in page
+    assert "| not run: transformer_engine is not installed |" in page
+    (unmeasured,) = (line for line in lines if line.startswith("| base") and "**275**" in line)
+    assert unmeasured.endswith("| not run |  |  |  |  |")
+
+
+def test_measurements_are_held_against_the_aims() -> None:
+    parts = json.loads((ROOT / "docs/benchmarks/gpu.json").read_text())["parts"]
+    for row in (one for part in parts.values() for one in part.get("rows", {}).values()):
+        row.pop("measured", None)
+    assert "Nothing here is measured on a GPU yet" in gpu_table._state(parts)
+    rows = parts["options-64"]["rows"]
+    for name, rate, peak in (("base: Keel", 397.0, 8.0), ("Pre-LN", 398.0, 10.0)):
+        rows[name]["measured"] = {
+            **{"step_seconds": 9.0, "tflops": rate},
+            **{"planned_memory_gb": 10.0, "peak_memory_gb": peak},
+        }
+    goal = gpu_table._goal(parts, "h200")
+    assert "| 40.1% | 50.0% | **not met** |" in goal  # 397 of 794.5
+    assert "measured 1.000: met. Quartiles of the steps: 9000 to 9000 ms and" in goal
+    assert "Range: 0 of 2 measured steps" in goal
+    assert "1 of 2 rows; 128 sub-layers, base: Keel +25.0%: **not met**" in goal
+    rows["base: Keel"]["measured"] |= {"step_seconds": 9.2, "tflops": 398.0, "peak_memory_gb": 10.0}
+    goal = gpu_table._goal(parts, "h200")
+    assert "| 50.1% | met |" in goal
+    assert "measured 1.022: **not met**" in goal
+    assert "2 of 2 rows: met" in goal
+
+
+def test_the_aims_are_expected_to_be_met() -> None:
     """Half of the measured product rate, and Keel at most 1.02 of Pre-LN, at both depths."""
     kept = json.loads((ROOT / "docs/benchmarks/gpu.json").read_text())["parts"]
     for part in ("options-64", "options-32"):

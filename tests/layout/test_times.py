@@ -13,6 +13,7 @@ from keel_megatron.layout.costs import model_costs
 from keel_megatron.layout.devices import DEVICES, SOURCES, Device, device_named
 from keel_megatron.layout.host_times import Calibration, calibration
 from keel_megatron.layout.times import (
+    SLOW_HOST,
     HostTimes,
     Load,
     Times,
@@ -139,6 +140,9 @@ def test_a_slower_host_never_makes_a_step_faster() -> None:
     fast = spread(costs_of(), device_named("h200", python_scale=0.25), load)
     slow = spread(costs_of(), device_named("h200", python_scale=1.0), load)
     assert fast.high < slow.high
+    # The slowest measured host is in the range, and is all of it where the host is the limit.
+    bound = spread(costs_of(), device_named("h200", python_scale=4.0), load)
+    assert bound.high == pytest.approx(SLOW_HOST, rel=0.05)
 
 
 def test_on_a_cpu_host_and_device_are_one() -> None:

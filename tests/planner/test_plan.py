@@ -347,6 +347,7 @@ def test_a_plan_says_whether_device_or_host_bounds_the_step() -> None:
         passes = plan.step_seconds - plan.closing_seconds
         assert passes == pytest.approx(plan.micro_batches * longer)
         assert f"the {found['bound_by']} bounds the step" in describe(plan)
+        assert ("On a host 3.5 times as slow" in describe(plan)) == (device is H200)
     assert bound["host"].device is slow
     assert " x 3)" in describe(bound["host"])
     assert bound["device"].step_seconds < bound["host"].step_seconds

@@ -9,6 +9,8 @@ from gpu_predict import REASONS
 from keel_megatron.config.model import ModelConfig
 from keel_megatron.layout import kernel_counts
 from keel_megatron.layout.block_costs import typical_rows
+from keel_megatron.layout.devices import DEVICES
+from keel_megatron.layout.times import SLOW_HOST
 
 MODEL: dict[str, int] = {
     "blocks": 4,
@@ -19,6 +21,18 @@ MODEL: dict[str, int] = {
 """Any of Keel's: a block's kernels depend on the rule alone."""
 
 BASE, BEST = "base: Keel", "best safe combination"
+AIMED = (BASE, "micro-batch 1", "micro-batch 1, CUDA graphs", "micro-batch 8", BEST)
+"""Rows whose product rate the page shows."""
+RATE, RATIO, MEMORY = 0.5, 1.02, 0.1
+"""Aims: of the measured product rate; Keel's step relative to Pre-LN's; of planned memory."""
+NOT_RUN = ("is not installed", "time was up")
+"""How a reason ends for which a row was not even tried."""
+PARTS_COUNTED = ("options-64", "options-32")
+HOST = f"""
+At micro-batch 1 the host launches four times as many kernels as at micro-batch 4, and a slow host
+is the limit: the range's upper end is a host {SLOW_HOST:g} times as slow as expected, the slowest
+that was measured (`layout/times.py`). `kernels.cuda_graphs` or a larger micro-batch removes that
+limit."""
 COMPILED = """## Why a compiled block is slower on the device
 
 The Triton kernels sum a norm weight's gradient in the pass that computes the input's. Inductor
@@ -50,22 +64,20 @@ The paper's shape (`yaml/paper/keel_128.yaml`): hidden 1024, FFN 3072, 16 heads,
 sequence 4096, vocabulary 128,000, bf16; 8 sequences a step in micro-batches of 4 on one GPU, random
 tokens, no recomputation unless the settings say so. The ratio is the step time divided by the
 base's; below 1 is faster. Device and host are the passes' times without the update; the longer one,
-in bold, counts.
+in bold, counts. The measured host time ends with the last launch, and includes waiting while CUDA's
+queue of launches is full. `of expected` is the measured step divided by the expected one.
 """
 
 
 def page(result: dict[str, Any]) -> str:
     """The Markdown page."""
     parts = result["parts"]
-    state = (
-        "\n**Nothing here is measured on a GPU yet.**"
-        if not any(map(_measured, parts.values()))
-        else ""
-    )
     assumptions = "\n".join(f"- {line}" for line in result["assumptions"])
-    head = HEAD.format(gpu=result["gpu"], assumptions=assumptions, state=state, goal=_goal(parts))
-    lines = [head]
-    for part in ("options-64", "options-32"):
+    goal = _goal(parts, result["gpu"])
+    lines = [
+        HEAD.format(gpu=result["gpu"], assumptions=assumptions, state=_state(parts), goal=goal)
+    ]
+    for part in PARTS_COUNTED:
         lines += _options(part, parts[part])
     lines += [COMPILED, *_where(parts["options-64"]), *_kernels(parts), *_deep(parts["deep"])]
     lines += _kernel(parts["kernel"])
@@ -73,30 +85,108 @@ def page(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _goal(parts: dict[str, Any]) -> str:
-    """Whether the predictions meet the aims."""
+def _state(parts: dict[str, Any]) -> str:
+    """Which parts are measured."""
+    missing = [name for name, part in parts.items() if not _measured(part)]
+    if len(missing) == len(parts):
+        return "\n**Nothing here is measured on a GPU yet.**"
+    if not missing:
+        return ""
+    return f"\nNot run yet: {', '.join(f'`--part {name}`' for name in missing)}."
+
+
+def _goal(parts: dict[str, Any], gpu: str) -> str:
+    """Whether predictions and measurements meet the aims."""
+    device = DEVICES[gpu]
     lines = [
-        "Aims: half of the measured product rate, and Keel at most 1.02 of Pre-LN. Expected, with "
-        "the range:",
+        f"Aims: half of the measured product rate ({device.measured_tflops:g} TFLOP/s), Keel at "
+        f"most {RATIO} of Pre-LN, and planned",
+        f"memory within {MEMORY:.0%} of the peak. Expected with the range, and measured:",
         "",
-        "| | of the data sheet's peak | of the measured product rate |",
-        "|---|-:|-:|",
+        "| | expected: of the data sheet's peak | of the measured product rate | measured: of the "
+        "peak | of the product rate | half |",
+        "|---|-:|-:|-:|-:|---|",
     ]
-    for part in ("options-64", "options-32"):
+    for part in PARTS_COUNTED:
         blocks, rows = parts[part]["blocks"], parts[part]["rows"]
-        for name in (BASE, BEST):
-            found = rows[name]["predicted"]
+        for name in (name for name in AIMED if name in rows):
             settings = ", ".join(f"`{one}`" for one in rows[name]["settings"])
             title = f"{2 * blocks} sub-layers, {name}{f' ({settings})' if settings else ''}"
-            cells = [_share(found, key) for key in ("mfu", "share_of_measured_products")]
-            lines.append(f"| {title} | {' | '.join(cells)} |")
-    ratios = [1.0 / parts[part]["rows"]["Pre-LN"]["predicted"]["ratio"] for part in PARTS_COUNTED]
-    told = " and ".join(f"{ratio:.3f}" for ratio in ratios)
-    slow = [
-        "The range's lower end at micro-batch 1 is a slow host: it launches as many kernels as for",
-        "a larger micro-batch.",
-    ]
-    return "\n".join([*lines, "", f"Keel / Pre-LN: {told}.", *slow])
+            expected = [
+                _share(rows[name]["predicted"], key)
+                for key in ("mfu", "share_of_measured_products")
+            ]
+            cells = [title, *expected, *_rates(rows[name], device.tflops, device.measured_tflops)]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(_against_pre_ln(parts[part]) for part in PARTS_COUNTED)]
+    return "\n".join([*lines, *_agreement(parts), HOST])
+
+
+def _rates(row: dict[str, Any], peak: float, products: float) -> list[str]:
+    """Measured shares of both rates, and whether the aim is met."""
+    if not _known(row):
+        return ["not run", "not run", ""]
+    rate = row["measured"]["tflops"]
+    met = "met" if rate / products >= RATE else "**not met**"
+    return [f"{rate / peak:.1%}", f"{rate / products:.1%}", met]
+
+
+def _against_pre_ln(part: dict[str, Any]) -> str:
+    """Keel's step relative to Pre-LN's at a depth."""
+    base, other = part["rows"][BASE], part["rows"]["Pre-LN"]
+    title = f"- Keel / Pre-LN, {2 * part['blocks']} sub-layers"
+    expected = f"{title}: expected {1.0 / other['predicted']['ratio']:.3f}"
+    if not (_known(base) and _known(other)):
+        return f"{expected}, not run."
+    ratio = base["measured"]["step_seconds"] / other["measured"]["step_seconds"]
+    met = "met" if ratio <= RATIO else "**not met**"
+    middle = " and ".join(_quartiles(row["measured"]) for row in (base, other))
+    return f"{expected}, measured {ratio:.3f}: {met}. Quartiles of the steps: {middle}."
+
+
+def _quartiles(found: dict[str, Any]) -> str:
+    """The middle half of the measured steps."""
+    low, high = found.get("quartiles", [found["step_seconds"]] * 2)
+    return f"{low * 1e3:.0f} to {high * 1e3:.0f} ms"
+
+
+def _agreement(parts: dict[str, Any]) -> list[str]:
+    """How many measured steps and peaks are what the plan says."""
+    rows = {
+        (f"{2 * part['blocks']} sub-layers, {name}" if "blocks" in part else name): row
+        for part in parts.values()
+        for name, row in part.get("rows", {}).items()
+        if _known(row)
+    }
+    lines = []
+    ranged = {name: row for name, row in rows.items() if "step_seconds_range" in row["predicted"]}
+    if ranged:
+        out = [f"{name} ({_excess(row)})" for name, row in ranged.items() if _excess(row)]
+        lines.append(
+            f"- Range: {len(ranged) - len(out)} of {len(ranged)} measured steps of the options are "
+            f"within it{'; not ' + ', '.join(out) if out else ''}."
+        )
+    errors = {
+        name: row["measured"]["planned_memory_gb"] / row["measured"]["peak_memory_gb"] - 1.0
+        for name, row in rows.items()
+        if {"planned_memory_gb", "peak_memory_gb"} <= row["measured"].keys()
+    }
+    if errors:
+        wide = [f"{name} {error:+.1%}" for name, error in errors.items() if abs(error) > 0.003]
+        met = "met" if max(map(abs, errors.values())) <= MEMORY else "**not met**"
+        lines.append(
+            f"- Memory: the plan is within 0.3% of the measured peak in "
+            f"{len(errors) - len(wide)} of {len(errors)} rows"
+            f"{'; ' + ', '.join(wide) if wide else ''}: {met}."
+        )
+    return lines
+
+
+def _excess(row: dict[str, Any]) -> str:
+    """By how much a measured step is outside of its range; "" within."""
+    low, high = row["predicted"]["step_seconds_range"]
+    took = row["measured"]["step_seconds"]
+    return "" if low <= took <= high else f"{took / (high if took > high else low) - 1.0:+.1%}"
 
 
 def _share(found: dict[str, Any], key: str) -> str:
@@ -106,8 +196,12 @@ def _share(found: dict[str, Any], key: str) -> str:
 
 
 def _measured(part: dict[str, Any]) -> bool:
-    rows = [part, *part.get("rows", {}).values()]
-    return any("failed" not in row["measured"] for row in rows if "measured" in row)
+    return any(_known(row) for row in (part, *part.get("rows", {}).values()))
+
+
+def _known(row: dict[str, Any]) -> bool:
+    """Whether a row was measured."""
+    return "failed" not in row.get("measured", {"failed": ""})
 
 
 def _options(name: str, part: dict[str, Any]) -> list[str]:
@@ -116,8 +210,8 @@ def _options(name: str, part: dict[str, Any]) -> list[str]:
     lines += [f"`python3 tools/bench/gpu.py --part {name}`{_on(part)}", ""]
     lines += [
         "| | settings | expected ratio | device, host: ms a step | because | measured ratio | "
-        "step, ms | TFLOP/s | peak GB |",
-        "|---|---|-:|-:|---|-:|-:|-:|-:|",
+        "step, ms | of expected | TFLOP/s | GB: planned, peak |",
+        "|---|---|-:|-:|---|-:|-:|-:|-:|-:|",
     ]
     for title, row in part["rows"].items():
         settings = "<br>".join(f"`{one}`" if "=" in one else one for one in row["settings"])
@@ -133,17 +227,24 @@ def _options(name: str, part: dict[str, Any]) -> list[str]:
 
 
 def _found(row: dict[str, Any]) -> list[str]:
-    found = row.get("measured")
-    if found is None:
-        return ["", "", "", ""]
-    if "failed" in found:
-        return [found["failed"].replace("|", "/"), "", "", ""]
+    """The measured cells of an option."""
+    if not _known(row):
+        return [_reason(row), "", "", "", ""]
+    found = row["measured"]
+    memory = [found[key] for key in ("planned_memory_gb", "peak_memory_gb") if key in found]
     return [
         f"{found['ratio']:.3f}" if "ratio" in found else "",
         _step(found),
+        f"{found['step_seconds'] / row['predicted']['step_seconds']:.2f}",
         f"{found['tflops']:.0f}",
-        f"{found['peak_memory_gb']:.1f}" if "peak_memory_gb" in found else "",
+        ", ".join(f"{one:.1f}" for one in memory),
     ]
+
+
+def _reason(row: dict[str, Any]) -> str:
+    """Why there is no measurement."""
+    reason = str(row.get("measured", {}).get("failed", "")).replace("|", "/")
+    return f"not run{reason and ': '}{reason}" if not reason or reason.endswith(NOT_RUN) else reason
 
 
 def _step(found: dict[str, Any]) -> str:
@@ -154,9 +255,7 @@ def _step(found: dict[str, Any]) -> str:
 
 def _on(part: dict[str, Any]) -> str:
     """Where and when the part was measured."""
-    rows = [
-        row for row in part["rows"].values() if "failed" not in row.get("measured", {"failed": 1})
-    ]
+    rows = [row for row in part["rows"].values() if _known(row)]
     if not rows:
         return ""
     found = rows[0]["measured"]
@@ -186,7 +285,13 @@ def _where(part: dict[str, Any]) -> list[str]:
     found = part["rows"][BASE].get("measured", {})
     if "parts" in found:
         shown = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in found["parts"].items())
+        update, passes = steps[0]["parts"]["optimizer"], steps[0]["device_seconds"]
+        taken = found["parts"]["optimizer"]
         lines += ["", f"Measured: {shown}."]
+        lines.append(
+            f"The base's passes took {found['passes_seconds'] / passes:.2f} of the expected time, "
+            f"its update {taken / update:.2f}."
+        )
     return [*lines, ""]
 
 
@@ -212,9 +317,6 @@ def _kernels(parts: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-PARTS_COUNTED = ("options-64", "options-32")
-
-
 def _deep(part: dict[str, Any]) -> list[str]:
     lines = [
         "## 1024 sub-layers, 6.4 B parameters without embeddings, on one GPU",
@@ -230,11 +332,11 @@ def _deep(part: dict[str, Any]) -> list[str]:
         seconds = "" if step["step_seconds"] is None else f"{step['step_seconds']:.2f}"
         cells = [title, f"{step['memory_gb']:.1f}", "yes" if step["fits"] else "no"]
         cells += [str(step["recomputed"]), seconds]
-        if "failed" in found:
-            cells += [found["failed"].replace("|", "/"), ""]
+        if _known(row):
+            host = f" (host {found['host_seconds']:.2f})" if "host_seconds" in found else ""
+            cells += [f"{found['peak_memory_gb']:.1f}", f"{found['step_seconds']:.2f}{host}"]
         else:
-            peak, took = found.get("peak_memory_gb"), found.get("step_seconds")
-            cells += ["" if peak is None else f"{peak:.1f}", "" if took is None else f"{took:.2f}"]
+            cells += [_reason(row), ""]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -244,7 +346,7 @@ def _kernel(part: dict[str, Any]) -> list[str]:
     lines += [f"Aim: {part['aim']:.0%} of a copy's bandwidth at hidden 1024.", ""]
     found = part.get("measured")
     if found is None:
-        return [*lines, "`python3 tools/bench/gpu.py --part kernel`: not run yet."]
+        return [*lines, "`python3 tools/bench/gpu.py --part kernel`: not run."]
     if "failed" in found:
         return [*lines, f"It failed: {found['failed']}."]
     lines += ["| rows | hidden | way | forward, of a copy | backward |", "|-:|-:|---|-:|-:|"]
@@ -264,7 +366,8 @@ def _checks(part: dict[str, Any]) -> list[str]:
     if found is None:
         return []
     lines = ["", "## Checks of the device", ""]
-    lines += [f"`python3 tools/bench/gpu.py --part checks`, {part['measured_on']}", ""]
+    lines += [f"`python3 tools/bench/gpu.py --part checks`, {part['measured_on']}; `memory size`"]
+    lines += ["names the GPU.", ""]
     if "failed" in found:
         return [*lines, f"They failed: {found['failed']}."]
     lines += ["| | passed | |", "|---|---|---|"]
