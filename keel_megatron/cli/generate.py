@@ -60,8 +60,7 @@ _Graphs = Annotated[
     bool,
     typer.Option(
         "--cuda-graphs",
-        help="Replay one CUDA graph per token, for deep models. Needs a GPU, and one process. Not "
-        "yet run on a GPU.",
+        help="Replay one CUDA graph per token, for deep models. Needs a GPU, and one process.",
     ),
 ]
 _Chat = Annotated[

@@ -33,14 +33,14 @@ class ParallelConfig(Section):
         default=False,
         description=(
             "Overlap the reduction of gradients over the data-parallel group with the backward "
-            "pass. Not yet run on a GPU."
+            "pass. Not yet run on several GPUs."
         ),
     )
     overlap_param_gather: bool = Field(
         default=False,
         description=(
             "Overlap the gather of updated weights over the data-parallel group with the next "
-            "forward pass. Needs distributed_optimizer. Not yet run on a GPU."
+            "forward pass. Needs distributed_optimizer. Not yet run on several GPUs."
         ),
     )
     layout: list[Annotated[int, Field(ge=0)]] | None = Field(

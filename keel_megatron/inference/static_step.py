@@ -8,8 +8,6 @@ the tokens, and the column's number.
 Attention reads a power of two of columns, or the cache's capacity, and hides those that are not
 filled; there is a graph for each such extent, captured when it is first needed. The graphs belong
 to the cache of one batch of prompts.
-
-Not yet run on a GPU.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ megatron-core 0.16.1's own graphs (transformer/cuda_graphs.py, cuda_graph_impl="
 used: they capture each layer, and return gradients only of parameters that the layer holds
 (`get_connected_params`). A Keel layer also uses the norm weight of the next block, whose gradient
 would be silently lost. Capturing the whole chunk also saves the copies between layers.
-
-Not yet run on a GPU.
 """
 
 from __future__ import annotations

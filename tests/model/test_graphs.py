@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from keel_megatron.errors import UserError
 from tests.distributed import run_ranks
-from tests.settings import settings
+from tests.settings import settings, small_config
 from tests.training.ranks import observed_steps
 
 
@@ -92,3 +93,51 @@ def test_what_is_computed_again_is_not_recorded() -> None:
     chunk.config = SimpleNamespace(recompute_num_layers=3)
     with pytest.raises(UserError, match=r"recompute: auto recomputes 3 block"):
         record_blocks([chunk], torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("graphs", "device"), [(True, "cuda"), (False, "cuda"), (True, "cpu")])
+def test_ddps_hooks_are_made_in_a_side_stream(
+    monkeypatch: pytest.MonkeyPatch, graphs: bool, device: str
+) -> None:
+    """CUDA refuses a capture whose gradient accumulators are on the default stream.
+
+    A stand-in for CUDA's streams records where DDP, which makes the accumulators, is built.
+    """
+    from keel_megatron.engines.megatron import optimizer
+
+    events: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str = "side") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            events.append(f"{self.name} waits for {other.name}")
+
+    current = [Stream("default")]
+
+    @contextmanager
+    def within(stream: Stream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    def ddp(*_: Any) -> None:
+        events.append(f"DDP on {current[-1].name}")
+
+    warn = "set_warn_on_accumulate_grad_stream_mismatch"
+    monkeypatch.setattr(torch.autograd.graph, warn, lambda _: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    monkeypatch.setattr(optimizer, "OverlappedDataParallel", ddp)
+    monkeypatch.setattr(optimizer.data_parallel, "leave_out_collectives_of_one", lambda _: None)
+    config = small_config(
+        training__precision="bf16", training__device="auto", kernels__cuda_graphs=graphs
+    )
+    runtime: Any = SimpleNamespace(device=torch.device(device), data_size=1)
+    chunk: Any = SimpleNamespace(config=None)
+    optimizer.wrap_data_parallel(config, [chunk], runtime)
+    plain = ["DDP on default"]
+    aside = ["side waits for default", "DDP on side", "default waits for side"]
+    assert events == (aside if graphs and device == "cuda" else plain)
