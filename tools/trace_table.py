@@ -104,7 +104,7 @@ def page(results: dict[str, Any]) -> str:
         "# Plans beside traces",
         "",
         "`python tools/trace_table.py`: the stage that needs the most memory by the plan, traced "
-        "(docs/tracing.md) on an H200 that is not there. Memory in GB (1e9 bytes). `step` is the "
+        "for an H200, without a GPU (docs/tracing.md). Memory in GB (1e9 bytes). `step` is the "
         "fullest moment of a step, a step with a depth profile (up to 128 sub-layers) and a "
         "validation; `reserved` is what torch's allocator would hold by then, without and with "
         "expandable segments. TFLOP, launches and waits are of a whole step. Nothing here ran on "

@@ -30,11 +30,11 @@ def dashboard(
         ),
     ] = None,
 ) -> None:
-    """Open MLflow's pages over local runs; Ctrl-C ends it.
+    """Serve MLflow's pages of local runs, until Ctrl-C.
 
-    It is `mlflow server` on the runs' database, runs/mlflow.db, for users who have the address that
-    is printed: it holds a token, a new one each time. Notes, tags and names can be changed and are
-    kept; nothing else can be changed. What runs have not delivered yet is delivered first.
+    It runs `mlflow server` on the runs' database, runs/mlflow.db. The printed address contains a
+    token, new at each start; without it nobody can open the pages. Only notes, tags and names can
+    be changed. Metrics that runs have not delivered yet are delivered first.
     """
     from keel_megatron.dashboard.serve import serve
 

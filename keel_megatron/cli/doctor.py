@@ -41,7 +41,7 @@ def doctor(
 ) -> None:
     """Show what is installed here; with CONFIG, also test the nodes.
 
-    Of each library and device: its version, and whether a run would use it.
+    For each library and device: its version, and whether a run would use it.
 
     On the nodes of a run: torchrun ... -m keel_megatron doctor CONFIG, or a launcher of launchers/
     with --doctor.

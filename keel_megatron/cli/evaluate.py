@@ -128,7 +128,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model: lm-eval's benchmarks, or perplexity of texts.
 
-    Of texts also bits per byte, which compare models with different tokenizers.
+    For texts also bits per byte, which can compare models with different tokenizers.
     """
     names = tuple(filter(None, map(str.strip, (tasks or "").split(","))))
     if bool(text) == bool(names):

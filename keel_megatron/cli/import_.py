@@ -21,9 +21,10 @@ def import_(
         typer.Option(metavar="RUN", help="Run folder to write; must not exist, or be empty."),
     ],
 ) -> None:
-    """Make a run's folder from a Hugging Face folder.
+    """Create a run's folder from a Hugging Face folder.
 
-    The weights are those of the run's step 0, from which it trains on.
+    The weights become the run's checkpoint of step 0. Another run can start from it
+    (training.initialize_from).
     """
     from keel_megatron.huggingface.importing import import_folder
 

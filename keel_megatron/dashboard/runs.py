@@ -123,7 +123,7 @@ def _look_safely(run: Path, held: set[Path], now: float) -> RunStatus:
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
     except Exception as error:  # a damaged run does not hide the others
-        problem = f"its files are not a run's ({type(error).__name__}: {error})"
+        problem = f"its files are not those of a run ({type(error).__name__}: {error})"
     silent = max(0.0, now - _last_sign(run))
     return RunStatus(run.name, str(run), "unreadable", problems=[problem], seconds_silent=silent)
 
@@ -202,8 +202,8 @@ def _guessed(
         slow = f"no step for {wait}" if step else ""
         return ("running" if step else "preparing"), "", slow
     if silent <= _watchdog_seconds(settings) + _WATCHDOG_GRACE:
-        return "silent", "", f"no sign for {wait}, and no process of this machine writes it"
-    return "lost", "", f"no sign for {wait}: it was killed; the same command resumes it"
+        return "silent", "", f"no output for {wait}, and no process on this machine writes it"
+    return "lost", "", f"no output for {wait}: it was killed; the same command resumes it"
 
 
 def _settings(run: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
@@ -347,7 +347,7 @@ def _last_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         if bad is None:
             found.append(record)
         else:
-            what = "too large" if type(record[bad]) in (int, float) else "no number"
+            what = "too large" if type(record[bad]) in (int, float) else "not a number"
             wrong.append(
                 f"{path.name}: {bad} of step {shown(record['step'])} is {what}: not counted"
             )

@@ -223,7 +223,7 @@ def test_the_table_fits_eighty_columns_and_has_the_problems_below(tmp_path: Path
     assert lines[1].split()[:5] == ["demo", "running", "10/100", "4.9000", "1,000"]
     assert lines[1].split()[5:] == ["3m", "00s", "8,", "5s", "ago"]
     assert lines[2].startswith("keel_512_40b  lost")
-    assert lines[4].startswith("keel_512_40b: no sign for 2h 00m: it was killed")
+    assert lines[4].startswith("keel_512_40b: no output for 2h 00m: it was killed")
 
 
 def test_the_work_is_that_of_the_last_records(
@@ -258,7 +258,7 @@ def test_a_field_of_a_wrong_type_costs_a_line(tmp_path: Path) -> None:
     assert found["edited"].problems[1:] == [
         "config.yaml: training.steps must be a number, not 'many'",
         "config.yaml: parallel.timeout_seconds must be a number, not [1]",
-        "metrics.jsonl: loss of step 10 is no number: not counted",
+        "metrics.jsonl: loss of step 10 is not a number: not counted",
     ]
     assert found["other"].problems == []
     Console(file=open(os.devnull, "w")).print(runs_table(list(found.values())))  # noqa: SIM115

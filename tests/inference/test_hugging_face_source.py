@@ -93,7 +93,7 @@ def test_what_is_not_supported_is_named(folders: tuple[Path, Path], tmp_path: Pa
         opened(folder, step=3),
     ):
         pass
-    with pytest.raises(UserError, match=r"is a Hugging Face folder, not a run; `keel import`"):
+    with pytest.raises(UserError, match=r"not a run; create a run from it with `keel import`"):
         export_run(folder, tmp_path / "out", dtype="fp32", **EXPORT)
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**content, "attention_bias": True}))

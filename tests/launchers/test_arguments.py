@@ -179,7 +179,7 @@ def test_deepspeed_over_ssh_and_its_secrets(tmp_path: Path) -> None:
         ("host-[1-2] slots=2", {}, "a line is HOST slots=N"),
         ("host-a slots=2", {"MASTER_ADDR": "a;touch${IFS}mark"}, "is not an address"),
         ("host-a slots=2", {"MASTER_PORT": "1;touch${IFS}mark"}, "must be a port number"),
-        ("host-a slots=2", {"NCCL_DEBUG": "$(touch mark)"}, "NCCL_DEBUG: DeepSpeed hands it to"),
+        ("host-a slots=2", {"NCCL_DEBUG": "$(touch mark)"}, "NCCL_DEBUG: DeepSpeed passes it to"),
     ],
 )
 def test_what_a_remote_shell_would_run_is_refused(

@@ -330,8 +330,8 @@ def test_on_a_network_file_system_the_database_is_filled_later(
     before = (tmp_path / "mlflow.db").read_bytes()
     assert follow(session.folder, os.getppid(), "a", said.append) == LEFT
     assert said == [
-        f"{tmp_path} is on a network file system (nfs4): MLflow's database there is brought up to "
-        "date by `keel dashboard` and `keel track sync`"
+        f"{tmp_path} is on a network file system (nfs4): `keel dashboard` and `keel track "
+        "sync` update MLflow's database there"
     ]
     assert (tmp_path / "mlflow.db").read_bytes() == before
     assert (session.folder / "outbox" / "alive").exists()

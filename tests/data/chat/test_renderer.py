@@ -24,7 +24,7 @@ def test_a_process_renders_as_this_one() -> None:
     here = Template(DEFAULT, names)
     with Renderer(DEFAULT, names, "it") as there:
         assert there.parts(MESSAGES) == here.parts(MESSAGES)
-        with pytest.raises(UnrenderableError, match="nothing of what the assistant says"):
+        with pytest.raises(UnrenderableError, match="none of the assistant's text"):
             there.parts([QUESTION])
         assert there.prompt(MESSAGES[:2]) == here.prompt(MESSAGES[:2])
         process = there._process
