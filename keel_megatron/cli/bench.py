@@ -56,11 +56,8 @@ def bench(
     --processes N on this machine, or torchrun ... -m keel_megatron bench CONFIG on one or many
     machines.
     """
-    for option, path in (("--out", out), ("--profile", profile)):
-        if path is not None and not os.access(path.parent, os.W_OK):
-            raise UserError(
-                f"{option}: {path} cannot be written: its folder does not exist or is not writable"
-            )
+    _check_writable("--out", out)
+    _check_writable("--profile", profile)
     settings = list(overrides or ())
     if processes or not is_rank():
         _, processes = with_processes(config, tuple(settings), processes)
@@ -90,6 +87,14 @@ def bench(
     if out is not None:
         with writing("--out", out):
             out.write_text(json_text(result.figures) + "\n")
+
+
+def _check_writable(option: str, path: Path | None) -> None:
+    """Refuse a file that cannot be written, before anything is timed."""
+    if path is not None and not os.access(path.parent, os.W_OK):
+        raise UserError(
+            f"{option}: {path} cannot be written: its folder does not exist or is not writable"
+        )
 
 
 def _options(**given: object) -> list[str]:
