@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,9 @@ from keel_megatron.errors import UserError
 from keel_megatron.runtime.json_text import json_text
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.runtime.processes import is_rank, with_processes
+
+if TYPE_CHECKING:
+    from keel_megatron.bench.step_bench import Bench
 
 
 def bench(
@@ -78,8 +81,12 @@ def bench(
             random_tokens=random_tokens,
             profile=profile,
         )
-    if result is None:
-        return
+    if result is not None:
+        _report(result, out, as_json=as_json)
+
+
+def _report(result: Bench, out: Path | None, *, as_json: bool) -> None:
+    """Print the results, and write them to the file of --out."""
     if as_json:
         print_json(result.figures)
     else:
