@@ -16,18 +16,19 @@ from tests.settings import settings
 HEAVY = {"torch", "numpy", "pydantic", "yaml", "megatron", "mlflow", "lm_eval"}
 
 
-def test_importing_it_imports_nothing_and_planning_no_torch() -> None:
+def test_importing_it_imports_nothing_and_planning_or_help_no_torch() -> None:
     code = (
         "import sys, keel_megatron as keel\n"
         "before = set(sys.modules)\n"
         f"config = keel.load_config({settings()!r})\n"
         "keel.plan(config, gpu='h100'), keel.UserError, keel.train, keel.load_model\n"
+        "import keel_megatron.cli.main\n"  # what `keel --help` imports
         "print(*before, '|', *sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     first, after = (set(part.split()) for part in done.stdout.split("|"))
     assert not HEAVY & first
-    assert not {"torch", "numpy", "megatron", "mlflow", "lm_eval"} & after
+    assert not {"torch", "numpy", "megatron", "mlflow", "lm_eval", "rich"} & after
 
 
 def test_its_names() -> None:
@@ -35,8 +36,8 @@ def test_its_names() -> None:
     assert set(keel.__all__) <= set(dir(keel))
     for name in keel.__all__:
         assert getattr(keel, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'trian'"):
-        _ = keel.trian  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        _ = keel.no_such_name  # type: ignore[attr-defined]
 
 
 def test_sources_and_overrides_of_a_configuration_mean_the_same(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,9 @@ from keel_megatron.errors import UserError
 from keel_megatron.runtime.json_text import json_text
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.runtime.processes import is_rank, with_processes
+
+if TYPE_CHECKING:
+    from keel_megatron.bench.step_bench import Bench
 
 
 def bench(
@@ -56,11 +59,8 @@ def bench(
     --processes N on this machine, or torchrun ... -m keel_megatron bench CONFIG on one or many
     machines.
     """
-    for option, path in (("--out", out), ("--profile", profile)):
-        if path is not None and not os.access(path.parent, os.W_OK):
-            raise UserError(
-                f"{option}: {path} cannot be written: its folder does not exist or is not writable"
-            )
+    _check_writable("--out", out)
+    _check_writable("--profile", profile)
     settings = list(overrides or ())
     if processes or not is_rank():
         _, processes = with_processes(config, tuple(settings), processes)
@@ -81,8 +81,12 @@ def bench(
             random_tokens=random_tokens,
             profile=profile,
         )
-    if result is None:
-        return
+    if result is not None:
+        _report(result, out, as_json=as_json)
+
+
+def _report(result: Bench, out: Path | None, *, as_json: bool) -> None:
+    """Print the results, and write them to the file of --out."""
     if as_json:
         print_json(result.figures)
     else:
@@ -90,6 +94,14 @@ def bench(
     if out is not None:
         with writing("--out", out):
             out.write_text(json_text(result.figures) + "\n")
+
+
+def _check_writable(option: str, path: Path | None) -> None:
+    """Refuse a file that cannot be written, before anything is timed."""
+    if path is not None and not os.access(path.parent, os.W_OK):
+        raise UserError(
+            f"{option}: {path} cannot be written: its folder does not exist or is not writable"
+        )
 
 
 def _options(**given: object) -> list[str]:
