@@ -26,6 +26,7 @@ from tests.settings import settings
 WITHOUT_A_TABLE = {
     *("train", "dashboard", "track sync", "completion", "export", "import", "lm-eval"),
     *("generate", "checkpoint prune", "config show", "config folder", "config schema"),
+    *("config copy", "config list"),
     *("data build", "data verify", "data sample", "data task"),
 }
 """They print messages, texts, or JSON already."""
