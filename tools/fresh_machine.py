@@ -6,7 +6,7 @@ python tools/fresh_machine.py 'make test TESTS=tests/config'   # as root, --user
 
 The last commit is cloned into a new folder whose name has a space. The commands run there with an
 empty home, a temporary folder of their own and a minimal environment: of the caller's only what
-reaches the package index (PIP_*, proxies, certificates) stays, and pip's cache is off. Run as root,
+reaches the package indexes (PIP_*, npm, proxies, certificates) stays, and pip's cache is off. Run as root,
 they run as a user without privileges, who has no account. Each command's output and time are
 printed; everything is removed at the end (--keep: not).
 """
@@ -27,7 +27,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ["make train", "make test"]
-KEPT = re.compile(r"PIP_\w+|(?i:https?|no)_proxy|SSL_CERT_\w+|REQUESTS_CA_BUNDLE")
+KEPT = re.compile(
+    r"PIP_\w+|(?i:npm_config)_\w+|(?i:https?|no)_proxy|SSL_CERT_\w+|\w+_CA_(BUNDLE|CERTS)"
+)
 NEEDED_GB = 6.0
 """Free disk for an environment with every extra of `dev`, its validators, and the demo."""
 SYSTEM = "/usr/local/bin:/usr/bin:/bin"
