@@ -6,9 +6,9 @@ python tools/fresh_machine.py 'make test TESTS=tests/config'   # as root, --user
 
 The last commit is cloned into a new folder whose name has a space. The commands run there with an
 empty home, a temporary folder of their own and a minimal environment: of the caller's only what
-reaches the package indexes (PIP_*, npm, proxies, certificates) stays, and pip's cache is off. Run as root,
-they run as a user without privileges, who has no account. Each command's output and time are
-printed; everything is removed at the end (--keep: not).
+reaches the package indexes (PIP_*, npm's, proxies, certificates) stays, and pip's cache is off. Run
+as root, they run as a user without privileges, who has no account. Each command's output and time
+are printed; everything is removed at the end (--keep: not).
 """
 
 from __future__ import annotations
