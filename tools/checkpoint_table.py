@@ -156,8 +156,8 @@ def page(results: dict[str, Any]) -> str:
 `python tools/checkpoint_table.py`: rank 0 of the 1024-sub-layer recipe
 (`yaml/paper/keel_1024.yaml`: 4 pipeline stages of 8 chunks) traced for 4, 64 and 1,024 H200,
 without a GPU (docs/tracing.md), in GB (1e9 bytes). `states`: weights, gradients, masters and
-moments on the device. `written` and `read`: bytes in files. `device` and `host`: the most memory of the
-device, states included, and of the host, in a save or a load. `sent`: bytes of collectives.
+moments on the device. `written` and `read`: bytes in files. `device` and `host`: the most memory
+of the device, states included, and of the host, in a save or a load. `sent`: bytes of collectives.
 
 {table}
 
