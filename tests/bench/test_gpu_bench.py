@@ -192,7 +192,7 @@ def test_what_fails_is_told_and_the_rest_goes_on(
 
 def test_a_worker_measures_and_gives_its_reason() -> None:
     for settings, key in ((SMALL, "step_seconds"), ((*SMALL, "model.blocks=x"), "failed")):
-        found = gpu.work(gpu.PAPER[128], list(settings), 120, warmup=1, steps=2)
+        found = gpu.work(gpu.PAPER[128], list(settings), 900, warmup=1, steps=2)
         assert key in found, found
     assert "model.blocks" in found["failed"]
 
