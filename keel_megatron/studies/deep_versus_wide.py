@@ -25,7 +25,7 @@ from keel_megatron.studies.results import markdown, paired_difference
 TOLERANCE = 0.01
 _FFN_STEP = 4
 """FFN sizes are multiples of it."""
-_SWEEPS = 3
+_SWEEPS = 2
 """Rules whose sweeps are drawn."""
 
 
