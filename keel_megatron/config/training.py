@@ -113,8 +113,9 @@ class TrainingConfig(Section):
     keep_optimizer: bool = Field(
         default=False,
         description=(
-            "Also start from the optimizer state of training.initialize_from: Adam's moments and "
-            "its count of updates. Without keep_position the schedule starts at step 1."
+            "Also start from the optimizer state of training.initialize_from: Adam's moments, "
+            "Muon's momentum and the count of updates. Needs the same optimizer.name. Without "
+            "keep_position the schedule starts at step 1."
         ),
     )
     keep_position: bool = Field(

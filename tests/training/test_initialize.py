@@ -54,7 +54,8 @@ def export(checkpoint: Path, config: RunConfig, out: Path) -> None:
 
 def test_weights_and_moments_are_the_origins_to_the_last_bit(tmp_path: Path) -> None:
     origin = sections(tmp_path, "origin", **TP2)
-    run_ranks(2, save_all, [origin], [SEED])
+    of_muon = sections(tmp_path, "of-muon", optimizer__name="muon", **TP2)
+    run_ranks(2, save_all, [origin, of_muon], [SEED, SEED])
     config = RunConfig.model_validate(origin)
     export(path_of(origin), config, tmp_path / "exported")
     runs = []
@@ -73,8 +74,10 @@ def test_weights_and_moments_are_the_origins_to_the_last_bit(tmp_path: Path) -> 
             runs.append(sections(tmp_path, f"{name}-{source}", **layout, **given))
     muon = {"optimizer__name": "muon", "training__initialize_from": str(tmp_path / "origin")}
     runs.append(sections(tmp_path, "muon-fresh", **muon))
+    muon |= {"training__initialize_from": str(tmp_path / "of-muon@1")}
+    runs.append(sections(tmp_path, "muon-kept", training__keep_optimizer=True, **muon))
     for rank in run_ranks(2, started, runs, SEED):
-        assert len(rank) == 2 * len(LAYOUTS) + 2
+        assert len(rank) == 2 * len(LAYOUTS) + 3
         assert {name: wrong for name, wrong in rank.items() if wrong} == {}
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from keel_megatron.architecture.residual import streams
 from keel_megatron.checkpoint.parameters import MASTER, placed
 from keel_megatron.compat import deepspeed_engine
 from keel_megatron.config.run import RunConfig
@@ -207,6 +208,7 @@ class TensorParallelUnit:
 def deepspeed_config(config: RunConfig, data_parallel: int, device: str) -> dict[str, Any]:
     """DeepSpeed's configuration, all of it from the run's."""
     training, own = config.training, config.deepspeed
+    n = streams(config.model)
     host = {"device": "cpu", "pin_memory": device == "cuda"}
     zero: dict[str, Any] = {
         "stage": own.zero_stage,
@@ -218,9 +220,9 @@ def deepspeed_config(config: RunConfig, data_parallel: int, device: str) -> dict
         "stage3_max_live_parameters": 4 * own.bucket_size,
         "stage3_max_reuse_distance": 4 * own.bucket_size,
         "sub_group_size": 4 * own.bucket_size,
-        # Norm weights stay whole: the fused kernel of a layer reads its neighbours' norms, which
-        # ZeRO's hooks on modules cannot see.
-        "stage3_param_persistence_threshold": config.model.hidden_size,
+        # Norm weights and mixes of n streams stay whole: a layer reads its neighbours' norms in its
+        # fused kernel, and its mixes, which ZeRO's hooks on modules cannot see.
+        "stage3_param_persistence_threshold": max(config.model.hidden_size, n * (n + 2)),
     }
     if own.offload_optimizer:
         zero["offload_optimizer"] = host

@@ -33,9 +33,13 @@ SMALL: dict[str, Any] = {"model__blocks": 3, "model__num_query_groups": 2}
 TP2 = {"parallel__tensor": 2}
 # Recomputed, and with a matrix that two modules share: both are hard for ZeRO 3's hooks.
 HARD = {"parallel__recompute": "full", "model__tie_embeddings": True}
+# A mix of 8 streams has 80 weights, more than a norm of width 64.
+STREAMS = {"model__residual": "hyper_connections", "model__expansion_rate": 8}
 ALONE = {
     "megatron": MEGATRON,
     "megatron, hard": {**MEGATRON, **HARD},
+    "megatron, streams": {**MEGATRON, **STREAMS},
+    "ZeRO 3, streams": {**ENGINES["ZeRO 3"], **STREAMS},
     # Of the 64 tokens of a micro-batch 25 go through the head at once.
     "ZeRO 3, hard": {**ENGINES["ZeRO 3"], **HARD, "kernels__logits_mib": 0.05},
     **ENGINES,
@@ -84,7 +88,8 @@ def _agree(found: Watched, expected: Watched) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ALONE if name.startswith("ZeRO")])
 def test_one_process_trains_like_the_megatron_engine(name: str, alone: dict[str, Watched]) -> None:
-    _agree(alone[name], alone["megatron, hard" if name.endswith("hard") else "megatron"])
+    variant = name.partition(", ")[2]
+    _agree(alone[name], alone.get(f"megatron, {variant}", alone["megatron"]))
 
 
 @pytest.mark.parametrize("name", [name for name in TWO if name.startswith("ZeRO")])
