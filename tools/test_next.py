@@ -145,6 +145,7 @@ def _demo(version: str, environment: dict[str, str], golden: list[float]) -> tup
         "schedule.warmup_steps": 1,
         "training.validate_every": 0,
         "training.global_batch_size": 4,
+        "training.micro_batch_size": 2,
         "checkpoint.every": DEMO_STEPS,
         "tracking.mlflow": "false",
         "tracking.log_every": 1,

@@ -45,6 +45,14 @@ SHAPES = (
 )
 PARTS = (1, 4, 16)
 """Documents in a sequence, of equal length."""
+STEP = (
+    "parallel.pipeline=1",
+    "optimizer.name=adamw",
+    "training.micro_batch_size=2",
+    "training.device=cpu",
+    "training.threads=1",
+)
+"""How the demo is run here."""
 DEMO = Path(__file__).resolve().parents[2] / "yaml" / "demo.yaml"
 
 
@@ -102,7 +110,7 @@ def attention_rows(rounds: int) -> Iterator[str]:
 
 def step_row(rounds: int) -> str:
     """A step of the demo on one process, without and with masks."""
-    config = load_config(DEMO, ["parallel.pipeline=1", "training.device=cpu", "training.threads=1"])
+    config = load_config(DEMO, STEP)
     training = config.training
     count = training.global_batch_size // training.micro_batch_size
     with start(config.parallel, training, Launch(0, 1, 0, 1)) as runtime:

@@ -55,6 +55,8 @@ from keel_megatron.training.run import run_training
 ONE = ("parallel.pipeline=1", "parallel.virtual_pipeline=1", "tracking.mlflow=false")
 SMALL = (
     *ONE,
+    "optimizer.name=adamw",
+    "training.micro_batch_size=2",
     "model.blocks=8",
     "data.seq_length=64",
     "data.vocab_size=512",
