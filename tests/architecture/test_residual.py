@@ -68,7 +68,8 @@ def test_a_column_at_its_default_and_a_kind_of_inner_are_told_apart(rules: None)
     narrow = Reader("a path", ("inner",), inner=("none",))
     assert narrow.sub_layer(1, small_config(model__residual="hybrid_norm").model) == SubLayer()
     for rule, column in (("pre_ln", "inner = norm"), ("post_ln", "outer_norm = True")):
-        with pytest.raises(UserError, match=f"{column} in sub-layer 0, which a path cannot"):
+        why = f"{column} in sub-layer 0, which a path does not support"
+        with pytest.raises(UserError, match=why):
             narrow.sub_layer(0, small_config(model__residual=rule).model)
 
 

@@ -39,6 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "training": {
         "steps": 2,
         "global_batch_size": 8,
+        "micro_batch_size": 2,
         "validate_every": 0,
         "validation_sequences": 4,
     },

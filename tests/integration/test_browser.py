@@ -37,7 +37,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = home / "runs" / "test"
     with start(home, "train", str(written), "training.steps=100000") as first:
         try:
-            _wait(lambda: first.poll() is not None or _is_past_a_checkpoint(run))
+            _wait(lambda: first.poll() is not None or _stands_past_a_checkpoint(first, run))
         finally:
             _kill(first)
     assert first.returncode == -signal.SIGKILL
@@ -48,10 +48,23 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def _is_past_a_checkpoint(run: Path) -> bool:
-    """Whether MLflow has steps that a resume trains again."""
+def _stands_past_a_checkpoint(launcher: subprocess.Popen[str], run: Path) -> bool:
+    """Whether MLflow has steps that a resume trains again; then the run is left suspended.
+
+    A run that goes on could save once more before it is killed.
+    """
+    process = psutil.Process(launcher.pid)
+    family = [process, *process.children(recursive=True)]
+    for each in family:
+        with suppress(psutil.NoSuchProcess):
+            each.suspend()
     saved = folder.steps(run)
-    return bool(saved) and _delivered(run) > saved[-1]
+    if saved and _delivered(run) > saved[-1]:
+        return True
+    for each in family:
+        with suppress(psutil.NoSuchProcess):
+            each.resume()
+    return False
 
 
 def _kill(launcher: subprocess.Popen[str]) -> None:

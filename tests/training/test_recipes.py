@@ -94,6 +94,7 @@ def small(name: str) -> dict[str, Any]:
     training = sections["training"]
     at = f"@{BEGUN}" if "@" in training["initialize_from"] else ""
     training |= {"initialize_from": f"runs/stable{at}", "steps": 12, "validate_every": 4}
+    training |= {"global_batch_size": 16, "micro_batch_size": 2}
     training |= {"device": "cpu", "threads": 1, "validation_sequences": 4}
     return sections | {"model": MODEL, "parallel": {}, "tracking": SMALL["tracking"]}
 
