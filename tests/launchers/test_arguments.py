@@ -144,9 +144,14 @@ def test_slurm_and_torchrun(tmp_path: Path) -> None:
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="no DeepSpeed"
 )
+needs_plain_path = pytest.mark.skipif(
+    re.fullmatch(r"[A-Za-z0-9_@+=:,./-]+", str(LAUNCHERS)) is None,
+    reason="launchers/deepspeed.sh refuses a repository in such a path",
+)
 
 
 @needs_deepspeed
+@needs_plain_path
 def test_deepspeed_over_ssh_and_its_secrets(tmp_path: Path) -> None:
     secrets = {
         "MLFLOW_TRACKING_USERNAME": "sesame-name",
@@ -170,6 +175,7 @@ def test_deepspeed_over_ssh_and_its_secrets(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("mark"))
 
 
+@needs_plain_path
 @pytest.mark.parametrize(
     ("line", "variables", "message"),
     [
@@ -220,6 +226,7 @@ def test_a_rendezvous_endpoint_is_no_code(tmp_path: Path) -> None:
         assert not (tmp_path / "mark").exists(), attack
 
 
+@needs_plain_path
 @pytest.mark.parametrize(
     ("left", "code"),
     [
