@@ -233,10 +233,9 @@ def _shown(rows: Sequence[Row], which: str, name: str) -> str:
 def picture(rows: Sequence[Row], out: Path) -> None:
     """Last step: above every quantity over L, below over the depth of the deepest models."""
     own = _first_epsilon(rows)
-    seeds = len(groups(own, "seed"))
-    note = f"step {max(row['steps'] for row in own)}, mean over {seeds} seed(s)"
+    note = f"step {max(row['steps'] for row in own)}, {pictures.seeds_note(own)}"
     title = "Sizes over the number of sub-layers, and over depth"
-    figure, panels = pictures.new_figure(title, len(MEASURED), note, rows=2)
+    figure, panels = pictures.new_figure(title, len(MEASURED), note, rows=2, side=3.1)
     deepest = max(row["sub_layers"] for row in own)
     for number, (name, label) in enumerate(MEASURED.items()):
         over_depths, over_depth = panels[number], panels[len(MEASURED) + number]
@@ -252,7 +251,7 @@ def picture(rows: Sequence[Row], out: Path) -> None:
             axes.set_title(label, loc="left")
             axes.set_yscale("log")
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower right", ncols=6, frameon=False, fontsize=11)
+    figure.legend(*handles, loc="outside lower right", ncols=6, frameon=False, fontsize=12)
     pictures.finish(figure, out, legend=False)
 
 

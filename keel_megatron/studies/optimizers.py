@@ -169,8 +169,7 @@ def picture(rows: Sequence[Row], out: Path) -> None:
     and over the depth.
     """
     by_depth = groups(rows, "sub_layers")
-    seeds = len(groups(rows, "seed"))
-    note = f"mean over {seeds} seed(s), bars: one standard deviation"
+    note = pictures.seeds_note(rows)
     title = "Muon and AdamW: loss, and growth of the weights at the best rate"
     figure, panels = pictures.new_figure(title, 3, note, rows=len(by_depth))
     best = best_rates(rows, "sub_layers", "rule", "optimizer")

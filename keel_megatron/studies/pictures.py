@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from keel_megatron.architecture.residual import RULES
-from keel_megatron.studies.results import Spread
+from keel_megatron.studies.grid import Row
+from keel_megatron.studies.results import Spread, groups
 from keel_megatron.tracking.style import BLUE, ORANGE, QUIET, SLATE, TEXT, TITLE, dress, save
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def rule_colour(rule: str) -> str:
 
 
 def new_figure(
-    title: str, panels: int = 1, note: str = "", rows: int = 1
+    title: str, panels: int = 1, note: str = "", rows: int = 1, side: float = 5.2
 ) -> tuple[Figure, list[Axes]]:
     """A figure with panels beside each other.
 
@@ -36,16 +37,26 @@ def new_figure(
         panels: number of axes in a row.
         note: small text below: the size of the runs, the number of seeds.
         rows: of axes, which are returned row by row.
+        side: of one of several panels, in inches; smaller where there are many, so that the text
+            stays large enough when the figure is shown in a page's width.
     """
     from matplotlib.figure import Figure
 
-    width = 8.6 if panels == 1 else 5.2 * panels + 0.8
-    figure = Figure(figsize=(width, 5.2 * rows), dpi=150, layout="constrained")
+    width = 8.6 if panels == 1 else side * panels + 0.8
+    figure = Figure(figsize=(width, side * rows), dpi=150, layout="constrained")
     figure.suptitle(title, x=0.02, ha="left", **TITLE)
     axes = list(figure.subplots(rows, panels, squeeze=False).flat)
     if note:
         figure.supxlabel(note, x=0.02, ha="left", fontsize=10, color=QUIET, parse_math=False)
     return figure, axes
+
+
+def seeds_note(rows: Sequence[Row]) -> str:
+    """What points and bars of `curve` are: of one seed, or of several."""
+    seeds = len(groups(rows, "seed"))
+    if seeds == 1:
+        return "one seed"
+    return f"mean over {seeds} seeds, bars: one standard deviation"
 
 
 def curve(
@@ -59,10 +70,11 @@ def curve(
 ) -> None:
     """A line over means, with bars of one standard deviation where there are several seeds."""
     known = [(at, one) for at, one in zip(x, y, strict=True) if one.n]
+    bars = [one.deviation if one.n > 1 else 0.0 for _at, one in known]
     axes.errorbar(
         [at for at, _one in known],
         [one.mean for _at, one in known],
-        yerr=[one.deviation if one.n > 1 else 0.0 for _at, one in known],
+        yerr=bars if any(bars) else None,
         label=label,
         color=colour,
         marker=marker,

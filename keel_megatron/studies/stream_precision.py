@@ -194,8 +194,7 @@ def answer(own: Spread, wide: Spread) -> str:
 def picture(rows: Sequence[Row], out: Path) -> None:
     """Loss over alpha, a line per stream and a level for each rule without alpha; what is kept."""
     depths = list(groups(rows, "sub_layers"))
-    seeds = len(groups(rows, "seed"))
-    note = f"mean over {seeds} seed(s), bars: one standard deviation"
+    note = pictures.seeds_note(rows)
     title = "Training loss with a residual stream in bf16"
     figure, panels = pictures.new_figure(title, len(depths) + 1, note)
     for axes, (sub_layers,) in zip(panels, depths, strict=False):
