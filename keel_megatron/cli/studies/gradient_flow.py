@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +40,11 @@ def gradient_flow(
     from keel_megatron.studies import gradient_flow as study
 
     names = listed(rules) or RULES
-    flows = [study.gradient_flow(rule, depth) for depth in sizes for rule in names]
+    flows = []
+    for depth, rule in itertools.product(sizes, names):
+        flows.append(study.gradient_flow(rule, depth))
+        done = f"{len(flows)} of {len(sizes) * len(names)} models"
+        print(f"{rule}, {depth} sub-layers: measured ({done})", file=sys.stderr, flush=True)
     with writing("--out", out), only_json(as_json):
         for line in flow_report.save_flows(flows, out):
             print(line)
