@@ -96,8 +96,8 @@ def _parts(
         "attention",
         1,
         6,
-        "flash; backward row sums, its kernel, a cast, key and value "
-        "summed over their group, an emptied buffer",
+        "forward the kernel; backward row sums, the kernel, a cast, sums of key and value over "
+        "their group, zeroing a buffer",
     )
     if swiglu:
         yield KernelCount("SwiGLU", 1, 1, "fused")
@@ -119,8 +119,8 @@ def _parts(
         "gradient sums",
         0,
         weights(rows) + (0 if direct else 4),
-        f"DDP adds {'' if direct else 'four matrices and '}{weights(rows)} norm weights' to the "
-        "fp32 sum",
+        f"DDP adds those of {'' if direct else 'four matrices and '}{weights(rows)} norm weights "
+        "to the fp32 gradients",
     )
 
 

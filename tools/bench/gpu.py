@@ -113,8 +113,8 @@ def best_option(blocks: int, device: Device) -> Option:
         choices[f"{size}, whole logits"] = (*settings, f"kernels.logits_mib={2048 * size}")
     runs = {name: option_config(Option(BEST, own, ""), blocks) for name, own in choices.items()}
     why = (
-        "the plan's choice of the micro-batch, and the loss in one piece; all other settings are "
-        "the defaults"
+        "micro-batch chosen by the plan, and the loss in one piece; all other settings are the "
+        "defaults"
     )
     return Option(BEST, choices[best_settings(runs, device)], why)
 

@@ -15,17 +15,17 @@ from keel_megatron.planner.plan import Plan, make_plan
 
 MICRO_BATCHES = (1, 2, 4, 8)
 REASONS = {
-    "blocks: products": "12 of a block; each a fraction of the peak, a constant and a part per "
-    "result, fitted to published measurements",
+    "blocks: products": "12 matrix products per block; each takes a fraction of the peak rate, a "
+    "constant and a time per result, fitted to published measurements",
     "blocks: attention": "cuDNN's kernel at head size 64, published",
     "blocks: rotary": "strided accesses of torch's operators",
-    "blocks: other memory access": "joins, SwiGLU, rotary, and the weights' fp32 sums, which are "
-    "read and written once per micro-batch",
-    "blocks: gaps": "the device idles after each kernel",
-    "head and loss": "three products with the vocabulary, and 6 bytes a logit",
-    "embedding": "dense gradients: written, and added to the fp32 sums",
-    "optimizer": "46 bytes a parameter: zeroing, norm, AdamW, the copy to bf16",
-    "waiting for the host": "Python and launches take longer than the device",
+    "blocks: other memory access": "joins (scaled add + norms), SwiGLU, rotary, and the fp32 "
+    "weight gradients, which are read and written once per micro-batch",
+    "blocks: gaps": "the device is idle after each kernel",
+    "head and loss": "three matrix products with the vocabulary, and 6 bytes per logit",
+    "embedding": "dense gradients are written, and added to the fp32 gradients",
+    "optimizer": "46 bytes per parameter: zeroing, norm, AdamW, the copy to bf16",
+    "waiting for the host": "Python and kernel launches take longer than the device",
 }
 """Why a part of a step takes its time."""
 
@@ -36,22 +36,23 @@ def assumptions(device: Device) -> list[str]:
     python = host.blocks["keel"]
     values = {
         "measured_tflops": f"{device.measured_tflops:g} TFLOP/s: the measured product rate",
-        "matmul_fraction": f"products: {device.matmul_fraction:.1%} of the peak of "
-        f"{device.tflops:g} TFLOP/s, and {device.matmul_setup_us:g} us each, and "
+        "matmul_fraction": f"matrix products: {device.matmul_fraction:.1%} of the peak of "
+        f"{device.tflops:g} TFLOP/s, plus {device.matmul_setup_us:g} us each and the time of "
         f"{device.matmul_setup_k:g} multiplications per result",
         "cudnn_fraction": f"cuDNN's attention: {device.cudnn_fraction:.1%} of the peak, both "
         "passes together",
-        "flash_fraction": f"FlashAttention-2: {device.flash_fraction:.1%}",
-        "fp8_fraction": f"fp8 products: {device.fp8_fraction:.0%} of twice the peak",
+        "flash_fraction": f"FlashAttention-2: {device.flash_fraction:.1%} of the peak",
+        "fp8_fraction": f"fp8 matrix products: {device.fp8_fraction:.0%} of twice the peak",
         "bandwidth_fraction": f"memory: {device.bandwidth_fraction:.0%} of its bandwidth",
-        "strided_fraction": f"rotary embedding in torch's operators: {device.strided_fraction:.0%}",
-        "kernel_gap_us": f"gap behind a kernel: {gap:g} us, {gap * GRAPH_GAP:g} us within a graph",
-        "kernel_launch_us": f"a launch: {device.kernel_launch_us:g} us of the host",
+        "strided_fraction": "rotary embedding in torch's operators: "
+        f"{device.strided_fraction:.0%} of the memory bandwidth",
+        "kernel_gap_us": f"gap after a kernel: {gap:g} us, {gap * GRAPH_GAP:g} us within a graph",
+        "kernel_launch_us": f"a kernel launch: {device.kernel_launch_us:g} us of host time",
     }
     lines = [f"{text} ({SOURCES[name]})" for name, text in values.items()]
     return [
         *lines,
-        f"Python and autograd: {python.forward * 1e6:.0f} us a block forward, "
+        f"Python and autograd: {python.forward * 1e6:.0f} us per block forward, "
         f"{python.backward * 1e6:.0f} us backward (`python tools/bench/host.py`, {host.machine}, "
         f"{host.date})",
     ]
@@ -96,7 +97,7 @@ def best_settings(runs: dict[str, RunConfig], device: Device) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """A variant beside the base, and what should come of it."""
+    """A variant of the base, and its expected effect."""
 
     name: str
     settings: tuple[str, ...]
@@ -110,51 +111,51 @@ class Option:
 MICRO = "training.micro_batch_size={}"
 TE = "kernels.backend=transformer_engine"
 OPTIONS: tuple[Option, ...] = (
-    Option("base: Keel", (), "local modules, the Triton kernels, micro-batch 4"),
+    Option("base: Keel", (), "Megatron-core's local layers, Triton kernels, micro-batches of 4"),
     Option(
         "Pre-LN",
         ("model.residual=pre_ln",),
-        "as much data in the fused kernel; two norm gradients less",
+        "the fused kernel reads and writes as much; two norm gradients fewer",
     ),
     Option(
         "micro-batch 1",
         (MICRO.format(1),),
-        "the host launches four times as many kernels, and the weights' sums are read and written "
-        "four times",
+        "the host launches four times as many kernels, and the fp32 weight gradients are read and "
+        "written four times",
     ),
     Option(
         "micro-batch 1, CUDA graphs",
         (MICRO.format(1), "kernels.cuda_graphs=true"),
-        "the host is not the limit any more",
+        "the host no longer limits the step",
         seconds=180,
     ),
-    Option("micro-batch 2", (MICRO.format(2),), "twice as many kernels and sums"),
-    Option("micro-batch 8", (MICRO.format(8),), "half the kernels and sums"),
+    Option("micro-batch 2", (MICRO.format(2),), "twice as many kernels and gradient accumulations"),
+    Option("micro-batch 8", (MICRO.format(8),), "half as many kernels and gradient accumulations"),
     Option(
         "CUDA graphs",
         ("kernels.cuda_graphs=true",),
-        "shorter gaps; blocks take the host no time, which is not the limit here",
+        "shorter gaps between kernels; blocks take no host time, which is not the limit here",
         seconds=180,
     ),
     Option(
         "joins in torch's operators",
         ("kernels.triton=[rotary,swiglu,cross_entropy]",),
-        "every operator reads and writes the stream again",
+        "scaled add + norms: every operator reads and writes the residual stream again",
     ),
     Option(
         "rotary in torch's operators",
         ("kernels.triton=[norm,swiglu,cross_entropy]",),
-        "seven strided kernels each way in place of one",
+        "seven strided kernels in each pass instead of one",
     ),
     Option(
         "SwiGLU in torch's operators",
         ("kernels.triton=[norm,rotary,cross_entropy]",),
-        "two kernels forward and four backward in place of one, and twice the memory access",
+        "two kernels forward and four backward instead of one each, and twice the memory access",
     ),
     Option(
         "loss in torch's operators",
         ("kernels.triton=[norm,rotary,swiglu]",),
-        "32 bytes a logit beside the products in place of 6, and fp32 logits in memory",
+        "32 bytes per logit instead of 6, beside the matrix products, and fp32 logits in memory",
     ),
     Option(
         "FlashAttention-2",
@@ -164,30 +165,30 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "loss in pieces",
         ("kernels.logits_mib=512",),
-        "the head's product made again; a quarter of the logits in memory",
+        "the head's matrix product is computed twice; a quarter of the logits in memory",
     ),
     Option(
         "light recomputation",
         ("parallel.recompute=light",),
-        "SwiGLU and the inner norms again; a quarter of the activations less",
+        "SwiGLU and the inner norms are recomputed; a quarter less activation memory",
     ),
-    Option("recompute", ("parallel.recompute=full",), "one forward pass more"),
+    Option("recompute", ("parallel.recompute=full",), "one more forward pass"),
     Option(
         "Muon",
         ("optimizer.name=muon",),
-        "each matrix is orthogonalised, in five iterations of three products",
+        "each matrix is orthogonalised, in five iterations of three matrix products",
     ),
     Option(
         "Transformer Engine",
         (TE,),
-        "the same attention kernel and products",
+        "the same attention kernel and matrix products",
         needs="transformer_engine.pytorch",
     ),
     Option(
         "Transformer Engine, fp8",
         (TE, "kernels.fp8=hybrid"),
-        "products almost twice as fast; but operands are read twice more to be cast, and the "
-        "casts are 24 more launches a block",
+        "matrix products almost twice as fast; but operands are read two more times for the casts, "
+        "which are 24 more launches per block",
         needs="transformer_engine.pytorch",
         seconds=180,
     ),

@@ -29,25 +29,25 @@ NOT_RUN = ("is not installed", "time was up")
 """How a reason ends for which a row was not even tried."""
 PARTS_COUNTED = ("options-64", "options-32")
 HOST = f"""
-At micro-batch 1 the host launches four times as many kernels as at micro-batch 4, and a slow host
-is the limit: the range's upper end is a host {SLOW_HOST:g} times as slow as expected, the slowest
-that was measured (`layout/times.py`). `kernels.cuda_graphs` or a larger micro-batch removes that
-limit."""
+With micro-batches of 1 the host launches four times as many kernels as with micro-batches of 4, and
+a slow host limits the step. The upper end of the range assumes a host {SLOW_HOST:g} times as slow
+as expected, the slowest that was measured (`layout/times.py`). `kernels.cuda_graphs` or larger
+micro-batches remove this limit."""
 COMPILED = """## Why a compiled block is slower on the device
 
-The Triton kernels sum a norm weight's gradient in the pass that computes the input's. Inductor
-reduces rows and columns in one kernel only from 5 M elements on (`mix_order_reduction` of torch
-2.13; at this shape from micro-batch 2 on). The model always counts a separate pass that reads the
-operands again, so it may overestimate compiled blocks of larger micro-batches. A compiled block
-also returns its weights' gradients, which DDP adds to the fp32 sums; otherwise the products
-themselves add to them. In exchange it takes the host less time, and is faster where the host is the
-limit.
+The Triton kernels compute a norm weight's gradient in the same pass as the input's gradient.
+Inductor reduces rows and columns in one kernel only from 5 M elements on (`mix_order_reduction` of
+torch 2.13; at this shape, with micro-batches of 2 or more). The plan always counts a separate pass
+that reads the operands again, so it may overestimate the time of compiled blocks with larger
+micro-batches. A compiled block also returns its weight gradients, and DDP adds them to the fp32
+gradients; otherwise the matrix products add to the fp32 gradients directly. In return, a compiled
+block takes less host time, so it is faster if the host limits the step.
 """
 
 HEAD = """# Effect of each option on one GPU
 
-Written by `make bench-gpu` (`tools/bench/gpu.py`); `--predict` writes it without a GPU. The
-expected values are `keel plan`'s for the same run (`layout/times.py`) on one {gpu}.
+`make bench-gpu` (`tools/bench/gpu.py`) writes this page; with `--predict`, it needs no GPU. The
+expected values are those of `keel plan` for the same run on one {gpu} (`layout/times.py`).
 {state}
 
 {goal}
@@ -61,11 +61,12 @@ The device's rates (`layout/devices.py`), each with its source:
 SHAPE = """## {sub_layers} sub-layers in {blocks} blocks
 
 The paper's shape (`yaml/paper/keel_128.yaml`): hidden 1024, FFN 3072, 16 heads, 8 key/value heads,
-sequence 4096, vocabulary 128,000, bf16; 8 sequences a step in micro-batches of 4 on one GPU, random
-tokens, no recomputation unless the settings say so. The ratio is the step time divided by the
-base's; below 1 is faster. Device and host are the passes' times without the update; the longer one,
-in bold, counts. The measured host time ends with the last launch, and includes waiting while CUDA's
-queue of launches is full. `of expected` is the measured step divided by the expected one.
+sequence 4096, vocabulary 128,000, bf16; 8 sequences per step in micro-batches of 4 on one GPU,
+random tokens, no recomputation unless the settings enable it. A ratio is the step time divided by
+that of the base; below 1 is faster. "Device, host" are the expected times of the forward and
+backward passes without the optimizer; the longer one, in bold, determines the step. The measured
+host time ends with the last kernel launch, and includes waiting while CUDA's launch queue is full.
+"Of expected" is the measured step time divided by the expected one.
 """
 
 
@@ -99,12 +100,14 @@ def _goal(parts: dict[str, Any], gpu: str) -> str:
     """Whether predictions and measurements meet the aims."""
     device = DEVICES[gpu]
     lines = [
-        f"Aims: half of the measured product rate ({device.measured_tflops:g} TFLOP/s), Keel at "
-        f"most {RATIO} of Pre-LN, and planned",
-        f"memory within {MEMORY:.0%} of the peak. Expected with the range, and measured:",
+        "Aims: at least half of the measured product rate, which is the highest published rate of "
+        "matrix products",
+        f"({device.measured_tflops:g} TFLOP/s); a step of Keel at most {RATIO} times as long as "
+        "Pre-LN's; and planned memory within",
+        f"{MEMORY:.0%} of the measured peak. Expected rates are given with their range:",
         "",
-        "| | expected: of the data sheet's peak | of the measured product rate | measured: of the "
-        "peak | of the product rate | half |",
+        "| | expected: of the data sheet's peak | expected: of the product rate | measured: of the "
+        "data sheet's peak | measured: of the product rate | at least half |",
         "|---|-:|-:|-:|-:|---|",
     ]
     for part in PARTS_COUNTED:
@@ -163,8 +166,8 @@ def _agreement(parts: dict[str, Any]) -> list[str]:
     if ranged:
         out = [f"{name} ({_excess(row)})" for name, row in ranged.items() if _excess(row)]
         lines.append(
-            f"- Range: {len(ranged) - len(out)} of {len(ranged)} measured steps of the options are "
-            f"within it{'; not ' + ', '.join(out) if out else ''}."
+            f"- Range: {len(ranged) - len(out)} of {len(ranged)} measured steps are within the "
+            f"expected range{'; outside: ' + ', '.join(out) if out else ''}."
         )
     errors = {
         name: row["measured"]["planned_memory_gb"] / row["measured"]["peak_memory_gb"] - 1.0
@@ -177,7 +180,7 @@ def _agreement(parts: dict[str, Any]) -> list[str]:
         lines.append(
             f"- Memory: the plan is within 0.3% of the measured peak in "
             f"{len(errors) - len(wide)} of {len(errors)} rows"
-            f"{'; ' + ', '.join(wide) if wide else ''}: {met}."
+            f"{'; the others: ' + ', '.join(wide) if wide else ''}: {met}."
         )
     return lines
 
@@ -209,7 +212,7 @@ def _options(name: str, part: dict[str, Any]) -> list[str]:
     lines = [SHAPE.format(blocks=blocks, sub_layers=2 * blocks)]
     lines += [f"`python3 tools/bench/gpu.py --part {name}`{_on(part)}", ""]
     lines += [
-        "| | settings | expected ratio | device, host: ms a step | because | measured ratio | "
+        "| | settings | expected ratio | device, host: ms per step | reason | measured ratio | "
         "step, ms | of expected | TFLOP/s | GB: planned, peak |",
         "|---|---|-:|-:|---|-:|-:|-:|-:|-:|",
     ]
@@ -265,7 +268,7 @@ def _on(part: dict[str, Any]) -> str:
 def _where(part: dict[str, Any]) -> list[str]:
     """The expected steps of the base and the best, by what they go to."""
     lines = ["## Where a step goes", ""]
-    lines += [f"Expected, {part['blocks']} blocks; ms, and the share of the step:", ""]
+    lines += [f"Expected, {part['blocks']} blocks; ms, and share of the step:", ""]
     steps = [part["rows"][name]["predicted"] for name in (BASE, BEST)]
     lines += [f"| part | {BASE} | {BEST} | reason |", "|---|-:|-:|---|"]
     names = dict.fromkeys(name for step in steps for name in step["parts"])
@@ -280,7 +283,8 @@ def _where(part: dict[str, Any]) -> list[str]:
     lines += [f"| step | {' | '.join(cells)} | |", ""]
     low, high = steps[0]["step_seconds_range"]
     lines.append(
-        f"The base may be {low * 1e3:.0f} to {high * 1e3:.0f} ms: `layout/times.py` says why."
+        f"The base may be {low * 1e3:.0f} to {high * 1e3:.0f} ms (`layout/times.py` explains the "
+        "range)."
     )
     found = part["rows"][BASE].get("measured", {})
     if "parts" in found:
@@ -289,8 +293,8 @@ def _where(part: dict[str, Any]) -> list[str]:
         taken = found["parts"]["optimizer"]
         lines += ["", f"Measured: {shown}."]
         lines.append(
-            f"The base's passes took {found['passes_seconds'] / passes:.2f} of the expected time, "
-            f"its update {taken / update:.2f}."
+            "Measured times of the base relative to the expected ones: passes "
+            f"{found['passes_seconds'] / passes:.2f}, update {taken / update:.2f}."
         )
     return [*lines, ""]
 
@@ -313,7 +317,7 @@ def _kernels(parts: dict[str, Any]) -> list[str]:
     if all("kernels" in found for found in counted):
         deep, shallow = (found["kernels"] for found in counted)
         each = (deep - shallow) / 32 / 2
-        lines += ["", f"Counted in traces: {each:.1f} a block and micro-batch, both ways."]
+        lines += ["", f"Counted in traces: {each:.1f} per block and micro-batch, both passes."]
     return [*lines, ""]
 
 
@@ -321,8 +325,8 @@ def _deep(part: dict[str, Any]) -> list[str]:
     lines = [
         "## 1024 sub-layers, 6.4 B parameters without embeddings, on one GPU",
         "",
-        "`python3 tools/bench/gpu.py --part deep` (`yaml/paper/keel_1024.yaml`, 4 sequences a",
-        "step). Aim: `keel plan`'s memory within 10 % of the measured peak.",
+        "`python3 tools/bench/gpu.py --part deep` (`yaml/paper/keel_1024.yaml`, 4 sequences per",
+        "step). Aim: the planned memory is within 10 % of the measured peak.",
         "",
         "| | expected GB | fits | blocks recomputed | expected step, s | measured GB | step, s |",
         "|---|-:|---|-:|-:|-:|-:|",
@@ -343,7 +347,7 @@ def _deep(part: dict[str, Any]) -> list[str]:
 
 def _kernel(part: dict[str, Any]) -> list[str]:
     lines = ["## The fused kernel", ""]
-    lines += [f"Aim: {part['aim']:.0%} of a copy's bandwidth at hidden 1024.", ""]
+    lines += [f"Aim: {part['aim']:.0%} of the bandwidth of a copy, at hidden 1024.", ""]
     found = part.get("measured")
     if found is None:
         return [*lines, "`python3 tools/bench/gpu.py --part kernel`: not run."]
