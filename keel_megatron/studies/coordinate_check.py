@@ -8,12 +8,13 @@ and runs with other epsilons, say whether epsilon has to shrink with depth (arXi
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from keel_megatron.architecture.residual import RULES, epsilon_scale
 from keel_megatron.config.run import RunConfig
@@ -187,28 +188,50 @@ def _slope(by_depth: Mapping[tuple[Any, ...], Sequence[Row]], name: str) -> floa
     return statistics.linear_regression(*zip(*logs, strict=True)).slope
 
 
-def _epsilons(rows: Sequence[Row]) -> str:
-    """Every rule and depth with several epsilons, against the smallest of them."""
-    lines = []
+class _AtEpsilon(NamedTuple):
+    """A rule and depth with one of several epsilons, against the smallest of them."""
+
+    rule: str
+    sub_layers: int
+    epsilon: float
+    above: float
+    """RMS of the gradient / epsilon."""
+    share: float
+    """Size of the update / that with the smallest epsilon; NaN if that is zero."""
+    loss: str
+    """Difference of the training loss."""
+
+
+def _compared(rows: Sequence[Row]) -> list[_AtEpsilon]:
+    """Every rule and depth that has several epsilons."""
+    found = []
     for (rule, sub_layers), some in groups(rows, "rule", "sub_layers").items():
         by_epsilon = dict(sorted(groups(some, "block_epsilon").items()))
         smallest = next(iter(by_epsilon.values()))
-        for (epsilon,), found in by_epsilon.items():
+        base = _of(smallest, "last", "update_to_weight").mean
+        for (epsilon,), of in by_epsilon.items():
             if len(by_epsilon) == 1:
                 continue
-            gradient, update, base = (
-                _of(of, "last", name).mean
-                for of, name in (
-                    (found, "gradient_rms"),
-                    (found, "update_to_weight"),
-                    (smallest, "update_to_weight"),
-                )
-            )
-            changed = "-" if found is smallest else paired_difference(found, smallest)
-            share = f"{update / base:.4f}" if base else "-"
-            lines.append(
-                [rule, sub_layers, f"{epsilon:.1e}", f"{gradient / epsilon:.3g}", share, changed]
-            )
+            above = _of(of, "last", "gradient_rms").mean / epsilon
+            share = _of(of, "last", "update_to_weight").mean / base if base else math.nan
+            loss = "-" if of is smallest else paired_difference(of, smallest)
+            found.append(_AtEpsilon(rule, sub_layers, epsilon, above, share, loss))
+    return found
+
+
+def _epsilons(rows: Sequence[Row]) -> str:
+    """The table of `_compared`; empty where there is one epsilon."""
+    lines = [
+        [
+            one.rule,
+            one.sub_layers,
+            f"{one.epsilon:.1e}",
+            f"{one.above:.3g}",
+            "-" if math.isnan(one.share) else f"{one.share:.4f}",
+            one.loss,
+        ]
+        for one in _compared(rows)
+    ]
     columns = ["rule", "sub-layers", "epsilon", "gradient RMS / epsilon"]
     columns += ["update / that with the smallest epsilon", "training loss against it"]
     return markdown(columns, lines) if lines else ""
@@ -231,6 +254,39 @@ def _shown(rows: Sequence[Row], which: str, name: str) -> str:
 
 
 def picture(rows: Sequence[Row], out: Path) -> None:
+    """The sizes over L and over depth; with several epsilons instead what those change."""
+    if compared := _compared(rows):
+        _draw_epsilons(compared, pictures.seeds_note(rows), out)
+    else:
+        _draw_sizes(rows, out)
+
+
+def _draw_epsilons(compared: Sequence[_AtEpsilon], note: str, out: Path) -> None:
+    """Size of the updates over epsilon, and over the gradients relative to it."""
+    title = "What AdamW's epsilon changes: size of the updates, last step"
+    figure, panels = pictures.new_figure(title, 2, note)
+    depths = sorted({one.sub_layers for one in compared})
+    for (rule, sub_layers), group in itertools.groupby(compared, lambda one: one[:2]):
+        lines = list(group)
+        style: dict[str, Any] = {
+            "label": f"{rule}, L = {sub_layers}",
+            "color": pictures.rule_colour(rule),
+            "marker": pictures.MARKERS[depths.index(sub_layers) % len(pictures.MARKERS)],
+            "linewidth": 2.0,
+        }
+        shares = [one.share for one in lines]
+        panels[0].plot([one.epsilon for one in lines], shares, **style)
+        panels[1].plot([one.above for one in lines], shares, **style)
+    panels[0].set_xlabel("epsilon of the blocks")
+    panels[0].set_ylabel("update / that with the smallest epsilon")
+    panels[1].set_xlabel("RMS of the gradient / epsilon")
+    for axes in panels:
+        axes.set_xscale("log")
+        axes.set_ylim(0.0, 1.05)
+    pictures.finish(figure, out)
+
+
+def _draw_sizes(rows: Sequence[Row], out: Path) -> None:
     """Last step: above every quantity over L, below over the depth of the deepest models."""
     own = _first_epsilon(rows)
     note = f"step {max(row['steps'] for row in own)}, {pictures.seeds_note(own)}"

@@ -144,5 +144,6 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     diverged = rows("post_ln", seeds=1)
     for row in diverged:
         row |= {"last": dict.fromkeys(MEASURED), "places": [], "over_depth": {}, "steps": 0}
-    picture(rows("keel") + diverged, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    for number, drawn in enumerate([rows("keel") + diverged, rows("keel", (1e-8, 1e-5))]):
+        picture(drawn, tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")

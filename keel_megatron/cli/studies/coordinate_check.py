@@ -22,8 +22,9 @@ def coordinate_check(
         list[str] | None,
         typer.Option(
             metavar="FACTOR,...",
-            help="Factors of optimizer.epsilon, such as 1, 100 or 1/L (L: sub-layers). Table and "
-            "picture show the first one. Default: 1.",
+            help="Factors of optimizer.epsilon, such as 1, 100 or 1/L (L: sub-layers). With "
+            "several, the table of sizes shows the first, and the picture shows their effect. "
+            "Default: 1.",
         ),
     ] = None,
 ) -> Study:
