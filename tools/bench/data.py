@@ -206,8 +206,8 @@ def report(rows: list[Row], arguments: argparse.Namespace) -> str:
         "`keel data build` on generated English-like text, with a given SentencePiece tokenizer of",
         f"{VOCABULARY:,} pieces. The time is that of the whole command: start, listing, hashing,",
         "choice of an encoder, tokenizing, writing. MB is the size of the source files as stored,",
-        "M characters that of their text. Memory is the peak of the largest worker, and of the main",
-        "process, which starts the workers. The tool checks that rows of the same text have the",
+        "M characters that of their text. Memory is the peak of the largest worker, and of the",
+        "main process, which starts the workers. The tool checks that rows of the same text have the",
         "same tokens.",
         "",
         f"`python tools/bench/data.py --size {arguments.size} --line {arguments.line} --files "
