@@ -106,10 +106,10 @@ def page(results: dict[str, Any]) -> str:
         "`python tools/trace_table.py` traces the stage that needs the most memory according to "
         "the plan, for an H200, without a GPU ([Tracing](../tracing.md)). Memory is in GB (1e9 "
         "bytes). `step` is the peak of allocated memory during a step, a step with a depth profile "
-        "(up to 128 sub-layers) and a validation. `reserved` and `expandable` are the memory that torch's "
-        "allocator would then hold, without and with expandable segments. `save` is the peak "
-        "during a save. TFLOP, kernel launches and host waits are those of a whole step. Nothing "
-        f"here ran on a GPU. Traced on a core of {cpu_name()}, {day}.",
+        "(up to 128 sub-layers) and a validation. `reserved` and `expandable` are the memory that "
+        "torch's allocator would then hold, without and with expandable segments. `save` is the "
+        "peak during a save. TFLOP, kernel launches and host waits are those of a whole step. "
+        f"Nothing here ran on a GPU. Traced on a core of {cpu_name()}, {day}.",
         "",
         *rows(results),
         "",

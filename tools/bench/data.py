@@ -207,8 +207,8 @@ def report(rows: list[Row], arguments: argparse.Namespace) -> str:
         f"{VOCABULARY:,} pieces. The time is that of the whole command: start, listing, hashing,",
         "choice of an encoder, tokenizing, writing. MB is the size of the source files as stored,",
         "M characters that of their text. Memory is the peak of the largest worker, and of the",
-        "main process, which starts the workers. The tool checks that rows of the same text have the",
-        "same tokens.",
+        "main process, which starts the workers. The tool checks that rows of the same text have",
+        "the same tokens.",
         "",
         f"`python tools/bench/data.py --size {arguments.size} --line {arguments.line} --files "
         f"{arguments.files}`, {date.today()}, {os.cpu_count()} cores of a shared "
