@@ -255,7 +255,7 @@ def missing_records(calm: Path, hurt: Path) -> int:
 
 def report(injected: list[Injected], poisoned: list[int], run: Path) -> int:
     """A line a fault; how many poisoned batches the guard has found."""
-    print("\n|  # | fault | rank | at step | went on from | steps repeated | seconds |")
+    print("\n|  # | fault | rank | at step | resumed from | steps repeated | seconds |")
     print("|---:|---|---:|---:|---:|---:|---:|")
     for number, fault in enumerate(injected, start=1):
         print(

@@ -1,4 +1,4 @@
-"""What a save and a load take of the 1024-sub-layer model: docs/benchmarks/checkpoints.md.
+"""Cost of saving and loading the 1024-sub-layer model: docs/benchmarks/checkpoints.md.
 
 python tools/checkpoint_table.py                # trace this version, and write the page
 python tools/checkpoint_table.py --before DIR   # trace an older checkout too, as "before"
@@ -151,20 +151,21 @@ def page(results: dict[str, Any]) -> str:
 
     day = datetime.date.today().isoformat()
     table = "\n".join(rows(results))
-    return f"""# What a save and a load take
+    return f"""# Cost of saving and loading checkpoints
 
-`python tools/checkpoint_table.py`: rank 0 of the 1024-sub-layer recipe
-(`yaml/paper/keel_1024.yaml`: 4 pipeline stages of 8 chunks) traced for 4, 64 and 1,024 H200,
-without a GPU (docs/tracing.md), in GB (1e9 bytes). `states`: weights, gradients, masters and
-moments on the device. `written` and `read`: bytes in files. `device` and `host`: the most memory of
-the device, states included, and of the host, in a save or a load. `sent`: bytes of collectives.
+`python tools/checkpoint_table.py` traces rank 0 of the 1024-sub-layer recipe
+(`yaml/paper/keel_1024.yaml`: 4 pipeline stages of 8 chunks) for 4, 64 and 1,024 H200 GPUs, without
+a GPU ([Tracing](../tracing.md)). All figures are in GB (1e9 bytes). `states`: weights, gradients,
+master weights and moments on the device. `written` and `read`: bytes in files. `device` and `host`:
+peak memory of the device, including the states, and of the host, during a save or a load. `sent`:
+bytes of collectives.
 
 {table}
 
-Format 1 is the scheme until format 2 (checked out by `git archive 7d79c6f`): Megatron-core gathered
-the masters and moments of all replicas on each of them, replica 0 wrote them with the weights, and
-every replica read them all. Under format 2 every replica writes and reads its own slices; after a
-load the weights, cast from the masters, are gathered once. Files are mapped into memory for
+Format 1 is that of earlier versions (`git archive 7d79c6f`): Megatron-core gathered the master
+weights and moments of all replicas on every replica, replica 0 wrote them with the weights, and
+every replica read all of them. In format 2 every replica writes and reads its own slices. After a
+load, the weights are cast from the master weights and gathered once. Files are memory-mapped for
 reading; their pages are not counted. Nothing here ran on a GPU. Traced on a core of {cpu_name()},
 {day}.
 """

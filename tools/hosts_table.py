@@ -18,15 +18,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks" / "hosts.md"
-HEAD = """# Runs across hosts that fail
+HEAD = """# Runs on hosts that fail
 
 `python tools/hosts_table.py` ({date}, {cores} cores of {machine}, gloo):
-hosts are network namespaces of one machine with their own names, addresses and network links, each
-with `launchers/torchrun.sh`. The peers of a dead or disconnected host are not notified. The losses
-and gradient norms of every run were bit-identical to an undisturbed run's on one host.
-The checkpoint interval is 4 steps, `training.hang_timeout` 8 s.
+hosts are network namespaces of one machine, each with its own name, address and network link, and
+each runs `launchers/torchrun.sh`. The other hosts are not notified when a host dies or is
+disconnected. The losses and gradient norms of every run were bit-identical to those of an
+undisturbed run on one host. The checkpoint interval is 4 steps, and `training.hang_timeout` is 8 s.
 
-| hosts | layout | rendezvous | what failed | steps lost | until it was named |
+| hosts | layout | rendezvous | failure | steps lost | time until it was named |
 |---|---|---|---|---:|---:|
 """
 

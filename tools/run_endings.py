@@ -200,10 +200,10 @@ CASES = [
     Case("a second SIGINT while it stops", "alone", (130, "KILLED"), at(3, send(2, STOP, 2, 18))),
     Case("training.exit_after", "alone", (75, "KILLED"), overrides=("training.exit_after=0.1",)),
     Case("kill -9", "alone", (-9, "FAILED"), at(3, send(KILL))),
-    Case("kill -9 of rank 0, given up", "keel", (137, "FAILED"), at(3, send(KILL, rank=0))),
-    Case("kill -9 of rank 1, given up", "keel", (137, "FAILED"), at(3, send(KILL, rank=1))),
+    Case("kill -9 of rank 0, no restart", "keel", (137, "FAILED"), at(3, send(KILL, rank=0))),
+    Case("kill -9 of rank 1, no restart", "keel", (137, "FAILED"), at(3, send(KILL, rank=1))),
     Case(
-        "kill -9 of rank 0, started again",
+        "kill -9 of rank 0, restarted",
         "keel --max-restarts 1",
         (0, "FINISHED"),
         at(6, send(KILL, rank=0)),
@@ -211,10 +211,10 @@ CASES = [
         ON,
         resumed=1,
     ),
-    Case("kill -9 of rank 0, given up", "torchrun", (1, "FAILED"), at(3, send(KILL, rank=0))),
-    Case("kill -9 of rank 1, given up", "torchrun", (1, "FAILED"), at(3, send(KILL, rank=1))),
+    Case("kill -9 of rank 0, no restart", "torchrun", (1, "FAILED"), at(3, send(KILL, rank=0))),
+    Case("kill -9 of rank 1, no restart", "torchrun", (1, "FAILED"), at(3, send(KILL, rank=1))),
     Case(
-        "kill -9 of rank 1, started again",
+        "kill -9 of rank 1, restarted",
         "torchrun --max-restarts=1",
         (0, "FINISHED"),
         at(6, send(KILL, rank=1)),
@@ -223,7 +223,7 @@ CASES = [
         resumed=1,
     ),
     Case(
-        "kill -9 before the first checkpoint, started again",
+        "kill -9 before the first checkpoint, restarted",
         "keel --max-restarts 1",
         (0, "FINISHED"),
         at(2, send(KILL, rank=1)),
@@ -251,7 +251,7 @@ CASES = [
     ),
     Case("disk full at a save", "alone", (2, "FAILED"), at(5, fill_disk), 2000, ON),
     Case(
-        "every checkpoint damaged: refused; the ending before stays",
+        "every checkpoint damaged: refused; the earlier status is kept",
         "alone",
         (2, "KILLED"),
         at(3, damage_and_start_again),
@@ -260,7 +260,7 @@ CASES = [
     Case("user's error: configuration", "alone", (2, "-"), overrides=("model.blocks=0",)),
     Case("node lost, then `keel track sync`", "alone", (-9, "FAILED"), at(3, lose_node)),
     Case(
-        "node lost, then started again",
+        "node lost, restarted",
         "alone",
         (0, "FINISHED"),
         at(6, lose_node_and_start_again),
@@ -362,11 +362,12 @@ def main() -> None:
     arguments = parser.parse_args()
     home = Path(tempfile.mkdtemp(prefix="endings-"))
     lines = [
-        "# How a run ends, and its final status in MLflow",
+        "# How runs end, and their final status in MLflow",
         "",
-        f"`python tools/run_endings.py`, {os.cpu_count()} cores, {date.today()}: real runs of a",
-        "small model. code: exit code of the command (-9: it was killed itself). Every case has",
-        "one MLflow run; resumed: the number of its resumes.",
+        f"`python tools/run_endings.py`, {os.cpu_count()} cores, {date.today()}: runs of a small "
+        "model, each ended in",
+        "another way. code: exit code of the command (-9: the command itself was killed). Every",
+        "case has one MLflow run; resumed: how often it was resumed.",
         "",
         "| end | launcher | code | status | resumed | |",
         "|---|---|---|---|---|---|",

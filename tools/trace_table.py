@@ -58,7 +58,7 @@ def traced(recipe: str, gpus: int, depth: bool) -> dict[str, Any]:
 def rows(results: dict[str, Any]) -> list[str]:
     header = ("sub-layers", "GPUs", "layout", "stage", "plan", "step", "plan is")
     header += ("reserved", "expandable", "save", "TFLOP", "launches")
-    lines = ["| " + " | ".join((*header, "waits", "fullest at")) + " |"]
+    lines = ["| " + " | ".join((*header, "waits", "peak at")) + " |"]
     lines.append("|-:|-:|---|" + "-:|" * (len(header) - 2) + "---|")
     for recipe in RECIPES:
         for gpus in GPUS:
@@ -101,14 +101,15 @@ def _cells(recipe: str, gpus: int, one: dict[str, Any]) -> list[str]:
 def page(results: dict[str, Any]) -> str:
     day = datetime.date.today().isoformat()
     lines = [
-        "# Plans beside traces",
+        "# Plans compared with traces",
         "",
-        "`python tools/trace_table.py`: the stage that needs the most memory by the plan, traced "
-        "for an H200, without a GPU (docs/tracing.md). Memory in GB (1e9 bytes). `step` is the "
-        "fullest moment of a step, a step with a depth profile (up to 128 sub-layers) and a "
-        "validation; `reserved` is what torch's allocator would hold by then, without and with "
-        "expandable segments. TFLOP, launches and waits are of a whole step. Nothing here ran on "
-        f"a GPU. Traced on a core of {cpu_name()}, {day}.",
+        "`python tools/trace_table.py` traces the stage that needs the most memory according to "
+        "the plan, for an H200, without a GPU ([Tracing](../tracing.md)). Memory is in GB (1e9 "
+        "bytes). `step` is the peak of allocated memory during a step, a step with a depth profile "
+        "(up to 128 sub-layers) and a validation. `reserved` and `expandable` are the memory that "
+        "torch's allocator would then hold, without and with expandable segments. `save` is the "
+        "peak during a save. TFLOP, kernel launches and host waits are those of a whole step. "
+        f"Nothing here ran on a GPU. Traced on a core of {cpu_name()}, {day}.",
         "",
         *rows(results),
         "",

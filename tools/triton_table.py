@@ -51,13 +51,13 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "triton.
 CAPABILITIES = (80, 90, 100)
 REGISTERS = 65536
 """Of a multiprocessor, of every capability above."""
-HEAD = """# Triton kernels, compiled
+HEAD = """# Compiled Triton kernels
 
 `python tools/triton_table.py` ({date}, Triton {triton}, {machine}): every Triton
-kernel, compiled for three compute capabilities without a GPU. Nothing here was run. Per thread:
-registers, and bytes spilled to memory where there are any. Programs: as many as the registers of a
-multiprocessor hold at once, at least; the bounds that `tests/kernels/test_compiled.py` holds are in
-the two last columns.
+kernel, compiled for three compute capabilities without a GPU. The kernels were not run. The `sm`
+columns are registers per thread, and bytes spilled to memory if there are any. Programs: how many
+programs fit into the registers of a multiprocessor at once, for the capability with the fewest. The
+last two columns are the bounds that `tests/kernels/test_compiled.py` checks.
 
 | kernel | shape | threads | {capabilities} | programs | programs, at least | spilled, at most |
 |---|---|-:|{rules}-:|-:|-:|

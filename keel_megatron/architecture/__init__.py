@@ -1,1 +1,1 @@
-"""What a model is, in plain values: no torch, no configuration, so every package may import it."""
+"""Description of a model in plain values. Imports no torch, so every package may import it."""

@@ -1,1 +1,1 @@
-"""The `keel` command: one thin file a verb."""
+"""The `keel` command: one small module per command."""

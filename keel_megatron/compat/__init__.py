@@ -1,7 +1,7 @@
 """Every patch of megatron-core, torch and DeepSpeed; docs/compat.md lists them.
 
 Importing the package patches nothing. A process that will import Megatron-core calls `install`
-first; the patches that need a device, a model or an optimizer are applied where those are made.
+first; the patches that need a device, a model or an optimizer are applied where those are created.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from keel_megatron.compat import late_compile, quiet
 
 
 def install() -> None:
-    """Install what must be there before Megatron-core is imported.
+    """Install the patches that have to precede the import of Megatron-core.
 
     Calling it again changes nothing. It imports neither torch nor Megatron-core.
     """

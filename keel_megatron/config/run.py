@@ -31,7 +31,7 @@ class RunConfig(Section):
         default_factory=DeepSpeedConfig, description="ZeRO settings for training.engine: deepspeed."
     )
     data: DataConfig = Field(description="Training data, tokenizer and sequences.")
-    optimizer: OptimizerConfig = Field(description="AdamW settings.")
+    optimizer: OptimizerConfig = Field(description="Settings of AdamW and Muon.")
     schedule: ScheduleConfig = Field(
         default_factory=ScheduleConfig, description="Schedules of learning rate and batch size."
     )

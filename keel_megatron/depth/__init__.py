@@ -1,1 +1,1 @@
-"""Depth profiles: collecting, storing and drawing what every sub-layer does."""
+"""Depth profiles: statistics of every sub-layer, collected, stored and drawn."""

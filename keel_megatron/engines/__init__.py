@@ -1,1 +1,1 @@
-"""Engines: forward, backward and update of a training step."""
+"""Engines: forward pass, backward pass and update of a training step."""

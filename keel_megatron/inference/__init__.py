@@ -1,1 +1,1 @@
-"""Generate text from a trained run."""
+"""Generate text with a trained model."""

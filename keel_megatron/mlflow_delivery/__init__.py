@@ -1,1 +1,1 @@
-"""Delivery of a run's records to MLflow, by a process of its own."""
+"""Delivery of a run's records to MLflow, by a separate process."""

@@ -1,1 +1,1 @@
-"""The paper's studies, one command each."""
+"""Studies: grids of training runs and measurements of models, one command each."""

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, every float at full precision.
+"""metrics.jsonl: one JSON object per line, every float at full precision.
 
 A line is a record of a step, a validation, an evaluation, a checkpoint or a depth profile, with the
 `time` at which it was written, in milliseconds since 1970.

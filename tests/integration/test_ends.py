@@ -10,7 +10,7 @@ from tests.distributed import run_ranks
 from tests.warm import fork_from
 from tools.run_endings import CASES, Case, Ending, run_case
 
-QUICK = {"SIGTERM", "kill -9", "kill -9 before the first checkpoint, started again"}
+QUICK = {"SIGTERM", "kill -9", "kill -9 before the first checkpoint, restarted"}
 
 
 @pytest.fixture(scope="module")

@@ -172,7 +172,7 @@ def test_a_pipeline_across_hosts_outlasts_a_short_cut(
     assert "pre-flight of 2 node(s), 2 rank(s)" in job.log("host-a")
     assert "pipeline, between hosts: 1 link(s)" in job.log("host-a")
     assert (job.metrics.parent / "exit_code").read_text() == "0\n"
-    note(job, "PP 2", "host-b's cable, 2 s", 0, None)
+    note(job, "PP 2", "host-b disconnected for 2 s", 0, None)
 
 
 def test_a_replica_on_a_host_that_dies_goes_on_when_it_is_back(
@@ -195,7 +195,7 @@ def test_a_replica_on_a_host_that_dies_goes_on_when_it_is_back(
     (resumed,) = job.resumed_from()
     assert resumed == newest
     assert 4 <= resumed <= reached
-    note(job, "DP 2", "host-b's power; started again", reached - resumed, seconds)
+    note(job, "DP 2", "host-b powered off and restarted", reached - resumed, seconds)
 
 
 @pytest.mark.slow
@@ -213,7 +213,13 @@ def test_the_doctor_names_a_slow_cable(tmp_path: Path) -> None:
         assert [pair[:2] for pair in slow] == [("host-b", "host-c"), ("host-c", "host-d")], log
         assert all(float(pair[2]) < 3 for pair in slow)
         assert "pre-flight of 4 node(s), 4 rank(s)" in log
-        note(job, "PP 4", "doctor; host-c's cable at 1 MB/s: both its links named", None, None)
+        note(
+            job,
+            "PP 4",
+            "`keel doctor`, host-c's link at 1 MB/s: both its connections are named",
+            None,
+            None,
+        )
 
 
 @pytest.mark.slow
@@ -236,7 +242,13 @@ def test_a_cut_for_good_ends_both_in_time_and_the_run_goes_on_later(
     (resumed,) = job.resumed_from()
     assert resumed == newest
     assert 4 <= resumed <= reached
-    note(job, "PP 2", "host-b's cable, for good; all started again", reached - resumed, seconds)
+    note(
+        job,
+        "PP 2",
+        "host-b disconnected permanently; all hosts restarted",
+        reached - resumed,
+        seconds,
+    )
 
 
 @pytest.mark.slow
@@ -261,7 +273,9 @@ def test_four_hosts_lose_one(tmp_path: Path, tmp_path_factory: pytest.TempPathFa
         resumed = job.resumed_from()[0]
         assert resumed == newest
         assert 4 <= resumed <= reached
-        note(job, "PP 2 x DP 2", "host-c's cable, then its power", reached - resumed, seconds)
+        note(
+            job, "PP 2 x DP 2", "host-c disconnected, then powered off", reached - resumed, seconds
+        )
 
 
 @pytest.mark.slow

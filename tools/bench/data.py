@@ -204,10 +204,11 @@ def report(rows: list[Row], arguments: argparse.Namespace) -> str:
         "# Building datasets",
         "",
         "`keel data build` on generated English-like text, with a given SentencePiece tokenizer of",
-        f"{VOCABULARY:,} pieces. The time is of the whole command: start, listing, hashing, choice",
-        "of an encoder, tokenizing, writing. MB are of the source files as stored, M characters of",
-        "their text. Memory is the largest of any worker, and of the process that starts them.",
-        "Every row of the same text gave the same tokens, which the tool checks.",
+        f"{VOCABULARY:,} pieces. The time is that of the whole command: start, listing, hashing,",
+        "choice of an encoder, tokenizing, writing. MB is the size of the source files as stored,",
+        "M characters that of their text. Memory is the peak of the largest worker, and of the",
+        "main process, which starts the workers. The tool checks that rows of the same text have",
+        "the same tokens.",
         "",
         f"`python tools/bench/data.py --size {arguments.size} --line {arguments.line} --files "
         f"{arguments.files}`, {date.today()}, {os.cpu_count()} cores of a shared "
@@ -226,7 +227,7 @@ def report(rows: list[Row], arguments: argparse.Namespace) -> str:
         )
     lines += [
         "",
-        "text: one file. line: one line of plain text. files: small text files. A compressed file",
+        "text: one file. line: a file of one line. files: small text files. A compressed file",
         "is read by one worker.",
         "",
     ]

@@ -191,10 +191,10 @@ python tools/bench/generate.py
 ```
 
 Greedy decoding of one prompt: context {options.context}, {options.new} new tokens, fp32,
-4 heads, 2 key/value heads, FFN 2 h, vocabulary 512, the same random weights for all three.
-"Recomputing" computes the whole sequence for every token, as `keel generate` did before it had a
-cache; "transformers" is `generate` of the exported model. Tokens per second of CPU time, after
-the first token, whose time is the prompt's. One thread of an {model},
+4 heads, 2 key/value heads, FFN 2 h, vocabulary 512, with the same random weights in all columns.
+"Cache" is `keel generate`, which caches keys and values; "recomputing" computes the whole sequence
+for every token; "transformers" is `generate` of the exported model. Tokens per second of CPU time,
+without the first token, which includes reading the prompt. One thread of an {model},
 torch {torch.__version__}, transformers {version}, {datetime.now(UTC).date()}.
 
 {table}

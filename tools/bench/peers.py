@@ -201,7 +201,7 @@ def table(shape: dict[str, int], found: dict[str, Any]) -> list[str]:
     tokens = shape["micro_batches"] * shape["micro_batch_size"] * shape["seq_length"]
     base = found["pre_ln"]["median"] if "pre_ln" in found else next(iter(found.values()))["median"]
     lines = [
-        "| | tokens/s | step time | quartiles | ms a block and micro-batch | peak memory, MB | |",
+        "| | tokens/s | step time | quartiles | ms per block and micro-batch | peak memory, MB | |",
         "|---|-:|-:|-:|-:|-:|---|",
     ]
     for name, one in found.items():
@@ -222,8 +222,8 @@ def write(results: dict[str, Any]) -> None:
         "",
         "One training step (forward, backward, clip, AdamW) of the same shape on the same tokens,",
         "fp32, all programs interleaved in one run: `make bench-peers`. Step times are relative to",
-        "this project's Pre-LN; only these ratios are meaningful, as the machine is shared. Peak",
-        "memory is the process's, libraries included. torchtitan 0.3.0 is not included: its",
+        "this project's Pre-LN; compare only these ratios, because the machine is shared. Peak",
+        "memory is that of the process, including libraries. torchtitan 0.3.0 is not included: its",
         "language models have no attention that runs on a CPU (only flex and varlen).",
     ]
     for name, one in results.items():

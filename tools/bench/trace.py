@@ -36,13 +36,13 @@ LAYOUT = re.compile(
 )
 OPTIMIZER = re.compile(r"Optimizer\.|_fused_adamw|_foreach")
 KINDS = (
-    ("products", "mm, addmm: what the model is for"),
-    ("attention", "torch's kernel, both ways"),
+    ("products", "mm, addmm"),
+    ("attention", "torch's kernel, both passes"),
     ("norms, SwiGLU, rotation, sums", "element-wise operators and sums of rows"),
     ("views, allocations, copies", "no arithmetic"),
-    ("autograd's nodes", "hand-written functions and the engine, between their operators"),
-    ("AdamW, clipping", "list operators, and what they call"),
-    ("Python", "modules, hooks, the schedule; in no operator"),
+    ("autograd's nodes", "custom autograd functions and the engine, between their operators"),
+    ("AdamW, clipping", "foreach operators, and what they call"),
+    ("Python", "modules, hooks, the schedule; outside operators"),
 )
 COLORS = ("#1f77b4", "#17becf", "#2ca02c", "#bcbd22", "#ff7f0e", "#9467bd", "#d9d9d9")
 
@@ -176,7 +176,8 @@ def main() -> None:
         "# Where the time of a step goes in a deep and narrow model",
         "",
         "One traced step: time is attributed to the innermost running operator. Tracing overstates",
-        f"small operators. {available_cores()} cores of {cpu_name()}, {datetime.date.today()}.",
+        f"the time of small operators. {available_cores()} cores of {cpu_name()}, "
+        f"{datetime.date.today()}.",
         "",
         f"`{arguments.write}`, then `python tools/bench/trace.py trace.json --write ...`",
         "",

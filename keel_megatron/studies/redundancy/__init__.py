@@ -1,1 +1,1 @@
-"""What one sub-layer, or one block, of a trained model is worth: the loss without it."""
+"""The loss of a trained model without one of its sub-layers or blocks."""
