@@ -19,6 +19,7 @@ from keel_megatron.checkpoint.manifest import (
     read_json,
     read_manifest,
 )
+from keel_megatron.config.nearby import nearby
 from keel_megatron.errors import UserError
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ def entries(run_folder: Path, *, read_all: bool) -> list[Entry]:
     if not folder.root(run_folder).is_dir():
         raise UserError(
             f"{run_folder} contains no checkpoints: there is no {folder.root(run_folder)}; a run's "
-            "folder is runs/NAME"
+            f"folder is runs/NAME{nearby(run_folder)}"
         )
     look: Callable[[Path], Any] = check if read_all else read_manifest
     found = []

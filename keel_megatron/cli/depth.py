@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from keel_megatron.cli.arguments import Json, RunFolder, only_json, print_json
+from keel_megatron.cli.choices import one_of
+
+
+def _quantities() -> Collection[str]:
+    from keel_megatron.depth.profile import QUANTITIES
+
+    return QUANTITIES
 
 
 def depth(
     run: RunFolder,
     quantity: Annotated[
-        str | None, typer.Option(help="Show only this quantity, such as gradient_norm.")
+        str | None,
+        typer.Option(help="Show only this quantity, such as gradient_norm.", **one_of(_quantities)),
     ] = None,
     step: Annotated[
         int | None, typer.Option(help="Step to compare with the first. Default: the latest.")

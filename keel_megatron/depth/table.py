@@ -30,8 +30,6 @@ def select(
     Raises:
         UserError: there is no profile of that step, or it lacks the quantity.
     """
-    if quantity is not None and quantity not in QUANTITIES:
-        raise UserError(f"--quantity: {quantity} must be one of {', '.join(QUANTITIES)}")
     found = profiles[-1]
     if step is not None:
         steps = [profile.step for profile in profiles]
