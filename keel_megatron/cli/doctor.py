@@ -17,6 +17,7 @@ from keel_megatron.cli.arguments import (
     print_json,
     show_old_names,
 )
+from keel_megatron.cli.console import print_report
 
 if TYPE_CHECKING:
     from keel_megatron.cluster.doctor import Component
@@ -91,7 +92,7 @@ def _show(run: RunConfig | None, *, as_json: bool) -> None:
     for title, components in (("found", found), ("used", used)):
         print(title)
         for component in components:
-            print(f"  {component.name:<{width}}  {component.text}")
+            print_report(f"  {component.name:<{width}}  {component.text}")
     for component in [*found, *used]:
         if component.warning is not None:
             print(f"warning: {component.warning}", file=sys.stderr)

@@ -95,7 +95,7 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
     ),
     "study deep-versus-wide": ("keel study deep-versus-wide yaml/studies/quick.yaml --plan",),
     "study depth-tasks": (
-        "keel study depth-tasks yaml/studies/quick.yaml --tasks hops,chain --largest 4",
+        "keel study depth-tasks yaml/studies/quick.yaml --tasks hops,chain data.seq_length=64",
     ),
     "study gradient-flow": ("keel study gradient-flow --rules keel,post_ln --depths 64,256",),
     "study redundancy": ("keel study redundancy runs/keel runs/pre_ln --unit block",),

@@ -10,6 +10,7 @@ import typer
 
 from keel_megatron.cli.arguments import ConfigPath, Json, Overrides, only_json, print_json
 from keel_megatron.cli.choices import one_of
+from keel_megatron.cli.console import print_report
 from keel_megatron.layout.devices import DEVICES
 
 if TYPE_CHECKING:
@@ -145,13 +146,13 @@ def _plan(
         more = {} if found is None else {"trace": found.as_object()}
         print_json({**made.as_object(), **advice, **more})
         return
-    print(describe(made))
+    print_report(describe(made))
     if not made.fits:
-        print(describe_change(change))
+        print_report(describe_change(change))
     if found is not None:
         from keel_megatron.planner.trace.report import describe_trace
 
-        print(describe_trace(found))
+        print_report(describe_trace(found))
     for drawn in (plot, traced.out):
         if drawn is not None:
             print(f"plot: {drawn}")
@@ -224,7 +225,7 @@ def _search(
     if as_json:
         print_json(search_object(found))
         return
-    print(describe_search(found, gpus))
+    print_report(describe_search(found, gpus))
     best = found.best[0]
     given = [setting for setting in settings if setting.partition("=")[0] not in best.settings]
     print(f"\nkeel train {' '.join([str(path), *given, *best.overrides])}")

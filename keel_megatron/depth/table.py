@@ -148,4 +148,7 @@ def _first(values: Values, after: int = 0) -> str:
 
 
 def _text(title: str, columns: list[str], rows: list[list[str]]) -> str:
+    """Title and table; without the last column if it is empty."""
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     return "\n".join([title, *table_lines(columns, rows, left=[0])])

@@ -17,6 +17,7 @@ import typer
 from keel_megatron.architecture.residual import RULES
 from keel_megatron.cli.arguments import ConfigPath, Json, Overrides, only_json, print_json
 from keel_megatron.cli.choices import listed, one_of, some_of
+from keel_megatron.cli.console import print_report
 from keel_megatron.config.load import load_config
 from keel_megatron.config.reading import LARGE, parse_json, read_small
 from keel_megatron.errors import UserError
@@ -193,7 +194,7 @@ def _run(name: str, make: Make, options: _Options, own: dict[str, Any]) -> int:
     if options.plan:
         with only_json(options.as_json):
             cost = cost_of(grid, parallel, options.gpu)
-            print(cost.describe())
+            print_report(cost.describe())
         if options.as_json:
             print_json(cost.as_object())
         return exit_codes.DONE
