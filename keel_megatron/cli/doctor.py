@@ -17,6 +17,7 @@ from keel_megatron.cli.arguments import (
     print_json,
     show_old_names,
 )
+from keel_megatron.cli.completion import configurations
 from keel_megatron.cli.console import print_report
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def doctor(
             metavar="CONFIG",
             help="YAML file of the run's configuration.",
             callback=show_old_names,
+            autocompletion=configurations,
         ),
     ] = None,
     overrides: Overrides = None,
