@@ -11,6 +11,7 @@ from keel_megatron.checkpoint.manifest import CONFIG as CONFIG_FILE
 from keel_megatron.checkpoint.manifest import WEIGHTS_ONLY
 from keel_megatron.config.inside import check_links
 from keel_megatron.config.load import dump_config, flatten, load_config
+from keel_megatron.config.nearby import nearby
 from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.files import write_whole
@@ -176,5 +177,7 @@ def saved_config(folder: Path) -> RunConfig:
         saved = newest / CONFIG_FILE
     if not saved.is_file():
         why = f"there is no {CONFIG_FILE} in it" if folder.is_dir() else "it does not exist"
-        raise UserError(f"{folder} contains no run: {why}; a run's folder is runs/NAME")
+        raise UserError(
+            f"{folder} contains no run: {why}; a run's folder is runs/NAME{nearby(folder)}"
+        )
     return load_config(saved)

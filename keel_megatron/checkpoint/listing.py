@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,9 @@ from keel_megatron.checkpoint.manifest import (
     read_json,
     read_manifest,
 )
+from keel_megatron.config.nearby import nearby
 from keel_megatron.errors import UserError
+from keel_megatron.runtime.tables import table_lines
 
 T = TypeVar("T")
 _LAYOUT = (
@@ -46,13 +48,21 @@ class Entry:
         modified = self.path.stat().st_mtime
         return asdict(self) | {"path": str(self.path), "modified": modified}
 
-    def line(self) -> str:
-        """Name, size, time and condition."""
+    def cells(self) -> tuple[str, str, str, str]:
+        """Name, size, local time and condition."""
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.path.stat().st_mtime))
         condition = f"DAMAGED: {self.problem}" if self.problem else "good"
         if self.step is None:
             condition = str(self.problem)
-        return f"{self.path.name:24} {self.bytes / 1e6:12,.2f} MB  {when}  {condition}"
+        return self.path.name, f"{self.bytes / 1e6:,.2f}", when, condition
+
+
+def table(found: Sequence[Entry]) -> list[str]:
+    """Lines of a table of checkpoints."""
+    if not found:
+        return ["no checkpoints yet"]
+    columns = ("checkpoint", "MB", "written", "condition")
+    return table_lines(columns, [entry.cells() for entry in found], left=(0, 2, 3))
 
 
 def entries(run_folder: Path, *, read_all: bool) -> list[Entry]:
@@ -68,7 +78,7 @@ def entries(run_folder: Path, *, read_all: bool) -> list[Entry]:
     if not folder.root(run_folder).is_dir():
         raise UserError(
             f"{run_folder} contains no checkpoints: there is no {folder.root(run_folder)}; a run's "
-            "folder is runs/NAME"
+            f"folder is runs/NAME{nearby(run_folder)}"
         )
     look: Callable[[Path], Any] = check if read_all else read_manifest
     found = []

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from keel_megatron.cli.completion import settings
+from keel_megatron.cli.completion import configurations, settings
 from keel_megatron.config.renamed import notices
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.json_text import json_text
@@ -48,6 +48,7 @@ ConfigPath = Annotated[
         metavar="CONFIG",
         help="YAML file of the run's configuration, or a name of `keel config list`.",
         callback=show_old_names,
+        autocompletion=configurations,
     ),
 ]
 Overrides = Annotated[

@@ -17,6 +17,7 @@ from keel_megatron.cli.arguments import (
     print_json,
     writing,
 )
+from keel_megatron.cli.console import print_report
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.json_text import json_text
 from keel_megatron.runtime.local_launch import launch
@@ -90,7 +91,7 @@ def _report(result: Bench, out: Path | None, *, as_json: bool) -> None:
     if as_json:
         print_json(result.figures)
     else:
-        print("\n".join(result.lines))
+        print_report("\n".join(result.lines))
     if out is not None:
         with writing("--out", out):
             out.write_text(json_text(result.figures) + "\n")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from keel_megatron.cli.arguments import Json, RunFolder, print_json
+from keel_megatron.cli.console import print_report
 from keel_megatron.cli.help import App
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ def show(
     if as_json:
         print_json(as_object(run, step))
         return
-    for line in describe(run, step):
-        print(line)
+    print_report("\n".join(describe(run, step)))
 
 
 @app.command("prune")
@@ -92,8 +92,10 @@ def prune(
 
 
 def _show(found: list[Entry], *, as_json: bool) -> None:
+    """Print the checkpoints as a table, or as JSON."""
+    from keel_megatron.checkpoint.listing import table
+
     if as_json:
         print_json([entry.to_json() for entry in found])
         return
-    for entry in found:
-        print(entry.line())
+    print_report("\n".join(table(found)))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, Final, get_args
 
 import typer
+
+from keel_megatron.config.bundled import bundled_names
 
 VARIABLE: Final = "_KEEL_COMPLETE"
 """Variable by which a shell's script asks for completions instead of running a command."""
@@ -59,6 +63,13 @@ def answer(app: typer.Typer) -> None:
 
         completion_init()
         app(prog_name="keel")
+
+
+def configurations(incomplete: str) -> list[str]:
+    """Bundled configurations that begin so; none if a file does, which the shell completes."""
+    if any(Path().glob(f"{glob.escape(incomplete)}*")):
+        return []
+    return [name for name in bundled_names() if name.startswith(incomplete)]
 
 
 def settings(incomplete: str) -> list[tuple[str, str]]:

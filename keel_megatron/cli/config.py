@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from keel_megatron.cli.arguments import ConfigPath, Overrides
+from keel_megatron.cli.choices import one_of
 from keel_megatron.cli.console import print_path
 from keel_megatron.cli.help import App
 from keel_megatron.config.bundled import FOLDER, bundled_names
@@ -50,14 +51,17 @@ def list_() -> None:
 
 @app.command("copy")
 def copy(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A name of `keel config list`.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="A name of `keel config list`.", **one_of(bundled_names)
+        ),
+    ],
     file: Annotated[
         Path | None, typer.Argument(metavar="FILE", help="Default: NAME.yaml in this folder.")
     ] = None,
 ) -> None:
     """Copy a bundled configuration to a file, to edit it."""
-    if name not in bundled_names():
-        raise UserError(f"NAME: {name!r} is none of {', '.join(bundled_names())}")
     file = file or Path(f"{Path(name).name}.yaml")
     try:
         with file.open("xb") as stream:  # an existing file is kept

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from keel_megatron.config.terminal import printable
 from keel_megatron.runtime.files import NO_ROOM
+from keel_megatron.runtime.tables import fitted
 
 
 def tolerate_consoles() -> None:
@@ -33,6 +35,13 @@ def outlive_full_disk() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, _Tolerant):
             stream.outlives_full_disk = True
+
+
+def print_report(text: str) -> None:
+    """Print sentences and tables; on a terminal, so that they fit its width."""
+    if sys.stdout.isatty():
+        text = fitted(text, shutil.get_terminal_size().columns)
+    print(text, flush=True)
 
 
 def print_path(path: Path) -> None:

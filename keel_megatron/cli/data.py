@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,11 +58,15 @@ def build(
     """
     from keel_megatron.config.load import load_config
     from keel_megatron.corpus.ensure import build_dataset
+    from keel_megatron.data.manifest import MANIFEST
 
     data = load_config(config, overrides or ()).data
     place = ["--out", str(out)] if out else []
     again = ["data", "build", str(config), *(overrides or ()), *place]
-    build_dataset(data, print, out, _execute(executor, workers, tasks, sbatch, again))
+    folder = build_dataset(data, print, out, _execute(executor, workers, tasks, sbatch, again))
+    if (folder / MANIFEST).is_file():  # otherwise a cluster finishes it later
+        how = f"with data.dataset={out}" if out else shlex.join(["keel", "train", *again[2:]])
+        print(f"train on it: {how}")
 
 
 app.command("show")(data_folders.show)
@@ -89,8 +94,6 @@ def _execute(
     executor: Executor, workers: int, tasks: int, sbatch: str, again: list[str]
 ) -> Execute:
     """What does the jobs."""
-    import shlex
-
     from keel_megatron.corpus import cluster
     from keel_megatron.corpus.build import local
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from keel_megatron.cli.arguments import ConfigPath, Json, Overrides, print_json
+from keel_megatron.cli.console import print_report
 from keel_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def show(
         print_json(manifest.model_dump(mode="json"))
     else:
         weights = weights_of(manifest, folder, None if config is None else config.data)
-        print("\n".join(describe(manifest, folder, weights)))
+        print_report("\n".join(describe(manifest, folder, weights)))
 
 
 def verify(place: Place, overrides: Overrides = None) -> None:

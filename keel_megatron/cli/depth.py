@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from keel_megatron.cli.arguments import Json, RunFolder, only_json, print_json
+from keel_megatron.cli.choices import one_of
+from keel_megatron.cli.console import print_report
+
+
+def _quantities() -> Collection[str]:
+    from keel_megatron.depth.profile import QUANTITIES
+
+    return QUANTITIES
 
 
 def depth(
     run: RunFolder,
     quantity: Annotated[
-        str | None, typer.Option(help="Show only this quantity, such as gradient_norm.")
+        str | None,
+        typer.Option(help="Show only this quantity, such as gradient_norm.", **one_of(_quantities)),
     ] = None,
     step: Annotated[
         int | None, typer.Option(help="Step to compare with the first. Default: the latest.")
@@ -33,10 +43,10 @@ def depth(
     profiles = read_profiles(run)
     shown = select(profiles, quantity, step)
     with only_json(as_json):
-        print(table(profiles[0], shown, quantity))
+        print_report(table(profiles[0], shown, quantity))
         gap = not_recorded(profiles)
         if gap is not None:
-            print(gap)
+            print_report(gap)
         pictures = draw(profiles, shown, quantity, run.resolve().name, out or run)
         for picture in pictures:
             print(picture)

@@ -17,6 +17,8 @@ from keel_megatron.cli.arguments import (
     print_json,
     show_old_names,
 )
+from keel_megatron.cli.completion import configurations
+from keel_megatron.cli.console import print_report
 
 if TYPE_CHECKING:
     from keel_megatron.cluster.doctor import Component
@@ -31,6 +33,7 @@ def doctor(
             metavar="CONFIG",
             help="YAML file of the run's configuration.",
             callback=show_old_names,
+            autocompletion=configurations,
         ),
     ] = None,
     overrides: Overrides = None,
@@ -91,7 +94,7 @@ def _show(run: RunConfig | None, *, as_json: bool) -> None:
     for title, components in (("found", found), ("used", used)):
         print(title)
         for component in components:
-            print(f"  {component.name:<{width}}  {component.text}")
+            print_report(f"  {component.name:<{width}}  {component.text}")
     for component in [*found, *used]:
         if component.warning is not None:
             print(f"warning: {component.warning}", file=sys.stderr)

@@ -51,12 +51,12 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
     "evaluate": (
         "keel evaluate runs/demo --text 'texts/*.txt'",
         "keel evaluate runs/demo --tasks arc_easy,piqa --limit 100 --json",
-        "keel evaluate runs/demo --tasks hellaswag --step 200 --processes 2",
+        "keel evaluate runs/demo --tasks hellaswag --step 55 --processes 2",
     ),
     "lm-eval": ("keel lm-eval run --model keel --model_args run=runs/demo --tasks arc_easy",),
     "export": (
         "keel export runs/demo --out exported/demo",
-        "keel export runs/demo --out exported/demo --step 100 --dtype bf16",
+        "keel export runs/demo --out exported/demo --step 55 --dtype bf16",
     ),
     "import": ("keel import exported/demo --out runs/imported",),
     "checkpoint list": (
@@ -66,9 +66,9 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
     "checkpoint verify": ("keel checkpoint verify runs/demo",),
     "checkpoint show": (
         "keel checkpoint show runs/demo",
-        "keel checkpoint show runs/demo --step 100",
+        "keel checkpoint show runs/demo --step 55",
     ),
-    "checkpoint prune": ("keel checkpoint prune runs/demo --keep 2 --keep-every 1000",),
+    "checkpoint prune": ("keel checkpoint prune runs/demo --keep 2 --keep-every 100",),
     "config show": ("keel config show yaml/demo.yaml model.alpha=64",),
     "config folder": ("keel config folder yaml/demo.yaml",),
     "config list": ("keel config list",),
@@ -95,7 +95,7 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
     ),
     "study deep-versus-wide": ("keel study deep-versus-wide yaml/studies/quick.yaml --plan",),
     "study depth-tasks": (
-        "keel study depth-tasks yaml/studies/quick.yaml --tasks copy --largest 4",
+        "keel study depth-tasks yaml/studies/quick.yaml --tasks hops,chain data.seq_length=64",
     ),
     "study gradient-flow": ("keel study gradient-flow --rules keel,post_ln --depths 64,256",),
     "study redundancy": ("keel study redundancy runs/keel runs/pre_ln --unit block",),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
+from pydantic import ValidationError
 from typer.core import TyperCommand, TyperGroup
 
 from keel_megatron.cli.examples import EXAMPLES
@@ -25,13 +26,30 @@ _TYPES = {
 }
 """What stands for a value, by the parser's name of its type."""
 
+_WANTED = {
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+}
+"""What would be valid, by the kind of pydantic's error, by which typer reads values."""
+
 
 class Command(TyperCommand):
     """A command of `keel`: its help ends with examples."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """The words of the usage line; a required argument without braces."""
-        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+        return [re.sub("[{}]", "", piece) for piece in super().collect_usage_pieces(ctx)]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer's; an invalid value is named and said in plain words."""
+        try:
+            return list(super().parse_args(ctx, args))
+        except typer.BadParameter as error:
+            error.message = _plain(error)
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Arguments by their names, options with a word for their value."""
@@ -103,6 +121,18 @@ def help_record(parameter: Any, ctx: Any) -> tuple[str, str] | None:
     text = re.sub(r"\s*\[required\]", "", text)
     text = re.sub(r"(?<=[;\[])\s*x>=\d+(?=\])|; x>=\d+", "", text).replace("  []", "")
     return name, text
+
+
+def _plain(error: typer.BadParameter) -> str:
+    """The message of an invalid value: the value, and what would be valid."""
+    cause = error.__cause__
+    if not isinstance(cause, ValidationError):
+        return error.message
+    found = cause.errors()[0]
+    wanted = _WANTED.get(found["type"])
+    if wanted is None:
+        return error.message.removeprefix("Value error, ")
+    return f"{found['input']!r} must be {wanted.format(**found.get('ctx', {}))}"
 
 
 def _first_sentence(command: Any) -> str:

@@ -44,7 +44,9 @@ class _Root(Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":  # the others are interrupted with it
-                print("interrupted", file=sys.stderr)
+                # A terminal shows ^C, at the end of what was printed so far.
+                start = "\n" if sys.stderr.isatty() else ""
+                print(f"{start}interrupted", file=sys.stderr)
             raise typer.Exit(exit_codes.INTERRUPTED) from None
 
 

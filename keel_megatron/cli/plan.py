@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from keel_megatron.cli.arguments import ConfigPath, Json, Overrides, only_json, print_json
+from keel_megatron.cli.choices import one_of
+from keel_megatron.cli.console import print_report
+from keel_megatron.layout.devices import DEVICES
 
 if TYPE_CHECKING:
     from keel_megatron.config.run import RunConfig
@@ -32,7 +35,10 @@ def plan(
         int | None,
         typer.Option(min=1, help="Number of devices. Default: one replica of the layout."),
     ] = None,
-    gpu: Annotated[str, typer.Option(help="Device type: h200, h100, a100, b200 or cpu.")] = "h200",
+    gpu: Annotated[
+        str,
+        typer.Option(help="Device type: h200, h100, a100, b200 or cpu.", **one_of(lambda: DEVICES)),
+    ] = "h200",
     figure: Annotated[
         list[str] | None,
         typer.Option(
@@ -91,11 +97,14 @@ def _device(name: str, figures: list[str]) -> Device:
         UserError: a name or number is invalid.
     """
     from keel_megatron.errors import UserError
-    from keel_megatron.layout.devices import DEVICES, device_named
+    from keel_megatron.layout.devices import device_named
 
+    properties = [key for key in vars(DEVICES[name]) if key not in ("name", "cudnn_first")]
     given: dict[str, float | int] = {}
     for text in figures:
         key, _equals, value = text.partition("=")
+        if key not in properties:
+            raise UserError(f"--figure: {key!r} must be one of {', '.join(properties)}")
         whole = isinstance(getattr(next(iter(DEVICES.values())), key, None), int)
         try:
             given[key] = int(value) if whole else float(value)
@@ -137,13 +146,13 @@ def _plan(
         more = {} if found is None else {"trace": found.as_object()}
         print_json({**made.as_object(), **advice, **more})
         return
-    print(describe(made))
+    print_report(describe(made))
     if not made.fits:
-        print(describe_change(change))
+        print_report(describe_change(change))
     if found is not None:
         from keel_megatron.planner.trace.report import describe_trace
 
-        print(describe_trace(found))
+        print_report(describe_trace(found))
     for drawn in (plot, traced.out):
         if drawn is not None:
             print(f"plot: {drawn}")
@@ -216,7 +225,7 @@ def _search(
     if as_json:
         print_json(search_object(found))
         return
-    print(describe_search(found, gpus))
+    print_report(describe_search(found, gpus))
     best = found.best[0]
     given = [setting for setting in settings if setting.partition("=")[0] not in best.settings]
     print(f"\nkeel train {' '.join([str(path), *given, *best.overrides])}")

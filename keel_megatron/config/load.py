@@ -9,9 +9,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from keel_megatron.config.bundled import locate
+from keel_megatron.config.bundled import bundled_names, locate
 from keel_megatron.config.checks import known_problems, problems
 from keel_megatron.config.error_messages import section_suggestion, translate
+from keel_megatron.config.nearby import nearby
 from keel_megatron.config.reading import read_small_text
 from keel_megatron.config.renamed import current_key, rename
 from keel_megatron.config.run import RunConfig
@@ -95,8 +96,10 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = read_yaml(read_small_text(locate(path)))
     except OSError as error:
-        listed = "" if path.suffix else "; `keel config list` shows the bundled configurations"
-        problem = Problem("file", f"cannot be read: {error.strerror}{listed}")
+        near = nearby(path, "*.y*ml", [] if path.suffix else bundled_names())
+        if not near and not path.suffix:
+            near = "; `keel config list` shows the bundled configurations"
+        problem = Problem("file", f"cannot be read: {error.strerror}{near}")
         raise ConfigError(source, [problem]) from error
     except UnicodeDecodeError as error:
         raise ConfigError(source, [Problem("file", "is not UTF-8 text")]) from error

@@ -88,7 +88,10 @@ class OptimizerConfig(Section):
     )
     epsilon: float = Field(default=1e-8, gt=0.0, description="Adam's epsilon.")
     momentum: float = Field(
-        default=0.95, ge=0.0, lt=1.0, description="Decay rate of Muon's momentum."
+        default=0.95,
+        ge=0.0,
+        lt=1.0,
+        description="Decay rate of Muon's momentum. Applies to name: muon only.",
     )
     nesterov: bool = Field(
         default=True, description="Nesterov momentum. Applies to name: muon only."
@@ -97,14 +100,16 @@ class OptimizerConfig(Section):
         default=5,
         ge=1,
         le=99,
-        description="Newton-Schulz iterations of Muon; in bf16 on CUDA, in fp32 on a CPU.",
+        description="Newton-Schulz iterations of Muon; in bf16 on CUDA, in fp32 on a CPU. "
+        "Applies to name: muon only.",
     )
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = Field(
         default="match_rms_adamw",
         description=(
             "Factor of Muon's learning rate for a matrix of m rows and n columns. original: "
             "sqrt(max(1, m / n)). match_rms_adamw: 0.2 sqrt(max(m, n)), which gives updates of "
-            "about the size of AdamW's, so its learning rate and weight decay carry over."
+            "about the size of AdamW's, so its learning rate and weight decay carry over. "
+            "Applies to name: muon only."
         ),
     )
 

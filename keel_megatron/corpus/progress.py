@@ -79,14 +79,13 @@ class BuildProgress:
                     self._say(self.line())
 
     def line(self) -> str:
-        """Documents, MB/s, tokens/s, time left."""
+        """Time left, documents, tokens, MB/s, tokens/s; what a narrow terminal cuts off is last."""
         done, seconds = self._done, max(self._clock() - self._started, 1e-6)
         share = min(max(done.bytes, 0) / self._total, 1.0) if self._total else 1.0
         left = duration(seconds * (1.0 - share) / share) if share > 0 else "?"
         return (
-            f"{share:4.0%}  {done.documents:,} documents, {done.tokens:,} tokens, "
-            f"{max(done.bytes, 0) / seconds / 1e6:.1f} MB/s, {done.tokens / seconds:,.0f} "
-            f"tokens/s, {left} left"
+            f"{share:4.0%}  {left} left, {done.documents:,} documents, {done.tokens:,} tokens, "
+            f"{max(done.bytes, 0) / seconds / 1e6:.1f} MB/s, {done.tokens / seconds:,.0f} tokens/s"
         )
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from keel_megatron.config.nearby import nearby
 from keel_megatron.errors import UserError
 from keel_megatron.tracking.metric_names import DEPTH
 from keel_megatron.tracking.metrics import iterate_metrics
@@ -210,7 +211,7 @@ def read_profiles(run: Path | str, *, may_lack: bool = False) -> list[DepthProfi
     """
     run_folder = Path(run)
     if not run_folder.is_dir():
-        raise UserError(f"{run_folder} is not a run's folder")
+        raise UserError(f"{run_folder} is not a run's folder{nearby(run_folder)}")
     path, earlier = run_folder / METRICS_FILE, run_folder / EARLIER_DEPTH_FILE
     profiles: list[DepthProfile] = []
     for source in (earlier, path):

@@ -30,8 +30,6 @@ def select(
     Raises:
         UserError: there is no profile of that step, or it lacks the quantity.
     """
-    if quantity is not None and quantity not in QUANTITIES:
-        raise UserError(f"--quantity: {quantity} must be one of {', '.join(QUANTITIES)}")
     found = profiles[-1]
     if step is not None:
         steps = [profile.step for profile in profiles]
@@ -150,4 +148,7 @@ def _first(values: Values, after: int = 0) -> str:
 
 
 def _text(title: str, columns: list[str], rows: list[list[str]]) -> str:
+    """Title and table; without the last column if it is empty."""
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     return "\n".join([title, *table_lines(columns, rows, left=[0])])

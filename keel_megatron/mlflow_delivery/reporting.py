@@ -149,6 +149,7 @@ def where(config: RunConfig) -> list[str]:
             shown = shlex.quote(without_credentials(uri))
             show = f"mlflow ui --backend-store-uri {shown}  (extra: dashboard)"
         lines.append(f"dashboard  {show}")
+    lines.append(f"generate   keel generate {shlex.quote(str(folder))} --prompt TEXT")
     return lines
 
 

@@ -43,11 +43,8 @@ def study(config: RunConfig, axes: Axes, scales: Sequence[str] = SCALES) -> Stud
         scales: names of alphas, of `SCALES`.
 
     Raises:
-        UserError: a rule has no alpha, a scale is unknown, or a depth is odd.
+        UserError: a rule has no alpha, or a depth is odd.
     """
-    for scale in scales:
-        if scale not in _AT:
-            raise UserError(f"--scale: {scale} must be one of {', '.join(SCALES)}")
     points = []
     for rule in axes.rules or ("keel",):
         if rule in RULES and rule not in rules_with("alpha"):

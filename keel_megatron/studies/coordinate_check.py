@@ -53,7 +53,7 @@ def study(
             the first is that of the sizes in table and picture.
 
     Raises:
-        UserError: a factor is not positive, a rule does not exist, or a depth is odd.
+        UserError: a factor is not positive, or a depth is odd.
     """
     factors = {text: _factor(text) for text in epsilons}
     points = [
@@ -91,8 +91,6 @@ def _point(config: RunConfig, rule: str, sub_layers: int, steps: int, factor: fl
         "tracking.depth_every": 1,
         "guard.action": "off",
     }
-    if rule not in RULES:
-        raise UserError(f"--rules: {rule} must be one of {', '.join(RULES)}")
     model = config.model.model_copy(update={"residual": rule, "blocks": sub_layers // 2})
     labels: dict[str, Label] = {"rule": rule, "sub_layers": sub_layers, "epsilon": epsilon}
     labels["block_epsilon"] = epsilon * epsilon_scale(model)

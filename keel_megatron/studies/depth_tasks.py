@@ -59,12 +59,9 @@ def study(
         questions: of each k.
 
     Raises:
-        UserError: a task is unknown, k is too large, sequences are too short for a task's
-            documents, or a file cannot be written.
+        UserError: k is too large, sequences are too short for a task's documents, or a file cannot
+            be written.
     """
-    for name in tasks:
-        if name not in TASKS:
-            raise UserError(f"--tasks: {name} must be one of {', '.join(TASKS)}")
     if not 1 <= largest <= LARGEST:
         raise UserError(f"--largest: {largest} must be from 1 to {LARGEST}")
     _check_lengths(config, tasks, largest)

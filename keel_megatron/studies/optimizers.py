@@ -14,7 +14,6 @@ from typing import Any, get_args
 
 from keel_megatron.config.optimizer import OptimizerConfig
 from keel_megatron.config.run import RunConfig
-from keel_megatron.errors import UserError
 from keel_megatron.studies import pictures
 from keel_megatron.studies.best_rate import EDGE, Best, best_rates, check_rates, loss_key
 from keel_megatron.studies.grid import Axes, Label, Point, Row, Study, depth
@@ -46,12 +45,9 @@ def study(
         optimizers: of `OPTIMIZERS`.
 
     Raises:
-        UserError: an optimizer is unknown, a rate is not positive, or a depth is odd.
+        UserError: a rate is not positive, or a depth is odd.
     """
     check_rates(rates)
-    for name in optimizers:
-        if name not in OPTIMIZERS:
-            raise UserError(f"--optimizers: {name} must be one of {', '.join(OPTIMIZERS)}")
     profiles = {"tracking.depth_every": max(1, config.training.steps // _PROFILES)}
 
     def point(rule: str, sub_layers: int, optimizer: str, rate: float) -> Point:

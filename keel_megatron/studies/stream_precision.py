@@ -55,11 +55,8 @@ def study(
         alphas: values of `model.alpha`, for rules that have it.
 
     Raises:
-        UserError: a stream is unknown, an alpha is no positive number, or a depth is odd.
+        UserError: an alpha is no positive number, or a depth is odd.
     """
-    for stream in streams:
-        if stream not in STREAMS:
-            raise UserError(f"--streams: {stream} must be one of {', '.join(STREAMS)}")
     chosen = [stream for stream in STREAMS if stream in ("fp32", *streams)]
     values = [_alpha(alpha) for alpha in alphas]
     profiles = {"tracking.depth_every": max(1, config.training.steps // _PROFILES)}

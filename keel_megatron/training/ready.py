@@ -9,6 +9,7 @@ from pathlib import Path
 from keel_megatron.architecture.parameters import parameter_count
 from keel_megatron.checkpoint.resume import ResumePoint
 from keel_megatron.config.run import RunConfig
+from keel_megatron.config.unused import unused_settings
 from keel_megatron.data.batches import (
     Batches,
     BatchSource,
@@ -162,7 +163,7 @@ def open_batches(
 def _announce(
     config: RunConfig, runtime: Runtime, say: Say, data: Dataset, batches: Batches
 ) -> None:
-    """Report model, devices and data."""
+    """Report model, devices, data and settings without effect."""
     model, parallel = config.model, config.parallel
     parameters = parameter_count(model, config.data.vocab_size)
     say(
@@ -179,6 +180,8 @@ def _announce(
         f"{data.tokens('train'):,} training tokens in {data.documents('train'):,} documents; "
         f"unigram entropy {data.manifest.unigram_entropy:.3f} nats per token"
     )
+    for line in unused_settings(config):
+        say(f"warning: {line}")
     if len(data.sources) > 1:
         say(f"shares of the samples: {shares(data.quotas, BLOCK)}")
     if data.has_masks:

@@ -46,14 +46,15 @@ def names(run: Path) -> list[str]:
 def test_list_looks_at_sizes_and_verify_reads(run: Path) -> None:
     code, listed = keel("list", str(run))
     assert code == 0
-    lines = listed.splitlines()
+    heading, *lines = listed.splitlines()
+    assert heading.split() == ["checkpoint", "MB", "written", "condition"]
     assert [line.split()[0] for line in lines] == names(run)
     assert [line.split()[-1] for line in lines[:4]] == ["good"] * 4
     assert "DAMAGED: state.json has" in lines[4]
     assert lines[5].endswith("half-written")
     code, verified = keel("verify", str(run))
     assert code == 1
-    assert "DAMAGED: rank_00001.safetensors has checksum" in verified.splitlines()[3]
+    assert "DAMAGED: rank_00001.safetensors has checksum" in verified.splitlines()[4]
 
 
 def test_verify_is_content_with_good_ones(run: Path) -> None:

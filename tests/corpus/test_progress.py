@@ -33,9 +33,9 @@ def test_lines_at_intervals_and_in_the_log(tmp_path: Path) -> None:
         progress.add(Done(bytes=1_000_000, documents=10, tokens=400_000))
     progress.close()
     assert said == [
-        "  3%  30 documents, 1,200,000 tokens, 0.5 MB/s, 200,000 tokens/s, 3m 14s left",
-        "  6%  60 documents, 2,400,000 tokens, 0.5 MB/s, 200,000 tokens/s, 3m 08s left",
-        "  9%  90 documents, 3,600,000 tokens, 0.5 MB/s, 200,000 tokens/s, 3m 02s left",
+        "  3%  3m 14s left, 30 documents, 1,200,000 tokens, 0.5 MB/s, 200,000 tokens/s",
+        "  6%  3m 08s left, 60 documents, 2,400,000 tokens, 0.5 MB/s, 200,000 tokens/s",
+        "  9%  3m 02s left, 90 documents, 3,600,000 tokens, 0.5 MB/s, 200,000 tokens/s",
     ]
     lines = (tmp_path / "log").read_text().splitlines()
     assert [line.split(" ", 1)[1] for line in lines] == said
@@ -66,7 +66,7 @@ def test_the_live_line_is_cut_at_the_terminals_width(
     progress.begin(10)
     clock.now += 1.0
     progress.add(Done(bytes=1))
-    assert terminal.getvalue() == "\r 10%  0 documents, \x1b[K"
+    assert terminal.getvalue() == "\r 10%  0m 09s left, \x1b[K"
     progress.close()
 
 

@@ -171,8 +171,9 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
 )
 def test_where_everything_is(uri: str | None, line: str) -> None:
     run = config(Path("runs"), tracking__uri=uri)
-    files, dashboard = where(run)
+    files, dashboard, generate = where(run)
     assert files.split()[:2] == ["files", "runs/test/"]
     assert "metrics.jsonl" in files
     assert dashboard == f"dashboard  {line}"
-    assert len(where(config(Path("runs"), tracking__mlflow=False))) == 1
+    assert generate == "generate   keel generate runs/test --prompt TEXT"
+    assert len(where(config(Path("runs"), tracking__mlflow=False))) == 2

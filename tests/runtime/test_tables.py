@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from keel_megatron.runtime.tables import table_lines
+from keel_megatron.runtime.tables import fitted, table_lines
 
 
 def test_columns_are_aligned_and_cells_are_shown_as_they_are(
@@ -33,3 +33,31 @@ def test_a_wide_table_is_neither_cut_off_nor_wrapped(monkeypatch: pytest.MonkeyP
 
 def test_a_table_without_rows_has_its_heading() -> None:
     assert table_lines(["a", "b"], []) == ["a  b"]
+
+
+def test_a_wide_table_is_shown_in_parts_that_fit_a_terminal() -> None:
+    """Every cell stays, and each part has the first column."""
+    columns = ["stage", *(f"column {n}" for n in range(9))]
+    rows = [[str(row), *(f"{10**n + row:,}" for n in range(9))] for row in range(3)]
+    text = "\n".join(["Title of the table", "", *table_lines(columns, rows)])
+    shown = fitted(text, 50)
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 50
+    assert [line.split()[0] for line in lines if line.startswith("    ")] == ["0", "1", "2"] * 3
+    for cell in (*columns, *(cell for row in rows for cell in row)):
+        assert cell in shown
+    assert fitted(text, 200) == text
+
+
+def test_sentences_and_values_are_wrapped_at_words() -> None:
+    text = "A sentence that is long.\n\nname     value\nsetting  one, two, three and-four"
+    assert fitted(text, 18).splitlines() == [
+        "A sentence that is",
+        "long.",
+        "",
+        "name     value",
+        "setting  one, two,",
+        "         three",
+        "         and-four",
+    ]
+    assert fitted("/a/path/that/is/longer", 10) == "/a/path/that/is/longer"

@@ -111,8 +111,6 @@ def test_the_files_are_the_same_every_time_and_evaluation_reads_them(tmp_path: P
     assert len(documents) == depth_tasks.QUESTIONS
     assert len(documents[0].choices) == 16
     assert second.name == "hops_k2"
-    with pytest.raises(UserError, match="--tasks: sorting must be one of hops"):
-        depth_tasks.study(config, Axes((), (8,)), ("sorting",))
 
 
 def test_only_the_answer_counts_in_the_loss(tmp_path: Path) -> None:

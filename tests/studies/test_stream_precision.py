@@ -42,7 +42,6 @@ def test_auto_is_the_rule_s_own_alpha() -> None:
 @pytest.mark.parametrize(
     ("streams", "alphas", "message"),
     [
-        (["fp16"], ["auto"], "--streams: fp16 must be one of fp32, bf16, bf16_add"),
         (["bf16"], ["0"], "--alphas: 0 must be auto or a positive number"),
         (["bf16"], ["L"], "--alphas: L must be auto"),
         (["bf16"], ["nan"], "--alphas: nan must be auto"),

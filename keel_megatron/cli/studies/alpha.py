@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from keel_megatron.cli.studies.grid import listed
+from keel_megatron.cli.choices import listed, some_of
 from keel_megatron.config.run import RunConfig
 from keel_megatron.studies import alpha as alpha_study
 from keel_megatron.studies.grid import Axes, Study
@@ -20,6 +20,7 @@ def alpha(
         typer.Option(
             metavar="SCALE,...",
             help=f"Alphas, of {', '.join(alpha_study.SCALES)}. Default: all of them.",
+            **some_of(lambda: alpha_study.SCALES),
         ),
     ] = None,
 ) -> Study:

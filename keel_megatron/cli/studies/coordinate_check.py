@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from keel_megatron.cli.studies.grid import listed
+from keel_megatron.cli.choices import listed
 from keel_megatron.config.run import RunConfig
 from keel_megatron.studies import coordinate_check as check_study
 from keel_megatron.studies.grid import Axes, Study

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from keel_megatron.cli.studies.grid import listed, numbers
+from keel_megatron.cli.choices import listed
+from keel_megatron.cli.studies.grid import numbers
 from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import UserError
 from keel_megatron.studies import depth_scaling as depth_study

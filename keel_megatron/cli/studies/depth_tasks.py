@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from keel_megatron.cli.studies.grid import listed
+from keel_megatron.cli.choices import listed, some_of
 from keel_megatron.config.run import RunConfig
 from keel_megatron.studies import depth_tasks as task_study
 from keel_megatron.studies.generated_tasks import LARGEST, TASKS
@@ -18,7 +18,11 @@ def depth_tasks(
     axes: Axes,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(metavar="TASK,...", help=f"Of {', '.join(TASKS)}. Default: all."),
+        typer.Option(
+            metavar="TASK,...",
+            help=f"Of {', '.join(TASKS)}. Default: all.",
+            **some_of(lambda: TASKS),
+        ),
     ] = None,
     largest: Annotated[
         int, typer.Option(min=1, max=LARGEST, help="Maximum number of steps of a question.")

@@ -9,16 +9,22 @@ from typing import Annotated
 
 import typer
 
+from keel_megatron.architecture.residual import RULES
 from keel_megatron.cli.arguments import Json, only_json, writing
-from keel_megatron.cli.studies.grid import FOLDER, listed, print_results, whole_numbers
+from keel_megatron.cli.choices import listed, some_of
+from keel_megatron.cli.studies.grid import FOLDER, print_results, whole_numbers
 
-DEPTHS, RULES = (64, 256, 1024), ("keel", "post_ln", "deepnorm")
+DEPTHS, DEFAULT_RULES = (64, 256, 1024), ("keel", "post_ln", "deepnorm")
 
 
 def gradient_flow(
     rules: Annotated[
         list[str] | None,
-        typer.Option(metavar="RULE,...", help=f"Residual rules. Default: {','.join(RULES)}."),
+        typer.Option(
+            metavar="RULE,...",
+            help=f"Residual rules. Default: {','.join(DEFAULT_RULES)}.",
+            **some_of(lambda: RULES),
+        ),
     ] = None,
     depths: Annotated[
         list[str] | None,
@@ -39,7 +45,7 @@ def gradient_flow(
     from keel_megatron.studies import flow_report
     from keel_megatron.studies import gradient_flow as study
 
-    names = listed(rules) or RULES
+    names = listed(rules) or DEFAULT_RULES
     flows = []
     for depth, rule in itertools.product(sizes, names):
         flows.append(study.gradient_flow(rule, depth))

@@ -14,10 +14,14 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from keel_megatron.architecture.residual import RULES
 from keel_megatron.cli.arguments import ConfigPath, Json, Overrides, only_json, print_json
+from keel_megatron.cli.choices import listed, one_of, some_of
+from keel_megatron.cli.console import print_report
 from keel_megatron.config.load import load_config
 from keel_megatron.config.reading import LARGE, parse_json, read_small
 from keel_megatron.errors import UserError
+from keel_megatron.layout.devices import DEVICES
 from keel_megatron.runtime import exit_codes
 from keel_megatron.studies.grid import Axes, Study, make_grid
 from keel_megatron.studies.results import RESULTS
@@ -40,7 +44,11 @@ def _shared(
     overrides: Overrides = None,
     rules: Annotated[
         list[str] | None,
-        typer.Option(metavar="RULE,...", help="Residual rules. Default: the study's own choice."),
+        typer.Option(
+            metavar="RULE,...",
+            help="Residual rules. Default: the study's own choice.",
+            **some_of(lambda: RULES),
+        ),
     ] = None,
     depths: Annotated[
         list[str] | None,
@@ -62,7 +70,10 @@ def _shared(
     plan: Annotated[bool, typer.Option("--plan", help="Only show the grid and its cost.")] = False,
     gpu: Annotated[
         str | None,
-        typer.Option(help="With --plan: predict for this device type, as keel plan --gpu does."),
+        typer.Option(
+            help="With --plan: predict for this device type, as keel plan --gpu does.",
+            **one_of(lambda: DEVICES),
+        ),
     ] = None,
     measure: Annotated[
         bool, typer.Option(help="Measure a step of each shape before the first run.")
@@ -127,12 +138,6 @@ def add_study(app: typer.Typer, name: str, make: Make) -> None:
     app.command(name)(command)
 
 
-def listed(values: list[str] | None) -> tuple[str, ...]:
-    """The values of a repeatable option, each of which may be several, with commas; each once."""
-    parts = [part.strip() for value in values or () for part in value.split(",")]
-    return tuple(dict.fromkeys(part for part in parts if part))
-
-
 def whole_numbers(option: str, values: Collection[str]) -> list[int]:
     """The values of an option as integers.
 
@@ -189,7 +194,7 @@ def _run(name: str, make: Make, options: _Options, own: dict[str, Any]) -> int:
     if options.plan:
         with only_json(options.as_json):
             cost = cost_of(grid, parallel, options.gpu)
-            print(cost.describe())
+            print_report(cost.describe())
         if options.as_json:
             print_json(cost.as_object())
         return exit_codes.DONE

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from keel_megatron.cli.studies.grid import listed, numbers
+from keel_megatron.cli.choices import listed, some_of
+from keel_megatron.cli.studies.grid import numbers
 from keel_megatron.config.run import RunConfig
 from keel_megatron.studies import optimizers as optimizer_study
 from keel_megatron.studies.best_rate import RATES
@@ -22,6 +23,7 @@ def optimizers(
             "--optimizers",
             metavar="NAME,...",
             help=f"Of {', '.join(optimizer_study.OPTIMIZERS)}. Default: all.",
+            **some_of(lambda: optimizer_study.OPTIMIZERS),
         ),
     ] = None,
     rates: Annotated[

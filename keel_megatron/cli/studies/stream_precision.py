@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from keel_megatron.cli.studies.grid import listed
+from keel_megatron.cli.choices import listed, some_of
 from keel_megatron.config.run import RunConfig
 from keel_megatron.studies import stream_precision as stream_study
 from keel_megatron.studies.grid import Axes, Study
@@ -21,6 +21,7 @@ def stream_precision(
             metavar="STREAM,...",
             help=f"Values of model.stream, of {', '.join(stream_study.STREAMS)}. Default: all; "
             "fp32 is always among them.",
+            **some_of(lambda: stream_study.STREAMS),
         ),
     ] = None,
     alphas: Annotated[
