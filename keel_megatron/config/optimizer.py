@@ -59,7 +59,11 @@ class OptimizerConfig(Section):
         ),
     )
     decay_norms: bool = Field(
-        default=False, description="Decay norm weights and other vectors as well."
+        default=False,
+        description=(
+            "Decay norm weights and other vectors as well, but never the mixes of streams of "
+            "residual: hyper_connections, which are its skip path."
+        ),
     )
     rates: RatesConfig = Field(
         default_factory=RatesConfig,

@@ -19,6 +19,7 @@ from keel_megatron.config.run import RunConfig
 from keel_megatron.model.initialization import global_parameters
 
 EMBEDDING, HEAD = "embedding.", "output_layer."
+_MIX = "_streams.weight"
 _BLOCK = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
@@ -46,9 +47,18 @@ def parameter_group(name: str, dimensions: int, config: RunConfig) -> ParameterG
     settings, block = config.optimizer, block_of(name)
     return ParameterGroup(
         rate=_rate_of_kind(name, dimensions, settings) * _rate_of_depth(block, settings),
-        decay=1.0 if dimensions > 1 or settings.decay_norms else 0.0,
+        decay=1.0 if dimensions > 1 or (settings.decay_norms and not is_mix(name)) else 0.0,
         epsilon=1.0 if block is None else epsilon_scale(config.model),
     )
+
+
+def is_mix(name: str) -> bool:
+    """Whether a parameter is a mix of streams, which never decays.
+
+    A mix is the skip path of its sub-layer, an identity at first. Decay would shrink the stream in
+    every sub-layer anew; hyper-connections (arXiv 2409.19606) do not decay it either.
+    """
+    return name.endswith(_MIX)
 
 
 def block_of(name: str) -> int | None:

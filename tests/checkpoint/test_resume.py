@@ -53,6 +53,13 @@ OTHER: dict[str, tuple[int, dict[str, Any]]] = {
     "muon-dp2": (2, {"parallel__pipeline": 1}),
     "muon-tp2-dp2": (4, {"parallel__tensor": 2, "parallel__pipeline": 1}),
 }
+# Rules that a checkpoint of Keel says nothing about.
+RULES: dict[str, dict[str, Any]] = {
+    "layer_norm_scaling": {"model__residual": "layer_norm_scaling"},
+    "peri_ln": {"model__residual": "peri_ln", "model__embedding_norm": True},
+    "complete_p": {"model__residual": "complete_p", "optimizer__epsilon": 1e-4},
+    "hyper_connections": {"model__residual": "hyper_connections", **MUON},
+}
 
 
 def sections(runs: Path, name: str, **overrides: Any) -> Sections:
@@ -173,4 +180,30 @@ def test_another_layout_goes_on(name: str, elsewhere: dict[str, Ran]) -> None:
     assert elsewhere[name].resumed == f"step_{SAVED:08d}"
     whole = elsewhere["muon" if name.startswith("muon") else "adamw"]
     for here, there in zip(elsewhere[name].losses, whole.losses[SAVED:], strict=True):
+        assert here == pytest.approx(there, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def of_rules(runs: Path) -> dict[str, list[Ran]]:
+    """Rank 0's runs of each rule: whole on two stages, its end there, and on two tensor ranks."""
+    stages = {"parallel__pipeline": 2}
+    tensor = {"parallel__tensor": 2, "parallel__sequence": True}
+    whole = [sections(runs, rule, **stages, **o) for rule, o in RULES.items()]
+    found = run_in_turn(2, whole)
+    for rule in RULES:
+        forget_the_end(runs / rule)
+        shutil.copytree(runs / rule, runs / f"{rule}-tp2")
+    other = [sections(runs, f"{rule}-tp2", **tensor, **o) for rule, o in RULES.items()]
+    found += run_in_turn(2, [*whole, *other])
+    return {rule: [ranks[0] for ranks in found[i :: len(RULES)]] for i, rule in enumerate(RULES)}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_goes_on(rule: str, of_rules: dict[str, list[Ran]]) -> None:
+    whole, same, other = of_rules[rule]
+    assert [ran.error for ran in (whole, same, other)] == 3 * [None]
+    assert same.resumed == other.resumed == f"step_{SAVED:08d}"
+    assert same.losses == whole.losses[SAVED:]
+    assert same.digest == whole.digest
+    for here, there in zip(other.losses, whole.losses[SAVED:], strict=True):
         assert here == pytest.approx(there, rel=1e-5)

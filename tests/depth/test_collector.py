@@ -50,6 +50,8 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "hyper_connections": {**SMALLER, "model__residual": "hyper_connections"},
     "peri_ln": {**SMALLER, "model__residual": "peri_ln"},
+    "layer_norm_scaling": {**SMALLER, "model__residual": "layer_norm_scaling"},
+    "complete_p": {**SMALLER, "model__residual": "complete_p"},
 }
 
 
@@ -211,15 +213,26 @@ def test_the_largest_logit_is_that_of_the_whole_matrix(s: int, groups: int) -> N
     assert logit_max(query, key).item() == pytest.approx(causal.max().item() / 8**0.5, rel=1e-6)
 
 
-REFERENCE = settings(
-    model__num_query_groups=2,
-    model__qk_norm=True,
-    training__global_batch_size=2,
-    training__micro_batch_size=2,
-)
+REFERENCE: dict[str, Any] = {
+    "model__num_query_groups": 2,
+    "model__qk_norm": True,
+    "training__global_batch_size": 2,
+    "training__micro_batch_size": 2,
+}
+REFERENCES: dict[str, dict[str, Any]] = {
+    "keel": REFERENCE,
+    "layer_norm_scaling": {**REFERENCE, "model__residual": "layer_norm_scaling"},
+    "peri_ln": {**REFERENCE, "model__residual": "peri_ln", "model__embedding_norm": True},
+    "complete_p": {**REFERENCE, "model__residual": "complete_p"},
+}
+Beside = tuple[DepthProfile, dict[str, list[float]]]
 
 
-def beside_the_reference(sections: dict[str, Any]) -> tuple[DepthProfile, dict[str, list[float]]]:
+def all_beside(runs: list[dict[str, Any]]) -> list[Beside]:
+    return [beside_the_reference(sections) for sections in runs]
+
+
+def beside_the_reference(sections: dict[str, Any]) -> Beside:
     """A step's profile, and what the plain model of tests/reference_model.py says it should be."""
     from keel_megatron.engines.megatron.engine import MegatronEngine
     from keel_megatron.model.language_model import build_model
@@ -254,10 +267,15 @@ def plainly(
     """What can be seen of a plain model from outside, by hooks on its sub-layers and branches."""
     seen: dict[int, dict[str, Tensor]] = {}
 
+    shape = reference.shape
+    factor = shape.base_blocks / shape.blocks if shape.residual == "complete_p" else 1.0
+
     def watch(l: int, sub: Any) -> Iterator[Any]:
         seen[l] = {}
         yield sub.register_forward_hook(lambda _m, i, o: seen[l].update(x=i[0], new=o))
-        yield sub.F.register_forward_hook(lambda _m, i, o: seen[l].update(z=i[0], f=o))
+        yield sub.F.register_forward_hook(lambda _m, i, _o: seen[l].update(z=i[0]))
+        added = getattr(sub, "N_branch", sub.F)
+        yield added.register_forward_hook(lambda _m, _i, o: seen[l].update(f=factor * o))
 
     hooks = [h for l, sub in enumerate(reference.sub_layers) for h in watch(l, sub)]
     (batch,) = made_up_batches(config, runtime, 0)
@@ -269,7 +287,7 @@ def plainly(
         parameters = list(sub.parameters())
         matrices = torch.cat([p.flatten() for p in parameters if p.dim() > 1])
         x, f, new = seen[l]["x"], seen[l]["f"], seen[l]["new"]
-        alpha = 1.0 if l < 2 else reference.shape.L
+        alpha = shape.L if shape.residual == "keel" and l >= 2 else 1.0
         cosine = torch.nn.functional.cosine_similarity(x, f, dim=-1)
         found = {
             "gradient_norm": torch.cat([p.grad.flatten() for p in parameters]).norm(),
@@ -334,8 +352,15 @@ def largest_logit(attention: Attention, z: Tensor) -> Tensor:
     return scores.masked_fill(torch.ones(s, s, dtype=torch.bool).triu(1), -torch.inf).max()
 
 
-def test_a_profile_is_what_an_independent_model_says() -> None:
-    profile, expected = run_ranks(1, beside_the_reference, REFERENCE)[0]
+@pytest.fixture(scope="module")
+def beside() -> dict[str, Beside]:
+    runs = [settings(**overrides) for overrides in REFERENCES.values()]
+    return dict(zip(REFERENCES, run_ranks(1, all_beside, runs)[0], strict=True))
+
+
+@pytest.mark.parametrize("rule", REFERENCES)
+def test_a_profile_is_what_an_independent_model_says(rule: str, beside: dict[str, Beside]) -> None:
+    profile, expected = beside[rule]
     for name in QUANTITIES:
         found = profile.values[name].filled(np.nan)
         # fp32 in another order; an update is a small difference of weights.

@@ -9,6 +9,10 @@ import pytest
 import torch
 
 from keel_megatron.engines.parameter_groups import ParameterGroup, block_of, parameter_group
+from keel_megatron.model.initialization import global_parameters
+from keel_megatron.model.language_model import build_model
+from keel_megatron.runtime.device import Launch
+from keel_megatron.runtime.distributed import start
 from tests.distributed import run_ranks
 from tests.engines.update_ranks import Update, first_updates
 from tests.settings import settings, small_config
@@ -104,6 +108,17 @@ def test_without_settings_there_are_matrices_and_vectors_that_do_not_decay() -> 
     assert parameter_group(NORM.format(3), 1, config) == ParameterGroup(decay=0.0)
     decayed = small_config(optimizer__decay_norms=True)
     assert parameter_group(NORM.format(3), 1, decayed) == ParameterGroup()
+
+
+def test_mixes_of_streams_never_decay() -> None:
+    """Decay would take the identity of every sub-layer's skip path to 0."""
+    config = small_config(model__residual="hyper_connections", optimizer__decay_norms=True)
+    mixes = ("attention_streams", "mlp_streams")
+    with start(config.parallel, config.training, Launch(0, 1, 0, 1)) as runtime:
+        (chunk,) = build_model(config, runtime)
+        names = [name for name, _parameter in global_parameters(chunk, tied=False)]
+    found = {name for name in names if parameter_group(name, 1, config).decay == 0.0}
+    assert found == {f"decoder.layers.{n}.{mix}.weight" for n in range(8) for mix in mixes}
 
 
 def test_a_block_is_found_by_its_number_in_the_whole_model() -> None:

@@ -90,6 +90,10 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+def named(overrides: dict[str, Any]) -> str:
+    return ", ".join(f"{key.partition('__')[2]} {value}" for key, value in overrides.items())
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -100,8 +104,11 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
         {"model__residual": "deepnorm", "model__init_std": 0.01, "model__norm_epsilon": 1e-6},
         {"model__residual": "peri_ln", "model__embedding_norm": True},
         {"model__residual": "pre_ln", "model__qk_norm": True},
+        {"model__residual": "layer_norm_scaling"},
+        {"model__residual": "complete_p", "model__base_blocks": 1},
+        {"model__residual": "hyper_connections", "model__expansion_rate": 3},
     ],
-    ids=["keel", "v1 tied", "llama", "hybrid_norm", "deepnorm", "peri_ln", "pre_ln, QK-norm"],
+    ids=named,
 )
 def test_a_round_trip_changes_no_bit(
     overrides: dict[str, Any], tmp_path: Path, sentencepiece_model: bytes

@@ -110,7 +110,13 @@ def both_ways(overrides: dict[str, Any], backend: str) -> list[list[tuple[float,
         # As they were traced: the test above makes C++ of such graphs.
         (
             2,
-            {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "model__qk_norm": True},
+            {
+                "parallel__pipeline": 2,
+                "parallel__virtual_pipeline": 2,
+                "model__qk_norm": True,
+                "training__z_loss": 1e-2,
+                "optimizer__name": "muon",
+            },
             "aot_eager",
         ),
         *(

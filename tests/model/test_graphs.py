@@ -65,14 +65,22 @@ def stand_in(function: Callable[..., Any], arguments: tuple[torch.Tensor, ...]) 
     return Graphed.apply
 
 
-@pytest.mark.parametrize("recompute", ["none", "light"])
-def test_recorded_blocks_train_like_plain_ones(recompute: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"parallel__recompute": "none"},
+        {"parallel__recompute": "light"},
+        {"optimizer__name": "muon", "model__residual": "hyper_connections"},
+    ],
+    ids=["none", "light", "Muon, streams"],
+)
+def test_recorded_blocks_train_like_plain_ones(options: dict[str, Any]) -> None:
     """All but CUDA itself: every gradient leaves by the arguments, observed steps run plainly."""
     sections = settings(
         training__precision="bf16",
         training__device="auto",
         model__blocks=3,
-        parallel__recompute=recompute,
+        **options,
     )
     (found,) = run_ranks(1, graphed_and_plain, sections)
     assert found["graphed"] == found["plain"]

@@ -27,6 +27,10 @@ DEVICES = [
         ],
     ),
 ]
+NEEDS_TE = pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None,
+    reason="needs a CUDA device and Transformer Engine",
+)
 RATE = 1e-3
 
 
@@ -83,10 +87,7 @@ def assert_one_step(weights: Tensors, gradients: Tensors, updated: Tensors) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None,
-    reason="needs a CUDA device and Transformer Engine",
-)
+@NEEDS_TE
 def test_transformer_engines_modules_behave_alike(
     exact: dict[str, tuple[Tensors, float, Tensors]],
 ) -> None:
@@ -101,18 +102,21 @@ def test_transformer_engines_modules_behave_alike(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(
     "options",
     [
         {"kernels__cuda_graphs": True},
         {"kernels__compile": True},
         {"kernels__cuda_graphs": True, "kernels__compile": True},
+        pytest.param({"kernels__backend": "transformer_engine"}, marks=NEEDS_TE),
     ],
 )
-def test_compiled_and_recorded_blocks_train_alike(options: dict[str, Any]) -> None:
-    """Compiled and recorded blocks, through steps that are observed and a validation."""
+def test_other_kernels_train_alike(options: dict[str, Any], optimizer: str) -> None:
+    """Compiled, recorded and other modules, through steps that are observed and a validation."""
+    common = {"training__device": "cuda", "training__micro_batch_size": 1}
     runs = [
-        sections_of("keel", training__device="cuda", training__micro_batch_size=1, **switched)
+        sections_of("keel", **common, **switched, optimizer__name=optimizer)
         for switched in (options, {})
     ]
     found, expected = (run_ranks(1, observed_steps, run, 6)[0] for run in runs)

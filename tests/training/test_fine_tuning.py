@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -82,15 +83,25 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = {"data__vocab_size": 350}
     one = write(home, "one", **vocabulary)
     two = write(home, "two", **vocabulary, parallel__pipeline=2)
+    zero = {"training__engine": "deepspeed", "deepspeed__zero_stage": 3}
+    others = [two, *([write(home, "zero", **vocabulary, **zero)] if has_deepspeed() else [])]
     assert run_ranks(1, trained, [one]) == [[None]]
-    assert run_ranks(2, trained, [two]) == [[None]] * 2
+    assert run_ranks(2, trained, others) == [[None] * len(others)] * 2
     return home
 
 
+def has_deepspeed() -> bool:
+    return importlib.util.find_spec("deepspeed") is not None
+
+
 def test_layouts_have_the_same_losses_and_a_resume_is_exact(home: Path) -> None:
+    """Two stages, and two replicas of the other engine."""
     one, two = (losses_of(home / "runs" / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(one) == STEPS
     assert np.allclose([loss for _, loss, _ in one], [loss for _, loss, _ in two], rtol=1e-5)
+    if has_deepspeed():
+        zero = losses_of(home / "runs" / "zero" / "metrics.jsonl")
+        assert np.allclose(one, zero, rtol=1e-5)
     assert one[-1][1] < one[0][1] - 0.1
     run = home / "runs" / "one"
     shutil.rmtree(folder.step_folder(run, STEPS))

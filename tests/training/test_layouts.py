@@ -37,6 +37,14 @@ MUON: dict[str, Any] = {
     "model__num_query_groups": 2,
     **BATCH,
 }
+# With several streams, stabilizers, and a rate for each kind of parameter.
+MUON_OPTIONS: dict[str, Any] = {
+    **MUON,
+    "model__residual": "hyper_connections",
+    "model__qk_norm": True,
+    "training__z_loss": 1e-2,
+    "optimizer__rates": {"matrices": 0.5, "embeddings": 2.0, "head": 0.25, "norms": 4.0},
+}
 BF16 = {"training__precision": "bf16"}
 MUON_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     **{name: MATRIX[name] for name in QUICK if name.startswith(("DP", "TP"))},
@@ -44,6 +52,7 @@ MUON_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP 2 x TP 2": (4, {"parallel__tensor": 2}),
     "bf16, DP 2": (2, BF16),
     "bf16, TP 2 + SP": (2, {**BF16, **MATRIX["TP 2 + SP"][1]}),
+    "options, DP 2": (2, MUON_OPTIONS),
 }
 
 # Every rule, tied embeddings, stabilizers, and many groups of parameters, at the hardest layout.
@@ -61,6 +70,7 @@ MODELS: dict[str, dict[str, Any]] = {
         **BATCH,
     },
     "keel-muon": MUON,
+    "muon, options": MUON_OPTIONS,
 }
 
 
@@ -109,7 +119,8 @@ def test_muon_trains_like_one_process(
 
     In bf16 tensor ranks add rounded products, so the first pass, before any update, is 1e-6 off.
     """
-    model = "keel-muon-bf16" if layout.startswith("bf16") else "keel-muon"
+    models = {"bf16": "keel-muon-bf16", "options": "muon, options"}
+    model = models.get(layout.partition(",")[0], "keel-muon")
     agree(quick[f"Muon, {layout}"], alone[model], 1e-3 if layout == "bf16, TP 2 + SP" else 1e-5)
 
 

@@ -44,6 +44,18 @@ ALONE = {
     "ZeRO 3, hard": {**ENGINES["ZeRO 3"], **HARD, "kernels__logits_mib": 0.05},
     **ENGINES,
 }
+# Many groups of parameters, and rules that need more than a norm in front of a branch.
+GROUPED: dict[str, Any] = {
+    "optimizer__rates": {"matrices": 0.5, "embeddings": 2.0, "head": 0.25, "norms": 4.0},
+    "optimizer__depth_rates": [{"blocks": [1, 1], "factor": 0.5}],
+    "optimizer__decay_norms": True,
+    "optimizer__weight_decay": 1.0,
+}
+RULES: dict[str, dict[str, Any]] = {
+    "peri_ln": {**GROUPED, "model__residual": "peri_ln", "model__embedding_norm": True},
+    "layer_norm_scaling": {**GROUPED, "model__residual": "layer_norm_scaling"},
+    "complete_p": {**GROUPED, "model__residual": "complete_p", "optimizer__epsilon": 1e-4},
+}
 # Offloading beside DP 2 and TP 2 is the slow test's.
 QUICK = {name: ENGINES[name] for name in ("ZeRO 1", "ZeRO 2", "ZeRO 3")}
 OFFLOADED = {name: ENGINES[name] for name in (*QUICK, "ZeRO 2, optimizer offloaded")}
@@ -52,6 +64,11 @@ TWO = {
     "megatron, TP 2": {**MEGATRON, **TP2},
     "ZeRO 1, TP 2": {**ENGINES["ZeRO 1"], **TP2},
     "ZeRO 3, TP 2": {**ENGINES["ZeRO 3"], **TP2, "kernels__logits_mib": 0.025},
+    **{
+        f"{engine}, {name}": {**overrides, **rule}
+        for engine, overrides in {"megatron": MEGATRON, **QUICK}.items()
+        for name, rule in RULES.items()
+    },
     **OFFLOADED,
 }
 
@@ -94,7 +111,8 @@ def test_one_process_trains_like_the_megatron_engine(name: str, alone: dict[str,
 
 @pytest.mark.parametrize("name", [name for name in TWO if name.startswith("ZeRO")])
 def test_two_ranks_train_like_the_megatron_engine(name: str, two: dict[str, Watched]) -> None:
-    _agree(two[name], two["megatron, TP 2" if name.endswith("TP 2") else "megatron"])
+    variant = name.partition(", ")[2]
+    _agree(two[name], two.get(f"megatron, {variant}", two["megatron"]))
 
 
 def test_every_step_was_clipped(alone: dict[str, Watched]) -> None:
