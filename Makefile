@@ -24,15 +24,14 @@ help: ## List the targets.
 setup: $(VENV)/.installed ## Make .venv with pinned dependencies (CPU torch is enough).
 
 # torch first and pinned: an unpinned torch, asked for by another package, would bring CUDA along.
+# pip is not quiet: about 200 packages take minutes, and --quiet would hide the cause of a conflict.
 # DeepSpeed builds with the torch that is there, and without DS_BUILD_OPS=0 would compile its kernels.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 		"error: Python 3.11 to 3.13 is needed; $(PYTHON) is %d.%d. Choose another: make setup PYTHON=python3.12" % v)'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@echo 'Installing torch, then about 200 packages into $(VENV). This takes several minutes and prints nothing;'
-	@echo 'to see the progress, stop it and run make with PIP_ARGS=--verbose.'
-	$(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS) torch setuptools
-	DS_BUILD_OPS=0 $(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS) --no-build-isolation \
+	$(PIP) install --constraint constraints.txt $(PIP_ARGS) torch setuptools
+	DS_BUILD_OPS=0 $(PIP) install --constraint constraints.txt $(PIP_ARGS) --no-build-isolation \
 		--editable '.[dev]'
 	touch $@
 

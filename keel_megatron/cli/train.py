@@ -58,17 +58,18 @@ def _start(path: Path, settings: tuple[str, ...], processes: int, max_restarts: 
             _sample(config.training.folder, config.tracking.uri, again=False)
             return exit_codes.DONE
         layout = config.parallel
-        print(
+        starting = (
             f"starting {processes} process(es) on this machine: TP {layout.tensor} x PP "
-            f"{layout.pipeline} x DP {processes // layout.model_parallel_size}",
-            flush=True,
+            f"{layout.pipeline} x DP {processes // layout.model_parallel_size}"
         )
         if processes == 1 and not max_restarts:
+            _say(starting)
             return _train_here(path, settings, owned)
         with stop_requests(starting=True):
             from keel_megatron.training.dataset import DATASET, ready_dataset
 
             dataset = ready_dataset(config, _say, on_one_machine=True)
+        _say(starting)
         command = ["-m", "keel_megatron", "train", str(path), *settings]
         return launch(processes, command, max_restarts, owned, {DATASET: str(dataset)})
 

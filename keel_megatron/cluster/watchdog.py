@@ -36,6 +36,10 @@ from keel_megatron.runtime.files import write_whole
 FOLDER = "hangs"
 _WAITING = ("torch/distributed/", "megatron/core/pipeline_parallel/", "param_and_grad_buffer.py")
 """Source files of code that waits for other ranks."""
+_ADVICE = (
+    "To resume, start the same command again. If the machine was overloaded or paused, nothing "
+    "else is wrong; if steps are always this slow, raise training.hang_timeout."
+)
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class Watchdog:
         if reports and reports[0].rank == self._runtime.rank:
             text = verdict(reports, hosts, self._timeout) + f"; stacks in {self._folder}"
             with suppress(OSError):
-                print(text, file=sys.stderr, flush=True)
+                print(f"{text}\n{_ADVICE}", file=sys.stderr, flush=True)
                 write_whole(self._folder / "verdict.txt", text + "\n")
         # The first rank that ends has the launcher end the others, so the verdict comes before.
         while not (self._folder / "verdict.txt").exists() and time.monotonic() < deadline:
@@ -151,7 +155,7 @@ class Watchdog:
             place=runtime.describe(),
             marks=self._marks,
             last=self._last,
-            seconds=round(time.monotonic() - self._time, 3),
+            seconds=round(time.monotonic() - self._time),
             main_thread=_location(main),
             waits=any(name in frame.filename for frame in main[-4:] for name in _WAITING),
             host=runtime.host,

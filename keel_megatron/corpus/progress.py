@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import shutil
+import os
 import sys
 import threading
 import time
@@ -79,12 +79,12 @@ class BuildProgress:
                     self._say(self.line())
 
     def line(self) -> str:
-        """Time left, documents, tokens, MB/s, tokens/s; what a narrow terminal cuts off is last."""
+        """Share, time left, documents, tokens, MB/s, tokens/s: a narrow terminal cuts the end."""
         done, seconds = self._done, max(self._clock() - self._started, 1e-6)
         share = min(max(done.bytes, 0) / self._total, 1.0) if self._total else 1.0
         left = duration(seconds * (1.0 - share) / share) if share > 0 else "?"
         return (
-            f"{share:4.0%}  {left} left, {done.documents:,} documents, {done.tokens:,} tokens, "
+            f"{share:4.0%}, {left} left: {done.documents:,} documents, {done.tokens:,} tokens, "
             f"{max(done.bytes, 0) / seconds / 1e6:.1f} MB/s, {done.tokens / seconds:,.0f} tokens/s"
         )
 
@@ -100,7 +100,7 @@ class BuildProgress:
             self._log.append(f"{now} {line}")
 
     def _show(self, text: str) -> None:
-        text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line cannot be replaced
+        text = text[: _columns(self._stream) - 1]  # a wrapped line cannot be replaced
         with suppress(OSError):
             trusted(self._stream).write(f"\r{printable(text)}\x1b[K")
             self._stream.flush()
@@ -110,3 +110,17 @@ class BuildProgress:
         if self._width:
             self._show("")
             self._width = 0
+
+
+def _columns(stream: TextIO) -> int:
+    """Width of a stream's terminal, from COLUMNS or the terminal; 80 if neither says it.
+
+    shutil.get_terminal_size asks the interpreter's own stdout, which cli/console.py detaches.
+    """
+    given = os.environ.get("COLUMNS", "")
+    if given.isdecimal() and int(given):
+        return int(given)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):  # no terminal, or no file descriptor
+        return 80

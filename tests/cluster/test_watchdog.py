@@ -143,6 +143,7 @@ def test_a_hung_rank_is_named_and_the_group_starts_again(
     )
     assert done.returncode == 0, done.stderr
     assert named in done.stderr
+    assert "To resume, start the same command again." in done.stderr
     assert "restarting all 2 process(es) (1 of 1)" in done.stderr
     (hang,) = (tmp_path / "run" / "hangs").iterdir()
     assert named in (hang / "verdict.txt").read_text()
