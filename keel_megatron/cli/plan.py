@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from keel_megatron.planner.trace.run import Trace
 
 
+_Gpu = Annotated[
+    str, typer.Option(help="Device type: h200, h100, a100, b200 or cpu.", **one_of(lambda: DEVICES))
+]
+
+
 @dataclass(frozen=True)
 class _Traced:
     """What `--trace` and `--trace-plot` ask for."""
@@ -35,10 +40,7 @@ def plan(
         int | None,
         typer.Option(min=1, help="Number of devices. Default: one replica of the layout."),
     ] = None,
-    gpu: Annotated[
-        str,
-        typer.Option(help="Device type: h200, h100, a100, b200 or cpu.", **one_of(lambda: DEVICES)),
-    ] = "h200",
+    gpu: _Gpu = "h200",
     figure: Annotated[
         list[str] | None,
         typer.Option(
