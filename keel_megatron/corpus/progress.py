@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import shutil
 import sys
 import threading
 import time
@@ -12,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, TextIO
 
-from keel_megatron.config.terminal import is_live, printable, trusted
+from keel_megatron.config.terminal import is_live, printable, trusted, width
 from keel_megatron.corpus.tokenize import Done
 from keel_megatron.runtime.files import LineFile
 from keel_megatron.tracking.progress import duration
@@ -100,7 +99,7 @@ class BuildProgress:
             self._log.append(f"{now} {line}")
 
     def _show(self, text: str) -> None:
-        text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line cannot be replaced
+        text = text[: width(self._stream) - 1]  # a wrapped line cannot be replaced
         with suppress(OSError):
             trusted(self._stream).write(f"\r{printable(text)}\x1b[K")
             self._stream.flush()
