@@ -272,7 +272,8 @@ def hyper_connections(_l: int, model: Model) -> SubLayer:
 
     a, b and A are learned in every sub-layer and depend on no token. All streams start as the
     embedding, and the final norm is of their sum. At first A is the identity, b is 1 and a picks
-    stream l mod n, so that every stream is pre-norm's.
+    stream l mod n, so that every stream is pre-norm's. The paper's factor sqrt(n) of the initial
+    output projections is left out: all rules but DeepNorm start from the same matrices.
     """
     return SubLayer(inner="norm", streams=model.expansion_rate)
 

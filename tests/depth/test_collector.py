@@ -224,6 +224,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "layer_norm_scaling": {**REFERENCE, "model__residual": "layer_norm_scaling"},
     "peri_ln": {**REFERENCE, "model__residual": "peri_ln", "model__embedding_norm": True},
     "complete_p": {**REFERENCE, "model__residual": "complete_p"},
+    "hyper_connections": {**REFERENCE, "model__residual": "hyper_connections"},
 }
 Beside = tuple[DepthProfile, dict[str, list[float]]]
 
@@ -254,7 +255,7 @@ def beside_the_reference(sections: dict[str, Any]) -> Beside:
             for _name, ours, theirs in pairs:
                 theirs.copy_(ours)
         for sub in reference.sub_layers:
-            matrices = [p for p in sub.parameters() if p.dim() > 1]
+            matrices = matrices_of(sub)
             change = sum((p - before[id(p)]).square().sum() for p in matrices)
             size = sum(before[id(p)].square().sum() for p in matrices)
             expected["update_to_weight"].append((change / size).sqrt().item())
@@ -285,13 +286,13 @@ def plainly(
     expected: dict[str, list[float]] = {name: [] for name in QUANTITIES}
     for l, sub in enumerate(reference.sub_layers):
         parameters = list(sub.parameters())
-        matrices = torch.cat([p.flatten() for p in parameters if p.dim() > 1])
-        x, f, new = seen[l]["x"], seen[l]["f"], seen[l]["new"]
+        matrices = torch.cat([p.flatten() for p in matrices_of(sub)])
+        x, f, new = stream(seen[l]["x"]), seen[l]["f"], stream(seen[l]["new"])
         alpha = shape.L if shape.residual == "keel" and l >= 2 else 1.0
         cosine = torch.nn.functional.cosine_similarity(x, f, dim=-1)
         found = {
             "gradient_norm": torch.cat([p.grad.flatten() for p in parameters]).norm(),
-            "gradient_rms": torch.cat([p.grad.flatten() for p in parameters if p.dim() > 1])
+            "gradient_rms": torch.cat([p.grad.flatten() for p in matrices_of(sub)])
             .square()
             .mean()
             .sqrt(),
@@ -313,6 +314,16 @@ def plainly(
         for name, value in found.items():
             expected[name].append(np.nan if value is None else value.item())
     return expected
+
+
+def matrices_of(sub: Any) -> list[Tensor]:
+    """Of a sub-layer of the reference, without the mixes of its streams."""
+    return [p for name, p in sub.named_parameters() if p.dim() > 1 and name != "A_r"]
+
+
+def stream(x: Tensor) -> Tensor:
+    """The stream [b, s, h]; of several the mean."""
+    return x.mean(0) if x.dim() == 4 else x
 
 
 def test_what_a_bf16_stream_keeps_of_an_update() -> None:

@@ -87,3 +87,15 @@ def test_the_columns_of_a_rule_are_listed() -> None:
     assert set(named) == set(SubLayer.__dataclass_fields__) | set(Rule.__dataclass_fields__) - {
         "sub_layer"
     }
+
+
+def test_the_tests_that_the_page_of_exactness_names_exist() -> None:
+    text = (DOCS / "exactness.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.py)::(\w+)`", text))
+    assert len(named) > 30
+    missing = [
+        f"{path}::{test}"
+        for path, test in sorted(named)
+        if f"def {test}(" not in (ROOT / "tests" / path).read_text(encoding="utf-8")
+    ]
+    assert missing == []

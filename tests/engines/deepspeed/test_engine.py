@@ -33,13 +33,9 @@ SMALL: dict[str, Any] = {"model__blocks": 3, "model__num_query_groups": 2}
 TP2 = {"parallel__tensor": 2}
 # Recomputed, and with a matrix that two modules share: both are hard for ZeRO 3's hooks.
 HARD = {"parallel__recompute": "full", "model__tie_embeddings": True}
-# A mix of 8 streams has 80 weights, more than a norm of width 64.
-STREAMS = {"model__residual": "hyper_connections", "model__expansion_rate": 8}
 ALONE = {
     "megatron": MEGATRON,
     "megatron, hard": {**MEGATRON, **HARD},
-    "megatron, streams": {**MEGATRON, **STREAMS},
-    "ZeRO 3, streams": {**ENGINES["ZeRO 3"], **STREAMS},
     # Of the 64 tokens of a micro-batch 25 go through the head at once.
     "ZeRO 3, hard": {**ENGINES["ZeRO 3"], **HARD, "kernels__logits_mib": 0.05},
     **ENGINES,
@@ -55,6 +51,8 @@ RULES: dict[str, dict[str, Any]] = {
     "peri_ln": {**GROUPED, "model__residual": "peri_ln", "model__embedding_norm": True},
     "layer_norm_scaling": {**GROUPED, "model__residual": "layer_norm_scaling"},
     "complete_p": {**GROUPED, "model__residual": "complete_p", "optimizer__epsilon": 1e-4},
+    # A mix of 8 streams has 80 weights, more than a norm of width 64.
+    "streams": {**GROUPED, "model__residual": "hyper_connections", "model__expansion_rate": 8},
 }
 # Offloading beside DP 2 and TP 2 is the slow test's.
 QUICK = {name: ENGINES[name] for name in ("ZeRO 1", "ZeRO 2", "ZeRO 3")}
