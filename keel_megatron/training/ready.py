@@ -178,7 +178,8 @@ def _announce(
     )
     say(
         f"{data.tokens('train'):,} training tokens in "
-        f"{count(data.documents('train'), 'document')}; unigram entropy {data.manifest.unigram_entropy:.3f} nats per token"
+        f"{count(data.documents('train'), 'document')}; "
+        f"unigram entropy {data.manifest.unigram_entropy:.3f} nats per token"
     )
     if len(data.sources) > 1:
         say(f"shares of the samples: {shares(data.quotas, BLOCK)}")
