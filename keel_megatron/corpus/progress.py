@@ -14,6 +14,7 @@ from typing import Final, TextIO
 from keel_megatron.config.terminal import is_live, printable, trusted, width
 from keel_megatron.corpus.tokenize import Done
 from keel_megatron.runtime.files import LineFile
+from keel_megatron.runtime.tables import count
 from keel_megatron.tracking.progress import duration
 
 SECONDS_BETWEEN_LINES: Final = 5.0
@@ -83,8 +84,9 @@ class BuildProgress:
         share = min(max(done.bytes, 0) / self._total, 1.0) if self._total else 1.0
         left = duration(seconds * (1.0 - share) / share) if share > 0 else "?"
         return (
-            f"{share:4.0%}, {left} left: {done.documents:,} documents, {done.tokens:,} tokens, "
-            f"{max(done.bytes, 0) / seconds / 1e6:.1f} MB/s, {done.tokens / seconds:,.0f} tokens/s"
+            f"{share:4.0%}, {left} left: {count(done.documents, 'document')}, "
+            f"{done.tokens:,} tokens, {max(done.bytes, 0) / seconds / 1e6:.1f} MB/s, "
+            f"{done.tokens / seconds:,.0f} tokens/s"
         )
 
     def close(self) -> None:

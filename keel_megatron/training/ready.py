@@ -30,6 +30,7 @@ from keel_megatron.layout.stages import Partition, own_partition, require_fit
 from keel_megatron.mlflow_delivery.reporting import check_records
 from keel_megatron.model.language_model import build_model
 from keel_megatron.runtime.distributed import Runtime
+from keel_megatron.runtime.tables import count
 from keel_megatron.training.dataset import opened, ready_dataset
 from keel_megatron.training.initialize import Start, open_start
 from keel_megatron.training.origin import on_data_of_position
@@ -177,7 +178,8 @@ def _announce(
         f"{runtime.data_size}"
     )
     say(
-        f"{data.tokens('train'):,} training tokens in {data.documents('train'):,} documents; "
+        f"{data.tokens('train'):,} training tokens in "
+        f"{count(data.documents('train'), 'document')}; "
         f"unigram entropy {data.manifest.unigram_entropy:.3f} nats per token"
     )
     for line in unused_settings(config):
