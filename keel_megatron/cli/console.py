@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from keel_megatron.config.terminal import printable
+from keel_megatron.config.terminal import printable, width
 from keel_megatron.runtime.files import NO_ROOM
 from keel_megatron.runtime.tables import fitted
 
@@ -40,7 +39,7 @@ def outlive_full_disk() -> None:
 def print_report(text: str) -> None:
     """Print sentences and tables; on a terminal, so that they fit its width."""
     if sys.stdout.isatty():
-        text = fitted(text, shutil.get_terminal_size().columns)
+        text = fitted(text, width(sys.stdout))
     print(text, flush=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -51,3 +52,4 @@ def export(
     target = Path(os.path.abspath(out))
     if not export_run(run, target, step=step, dtype=dtype.value, check=check, say=print):
         raise typer.Exit(DIFFERENT)
+    print(f"use it: keel generate {shlex.quote(str(out))} --prompt TEXT; {out / 'README.md'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -136,6 +137,8 @@ def _plan(
     if measure:
         from keel_megatron.planner.measure import measure_pieces
 
+        say = "measuring a block, the embedding, the head and the update on this machine"
+        print(say, file=sys.stderr, flush=True)
         with only_json(as_json):
             measured = measure_pieces(run)
     made = make_plan(run, gpus, device, measured)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from typing import Any
 
 # Control characters (C0 except tab and line feed, delete, C1), characters that change the writing
@@ -36,6 +37,17 @@ def trusted(stream: Any) -> Any:
 def is_live(stream: Any) -> bool:
     """Whether a stream is a terminal on which a line can be replaced."""
     return bool(stream.isatty()) and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def width(stream: Any) -> int:
+    """Characters in a line of the terminal behind a stream: $COLUMNS, its own, or else 80."""
+    chosen = os.environ.get("COLUMNS", "")
+    if chosen.isdecimal() and int(chosen):
+        return int(chosen)
+    # Not shutil's: it asks sys.__stdout__, which is detached once `keel` has wrapped it.
+    with suppress(OSError, ValueError, AttributeError):
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    return 80
 
 
 def has_colours(stream: Any) -> bool:

@@ -123,7 +123,9 @@ class TrainingConfig(Section):
         description=(
             "Continue training.initialize_from as a resume of it would, under this run's name: "
             "also keep its step, position in the data, random generators and guard statistics. "
-            "Needs keep_optimizer. Changes that a resume refuses, such as other data, are refused."
+            "Needs keep_optimizer. Changes that a resume refuses, such as other data, are refused. "
+            "The batch size may change: the data continue after the last sample, and "
+            "schedule.rampup_batch_size counts the samples of the origin too."
         ),
     )
     runs_dir: TextPath = Field(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import sys
 import threading
 import time
@@ -12,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, TextIO
 
-from keel_megatron.config.terminal import is_live, printable, trusted
+from keel_megatron.config.terminal import is_live, printable, trusted, width
 from keel_megatron.corpus.tokenize import Done
 from keel_megatron.runtime.files import LineFile
 from keel_megatron.tracking.progress import duration
@@ -100,7 +99,7 @@ class BuildProgress:
             self._log.append(f"{now} {line}")
 
     def _show(self, text: str) -> None:
-        text = text[: _columns(self._stream) - 1]  # a wrapped line cannot be replaced
+        text = text[: width(self._stream) - 1]  # a wrapped line cannot be replaced
         with suppress(OSError):
             trusted(self._stream).write(f"\r{printable(text)}\x1b[K")
             self._stream.flush()
@@ -110,17 +109,3 @@ class BuildProgress:
         if self._width:
             self._show("")
             self._width = 0
-
-
-def _columns(stream: TextIO) -> int:
-    """Width of a stream's terminal, from COLUMNS or the terminal; 80 if neither says it.
-
-    shutil.get_terminal_size asks the interpreter's own stdout, which cli/console.py detaches.
-    """
-    given = os.environ.get("COLUMNS", "")
-    if given.isdecimal() and int(given):
-        return int(given)
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80
-    except (OSError, ValueError):  # no terminal, or no file descriptor
-        return 80

@@ -79,7 +79,8 @@ def measure_pieces(config: RunConfig, samples: int = 12) -> Measured:
         UnitTimes(
             embedding=Times(forward, backward),
             block=Times(block[0], block[1]),
-            head=Times(rest[0] - forward, rest[1] - backward),
+            # Noise can make the difference negative.
+            head=Times(max(0.0, rest[0] - forward), max(0.0, rest[1] - backward)),
             light=light,
         ),
         update_block=block[2],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -109,3 +112,24 @@ print("one")
             [sys.executable, "-W", "ignore", "-c", probe], stdout=full, stderr=subprocess.PIPE
         )
     assert done.returncode == code, done.stderr
+
+
+def test_a_report_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also behind this module's stream, of which `shutil.get_terminal_size` knows nothing."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    reader, writer = os.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 30, 0, 0))
+    stream = io.TextIOWrapper(os.fdopen(writer, "wb"), line_buffering=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    console.tolerate_consoles()
+    console.print_report("A sentence of more characters than are in a line.")
+    assert os.read(reader, 1000) == b"A sentence of more characters\r\nthan are in a line.\r\n"
+    os.close(reader)
+    assert terminal.width(io.StringIO()) == 80
+
+
+def test_a_report_in_a_file_is_not_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = pipe(monkeypatch)
+    console.print_report("word " * 60)
+    assert os.read(reader, 1000).count(b"\n") == 1
+    os.close(reader)

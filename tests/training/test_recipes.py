@@ -47,6 +47,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "schedule__decay_fraction": 0.5,
         "schedule__min_learning_rate": 0.0,
     },
+    "ramped": {
+        **CONTINUES,
+        "schedule__rampup_batch_size": {"start": 8, "increment": 4, "samples": 96},
+    },
     "ended": {**CONTINUES, "training__steps": BEGUN},
     "elsewhere": {
         **CONTINUES,
@@ -172,6 +176,14 @@ def test_a_run_that_continues_another_is_that_run(home: Path) -> None:
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
     where = folder.step_folder(home / "runs" / "stable", BEGUN).resolve()
     assert f"started     as a continuation of {where}" in describe(home / "runs" / "same", None)
+
+
+def test_a_ramp_up_counts_the_samples_of_the_origin(home: Path) -> None:
+    """Batch sizes depend on the samples consumed alone; those of the origin are 4 x 16."""
+    assert values(home, "stable", "consumed_samples")[BEGUN - 1] == 64
+    assert values(home, "ramped", "consumed_samples") == [76, 88, 100, 116]
+    log = (home / "runs" / "ramped" / "log.txt").read_text()
+    assert "schedule.rampup_batch_size" in log
 
 
 def test_a_stable_run_is_decayed_from_its_step_on(home: Path) -> None:
