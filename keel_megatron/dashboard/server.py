@@ -159,7 +159,10 @@ class Server:
             with suppress(OSError), self._opener.open(self.page(), timeout=5):
                 return
             time.sleep(_POLL_SECONDS)
-        raise UserError(f"MLflow's server does not answer at {self._url}:\n{self._last_lines()}")
+        raise UserError(
+            f"MLflow's server does not answer at {self._url} within {_START_SECONDS:g} s. On a "
+            f"busy machine it may need longer: try again. The end of its log:\n{self._last_lines()}"
+        )
 
     def check(self) -> None:
         """Check that it still runs.
