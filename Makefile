@@ -24,14 +24,12 @@ help: ## List the targets.
 setup: $(VENV)/.installed ## Make .venv with pinned dependencies (CPU torch is enough).
 
 # torch first and pinned: an unpinned torch, asked for by another package, would bring CUDA along.
-# A new pip first: with the same pins Debian 12's pip 23.0.1 finds a conflict where there is none.
 # pip is not quiet: about 200 packages take minutes, and --quiet would hide the cause of a conflict.
 # DeepSpeed builds with the torch that is there, and without DS_BUILD_OPS=0 would compile its kernels.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
 		"error: Python 3.11 to 3.13 is needed; $(PYTHON) is %d.%d. Choose another: make setup PYTHON=python3.12" % v)'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt $(PIP_ARGS) --upgrade pip
 	$(PIP) install --constraint constraints.txt $(PIP_ARGS) torch setuptools
 	DS_BUILD_OPS=0 $(PIP) install --constraint constraints.txt $(PIP_ARGS) --no-build-isolation \
 		--editable '.[dev]'

@@ -1,11 +1,13 @@
-"""Check that every pin of constraints.txt can be installed on every declared Python.
+"""Check that the pins of constraints.txt can be installed on every declared Python, and together.
 
 python tools/check_pins.py              # Python 3.11, 3.12 and 3.13; part of make lock
 python tools/check_pins.py 3.13
 
 pip resolves the pins for Linux on x86_64 from the index's metadata alone: nothing is downloaded but
 a pip that is new enough to do so. A pin without a wheel for a Python must at least have an sdist
-that accepts it, as DeepSpeed's has. Exit code 1 if a pin has neither.
+that accepts it, as DeepSpeed's has. Then uv resolves the project with all extras at these pins, for
+the first release of each Python (3.11.0), against the torch of the index, which requires a certain
+triton. Exit code 1 if a pin has neither, or if there is no solution.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "pins"
 PIP = "pip>=26"
 """From 23.3 on a dry run does not download wheels whose metadata the index has."""
+UV = "uv>=0.9"
 CLASSIFIER = "Programming Language :: Python :: 3."
 
 
@@ -107,6 +110,32 @@ def has_sdist(pin: str, python: str) -> bool:
     return version in re.findall(r"[^\s,()]+", done.stdout)
 
 
+def conflict(python: str) -> str:
+    """Why the project with all extras cannot be installed at the pins; empty if it can.
+
+    Raises:
+        NoAnswerError: uv cannot be installed.
+    """
+    if not (CACHE / "uv").is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(CACHE), UV]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise NoAnswerError(done.stderr.strip())
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--all-extras"),
+            *("--constraint", "constraints.txt", "--python-version", f"{python}.0", "--quiet"),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(CACHE)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    return done.stderr.strip() if done.returncode else ""
+
+
 def main() -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
@@ -122,6 +151,9 @@ def main() -> None:
             for what, names in (("sdist only", sdists), ("NOT THERE", neither)):
                 if names:
                     print(f"  {what}: {', '.join(names)}", flush=True)
+            if reason := conflict(python):
+                absent += 1
+                print(f"  NOT TOGETHER: {reason}", flush=True)
     except NoAnswerError as error:
         sys.exit(f"error: the package index cannot be asked: {error}")
     sys.exit(1 if absent else 0)
