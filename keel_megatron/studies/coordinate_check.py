@@ -304,8 +304,7 @@ def _draw_sizes(rows: Sequence[Row], out: Path) -> None:
         for axes in (over_depths, over_depth):
             axes.set_title(label, loc="left")
             axes.set_yscale("log")
-    handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower right", ncols=6, frameon=False, fontsize=12)
+    pictures.shared_legend(figure, columns=6)
     pictures.finish(figure, out, legend=False)
 
 

@@ -186,7 +186,9 @@ def table(rows: Sequence[Row]) -> str:
 def picture(rows: Sequence[Row], out: Path) -> None:
     """Accuracy over k, one panel per task, one line per rule and depth; dotted: a guess."""
     by_task = groups(rows, "task")
-    figure, panels = pictures.new_figure("Accuracy on tasks of k sequential steps", len(by_task))
+    figure, panels = pictures.new_figure(
+        "Accuracy on tasks of k sequential steps", len(by_task), pictures.seeds_note(rows)
+    )
     ks = _ks(rows)
     for axes, ((task,), found) in zip(panels, by_task.items(), strict=True):
         depths = sorted({row["sub_layers"] for row in found})
@@ -197,7 +199,9 @@ def picture(rows: Sequence[Row], out: Path) -> None:
             pictures.curve(axes, ks, values, label, pictures.rule_colour(rule), marker)
         axes.axhline(1 / len(TASKS[task].answers), linestyle=":", color="#718096")
         axes.set_title(f"{task}: {TASKS[task].what}", loc="left", fontsize=11)
-        axes.set_xlabel("k")
+        axes.set_xlabel("k, steps of a question")
+        axes.set_xticks(ks)
         axes.set_ylim(-0.02, 1.02)
     panels[0].set_ylabel("accuracy")
-    pictures.finish(figure, out)
+    pictures.shared_legend(figure)
+    pictures.finish(figure, out, legend=False)

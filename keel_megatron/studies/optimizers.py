@@ -187,14 +187,7 @@ def picture(rows: Sequence[Row], out: Path) -> None:
         over_depth.set_xlabel("l / L")
         for axes in (over_steps, over_depth):
             _factor_axis(axes)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside lower right",
-        ncols=4,
-        frameon=False,
-        handlelength=3.5,
-        fontsize=11,
-    )
+    pictures.shared_legend(figure)
     pictures.finish(figure, out, legend=False)
 
 

@@ -94,6 +94,19 @@ def rate_axis(axes: Axes, rates: Collection[float]) -> None:
     axes.set_xlabel("learning rate")
 
 
+def shared_legend(figure: Figure, columns: int = 4) -> None:
+    """One legend below all panels, of what the first one shows."""
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(),
+        loc="outside lower right",
+        ncols=columns,
+        frameon=False,
+        handlelength=3.5,  # long enough to tell dashed lines
+        fontsize=11,
+        labelcolor=TEXT,
+    )
+
+
 def finish(figure: Figure, out: Path, *, legend: bool = True) -> None:
     """Dress every panel, give the first one a legend, and write the PNG.
 

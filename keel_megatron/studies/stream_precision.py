@@ -201,13 +201,7 @@ def picture(rows: Sequence[Row], out: Path) -> None:
     kept = [row for row in rows if row["sub_layers"] == depths[-1][0]]
     _draw_kept(panels[-1], kept)
     panels[-1].set_title("Part of an update that is stored", loc="left")
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside lower right",
-        ncols=4,
-        frameon=False,
-        fontsize=11,
-    )
+    pictures.shared_legend(figure)
     pictures.finish(figure, out, legend=False)
 
 
