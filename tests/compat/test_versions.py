@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from tools import check_pins, test_next
 
@@ -52,6 +54,27 @@ def test_the_table_has_a_line_for_each_version() -> None:
         "| megatron-core | layouts | demo |",
         "| 0.19.2 | passed, 2 s | FAILED, 2 s |",
     ]
+
+
+def test_installed_packages_accept_the_oldest_python_of_a_version() -> None:
+    """Debian 12 has Python 3.11.2, and a package for 3.11.5 would leave it without a solution."""
+    oldest = f"{check_pins.pythons()[0]}.0"
+    refused = [
+        f"{package.name} {package.version}: {required}"
+        for package in metadata.distributions()
+        if (required := package.metadata["Requires-Python"])
+        and not SpecifierSet(required).contains(oldest)
+    ]
+    assert refused == []
+
+
+def test_a_conflict_of_pins_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "uv").mkdir()
+    monkeypatch.setattr(check_pins, "CACHE", tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda *_args, **_kwargs: answer(1, "no solution\n"))
+    assert check_pins.conflict("3.11") == "no solution"
+    monkeypatch.setattr(subprocess, "run", lambda *_args, **_kwargs: answer(0, "a warning"))
+    assert check_pins.conflict("3.11") == ""
 
 
 def test_pins_apply_by_their_markers() -> None:
