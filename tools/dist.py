@@ -57,7 +57,8 @@ def committed(target: Path, epoch: int, root: Path = ROOT) -> None:
         ["git", "archive", "--format=tar", "HEAD"], cwd=root, check=True, stdout=subprocess.PIPE
     ).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        tar.extractall(target, filter="tar")
+        tar.extraction_filter = getattr(tarfile, "tar_filter", None)  # from Python 3.11.4 on
+        tar.extractall(target)
     for path in target.rglob("*"):
         os.utime(path, (epoch, epoch), follow_symlinks=False)
 
@@ -119,7 +120,8 @@ def build(
     finally:
         os.umask(before)
     with tempfile.TemporaryDirectory(prefix="wheel-") as folder, tarfile.open(sdist) as tar:
-        tar.extractall(folder, filter="tar")
+        tar.extraction_filter = getattr(tarfile, "tar_filter", None)
+        tar.extractall(folder)
         before = os.umask(0o022)  # the wheel keeps modes of the files that setuptools writes
         try:
             unpacked = Path(folder) / sdist.name.removesuffix(".tar.gz")

@@ -179,7 +179,8 @@ def continued(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
     runs = tmp_path_factory.mktemp("runs")
     for name in OLD_LAYOUTS:
         with tarfile.open(OLD) as archive:
-            archive.extractall(runs, filter="data")
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # from 3.11.4 on
+            archive.extractall(runs)
         (runs / "bf16-tp2").rename(runs / name)
     configs = [sections(runs, name, **OLD_MODEL, **o) for name, o in OLD_LAYOUTS.items()]
     return {n: ranks[0] for n, ranks in zip(OLD_LAYOUTS, run_in_turn(2, configs), strict=True)}
@@ -212,7 +213,8 @@ def loaded_old(config: Sections, path: Path) -> list[tuple[str, str, torch.Tenso
 def test_format_1_is_read_to_the_last_bit(tmp_path: Path) -> None:
     """Against its whole blocks, put together here by their offsets."""
     with tarfile.open(OLD) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # from 3.11.4 on
+        archive.extractall(tmp_path)
     path = tmp_path / "bf16-tp2" / "checkpoints" / "step_00000002"
     index = json.loads((path / "index.json").read_text())
     config = sections(tmp_path, "one", **OLD_MODEL)

@@ -111,7 +111,7 @@ print("one")
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", probe], stdout=full, stderr=subprocess.PIPE
         )
-    assert done.returncode == code, done.stderr
+    assert bool(done.returncode) == bool(code), done.stderr  # 1 or 120, by the Python
 
 
 def test_a_report_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,5 +41,7 @@ def test_a_file_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", ["dem", "../yaml/demo", "evaluation/paper"])
 def test_other_names_are_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="`keel config list` shows the bundled"):
+    with pytest.raises(
+        ConfigError, match=r"`keel config list` shows the bundled|did you mean demo"
+    ):
         load_config(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -85,7 +86,9 @@ def test_the_build_of_an_array_of_jobs(tmp_path: Path, submitted: Path, config: 
     assert "submitted 2 tasks as job 100, and job 101, which finishes" in shown.stdout
     array, finish = arguments(submitted / "100"), arguments(submitted / "101")
     assert (array["array"], array["cpus-per-task"], array["partition"]) == ("0-1", "3", "cpu")
-    assert array["wrap"].startswith(f"{sys.executable} -P -m keel_megatron data task {partial}")
+    assert array["wrap"].startswith(
+        f"{shlex.quote(sys.executable)} -P -m keel_megatron data task {partial}"
+    )
     assert finish["dependency"] == "afterany:100"
     for task in range(2):
         run_job(submitted / "100", task)

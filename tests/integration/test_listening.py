@@ -25,7 +25,7 @@ def listening(root: psutil.Process) -> set[tuple[str, int]]:
     for process in family:
         try:
             connections = process.net_connections(kind="tcp")
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or is just ending
             continue
         found |= {tuple(each.laddr) for each in connections if each.status == psutil.CONN_LISTEN}
     return found

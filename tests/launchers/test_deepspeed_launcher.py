@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.commands import losses_of, write_config
+from tests.launchers.test_arguments import needs_plain_path
 from tests.launchers.test_launchers import launch
 from tests.ports import reserved_port
 
@@ -29,6 +30,7 @@ def test_a_hostfile_of_one_host_trains(tmp_path: Path) -> None:
     assert "2 process(es) on cpu, 1 thread(s) each: TP 1 x PP 2 x DP 1" in done.stdout
 
 
+@needs_plain_path
 def test_a_host_that_does_not_answer_is_told(tmp_path: Path) -> None:
     write_config(tmp_path, Path(argparse.__file__))
     (tmp_path / "hostfile").write_text("host.invalid slots=2\n")
