@@ -148,7 +148,7 @@ def test_a_dry_run_shows_the_exact_command(
 ) -> None:
     done = launch(name, "--dry-run", *arguments, **variables)
     assert done.returncode == 0, done.stderr
-    assert unquoted(done.stdout).startswith(expected + "\n")
+    assert unquoted(done.stdout).startswith(unquoted(expected) + "\n")
     assert done.stderr == ""
 
 
