@@ -52,6 +52,9 @@ class Structure:
     mlp: SubLayer
     following: Inner | None
     """In front of the next block's attention; None: unknown."""
+    factors: tuple[bool, bool]
+    """Whether the norms of `mlp` and `following` have a factor: a parameter and its product with a
+    factor are different arguments to torch.compile."""
 
 
 def block(
@@ -196,14 +199,15 @@ class CompiledBlock:
         rules = [COMPILED.sub_layer(first + l, layer.model) for l in range(2)]
         following = None
         if layer.following:
-            following = COMPILED.sub_layer(first + 2, layer.model).inner
+            following = COMPILED.sub_layer(first + 2, layer.model)
         self._compiler = compiler
         self._structure = Structure(
             groups=attention.num_query_groups_per_partition,
             epsilon=layer.config.layernorm_epsilon,
             attention=replace(rules[0], inner_factor=1.0),
             mlp=replace(rules[1], inner_factor=1.0),
-            following=following,
+            following=following and following.inner,
+            factors=(_has_factor(rules[1]), _has_factor(following)),
         )
         self._products = tuple(
             one.weight
@@ -248,6 +252,10 @@ class CompiledBlock:
 def _weight(module: nn.Module | None) -> Tensor | None:
     weight: Tensor | None = getattr(module, "weight", None)
     return weight
+
+
+def _has_factor(rule: SubLayer | None) -> bool:
+    return rule is not None and rule.inner_factor != 1.0
 
 
 def _within(documents: Documents, z: Tensor, table: Tensor) -> Tensor | Packed:

@@ -15,7 +15,7 @@ from tests.launchers.test_launchers import DEMO, LAUNCHERS, ROOT
 
 # torchrun.sh's interpreter: its checks are content, and torchrun is this trainer's parent, which
 # starts it again (as the file `started` shows) after any code but 0.
-PYTHON = f"""#!{sys.executable}
+PYTHON = f"""
 import os, subprocess, sys
 if sys.argv[1:4] == ["-m", "keel_megatron", "config"]:
     print("FOLDER")
@@ -33,8 +33,10 @@ def command(launcher: str, folder: Path) -> list[str]:
     if launcher == "keel train --processes 2":
         code = "import sys; from keel_megatron.runtime.local_launch import launch; "
         return [sys.executable, "-c", f"{code}sys.exit(launch(2, ['-c', {BLOCKED!r}], 5))"]
+    (folder / "python.py").write_text(PYTHON.replace("FOLDER", str(folder)))
     stub = folder / "python"
-    stub.write_text(PYTHON.replace("FOLDER", str(folder)))
+    # A `#!` line cannot name an interpreter whose path has a space.
+    stub.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{folder}/python.py" "$@"\n')
     stub.chmod(0o755)
     return ["bash", str(LAUNCHERS / "torchrun.sh"), DEMO]
 
