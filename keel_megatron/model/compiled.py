@@ -206,7 +206,7 @@ class CompiledBlock:
             epsilon=layer.config.layernorm_epsilon,
             attention=replace(rules[0], inner_factor=1.0),
             mlp=replace(rules[1], inner_factor=1.0),
-            following=following and following.inner,
+            following=None if following is None else following.inner,
             factors=(_has_factor(rules[1]), _has_factor(following)),
         )
         self._products = tuple(

@@ -41,6 +41,16 @@ def test_the_same_tokens_and_text(prefix: bool) -> None:
         assert theirs.decode(tokens) == ours.decode(tokens) == text
 
 
+def test_bytes_that_are_not_utf8_are_decoded_differently() -> None:
+    """SentencePiece replaces the invalid byte alone, tokenizers every byte of its run."""
+    model = trained(**IDENTITY, add_dummy_prefix=False)
+    ours = sentencepiece.SentencePieceProcessor(model_proto=model)
+    theirs = tokenizers.Tokenizer.from_str(to_tokenizer_json(model))
+    tokens = [ours.piece_to_id(piece) for piece in ("<0xC5>", "<0x30>", "t")]
+    assert ours.decode(tokens) == "\ufffd0t"
+    assert theirs.decode(tokens) == "\ufffd\ufffdt"
+
+
 def test_control_pieces_are_special_tokens() -> None:
     parsed = json.loads(to_tokenizer_json(sentencepiece_model()))
     assert [token["content"] for token in parsed["added_tokens"]] == ["<eod>", "<unk>"]
