@@ -65,7 +65,9 @@ def build(
     again = ["data", "build", str(config), *(overrides or ()), *place]
     folder = build_dataset(data, print, out, _execute(executor, workers, tasks, sbatch, again))
     if (folder / MANIFEST).is_file():  # otherwise a cluster finishes it later
-        how = f"with data.dataset={out}" if out else shlex.join(["keel", "train", *again[2:]])
+        how = shlex.join(["keel", "train", *again[2:]])
+        if out:
+            how = f"with {shlex.quote(f'data.dataset={out}')}"
         print(f"train on it: {how}")
 
 

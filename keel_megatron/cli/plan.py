@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def plan(
     ] = False,
     trace: Annotated[
         bool,
-        typer.Option("--trace", help="Run one rank of each stage on CUDA tensors without data."),
+        typer.Option("--trace", help="Run one rank of each stage on fake CUDA tensors."),
     ] = False,
     trace_plot: Annotated[
         Path | None,
@@ -233,4 +234,4 @@ def _search(
     print_report(describe_search(found, gpus))
     best = found.best[0]
     given = [setting for setting in settings if setting.partition("=")[0] not in best.settings]
-    print(f"\nkeel train {' '.join([str(path), *given, *best.overrides])}")
+    print(f"\n{shlex.join(['keel', 'train', str(path), *given, *best.overrides])}")

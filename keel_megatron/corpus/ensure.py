@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,7 +48,7 @@ def ensure_dataset(
         if not (data.dataset / MANIFEST).is_file():
             raise UserError(
                 f"data.dataset: {data.dataset} is not a dataset folder; build it with keel data "
-                f"build CONFIG --out {data.dataset}"
+                f"build CONFIG --out {shlex.quote(str(data.dataset))}"
             )
         return data.dataset
     found = identify(data, say)

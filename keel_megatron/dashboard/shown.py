@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +56,8 @@ def choose(runs: Sequence[Path]) -> Shown:
         if database == chosen:
             shown.append(run)
         else:
-            others.append(f"{run.name} reports to {database}: `keel dashboard {run}` shows it")
+            command = f"keel dashboard {shlex.quote(str(run))}"
+            others.append(f"{run.name} reports to {database}: `{command}` shows it")
     if chosen is None:
         raise UserError("; ".join(["none of these runs reports to a local database", *others]))
     return Shown(chosen, shown, others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shlex
 from pathlib import Path
 
 from keel_megatron.architecture.parameters import parameter_count
@@ -58,7 +59,8 @@ def _sample(run: Path, uri: str | None, again: bool) -> None:
 
 
 def _remark(run: Path, why: str) -> None:
-    print(f"no sample: {why} (the run is complete; keel generate {run} --prompt TEXT)")
+    command = f"keel generate {shlex.quote(str(run))} --prompt TEXT"
+    print(f"no sample: {why} (the run is complete; {command})")
 
 
 def _lack_of_memory(config: RunConfig) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import threading
 from collections.abc import Callable
@@ -94,7 +95,8 @@ class WorkerProcess:
                 f"`{sync_command(self._run, self._to)}` delivers them"
             )
         elif not is_done:
-            self._warn(f"the depth profiles are not drawn yet: `keel depth {self._run}` draws them")
+            command = f"keel depth {shlex.quote(str(self._run))}"
+            self._warn(f"the depth profiles are not drawn yet: `{command}` draws them")
 
     def _start(self) -> subprocess.Popen[str]:
         command = [*python(), "-m", worker.__name__, str(self._run)]

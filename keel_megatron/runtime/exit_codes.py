@@ -8,7 +8,7 @@
 | 65 | diverged: `guard.limit` reached, or non-finite weights | none |
 | 70 | hang, ended by the watchdog | restart the group |
 | 75 | checkpoint saved, on SIGUSR1 or at `training.exit_after` | resubmit the job |
-| 129, 130, 143 | checkpoint saved, on SIGHUP, SIGINT or SIGTERM | none |
+| 129, 130, 143 | checkpoint saved, on SIGHUP, SIGINT or SIGTERM | none; Kubernetes restarts 143 |
 | other 128 + n | killed by signal n | restart the group |
 
 65, 70 and 75 are EX_DATAERR, EX_SOFTWARE and EX_TEMPFAIL of sysexits.h.

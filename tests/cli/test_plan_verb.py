@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,10 +64,12 @@ def test_the_plan_is_drawn(tmp_path: Path) -> None:
 
 
 def test_the_search_prints_a_command_that_is_valid(tmp_path: Path) -> None:
-    done = keel(tmp_path, "plan", DEEP, "--search", "--gpus", "128", "parallel.pipeline=8")
+    config = tmp_path / "a deep model.yaml"  # whose name a shell needs quoted
+    shutil.copy(DEEP, config)
+    done = keel(tmp_path, "plan", str(config), "--search", "--gpus", "128", "parallel.pipeline=8")
     assert done.returncode == 0, done.stderr
     command = shlex.split(done.stdout.splitlines()[-1])
-    assert command[:3] == ["keel", "train", DEEP]
+    assert command[:3] == ["keel", "train", str(config)]
     assert command.count("parallel.pipeline=8") <= 1
     again = keel(tmp_path, "plan", *command[2:], "--gpus", "128")
     assert again.returncode == 0, again.stderr

@@ -29,7 +29,7 @@ from tests.memory import Watch
 
 # Rows, hidden size, vocabulary, and rows of a piece: the demo's, a wider one, a large vocabulary.
 CPU_SHAPES = [
-    (256, 64, 2048, (128, 64, 32)),
+    (512, 64, 2048, (256, 128, 64)),
     (1024, 256, 8192, (512, 256, 64)),
     (512, 128, 128000, (256, 128, 32)),
 ]

@@ -39,7 +39,7 @@ from keel_megatron.runtime.distributed import start
 
 SHAPES = (
     # sequences, length, heads, groups, head size
-    ("demo", 2, 128, 4, 2, 16),
+    ("demo", 8, 64, 4, 2, 16),
     ("wide", 2, 512, 8, 4, 64),
     ("long", 1, 2048, 8, 2, 64),
 )
@@ -47,8 +47,6 @@ PARTS = (1, 4, 16)
 """Documents in a sequence, of equal length."""
 STEP = (
     "parallel.pipeline=1",
-    "optimizer.name=adamw",
-    "training.micro_batch_size=2",
     "training.device=cpu",
     "training.threads=1",
 )

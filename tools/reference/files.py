@@ -81,8 +81,8 @@ def exit_code_page() -> str:
     """The page docs/reference/exit-codes.md."""
     return (
         "# Exit codes\n\n`keel train` exits with these codes. Other commands exit with 0; with 1 "
-        "if a check fails (`keel checkpoint verify`, `keel data verify`, `keel export`); and with "
-        "2 for a configuration or usage error.\n\n"
+        "if a check (`keel checkpoint verify`, `keel data verify`, `keel export`) or a run of "
+        "`keel study` fails; with 2 for a configuration or usage error; and with 130 on Ctrl-C.\n\n"
         f"{source.text('runtime.exit_codes', skip_first=True)}\n"
     )
 

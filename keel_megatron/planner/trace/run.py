@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch comes with it: a plan without a trace needs none
     from keel_megatron.planner.trace.result import RankTrace
 
 LIMITS = (
-    "A trace runs the program on CUDA tensors without data: no values, no times, no streams, no "
+    "A trace runs the program on fake CUDA tensors: no values, no times, no streams, no "
     "NCCL. Memory inside kernels is declared or left out (cuBLAS, NCCL, the driver: reserved_gb), "
     "and what a kernel itself refuses is not seen."
 )
