@@ -166,7 +166,7 @@ CASES = (
     Case(ROTARY, "head size 256, bf16", rotary(256, 1, 8, BF16), 8),
     Case(ROTARY, "head size 64, bf16, QK-norm", rotary(64, 8, 2, BF16, "qk"), 6, quick=True),
     Case(ROTARY, "head size 80, fp32, QKV-norm", rotary(80, 3, 3, FP32, "qkv"), 6),
-    Case(ROTARY, "head size 128, bf16, QK-norm", rotary(128, 8, 4, BF16, "qk"), 6),
+    Case(ROTARY, "head size 128, bf16, QK-norm", rotary(128, 8, 4, BF16, "qk"), 6, spilled=16),
     Case(SWIGLU, "f 3072, bf16", feed_forward(3072, BF16), 8, quick=True),
     Case(SWIGLU, "f 3072, fp32", feed_forward(3072, FP32), 8),
     Case(SWIGLU, "f 2752, bf16", feed_forward(2752, BF16), 8),
