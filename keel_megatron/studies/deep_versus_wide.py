@@ -168,8 +168,9 @@ def picture(rows: Sequence[Row], out: Path) -> None:
     figure, axes = pictures.new_figure(title, panels)
     _over_depth(axes[0], rows, rules)
     if panels > 1:
-        sweep(axes[1], rows, "sub_layers", lambda at: f"L = {at}")
-        axes[1].legend(frameon=False, fontsize=8)
+        sweep(axes[1], rows, "sub_layers")
+        depths = dict.fromkeys(row["sub_layers"] for row in rows)
+        pictures.marker_legend(axes[1], [f"L = {at}" for at in depths])
     pictures.finish(figure, out)
 
 

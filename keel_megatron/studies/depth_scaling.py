@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,10 @@ def picture(rows: Sequence[Row], out: Path) -> None:
     figure, axes = pictures.new_figure(title, panels)
     if panels > 1:
         _over_depth(axes[0], rows)
-    sweep(axes[-1], rows, "sub_layers", lambda depth: f"L = {depth}")
+    sweep(axes[-1], rows, "sub_layers")
+    if panels > 1:
+        pictures.marker_legend(axes[-1], [f"L = {depth}" for (depth,) in depths])
     axes[0].set_ylabel(f"{loss_key(rows).replace('_', ' ')}, nats per token")
-    axes[-1].legend(frameon=False, fontsize=9)
     pictures.finish(figure, out)
 
 
@@ -107,14 +108,13 @@ def _over_depth(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xlabel("sub-layers L")
 
 
-def sweep(axes: Any, rows: Sequence[Row], shape: str, name: Callable[[Any], str]) -> None:
-    """Draw loss over learning rate, one line per rule and shape.
+def sweep(axes: Any, rows: Sequence[Row], shape: str) -> None:
+    """Draw loss over learning rate, one line per rule and shape: its colour and its marker.
 
     Args:
         axes: to draw in.
         rows: with labels `rule`, `rate` and the shape's.
         shape: the label that tells shapes apart.
-        name: a shape's name, from its label.
     """
     key = loss_key(rows)
     shapes = list(dict.fromkeys(row[shape] for row in rows))
@@ -128,6 +128,6 @@ def sweep(axes: Any, rows: Sequence[Row], shape: str, name: Callable[[Any], str]
             if len(by_rate) > 1:
                 marker = pictures.MARKERS[number % len(pictures.MARKERS)]
                 colour = pictures.rule_colour(rule)
-                label = f"{rule}, {name(one)}"
+                label = rule if number == 0 else "_"
                 pictures.curve(axes, list(by_rate), list(by_rate.values()), label, colour, marker)
     pictures.rate_axis(axes, {row["rate"] for row in rows})

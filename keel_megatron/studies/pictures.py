@@ -94,6 +94,17 @@ def rate_axis(axes: Axes, rates: Collection[float]) -> None:
     axes.set_xlabel("learning rate")
 
 
+def marker_legend(axes: Axes, names: Sequence[str]) -> None:
+    """A legend of MARKERS alone, where another panel's legend names the colours."""
+    from matplotlib.lines import Line2D
+
+    lines = [
+        Line2D([], [], color=QUIET, marker=MARKERS[number % len(MARKERS)], label=name)
+        for number, name in enumerate(names)
+    ]
+    axes.legend(handles=lines, frameon=False, fontsize=11, labelcolor=TEXT)
+
+
 def shared_legend(figure: Figure, columns: int = 4) -> None:
     """One legend below all panels, of what the first one shows."""
     figure.legend(
