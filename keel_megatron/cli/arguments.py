@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -72,6 +73,30 @@ Json = Annotated[
     typer.Option("--json", help="Print one JSON value instead of text; messages go to stderr."),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run: runs/NAME.")]
+
+
+def sbatch_options(text: str) -> list[str]:
+    """The words of --sbatch.
+
+    Raises:
+        UserError: a quotation is not closed.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--sbatch: {text}: {error}") from None
+
+
+def refuse_unused(executor: str, **options: object) -> None:
+    """Refuse options that are given and that this executor does not use.
+
+    Raises:
+        UserError: there are some.
+    """
+    if given := [f"--{name}" for name, value in options.items() if value]:
+        raise UserError(
+            f"{', '.join(given)}: no effect with --executor {executor}; give --executor slurm"
+        )
 
 
 @contextmanager

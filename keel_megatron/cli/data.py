@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from keel_megatron.cli import data_folders
-from keel_megatron.cli.arguments import ConfigPath, Overrides
+from keel_megatron.cli.arguments import ConfigPath, Overrides, refuse_unused, sbatch_options
 from keel_megatron.cli.help import App
 
 if TYPE_CHECKING:
@@ -95,14 +95,20 @@ def task(
 def _execute(
     executor: Executor, workers: int, tasks: int, sbatch: str, again: list[str]
 ) -> Execute:
-    """What does the jobs."""
+    """What does the jobs.
+
+    Raises:
+        UserError: an option does not fit the executor, or what the executor needs is missing.
+    """
     from keel_megatron.corpus import cluster
     from keel_megatron.corpus.build import local
 
     if executor is Executor.SLURM:
         return cluster.slurm(
-            tasks=tasks, workers=workers or 1, again=again, options=shlex.split(sbatch)
+            tasks=tasks, workers=workers or 1, again=again, options=sbatch_options(sbatch)
         )
     if executor is Executor.RAY:
+        refuse_unused(executor, sbatch=sbatch)
         return cluster.ray(tasks=tasks, workers=workers)
+    refuse_unused(executor, sbatch=sbatch, tasks=tasks)
     return local(workers)

@@ -164,7 +164,7 @@ class ScheduleConfig(Section):
     min_learning_rate: float = Field(
         default=1e-7,
         ge=0.0,
-        description="Learning rate at the last step. Does not apply to decay: constant.",
+        description="Learning rate at the last step. Applies to decay: cosine and wsd only.",
     )
     rampup_batch_size: RampupConfig | None = Field(
         default=None,

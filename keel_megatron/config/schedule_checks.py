@@ -19,7 +19,14 @@ def _decay_after_warmup(config: RunConfig) -> Iterator[tuple[str, str]]:
     schedule, steps = config.schedule, config.training.steps
     if schedule.decay != "wsd" or schedule.warmup_steps >= steps:
         return
-    if round(steps * (1.0 - schedule.decay_fraction)) < schedule.warmup_steps:
+    start = round(steps * (1.0 - schedule.decay_fraction))
+    if start >= steps:
+        yield (
+            "schedule.decay_fraction",
+            f"{schedule.decay_fraction} of training.steps = {steps} leaves no step to decay in; it "
+            f"must be at least {1.0 / steps:.4g}",
+        )
+    elif start < schedule.warmup_steps:
         yield (
             "schedule.decay_fraction",
             f"{schedule.decay_fraction} overlaps with schedule.warmup_steps = "

@@ -14,6 +14,7 @@ from keel_megatron.config.run import RunConfig
 _USED_WITH: Final[Sequence[tuple[str, tuple[Any, ...], tuple[str, ...]]]] = (
     ("optimizer.name", ("muon",), ("momentum", "nesterov", "ns_steps", "adjust_lr_fn")),
     ("schedule.decay", ("wsd",), ("decay_fraction",)),
+    ("schedule.decay", ("cosine", "wsd"), ("min_learning_rate",)),
 )
 """A setting, the values with which others of its section are used, and those others."""
 

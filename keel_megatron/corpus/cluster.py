@@ -19,7 +19,7 @@ from keel_megatron.corpus.pool import run_jobs
 from keel_megatron.corpus.progress import BuildProgress
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.interpreter import python
-from keel_megatron.runtime.slurm import sbatch
+from keel_megatron.runtime.slurm import log_pattern, remember, sbatch, waiting_job
 
 MOST_TASKS: Final = 64
 """Default number of tasks, unless there are fewer jobs."""
@@ -91,7 +91,19 @@ def slurm(
         )
 
     def execute(partial: Path, plan: Plan, progress: BuildProgress) -> None:
-        """Submit the array of tasks and the job that finishes the build."""
+        """Submit the array of tasks and the job that finishes the build, unless they wait or run.
+
+        Raises:
+            UserError: they do, or squeue or sbatch fails.
+        """
+        logs = partial / JOBS
+        if (job := waiting_job(logs)) is not None:
+            raise UserError(
+                f"--executor slurm: job {job} of this build is still in the queue; wait until it "
+                f"has ended, or cancel it: scancel {job}"
+            )
+        if not unfinished(partial, plan):
+            return
         count = task_count(plan, tasks)
         keel = [*python(), "-m", "keel_megatron"]
         task = shlex.join([*keel, "data", "task", str(partial.absolute()), "--tasks", str(count)])
@@ -99,20 +111,22 @@ def slurm(
         array = sbatch(
             f"--array=0-{count - 1}",
             "--job-name=keel-data",
-            f"--output={partial.absolute() / JOBS}/slurm-%A_%a.log",
+            f"--output={log_pattern(logs, 'slurm-%A_%a.log')}",
             *common,
             f'--wrap={task} --workers {workers} --task "$SLURM_ARRAY_TASK_ID"',
         )
+        remember(logs, array)
         finish = sbatch(
             f"--dependency=afterany:{array}",
             "--job-name=keel-data-finish",
-            f"--output={partial.absolute().parent}/slurm-%j.log",
+            f"--output={log_pattern(partial.parent, 'slurm-%j.log')}",
             *common,
             f"--wrap={shlex.join([*keel, *again, '--workers', str(workers)])}",
         )
+        remember(logs, array, finish)
         progress.say(
             f"submitted {count} tasks as job {array}, and job {finish}, which finishes the build; "
-            f"their logs are in {partial / JOBS} and {partial.parent}"
+            f"their logs are in {logs} and {partial.parent}"
         )
 
     return execute

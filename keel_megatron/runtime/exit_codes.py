@@ -51,7 +51,7 @@ def to_shell(returncode: int) -> int:
 
 def for_torchrun(code: int) -> int:
     """The exit code of this process: 0 where torchrun would otherwise restart it."""
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or "0")
     return DONE if restarts > 0 and code in FINAL - {USER_ERROR} else code
 
 

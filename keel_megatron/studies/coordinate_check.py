@@ -12,6 +12,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +63,11 @@ def study(
         for sub_layers in axes.depths
         for factor in factors.values()
     ]
-    unique = {point.name: point for point in points}  # a factor may be given twice
+    unique: dict[str, Point] = {}
+    for point in points:  # a factor may be given twice, or differ in later digits
+        if unique.setdefault(point.name, point) != point:
+            name = f"{point.name}-{point.labels['epsilon']!r}"
+            unique[name] = replace(point, name=name)
     row = partial(measured, clip=config.optimizer.clip_grad)
     return Study("coordinate-check", list(unique.values()), table, picture, row)
 

@@ -50,6 +50,8 @@ class _Process:
     slot: int
     began: float
     status: RunStatus
+    asked: bool = False
+    """Whether it has had a signal to end."""
 
 
 @dataclass
@@ -150,7 +152,10 @@ class LocalRunner:
             )
             start = output.tell()
         status = RunStatus(run.name, run.folder / METRICS_FILE, run.config.training.steps)
-        self._running.append(_Process(run, popen, log, start, slot, time.monotonic(), status))
+        process = _Process(run, popen, log, start, slot, time.monotonic(), status)
+        self._running.append(process)
+        if self._ended.signal is not None and not process.asked:
+            popen.send_signal(signal.SIGTERM)  # a signal came before it was in the list
         self._say(f"{run.name}: started")
 
     def _note(self, process: _Process, code: int, waiting: list[GridRun]) -> None:
@@ -212,6 +217,7 @@ class LocalRunner:
 
     def _signal(self, number: int) -> None:
         for process in self._running:
+            process.asked = True
             process.popen.send_signal(number)  # does nothing to one that has ended
 
 

@@ -10,20 +10,19 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import keel_megatron
-from keel_megatron.config.reading import read_small_text
+from keel_megatron.config.bundled import locate
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.files import write_whole
-from keel_megatron.runtime.slurm import sbatch
+from keel_megatron.runtime.slurm import directive, log_pattern, remember, sbatch, waiting_job
 from keel_megatron.runtime.tables import count
 from keel_megatron.studies.grid import Grid, GridRun
 from keel_megatron.studies.results import LOGS, has_result
 
-SCRIPT, JOB = "slurm.sbatch", "slurm_job"
+SCRIPT = "slurm.sbatch"
 _SCRIPT = """\
 #!/usr/bin/env bash
 # Written by `keel study`: task N of the array trains one run of the study.
@@ -61,13 +60,13 @@ def run_on_slurm(
         Names of the runs that have no result yet.
 
     Raises:
-        UserError: there is no sbatch here, it refuses, or a file cannot be read or written.
+        UserError: there is no sbatch here, it refuses, squeue fails, or a file cannot be read or
+            written.
     """
     left = [run for run in grid.runs if not has_result(run)]
-    job = _waiting_job(grid.out)
     if not left:
         return []
-    if job is not None:
+    if (job := waiting_job(grid.out)) is not None:
         say(f"job {job} is still in the queue; run this command again when it has ended")
         return [run.name for run in left]
     if submit and shutil.which("sbatch") is None:
@@ -80,7 +79,7 @@ def run_on_slurm(
     if submit:
         array = f"--array=0-{len(left) - 1}%{parallel}"
         job = sbatch(array, *options, str(script))
-        write_whole(grid.out / JOB, job + "\n")
+        remember(grid.out, job)
         say(
             f"submitted {count(len(left), 'run')} as job {job}, {parallel} at a time; when it has "
             f"ended, run this command again for the results (logs: {grid.out / LOGS})"
@@ -105,10 +104,10 @@ def script_text(grid: Grid, runs: Sequence[GridRun], root: Path) -> str:
     ]
     directives += [
         f"#SBATCH --job-name=keel-{grid.study.name}",
-        f"#SBATCH --output={grid.out.absolute() / LOGS}/slurm-%A_%a.log",
+        directive("output", log_pattern(grid.out / LOGS, "slurm-%A_%a.log")),
     ]
     cases = [
-        f"{number}) set -- {shlex.join([str(run.path), *run.settings])} ;;  # {run.name}"
+        f"{number}) set -- {shlex.join([str(locate(run.path)), *run.settings])} ;;  # {run.name}"
         for number, run in enumerate(runs)
     ]
     return _SCRIPT.format(
@@ -132,24 +131,3 @@ def _root() -> Path:
     raise UserError(
         "--executor slurm: there is no launchers/slurm.sbatch; set KEEL_ROOT to the repository"
     )
-
-
-def _waiting_job(out: Path) -> str | None:
-    """The study's array, if a part of it is in the queue or runs."""
-    try:
-        job = read_small_text(out / JOB).strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    if not job.isdecimal():
-        return None
-    try:
-        done = subprocess.run(
-            ["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False
-        )
-    except OSError as error:
-        raise UserError(
-            f"--executor slurm: cannot ask whether job {job} is in the queue: squeue: "
-            f"{error.strerror}"
-        ) from error
-    # A job that SLURM has forgotten is an error to squeue.
-    return job if done.returncode == 0 and done.stdout.strip() else None

@@ -120,7 +120,7 @@ def read_metrics(run: Path | str, *names: str) -> list[dict[str, Any]]:
         UserError: the folder has no metrics.jsonl, or a line in its middle is not a record.
     """
     path = Path(run)
-    if path.suffix != ".jsonl":
+    if path.suffix != ".jsonl" or path.is_dir():
         path /= _IN_FOLDER
         if not path.is_file():
             raise UserError(f"{run} has no {_IN_FOLDER}; a run's folder is runs/NAME")

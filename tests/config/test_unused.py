@@ -28,6 +28,11 @@ MUON = {"optimizer__momentum": 0.5, "optimizer__ns_steps": 6}
             ["schedule.decay_fraction: no effect with schedule.decay: cosine"],
         ),
         ({"schedule__decay_fraction": 0.5, "schedule__decay": "wsd"}, []),
+        (
+            {"schedule__min_learning_rate": 1e-4, "schedule__decay": "constant"},
+            ["schedule.min_learning_rate: no effect with schedule.decay: constant"],
+        ),
+        ({"schedule__min_learning_rate": 1e-4, "schedule__decay": "wsd"}, []),
     ],
 )
 def test_they_are_named_with_the_setting_that_they_need(

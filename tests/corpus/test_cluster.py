@@ -20,6 +20,7 @@ from keel_megatron.corpus.cluster import jobs_of_task, run_task
 from keel_megatron.corpus.finish import unfinished
 from keel_megatron.corpus.plan import Plan, read_plan
 from keel_megatron.corpus.progress import BuildProgress
+from keel_megatron.data.manifest import Manifest
 from keel_megatron.errors import UserError
 from tests.corpus.datasets import built, documents, write_texts
 from tests.corpus.files import data, ignore
@@ -34,6 +35,12 @@ number=$((100 + $(ls "$SUBMITTED" | wc -l)))
 printf '%s\\0' "$@" >"$SUBMITTED/$number"
 echo "$number;cluster"
 """
+# Jobs of which the folder has a file are in the queue.
+SQUEUE = """#!/usr/bin/env bash
+ls "$QUEUE/${!#}" 2>/dev/null && exit
+echo "slurm_load_jobs error: Invalid job id specified" >&2
+exit 1
+"""
 
 
 @pytest.fixture
@@ -41,8 +48,11 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the jobs that the stand-in was given."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "submitted").mkdir()
-    (tmp_path / "bin" / "sbatch").write_text(SBATCH)
-    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    (tmp_path / "queue").mkdir()
+    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("QUEUE", str(tmp_path / "queue"))
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("SUBMITTED", str(tmp_path / "submitted"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -110,6 +120,46 @@ def test_sbatch_refuses(tmp_path: Path, config: DataConfig, submitted: Path) -> 
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 'Invalid partition' >&2\nexit 1\n")
     execute = cluster.slurm(tasks=2, workers=1, again=[])
     with pytest.raises(UserError, match=r"sbatch failed: Invalid partition"):
+        build(config, identify(config, ignore), tmp_path / "d", ignore, execute)
+
+
+@pytest.mark.parametrize("waiting", ["100", "101"])
+def test_the_same_command_does_not_submit_twice(
+    tmp_path: Path, config: DataConfig, submitted: Path, waiting: str
+) -> None:
+    folder, found = tmp_path / "100% of it", identify(config, ignore)
+    execute = cluster.slurm(tasks=2, workers=1, again=[])
+
+    def submit() -> Manifest | None:
+        return build(config, found, folder, ignore, execute)
+
+    assert submit() is None
+    partial = f"{tmp_path}/100%% of it.partial"
+    assert arguments(submitted / "100")["output"] == f"{partial}/jobs/slurm-%A_%a.log"
+    assert arguments(submitted / "101")["output"] == f"{tmp_path}/slurm-%j.log"
+    (tmp_path / "queue" / waiting).touch()
+    with pytest.raises(UserError, match=f"job {waiting} of this build is still in the queue"):
+        submit()
+    (tmp_path / "queue" / waiting).unlink()
+    assert submit() is None
+    assert len(list(submitted.iterdir())) == 4
+    for task in range(2):
+        run_task(partial_of(folder), task, 2, 1, ignore)
+    assert submit() is not None  # nothing is left to submit
+    assert len(list(submitted.iterdir())) == 4
+    assert not (folder / "jobs").exists()
+
+
+def test_the_array_is_remembered_where_the_second_job_is_refused(
+    tmp_path: Path, config: DataConfig, submitted: Path
+) -> None:
+    refusal = "[[ $* != *dependency* ]] || exit 1\n"
+    (tmp_path / "bin" / "sbatch").write_text(SBATCH.replace("\n", f"\n{refusal}", 1))
+    execute = cluster.slurm(tasks=2, workers=1, again=[])
+    with pytest.raises(UserError, match="sbatch failed"):
+        build(config, identify(config, ignore), tmp_path / "d", ignore, execute)
+    (tmp_path / "queue" / "100").touch()
+    with pytest.raises(UserError, match="job 100 of this build is still in the queue"):
         build(config, identify(config, ignore), tmp_path / "d", ignore, execute)
 
 

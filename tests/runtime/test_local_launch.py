@@ -119,8 +119,9 @@ def test_torchrun_is_told_that_a_saved_run_succeeded(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert [exit_codes.for_torchrun(code) for code in (0, 65, 75, 130, 143)] == [0, 0, 0, 0, 0]
     assert [exit_codes.for_torchrun(code) for code in (1, 2, 70)] == [1, 2, 70]
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
-    assert [exit_codes.for_torchrun(code) for code in (0, 75, 2)] == [0, 75, 2]
+    for none in ("0", ""):
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", none)
+        assert [exit_codes.for_torchrun(code) for code in (0, 75, 2)] == [0, 75, 2]
 
 
 def test_ranks_get_python_s_own_modules_and_the_launcher_s_package(tmp_path: Path) -> None:

@@ -45,6 +45,15 @@ def test_the_grid_has_every_rule_depth_and_epsilon() -> None:
     assert [point.labels["rule"] for point in everything.points] == list(RULES)
 
 
+def test_epsilons_that_differ_in_later_digits_are_points_of_their_own() -> None:
+    found = study(small_config(), Axes(("keel",), (12,)), 7, ["1/L", "0.0833", "0.08330", "1/L"])
+    epsilons = [point.overrides["optimizer.epsilon"] for point in found.points]
+    assert epsilons == pytest.approx([1e-8 / 12, 0.0833e-8], rel=1e-9)
+    names = [point.name for point in found.points]
+    assert names[0] == "keel-12-eps8.33e-10"
+    assert len(set(names)) == 2
+
+
 @pytest.mark.parametrize("factor", ["0", "-1", "L", "1/l", "1/", "nan", "inf"])
 def test_a_factor_that_is_none_is_refused(factor: str) -> None:
     with pytest.raises(UserError, match=f"--epsilons: {factor} must be a positive number"):

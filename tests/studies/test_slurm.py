@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from keel_megatron.config.bundled import locate
 from keel_megatron.errors import UserError
 from keel_megatron.runtime import exit_codes
 from keel_megatron.studies.grid import Grid, Point, make_grid
-from keel_megatron.studies.slurm import run_on_slurm
+from keel_megatron.studies.slurm import run_on_slurm, script_text
 from tests.launchers.test_launchers import ROOT
 from tests.studies.test_grid import study, write
 
@@ -21,8 +23,9 @@ printf '%s\\n' "$@" >"$CALLS"
 echo "7;cluster"
 """
 SQUEUE = """#!/usr/bin/env bash
-[[ "$*" == "--noheader --jobs 7" ]] || exit 1
-cat "$QUEUE" 2>/dev/null || exit 1
+[[ "$*" == "--noheader --jobs 7" ]] && cat "$QUEUE" 2>/dev/null && exit
+echo "slurm_load_jobs error: Invalid job id specified" >&2
+exit 1
 """
 
 
@@ -95,6 +98,26 @@ def test_the_same_command_waits_then_submits_what_is_left(grid: Grid, tmp_path: 
     grid.runs[2].folder.mkdir()
     exit_codes.write(grid.runs[2].folder, exit_codes.DONE)
     assert submit(grid) == ([], "")
+
+
+def test_while_slurm_does_not_answer_nothing_is_submitted(grid: Grid, tmp_path: Path) -> None:
+    submit(grid)
+    (tmp_path / "calls").unlink()
+    squeue = "#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n"
+    (tmp_path / "bin" / "squeue").write_text(squeue)
+    with pytest.raises(UserError, match="squeue: Unable to contact slurm controller; try again"):
+        submit(grid)
+    assert not (tmp_path / "calls").exists()
+
+
+def test_a_script_has_the_bundled_file_and_quotes_the_logs_folder(
+    grid: Grid, tmp_path: Path
+) -> None:
+    named = tuple(replace(run, path=Path("studies/quick")) for run in grid.runs)
+    text = script_text(replace(grid, out=Path("100% of it"), runs=named), named, ROOT)
+    assert f"0) set -- {locate(Path('studies/quick'))} " in text
+    logs = f"{tmp_path}/100%% of it/logs"
+    assert f'#SBATCH --output="{logs}/slurm-%A_%a.log"\n' in text
 
 
 def test_without_sbatch_nothing_is_written(

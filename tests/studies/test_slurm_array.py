@@ -28,7 +28,7 @@ job=$((7000 + $(wc -l <submitted)))
 echo "$job;cluster"
 script=${!#}
 [[ "$*" =~ --array=0-([0-9]+)% ]] && last=${BASH_REMATCH[1]}
-log=$(sed -n 's/^#SBATCH --output=//p' "$script")
+eval "log=$(sed -n 's/^#SBATCH --output=//p' "$script")"
 cp "$script" slurm_script
 touch "queue/$job"
 (
@@ -42,7 +42,9 @@ touch "queue/$job"
 ) </dev/null >/dev/null 2>&1 &
 """
 SQUEUE = """#!/usr/bin/env bash
-ls "queue/${!#}" 2>/dev/null
+ls "queue/${!#}" 2>/dev/null && exit
+echo "slurm_load_jobs error: Invalid job id specified" >&2
+exit 1
 """
 NODE_FAILURE = """#!/usr/bin/env bash
 if [[ -e down && $SLURM_ARRAY_TASK_ID == "$(cat down)" ]]; then

@@ -47,6 +47,16 @@ def test_a_loss_that_is_not_finite_says_which(tmp_path: Path, loss: float, writt
     assert f'"loss": {written},' in (tmp_path / "metrics.jsonl").read_text()
 
 
+def test_a_run_s_folder_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "x.jsonl"
+    folder.mkdir()
+    with pytest.raises(UserError, match=r"has no metrics.jsonl"):
+        read_metrics(folder)
+    with MetricsFile(folder / "metrics.jsonl") as metrics:
+        metrics.write(record(1))
+    assert [line["step"] for line in read_metrics(folder)] == [1]
+
+
 def test_a_line_has_the_keys_that_readers_rely_on_as_soon_as_it_is_written(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path) as metrics:

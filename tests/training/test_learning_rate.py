@@ -85,3 +85,14 @@ def test_a_shape_that_has_no_effect_or_no_end_is_refused(
 ) -> None:
     config = small_config(**{f"schedule__{key}": value for key, value in schedule.items()})
     assert [path for path, _why in problems(config)] == [setting]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 100, 10**6])
+def test_a_decay_of_no_step_is_refused(steps: int) -> None:
+    wsd = {"schedule__decay": "wsd", "training__steps": steps, "schedule__min_learning_rate": 0.0}
+    config = small_config(**wsd, schedule__decay_fraction=0.4 / steps)
+    ((setting, why),) = problems(config)
+    assert setting == "schedule.decay_fraction"
+    least = float(why.rpartition(" ")[2])
+    assert not list(problems(small_config(**wsd, schedule__decay_fraction=least)))
+    assert path(steps, decay="wsd", decay_fraction=least, min_learning_rate=0.0)[-1] == 0.0

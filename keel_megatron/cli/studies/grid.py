@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import shlex
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -15,7 +14,15 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from keel_megatron.architecture.residual import RULES
-from keel_megatron.cli.arguments import ConfigPath, Json, Overrides, only_json, print_json
+from keel_megatron.cli.arguments import (
+    ConfigPath,
+    Json,
+    Overrides,
+    only_json,
+    print_json,
+    refuse_unused,
+    sbatch_options,
+)
 from keel_megatron.cli.choices import listed, one_of, some_of
 from keel_megatron.cli.console import print_report
 from keel_megatron.config.load import load_config
@@ -178,13 +185,16 @@ def _run(name: str, make: Make, options: _Options, own: dict[str, Any]) -> int:
     from keel_megatron.studies.conduct import run_here, run_on_cluster
     from keel_megatron.studies.cost import cost_of
 
+    local = options.executor is Executor.LOCAL
+    if local:
+        refuse_unused(options.executor, sbatch=options.sbatch)
+    submission = sbatch_options(options.sbatch)
     overrides = tuple(options.overrides or ())
     config = load_config(options.config, overrides)
     depths = tuple(whole_numbers("--depths", listed(options.depths)))
     axes = Axes(listed(options.rules), depths or (config.model.sub_layers,))
     study = make(config, axes, **own)
     out = options.out or FOLDER / name
-    local = options.executor is Executor.LOCAL
     # A run on SLURM has its nodes to itself.
     share = (options.parallel or 1) if local else 0
     grid = make_grid(
@@ -204,7 +214,7 @@ def _run(name: str, make: Make, options: _Options, own: dict[str, Any]) -> int:
         if local:
             code = run_here(grid, parallel, measure=options.measure)
         else:
-            code = run_on_cluster(grid, parallel, shlex.split(options.sbatch))
+            code = run_on_cluster(grid, parallel, submission)
     if options.as_json:
         print_results(out)
     return code
