@@ -97,11 +97,7 @@ def slurm(
             UserError: they do, or squeue or sbatch fails.
         """
         logs = partial / JOBS
-        if (job := waiting_job(logs)) is not None:
-            raise UserError(
-                f"--executor slurm: job {job} of this build is still in the queue; wait until it "
-                f"has ended, or cancel it: scancel {job}"
-            )
+        _refuse_waiting(logs)
         if not unfinished(partial, plan):
             return
         count = task_count(plan, tasks)
@@ -130,6 +126,19 @@ def slurm(
         )
 
     return execute
+
+
+def _refuse_waiting(logs: Path) -> None:
+    """Refuse to submit a build again while its jobs may work.
+
+    Raises:
+        UserError: one waits or runs, or squeue fails.
+    """
+    if (job := waiting_job(logs)) is not None:
+        raise UserError(
+            f"--executor slurm: job {job} of this build is still in the queue; wait until it has "
+            f"ended, or cancel it: scancel {job}"
+        )
 
 
 def ray(*, tasks: int, workers: int) -> Execute:
