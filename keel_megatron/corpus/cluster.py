@@ -19,7 +19,7 @@ from keel_megatron.corpus.pool import run_jobs
 from keel_megatron.corpus.progress import BuildProgress
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.interpreter import python
-from keel_megatron.runtime.slurm import log_pattern, remember, sbatch, waiting_job
+from keel_megatron.runtime.slurm import log_pattern, remember, sbatch, waiting_jobs
 
 MOST_TASKS: Final = 64
 """Default number of tasks, unless there are fewer jobs."""
@@ -134,10 +134,10 @@ def _refuse_waiting(logs: Path) -> None:
     Raises:
         UserError: one waits or runs, or squeue fails.
     """
-    if (job := waiting_job(logs)) is not None:
+    if jobs := waiting_jobs(logs):
         raise UserError(
-            f"--executor slurm: job {job} of this build is still in the queue; wait until it has "
-            f"ended, or cancel it: scancel {job}"
+            f"--executor slurm: job {jobs[0]} of this build is still in the queue; wait until it "
+            f"has ended, or cancel the build: scancel {' '.join(jobs)}"
         )
 
 

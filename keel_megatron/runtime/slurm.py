@@ -40,8 +40,8 @@ def remember(folder: Path, *jobs: str) -> None:
     write_whole(folder / JOB, "".join(f"{job}\n" for job in jobs))
 
 
-def waiting_job(folder: Path) -> str | None:
-    """The first of a folder's jobs of which a part is in the queue or runs.
+def waiting_jobs(folder: Path) -> list[str]:
+    """Those of a folder's jobs of which a part is in the queue or runs.
 
     Raises:
         UserError: squeue cannot be run, or fails.
@@ -49,8 +49,8 @@ def waiting_job(folder: Path) -> str | None:
     try:
         jobs = read_small_text(folder / JOB).split()
     except (OSError, UnicodeDecodeError):
-        return None
-    return next((job for job in jobs if job.isdecimal() and _is_queued(job)), None)
+        return []
+    return [job for job in jobs if job.isdecimal() and _is_queued(job)]
 
 
 def log_pattern(folder: Path, name: str) -> str:

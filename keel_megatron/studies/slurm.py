@@ -17,7 +17,7 @@ import keel_megatron
 from keel_megatron.config.bundled import locate
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.files import write_whole
-from keel_megatron.runtime.slurm import directive, log_pattern, remember, sbatch, waiting_job
+from keel_megatron.runtime.slurm import directive, log_pattern, remember, sbatch, waiting_jobs
 from keel_megatron.runtime.tables import count
 from keel_megatron.studies.grid import Grid, GridRun
 from keel_megatron.studies.results import LOGS, has_result
@@ -66,8 +66,8 @@ def run_on_slurm(
     left = [run for run in grid.runs if not has_result(run)]
     if not left:
         return []
-    if (job := waiting_job(grid.out)) is not None:
-        say(f"job {job} is still in the queue; run this command again when it has ended")
+    if jobs := waiting_jobs(grid.out):
+        say(f"job {jobs[0]} is still in the queue; run this command again when it has ended")
         return [run.name for run in left]
     if submit and shutil.which("sbatch") is None:
         raise UserError(

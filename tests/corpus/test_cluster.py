@@ -140,7 +140,11 @@ def test_the_same_command_does_not_submit_twice(
     (tmp_path / "queue" / waiting).touch()
     with pytest.raises(UserError, match=f"job {waiting} of this build is still in the queue"):
         submit()
-    (tmp_path / "queue" / waiting).unlink()
+    (tmp_path / "queue" / "101").touch()
+    with pytest.raises(UserError, match="scancel 100 101" if waiting == "100" else "scancel 101"):
+        submit()
+    for job in (tmp_path / "queue").iterdir():
+        job.unlink()
     assert submit() is None
     assert len(list(submitted.iterdir())) == 4
     for task in range(2):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from keel_megatron.errors import UserError
-from keel_megatron.runtime.slurm import directive, log_pattern, remember, waiting_job
+from keel_megatron.runtime.slurm import directive, log_pattern, remember, waiting_jobs
 
 
 def squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -22,18 +22,18 @@ def squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
-        ('[ "$3" = 8 ] && echo "8 batch"; exit 0', "8"),
-        ("exit 0", None),
-        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", None),
+        ('[ "$3" = 8 ] && echo "8 batch"; exit 0', ["8"]),
+        ("exit 0", []),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", []),
     ],
 )
 def test_the_jobs_of_a_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, expected: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, expected: list[str]
 ) -> None:
     squeue(tmp_path, monkeypatch, script)
-    assert waiting_job(tmp_path) is None  # it has none
+    assert waiting_jobs(tmp_path) == []  # it has none
     remember(tmp_path, "7", "8")
-    assert waiting_job(tmp_path) == expected
+    assert waiting_jobs(tmp_path) == expected
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_no_answer_does_not_mean_that_a_job_has_ended(
     squeue(tmp_path, monkeypatch, script)
     remember(tmp_path, "7")
     with pytest.raises(UserError, match=why):
-        waiting_job(tmp_path)
+        waiting_jobs(tmp_path)
 
 
 def test_a_path_of_any_characters() -> None:
