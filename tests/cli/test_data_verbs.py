@@ -13,6 +13,8 @@ from typer.testing import CliRunner, Result
 import yaml
 from keel_megatron.cli.main import app
 from keel_megatron.data.manifest import Manifest
+from tests.corpus.datasets import write_texts
+from tests.corpus.tokenizers import write_sentencepiece
 from tests.datasets import VOCABULARY, made_up, write_dataset
 from tests.settings import settings
 
@@ -203,10 +205,13 @@ def test_samples_of_a_step_that_was_trained_are_those_it_read(config: Path) -> N
 
 
 def test_a_dataset_that_is_built_for_samples_says_so(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"the number {n} and the number {n * n}\n" for n in range(2000)))
-    sections = settings(data__text=str(text), data__vocab_size=320)
-    sections["data"]["cache_dir"] = sections["training"]["runs_dir"] = str(tmp_path / "cache")
+    sections = settings(
+        data__text=str(write_texts(tmp_path / "text", 5)),
+        data__tokenizer=str(write_sentencepiece(tmp_path)),
+        data__vocab_size=400,
+        data__cache_dir=str(tmp_path / "cache"),
+        training__runs_dir=str(tmp_path / "runs"),
+    )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(sections))
     shown = keel("sample", tmp_path / "run.yaml")
     assert shown.exit_code == 0, shown.exception

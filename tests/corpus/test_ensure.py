@@ -159,7 +159,7 @@ def test_a_mistyped_dataset_is_not_built_from_the_standard_library(
 ) -> None:
     out = tmp_path / "mistyped"
     mistyped = named(config, dataset=str(out))
-    why = r"mistyped does not exist, and data.text or data.sources do not say what to build it fro"
+    why = r"mistyped does not exist, and data.text or data.sources do not say what to build it"
     with pytest.raises(UserError, match=why):
         ensure_dataset(mistyped, ignore, may_build=True)
     for place in (None, tmp_path / "other"):

@@ -88,9 +88,10 @@ def test_an_interrupted_finish_is_repeated(
     def interrupted(*_paths: Path) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(finish_module, "_sync", interrupted)
-        built(config, tmp_path / "d")
+        with pytest.raises(KeyboardInterrupt):
+            built(config, tmp_path / "d")
     assert not (tmp_path / "d").exists()
     built(config, tmp_path / "d")
     built(config, tmp_path / "whole")
@@ -107,9 +108,10 @@ def test_a_complete_build_lacks_only_its_name(
         raise KeyboardInterrupt
 
     folder, said = tmp_path / "d", list[str]()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(build_module, "clean", interrupted)
-        built(config, folder, say=said.append)
+        with pytest.raises(KeyboardInterrupt):
+            built(config, folder, say=said.append)
     assert not [line for line in said if "the dataset is in" in line]
     before = (partial_of(folder) / MANIFEST).stat().st_mtime_ns
     monkeypatch.setattr(build_module, "run_jobs", None)
