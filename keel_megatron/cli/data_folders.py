@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,7 +71,10 @@ def sample(
     step: Annotated[int, typer.Option(min=1, help="Show samples of this step's batch.")] = 1,
     samples: Annotated[int, typer.Option(min=1, help="Maximum number of samples.")] = 4,
 ) -> None:
-    """Show samples of a run's batches, decoded, with the borders of documents marked."""
+    """Show samples of a run's batches, decoded, with the borders of documents marked.
+
+    The samples of a step that the run has done are those that it recorded.
+    """
     from keel_megatron.config.load import load_config
     from keel_megatron.data.dataset import open_dataset
     from keel_megatron.data.index_files import open_sequences
@@ -78,11 +82,14 @@ def sample(
     from keel_megatron.data.samples import Samples
     from keel_megatron.data.tokenizer import open_tokenizer
     from keel_megatron.training.dataset import ready_dataset
+    from keel_megatron.training.step_samples import samples_of_step
 
     if config.is_dir():
         raise UserError(f"{config} is a folder; the samples are those of a run's configuration")
     settings = load_config(config, tuple(overrides or ()))
-    folder = ready_dataset(settings, lambda _text: None, on_one_machine=True)
+    numbers, known = samples_of_step(settings, step)
+    _note(f"step {step}: samples {numbers.start:,} to {numbers.stop - 1:,}, {known}")
+    folder = ready_dataset(settings, _note, on_one_machine=True)
     dataset = open_dataset(folder, settings.data)
     length, seed = settings.data.seq_length, settings.training.seed
     sources = [
@@ -90,11 +97,13 @@ def sample(
         for source in dataset.sources
     ]
     order = Samples(sources, list(dataset.quotas.values()), seed)
-    first = settings.batch_sizes.samples_of(step - 1)
-    numbers = range(first, first + min(samples, settings.batch_sizes.at(first)))
     decode = open_tokenizer(dataset.tokenizer_path).decode
-    for line in sample_lines(dataset, order, numbers, decode):
+    for line in sample_lines(dataset, order, numbers[:samples], decode):
         print(line)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _find(place: Path, overrides: list[str] | None) -> tuple[Path, RunConfig | None]:

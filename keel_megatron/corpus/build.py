@@ -20,7 +20,7 @@ from keel_megatron.corpus.planning import make_plan
 from keel_megatron.corpus.pool import run_jobs
 from keel_megatron.corpus.progress import BuildProgress
 from keel_megatron.corpus.tokenize import peak_memory, result_of
-from keel_megatron.data.manifest import SOURCES, Manifest
+from keel_megatron.data.manifest import MANIFEST, SOURCES, Manifest
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.cores import available_cores
 from keel_megatron.runtime.tables import count
@@ -98,6 +98,26 @@ def build(
             cannot be written.
     """
     partial = partial_of(folder)
+    manifest = _finished(partial, found.fingerprint)
+    if manifest is not None:
+        say(f"resuming {partial}: it is complete")
+    else:
+        manifest = _built(data, found, partial, say, execute)
+    if manifest is None:
+        return None
+    clean(partial)
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    say(f"the dataset is in {folder}")
+    return manifest
+
+
+def _built(
+    data: DataConfig, found: Identified, partial: Path, say: Say, execute: Execute
+) -> Manifest | None:
+    """Build in the partial folder; None if jobs are left to others."""
     plan = _resumable(partial, found.fingerprint)
     sources, contents = _opened(data, found, partial if plan else None, say)
     if plan is None:
@@ -116,15 +136,21 @@ def build(
             return None
         manifest = finish(partial, plan, sources, contents, data.validation_fraction)
         _say_results(partial, plan, manifest, progress.say)
-        progress.say(f"the dataset is in {folder}")
     finally:
         progress.close()
-    clean(partial)
-    if folder.is_symlink():
-        folder.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
     return manifest
+
+
+def _finished(partial: Path, fingerprint: str) -> Manifest | None:
+    """The manifest of a build of the same data that lacks only its final name."""
+    path = partial / MANIFEST
+    if partial.is_symlink() or path.is_symlink():
+        return None
+    try:
+        manifest = Manifest.model_validate_json(read_small(path, LARGE))
+    except (OSError, ValueError):
+        return None
+    return manifest if manifest.fingerprint == fingerprint else None
 
 
 def _resumable(partial: Path, fingerprint: str) -> Plan | None:

@@ -14,6 +14,7 @@ from typing import Final
 
 from keel_megatron.corpus.build import Execute
 from keel_megatron.corpus.finish import unfinished
+from keel_megatron.corpus.paths import failed
 from keel_megatron.corpus.plan import JOBS, Job, Plan, read_plan
 from keel_megatron.corpus.pool import run_jobs
 from keel_megatron.corpus.progress import BuildProgress
@@ -42,7 +43,7 @@ def run_task(folder: Path, task: int, tasks: int, workers: int, say: Callable[[s
         say: called with progress.
 
     Raises:
-        UserError: the folder has no plan, or a job failed.
+        UserError: the folder has no plan or cannot be written, or a job failed.
     """
     try:
         plan = read_plan(folder)
@@ -60,6 +61,8 @@ def run_task(folder: Path, task: int, tasks: int, workers: int, say: Callable[[s
     try:
         run_jobs(folder, plan, jobs, workers, progress.add)
         progress.say(f"task {task} of {tasks}: {progress.line()}")
+    except OSError as error:
+        raise failed(error, folder) from error
     finally:
         progress.close()
 

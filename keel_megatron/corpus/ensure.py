@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,13 +12,15 @@ from keel_megatron.config.data import DataConfig
 from keel_megatron.config.reading import LARGE, parse_json, read_small
 from keel_megatron.config.run import RunConfig
 from keel_megatron.corpus.build import Execute, Identified, build, identify, local, partial_of
+from keel_megatron.corpus.find import check_buildable
+from keel_megatron.corpus.paths import failed
 from keel_megatron.data.identity import ANOTHER_RUN
 from keel_megatron.data.manifest import MANIFEST, SOURCES
 from keel_megatron.errors import UserError
+from keel_megatron.runtime.locks import locked as locked_file
 
 Say = Callable[[str], None]
 
-_LOCK: Final = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _SHOWN: Final = 5
 
 
@@ -46,6 +46,7 @@ def ensure_dataset(
     data, say = config.data, _tolerant(say)
     if data.dataset is not None:
         if not (data.dataset / MANIFEST).is_file():
+            check_buildable(data)
             raise UserError(
                 f"data.dataset: {data.dataset} is not a dataset folder; build it with keel data "
                 f"build CONFIG --out {shlex.quote(str(data.dataset))}"
@@ -90,6 +91,12 @@ def build_dataset(data: DataConfig, say: Say, out: Path | None, execute: Execute
         UserError: as in `ensure_dataset`, or `out` is another folder.
     """
     say = _tolerant(say)
+    if out is None and data.dataset is not None and (data.dataset / MANIFEST).is_file():
+        try:
+            check_buildable(data)
+        except UserError:  # nothing to build or to compare it with
+            say(f"the dataset is in {data.dataset}")
+            return data.dataset
     found = identify(data, say)
     folder = out or data.dataset or folder_of(data, found.fingerprint)
     setting = "--out" if out else "data.dataset" if data.dataset else "data.cache_dir"
@@ -133,23 +140,29 @@ def locked(folder: Path, say: Say, setting: str = "data.cache_dir") -> Iterator[
         setting: where the folder is given, for errors.
 
     Raises:
-        UserError: the folder beside which it is, or a file in it, cannot be written.
+        UserError: the folder beside which it is, or a file in it, cannot be written; or a file
+            cannot be read within the block.
     """
     parent = folder.parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        # Other users may write the cache: the name may be a link to another file, or a FIFO.
-        with os.fdopen(os.open(parent / f".{folder.name}.lock", _LOCK, 0o666), "wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"waiting for another process that builds {folder}")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def waiting() -> None:
+        say(f"waiting for another process that builds {folder}")
+
+    with ExitStack() as stack:
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            path = parent / f".{folder.name}.lock"
+            has_locks = stack.enter_context(locked_file(path, waiting))
+        except OSError as error:
+            raise UserError(
+                f"{setting}: cannot write {error.filename or parent}: {error.strerror}"
+            ) from error
+        if not has_locks:
+            say(f"{parent} is on a file system without locks; build {folder} on one machine only")
+        try:
             yield
-    except OSError as error:
-        raise UserError(
-            f"{setting}: cannot write {error.filename or parent}: {error.strerror}"
-        ) from error
+        except OSError as error:
+            raise failed(error, folder, partial_of(folder), setting=setting) from error
 
 
 def refuse_other(expected: dict[str, Any], found: Identified, data: DataConfig) -> None:

@@ -35,6 +35,7 @@ from keel_megatron.corpus.paths import (
     is_folder,
 )
 from keel_megatron.corpus.skips import BLANK, Skips, printable, report, suffix_of
+from keel_megatron.data.manifest import MANIFEST
 from keel_megatron.errors import UserError
 
 DEMO = "demo"
@@ -89,8 +90,9 @@ def list_files(data: DataConfig, say: Say) -> Listing:
         say: called with progress messages.
 
     Raises:
-        UserError: a path is missing or unreadable.
+        UserError: a path is missing or unreadable, or data.dataset is given without sources.
     """
+    check_buildable(data)
     parts = []
     for setting, name, wanted in _wanted(data):
         skips = Skips()
@@ -101,6 +103,32 @@ def list_files(data: DataConfig, say: Say) -> Listing:
             description = ", ".join(str(path) for path in wanted.path)
         parts.append(_Listed(wanted, name, setting, description, entries, skips))
     return Listing(tuple(parts))
+
+
+def check_buildable(data: DataConfig) -> None:
+    """Check that the settings say from what data.dataset can be built, if it is given.
+
+    Raises:
+        UserError: they do not.
+    """
+    if data.dataset is None:
+        return
+    if (data.dataset / MANIFEST).is_file():
+        state = "is a dataset already"
+    else:
+        state = "is not a dataset folder" if data.dataset.exists() else "does not exist"
+    if data.sources is None:
+        raise UserError(
+            f"data.dataset: {data.dataset} {state}, and data.text or data.sources do not say what "
+            "to build it from; correct the path"
+        )
+    for number, source in enumerate(data.sources):
+        if not source.path:
+            raise UserError(
+                f"data.sources.{number}: {source.name or 'the entry'} has no path, and "
+                f"data.dataset {data.dataset} {state}; give it a path to build from, or "
+                "correct data.dataset"
+            )
 
 
 def find_source(setting: str, wanted: SourceConfig, say: Say) -> Source:

@@ -77,6 +77,8 @@ def finish(
 ) -> Manifest:
     """Make the shards and data.json from the complete jobs; to be repeated after an interruption.
 
+    data.json is written last, when the rest is on the disk.
+
     Args:
         folder: the folder that is being built.
         plan: its plan.
@@ -112,18 +114,30 @@ def finish(
         sources=tuple(records),
         versions=package_versions(_PACKAGES),
     )
+    # With data.json the folder is complete: what it describes must survive a crash before it does.
+    _sync(*folder.iterdir(), *(folder / SHARDS).iterdir(), folder)
     write_whole(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
     return manifest
 
 
 def clean(folder: Path) -> None:
-    """Remove what only the build needs, and make the rest safe against a crash of the machine."""
+    """Remove what only the build needs, and make data.json safe against a crash of the machine.
+
+    An interrupted one may be repeated.
+    """
     shutil.rmtree(folder / JOBS, ignore_errors=True)
     (folder / PLAN).unlink(missing_ok=True)
-    for path in (*folder.rglob("*"), folder):
+    _sync(folder / MANIFEST, folder)
+
+
+def _sync(*paths: Path) -> None:
+    """Wait until files and folders are on the disk."""
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def entropy(counts: NDArray[np.int64]) -> float:

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from keel_megatron.corpus.documents import Kind
 from keel_megatron.corpus.skips import BROKEN, HIDDEN, SPECIAL, UNREADABLE, Skips, printable
 from keel_megatron.errors import UserError
+from keel_megatron.runtime.files import NO_ROOM
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -92,6 +93,24 @@ def is_folder(setting: str, location: str) -> bool:
 def cannot_read(setting: str, location: str, error: OSError) -> UserError:
     """The error for a path that cannot be read."""
     return UserError(f"{setting}: {printable(location)} cannot be read: {error.strerror or error}")
+
+
+def failed(error: OSError, *folders: Path, setting: str | None = None) -> UserError:
+    """The error for a build that an error of the system ended.
+
+    Args:
+        error: the error, of a file of the build or of a source.
+        folders: those that the build writes.
+        setting: where they are given.
+    """
+    reason = error.strerror or error
+    prefix = f"{setting}: " if setting else ""
+    if isinstance(error.filename, str):
+        if any(Path(error.filename).is_relative_to(folder) for folder in folders):
+            return UserError(f"{prefix}cannot write {printable(error.filename)}: {reason}")
+        return UserError(f"data: {printable(error.filename)}: {reason}")
+    verb = "write" if error.errno in NO_ROOM else "build"  # a failed read names no file either
+    return UserError(f"{prefix}cannot {verb} {folders[-1]}: {reason}")
 
 
 def file_entry(

@@ -13,6 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
+from keel_megatron.corpus.paths import failed
 from keel_megatron.corpus.plan import read_plan
 from keel_megatron.corpus.tokenize import Done, Tokenizing
 from keel_megatron.errors import UserError
@@ -28,7 +29,7 @@ def main() -> None:
     except UserError as error:
         _send({"error": str(error)})
     except OSError as error:
-        _send({"error": f"cannot write {error.filename}: {error.strerror}"})
+        _send({"error": str(failed(error, Path(sys.argv[1])))})
 
 
 def _run(folder: Path) -> None:

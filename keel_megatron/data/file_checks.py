@@ -6,13 +6,11 @@ is read once; what was found is noted in data.cache_dir, with the files' new tim
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ from keel_megatron.data.manifest import FileRecord
 from keel_megatron.errors import UserError
 from keel_megatron.runtime.cores import available_cores
 from keel_megatron.runtime.files import write_whole
+from keel_megatron.runtime.locks import locked
 
-_LOCK = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _BLOCK = 1 << 22
 
 
@@ -36,19 +34,18 @@ def check_files(dataset: Dataset, cache: Path, say: Callable[[str], None]) -> No
         say: called with messages.
 
     Raises:
-        UserError: a file was changed.
+        UserError: a file was changed or cannot be read.
     """
     files = _unknown(dataset, cache)
     if not files:
         return
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = os.open(_note(dataset, cache).with_suffix(".lock"), _LOCK, 0o666)
-    except OSError:  # it cannot be written: nothing is noted
-        _check(files, dataset, say)
-        return
-    with os.fdopen(lock, "wb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(_note(dataset, cache).with_suffix(".lock")))
+        except OSError:  # it cannot be written: nothing is noted
+            _check(files, dataset, say)
+            return
         files = _unknown(dataset, cache)  # another process may have read them meanwhile
         _check(files, dataset, say)
         seen = {str(path): _state(path) for path in dataset_files(dataset)}
@@ -69,13 +66,22 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _readable_sha256(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise UserError(
+            f"data.dataset: {path} cannot be read: {error.strerror or error}; {REMEDY}"
+        ) from error
+
+
 def _check(files: dict[Path, FileRecord], dataset: Dataset, say: Callable[[str], None]) -> None:
     """Read files and compare them with their records."""
     size = sum(record.bytes for record in files.values())
     if size > 1e9:
         say(f"checking {len(files)} file(s) of {dataset.folder}: {size / 1e9:.1f} GB")
     with ThreadPoolExecutor(available_cores()) as threads:
-        for path, digest in zip(files, threads.map(sha256, files), strict=True):
+        for path, digest in zip(files, threads.map(_readable_sha256, files), strict=True):
             if digest != files[path].sha256:
                 raise UserError(
                     f"data.dataset: {path} was changed since the dataset was built (its SHA-256 is "

@@ -7,7 +7,7 @@ Where data.cache_dir cannot be written, every process computes the order in its 
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
@@ -26,6 +26,7 @@ from keel_megatron.data.dataset import Dataset, Part, Source
 from keel_megatron.data.packing import PackedIndex, PackedSequences, build_packing
 from keel_megatron.data.sequences import Documents, Index, SequenceDataset, build_index
 from keel_megatron.data.shards import map_array
+from keel_megatron.runtime.locks import locked
 
 Say = Callable[[str], None]
 AnyIndex = TypeVar("AnyIndex", Index, PackedIndex)
@@ -33,7 +34,6 @@ AnyIndex = TypeVar("AnyIndex", Index, PackedIndex)
 FOLDER = "index"
 _VERSION = 1
 _RECORD = "index.json"
-_LOCK = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _BLOCK = 1 << 22
 
 
@@ -147,16 +147,16 @@ def _made(kind: type[AnyIndex], folder: Path, make: Callable[[], AnyIndex], say:
 
 @contextmanager
 def _locked(folder: Path, say: Say) -> Iterator[None]:
-    """Hold the lock of an index."""
+    """Hold the lock of an index.
+
+    Raises:
+        OSError: there is none: the starts of other machines would write the same files.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Other users may write the cache: the name may be a link to another file, or a FIFO.
-    lock = folder.with_name(f".{folder.name}.lock")
-    with os.fdopen(os.open(lock, _LOCK, 0o666), "wb") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another process that makes {folder}")
-            fcntl.flock(stream, fcntl.LOCK_EX)
+    path = folder.with_name(f".{folder.name}.lock")
+    with locked(path, lambda: say(f"waiting for another process that makes {folder}")) as has_locks:
+        if not has_locks:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(path))
         yield
 
 

@@ -17,8 +17,6 @@ Reading a run does not need the lock. Does not import torch.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -34,6 +32,7 @@ from types import TracebackType
 import psutil
 
 from keel_megatron.errors import UserError
+from keel_megatron.runtime.locks import lock
 
 FILE = "owner.lock"
 PASSED_ON = "KEEL_OWNER_FD"
@@ -49,7 +48,6 @@ PATIENCE_SECONDS = 10.0
 _POLL_SECONDS = 0.2
 # In an untrusted folder the name may be a link to a file of ours, or a FIFO.
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ def _locked(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)  # an owner may remove what it has made
         descriptor = os.open(_path(folder), _FLAGS, 0o644)
         try:
-            has_locks = _lock(descriptor)
+            has_locks = lock(descriptor)
             owner = _read(descriptor)
             if not has_locks or (owner is not None and owner.machine != _machine()):
                 _watch(folder, owner)
@@ -207,23 +205,6 @@ def _locked(folder: Path) -> int:
             raise
         os.close(descriptor)
         time.sleep(_POLL_SECONDS)
-
-
-def _lock(descriptor: int) -> bool:
-    """Lock an open file; False if its file system has no locks.
-
-    Raises:
-        BlockingIOError: another process has locked it.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return False
-    return True
 
 
 def _is_current(descriptor: int, folder: Path) -> bool:

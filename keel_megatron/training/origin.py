@@ -207,6 +207,30 @@ def data_of_position(config: RunConfig) -> dict[str, Any] | None:
     Raises:
         UserError: the origin is not there, or cannot be read.
     """
+    found = (_state_of_position(config) or {}).get("data")
+    return found if isinstance(found, dict) else None
+
+
+def position_of_origin(config: RunConfig) -> tuple[int, int] | None:
+    """Steps and samples of the origin that a run counts as its own; None if it counts from 0.
+
+    Raises:
+        UserError: the origin is not there, or cannot be read.
+    """
+    state = _state_of_position(config)
+    if state is None:
+        return None
+    step, consumed = state.get("step"), state.get("consumed_samples")
+    if type(step) is not int or type(consumed) is not int:
+        raise UserError(f"{SETTING}: {config.training.initialize_from} has no readable checkpoint")
+    return step, consumed
+
+
+def _state_of_position(config: RunConfig) -> dict[str, Any] | None:
+    """The state of the checkpoint whose position a run keeps; None if it keeps none.
+
+    Empty if its newest checkpoint is damaged: the ranks look for an earlier one.
+    """
     given = config.training.initialize_from
     if given is None or not config.training.keep_position:
         return None
@@ -214,10 +238,10 @@ def data_of_position(config: RunConfig) -> dict[str, Any] | None:
     path = folder.latest(place.path) if place.kind == "run" else place.path
     assert path is not None
     try:
-        found = manifest.read_json(path / manifest.STATE).get("data")
-    except (manifest.DamagedError, AttributeError):
-        return None  # the ranks look for an earlier one
-    return found if isinstance(found, dict) else None
+        found = manifest.read_json(path / manifest.STATE)
+    except manifest.DamagedError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from typer.testing import CliRunner, Result
 import yaml
 from keel_megatron.cli.main import app
 from keel_megatron.data.manifest import Manifest
+from tests.corpus.datasets import write_texts
+from tests.corpus.tokenizers import write_sentencepiece
 from tests.datasets import VOCABULARY, made_up, write_dataset
 from tests.settings import settings
 
@@ -186,6 +188,35 @@ def test_samples_are_those_of_a_growing_batch(config: Path) -> None:
     shown = keel("sample", config, ramp, "--step", "4", "--samples", "9")
     heads = [line for line in shown.stdout.splitlines() if line.startswith("--- ")]
     assert [head.split(":")[0] for head in heads] == [f"--- sample {n}" for n in range(12, 20)]
+
+
+def test_samples_of_a_step_that_was_trained_are_those_it_read(config: Path) -> None:
+    run = config.parent / "runs" / "test"
+    run.mkdir(parents=True)
+    values = {"consumed_samples": 24, "consumed_tokens": 768, "tokens_per_second": 512.0}
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 2, "seconds": 0.5, **values}) + "\n")
+    shown = keel("sample", config, "--step", "2", "--samples", "2")
+    heads = [line for line in shown.stdout.splitlines() if line.startswith("--- ")]
+    assert [head.split(":")[0] for head in heads] == ["--- sample 16", "--- sample 17"]
+    note = f"step 2: samples 16 to 23, as recorded in {run / 'metrics.jsonl'}"
+    assert note in shown.stderr.splitlines()
+    refused = keel("sample", config, "--step", "5")
+    assert "--step: 5 is after the last step of the run, 4" in str(refused.exception)
+
+
+def test_a_dataset_that_is_built_for_samples_says_so(tmp_path: Path) -> None:
+    sections = settings(
+        data__text=str(write_texts(tmp_path / "text", 5)),
+        data__tokenizer=str(write_sentencepiece(tmp_path)),
+        data__vocab_size=400,
+        data__cache_dir=str(tmp_path / "cache"),
+        training__runs_dir=str(tmp_path / "runs"),
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(sections))
+    shown = keel("sample", tmp_path / "run.yaml")
+    assert shown.exit_code == 0, shown.exception
+    assert "the dataset is in" in shown.stderr
+    assert "the dataset is in" not in shown.stdout
 
 
 def test_settings_need_a_configuration(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import subprocess
@@ -208,3 +209,18 @@ def test_datatrove_runs_the_tasks(tmp_path: Path, config: DataConfig) -> None:
     assert build(config, identify(config, ignore), folder, ignore, execute) is not None
     built(config, tmp_path / "here")
     assert documents(folder) == documents(tmp_path / "here")
+
+
+@pytest.mark.parametrize("file", ["d.partial/jobs/text-00001.bin", None])
+def test_a_task_on_a_full_disk(
+    tmp_path: Path, config: DataConfig, monkeypatch: pytest.MonkeyPatch, file: str | None
+) -> None:
+    def full(*_arguments: object) -> None:
+        reason = os.strerror(errno.ENOSPC)
+        raise OSError(errno.ENOSPC, reason, *([str(tmp_path / file)] if file else []))
+
+    build(config, identify(config, ignore), tmp_path / "d", ignore, lambda *_: None)
+    monkeypatch.setattr(cluster, "run_jobs", full)
+    why = rf"^cannot write {tmp_path / (file or 'd.partial')}: No space left on device"
+    with pytest.raises(UserError, match=why):
+        run_task(tmp_path / "d.partial", 0, 1, 1, ignore)

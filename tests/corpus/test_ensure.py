@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from keel_megatron.config.data import DataConfig, SourceConfig
 from keel_megatron.config.run import RunConfig
 from keel_megatron.corpus import ensure
 from keel_megatron.corpus.ensure import build_dataset, ensure_dataset, local, locked
@@ -16,6 +19,7 @@ from keel_megatron.errors import UserError
 from tests.corpus.datasets import write_texts
 from tests.corpus.files import ignore
 from tests.corpus.tokenizers import write_sentencepiece
+from tests.locks import without_locks
 from tests.settings import small_config
 
 
@@ -119,6 +123,8 @@ def test_a_given_dataset_folder(config: RunConfig, tmp_path: Path) -> None:
     given = config.model_copy(update={"data": data})
     assert ensure_dataset(given, ignore, may_build=False) == folder
     (folder / MANIFEST).unlink()
+    sources = (SourceConfig(path=config.data.text or ()),)
+    given = given.model_copy(update={"data": data.model_copy(update={"sources": sources})})
     with pytest.raises(UserError, match=r"not a dataset folder; build it with keel data build"):
         ensure_dataset(given, ignore, may_build=False)
 
@@ -140,3 +146,79 @@ def test_a_cache_that_cannot_be_written(config: RunConfig, tmp_path: Path) -> No
         ensure_dataset(config, ignore, may_build=True)
     with pytest.raises(UserError, match=r"^--out: cannot write .*cache"):
         build_dataset(config.data, ignore, tmp_path / "cache" / "set", local(1))
+
+
+def named(config: RunConfig, **settings: Any) -> RunConfig:
+    """The run with other settings of `data`, and without a text."""
+    data = {**config.data.model_dump(exclude_none=True), "text": None, **settings}
+    return config.model_copy(update={"data": DataConfig.model_validate(data)})
+
+
+def test_a_mistyped_dataset_is_not_built_from_the_standard_library(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    out = tmp_path / "mistyped"
+    mistyped = named(config, dataset=str(out))
+    why = r"mistyped does not exist, and data.text or data.sources do not say what to build it"
+    with pytest.raises(UserError, match=why):
+        ensure_dataset(mistyped, ignore, may_build=True)
+    for place in (None, tmp_path / "other"):
+        with pytest.raises(UserError, match=why):
+            build_dataset(mistyped.data, ignore, place, local(1))
+    assert not out.exists()
+    out.mkdir()
+    with pytest.raises(UserError, match=r"mistyped is not a dataset folder, and data.text or"):
+        ensure_dataset(mistyped, ignore, may_build=True)
+
+
+def test_a_dataset_that_is_there_is_shown(config: RunConfig) -> None:
+    folder = ensure_dataset(config, ignore, may_build=True)
+    said: list[str] = []
+    given = named(config, dataset=str(folder)).data
+    assert build_dataset(given, said.append, None, local(1)) == folder
+    assert said == [f"the dataset is in {folder}"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "named_as"), [({"weight": 1.0}, "the entry"), ({"name": "web"}, "web")]
+)
+def test_a_source_without_a_path_is_named(
+    config: RunConfig, tmp_path: Path, entry: dict[str, Any], named_as: str
+) -> None:
+    first = {"path": str(tmp_path / "text")} | ({"weight": 1.0} if "weight" in entry else {})
+    given = named(config, dataset=str(tmp_path / "d"), sources=[first, entry])
+    why = rf"^data.sources.1: {named_as} has no path, and data.dataset .*/d does not exist"
+    with pytest.raises(UserError, match=why):
+        build_dataset(given.data, ignore, None, local(1))
+    with pytest.raises(UserError, match=why):
+        ensure_dataset(given, ignore, may_build=True)
+
+
+def test_a_file_system_without_locks(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_locks(monkeypatch, tmp_path)
+    said: list[str] = []
+    folder = ensure_dataset(config, said.append, may_build=True)
+    assert (folder / MANIFEST).is_file()
+    assert [line for line in said if "locks" in line] == [
+        f"{config.data.cache_dir} is on a file system without locks; build {folder} on one "
+        "machine only"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "number", "why"),
+    [
+        ("text/a.txt", errno.EIO, r"^data: .*text/a.txt: Input/output error"),
+        ("d.partial/plan.json", errno.EACCES, r"^--out: cannot write .*plan.json: Permission"),
+        (None, errno.ENOSPC, r"^--out: cannot write .*d.partial: No space left"),
+        (None, errno.EIO, r"^--out: cannot build .*d.partial: Input/output error"),
+    ],
+)
+def test_the_file_of_an_error_is_named(
+    tmp_path: Path, file: str | None, number: int, why: str
+) -> None:
+    error = OSError(number, os.strerror(number), *([str(tmp_path / file)] if file else []))
+    with pytest.raises(UserError, match=why), locked(tmp_path / "d", ignore, "--out"):
+        raise error

@@ -13,12 +13,14 @@ import pytest
 
 from keel_megatron.config.data import DataConfig
 from keel_megatron.corpus import build as build_module
+from keel_megatron.corpus import finish as finish_module
 from keel_megatron.corpus import plan, pool
 from keel_megatron.corpus.build import build, identify, local, partial_of
 from keel_megatron.corpus.finish import clean, unfinished
 from keel_megatron.corpus.plan import Plan, read_plan
 from keel_megatron.corpus.progress import BuildProgress
 from keel_megatron.corpus.tokenize import Tokenizing, path_of
+from keel_megatron.data.manifest import MANIFEST, Manifest
 from keel_megatron.errors import UserError
 from tests.corpus.datasets import built, documents, write_texts
 from tests.corpus.files import data, ignore
@@ -83,17 +85,52 @@ def test_a_build_of_other_text_begins_anew(tmp_path: Path, config: DataConfig) -
 def test_an_interrupted_finish_is_repeated(
     tmp_path: Path, config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(folder: Path) -> None:
+    def interrupted(*_paths: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build_module, "clean", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        built(config, tmp_path / "d")
+    with monkeypatch.context() as patch:
+        patch.setattr(finish_module, "_sync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            built(config, tmp_path / "d")
     assert not (tmp_path / "d").exists()
-    monkeypatch.setattr(build_module, "clean", clean)
     built(config, tmp_path / "d")
     built(config, tmp_path / "whole")
     assert documents(tmp_path / "d") == documents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_complete_build_lacks_only_its_name(
+    tmp_path: Path, config: DataConfig, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def interrupted(folder: Path) -> None:
+        if when == "after":
+            clean(folder)
+        raise KeyboardInterrupt
+
+    folder, said = tmp_path / "d", list[str]()
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "clean", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            built(config, folder, say=said.append)
+    assert not [line for line in said if "the dataset is in" in line]
+    before = (partial_of(folder) / MANIFEST).stat().st_mtime_ns
+    monkeypatch.setattr(build_module, "run_jobs", None)
+    manifest = built(config, folder, say=said.append)
+    assert said[-2:] == [
+        f"resuming {partial_of(folder)}: it is complete",
+        f"the dataset is in {folder}",
+    ]
+    assert manifest == Manifest.model_validate_json((folder / MANIFEST).read_text())
+    assert (folder / MANIFEST).stat().st_mtime_ns == before
+    assert not (folder / "jobs").exists()
+
+
+def test_a_complete_build_of_other_text_is_not_taken(tmp_path: Path, config: DataConfig) -> None:
+    built(config, tmp_path / "d")
+    (tmp_path / "d").rename(partial_of(tmp_path / "d"))
+    (tmp_path / "text" / "00.txt").write_text("other text")
+    built(config, tmp_path / "d")
+    assert [1 for tokens in documents(tmp_path / "d")["train"] if len(tokens) < 10]
 
 
 SCRIPT = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from keel_megatron.data.dataset import Dataset, check_lengths, open_dataset
 from keel_megatron.data.file_checks import check_files
 from keel_megatron.data.identity import refuse_other
 from tests.datasets import VOCABULARY, made_up, write_dataset
+from tests.locks import without_locks
 from tests.settings import small_config
 
 SOURCES = {"web": [made_up(60, 0), made_up(20, 1)], "books": [made_up(30, 2)]}
@@ -192,3 +194,24 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
         UserError, match=r"is not a dataset: it has no data\.json; build one: keel d"
     ):
         opened(tmp_path)
+
+
+def test_copied_files_are_checked_without_locks(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_locks(monkeypatch, tmp_path)
+    os.utime(folder / "shards" / "web-00001.bin", ns=(0, 0))
+    assert reads(opened(folder), tmp_path / "cache") == ["web-00001.bin"]
+    assert reads(opened(folder), tmp_path / "cache") == []
+
+
+def test_a_file_that_cannot_be_read_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    os.utime(folder / "shards" / "web-00001.bin", ns=(0, 0))
+    monkeypatch.setattr("keel_megatron.data.file_checks.sha256", broken)
+    with pytest.raises(UserError, match=r"web-00001\.bin cannot be read: Input/output error"):
+        check_files(opened(folder), tmp_path / "cache", lambda _text: None)

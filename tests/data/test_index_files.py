@@ -19,6 +19,7 @@ from keel_megatron.data.dataset import Dataset, open_dataset
 from keel_megatron.data.index_files import open_sequences
 from keel_megatron.data.sequences import SequenceDataset
 from tests.datasets import VOCABULARY, made_up, write_dataset
+from tests.locks import without_locks
 from tests.settings import small_config
 
 CONFIG = small_config(data__vocab_size=VOCABULARY)
@@ -193,3 +194,13 @@ def test_a_lock_that_is_a_link_is_not_followed(data: Dataset, tmp_path: Path) ->
     opened(data, tmp_path, said)
     assert "cannot write" in said[0]
     assert thesis.read_text() == "years of work"
+
+
+def test_without_locks_they_are_in_memory(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = rows(opened(data, tmp_path / "with"))
+    without_locks(monkeypatch, tmp_path)
+    said: list[str] = []
+    assert rows(opened(data, tmp_path / "without", said)) == expected
+    assert "No locks available; every process computes the order" in said[0]
