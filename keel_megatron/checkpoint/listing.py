@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,15 +44,16 @@ class Entry:
     bytes: int
     problem: str | None
     """What is wrong with it; None if nothing is, as far as was looked."""
+    modified: float
+    """When it was written, seconds since 1970."""
 
     def to_json(self) -> dict[str, Any]:
-        """The same as a JSON object; the time is that of `modified`, seconds since 1970."""
-        modified = self.path.stat().st_mtime
-        return asdict(self) | {"path": str(self.path), "modified": modified}
+        """The same as a JSON object."""
+        return asdict(self) | {"path": str(self.path)}
 
     def cells(self) -> tuple[str, str, str, str]:
         """Name, size, local time and condition."""
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.path.stat().st_mtime))
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.modified))
         condition = f"DAMAGED: {self.problem}" if self.problem else "good"
         if self.step is None:
             condition = str(self.problem)
@@ -68,6 +71,8 @@ def table(found: Sequence[Entry]) -> list[str]:
 def entries(run_folder: Path, *, read_all: bool) -> list[Entry]:
     """A run's checkpoints by step, then what is no checkpoint.
 
+    A folder that the run removes meanwhile is left out.
+
     Args:
         run_folder: the run's folder.
         read_all: read every file and compare checksums; else look at names and sizes alone.
@@ -84,16 +89,30 @@ def entries(run_folder: Path, *, read_all: bool) -> list[Entry]:
     found = []
     for step in folder.steps(run_folder):
         path = folder.step_folder(run_folder, step)
-        problem = None
-        try:
-            look(path)
-        except DamagedError as error:
-            problem = str(error)
-        found.append(Entry(path, step, _size(path), problem))
+        found.append(_entry(path, step, _problem(path, look)))
     for path in folder.remains(run_folder):
         kind = "half-written" if path.suffix == ".partial" else "set aside"
-        found.append(Entry(path, None, _size(path), kind))
-    return found
+        found.append(_entry(path, None, kind))
+    return [entry for entry in found if entry is not None]
+
+
+def _problem(path: Path, look: Callable[[Path], Any]) -> str | None:
+    """What is wrong with a checkpoint."""
+    try:
+        look(path)
+    except (DamagedError, FileNotFoundError) as error:  # the latter: removed meanwhile
+        return str(error)
+    return None
+
+
+def _entry(path: Path, step: int | None, problem: str | None) -> Entry | None:
+    """The entry of a folder that has been looked at; None if it is no longer there."""
+    size = _size(path)
+    try:
+        modified = path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    return Entry(path, step, size, problem, modified)
 
 
 def describe(run_folder: Path, step: int | None) -> list[str]:
@@ -134,8 +153,9 @@ def _read(run_folder: Path, step: int | None, of: Callable[[Path, int, dict[str,
     try:
         files, state = read_manifest(path), read_json(path / STATE)
         return of(path, len(files), state)
-    except DamagedError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    except (DamagedError, FileNotFoundError) as error:
+        state = "is damaged" if path.is_dir() else "has been removed"
+        raise UserError(f"{path} {state}: {error}") from None
     except (TypeError, KeyError, AttributeError):
         raise UserError(f"{path} is damaged: {STATE} is not the state of a run") from None
 
@@ -222,6 +242,12 @@ def _start(origin: dict[str, Any] | None) -> list[str]:
 
 
 def _size(path: Path) -> int:
+    """Bytes of a folder's files; those that are removed meanwhile count as nothing."""
     if path.is_symlink():
         return 0
-    return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+    total = 0
+    for parent, _folders, names in os.walk(path):
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total

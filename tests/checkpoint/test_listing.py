@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from keel_megatron.checkpoint import folder
+from keel_megatron.checkpoint import folder, listing, manifest
 from keel_megatron.checkpoint.identity import claim
-from keel_megatron.checkpoint.listing import describe, entries, prune_run
+from keel_megatron.checkpoint.listing import Entry, describe, entries, prune_run, table
 from keel_megatron.cli.main import app
 from keel_megatron.config import UserError
 from tests.checkpoint.samples import write_checkpoint
@@ -61,6 +62,60 @@ def test_verify_is_content_with_good_ones(run: Path) -> None:
     for step in (40, 50):
         folder.remove(folder.step_folder(run, step))
     assert keel("verify", str(run))[0] == 0
+
+
+@pytest.mark.parametrize("command", ["list", "verify"])
+def test_a_checkpoint_that_the_run_removes_meanwhile_is_left_out(
+    run: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Step 10 just before it is read, 20 just after, 30 before it is shown."""
+    for step in (40, 50):
+        folder.remove(folder.step_folder(run, step))
+
+    def removing(path: Path) -> None:
+        step = folder.step_of(path)
+        if step == 10:
+            folder.remove(path)
+        manifest.check(path)
+        if step == 20:
+            folder.remove(path)
+
+    def shown(found: Sequence[Entry]) -> list[str]:
+        folder.remove(folder.step_folder(run, 30))
+        return table(found)
+
+    for name, function in (("check", removing), ("read_manifest", removing), ("table", shown)):
+        monkeypatch.setattr(listing, name, function)
+    code, said = keel(command, str(run))
+    assert code == 0, said
+    assert [line.split()[0] for line in said.splitlines()[1:]] == [
+        "step_00000030",
+        "step_00000060.partial",
+    ]
+
+
+def test_show_tells_that_a_checkpoint_was_removed_meanwhile(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def removing(path: Path) -> int:
+        folder.remove(path)
+        return path.stat().st_size
+
+    monkeypatch.setattr(listing, "_size", removing)
+    monkeypatch.setattr(listing, "entries", lambda *_arguments, **_options: [])
+    with pytest.raises(UserError, match="step_00000010 has been removed: "):
+        describe(run, 10)
+
+
+def test_files_that_are_removed_while_a_size_is_taken_count_as_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def walk(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        yield str(path), [], ["gone", *(entry.name for entry in path.iterdir())]
+
+    sizes = [entry.bytes for entry in entries(run, read_all=False)]
+    monkeypatch.setattr("keel_megatron.checkpoint.listing.os.walk", walk)
+    assert [entry.bytes for entry in entries(run, read_all=False)] == sizes
 
 
 def test_show_tells_what_is_kept_and_what_may_change(run: Path) -> None:
