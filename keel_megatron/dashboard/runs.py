@@ -227,12 +227,14 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < _IMPLAUSIBLE  # False for NaN
 
 
-def _is_sound(name: str, value: Any) -> bool:
-    """Whether a record's field is a usable number.
-
-    Values of a diverging run may have any size, or not be finite.
-    """
-    return _is_number(value) or (name in _UNBOUNDED and type(value) is float)
+def _fault(name: str, value: Any) -> str | None:
+    """Why a record's field is no usable number; those of a diverging run may have any value."""
+    unbounded = name in _UNBOUNDED or name.endswith("/loss")
+    if _is_number(value) or (unbounded and type(value) is float):
+        return None
+    if type(value) not in (int, float):
+        return "not a number"
+    return "too large" if abs(value) < math.inf else "not finite"  # NaN is not below it
 
 
 def _watchdog_seconds(settings: dict[str, float]) -> float:
@@ -343,14 +345,12 @@ def _last_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             continue  # being written
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             continue
-        bad = next((name for name, value in record.items() if not _is_sound(name, value)), None)
+        bad = next((name for name, value in record.items() if _fault(name, value)), None)
         if bad is None:
             found.append(record)
         else:
-            what = "too large" if type(record[bad]) in (int, float) else "not a number"
-            wrong.append(
-                f"{path.name}: {bad} of step {shown(record['step'])} is {what}: not counted"
-            )
+            where = f"{path.name}: {bad} of step {shown(record['step'])}"
+            wrong.append(f"{where} is {_fault(bad, record[bad])}: not counted")
     return found, wrong[-1:]
 
 

@@ -274,11 +274,25 @@ def test_a_run_that_diverges_is_shown_at_its_own_step(tmp_path: Path) -> None:
     assert found["diverges"].problems == ["the gradient norm is inf"]
     assert found["wrong"].step == 9
     assert found["wrong"].problems == [
-        "metrics.jsonl: tokens_per_second of step 10 is too large: not counted"
+        "metrics.jsonl: tokens_per_second of step 10 is not finite: not counted"
     ]
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(runs_table(list(found.values())))
     assert "4.900e+30" in console.export_text()
+
+
+def test_a_validation_loss_that_is_not_finite_is_counted(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "diverges")
+    with MetricsFile(run / "metrics.jsonl") as metrics:
+        metrics.write(ValidationRecord(10, math.nan, 16, 512, {"code": math.nan, "web": 1e20}))
+    age(run, 5.0)
+    assert math.isnan(only(run).validation_loss or 0.0)
+    assert only(run).problems == []
+    for step, value in ((11, "NaN"), (12, "1e400"), (13, "-Infinity")):
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(f'{{"step": {step}, "seconds": {value}}}\n')
+        wrong = f"metrics.jsonl: seconds of step {step} is not finite: not counted"
+        assert only(run).problems == [wrong]
 
 
 @pytest.mark.security
