@@ -41,8 +41,10 @@ def plan(config: RunConfig, gpus: int | None = None, gpu: str = "h200") -> Plan:
 
     Raises:
         ConfigError: the configuration does not fit that number of devices.
-        UserError: there is no such device type.
+        UserError: there is no such device type, or the number of devices is below 1.
     """
+    if gpus is not None and gpus < 1:
+        raise UserError(f"gpus: {gpus} must be at least 1")
     from keel_megatron.layout.devices import device_named
     from keel_megatron.planner.plan import make_plan
 
@@ -162,6 +164,8 @@ class Model:
         from keel_megatron.inference.generate import continue_prompts
         from keel_megatron.inference.sampling import Sampling
 
+        if batch_size < 1:
+            raise UserError(f"--batch-size: {batch_size} must be at least 1")
         texts = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, texts, slide)
         completions, _speed = continue_prompts(
@@ -177,7 +181,8 @@ class Model:
                 end-of-document token `eod` before each document.
 
         Raises:
-            UserError: the number of tokens is not from 1 to the context.
+            UserError: the number of tokens is not from 1 to the context, or one of them is not in
+                the vocabulary.
         """
         import torch
 
@@ -189,6 +194,12 @@ class Model:
                 f"logits: {len(tokens)} tokens must be from 1 to the context, {context} "
                 "(data.seq_length)"
             )
+        size = source.config.data.vocab_size
+        for token in tokens:
+            if not 0 <= token < size:
+                raise UserError(
+                    f"logits: token {token} must be from 0 to {size - 1} (data.vocab_size)"
+                )
         rows = torch.tensor([tokens], device=runtime.device)
         positions = torch.arange(len(tokens), device=runtime.device)[None]
         with torch.inference_mode():

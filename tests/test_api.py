@@ -71,6 +71,9 @@ def test_a_layout_needs_its_processes() -> None:
             call(config)
     with pytest.raises(keel.UserError, match="unknown device 'h300'; must be one of h200"):
         keel.plan(config, gpu="h300")
+    for gpus in (0, -1):
+        with pytest.raises(keel.UserError, match=f"gpus: {gpus} must be at least 1"):
+            keel.plan(config, gpus=gpus)
 
 
 def test_what_is_no_run_has_no_metrics(tmp_path: Path) -> None:

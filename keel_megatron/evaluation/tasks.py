@@ -75,14 +75,18 @@ def load_tasks(choice: Choice) -> dict[str, Any]:
         What lm-eval's `evaluate` takes: `tasks`, `groups` and `group_map`.
 
     Raises:
-        UserError: lm-eval is not installed, the limit is no number of documents, a name is unknown,
-            a task's data cannot be loaded, a task is in two of the groups, or one executes code and
-            that is not confirmed.
+        UserError: lm-eval is not installed, a number is out of range, a name is unknown, a task's
+            data cannot be loaded, a task is in two of the groups, or one executes code and that is
+            not confirmed.
     """
     require_harness()
     limit = choice.limit
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and float(limit).is_integer())):
         raise UserError(f"--limit: {limit:g} must be a whole number from 1, or a share below 1")
+    if choice.shots is not None and choice.shots < 0:
+        raise UserError(f"--num-fewshot: {choice.shots} must be at least 0")
+    if choice.seed is not None and not 0 <= choice.seed < 2**32:
+        raise UserError(f"--seed: {choice.seed} must be from 0 to 2^32 - 1")
     manager = _manager(choice)
     loaded: list[Any] = []
     for name in _known(manager, choice.names):

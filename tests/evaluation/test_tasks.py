@@ -93,6 +93,19 @@ def test_the_number_of_examples(local_tasks: Path) -> None:
     assert [three[name].get_config("num_fewshot") for name in names] == [3, 0]
 
 
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (Choice(("x",), shots=-1), "--num-fewshot: -1 must be at least 0"),
+        (Choice(("x",), seed=-1), r"--seed: -1 must be from 0 to 2\^32 - 1"),
+        (Choice(("x",), seed=2**32), r"--seed: 4294967296 must be from 0 to 2\^32 - 1"),
+    ],
+)
+def test_numbers_out_of_range(choice: Choice, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_tasks(choice)
+
+
 def test_code_is_executed_only_if_that_is_confirmed(local_tasks: Path, tmp_path: Path) -> None:
     task = yaml.safe_load((local_tasks / "local_answer.yaml").read_text())
     (tmp_path / "x.yaml").write_text(yaml.safe_dump({**task, "task": "x", "unsafe_code": True}))

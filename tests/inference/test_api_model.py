@@ -34,8 +34,13 @@ def test_one_model_at_a_time(
         assert greedy.text == model.tokenizer.decode([*tokens, chosen])[len("def f") :]
         with pytest.raises(keel.UserError, match="must be from 1 to the context, 32"):
             model.logits([])
+        for token in (-1, model.config.data.vocab_size):
+            with pytest.raises(keel.UserError, match=f"logits: token {token} must be from 0 to "):
+                model.logits([1, token])
         with pytest.raises(keel.UserError, match="--temperature: -1 must be"):
             model.generate("x", temperature=-1)
+        with pytest.raises(keel.UserError, match="--batch-size: 0 must be at least 1"):
+            model.generate("x", batch_size=0)
         with pytest.raises(keel.UserError, match="--text: "):
             model.perplexity(tmp_path / "nowhere")
     with pytest.raises(keel.UserError, match="is closed; load it again"):
