@@ -62,7 +62,9 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     """
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
+    # In fp64 and below 0, since logits / temperature may overflow.
+    scaled = (logits.double() - logits.max()) / sampling.temperature
+    probabilities = torch.softmax(scaled, dim=-1).to(logits.dtype)
     ordered, order = probabilities.sort(descending=True)
     # Keep tokens whose preceding cumulative probability is below top_p; the first one always stays.
     kept = ordered * ((ordered.cumsum(-1) - ordered) < sampling.top_p)

@@ -22,6 +22,13 @@ def test_no_temperature_takes_the_likeliest() -> None:
     assert set(draw([0.0, 3.0, 2.9], 50, temperature=0.0)) == {1}
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-300, 5e-324])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature: float) -> None:
+    for logits in ([0.0, 3.0, 2.9], [-200.0, -100.0, -100.1], [1e30, 3e38, -3e38] * 100):
+        drawn = {logits[token] for token in draw(logits, 5, temperature=temperature)}
+        assert drawn == {max(logits)}
+
+
 def test_frequencies_follow_the_softmax() -> None:
     logits = [0.0, 1.0, 2.0]
     drawn = torch.tensor(draw(logits, 20_000, temperature=0.5, top_p=1.0))
