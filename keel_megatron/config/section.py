@@ -25,8 +25,12 @@ class Section(BaseModel):
     )
 
 
-def _as_path(value: Any) -> Any:
-    """Convert text to a path and expand `~` or `~user`; shells do not in `section.key=~/runs`."""
+def as_path(value: Any) -> Any:
+    """Convert text to a path and expand `~` or `~user`; shells do not in `section.key=~/runs`.
+
+    Raises:
+        ValueError: it is no path; the message continues the setting's name.
+    """
     if not isinstance(value, str) or not value:
         return value
     if "\0" in value:
@@ -47,7 +51,7 @@ def _as_path(value: Any) -> Any:
     return path.absolute() if str(path).startswith("~") else path
 
 
-TextPath = Annotated[Path, BeforeValidator(_as_path)]
+TextPath = Annotated[Path, BeforeValidator(as_path)]
 """A path given as text; `~` is the home folder."""
 
 

