@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ import typer
 from keel_megatron.cli.completion import configurations, settings
 from keel_megatron.config.renamed import notices
 from keel_megatron.errors import UserError
+from keel_megatron.runtime.files import check_output
 from keel_megatron.runtime.json_text import json_text
 
 
@@ -112,6 +113,20 @@ def only_json(as_json: bool) -> Iterator[None]:
 def print_json(value: Any) -> None:
     """Print the JSON of a command's `--json`."""
     print(json_text(value), flush=True)
+
+
+def check_outputs(given: Mapping[str, Path | None]) -> None:
+    """Check the files that options name, on the rank that writes them, before the work starts.
+
+    Args:
+        given: the file of each option; None: the option is not given.
+
+    Raises:
+        UserError: one cannot be written.
+    """
+    for option, path in given.items():
+        if path is not None and os.environ.get("RANK", "0") == "0":
+            check_output(option, path)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,18 +13,25 @@ from keel_megatron.cli.arguments import (
     ConfigPath,
     Json,
     Overrides,
+    check_outputs,
     only_json,
     print_json,
-    writing,
 )
 from keel_megatron.cli.console import print_report
 from keel_megatron.errors import UserError
+from keel_megatron.runtime.files import write_output
 from keel_megatron.runtime.json_text import json_text
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.runtime.processes import is_rank, with_processes
 
 if TYPE_CHECKING:
     from keel_megatron.bench.step_bench import Bench
+
+
+_Profile = Annotated[
+    Path | None, typer.Option(help="File for a torch trace of one step (.json or .json.gz).")
+]
+_Out = Annotated[Path | None, typer.Option(metavar="FILE", help="File for the results, as JSON.")]
 
 
 def bench(
@@ -42,12 +49,8 @@ def bench(
         bool,
         typer.Option("--random-tokens", help="Use random tokens instead of the training data."),
     ] = False,
-    profile: Annotated[
-        Path | None, typer.Option(help="File for a torch trace of one step (.json or .json.gz).")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File for the results, as JSON.")
-    ] = None,
+    profile: _Profile = None,
+    out: _Out = None,
     as_json: Json = False,
     processes: Annotated[
         int,
@@ -60,8 +63,7 @@ def bench(
     --processes N on this machine, or torchrun ... -m keel_megatron bench CONFIG on one or many
     machines.
     """
-    _check_writable("--out", out)
-    _check_writable("--profile", profile)
+    check_outputs({"--out": out, "--profile": profile})
     settings = list(overrides or ())
     if processes or not is_rank():
         _, processes = with_processes(config, tuple(settings), processes)
@@ -72,18 +74,22 @@ def bench(
         sys.exit(launch(processes, command))
     from keel_megatron.bench.step_bench import run_bench
 
-    with only_json(as_json):
-        result = run_bench(
-            config,
-            settings,
-            compare,
-            warmup=warmup,
-            steps=steps,
-            random_tokens=random_tokens,
-            profile=profile,
-        )
-    if result is not None:
-        _report(result, out, as_json=as_json)
+    with tempfile.TemporaryDirectory(prefix="keel-bench-") as folder:
+        trace = profile and Path(folder) / profile.name
+        with only_json(as_json):
+            result = run_bench(
+                config,
+                settings,
+                compare,
+                warmup=warmup,
+                steps=steps,
+                random_tokens=random_tokens,
+                profile=trace,
+            )
+        if result is not None:
+            _report(result, out, as_json=as_json)
+            if profile and trace:
+                _write_trace(trace, profile)
 
 
 def _report(result: Bench, out: Path | None, *, as_json: bool) -> None:
@@ -93,16 +99,20 @@ def _report(result: Bench, out: Path | None, *, as_json: bool) -> None:
     else:
         print_report("\n".join(result.lines))
     if out is not None:
-        with writing("--out", out):
-            out.write_text(json_text(result.figures) + "\n")
+        write_output("--out", out, json_text(result.figures) + "\n")
 
 
-def _check_writable(option: str, path: Path | None) -> None:
-    """Refuse a file that cannot be written, before anything is timed."""
-    if path is not None and not os.access(path.parent, os.W_OK):
-        raise UserError(
-            f"{option}: {path} cannot be written: its folder does not exist or is not writable"
-        )
+def _write_trace(trace: Path, profile: Path) -> None:
+    """Write the exported trace to the file of --profile.
+
+    torch replaces whatever has the name that it exports to, and reports a failure only in its log.
+
+    Raises:
+        UserError: there is no trace, or the file cannot be written.
+    """
+    if not trace.is_file():
+        raise UserError(f"--profile: {profile} is not written: torch has exported no trace")
+    write_output("--profile", profile, trace.read_bytes())
 
 
 def _options(**given: object) -> list[str]:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from keel_megatron.cli.arguments import Json, ModelFolder, writing
+from keel_megatron.cli.arguments import Json, ModelFolder, check_outputs
 from keel_megatron.errors import UserError
 from keel_megatron.evaluation.tasks import Choice, load_tasks
+from keel_megatron.runtime.files import write_output
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.runtime.processes import is_rank
 
@@ -133,18 +134,15 @@ def evaluate(
     names = tuple(filter(None, map(str.strip, (tasks or "").split(","))))
     if bool(text) == bool(names):
         raise UserError("give --tasks NAME,... or --text PATH: what the model is evaluated on")
-    _check_options(context, is_tasks=bool(names))
+    _check_options(context, out, is_tasks=bool(names))
     choice = Choice(names, include_path, limit, num_fewshot, seed, confirm_run_unsafe_code)
     count = _all_processes(processes, model_processes)
-    from keel_megatron.inference.prompts import check_out
     from keel_megatron.inference.source import config_of, opened
 
     loaded: dict[str, Any] | None = None
     if not is_rank():
         # A mistake is reported once, before any process has a model.
         config_of(model, model_processes, MODEL_PROCESSES)
-        if names and out is not None:
-            check_out(out)
         loaded = load_tasks(choice) if names else None
         if count > 1:
             sys.exit(launch(count, ["-m", "keel_megatron", *sys.argv[1:]]))
@@ -171,15 +169,18 @@ def _on_texts(
     *,
     as_json: bool,
 ) -> None:
-    """Score texts and print their perplexity."""
+    """Score texts; print their perplexity, then write the file."""
     from keel_megatron.evaluation.text import Texts
     from keel_megatron.evaluation.text_report import report_texts
 
     texts = Texts(*given)
     with open_model() as (source, runtime):
-        report = report_texts(model, source, runtime, texts, out, _say)
-    if _is_main():
-        print(report.json() if as_json else "\n".join(report.table()))
+        report = report_texts(model, source, runtime, texts, _say)
+    if not _is_main():
+        return
+    print(report.json() if as_json else "\n".join(report.table()), flush=True)
+    if out is not None:
+        write_output("--out", out, report.lines())
 
 
 def _on_tasks(
@@ -192,7 +193,7 @@ def _on_tasks(
     *,
     as_json: bool,
 ) -> None:
-    """Evaluate on lm-eval's tasks; print, write and log the results."""
+    """Evaluate on lm-eval's tasks; print, log and write the results."""
     from keel_megatron.evaluation.benchmarks import evaluate_benchmarks
     from keel_megatron.inference.source import is_checkpoint
     from keel_megatron.mlflow_delivery.sync import add_metrics
@@ -203,22 +204,25 @@ def _on_tasks(
     if found is None:
         return
     content = found.to_json(model, choice, ["keel", *sys.argv[1:]])
-    print(content if as_json else "\n".join(found.table()))
-    if out is not None:
-        with writing("--out", out):
-            out.write_text(content + "\n", encoding="utf-8")
-    if found.step is None or is_checkpoint(model):
-        _say(f"{model}: not logged, because it is not a run's folder")
-    else:
-        _say(add_metrics(model, found.step, found.metrics(choice)))
+    print(content if as_json else "\n".join(found.table()), flush=True)
+    try:
+        if found.step is None or is_checkpoint(model):
+            _say(f"{model}: not logged, because it is not a run's folder")
+        else:
+            _say(add_metrics(model, found.step, found.metrics(choice)))
+    finally:  # an error of one does not lose the other
+        if out is not None:
+            write_output("--out", out, content + "\n")
 
 
-def _check_options(context: typer.Context, *, is_tasks: bool) -> None:
-    """Refuse options that would have no effect.
+def _check_options(context: typer.Context, out: Path | None, *, is_tasks: bool) -> None:
+    """Refuse options that would have no effect, and a file that cannot be written.
 
     Raises:
-        UserError: an option of --text is given with --tasks, or the other way round.
+        UserError: an option of --text is given with --tasks, or the other way round; or the file
+            of --out cannot be written.
     """
+    check_outputs({"--out": out})
     chosen, others = ("--tasks", _OF_TEXTS) if is_tasks else ("--text", _OF_TASKS)
     for name in others:
         source = context.get_parameter_source(name)

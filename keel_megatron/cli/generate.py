@@ -14,6 +14,7 @@ import typer
 
 from keel_megatron.cli.arguments import ModelFolder
 from keel_megatron.errors import UserError
+from keel_megatron.runtime.files import check_output
 from keel_megatron.runtime.local_launch import launch
 from keel_megatron.runtime.processes import is_rank
 
@@ -95,7 +96,7 @@ def generate(
     chat: _Chat = False,
 ) -> None:
     """Generate text with a run, a checkpoint or a Hugging Face folder."""
-    from keel_megatron.inference.prompts import check_out, read_prompts
+    from keel_megatron.inference.prompts import read_prompts
 
     is_main = processes == 1 or os.environ.get("RANK", "0") == "0"
     if (prompt is None) == (prompts is None):
@@ -103,7 +104,7 @@ def generate(
     if cuda_graphs and processes > 1:
         raise UserError("--cuda-graphs: only one process can use them; leave out --processes")
     if out is not None and is_main:
-        check_out(out)
+        check_output("--out", out)
     texts = read_prompts(prompts) if prompts is not None else [prompt or ""]
     from keel_megatron.inference.sampling import Sampling
 

@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from keel_megatron.cli.arguments import ConfigPath, Json, Overrides, only_json, print_json
+from keel_megatron.cli.arguments import (
+    ConfigPath,
+    Json,
+    Overrides,
+    check_outputs,
+    only_json,
+    print_json,
+)
 from keel_megatron.cli.choices import one_of
 from keel_megatron.cli.console import print_report
 from keel_megatron.layout.devices import DEVICES
+from keel_megatron.runtime.files import write_output
 
 if TYPE_CHECKING:
     from keel_megatron.config.run import RunConfig
@@ -88,6 +96,7 @@ def plan(
             raise UserError(f"--search {wrong}")
         _search(load_config(config, settings), config, settings, gpus, target, as_json)
         return
+    check_outputs({"--plot": plot, "--trace-plot": trace_plot})
     run = load_config(config, settings)
     count = gpus or run.parallel.model_parallel_size
     run = load_config(config, settings, world_size=count)
@@ -132,7 +141,7 @@ def _plan(
 ) -> None:
     from keel_megatron.planner.advice import smallest_change
     from keel_megatron.planner.plan import make_plan
-    from keel_megatron.planner.report import describe, describe_change
+    from keel_megatron.planner.trace.run import trace_plan
 
     measured = None
     if measure:
@@ -144,14 +153,27 @@ def _plan(
             measured = measure_pieces(run)
     made = make_plan(run, gpus, device, measured)
     change = None if made.fits else smallest_change(made, more_gpus=more_gpus)
-    if plot is not None:
-        _draw(made, plot)
-    found = _trace(made, traced.out) if traced.wanted else None
+    found = trace_plan(made) if traced.wanted else None
     if as_json:
         advice = {"change": change[0] if change else None}
         more = {} if found is None else {"trace": found.as_object()}
         print_json({**made.as_object(), **advice, **more})
-        return
+    else:
+        _print(made, change, found)
+    # Last: if a file cannot be written, nothing else is lost.
+    if plot is not None:
+        write_output("--plot", plot, _plot(made))
+    if traced.out is not None and found is not None:
+        write_output("--trace-plot", traced.out, _trace_plot(made, found))
+    for drawn in (plot, traced.out):
+        if drawn is not None and not as_json:
+            print(f"plot: {drawn}")
+
+
+def _print(made: Plan, change: tuple[list[str], Plan] | None, found: Trace | None) -> None:
+    """Print a plan, the change with which it fits, and its trace."""
+    from keel_megatron.planner.report import describe, describe_change
+
     print_report(describe(made))
     if not made.fits:
         print_report(describe_change(change))
@@ -159,61 +181,32 @@ def _plan(
         from keel_megatron.planner.trace.report import describe_trace
 
         print_report(describe_trace(found))
-    for drawn in (plot, traced.out):
-        if drawn is not None:
-            print(f"plot: {drawn}")
 
 
-def _trace(made: Plan, out: Path | None) -> Trace:
-    """Trace a plan's ranks, and draw them.
-
-    Raises:
-        UserError: the run cannot be traced, or the file cannot be written.
-    """
-    from keel_megatron.errors import UserError
+def _trace_plot(made: Plan, found: Trace) -> bytes:
+    """The picture of a plan's trace, as PNG."""
     from keel_megatron.planner.report import layout_words
-    from keel_megatron.planner.trace.run import trace_plan
+    from keel_megatron.planner.trace.plot import plot_trace
 
-    if out is not None and not out.resolve().parent.is_dir():  # before minutes of tracing
-        raise UserError(f"--trace-plot: {out} cannot be written: no such folder")
-    found = trace_plan(made)
-    if out is not None:
-        from keel_megatron.planner.trace.plot import plot_trace
-
-        title = f"{made.config.training.name} on {made.gpus:,} x {made.device.name}: "
-        try:
-            plot_trace(
-                found, out, title=title + layout_words(made), limit=made.partition.limit_bytes
-            )
-        except OSError as error:
-            raise UserError(f"--trace-plot: {out} cannot be written: {error.strerror}") from error
-    return found
+    title = f"{made.config.training.name} on {made.gpus:,} x {made.device.name}: "
+    return plot_trace(found, title=title + layout_words(made), limit=made.partition.limit_bytes)
 
 
-def _draw(made: Plan, out: Path) -> None:
-    """Draw a plan's step.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    from keel_megatron.errors import UserError
+def _plot(made: Plan) -> bytes:
+    """The picture of a plan's step, as PNG."""
     from keel_megatron.planner.plot import plot_schedule
     from keel_megatron.planner.report import layout_words, seconds
 
     model = made.config.model
-    try:
-        plot_schedule(
-            made.timeline,
-            made.memory_traces(),
-            out,
-            title=f"{made.config.training.name}: {model.sub_layers:,} sub-layers on "
-            f"{made.gpus:,} x {made.device.name}",
-            facts=f"{layout_words(made)};  step {seconds(made.step_seconds)},  bubble "
-            f"{made.bubble:.1%},  {made.mfu:.1%} MFU",
-            memory_limit=made.partition.limit_bytes,
-        )
-    except OSError as error:
-        raise UserError(f"--plot: {out} cannot be written: {error.strerror}") from error
+    return plot_schedule(
+        made.timeline,
+        made.memory_traces(),
+        title=f"{made.config.training.name}: {model.sub_layers:,} sub-layers on "
+        f"{made.gpus:,} x {made.device.name}",
+        facts=f"{layout_words(made)};  step {seconds(made.step_seconds)},  bubble "
+        f"{made.bubble:.1%},  {made.mfu:.1%} MFU",
+        memory_limit=made.partition.limit_bytes,
+    )
 
 
 def _search(

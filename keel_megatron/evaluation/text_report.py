@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from keel_megatron.errors import UserError
 from keel_megatron.evaluation.perplexity import DocumentScore, Total, total
 from keel_megatron.evaluation.text import Texts, evaluate_texts, stride_of
 from keel_megatron.inference.source import Source
@@ -51,73 +49,19 @@ class Report:
         content = {**self.about, "texts": texts, "total": asdict(everything)}
         return json_text(content)
 
+    def lines(self) -> str:
+        """Each document's score, a JSON object a line."""
+        records = (
+            {"text": str(path), **one.record()}
+            for path, documents in self._documents.items()
+            for one in documents
+        )
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
     def _totals(self) -> tuple[dict[Path, Total], Total]:
         """Of each path, and of all documents."""
         everything = [one for documents in self._documents.values() for one in documents]
         return {path: total(found) for path, found in self._documents.items()}, total(everything)
-
-
-class DocumentLines:
-    """A file with a line of JSON a document; it is whole or not there.
-
-    Args:
-        path: the file; None: nothing is written.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._partial = None if path is None else path.with_name(f"{path.name}.partial")
-        self._stream: TextIO | None = None
-        self._error: OSError | None = None
-
-    def open(self) -> None:
-        """Create the file.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        if self._partial is not None:
-            try:
-                self._stream = self._partial.open("w", encoding="utf-8")
-            except OSError as error:
-                raise self._refused(error) from error
-
-    def add(self, path: Path, document: DocumentScore) -> None:
-        """Write a line; an error is kept until the end."""
-        if self._stream is None or self._error is not None:
-            return
-        line = json.dumps({"text": str(path), **document.record()}, ensure_ascii=False)
-        try:
-            self._stream.write(line + "\n")
-        except OSError as error:
-            self._error = error
-
-    def finish(self) -> None:
-        """Give the file its name.
-
-        Raises:
-            UserError: it could not be written.
-        """
-        if self._stream is None or self._path is None or self._partial is None:
-            return
-        try:
-            if self._error is not None:
-                raise self._error
-            self._stream.close()
-            self._partial.replace(self._path)
-        except OSError as error:
-            raise self._refused(error) from error
-        self._stream = None
-
-    def discard(self) -> None:
-        """Remove what is not whole."""
-        if self._stream is not None and self._partial is not None:
-            with suppress(OSError):
-                self._stream.close()
-            self._partial.unlink(missing_ok=True)
-
-    def _refused(self, error: OSError) -> UserError:
-        return UserError(f"--out: {self._path} cannot be written: {error.strerror}")
 
 
 def report_texts(
@@ -125,7 +69,6 @@ def report_texts(
     source: Source,
     runtime: Runtime,
     texts: Texts,
-    out: Path | None,
     say: Callable[[str], None],
 ) -> Report:
     """Score texts with a model; collective over all ranks.
@@ -135,14 +78,13 @@ def report_texts(
         source: the model.
         runtime: this rank's place.
         texts: what is scored.
-        out: file that gets a line of JSON a document.
         say: called on rank 0 with messages.
 
     Returns:
         The scores, on rank 0.
 
     Raises:
-        UserError: a text cannot be read, or the file not be written.
+        UserError: a text cannot be read.
     """
     context = source.config.data.seq_length
     about = {
@@ -151,18 +93,8 @@ def report_texts(
         "context": context,
         "stride": stride_of(texts.stride, context),
     }
-    report, lines = Report(about, texts.paths), DocumentLines(out)
-
-    def done(name: Path, document: DocumentScore) -> None:
-        report.add(name, document)
-        lines.add(name, document)
-
-    runtime.from_main(lines.open)
-    try:
-        evaluate_texts(source, runtime, texts, say, done)
-        runtime.from_main(lines.finish)
-    finally:
-        lines.discard()
+    report = Report(about, texts.paths)
+    evaluate_texts(source, runtime, texts, say, report.add)
     return report
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from keel_megatron.config.reading import parse_json
 from keel_megatron.errors import UserError
-from keel_megatron.runtime.files import write_whole
+from keel_megatron.runtime.files import write_output
 
 if TYPE_CHECKING:  # prompts are read without torch
     from keel_megatron.inference.generate import Completion
@@ -63,44 +61,15 @@ def json_lines(completions: Sequence[Completion]) -> str:
     return "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in completions)
 
 
-def check_out(out: Path) -> None:
-    """See that a file can be written, before anything is generated for it.
-
-    Raises:
-        UserError: it cannot.
-    """
-    try:
-        if out.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        if not _is_special(out):
-            with tempfile.TemporaryFile(dir=out.parent):
-                pass
-    except OSError as error:
-        raise _unwritable(out, error) from error
-
-
 def write_out(out: Path, completions: Sequence[Completion]) -> None:
-    """Write the file as a whole, in the place of an earlier one.
+    """Write the file of `--out` as a whole, in the place of an earlier one.
 
     Raises:
         UserError: it cannot be written; then the lines are printed, so that they are not lost.
     """
     lines = json_lines(completions)
     try:
-        if _is_special(out):
-            out.write_text(lines, encoding="utf-8")
-        else:
-            write_whole(Path(os.path.realpath(out)), lines)
-    except OSError as error:
+        write_output("--out", out, lines)
+    except UserError as error:
         print(lines, end="", flush=True)
-        problem = _unwritable(out, error)
-        raise UserError(f"{problem}; its lines are printed instead") from error
-
-
-def _is_special(out: Path) -> bool:
-    """Whether it is a device or a pipe, which must not be replaced."""
-    return out.exists() and not out.is_file()
-
-
-def _unwritable(out: Path, error: OSError) -> UserError:
-    return UserError(f"--out: {out} cannot be written: {error.strerror}")
+        raise UserError(f"{error}; its lines are printed instead") from error

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keel_megatron.planner.simulate import MemoryTrace, Span, Timeline
-from keel_megatron.tracking.style import GRID, QUIET, TEXT, save
+from keel_megatron.tracking.style import GRID, QUIET, TEXT, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,23 +36,24 @@ class _Window:
 def plot_schedule(
     timeline: Timeline,
     memory: list[MemoryTrace],
-    out: Path,
     *,
     title: str,
     facts: str,
     memory_limit: float | None = None,
-) -> None:
-    """Plot a step to a PNG file: the schedule above, the memory of each stage below.
+) -> bytes:
+    """Plot a step: the schedule above, the memory of each stage below.
 
     A step with many micro-batches is plotted as its beginning and its end.
 
     Args:
         timeline: the simulated step.
         memory: memory of each stage.
-        out: the PNG file.
         title: the title.
         facts: one line below the title.
         memory_limit: bytes per device; None: no limit line.
+
+    Returns:
+        The picture, as PNG.
     """
     from matplotlib.figure import Figure
 
@@ -89,7 +89,7 @@ def plot_schedule(
     _join(columns)
     _label(figure, columns, stages, unit, image)
     _title(figure, height + 4.6, title, facts, timeline)
-    save(figure, out)
+    return picture(figure)
 
 
 def _windows(timeline: Timeline) -> list[_Window]:

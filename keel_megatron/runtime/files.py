@@ -1,12 +1,15 @@
-"""Files that a run writes while it trains, safe against a full disk and partial writes.
+"""Files safe against a full disk and partial writes: those of a run, and those that a user names.
 
-Writes do not follow a link at the file's name, because a run's folder may come from someone else.
+Writes into a run's folder (`write_whole`, `LineFile`) do not follow a link at the file's name,
+because the folder may come from someone else. A path that the user gave as an output is followed
+and never replaced by another kind of file (`write_output`): it may be a link, a pipe or a device.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +17,7 @@ from itertools import accumulate, islice, takewhile
 from pathlib import Path
 
 from keel_megatron.config.reading import read_small
+from keel_megatron.errors import UserError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KEPT_BYTES = 16_000_000
@@ -45,6 +49,65 @@ def write_whole(path: Path, content: str | bytes) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def check_output(option: str, path: Path) -> None:
+    """Check that an output file can be written, before the work that its content needs.
+
+    Args:
+        option: the option that gives the path, for the error.
+        path: the file; a link is followed.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if not _is_special(path):
+            with tempfile.TemporaryFile(dir=_target(path).parent):
+                pass
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _unwritable(option, path, error) from error
+
+
+def write_output(option: str, path: Path, content: str | bytes) -> None:
+    """Write an output file: a regular file atomically, a pipe or a device in place.
+
+    A link stays; the file that it names is written.
+
+    Args:
+        option: the option that gives the path, for the error.
+        path: the file.
+        content: text is encoded as UTF-8.
+
+    Raises:
+        UserError: it cannot be written; a regular file is unchanged.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    try:
+        if _is_special(path):
+            path.write_bytes(content)
+        else:
+            write_whole(_target(path), content)
+    except OSError as error:
+        raise _unwritable(option, path, error) from error
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a device or a pipe, which must not be replaced."""
+    return path.exists() and not path.is_file()
+
+
+def _target(path: Path) -> Path:
+    """The file that is written: not a link to it, which would be replaced."""
+    return Path(os.path.realpath(path))
+
+
+def _unwritable(option: str, path: Path, error: OSError) -> UserError:
+    return UserError(f"{option}: {path} cannot be written: {error.strerror or error}")
 
 
 class LineFile:

@@ -28,8 +28,13 @@ def dress(axes: Axes) -> None:
     axes.tick_params(which="minor", length=0)
 
 
+def picture(figure: Figure) -> bytes:
+    """The figure as a PNG."""
+    content = BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
 def save(figure: Figure, out: Path) -> None:
     """Write a PNG as `write_whole` does: atomically, without following links."""
-    picture = BytesIO()
-    figure.savefig(picture, format="png")
-    write_whole(out, picture.getvalue())
+    write_whole(out, picture(figure))

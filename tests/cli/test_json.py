@@ -112,6 +112,31 @@ def test_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert found == {"variants": [], "mfu": None} == json.loads(out.read_text())
 
 
+@pytest.mark.parametrize("exports", [True, False])
+def test_a_trace_is_written_like_any_output_or_its_lack_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, exports: bool
+) -> None:
+    def run_bench(*_arguments: Any, profile: Path, **_options: Any) -> step_bench.Bench:
+        if exports:
+            profile.write_text("trace")
+        return step_bench.Bench(["a table"], {})
+
+    monkeypatch.setattr(step_bench, "run_bench", run_bench)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings()))
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "real.json")
+    command = ["bench", str(tmp_path / "run.yaml"), "--processes", "1", "--profile", str(link)]
+    done = CliRunner().invoke(app, command)
+    assert done.stdout == "a table\n"
+    assert link.is_symlink()
+    if exports:
+        assert (tmp_path / "real.json").read_text() == "trace"
+    else:
+        assert (
+            str(done.exception) == f"--profile: {link} is not written: torch has exported no trace"
+        )
+
+
 def test_a_study_of_finished_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from keel_megatron.studies import flow_report, gradient_flow
 

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -15,10 +16,9 @@ import yaml
 from keel_megatron.cli.main import app
 from keel_megatron.data.tokenizer import Tokenizer
 from keel_megatron.errors import UserError
-from keel_megatron.evaluation.perplexity import DocumentScore
 from keel_megatron.evaluation.rows import Row
 from keel_megatron.evaluation.scoring import Scorer
-from keel_megatron.evaluation.text_report import DocumentLines
+from keel_megatron.inference import source
 from keel_megatron.inference.export import export_run
 from keel_megatron.inference.source import opened
 from keel_megatron.tracking.metrics import read_metrics
@@ -120,33 +120,24 @@ def test_mistakes_are_told_once(
     assert done.stderr.count("error") == 1
 
 
-def test_a_file_that_cannot_be_written(run: Path, texts: Path, tmp_path: Path) -> None:
-    done = evaluate(run, "--text", str(texts), "--out", str(tmp_path / "no" / "out.jsonl"))
+@pytest.mark.parametrize("name", ["no/out.jsonl", "texts"])
+def test_out_is_checked_before_the_model_is_loaded(
+    run: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(source, "load", lambda *_: pytest.fail("loads the model"))
+    done = evaluate(run, "--text", str(texts), "--out", str(tmp_path / name))
     assert isinstance(done.exception, UserError)
-    assert str(done.exception).startswith("--out: ")
+    assert str(done.exception).startswith(f"--out: {tmp_path / name} cannot be written: ")
 
 
-class Full:
-    """A file on a full disk."""
-
-    def write(self, _text: str) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def close(self) -> None:
-        """Nothing is left to write."""
-
-
-def test_a_disk_that_fills_up_is_told_at_the_end(tmp_path: Path) -> None:
-    lines = DocumentLines(tmp_path / "out.jsonl")
-    lines.open()
-    stream: Any = Full()
-    lines._stream = stream
-    for name in "ab":
-        lines.add(tmp_path, DocumentScore(name, 1, 1, 1.0))
-    with pytest.raises(UserError, match=r"--out: .* cannot be written: No space left on device"):
-        lines.finish()
-    lines.discard()
-    assert list(tmp_path.iterdir()) == []
+def test_a_disk_that_fills_up_does_not_lose_the_results(
+    run: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr("keel_megatron.runtime.files.write_whole", full)
+    done = evaluate(run, "--text", str(texts), "--out", str(tmp_path / "out.jsonl"))
+    assert "bits per byte" in done.stdout
+    assert str(done.exception).endswith("out.jsonl cannot be written: No space left on device")
 
 
 def text_of(tokenizer: Tokenizer, text: str, tokens: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -11,7 +10,7 @@ import pytest
 
 from keel_megatron.config import UserError
 from keel_megatron.inference.generate import Completion
-from keel_megatron.inference.prompts import check_out, json_lines, read_prompts, write_out
+from keel_megatron.inference.prompts import json_lines, read_prompts, write_out
 
 
 def test_lines_and_json_lines(tmp_path: Path) -> None:
@@ -42,30 +41,9 @@ def test_an_earlier_file_is_replaced_as_a_whole(
             write_out(link, completions)
     assert out.read_text() == "earlier"
     assert capsys.readouterr().out == json_lines(completions)
-    check_out(link)
     write_out(link, completions)
     assert out.read_text() == json_lines(completions)
     assert link.is_symlink()
-
-
-def test_a_pipe_is_written_not_replaced(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    check_out(pipe)
-    write_out(pipe, [Completion("a", "b", 1, "stop text")])
-    assert os.read(reader, 100).startswith(b'{"prompt": "a"')
-    os.close(reader)
-    assert list(tmp_path.iterdir()) == [pipe]
-
-
-def test_an_out_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    for out, expected in (
-        (tmp_path, "it is a folder"),
-        (tmp_path / "no" / "out", "No such file or directory"),
-    ):
-        with pytest.raises(UserError, match=f"--out: {out} cannot be written: {expected}"):
-            check_out(out)
 
 
 def test_completions_are_json_lines() -> None:

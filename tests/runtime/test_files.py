@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keel_megatron.runtime.files import LineFile, write_whole
+from keel_megatron.errors import UserError
+from keel_megatron.runtime.files import LineFile, check_output, write_output, write_whole
 from tests.disk import Disk
 
 
@@ -100,3 +101,46 @@ def test_a_link_in_the_place_of_a_file_is_not_followed(tmp_path: Path, name: str
     assert thesis.read_text() == "years of work"
     assert (run / "stages.json").read_text() == "{}"
     assert not os.path.islink(run / "stages.json")
+
+
+def test_an_output_that_is_a_pipe_is_written_not_replaced(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (pipe, link):
+        check_output("--out", path)
+        write_output("--out", path, "é\n")
+        assert os.read(reader, 100) == "é\n".encode()
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [link, pipe]
+
+
+def test_an_output_that_is_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    real, link = tmp_path / "data" / "real.json", tmp_path / "link.json"
+    link.symlink_to(real)
+    for content in (b"new", b"newer"):  # at first the link leads to no file
+        check_output("--out", link)
+        write_output("--out", link, content)
+        assert real.read_bytes() == content
+        assert link.is_symlink()
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["real.json"]
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    lost = tmp_path / "lost"
+    lost.symlink_to(tmp_path / "no" / "out")
+    for out, expected in (
+        (tmp_path, "it is a folder"),
+        (tmp_path / "no" / "out", "No such file or directory"),
+        (lost, "No such file or directory"),
+    ):
+        with pytest.raises(UserError, match=f"--x: {out} cannot be written: {expected}"):
+            check_output("--x", out)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"--x: .*/folder cannot be written: Is a directory"):
+        write_output("--x", tmp_path / "folder", "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "lost"]

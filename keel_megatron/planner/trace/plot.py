@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 from keel_megatron.layout.memory import GB
 from keel_megatron.planner.trace.run import Trace
-from keel_megatron.runtime.files import write_whole
+from keel_megatron.tracking.style import picture
 
 _TEXT, _QUIET, _GRID = "#1a202c", "#718096", "#e2e8f0"
 _LINE, _PLAN, _RESERVED, _LIMIT = "#2b6cb0", "#dd6b20", "#38a169", "#c53030"
 _SHADES = ("#f7fafc", "#edf2f7")
 
 
-def plot_trace(trace: Trace, out: Path, *, title: str, limit: float | None = None) -> None:
-    """Draw the memory of the traced ranks into a PNG, one below the other.
+def plot_trace(trace: Trace, *, title: str, limit: float | None = None) -> bytes:
+    """Draw the memory of the traced ranks, one below the other.
 
     Args:
         trace: what was traced.
-        out: the picture.
         title: what is planned.
         limit: bytes that a device has for the model; None = none is drawn.
+
+    Returns:
+        The picture, as PNG.
     """
     from matplotlib.figure import Figure
 
     ranks = trace.ranks
-    figure = Figure(figsize=(11.0, 1.0 + 2.3 * len(ranks)), facecolor="white")
+    size = (11.0, 1.0 + 2.3 * len(ranks))
+    figure = Figure(figsize=size, dpi=110, facecolor="white")
     axes = figure.subplots(len(ranks), 1, squeeze=False)[:, 0]
     for axis, rank in zip(axes, ranks, strict=True):
         _draw(axis, rank, limit)
@@ -35,9 +36,7 @@ def plot_trace(trace: Trace, out: Path, *, title: str, limit: float | None = Non
     axes[-1].set_xlabel("allocations and releases, in their order", color=_QUIET, fontsize=9)
     figure.suptitle(title, x=0.06, ha="left", fontsize=12, color=_TEXT, weight="bold")
     figure.tight_layout(rect=(0.0, 0.0, 1.0, 0.98))
-    picture = BytesIO()
-    figure.savefig(picture, dpi=110, format="png")
-    write_whole(out, picture.getvalue())
+    return picture(figure)
 
 
 def _draw(axis: Any, rank: Any, limit: float | None) -> None:
