@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from keel_megatron.config.terminal import printable, width
+from keel_megatron.errors import UserError
 from keel_megatron.runtime.files import NO_ROOM
 from keel_megatron.runtime.tables import fitted
 
@@ -18,12 +21,23 @@ def tolerate_consoles() -> None:
 
     Characters that the encoding lacks, and control characters, are escaped (backslashreplace). When
     the reader of a pipe has exited (`keel train ... | head`), further output is discarded; the
-    command and its exit code do not change.
+    command and its exit code do not change. A stream that is closed (`>&-`) is /dev/null.
     """
+    if sys.stdin is None:
+        sys.stdin = _nowhere("rb")
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
+        stream = getattr(sys, name) or _nowhere("wb")
         if type(stream) is io.TextIOWrapper:  # not a replacement by a test or a notebook
             setattr(sys, name, _Tolerant(stream))
+    if isinstance(sys.stderr, _Tolerant):  # there is nowhere to report it
+        sys.stderr.outlives_full_disk = True
+
+
+def _nowhere(mode: str) -> io.TextIOWrapper:
+    """/dev/null as a standard stream; at its number, which a data file would get otherwise."""
+    opened = os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    os.set_inheritable(opened, True)
+    return io.TextIOWrapper(open(opened, mode, closefd=False), encoding="utf-8")
 
 
 def outlive_full_disk() -> None:
@@ -31,9 +45,30 @@ def outlive_full_disk() -> None:
 
     For commands whose output is saved elsewhere too.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, _Tolerant):
-            stream.outlives_full_disk = True
+    if isinstance(sys.stdout, _Tolerant):
+        sys.stdout.outlives_full_disk = True
+
+
+@contextmanager
+def report_output_errors() -> Iterator[None]:
+    """Context in which standard output that cannot be written is a `UserError`.
+
+    It is flushed at the end; the interpreter would do that with a traceback.
+
+    Raises:
+        UserError: it cannot be written, for example on a full disk.
+    """
+    stream = sys.stdout
+    try:
+        try:
+            yield
+        finally:
+            stream.flush()
+    except OSError as error:
+        if not isinstance(stream, _Tolerant) or error is not stream.failure:
+            raise
+        stream.discard()
+        raise UserError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def print_report(text: str) -> None:
@@ -72,6 +107,7 @@ class _Tolerant(io.TextIOWrapper):
     Attributes:
         trusted: see `config.terminal.trusted`.
         outlives_full_disk: discard text without an error while the disk is full.
+        failure: the last error that was raised.
     """
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
@@ -86,6 +122,7 @@ class _Tolerant(io.TextIOWrapper):
         )
         self.trusted = _Trusted(self)
         self.outlives_full_disk = False
+        self.failure: OSError | None = None
 
     def write(self, text: str, /) -> int:
         """Write text, escaped by `printable`."""
@@ -97,7 +134,7 @@ class _Tolerant(io.TextIOWrapper):
         try:
             return super().write(text)
         except BrokenPipeError:
-            self._discard()
+            self.discard()
         except OSError as error:
             self._pardon(error)
         return len(text)
@@ -108,22 +145,25 @@ class _Tolerant(io.TextIOWrapper):
             self.buffer.write(content)
             self.buffer.flush()
         except BrokenPipeError:
-            self._discard()
+            self.discard()
+        except OSError as error:
+            self._pardon(error)
 
     def flush(self) -> None:
         """Flush the buffer, or discard it if the reader has exited."""
         try:
             super().flush()
         except BrokenPipeError:
-            self._discard()
+            self.discard()
         except OSError as error:
             self._pardon(error)
 
     def _pardon(self, error: OSError) -> None:
         if not (self.outlives_full_disk and error.errno in NO_ROOM):
+            self.failure = error
             raise error
 
-    def _discard(self) -> None:
+    def discard(self) -> None:
         """Redirect the stream and its buffer to /dev/null."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())

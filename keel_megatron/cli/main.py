@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -29,10 +30,11 @@ from keel_megatron.cli import (
     track,
     train,
 )
-from keel_megatron.cli.console import tolerate_consoles
+from keel_megatron.cli.console import report_output_errors, tolerate_consoles
 from keel_megatron.cli.help import DATA, MACHINE, SAVED, STUDIES, TRAIN, USE, WATCH, App, Group
 from keel_megatron.errors import ConfigError, DivergedError, UserError
 from keel_megatron.runtime import exit_codes
+from keel_megatron.runtime.parent import end_with_launcher
 
 
 class _Root(Group):
@@ -41,12 +43,12 @@ class _Root(Group):
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Typer itself would exit silently on an interrupt."""
         try:
+            _set_interrupt()
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            if os.environ.get("RANK", "0") == "0":  # the others are interrupted with it
-                # A terminal shows ^C, at the end of what was printed so far.
-                start = "\n" if sys.stderr.isatty() else ""
-                print(f"{start}interrupted", file=sys.stderr)
+            # A terminal shows ^C, at the end of what was printed so far.
+            start = "\n" if sys.stderr.isatty() else ""
+            print(f"{start}interrupted", file=sys.stderr)
             raise typer.Exit(exit_codes.INTERRUPTED) from None
 
 
@@ -84,6 +86,19 @@ for name, commands, group in (
     app.add_typer(commands, name=name, rich_help_panel=group)
 
 
+def _set_interrupt() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt, and end a rank other than 0 at once.
+
+    Only rank 0 has anything to print or to write after it. The others may be in C++ code, such as
+    the connection to the store, in which Python runs no handler; training has its own handlers
+    (training/stop.py).
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a script
+        return
+    is_main = os.environ.get("RANK", "0") == "0"
+    signal.signal(signal.SIGINT, signal.default_int_handler if is_main else signal.SIG_DFL)
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"keel-megatron {__version__}")
@@ -105,13 +120,15 @@ def main() -> None:
 
     Training that has diverged exits the same way, with 65.
     """
+    end_with_launcher()
     completion.answer(app)
     tolerate_consoles()
     compat.install()
     if exit_codes.is_mistake():  # torchrun restarts the process nevertheless
         sys.exit(exit_codes.USER_ERROR)
     try:
-        app()
+        with report_output_errors():
+            app()
     except UserError as error:
         if not _reported_by_another_rank(error):
             print(f"error: {error}", file=sys.stderr)

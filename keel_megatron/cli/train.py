@@ -71,7 +71,8 @@ def _start(path: Path, settings: tuple[str, ...], processes: int, max_restarts: 
             dataset = ready_dataset(config, _say, on_one_machine=True)
         _say(starting)
         command = ["-m", "keel_megatron", "train", str(path), *settings]
-        return launch(processes, command, max_restarts, owned, {DATASET: str(dataset)})
+        variables = {DATASET: str(dataset)}
+        return launch(processes, command, max_restarts, owned, variables, saves=True)
 
 
 def _say(text: str) -> None:

@@ -35,8 +35,12 @@ def trusted(stream: Any) -> Any:
 
 
 def is_live(stream: Any) -> bool:
-    """Whether a stream is a terminal on which a line can be replaced."""
-    return bool(stream.isatty()) and os.environ.get("TERM") not in ("dumb", "unknown")
+    """Whether a stream is a terminal on which a line can be replaced; None: it is closed."""
+    return (
+        stream is not None
+        and bool(stream.isatty())
+        and os.environ.get("TERM") not in ("dumb", "unknown")
+    )
 
 
 def width(stream: Any) -> int:

@@ -56,9 +56,15 @@ def _prompt(path: Path, number: int, line: str) -> str:
     )
 
 
-def json_lines(completions: Sequence[Completion]) -> str:
-    """Completions, a JSON object a line."""
-    return "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in completions)
+def json_lines(completions: Sequence[Completion], *, ascii_only: bool = True) -> str:
+    """Completions, a JSON object a line.
+
+    Args:
+        completions: the completions.
+        ascii_only: escape other characters as JSON does: a console would escape what it cannot show
+            in a way that is not JSON.
+    """
+    return "".join(json.dumps(asdict(one), ensure_ascii=ascii_only) + "\n" for one in completions)
 
 
 def write_out(out: Path, completions: Sequence[Completion]) -> None:
@@ -67,9 +73,9 @@ def write_out(out: Path, completions: Sequence[Completion]) -> None:
     Raises:
         UserError: it cannot be written; then the lines are printed, so that they are not lost.
     """
-    lines = json_lines(completions)
+    lines = json_lines(completions, ascii_only=False)
     try:
         write_output("--out", out, lines)
     except UserError as error:
-        print(lines, end="", flush=True)
+        print(json_lines(completions), end="", flush=True)
         raise UserError(f"{error}; its lines are printed instead") from error

@@ -48,6 +48,8 @@ def launch(
     max_restarts: int = 0,
     owned: Ownership | None = None,
     variables: Mapping[str, str] | None = None,
+    *,
+    saves: bool = False,
 ) -> int:
     """Run `python COMMAND` as a group of processes of this machine.
 
@@ -60,6 +62,7 @@ def launch(
         max_restarts: how often a group is started again.
         owned: the hold on the run's folder, which rank 0 of every group shares.
         variables: further environment variables of every process.
+        saves: a process that is asked to stop saves first, and is given time for it.
 
     Returns:
         The exit code: 0, or that of the first process that failed (128 + n for signal n).
@@ -72,7 +75,7 @@ def launch(
             forward.group = _Group(processes, command, run_id, restart, owned, variables or {})
             if forward.asked is not None:  # while they were being started
                 forward.group.signal(forward.asked)
-            rank, code = forward.group.wait()
+            rank, code = forward.group.wait(saves)
             if forward.asked == signal.SIGUSR1 and code == exit_codes.to_shell(-signal.SIGUSR1):
                 code = exit_codes.SAVED  # it died before it could hear it: nothing is lost
             if code in exit_codes.FINAL or forward.asked is not None or restart == max_restarts:
@@ -98,6 +101,7 @@ class _Group:
         owned: Ownership | None,
         variables: Mapping[str, str],
     ) -> None:
+        self._asked = False
         with socket.create_server(("127.0.0.1", 0), backlog=max(128, processes)) as listener:
             # Opened here, so that the port is free for sure, and not to be reached from outside.
             self._port = listener.getsockname()[1]
@@ -145,15 +149,22 @@ class _Group:
 
     def signal(self, number: int) -> None:
         """Hand a signal to every process that runs."""
+        self._asked = True
         for worker in self._workers:
             worker.send_signal(number)  # does nothing to one that has ended
 
-    def wait(self) -> tuple[int, int]:
+    def wait(self, saves: bool) -> tuple[int, int]:
         """Wait for the end of all; the rank whose code counts, and the code."""
         while not self._failures() and self._running():
             time.sleep(POLL_SECONDS)
         stopped = any(code in exit_codes.FINAL for _rank, code in self._failures())
-        self._wait_for_end(LEAVE_SECONDS if stopped else SETTLE_SECONDS)
+        ended_at = time.monotonic()
+        while self._running():
+            # After Ctrl-C, one that saves nothing and is still there waits for one that has ended.
+            leaves = stopped and (saves or not self._asked)
+            if time.monotonic() > ended_at + (LEAVE_SECONDS if leaves else SETTLE_SECONDS):
+                break
+            time.sleep(POLL_SECONDS)
         failures = self._failures()
         if self._running():
             self.signal(signal.SIGTERM)

@@ -15,9 +15,9 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def end_with_launcher() -> None:
     """Send this rank SIGTERM when its launcher dies, even by SIGKILL.
 
-    The rank then saves and exits, as on any SIGTERM. Otherwise the ranks of a killed launcher would
-    keep training in the background. Linux only; does nothing elsewhere, or in a process without a
-    launcher.
+    The rank then ends as on any SIGTERM; one that trains saves first. Otherwise the ranks of a
+    killed launcher would keep working in the background. Linux only; does nothing elsewhere, or in
+    a process without a launcher.
     """
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return

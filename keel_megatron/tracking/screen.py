@@ -33,14 +33,14 @@ class Screen:
     """
 
     def __init__(self, log: Path | None, stream: TextIO | None = None) -> None:
-        self._stream: TextIO | None = stream or sys.stdout
+        self._stream: TextIO | None = stream or sys.stdout  # None: closed (`>&-`)
         self._lock = threading.RLock()
         self._log: LineFile | None = None
         self._unkept: list[str] = []
         if log is not None:
             self.keep(log)
         # rich's own detection would treat a file as a terminal if FORCE_COLOR is set.
-        terminal = self._stream.isatty()
+        terminal = self._stream is not None and self._stream.isatty()
         coloured = terminal and has_colours(self._stream)
         self._console = Console(
             file=trusted(self._stream),

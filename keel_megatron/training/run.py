@@ -59,7 +59,6 @@ def run_training(
     stop: StopRequest | None = None,
 ) -> Outcome:
     """Train the run that a YAML file and overrides describe; see `train`."""
-    end_with_launcher()
     world_size = Launch.from_environment().world_size
     config = load_config(config_path, overrides, world_size=world_size)
     return train(config, before_step, owned, stop)
@@ -90,6 +89,7 @@ def train(
         DivergedError: training has diverged.
         SystemExit: a signal requested a stop before the run began.
     """
+    end_with_launcher()
     launch = Launch.from_environment()
     require_valid(config, f"run {config.training.name}", launch.world_size)
     with ExitStack() as stack:

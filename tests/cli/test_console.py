@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 import yaml
 from keel_megatron.cli import console
 from keel_megatron.config import terminal
+from keel_megatron.errors import UserError
 from tests.settings import settings
 
 
@@ -98,20 +100,55 @@ def test_what_a_terminal_would_obey_is_shown(monkeypatch: pytest.MonkeyPatch) ->
     os.close(reader)
 
 
-@pytest.mark.parametrize(("outlives", "code"), [("outlive_full_disk()", 0), ("pass", 1)])
-def test_output_to_a_full_disk_ends_no_training(outlives: str, code: int) -> None:
-    """Other commands fail of it, as anybody's do."""
-    probe = f"""
-from keel_megatron.cli.console import outlive_full_disk, tolerate_consoles
-tolerate_consoles()
-{outlives}
-print("one")
-"""
+@pytest.mark.parametrize("outlives", [True, False])
+def test_output_to_a_full_disk_ends_no_training(
+    outlives: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other commands fail of it, with one message, and the interpreter's end adds none."""
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full.detach()))
+        console.tolerate_consoles()
+        if outlives:
+            console.outlive_full_disk()
+        expected = "standard output cannot be written: No space left on device"
+        for act in (lambda: print("one"), lambda: console.print_path(Path("two"))):
+            with nullcontext() if outlives else pytest.raises(UserError, match=expected):
+                with console.report_output_errors():
+                    act()
+            sys.stdout.flush()
+            sys.stdout = io.TextIOWrapper(full.detach())
+
+
+def test_a_full_disk_is_one_message() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", probe], stdout=full, stderr=subprocess.PIPE
+            [sys.executable, "-m", "keel_megatron", "config", "list"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-    assert bool(done.returncode) == bool(code), done.stderr  # 1 or 120, by the Python
+    message = "error: standard output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
+def test_streams_that_are_closed_are_dev_null(tmp_path: Path) -> None:
+    """A file that is opened later does not get their numbers, and so their text."""
+    probe = """
+import sys
+from keel_megatron.cli.console import print_report, tolerate_consoles
+from keel_megatron.tracking.screen import Screen
+Screen(None).say("nowhere")
+tolerate_consoles()
+with open("data", "w") as file:
+    print_report("report")
+    Screen(None).say("message")
+    print("warning", file=sys.stderr, flush=True)
+    file.write(f"{file.fileno() > 2} {sys.stdin.read()!r}")
+"""
+    shell = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, probe]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(shell, cwd=tmp_path, env=environment).returncode == 0
+    assert (tmp_path / "data").read_text() == "True ''"
 
 
 def test_a_report_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

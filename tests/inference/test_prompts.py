@@ -9,6 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 from keel_megatron.config import UserError
+from keel_megatron.config.terminal import printable
 from keel_megatron.inference.generate import Completion
 from keel_megatron.inference.prompts import json_lines, read_prompts, write_out
 
@@ -33,7 +34,7 @@ def test_an_earlier_file_is_replaced_as_a_whole(
     out, link = tmp_path / "out.jsonl", tmp_path / "link"
     out.write_text("earlier")
     link.symlink_to(out)
-    completions = [Completion("a", "b", 1, "stop text")]
+    completions = [Completion("a", "é\x85", 1, "stop text")]
     with monkeypatch.context() as patch:
         full = OSError(28, "No space left on device")
         patch.setattr("keel_megatron.runtime.files.os.open", Mock(side_effect=full))
@@ -42,14 +43,17 @@ def test_an_earlier_file_is_replaced_as_a_whole(
     assert out.read_text() == "earlier"
     assert capsys.readouterr().out == json_lines(completions)
     write_out(link, completions)
-    assert out.read_text() == json_lines(completions)
+    assert out.read_text(encoding="utf-8") == json_lines(completions, ascii_only=False)
     assert link.is_symlink()
 
 
 def test_completions_are_json_lines() -> None:
-    line = json_lines([Completion("a\n", "é", 1, "stop text")])
+    line = json_lines([Completion("a\n", "é\x7f\x85", 1, "stop text")])
+    assert line.isascii()
+    assert line == printable(line)  # a console changes nothing in it
     assert line.count("\n") == 1
-    assert json.loads(line) == {"prompt": "a\n", "text": "é", "tokens": 1, "ended": "stop text"}
+    shown = {"prompt": "a\n", "text": "é\x7f\x85", "tokens": 1, "ended": "stop text"}
+    assert json.loads(line) == shown
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from keel_megatron.runtime import exit_codes, local_launch, parent
+from keel_megatron.cli import config, main
+from keel_megatron.runtime import exit_codes, local_launch
 from tests.hosts import await_that
 
 # A rank that does in start N what its N-th argument says for it, such as "0=exit75,1=exit0".
@@ -94,17 +96,20 @@ sys.exit(1)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_a_killed_launcher_leaves_no_rank_behind(tmp_path: Path) -> None:
-    """Its ranks are sent SIGTERM, on which a run saves and ends (training/stop.py)."""
+    """Its ranks, of any command, are sent SIGTERM; a run then saves (training/stop.py)."""
     rank = f"""
-import os, pathlib, signal, time
-from {parent.__name__} import end_with_launcher
+import os, pathlib, signal, sys, time
+from {main.__name__} import main
 def note(number, frame):
     pathlib.Path("ended_" + os.environ["RANK"]).touch()
     raise SystemExit(0)
-signal.signal(signal.SIGTERM, note)
-end_with_launcher()
-pathlib.Path("ready_" + os.environ["RANK"]).touch()
-time.sleep(600)
+def work():
+    signal.signal(signal.SIGTERM, note)
+    pathlib.Path("ready_" + os.environ["RANK"]).touch()
+    time.sleep(600)
+sys.modules[{config.__name__!r}].bundled_names = work
+sys.argv = ["keel", "config", "list"]
+main()
 """
     code = f"from {local_launch.__name__} import launch; launch(2, ['-c', {rank!r}])"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -112,6 +117,34 @@ time.sleep(600)
         await_that(lambda: len(list(tmp_path.glob("ready_*"))) == 2, 300, "two ranks")
         process.kill()
     await_that(lambda: len(list(tmp_path.glob("ended_*"))) == 2, 300, "their ends")
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_after_ctrl_c_only_a_command_that_saves_is_given_time(
+    saves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank in C++ code that waits for one that has ended does not hear it."""
+    rank = """
+import os, pathlib, signal, time
+if os.environ["RANK"] == "0":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+else:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+pathlib.Path("ready_" + os.environ["RANK"]).touch()
+time.sleep(600)
+"""
+    waits = {"SETTLE_SECONDS": 600.0 if saves else 0.1, "LEAVE_SECONDS": 0.1 if saves else 600.0}
+    for name, seconds in waits.items():
+        monkeypatch.setattr(local_launch, name, seconds)
+
+    def interrupt() -> None:
+        await_that(lambda: len(list(Path().glob("ready_*"))) == 2, 300, "two ranks")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(interrupt)
+        assert local_launch.launch(2, ["-c", rank], saves=saves) == 130
+        asked.result()
 
 
 def test_torchrun_is_told_that_a_saved_run_succeeded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,5 +110,6 @@ def _report(runs: list[Path], out: Path, options: Options) -> None:
     # What a group of processes has measured is found, not measured again.
     subjects = [measure(run, out, replace(options, processes=1)) for run in runs]
     with writing("--out", out):
-        print(write_report(outcomes(subjects, out), out))
+        text = write_report(outcomes(subjects, out), out)
+    print(text)
     print(f"\n{out / RESULTS}, {out / TABLE}, {out / PICTURE}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -111,8 +112,15 @@ def trace_plan(plan: Plan, micro_batches: int | None = None) -> Trace:
     ]
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(available_cores(), len(requests)))
-    # A process has traced once and is of no further use.
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    with ProcessPoolExecutor(
+        workers,
+        mp_context=context,
+        # Ctrl-C ends the processes at once; as an exception it would be the result of their task.
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL),
+        max_tasks_per_child=1,  # one that has traced is of no further use
+    ) as pool:
         try:
             ranks = tuple(pool.map(trace_rank, requests))
         except BrokenProcessPool:

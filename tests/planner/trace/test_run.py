@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from keel_megatron.layout.devices import device_named
 from keel_megatron.planner.plan import Plan, make_plan
 from keel_megatron.planner.trace.report import messages
 from keel_megatron.planner.trace.result import Part, RankTrace, curve_of
-from keel_megatron.planner.trace.run import check_traceable, distinct_stages
+from keel_megatron.planner.trace.run import check_traceable, distinct_stages, trace_plan
 from tests.settings import small_config
 
 PAPER = Path(__file__).resolve().parents[3] / "yaml" / "paper"
@@ -92,3 +94,16 @@ def test_a_curve_keeps_the_highest_of_what_it_leaves_out() -> None:
     assert len(curve) < 2500
     assert max(size for _at, size in curve) == 9000
     assert marks == [(0.0, "build"), (0.5, "step")]
+
+
+def interrupt_of(_request: Any) -> Any:
+    """Instead of a trace: what Ctrl-C does in the process."""
+    return signal.getsignal(signal.SIGINT)
+
+
+def test_ctrl_c_ends_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an exception it would be the result of their task, and the next would begin."""
+    monkeypatch.setattr("keel_megatron.planner.trace.rank.trace_rank", interrupt_of)
+    plan = planned("keel_1024.yaml", 64)
+    plan = replace(plan, partition=replace(plan.partition, stages=plan.partition.stages[:1]))
+    assert trace_plan(plan).ranks == (signal.SIG_DFL,)
