@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -100,23 +101,23 @@ def test_what_a_terminal_would_obey_is_shown(monkeypatch: pytest.MonkeyPatch) ->
     os.close(reader)
 
 
+@pytest.mark.parametrize("act", [lambda: print("one"), lambda: console.print_path(Path("two"))])
 @pytest.mark.parametrize("outlives", [True, False])
 def test_output_to_a_full_disk_ends_no_training(
-    outlives: bool, monkeypatch: pytest.MonkeyPatch
+    outlives: bool, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other commands fail of it, with one message, and the interpreter's end adds none."""
-    with Path("/dev/full").open("w") as full:
-        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full.detach()))
-        console.tolerate_consoles()
-        if outlives:
-            console.outlive_full_disk()
-        expected = "standard output cannot be written: No space left on device"
-        for act in (lambda: print("one"), lambda: console.print_path(Path("two"))):
-            with nullcontext() if outlives else pytest.raises(UserError, match=expected):
-                with console.report_output_errors():
-                    act()
-            sys.stdout.flush()
-            sys.stdout = io.TextIOWrapper(full.detach())
+    """Other commands fail of it, and the interpreter's end adds nothing."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(os.fdopen(full, "wb")))
+    console.tolerate_consoles()
+    if outlives:
+        console.outlive_full_disk()
+    expected = "standard output cannot be written: No space left on device"
+    problem = nullcontext() if outlives else pytest.raises(UserError, match=expected)
+    with problem, console.report_output_errors():
+        act()
+    if not outlives:
+        sys.stdout.close()
 
 
 def test_a_full_disk_is_one_message() -> None:
