@@ -274,7 +274,7 @@ def test_processes_of_this_machine(
     commands: list[list[str]] = []
     monkeypatch.chdir(tmp_path)
     for place in (local_launch, sys.modules["keel_megatron.cli.train"]):
-        monkeypatch.setattr(place, "launch", lambda _n, command, *_: commands.append(command))
+        monkeypatch.setattr(place, "launch", lambda _n, command, *_, **_k: commands.append(command))
     prompts = [f"tracking.sample_prompt='{value}'" for value in NASTY if value.isprintable()]
     prompts = [prompt for prompt in prompts if prompt.count("'") == 2]
     prompts.append("parallel.pipeline=2")
