@@ -16,6 +16,7 @@ import yaml
 from keel_megatron.checkpoint import folder
 from keel_megatron.checkpoint.listing import describe
 from keel_megatron.config import load_config
+from keel_megatron.corpus.find import list_files
 from keel_megatron.tracking.metrics import read_metrics
 from tests.distributed import run_ranks
 from tests.settings import SMALL, settings
@@ -109,6 +110,16 @@ def records(home: Path, name: str) -> list[dict[str, Any]]:
 
 def values(home: Path, name: str, field: str) -> list[float]:
     return [record[field] for record in records(home, name) if field in record]
+
+
+def test_the_recipes_texts_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's folder has configurations too, among them JSON lines without a text."""
+    monkeypatch.chdir(ROOT)
+    for recipe in RECIPES:
+        listing = list_files(load_config(ROOT / "yaml" / "recipes" / f"{recipe}.yaml").data, print)
+        suffixes = {Path(entry.name).suffix for part in listing.parts for entry in part.entries}
+        assert {".py", ".md"} <= suffixes
+        assert ".jsonl" not in suffixes
 
 
 def test_the_recipes_models_are_the_demos() -> None:
