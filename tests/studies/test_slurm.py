@@ -115,7 +115,7 @@ def test_a_script_has_the_bundled_file_and_quotes_the_logs_folder(
 ) -> None:
     named = tuple(replace(run, path=Path("studies/quick")) for run in grid.runs)
     text = script_text(replace(grid, out=Path("100% of it"), runs=named), named, ROOT)
-    assert f"0) set -- {locate(Path('studies/quick'))} " in text
+    assert f"0) set -- {shlex.quote(str(locate(Path('studies/quick'))))} " in text
     logs = f"{tmp_path}/100%% of it/logs"
     assert f'#SBATCH --output="{logs}/slurm-%A_%a.log"\n' in text
 
