@@ -56,7 +56,7 @@ docs: setup ## Build the documentation site into build/site; a broken link is an
 train: setup ## Train the demo: 128 Keel sub-layers on real text, two pipeline stages.
 	$(BIN)/keel train yaml/demo.yaml --processes $(PROCESSES)
 
-test: setup validators ## Run the tests (the quick ones: about 22 minutes on 2 cores).
+test: setup validators ## Run the tests (the quick ones: about 20 minutes on 2 cores).
 	$(PYTEST) -m 'not slow and not gpu' $(TESTS)
 
 test-all: setup validators ## Run every test that needs no GPU.
