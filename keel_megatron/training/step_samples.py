@@ -11,6 +11,7 @@ from typing import Any
 from keel_megatron.config.run import RunConfig
 from keel_megatron.errors import UserError
 from keel_megatron.tracking.metrics import iterate_metrics
+from keel_megatron.tracking.run_log import METRICS_FILE
 from keel_megatron.training.origin import position_of_origin
 
 _NEEDED = ("consumed_samples", "consumed_tokens", "tokens_per_second", "seconds")
@@ -30,7 +31,7 @@ def samples_of_step(config: RunConfig, step: int) -> tuple[range, str]:
     steps = config.training.steps
     if step > steps:
         raise UserError(f"--step: {step} is after the last step of the run, {steps}")
-    path = config.training.folder / "metrics.jsonl"
+    path = config.training.folder / METRICS_FILE
     newest = recorded = None
     for record in iterate_metrics(path):
         if all(name in record for name in _NEEDED):
